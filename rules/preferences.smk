@@ -1,0 +1,69 @@
+"""Requires: iter{t}/responses/, a preference model. Gives: iter{t}/preferences/{shard}.parquet, iter{t}/pairs.parquet."""
+
+
+def preference_model_files(wildcards):
+    """The adapter's files, so that a new adapter annotates anew."""
+    model = settings(wildcards)["preference"]["model"]
+    return [f"{adapter_folder(model)}/{name}" for name in ADAPTER_FILES]
+
+
+rule annotate_preferences:
+    """All K x K logits of each prompt, both orders, by the preference model."""
+    input:
+        prompts=at("prompts.parquet"),
+        responses=at("responses/{shard}.parquet"),
+        policy=BASE_POLICY,
+        ranker_base=ranker_base,
+        model=preference_model_files,
+    output:
+        preferences=at("preferences/{shard}.parquet"),
+        record=record(at("preferences/{shard}.parquet")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/annotate_preferences.{{shard}}.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/annotate_preferences.{{shard}}.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=4000,
+        runtime=240,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["annotate"],
+        options=section_flags("preference", skip=("probability", "logit_scale", "winner_by", "truncated")),
+    message:
+        "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
+    shell:
+        "{PYTHON} src/annotate_preferences.py --prompts {input.prompts} --responses {input.responses} --policy {input.policy}"
+        " --ranker-base {input.ranker_base} --device {MAIN[device]} {params.options:q}"
+        " --output {output.preferences} 2>&1 | tee {log}"
+
+
+rule build_pairs:
+    """P-hat of every response; winner and loser of every prompt."""
+    input:
+        prompts=lambda wildcards: sampled(wildcards, "prompts.parquet"),
+        responses=lambda wildcards: shards(wildcards, "responses"),
+        preferences=lambda wildcards: shards(wildcards, "preferences"),
+    output:
+        pairs=at("pairs.parquet"),
+        record=record(at("pairs.parquet")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/build_pairs.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/build_pairs.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        version=STAGES["select"],
+        options=section_flags("preference", skip=("model", "source")),
+    message:
+        "Building the pairs of {wildcards.run}iteration {wildcards.t}"
+    shell:
+        "{PYTHON} src/build_pairs.py --prompts {input.prompts} --responses {input.responses} --preferences {input.preferences}"
+        " {params.options:q} --output {output.pairs} 2>&1 | tee {log}"

@@ -1,0 +1,39 @@
+"""Requires: a prompt source, the evaluation instructions. Gives: iter{t}/prompts.parquet."""
+
+
+def prompt_file(wildcards):
+    source = settings(wildcards)["prompts"]["source"].replace("{t}", wildcards.t)
+    return source if Path(source).is_file() else []
+
+
+rule sample_prompts:
+    """Draw one iteration's prompts, disjoint from the other iterations' and from the evaluation's."""
+    input:
+        source=prompt_file,
+        held_out=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],
+        policy=BASE_POLICY,
+    output:
+        prompts=at("prompts.parquet"),
+        record=record(at("prompts.parquet")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/sample_prompts.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/sample_prompts.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        version=STAGES["sample"],
+        iterations=lambda wildcards: settings(wildcards)["iterations"],
+        room=lambda wildcards: settings(wildcards)["responses"]["max_new_tokens"],
+        seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
+        options=section_flags("prompts"),
+    message:
+        "Drawing the prompts of {wildcards.run}iteration {wildcards.t}"
+    shell:
+        "{PYTHON} src/sample_prompts.py --iteration {wildcards.t} --iterations {params.iterations} --seed {params.seed}"
+        " --held-out {input.held_out:q} --policy {input.policy} --response-tokens {params.room} {params.options:q}"
+        " --output {output.prompts} 2>&1 | tee {log}"

@@ -1,0 +1,33 @@
+"""Requires: iter{t}/prompts.parquet, iter{t-1}/policy. Gives: iter{t}/responses/{shard}.parquet."""
+
+
+rule generate_responses:
+    """Sample K responses to each prompt of one shard from the current policy."""
+    input:
+        prompts=at("prompts.parquet"),
+        policy=current_policy,
+    output:
+        responses=at("responses/{shard}.parquet"),
+        record=record(at("responses/{shard}.parquet")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/generate_responses.{{shard}}.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/generate_responses.{{shard}}.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=6000,
+        runtime=240,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["generate"],
+        seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
+        options=section_flags("responses"),
+        attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
+    message:
+        "Generating responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
+    shell:
+        "{PYTHON} src/generate_responses.py --prompts {input.prompts} --policy {input.policy} --iteration {wildcards.t}"
+        " --shard {wildcards.shard} --seed {params.seed} --device {MAIN[device]} {params.attention} {params.options:q}"
+        " --output {output.responses} 2>&1 | tee {log}"

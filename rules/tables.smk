@@ -1,0 +1,59 @@
+"""Requires: the evaluations of a run's iterations. Gives: summary.md and figures/win_rate.{png,svg} of that run."""
+
+
+def iterations(wildcards):
+    """0 to T of the run."""
+    return range(settings(wildcards)["iterations"] + 1)
+
+
+def of_every_iteration(artifact):
+    """Input function: one artifact of each iteration; the base is main's."""
+    return lambda wildcards: [
+        f"{ROOT}{wildcards.run if t else ''}iter{t}/{artifact}" for t in iterations(wildcards)
+    ]
+
+
+def records_of_every_iteration(wildcards):
+    """Records whose seconds add up to an iteration's minutes."""
+    run, first = wildcards.run, settings(wildcards)["first_iteration_from"]
+    made = [f"{ROOT}{run if t else ''}iter{t}/{name}" for t in iterations(wildcards) for name in ("alpaca_eval_outputs.json", "alpaca_eval.json")]
+    for t in range(1, settings(wildcards)["iterations"] + 1):
+        sampling = ROOT if t == 1 and first == "main" else f"{ROOT}{run}"
+        for folder in ("responses", "preferences"):
+            made += [f"{sampling}iter{t}/{folder}/{shard}.parquet" for shard in range(settings(wildcards)["responses"]["shards"])]
+        made += [f"{ROOT}{run}iter{t}/{name}" for name in ("pairs.parquet", "logps/current.parquet", "policy")]
+    return [record(artifact) for artifact in made]
+
+
+def summary_files(run):
+    """What the summary of a run consists of; `run` is "" or "<name>/"."""
+    return [f"{ROOT}{run}summary.md", f"{ROOT}{run}figures/win_rate.png", f"{ROOT}{run}figures/win_rate.svg"]
+
+
+rule summarize_run:
+    """Iteration, win rate and LC with intervals, the ranker's own estimate, length, minutes: table and figure."""
+    input:
+        judged=of_every_iteration("alpaca_eval.json"),
+        estimated=of_every_iteration("ranker_estimate.json"),
+        records=records_of_every_iteration,
+    output:
+        table=f"{ROOT}{{run}}summary.md",
+        png=f"{ROOT}{{run}}figures/win_rate.png",
+        svg=f"{ROOT}{{run}}figures/win_rate.svg",
+    log:
+        f"{LOGS}{{run}}summarize_run.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}summarize_run.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        version=STAGES["tabulate"],
+    message:
+        "Summing up {wildcards.run}all iterations"
+    shell:
+        "{PYTHON} src/summarize_run.py --alpaca-eval {input.judged} --ranker {input.estimated} --records {input.records}"
+        " --output {output.table} --plot {output.png} 2>&1 | tee {log}"

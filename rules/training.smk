@@ -1,0 +1,70 @@
+"""Requires: iter{t}/pairs.parquet, iter{t-1}/policy. Gives: iter{t}/logps/current.parquet, iter{t}/policy, train_log.jsonl."""
+
+
+rule score_reference:
+    """Log-probabilities of the pairs under pi_t, forward only, once."""
+    input:
+        pairs=at("pairs.parquet"),
+        policy=current_policy,
+    output:
+        logps=at("logps/current.parquet"),
+        record=record(at("logps/current.parquet")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/score_reference.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/score_reference.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=6000,
+        runtime=120,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["reference"],
+        options=lambda wildcards: flags({key: settings(wildcards)["train"][key] for key in ("micro_batch_size", "precision")}),
+        attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
+    message:
+        "Scoring the reference of {wildcards.run}iteration {wildcards.t}"
+    shell:
+        "{PYTHON} src/score_reference.py --pairs {input.pairs} --policy {input.policy} --device {MAIN[device]} {params.attention}"
+        " {params.options:q} --output {output.logps} 2>&1 | tee {log}"
+
+
+# Old policies are dropped, if they may be, once the next iteration and the evaluations have used them.
+policy_folder = directory if MAIN["keep_policies"] else lambda path: temp(directory(path))
+
+
+rule train_policy:
+    """Regress the log-ratios of winners and losers onto their targets: the next policy."""
+    input:
+        pairs=at("pairs.parquet"),
+        reference=at("logps/current.parquet"),
+        policy=current_policy,
+    output:
+        policy=policy_folder(at("policy")),
+        policy_record=record(at("policy")),
+        log=at("train_log.jsonl"),
+        log_record=record(at("train_log.jsonl")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/train_policy.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/train_policy.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=7000,
+        runtime=720,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["train"],
+        seed=lambda wildcards: settings(wildcards)["seeds"]["train"],
+        options=section_flags("train"),
+        attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
+    message:
+        "Training the policy of {wildcards.run}iteration {wildcards.t}"
+    shell:
+        "{PYTHON} src/train_policy.py --pairs {input.pairs} --reference {input.reference} --policy {input.policy}"
+        " --seed {params.seed} --device {MAIN[device]} {params.attention} {params.options:q}"
+        " --output {output.policy} --log {output.log} 2>&1 | tee {log}"

@@ -1,0 +1,63 @@
+"""Answer the evaluation instructions with a policy.
+
+Reads   evaluation instructions in alpaca-eval's form, the policy
+Writes  outputs in alpaca-eval's form (with prompt_id, finish_reason, tokens) and a record
+Departs from the paper: decoding is a configuration key; the published rows use temperature 0.7 or 0.9.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sppo.artifacts import recorded, write_json
+from sppo.errors import UserError, run
+from sppo.prompts import read_instructions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--instructions", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many")
+    parser.add_argument("--policy", type=Path, required=True)
+    parser.add_argument("--generator", required=True, help="name of the policy in the outputs")
+    parser.add_argument("--noise", required=True, help="name of the noise; policies that share it share their noise")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--top-p", type=float, default=0.9)
+    parser.add_argument("--max-new-tokens", type=int, default=2048)
+    parser.add_argument("--engine", choices=["transformers"], default="transformers")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--attention", default=None)
+    args = parser.parse_args()
+
+    instructions = read_instructions(args.instructions, args.limit)
+    from sppo.generation import ENGINES, Sampling, summary
+    from sppo.models import context_length, pick_device, prompt_token_ids, template_hash, use_all_cores
+
+    use_all_cores()
+    with recorded("evaluate", args.output, [args.instructions, args.policy], vars(args)) as facts:
+        engine = ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device),
+                                      attention=args.attention, batch_size=args.batch_size)
+        context = context_length(args.policy)
+        prompts = []
+        for number, row in enumerate(instructions):
+            ids = prompt_token_ids(engine.tokenizer, [{"role": "user", "content": row["instruction"]}])
+            if context and len(ids) + args.max_new_tokens > context:
+                raise UserError(f"instruction {number} of {args.instructions} has {len(ids)} tokens and does not fit the policy's "
+                                f"context of {context} with alpaca_eval.max_new_tokens = {args.max_new_tokens}; lower that")
+            prompts.append({"prompt_id": str(row.get("prompt_id", number)), "prompt_token_ids": ids})
+        rows = engine.generate(prompts, Sampling(1, args.temperature, args.top_p, args.max_new_tokens), args.seed, args.noise)
+        write_json(args.output, [
+            {"dataset": instruction.get("dataset", ""), "instruction": instruction["instruction"], "output": row["text"],
+             "generator": args.generator, "prompt_id": row["prompt_id"], "finish_reason": row["finish_reason"],
+             "tokens": len(row["token_ids"])}
+            for instruction, row in zip(instructions, rows, strict=True)])
+        facts |= summary(rows) | {"computed_in": str(engine.dtype), "chat_template_sha256": template_hash(engine.tokenizer)}
+
+
+if __name__ == "__main__":
+    run(main)

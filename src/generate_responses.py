@@ -1,0 +1,49 @@
+"""Sample K responses to each prompt of one shard.
+
+Reads   prompts.parquet, the policy
+Writes  responses/{shard}.parquet and its record
+Paper   2405.00675, Algorithm 1 line 4 (K = 5, temperature 1.0, top-p 1.0)
+Departs from the official code: all K in one request; the noise of a sample is keyed by (data seed, iteration,
+        prompt, sample), where theirs repeats five seeds in every iteration and shard; no BOS is put twice; finish
+        reasons and token ids are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sppo.artifacts import read_table, recorded, write_table
+from sppo.config import add_section
+from sppo.errors import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--policy", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--iteration", type=int, required=True)
+    parser.add_argument("--shard", type=int, default=0, help="which of --shards parts, from 0")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--attention", default=None)
+    add_section(parser, "responses")
+    args = parser.parse_args()
+
+    prompts = read_table(args.prompts, "prompts")[args.shard::args.shards]
+    from sppo.generation import ENGINES, Sampling, summary
+    from sppo.models import pick_device, template_hash, use_all_cores
+
+    use_all_cores()
+    with recorded("generate", args.output, [args.prompts, args.policy], vars(args)) as facts:
+        engine = ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device),
+                                      attention=args.attention, batch_size=args.batch_size)
+        sampling = Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens)
+        rows = engine.generate(prompts, sampling, args.seed, f"iter{args.iteration}")
+        write_table(args.output, rows, "responses")
+        facts |= summary(rows) | {"computed_in": str(engine.dtype), "chat_template_sha256": template_hash(engine.tokenizer)}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,47 @@
+"""Log-probabilities of this iteration's pairs under a frozen policy: forward only, once.
+
+Reads   pairs.parquet, the frozen policy (pi_t; other references where a method needs them)
+Writes  logps/<model>.parquet and its record
+Paper   2405.00675: the denominator of eq. (4.6). The official code keeps a second copy of the model in memory
+        and computes these in every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sppo.artifacts import read_table, recorded, write_table
+from sppo.errors import UserError, run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=Path, required=True)
+    parser.add_argument("--policy", type=Path, required=True, help="the frozen policy")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="pairs in one forward pass")
+    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto", help="the same as in training")
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--attention", default=None)
+    args = parser.parse_args()
+
+    pairs = read_table(args.pairs, "pairs")
+    if not pairs:
+        raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
+    from sppo.logps import frozen_logps
+    from sppo.models import compute_dtype, load_policy, pick_device, use_all_cores
+    import torch
+
+    use_all_cores()
+    device = pick_device(args.device)
+    dtype = compute_dtype(args.precision, device)
+    with recorded("reference", args.output, [args.pairs, args.policy], vars(args)) as facts:
+        model = load_policy(args.policy, torch.float32, device, args.attention)
+        rows = frozen_logps(model, pairs, dtype, device, args.micro_batch_size)
+        write_table(args.output, rows, "logps")
+        facts |= {"pairs": len(rows), "computed_in": str(dtype)}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,300 @@
+"""AlpacaEval as alpaca-eval 0.6.6 computes it, with a judge of the user's choice.
+
+The package's own `evaluate()` makes every figure. What is ours:
+1. judges: the embedded preference model as an annotator class, any OpenAI-compatible server as a
+   configuration made here; the package's stock annotators are taken by name.
+2. the length-controlled (LC) metric gets its file of instruction difficulties from us instead of from
+   the hub: a neutral one, which the formula for local instructions never reads, or the user's.
+3. a judgment that failed is an error, never a smaller n.
+
+Nothing heavy is imported at module level: the Snakefile calls `check_judge` before any work starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import sys
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sppo.artifacts import ROOT, file_hash, read_json
+from sppo.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Record = dict[str, Any]
+EMBEDDED = ("judge", "ranker")  # folders of data/
+# sha256 of AlpacaEval's 805 instructions in their order, joined by NUL: difficulties go by position.
+CANONICAL_INSTRUCTIONS = "bfe8c45991f635de0b1f94abeeb1335ef665d58eddd87ddf6fa71b7b0c2ce7a5"
+
+
+def adapter_folder(judge: str) -> Path | None:
+    """Folder of an embedded preference model's adapter; None if `judge` names an API judge."""
+    if judge in EMBEDDED:
+        return ROOT / "data" / judge
+    return Path(judge) if "/" in judge or Path(judge).is_dir() else None
+
+
+def check_judge(judge: str, judge_model: str | None = None, judge_base_url: str | None = None) -> None:
+    """Raise UserError if the judge cannot work: unknown name, missing folder, model, address or key. Cheap."""
+    folder = adapter_folder(judge)
+    if folder:
+        if not folder.is_dir():
+            raise UserError(f"judge {judge}: the folder {folder} is missing; train the adapter or correct alpaca_eval.judge")
+    elif judge == "openai":
+        if not judge_model:
+            raise UserError("judge openai: no model is named; set alpaca_eval.judge_model")
+        if not judge_base_url:
+            raise UserError("judge openai: no server is named; set alpaca_eval.judge_base_url, such as http://localhost:8000/v1")
+    else:
+        package = importlib.util.find_spec("alpaca_eval")  # finds, does not import; absent outside its environment
+        if package and not (Path(package.origin).parent / "evaluators_configs" / judge / "configs.yaml").exists():
+            raise UserError(f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or "
+                            "an annotators_config of alpaca-eval such as weighted_alpaca_eval_gpt4_turbo")
+        if not os.environ.get("OPENAI_API_KEY"):
+            raise UserError(f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another alpaca_eval.judge")
+
+
+class PreferenceAnnotator:
+    """alpaca-eval's annotator interface over a local preference model.
+
+    `model.pair_logits(instruction, [a, b])` gives the logits (2, 2) that row beats column, read in that
+    order. P(output_2 beats output_1) = sigma of the mean of both orders, as for training preferences
+    (arXiv 2405.00675, section 5.1). Equal outputs are a draw, as in the package's own annotators.
+    """
+
+    def __init__(self, annotators_config: str, model: Any) -> None:
+        self.name, self.model = annotators_config, model
+
+    def annotate_head2head(self, outputs_1: pd.DataFrame, outputs_2: pd.DataFrame) -> list[Record]:
+        """Annotations in the package's form; both frames hold the same instructions in the same order."""
+        from sppo.progress import progress
+        pairs = list(zip(outputs_1.to_dict("records"), outputs_2.to_dict("records"), strict=True))
+        return [self._annotation(one, two) for one, two in progress(pairs, "judged pairs")]
+
+    def _annotation(self, one: Record, two: Record) -> Record:
+        from sppo.preference import win_probabilities
+
+        preference = 1.5
+        if one["output"] != two["output"]:
+            logits = self.model.pair_logits(one["instruction"], [one["output"], two["output"]])
+            preference = 1.0 + float(win_probabilities(logits)[1, 0])
+        shared = {key: one[key] for key in ("instruction", "dataset", "prompt_id") if key in one}
+        return {**shared, "output_1": one["output"], "generator_1": one["generator"], "output_2": two["output"],
+                "generator_2": two["generator"], "annotator": self.name, "preference": preference}
+
+
+def _annotator(judge: str, model: str | None, base_url: str | None, base: Path | None, cache: Path,
+               folder: Path) -> tuple[Record, Record]:
+    """What `evaluate()` must be told to use the judge, and the facts about it that the result keeps."""
+    adapter = adapter_folder(judge)
+    if adapter:
+        if base is None:
+            raise UserError(f"judge {judge} is an adapter; name its base model with --judge-base")
+        from sppo.rankers import EmbeddedRanker
+
+        facts = {"adapter": judge, "adapter_sha256": file_hash(adapter)}
+        return {"annotators_config": judge, "Annotator": PreferenceAnnotator, "model": EmbeddedRanker(adapter, base)}, facts
+    config, facts = judge, {"annotators_config": judge}
+    if judge == "openai":
+        logprobs = _gives_logprobs(model, base_url)
+        config = _server_config(folder / "server" / "configs.yaml", model, base_url, logprobs)
+        facts = {"model": model, "base_url": base_url, "reads": "logprobs" if logprobs else "text"}
+    name = hashlib.sha256(f"{judge}\0{model}\0{base_url}".encode()).hexdigest()[:16]
+    # The package writes its cache after every chunk: at most 20 judgments are lost to a failure.
+    return {"annotators_config": config, "annotation_kwargs": {"chunksize": 20},
+            "caching_path": _clean_cache(cache / f"{name}.json")}, facts
+
+
+def _gives_logprobs(model: str, base_url: str) -> bool:
+    """Ask the server for one token. Also proves, before any judgment is paid for, that it answers."""
+    import openai
+
+    try:
+        answer = openai.OpenAI(base_url=base_url).chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Answer with the letter m."}], max_tokens=1,
+            logprobs=True, top_logprobs=5)
+    except (openai.BadRequestError, openai.UnprocessableEntityError):
+        return False  # this is how servers without log-probabilities refuse them
+    found = answer.choices[0].logprobs
+    return bool(found and found.content and found.content[0].top_logprobs)
+
+
+def _server_config(path: Path, model: str, base_url: str, logprobs: bool) -> str:
+    """Write an annotators_config for an OpenAI-compatible server; returns its path.
+
+    Prompt, and parser of log-probabilities, are those of weighted_alpaca_eval_gpt4_turbo; without
+    log-probabilities the answer's first letter counts. The key stays in the environment.
+    """
+    import yaml
+    from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
+
+    settings: Record = {
+        "prompt_template": str(EVALUATORS_CONFIG_DIR / "alpaca_eval_clf_gpt4_turbo" / "alpaca_eval_clf.txt"),
+        "fn_completions": "openai_completions",
+        # The package takes any model with "instruct" in its name for one without a chat interface.
+        "completions_kwargs": {"model_name": model, "openai_api_base": base_url, "client_config_path": "",
+                               "requires_chatml": True, "price_per_token": 0.0},
+        "batch_size": 1,
+    }
+    if logprobs:
+        settings["completions_kwargs"] |= {"max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 5}
+        settings |= {"fn_completion_parser": "logprob_parser", "completion_key": "completions_all",
+                     "completion_parser_kwargs": {"numerator_token": "m", "denominator_tokens": ["m", "M"], "is_binarize": False}}
+    else:
+        settings["completions_kwargs"] |= {"max_tokens": 8, "temperature": 0}
+        settings |= {"fn_completion_parser": "regex_parser",
+                     "completion_parser_kwargs": {"outputs_to_match": {1: r"\A\W*m\b", 2: r"\A\W*M\b"}}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({model: settings}), encoding="utf-8")
+    return str(path)
+
+
+def _clean_cache(path: Path) -> str:
+    """The package's cache without failed judgments, so that they are asked again; a torn file is dropped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        kept = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["preference"] not in (None, -1)]
+    path.unlink(missing_ok=True)
+    if kept:  # the package does not read an empty list
+        path.write_text(json.dumps(kept), encoding="utf-8")
+    return str(path)
+
+
+def read_outputs(path: Path) -> list[Record]:
+    """Outputs in alpaca-eval's form: a list of objects with instruction, output and generator.
+
+    A missing field, an instruction that stands twice and a second generator are a UserError.
+    """
+    rows, seen = read_json(path), {}
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path} is not a list of outputs; alpaca-eval's form is [{{instruction, output, generator}}, ...]")
+    for number, row in enumerate(rows, start=1):
+        for field in ("instruction", "output", "generator"):
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise UserError(f"{path}: entry {number} has no text in '{field}'; add it")
+        first = seen.setdefault(row["instruction"], number)
+        if first != number:
+            raise UserError(f"{path}: entries {first} and {number} have the same instruction {_short(row)}; drop one")
+        if row["generator"] != rows[0]["generator"]:
+            raise UserError(f"{path}: entry {number} is by {row['generator']}, entry 1 by {rows[0]['generator']}; "
+                            "one file holds one generator")
+    return rows
+
+
+def paired(outputs: list[Record], reference: list[Record]) -> list[Record]:
+    """`outputs` in the order of `reference`. UserError if they answer different instructions."""
+    answers = {row["instruction"]: row for row in outputs}
+    for row in reference:
+        if row["instruction"] not in answers:
+            raise UserError(f"the outputs lack the reference's instruction {_short(row)}; generate both for the same instructions")
+    asked = {row["instruction"] for row in reference}
+    for row in outputs:
+        if row["instruction"] not in asked:
+            raise UserError(f"the reference lacks the outputs' instruction {_short(row)}; generate both for the same instructions")
+    if len(reference) < 5:  # the package fits LC by five-fold cross-validation
+        raise UserError(f"{len(reference)} instructions are too few for the length-controlled metric; give at least 5")
+    if outputs[0]["generator"] == reference[0]["generator"]:  # the package would answer 50 without looking
+        raise UserError(f"outputs and reference are both by generator {outputs[0]['generator']}; name them apart")
+    return [answers[row["instruction"]] for row in reference]
+
+
+def _short(row: Record) -> str:
+    return repr(textwrap.shorten(row["instruction"], 60, placeholder="..."))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings about pkg_resources and, at every fit, about scikit-learn 1.10: both are pinned."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def length_model(reference: list[Record], difficulty: Path | None) -> Iterator[tuple[str, Path]]:
+    """Name of the package's LC formula and the file of difficulties that it reads (df_gamed.csv's form).
+
+    Without `difficulty`: `length_controlled_minimal`, right for any instructions, with a stand-in of zeros that
+    its formula never uses. With it: `length_controlled_v1`, for the 805 of AlpacaEval in their order alone.
+    """
+    if difficulty:
+        instructions = "\0".join(row["instruction"] for row in reference)
+        if hashlib.sha256(instructions.encode()).hexdigest() != CANONICAL_INSTRUCTIONS:
+            raise UserError(f"{difficulty} goes by position, and the reference is not AlpacaEval's 805 instructions in their "
+                            "order; put it in order, or set alpaca_eval.difficulty to null")
+        if not difficulty.is_file():
+            raise UserError(f"{difficulty} is missing; make it or correct alpaca_eval.difficulty")
+        yield "length_controlled_v1", difficulty
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "df_gamed.csv"
+        rows = (f"0.5,{position},0.0,0.0,False,neutral\n" for position in range(len(reference)))
+        file.write_text("preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model\n" + "".join(rows))
+        yield "length_controlled_minimal", file
+
+
+def metrics(annotations: list[Record] | pd.DataFrame, formula: str, difficulty: Path, cache: Path | None = None) -> Record:
+    """The package's win rate and LC win rate, in per cent. UserError if judgments are missing."""
+    import pandas as pd
+
+    with _quiet():
+        from alpaca_eval.metrics import get_winrate, glm_winrate
+    frame = pd.DataFrame(annotations)[["preference", "instruction", "output_1", "output_2", "generator_1", "generator_2"]]
+    preference = frame["preference"].astype(float).replace(0.0, 1.5)  # 0 is an old form of a draw
+    failed = frame[~preference.between(1, 2)]  # NaN is not between
+    if len(failed):
+        kept = f", the others are kept in {cache}" if cache else ""
+        raise UserError(f"the judge failed on {len(failed)} of {len(frame)} instructions, first on "
+                        f"{_short(failed.iloc[0])}; mend the judge and run again{kept}")
+    # Nothing to control for, or nothing to fit: the package stops on equal length differences, and answers
+    # 50 for a policy that lost every comparison outright (liblinear drops zero weights and sees one class).
+    differences = frame["output_1"].str.len() - frame["output_2"].str.len()
+    if differences.nunique() == 1 or preference.eq(1.0).all():
+        plain = get_winrate(frame)
+        return plain | {"length_controlled_winrate": plain["win_rate"]}
+    glm_winrate.hf_hub_download = lambda **_: str(difficulty)  # its only download
+    with _quiet():
+        return glm_winrate.get_length_controlled_winrate(frame, glm_name=formula, save_weights_dir=None,
+                                                         is_warn_extreme_changes=False)
+
+
+def evaluate(outputs: list[Record], reference: list[Record], formula: str, difficulty: Path, cache: Path, judge: str,
+             model: str | None, base_url: str | None, base: Path | None) -> tuple[Record, list[Record], Record]:
+    """Run alpaca-eval's `evaluate()`: its row (per cent), the annotations, facts about the judge.
+
+    `outputs` and `reference` come from `paired`; `cache` is a folder for the judgments of API judges.
+    """
+    import openai
+
+    if judge == "openai" and not os.environ.get("OPENAI_API_KEY"):
+        os.environ["OPENAI_API_KEY"] = "EMPTY"  # a local server wants no key, but the client insists on one
+    with _quiet():
+        from alpaca_eval.main import evaluate as package_evaluate
+    logging.disable(logging.CRITICAL)  # the package logs whole requests and server messages, which may quote the key
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            chosen, facts = _annotator(judge, model, base_url, base, cache, Path(folder))
+            board, annotations = package_evaluate(
+                model_outputs=outputs, reference_outputs=reference, name=outputs[0]["generator"], output_path=None,
+                precomputed_leaderboard=None, is_cache_leaderboard=False, is_return_instead_of_print=True,
+                fn_metric=functools.partial(metrics, formula=formula, difficulty=difficulty,
+                                            cache=chosen.get("caching_path")), **chosen)
+    except openai.OpenAIError as error:
+        message = str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "(key)")
+        raise UserError(f"judge {base_url or judge}: {message}; mend it and run again, finished judgments are kept in {cache}") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    return board.iloc[0].to_dict(), annotations, facts

@@ -1,0 +1,170 @@
+"""Configuration: one schema, checked at once, resolved for every run.
+
+`config/schema.yaml` holds every key. `resolve` turns what the user wrote into one complete dictionary
+for the main run and one for each named run; programs take their flags from the same schema.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import difflib
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from sppo.errors import UserError
+
+SCHEMA_FILE = Path(__file__).resolve().parents[2] / "config" / "schema.yaml"
+RESERVED = {"tables", "figures", "theory", "report", "models"}
+# What a run may not override: these decide where things lie, or are shared by all runs.
+SHARED = {"name", "runs", "policy", "device"}
+# What two runs must agree on to share the first iteration's responses and preferences.
+FIRST_ITERATION = ("prompts", "responses", "preference", "seeds")
+
+Config = dict[str, Any]
+
+
+def schema() -> Config:
+    """The JSON schema of the configuration."""
+    return yaml.safe_load(SCHEMA_FILE.read_text(encoding="utf-8"))
+
+
+def resolve(written: Config) -> dict[str, Config]:
+    """Complete configurations by run name; the main run's name is "".
+
+    Raises `UserError` naming the first wrong key. A key takes, in this order: the run's override, what the
+    configuration says, the column of `settings`, the schema's default.
+    """
+    rules = schema()
+    _check(written, rules, "")
+    main = {key: value for key, value in written.items() if key != "runs"}
+    runs = {"": _complete(main, rules) | {"first_iteration_from": None}}
+    for name, overrides in written.get("runs", {}).items():
+        where = f"runs.{name}"
+        if name in RESERVED or name.startswith("iter"):
+            raise UserError(f"config: {where} has a reserved name; choose another")
+        overrides = dict(overrides)
+        first = overrides.pop("first_iteration_from", None)
+        if first not in (None, "main"):
+            raise UserError(f"config: {where}.first_iteration_from is {first!r}; it can only be main")
+        for key in SHARED & overrides.keys():
+            raise UserError(f"config: {where} cannot override {key}; set it for all runs, or write a preset with a name of its own")
+        _check(overrides, rules, where + ".")
+        run = _complete(_merged(main, overrides), rules) | {"first_iteration_from": first}
+        if first:
+            for section in FIRST_ITERATION:
+                wanted, own = dict(runs[""][section]), dict(run[section])
+                if section == "seeds":
+                    wanted, own = {"data": wanted["data"]}, {"data": own["data"]}
+                for key in wanted:
+                    if wanted[key] != own[key]:
+                        raise UserError(f"config: {where} shares the first iteration with main but sets {section}.{key} "
+                                        "otherwise; remove the override or first_iteration_from")
+        runs[name] = run
+    return runs
+
+
+def _complete(written: Config, rules: Config) -> Config:
+    """Fill in settings and defaults, then check what one key alone cannot tell."""
+    settings = written.get("settings", rules["properties"]["settings"]["default"])
+    complete: Config = {}
+    for key, rule in rules["properties"].items():
+        if key == "runs":
+            continue
+        if rule["type"] == "object":
+            section = written.get(key, {})
+            complete[key] = {name: section.get(name, default_of(inner, settings)) for name, inner in rule["properties"].items()}
+        else:
+            complete[key] = written.get(key, default_of(rule, settings))
+    _check_together(complete)
+    return complete
+
+
+def default_of(rule: Config, settings: str) -> Any:
+    """The value that a key takes when nobody sets it."""
+    return rule["x-settings"][settings] if "x-settings" in rule else copy.deepcopy(rule["default"])
+
+
+def _check_together(config: Config) -> None:
+    train = config["train"]
+    if train["stop_epoch"] > train["schedule_total_epochs"]:
+        raise UserError(f"config: train.stop_epoch ({train['stop_epoch']}) is after train.schedule_total_epochs "
+                        f"({train['schedule_total_epochs']}); lower the one or raise the other")
+    if train["backend"] == "trl" and train["loss"] != "sppo_hard":
+        raise UserError(f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or train.backend: transformers")
+    if train["backend"] == "trl" and train["loss_scale"] != "none":
+        raise UserError("config: TRL does not scale losses; use train.loss_scale: none or train.backend: transformers")
+    if train["batch_size"] % train["micro_batch_size"] and train["batch_size"] > train["micro_batch_size"]:
+        raise UserError(f"config: train.batch_size ({train['batch_size']}) is not a multiple of train.micro_batch_size "
+                        f"({train['micro_batch_size']}); change one of them")
+
+
+def _merged(base: Config, overrides: Config) -> Config:
+    """A copy of `base` with nested overrides."""
+    result = copy.deepcopy(base)
+    for key, value in overrides.items():
+        result[key] = _merged(result.get(key, {}), value) if isinstance(value, dict) else value
+    return result
+
+
+def _check(written: Config, rules: Config, where: str) -> None:
+    errors = sorted(jsonschema.Draft202012Validator(rules).iter_errors(written), key=lambda e: list(map(str, e.absolute_path)))
+    if errors:
+        raise UserError("config: " + _explain(errors[0], rules, where))
+
+
+def _explain(error: jsonschema.ValidationError, rules: Config, where: str) -> str:
+    """One line for one schema error."""
+    path = where + ".".join(map(str, error.absolute_path))
+    value = error.instance
+    if error.validator == "additionalProperties":
+        known = list(error.schema["properties"])
+        unknown = next(key for key in value if key not in known)
+        at = f"{path}.{unknown}" if error.absolute_path else where + unknown
+        near = difflib.get_close_matches(unknown, known, 1)
+        return f"unknown key {at}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+    if path.endswith("responses.samples") and isinstance(value, int):
+        return f"{path} is K, and K = {value} leaves nothing to compare; set it to 2 or more"
+    if error.validator == "type":
+        wanted = error.validator_value if isinstance(error.validator_value, str) else " or ".join(error.validator_value)
+        hint = " (YAML reads 1e-6 as text: write 1.0e-6)" if wanted == "number" and isinstance(value, str) else ""
+        return f"{path} is {value!r}, not {wanted}{hint}; see config/schema.yaml"
+    if error.validator == "enum":
+        return f"{path} is {value!r}; it can be {', '.join('null' if v is None else str(v) for v in error.validator_value)}"
+    limits = {"minimum": "at least", "exclusiveMinimum": "greater than", "maximum": "at most"}
+    if error.validator in limits:
+        return f"{path} is {value}; it must be {limits[error.validator]} {error.validator_value}"
+    return f"{path or 'the configuration'}: {error.message}; see config/schema.yaml"
+
+
+def add_section(parser: argparse.ArgumentParser, section: str, skip: tuple[str, ...] = ()) -> None:
+    """Give a program one flag for each key of a section: `max_new_tokens` is `--max-new-tokens`.
+
+    A flag that is not given has the value of `settings: paper`.
+    """
+    for key, rule in schema()["properties"][section]["properties"].items():
+        if key in skip:
+            continue
+        types = [rule["type"]] if isinstance(rule["type"], str) else [t for t in rule["type"] if t != "null"]
+        kind = {"integer": int, "number": float, "boolean": _boolean, "string": str}[types[0]]
+        choices = [value for value in rule["enum"] if value is not None] if "enum" in rule else None
+        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=choices, default=default_of(rule, "paper"),
+                            help=rule["description"].replace("%", "%%") + " (default: %(default)s)")
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def flags(section: Config, skip: tuple[str, ...] = ()) -> list[str]:
+    """The flags that hand a resolved section to a program; keys that are null are left out."""
+    words = []
+    for key, value in section.items():
+        if key not in skip and value is not None:
+            words += [f"--{key.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return words

@@ -1,0 +1,133 @@
+"""Generation: K sampled responses to each prompt, with noise that belongs to the sample and not to the batch.
+
+One engine interface: `generate(prompts, sampling, seed)` on prompt token ids. transformers is the engine
+here; another one (vLLM) has the same method and the same contracts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from sppo.models import compute_dtype, load_policy, load_tokenizer, stop_token_ids
+from sppo.progress import progress
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. `temperature` 0 is greedy."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+
+
+def sample_seed(data_seed: int, purpose: str, prompt_id: str, sample_id: int) -> int:
+    """The seed of one response, 64 bits: the same whatever shard or batch it is generated in.
+
+    `purpose` keeps iterations and evaluations apart.
+    """
+    text = f"{data_seed}/{purpose}/{prompt_id}/{sample_id}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Sample one token a row by inverting the cumulative distribution at that row's own uniform number.
+
+    logits (B, V), uniforms (B,) in [0, 1); returns token ids (B,). A row's token depends on that row alone.
+    top_p keeps the smallest set of most likely tokens whose probability reaches it.
+    """
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1.0:
+        # Sorting the whole vocabulary costs more than the model; the nucleus nearly always lies in the top few.
+        few = min(1024, probabilities.shape[-1])
+        ordered, tokens = probabilities.topk(few, dim=-1)
+        if (ordered.sum(dim=-1) < top_p).any():
+            ordered, tokens = probabilities.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        ordered = ordered.masked_fill(before >= top_p, 0.0)
+    else:
+        ordered, tokens = probabilities, None
+    cumulative = ordered.double().cumsum(dim=-1)
+    # Strictly inside (0, total]: a token of probability 0 is never drawn.
+    target = (1.0 - uniforms.to(cumulative)) * cumulative[:, -1]
+    index = torch.searchsorted(cumulative, target[:, None]).clamp(max=cumulative.shape[-1] - 1)
+    return (index if tokens is None else tokens.gather(1, index)).squeeze(1)
+
+
+class OwnNoise(LogitsProcessor):
+    """Makes `generate(do_sample=False)` sample: every row draws with the noise of its own seed."""
+
+    def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int) -> None:
+        self.sampling, self.prompt_length = sampling, prompt_length
+        rows = [np.random.Generator(np.random.Philox(seed)).random(sampling.max_new_tokens) for seed in seeds]
+        self.uniforms = torch.from_numpy(np.stack(rows))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        step = input_ids.shape[1] - self.prompt_length
+        tokens = draw_tokens(scores, self.uniforms[:, step].to(scores.device), self.sampling.temperature, self.sampling.top_p)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+
+
+class TransformersEngine:
+    """transformers' `generate`, in batches of prompts of like length."""
+
+    def __init__(self, folder: Path, *, precision: str, device: str, attention: str | None, batch_size: int) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        self.stop_ids = stop_token_ids(folder, self.tokenizer)
+        self.dtype = compute_dtype(precision, device)
+        self.model = load_policy(folder, self.dtype, device, attention)
+        self.device, self.batch_size = device, batch_size
+
+    def generate(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> list[dict[str, Any]]:
+        """K responses to each prompt.
+
+        `prompts` are rows with prompt_id and prompt_token_ids. Returns rows of the table `responses`, in the
+        order of the prompts and by sample_id. token_ids end in a stop id if and only if finish_reason is `stop`.
+        """
+        by_length = sorted(prompts, key=lambda row: len(row["prompt_token_ids"]))
+        width = max(1, self.batch_size // sampling.samples)
+        batches = [by_length[i:i + width] for i in range(0, len(by_length), width)]
+        rows = [row for batch in progress(batches, "generate") for row in self._batch(batch, sampling, data_seed, purpose)]
+        place = {row["prompt_id"]: i for i, row in enumerate(prompts)}
+        return sorted(rows, key=lambda row: (place[row["prompt_id"]], row["sample_id"]))
+
+    def _batch(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> Iterator[dict[str, Any]]:
+        wanted = [(row, k, sample_seed(data_seed, purpose, row["prompt_id"], k)) for row in prompts for k in range(sampling.samples)]
+        width = max(len(row["prompt_token_ids"]) for row in prompts)
+        pad = self.stop_ids[0]  # masked out, so any id will do
+        ids = torch.tensor([[pad] * (width - len(r["prompt_token_ids"])) + list(r["prompt_token_ids"]) for r, _, _ in wanted])
+        mask = torch.tensor([[0] * (width - len(r["prompt_token_ids"])) + [1] * len(r["prompt_token_ids"]) for r, _, _ in wanted])
+        noise = [OwnNoise([seed for _, _, seed in wanted], sampling, width)] if sampling.temperature > 0 else []
+        with torch.inference_mode():
+            # temperature and top_p are reset: the model's own generation config must not warp the logits as well.
+            output = self.model.generate(
+                ids.to(self.device), attention_mask=mask.to(self.device), do_sample=False, temperature=1.0, top_p=1.0, top_k=50,
+                repetition_penalty=1.0, max_new_tokens=sampling.max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=pad,
+                logits_processor=LogitsProcessorList(noise))
+        for (row, k, seed), tokens in zip(wanted, output[:, width:].tolist(), strict=True):
+            stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
+            kept = tokens if stop is None else tokens[:stop + 1]
+            spoken = kept if stop is None else kept[:-1]
+            yield {"prompt_id": row["prompt_id"], "sample_id": k, "seed": seed,
+                   "prompt_token_ids": list(row["prompt_token_ids"]), "token_ids": kept,
+                   "text": self.tokenizer.decode(spoken, skip_special_tokens=True),
+                   "finish_reason": "length" if stop is None else "stop"}
+
+
+ENGINES = {"transformers": TransformersEngine}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a record says of responses: tokens, mean length, how many were cut."""
+    tokens = [len(row["token_ids"]) for row in rows]
+    return {"responses": len(rows), "tokens": sum(tokens), "mean_tokens": round(float(np.mean(tokens)), 1),
+            "cut_by_max_new_tokens": sum(row["finish_reason"] == "length" for row in rows)}

@@ -1,0 +1,67 @@
+"""Preference estimates: from the K x K logits of one prompt to P, P-hat, winner and loser.
+
+Pure functions on numpy arrays. L[i, j] is the logit that response i beats response j as the preference
+model read them, in the order (i, j); its diagonal is ignored. SPPO is arXiv 2405.00675.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)) without overflow."""
+    return 0.5 * (1.0 + np.tanh(0.5 * np.asarray(x, dtype=np.float64)))
+
+
+def _relative(logits: Array) -> Array:
+    """L - L^T, skew-symmetric: both orders of every pair together; (K, K)."""
+    logits = np.asarray(logits, dtype=np.float64)
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
+        raise ValueError(f"logits have shape {logits.shape}, not (K, K)")
+    if not np.isfinite(logits).all():
+        raise ValueError("logits are not finite")
+    return logits - logits.T
+
+
+def mean_logits(logits: Array) -> Array:
+    """s_i = mean over j of (L_ij - L_ji), shape (K,): the score that winner and loser are the ends of.
+
+    Zero diagonal inside the mean, as in llm-blender's `rank` and the paper's section 5.1.
+    """
+    return _relative(logits).mean(axis=1)
+
+
+def win_probabilities(logits: Array, probability: str = "pairwise", logit_scale: float = 0.5) -> Array:
+    """P(y_i beats y_j), shape (K, K); P + P^T = 1 and the diagonal is 1/2, exactly.
+
+    `pairwise`: sigma(c (L - L^T)), a general preference that may be cyclic (the paper, section 5.1; c = 1/2
+    is the mean of both orders). `blender`: sigma(s_i - s_j) from the mean logits, the Bradley-Terry collapse
+    of the official compute_prob.py, under which a cyclic triple becomes three ties.
+    """
+    if probability == "pairwise":
+        x = logit_scale * _relative(logits)
+    elif probability == "blender":
+        scores = mean_logits(logits)
+        x = scores[:, None] - scores[None, :]
+    else:
+        raise ValueError(f"probability is {probability!r}, not pairwise or blender")
+    return sigmoid(x)
+
+
+def p_hat(probabilities: Array) -> Array:
+    """P-hat(y_i beats pi_t) = mean over j of P(y_i beats y_j), shape (K,).
+
+    i = j is included and contributes 1/2 (section 5.1), so the mean of P-hat over i is exactly 1/2.
+    """
+    return np.asarray(probabilities, dtype=np.float64).mean(axis=1)
+
+
+def winner_and_loser(scores: Array) -> tuple[int, int] | None:
+    """Indices of the highest and the lowest score; None if all are equal, which is no preference."""
+    scores = np.asarray(scores)
+    winner, loser = int(scores.argmax()), int(scores.argmin())
+    return None if scores[winner] == scores[loser] else (winner, loser)

@@ -1,0 +1,253 @@
+"""The embedded preference model: a skew-symmetric preference embedding on a small language model.
+
+General Preference Model, Zhang et al. 2024, arXiv 2410.02197, section 3. Each (instruction, answer) is
+read once and becomes an embedding e in R^d, d even. The logit that answer i beats answer j is
+
+    s(i, j) = e_i^T R e_j,   R = blockdiag([[0, -1], [1, 0]], ...)                     (eq. 3 and 4)
+
+and P(i beats j) = sigma(s). R is skew-symmetric, so P(i, j) + P(j, i) = 1 by construction, K answers
+need K forward passes instead of K(K - 1), and cyclic preferences can be represented: with d = 2 and
+e = (1, r) it is Bradley-Terry with reward r, with more it is not.
+
+Where we depart from the paper: the backbone is the lower layers of the language model alone (its middle
+layers predict GPT-4's preferences better than its last, as a linear probe showed, and cost half), read
+out by the mean over the answer's tokens beside the last token, and there is no eigenvalue gate on R.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from sppo.errors import UserError
+
+ADAPTERS = Path(__file__).resolve().parents[2] / "data"  # data/ranker and data/judge
+OMISSION = " [...] "  # stands where the middle of a long text was left out
+PLACEHOLDER = "\x00"  # marks the instruction's place in the chat template
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus a trainable low-rank update (2106.09685, eq. 3).
+
+    The update is kept in float32 and computed in the frozen layer's type. B starts at zero.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        noise = torch.randn(rank, base.in_features, generator=generator)
+        self.A = nn.Parameter(noise / base.in_features**0.5)
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + (x @ self.A.to(x.dtype).T) @ self.B.to(x.dtype).T
+
+
+class PreferenceEmbedder(nn.Module):
+    """(instruction, answers) -> embeddings (K, d). See the module's docstring.
+
+    backbone: a Llama-like transformers model without its language head; its upper layers are dropped.
+    spec: `layers` kept, `lora_from` (the first layer with an update), `lora_rank`, `dimensions` d.
+    """
+
+    def __init__(self, backbone: nn.Module, spec: dict, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        backbone.layers = backbone.layers[: spec["layers"]]
+        backbone.config.num_hidden_layers = spec["layers"]
+        backbone.norm = nn.Identity()  # the final norm belongs to the last layer, which is gone
+        self.backbone = backbone.requires_grad_(False)
+        for layer in backbone.layers[spec["lora_from"]:]:
+            for block in (layer.self_attn, layer.mlp):
+                for name, child in list(block.named_children()):
+                    if isinstance(child, nn.Linear):
+                        setattr(block, name, LoraLinear(child, spec["lora_rank"], generator))
+        width = 2 * backbone.config.hidden_size
+        # Features are standardised by constants, taken from training data before the first step: the
+        # hidden states of a language model have a few dimensions a hundred times larger than the rest.
+        self.register_buffer("feature_mean", torch.zeros(width))
+        self.register_buffer("feature_scale", torch.ones(width))
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(width, spec["dimensions"])
+        with torch.no_grad():  # start near e = (1, r, 0, 0, ...): close to a reward difference
+            self.head.weight.copy_(0.01 * torch.randn(self.head.weight.shape, generator=generator))
+            self.head.bias.zero_()
+            self.head.bias[0] = 1.0
+
+    def features(self, prompt_ids: list[int], answers: list[list[int]]) -> torch.Tensor:
+        """Mean over the answer's tokens, and its last token's state: float32 (K, 2 * hidden).
+
+        The prompt is read once and its keys and values are shared by the answers. Answers are padded
+        on the right to the longest of this prompt's; nothing depends on other prompts.
+        """
+        device = self.feature_mean.device
+        lengths = torch.tensor([len(ids) for ids in answers], device=device)
+        ids = torch.zeros(len(answers), int(lengths.max()), dtype=torch.long, device=device)
+        for row, answer in enumerate(answers):
+            ids[row, : len(answer)] = torch.tensor(answer, device=device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        prompt = torch.tensor([prompt_ids], device=device)
+        cache = self.backbone(input_ids=prompt, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(answers))
+        seen = torch.cat([mask.new_ones(len(answers), len(prompt_ids)), mask], dim=1).long()
+        states = self.backbone(input_ids=ids, attention_mask=seen, past_key_values=cache,
+                               use_cache=True).last_hidden_state.float()
+        mean = (states * mask[..., None]).sum(1) / lengths[:, None]
+        last = states[torch.arange(len(answers), device=device), lengths - 1]
+        return torch.cat([mean, last], dim=1)
+
+    def forward(self, prompt_ids: list[int], answers: list[list[int]]) -> torch.Tensor:
+        """Embeddings, float32 (K, d), of K answers to one prompt."""
+        z = (self.features(prompt_ids, answers) - self.feature_mean) / self.feature_scale
+        return self.head(self.dropout(z))
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """What was trained, and the feature constants: all that differs from the base model."""
+        own = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        own |= {"feature_mean", "feature_scale"}
+        return {name: tensor.detach().cpu() for name, tensor in self.state_dict().items() if name in own}
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the low-rank updates into the weights, so that inference costs what the base costs."""
+        for module in list(self.backbone.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, LoraLinear):
+                    child.base.weight += (child.B @ child.A).to(child.base.weight)
+                    setattr(module, name, child.base)
+
+
+def skew_logits(e: torch.Tensor) -> torch.Tensor:
+    """s(i, j) = e_i^T R e_j for embeddings e (K, d), d even: (K, K), exactly skew-symmetric.
+
+    GPM (2410.02197) eq. 3 with R = blockdiag([[0, -1], [1, 0]]); each block adds
+    e_i[1] e_j[0] - e_i[0] e_j[1].
+    """
+    products = e[:, 1::2] @ e[:, 0::2].T
+    return products - products.T
+
+
+class PairText:
+    """Turns an instruction and its answers into token ids, always in the same way.
+
+    The instruction stands in the model's own chat template as a user turn; the answer follows as the
+    assistant's, closed by the end-of-turn token. Control tokens spelled out inside either text are read
+    as plain characters. A text longer than its limit keeps its first three quarters and its last quarter
+    with ` [...] ` between: how an answer ends tells whether it was broken off.
+    """
+
+    def __init__(self, tokenizer, max_prompt_tokens: int, max_answer_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_prompt, self.max_answer = max_prompt_tokens, max_answer_tokens
+        if not tokenizer.chat_template:
+            raise UserError("the preference model's base has no chat template; use an instruction-tuned base")
+        text = tokenizer.apply_chat_template([{"role": "user", "content": PLACEHOLDER}], tokenize=False,
+                                             add_generation_prompt=True)
+        before, after = text.split(PLACEHOLDER)
+        self.before = tokenizer(before, add_special_tokens=False).input_ids
+        self.after = tokenizer(after, add_special_tokens=False).input_ids
+        self.omission = self.plain(OMISSION)
+
+    def plain(self, text: str) -> list[int]:
+        """Ids of user text: never a control token, whatever the text spells."""
+        if not text:
+            return []
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def shorten(self, ids: list[int], limit: int) -> list[int]:
+        """At most `limit` ids of the text: head, omission mark, tail (3 : 1)."""
+        if len(ids) <= limit:
+            return ids
+        room = limit - len(self.omission)
+        tail = room // 4
+        return ids[: room - tail] + self.omission + ids[len(ids) - tail:]
+
+    def prompt(self, instruction: str) -> list[int]:
+        """Ids of the chat up to where the assistant answers."""
+        return self.before + self.shorten(self.plain(instruction.strip()), self.max_prompt) + self.after
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer and the end of its turn. An empty answer is the end of the turn alone."""
+        return self.shorten(self.plain(text.strip()), self.max_answer) + [self.tokenizer.eos_token_id]
+
+
+def load_base(base_dir: Path, dtype: torch.dtype):
+    """The backbone and the tokenizer of a Hugging Face folder. Raises UserError where it is unusable."""
+    from transformers import AutoModel, AutoTokenizer
+
+    base_dir = Path(base_dir)
+    if not (base_dir / "config.json").is_file():
+        raise UserError(f"no model folder {base_dir}: make it with `.venv/bin/snakemake --cores all "
+                        "results/models/SmolLM2-135M-Instruct`, or name another with --base")
+    try:
+        model = AutoModel.from_pretrained(base_dir, dtype=dtype, local_files_only=True)
+        return model.eval(), AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot load the model folder {base_dir}: {error}") from None
+
+
+def best_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, float32 elsewhere."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    flags = Path("/proc/cpuinfo")
+    native = flags.is_file() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16", " bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+class EmbeddedRanker:
+    """A trained preference model, ready to judge: `data/ranker` or `data/judge` on its base model.
+
+    adapter_dir: a folder that `train_ranker.py` wrote. base_dir: the base model's Hugging Face folder.
+    dtype: "auto" (see `best_dtype`), "float32" or "bfloat16". Raises UserError where a file is absent,
+    broken, or made for another base.
+    """
+
+    def __init__(self, adapter_dir: Path, base_dir: Path, dtype: str = "auto", device: str = "cpu") -> None:
+        adapter_dir = Path(adapter_dir)
+        for name in ("ranker.json", "adapter.safetensors"):
+            if not (adapter_dir / name).is_file():
+                raise UserError(f"{adapter_dir} is no preference model: it has no {name}")
+        try:
+            self.spec = json.loads((adapter_dir / "ranker.json").read_text())
+            weights = load_file(adapter_dir / "adapter.safetensors")
+        except (ValueError, SafetensorError) as error:
+            raise UserError(f"{adapter_dir} is broken: {error}") from None
+        self.name = self.spec["name"]
+        compute = best_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+        backbone, tokenizer = load_base(base_dir, torch.float32)
+        ours = (backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size)
+        if list(ours) != self.spec["base_shape"]:
+            raise UserError(f"{adapter_dir} was trained on {self.spec['base']} (hidden size, layers, vocabulary "
+                            f"{self.spec['base_shape']}), and {base_dir} has {list(ours)}")
+        self.text = PairText(tokenizer, self.spec["max_prompt_tokens"], self.spec["max_answer_tokens"])
+        self.model = PreferenceEmbedder(backbone, self.spec).eval()
+        self.model.load_state_dict({name: t.float() for name, t in weights.items()}, strict=False)
+        self.model.merge()
+        self.model.to(device)
+        self.model.backbone.to(compute)
+
+    @torch.inference_mode()
+    def pair_logits(self, prompt: str, candidates: list[str]) -> np.ndarray:
+        """Logits that candidate i beats candidate j: float64 (K, K), skew-symmetric, diagonal 0.
+
+        prompt: the raw instruction (of a conversation, the last user message). P = sigma(L) is
+        calibrated: L already contains the scale fitted on held-out training instructions.
+        """
+        if not candidates:
+            return np.zeros((0, 0))
+        embeddings = self.model(self.text.prompt(prompt), [self.text.answer(c) for c in candidates])
+        return self.spec["logit_scale"] * skew_logits(embeddings.double()).cpu().numpy()
+
+
+def load_ranker(name: str, base_dir: Path, dtype: str = "auto", device: str = "cpu") -> EmbeddedRanker:
+    """The shipped preference model of that name: `ranker` annotates, `judge` evaluates."""
+    if not (ADAPTERS / name / "ranker.json").is_file():
+        raise UserError(f"no preference model named {name!r} in {ADAPTERS}: choose ranker or judge")
+    return EmbeddedRanker(ADAPTERS / name, base_dir, dtype, device)

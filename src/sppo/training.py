@@ -1,0 +1,191 @@
+"""Training on pairs: our trainer, and TRL's own as the oracle.
+
+Ours is `transformers.Trainer` with three public methods of its own: `compute_loss` (the SPPO family),
+`get_batch_samples` (a step's loss is the mean over its pairs, however they are cut into micro-batches) and
+`create_scheduler` (the schedule may be longer than the training).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from sppo.errors import UserError
+from sppo.logps import pair_batch, pair_length, response_logps
+from sppo.losses import pair_loss
+
+# Log-ratios before the first step: rounding alone. In bfloat16 a token's log-probability is good to about
+# 1e-2, and other padding than in the reference pass draws these errors anew.
+IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
+    """Indices of pairs in the order of training: shuffled in every epoch, cut into steps, each sorted by length.
+
+    So micro-batches hold pairs of like length, and which pairs make a step does not depend on micro-batches.
+    """
+    order: list[int] = []
+    for epoch in range(epochs):
+        indices = list(range(len(lengths)))
+        random.Random(f"{seed}/{epoch}").shuffle(indices)
+        order += indices
+    steps = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    return [i for step in steps for i in sorted(step, key=lambda i: (-lengths[i], i))]
+
+
+def plan(n_pairs: int, options: dict[str, Any]) -> tuple[int, int]:
+    """Optimiser steps until `stop_epoch`, and those that the learning-rate schedule is laid out for."""
+    stop = math.ceil(n_pairs * options["stop_epoch"] / options["batch_size"])
+    total = math.ceil(n_pairs * options["schedule_total_epochs"] / options["batch_size"])
+    return stop, max(stop, total)
+
+
+def collate_pairs(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of B pairs: 2B sequences (chosen, then rejected) and the pairs' own numbers, each (B,)."""
+    batch = pair_batch(pairs)
+    for name in ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected", "reference_chosen", "reference_rejected"):
+        batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
+    return batch
+
+
+class PairTrainer(Trainer):
+    """Regresses log-ratios of winners and losers onto their targets (arXiv 2405.00675, eq. 4.6)."""
+
+    def __init__(self, *args: Any, options: dict[str, Any], schedule_steps: int, dtype: torch.dtype, **kwargs: Any) -> None:
+        super().__init__(*args, data_collator=collate_pairs, **kwargs)
+        self.options, self.schedule_steps, self.dtype = options, schedule_steps, dtype
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the step's pairs, in compute_loss
+        self._step_sums: dict[str, float] = {}
+        self._step_began = time.monotonic()
+        self.step_0: dict[str, float] | None = None
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        pairs = torch.tensor(float(sum(len(batch["p_hat_chosen"]) for batch in batches)), device=device)
+        # The mean over processes that follows the backward pass divides by their number once more.
+        return batches, self.accelerator.reduce(pairs, "sum") / self.accelerator.num_processes
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        return super().create_scheduler(self.schedule_steps, optimizer)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        logps = response_logps(model, inputs)
+        chosen, rejected = logps.chunk(2)
+        delta_w, delta_l = chosen - inputs["reference_chosen"], rejected - inputs["reference_rejected"]
+        losses = pair_loss(self.options["loss"], delta_w, delta_l, inputs, self.options["beta"])
+        if self.state.global_step == 0 and self.step_0 is None:
+            self._check_step_0(losses, delta_w, delta_l, inputs)
+        self._count(losses, delta_w, delta_l, inputs)
+        scale = self.options["beta"] ** 2 if self.options["loss_scale"] == "beta_squared" else 1.0
+        loss = scale * losses.sum() / (num_items_in_batch if num_items_in_batch is not None else len(losses))
+        return (loss, logps) if return_outputs else loss
+
+    def _check_step_0(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Before the first update the policy is its own reference: log-ratios are 0 and the loss has its closed form."""
+        with torch.no_grad():
+            tokens = inputs["response_mask"].sum(1)
+            worst = (torch.cat([delta_w, delta_l]).abs() / tokens).max().item()
+            zero = torch.zeros_like(delta_w)
+            closed = pair_loss(self.options["loss"], zero, zero, inputs, self.options["beta"]).mean().item()
+        self.step_0 = {"log_ratio_per_token": worst, "loss": losses.mean().item(), "closed_form": closed}
+        if not worst < IDENTITY_TOLERANCE[self.dtype]:
+            raise UserError(f"step-0 identity: a log-ratio is {worst:.3g} nats a token before the first update, at most "
+                            f"{IDENTITY_TOLERANCE[self.dtype]} is rounding; the reference log-probabilities belong to another "
+                            "policy: delete them and run again")
+
+    def _count(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Add a micro-batch to the sums that the next log line reports as means over the step's pairs."""
+        sums = {"pairs": len(losses), "tokens": inputs["attention_mask"].sum().item(), "loss": losses.detach().sum().item(),
+                "log_ratio_chosen": delta_w.detach().sum().item(), "log_ratio_rejected": delta_l.detach().sum().item(),
+                "order_right": (delta_w > delta_l).sum().item()}
+        for name, value in sums.items():
+            self._step_sums[name] = self._step_sums.get(name, 0.0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Our own columns in place of the Trainer's loss: unscaled, means over pairs, nats."""
+        if "loss" in logs and self._step_sums:
+            pairs, now = self._step_sums.pop("pairs"), time.monotonic()
+            tokens = self._step_sums.pop("tokens")
+            logs = {**logs, **{name: value / pairs for name, value in self._step_sums.items()},
+                    "tokens_per_second": tokens / (now - self._step_began)}
+            self._step_sums, self._step_began = {}, now
+        super().log(logs, start_time)
+
+
+class Say(TrainerCallback):
+    """A line a step for the log of a job that nobody watches."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            print(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.6g}, log-ratio of chosen "
+                  f"{logs.get('log_ratio_chosen', float('nan')):+.2f}, of rejected {logs.get('log_ratio_rejected', float('nan')):+.2f}",
+                  flush=True)
+
+
+def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, dtype: torch.dtype, device: str, work: Path, seed: int) -> dict[str, Any]:
+    """Arguments that our trainer and TRL's share."""
+    micro = min(options["micro_batch_size"], options["batch_size"])
+    return {
+        "output_dir": str(work), "max_steps": steps, "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": options["batch_size"] // micro, "learning_rate": options["learning_rate"],
+        "optim": options["optimizer"], "lr_scheduler_type": options["lr_schedule"], "weight_decay": 0.0,
+        # In steps of the whole schedule, which is longer than the training if stop_epoch ends it early.
+        "warmup_steps": math.ceil(options["warmup_ratio"] * schedule_steps), "max_grad_norm": options["max_grad_norm"],
+        "bf16": dtype == torch.bfloat16, "use_cpu": device == "cpu", "seed": seed, "data_seed": seed,
+        "train_sampling_strategy": "sequential", "remove_unused_columns": False, "dataloader_pin_memory": device != "cpu",
+        "gradient_checkpointing": options["gradient_checkpointing"], "logging_steps": 1, "logging_first_step": True,
+        "save_strategy": "steps", "save_steps": options["checkpoint_steps"], "save_total_limit": 1,
+        "report_to": options["report_to"], "disable_tqdm": True, "run_name": work.parent.name,
+    }
+
+
+def make_trainer(model: PreTrainedModel, pairs: list[dict[str, Any]], options: dict[str, Any], dtype: torch.dtype, device: str,
+                 work: Path, seed: int) -> PairTrainer:
+    """Our trainer for rows of `pairs` that carry reference_chosen and reference_rejected."""
+    steps, schedule_steps = plan(len(pairs), options)
+    order = training_order([pair_length(p) for p in pairs], options["batch_size"], math.ceil(options["stop_epoch"]), seed)
+    arguments = TrainingArguments(**trainer_arguments(options, steps, schedule_steps, dtype, device, work, seed))
+    return PairTrainer(model=with_lora(model, options), args=arguments, train_dataset=[pairs[i] for i in order],
+                       options=options, schedule_steps=schedule_steps, dtype=dtype, callbacks=[Say()])
+
+
+def make_trl_trainer(model: PreTrainedModel, tokenizer: Any, pairs: list[dict[str, Any]], options: dict[str, Any], dtype: torch.dtype,
+                     device: str, work: Path, seed: int) -> Trainer:
+    """TRL's DPOTrainer on the same token ids in the same order; it computes its own references."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class TokenIdTrainer(DPOTrainer):
+        """DPOTrainer that takes token ids as they are instead of making them again from text."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+            return dataset
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            return super().create_scheduler(schedule_steps, optimizer)
+
+    steps, schedule_steps = plan(len(pairs), options)
+    order = training_order([pair_length(p) for p in pairs], options["batch_size"], math.ceil(options["stop_epoch"]), seed)
+    rows = [{"prompt_ids": list(pairs[i]["prompt_token_ids"]), "chosen_ids": list(pairs[i]["chosen_token_ids"]),
+             "rejected_ids": list(pairs[i]["rejected_token_ids"])} for i in order]
+    arguments = DPOConfig(**trainer_arguments(options, steps, schedule_steps, dtype, device, work, seed) | {"remove_unused_columns": True},
+                          loss_type=[options["loss"]], beta=options["beta"], precompute_ref_log_probs=True, max_length=None)
+    return TokenIdTrainer(model=with_lora(model, options), args=arguments, train_dataset=Dataset.from_list(rows),
+                          processing_class=tokenizer, callbacks=[Say()])
+
+
+def with_lora(model: PreTrainedModel, options: dict[str, Any]) -> Any:
+    """The model itself, or with LoRA adapters on all linear layers if `lora_rank` is not 0."""
+    if options["lora_rank"] == 0:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=options["lora_rank"], lora_alpha=options["lora_alpha"], lora_dropout=0.0,
+                                            target_modules="all-linear", task_type="CAUSAL_LM"))

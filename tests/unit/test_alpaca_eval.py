@@ -1,0 +1,424 @@
+"""AlpacaEval: our figures are the package's, our judges point the right way, and failures say what failed."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("alpaca_eval", reason="alpaca-eval is not installed in this environment")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "src"))
+
+import evaluate_alpaca_eval  # noqa: E402
+import summarize_run  # noqa: E402
+from sppo import alpaca  # noqa: E402
+from sppo.artifacts import read_json, write_json  # noqa: E402
+from sppo.errors import UserError  # noqa: E402
+
+SHARED = ROOT.parent / "shared" / "data"
+KEY = "sk-secret-of-the-test"
+
+
+def outputs(generator: str, n: int = 30, seed: int = 0) -> list[dict]:
+    lengths = np.random.default_rng(seed).integers(20, 400, size=n)
+    return [{"instruction": f"Write about {number}.", "output": f"{generator} {'x' * length}", "generator": generator,
+             "dataset": "ours", "prompt_id": str(number), "finish_reason": "stop"} for number, length in enumerate(lengths)]
+
+
+class Judge:
+    """A preference model that knows the answer: P(second beats first) by the second's text."""
+
+    def __init__(self, probability) -> None:
+        self.probability = probability
+
+    def pair_logits(self, prompt: str, candidates: list[str]) -> np.ndarray:
+        p = np.clip(self.probability(prompt, *candidates), 1e-300, 1 - 1e-16)
+        logit = np.log(p) - np.log1p(-p)
+        return np.array([[7.0, -logit], [logit, -3.0]])  # the diagonal says nothing
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """Run the program in this process on `ours` and `base`; returns the result, or raises what it raises."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+
+    def run(ours, base, *more, probability=None, judge=None, seed=0, fits=0):
+        rankers = types.ModuleType("sppo.rankers")
+        rankers.EmbeddedRanker = lambda adapter_dir, base_dir: Judge(probability)
+        monkeypatch.setitem(sys.modules, "sppo.rankers", rankers)
+        (tmp_path / "ours.json").write_text(json.dumps(ours))
+        (tmp_path / "base.json").write_text(json.dumps(base))
+        arguments = ["--outputs", tmp_path / "ours.json", "--reference", tmp_path / "base.json",
+                     "--output", tmp_path / "out" / "alpaca_eval.json", "--annotations", tmp_path / "out" / "annotations.json",
+                     "--judge", judge or adapter, "--judge-base", adapter, "--seed", seed, "--length-controlled-bootstrap", fits]
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "evaluate_alpaca_eval.py"), *map(str, arguments), *map(str, more)])
+        evaluate_alpaca_eval.main()
+        return read_json(tmp_path / "out" / "alpaca_eval.json")
+
+    return run
+
+
+def soft(prompt: str, first: str, second: str) -> float:
+    """A judge with an opinion of its own that also likes length; made of digits in the prompt, so fixed."""
+    number = int(re.search(r"\d+", prompt)[0])
+    return 1 / (1 + np.exp(-(1.0 + np.sin(number) + (len(second) - len(first)) / 300)))
+
+
+def test_figures_are_the_package_s_own(call, tmp_path):
+    from alpaca_eval.metrics import glm_winrate
+
+    result = call(outputs("policy", seed=1), outputs("base"), probability=soft)
+    rows = read_json(tmp_path / "out" / "annotations.json")
+    wins = np.array([row["preference"] for row in rows]) - 1
+    assert result["win_rate"] == pytest.approx(100 * wins.mean(), abs=1e-9)
+    assert result["standard_error"] == pytest.approx(100 * wins.std(ddof=1) / np.sqrt(len(wins)), abs=1e-9)
+    assert (result["n_wins"], result["n_wins_base"], result["n_draws"]) == ((wins > 0.5).sum(), (wins < 0.5).sum(), 0)
+    assert result["n_total"] == 30 and result["avg_length"] != result["reference_avg_length"]
+    with alpaca.length_model(outputs("base"), None) as (formula, file), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glm_winrate, "hf_hub_download", lambda **_: file)
+        package = glm_winrate.get_length_controlled_winrate(rows, glm_name=formula, save_weights_dir=None)
+    assert result["length_controlled_winrate"] == package["length_controlled_winrate"] != 50.0
+    assert (tmp_path / "out" / "alpaca_eval.json.record.json").exists()
+    assert (tmp_path / "out" / "annotations.json.record.json").exists()
+
+
+def test_annotations_have_the_package_s_form(call, tmp_path):
+    call(outputs("policy", seed=1)[::-1], outputs("base"), probability=soft)  # another order is put right
+    rows = read_json(tmp_path / "out" / "annotations.json")
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in outputs("base")]
+    for row in rows:
+        assert {"instruction", "dataset", "output_1", "generator_1", "output_2", "generator_2", "annotator", "preference"} <= set(row)
+        assert (row["generator_1"], row["generator_2"]) == ("base", "policy")
+        assert row["output_1"].startswith("base") and row["output_2"].startswith("policy")
+
+
+@pytest.mark.parametrize(("policy_wins", "rate"), [(True, 100), (False, 0)])
+def test_who_wins_is_who_wins(call, policy_wins, rate):
+    def probability(prompt, first, second):
+        return 1 - 1e-12 if second.startswith("policy") == policy_wins else 1e-12
+
+    result = call(outputs("policy", seed=1), outputs("base"), probability=probability)
+    assert result["win_rate"] == pytest.approx(rate, abs=1e-6)
+    assert (result["n_wins"], result["n_wins_base"]) == ((30, 0) if policy_wins else (0, 30))
+
+
+def test_equal_outputs_are_draws_that_no_judge_reads(call):
+    ours, base = outputs("policy", seed=1), outputs("base")
+    for one, other in zip(ours[:4], base):
+        one["output"] = other["output"]
+    result = call(ours, base, probability=lambda prompt, first, second: 1 / 0 if first == second else 0.9)
+    assert result["n_draws"] == 4 and result["n_wins"] == 26
+    assert result["win_rate"] == pytest.approx((4 * 50 + 26 * 90) / 30)
+
+
+def test_a_policy_equal_to_its_reference_gets_50(call):
+    result = call([row | {"generator": "policy"} for row in outputs("base")], outputs("base"), probability=soft, fits=3)
+    assert result["win_rate"] == result["length_controlled_winrate"] == 50.0 and result["n_draws"] == 30
+
+
+def test_a_policy_that_lost_everything_does_not_get_50():
+    rows = [{"preference": 1.0, "instruction": row["instruction"], "output_1": row["output"], "output_2": "short",
+             "generator_1": "base", "generator_2": "policy"} for row in outputs("base")]
+    with alpaca.length_model(rows, None) as (formula, file):
+        assert alpaca.metrics(rows, formula, file)["length_controlled_winrate"] == 0.0
+
+
+def test_values_of_the_stand_in_do_not_matter(tmp_path):
+    ours, base = outputs("policy", seed=1), outputs("base")
+    rows = alpaca.PreferenceAnnotator("judge", Judge(soft)).annotate_head2head(*map(_frame, (base, ours)))
+    with alpaca.length_model(base, None) as (formula, file):
+        neutral = alpaca.metrics(rows, formula, file)
+        lines = file.read_text().splitlines()
+    rng = np.random.default_rng(0)
+    other = tmp_path / "df_gamed.csv"
+    other.write_text("\n".join([lines[0]] + [f"{rng.random()},{i},{rng.normal()},{rng.normal()},False,x" for i in range(len(rows))]))
+    assert alpaca.metrics(rows, formula, other) == neutral
+
+
+def _frame(rows):
+    import pandas as pd
+
+    return pd.DataFrame(rows)
+
+
+def test_intervals_hold_the_estimate_and_shrink(call):
+    few = call(outputs("policy", 25, 1), outputs("base", 25), probability=soft, fits=40)
+    many = call(outputs("policy", 200, 1), outputs("base", 200), probability=soft, fits=40)
+    for key in ("win_rate", "length_controlled_winrate"):
+        width = []
+        for result in (few, many):
+            low, high = result[f"{key}_interval"]
+            assert low <= result[key] <= high
+            width.append(high - low)
+        assert width[1] < 0.7 * width[0]
+    low, high = many["win_rate_interval"]
+    assert (high - low) / 2 == pytest.approx(1.96 * many["standard_error"], rel=0.1)
+
+
+def test_same_seed_same_bytes_whatever_the_threads(call, tmp_path):
+    file, seen = tmp_path / "out" / "alpaca_eval.json", []
+    for threads in (1, 2):
+        call(outputs("policy", seed=1), outputs("base"), "--threads", threads, probability=soft, fits=6)
+        seen.append(file.read_bytes())
+    assert seen[0] == seen[1]
+    assert call(outputs("policy", seed=1), outputs("base"), probability=soft, seed=1)["win_rate_interval"] != json.loads(seen[0])["win_rate_interval"]
+
+
+def test_a_failed_judgment_is_an_error_not_a_smaller_n(call, tmp_path):
+    with pytest.raises(UserError, match=r"failed on 1 of 30 instructions, first on 'Write about 7\.'"):
+        with pytest.MonkeyPatch.context() as patch:
+            whole = alpaca.PreferenceAnnotator._annotation
+            patch.setattr(alpaca.PreferenceAnnotator, "_annotation", lambda self, one, two: whole(self, one, two) | (
+                {"preference": float("nan")} if one["instruction"] == "Write about 7." else {}))
+            call(outputs("policy", seed=1), outputs("base"), probability=soft)
+    assert not (tmp_path / "out").exists()
+
+
+# --- Evaluation files ---
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda rows: rows.append(rows[2]), r"entries 3 and 31 have the same instruction 'Write about 2\.'"),
+    (lambda rows: rows.pop(4), r"outputs lack the reference's instruction 'Write about 4\.'"),
+    (lambda rows: rows[5].update(instruction="Another"), r"outputs lack the reference's instruction 'Write about 5\.'"),
+    (lambda rows: rows.append(rows[0] | {"instruction": "More"}), "reference lacks the outputs' instruction 'More'"),
+    (lambda rows: rows[1].pop("output"), "entry 2 has no text in 'output'"),
+    (lambda rows: rows[1].update(generator="x"), "entry 2 is by x, entry 1 by policy"),
+    (lambda rows: [row.update(generator="base") for row in rows], "name them apart"),
+    (lambda rows: rows.clear(), "not a list of outputs"),
+])
+def test_bad_outputs_are_named(call, change, message):
+    rows = outputs("policy")
+    change(rows)
+    with pytest.raises(UserError, match=message):
+        call(rows, outputs("base"), probability=soft)
+
+
+def test_difficulty_needs_the_canonical_order(call, tmp_path):
+    with pytest.raises(UserError, match="not AlpacaEval's 805 instructions in their order"):
+        call(outputs("policy"), outputs("base"), "--difficulty", tmp_path / "df_gamed.csv", probability=soft)
+
+
+# --- Judges ---
+
+def test_missing_judges_keys_and_models_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for arguments, message in [(("weighted_alpaca_eval_gpt4_turbo",), "needs a key; export OPENAI_API_KEY"),
+                               (("openai", None, "http://localhost:1/v1"), "alpaca_eval.judge_model"),
+                               (("openai", "m", None), "alpaca_eval.judge_base_url"),
+                               (("no_such_judge",), "unknown judge no_such_judge"),
+                               ((str(tmp_path / "none"),), "is missing")]:
+        with pytest.raises(UserError, match=message):
+            alpaca.check_judge(*arguments)
+    alpaca.check_judge("openai", "m", "http://localhost:1/v1")  # a local server wants no key
+    program = subprocess.run([sys.executable, ROOT / "src" / "evaluate_alpaca_eval.py", "--outputs", "a", "--reference", "b", "--output", "c",
+                              "--annotations", "d", "--judge", "weighted_alpaca_eval_gpt4_turbo"], capture_output=True, text=True, cwd=tmp_path)
+    assert program.returncode == 1 and not list(tmp_path.iterdir())
+    assert program.stderr.startswith("error: ") and program.stderr.count("\n") == 1 and "OPENAI_API_KEY" in program.stderr
+
+
+def test_checking_a_judge_imports_nothing_heavy():
+    code = ("import sys; from sppo.alpaca import check_judge; check_judge('openai', 'm', 'http://x/v1');"
+            "assert not {'torch', 'alpaca_eval', 'pandas', 'openai', 'sklearn'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "src")
+
+
+class Server(ThreadingHTTPServer):
+    """An OpenAI-compatible server that prefers the policy's output with probability 0.8."""
+
+    def __init__(self, logprobs: str, broken: str = "") -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.logprobs, self.broken, self.judged, self.status, self.keys, self.letters = logprobs, broken, 0, 200, set(), set()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.keys.add(self.headers["Authorization"])
+        key = self.headers["Authorization"].split()[-1]
+        if self.server.status != 200:
+            return self.reply(self.server.status, {"error": {"message": f"bad key {key}"}})
+        if request.get("logprobs") and self.server.logprobs == "refused":
+            return self.reply(400, {"error": {"message": "logprobs are not supported"}})
+        text = request["messages"][-1]["content"]
+        answers = re.findall(r'"output": """(\w*)', text)
+        letter = "m" if not answers or answers[0] == "policy" else "M"
+        if answers:
+            self.server.judged += 1
+            self.server.letters.add(letter)
+        if self.server.broken and self.server.broken in text:
+            letter = "?"
+        content = None
+        if request.get("logprobs") and self.server.logprobs == "given":
+            odds = [(letter, 0.8), ("M" if letter == "m" else "m", 0.2)] if letter != "?" else [("?", 1.0)]
+            tops = [{"token": token, "logprob": float(np.log(p)), "bytes": None} for token, p in odds]
+            content = {"content": [tops[0] | {"top_logprobs": tops}]}
+        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"],
+                         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+                         "choices": [{"index": 0, "finish_reason": "stop", "logprobs": content,
+                                      "message": {"role": "assistant", "content": letter}}]})
+
+    def reply(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(*arguments):
+        servers.append(Server(*arguments))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(("logprobs", "rate"), [("given", 80), ("ignored", 100), ("refused", 100)])
+def test_openai_compatible_server(call, serve, monkeypatch, tmp_path, capfd, logprobs, rate):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(logprobs)
+    # A model with "instruct" in its name is still asked through the chat interface.
+    result = call(outputs("policy", seed=1), outputs("base"), "--judge-model", "tiny-instruct", "--judge-base-url", server.url, judge="openai")
+    assert result["win_rate"] == pytest.approx(rate) and result["n_total"] == server.judged == 30
+    assert result["judge_details"] == {"model": "tiny-instruct", "base_url": server.url, "reads": "logprobs" if rate == 80 else "text"}
+    # The package swaps the order at random, and the win rate does not show it.
+    assert server.letters == {"m", "M"}
+    assert server.keys == {f"Bearer {KEY}"}
+    assert not any(KEY in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
+    assert KEY not in "".join(capfd.readouterr())
+
+
+def test_stock_gpt4_judge_by_name(call, serve, monkeypatch, tmp_path):
+    import alpaca_eval
+
+    package = Path(alpaca_eval.__file__).parent
+    before = {file for file in package.rglob("*") if "__pycache__" not in file.parts}
+    server = serve("given")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)  # the OpenAI client's own variable
+    result = call(outputs("policy", seed=1), outputs("base"), judge="weighted_alpaca_eval_gpt4_turbo")
+    assert result["win_rate"] == pytest.approx(80) and server.judged == 30
+    assert read_json(tmp_path / "out" / "annotations.json")[0]["annotator"] == "weighted_alpaca_eval_gpt4_turbo"
+    assert {file for file in package.rglob("*") if "__pycache__" not in file.parts} == before  # no weights, no cache
+
+
+def test_a_local_server_wants_no_key(call, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    server = serve("given")
+    call(outputs("policy", 6, 1), outputs("base", 6), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
+    assert server.keys == {"Bearer EMPTY"}
+
+
+def test_failed_judgments_alone_are_asked_again(call, serve, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given", "Write about 7.")
+    arguments = (outputs("policy", seed=1), outputs("base"), "--judge-model", "m", "--judge-base-url", server.url)
+    with pytest.raises(UserError, match="failed on 1 of 30"):
+        call(*arguments, judge="openai")
+    assert not (tmp_path / "out" / "alpaca_eval.json").exists()
+    server.broken, server.judged = "", 0
+    assert call(*arguments, judge="openai")["win_rate"] == pytest.approx(80)
+    assert server.judged == 1
+
+
+def test_a_server_that_refuses_is_one_line_without_the_key(call, serve, monkeypatch, capfd):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given")
+    server.status = 401
+    with pytest.raises(UserError, match="bad key") as error:
+        call(outputs("policy"), outputs("base"), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
+    assert KEY not in str(error.value) + "".join(capfd.readouterr())
+
+
+# --- Against what was published ---
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is absent")
+def test_published_preferences_give_the_published_row(call, tmp_path):
+    import alpaca_eval
+    import pandas as pd
+
+    model = "claude-2"
+    rows = pd.read_parquet(SHARED / "alpaca_eval_2_gpt4_turbo_annotations.parquet").query("model == @model").sort_values("row")
+    given = dict(zip(rows["instruction"], rows["preference"] - 1))
+    base = read_json(SHARED / "alpaca_eval_reference_outputs_gpt4_1106_preview.json")
+    assert [row["instruction"] for row in base] == list(rows["instruction"])
+    ours = [{"instruction": one, "output": two, "generator": model} for one, two in zip(rows["instruction"], rows["output_2"])]
+    result = call(ours, base, "--difficulty", SHARED / "alpaca_eval_df_gamed_reconstructed.csv",
+                  probability=lambda prompt, first, second: given[prompt])
+    board = Path(alpaca_eval.__file__).parent / "leaderboards" / "data_AlpacaEval_2" / "weighted_alpaca_eval_gpt4_turbo_leaderboard.csv"
+    published = pd.read_csv(board, index_col=0).loc[model]
+    for key in ("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "avg_length"):
+        assert result[key] == pytest.approx(published[key], abs=1e-9), key
+    # The file of difficulties is our reconstruction, and the result says that it is not the official one.
+    assert result["length_controlled_winrate"] == pytest.approx(published["length_controlled_winrate"], abs=0.5)
+    assert result["length_controlled_model"] == "length_controlled_v1" and result["difficulty"]["official"] is False
+
+
+# --- The summary ---
+
+@pytest.fixture
+def run_folder(tmp_path):
+    for number in range(3):
+        for name, rate in (("alpaca_eval.json", 50 + 3 * number), ("ranker.json", 50 + 5 * number)):
+            write_json(tmp_path / f"iter{number}" / name, {
+                "win_rate": rate, "win_rate_interval": [rate - 4, rate + 4], "length_controlled_winrate": rate - 1.0,
+                "length_controlled_winrate_interval": [rate - 5, rate + 3] if number else None, "avg_length": 300 + number,
+                "reference_avg_length": 299, "n_total": 100, "judge": name[:-5], "reference": "base"})
+        for stage in ("a", "b"):
+            write_json(tmp_path / f"iter{number}" / f"{stage}.record.json", {"seconds": 30.0 * (number + 1)})
+    return tmp_path
+
+
+def summarize(folder, monkeypatch, *more):
+    lists = {"--alpaca-eval": "iter*/alpaca_eval.json", "--ranker": "iter*/ranker.json", "--records": "iter*/?.record.json"}
+    arguments = [word for flag, pattern in lists.items() for word in (flag, *map(str, sorted(folder.glob(pattern))))]
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "summarize_run.py"), *arguments, "--output", str(folder / "summary.md"),
+                                      "--plot", str(folder / "figures" / "win_rate.png"), *more])
+    summarize_run.main()
+
+
+def test_summary_tells_every_iteration(run_folder, monkeypatch, capsys):
+    summarize(run_folder, monkeypatch)
+    text = (run_folder / "summary.md").read_text()
+    assert capsys.readouterr().out == text
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert cells[2] == ["0", "50.0 [46.0, 54.0]", "49.0", "50.0", "300", "1.0"]
+    assert cells[4] == ["2", "56.0 [52.0, 60.0]", "55.0 [51.0, 59.0]", "60.0", "302", "3.0"]
+    assert (run_folder / "figures" / "win_rate.png").read_bytes().startswith(b"\x89PNG")
+    svg = (run_folder / "figures" / "win_rate.svg").read_bytes()
+    summarize(run_folder, monkeypatch)
+    assert (run_folder / "figures" / "win_rate.svg").read_bytes() == svg
+
+
+def test_summary_refuses_what_does_not_belong_together(run_folder, monkeypatch):
+    file = run_folder / "iter1" / "alpaca_eval.json"
+    write_json(file, read_json(file) | {"n_total": 50})
+    with pytest.raises(UserError, match="differ in judge, reference or n"):
+        summarize(run_folder, monkeypatch)
+    write_json(file, {"win_rate": 1})
+    with pytest.raises(UserError, match="has no win_rate_interval"):
+        summarize(run_folder, monkeypatch)
+    with pytest.raises(UserError, match="no folder iter<number>"):
+        summarize_run.iteration(Path("results/alpaca_eval.json"))
