@@ -26,21 +26,20 @@ def reference_outputs(wildcards):
 def judge_files(judge):
     """Files of an embedded judge and its base; nothing for one behind an API."""
     folder = adapter_folder(judge)
-    embedded = judge in ("judge", "ranker") or Path(folder).is_dir()
-    return [EMBEDDED_POLICY, *(f"{folder}/{name}" for name in ADAPTER_FILES)] if embedded else []
+    return [EMBEDDED_POLICY, *(folder / name for name in ADAPTER_FILES)] if folder else []
 
 
 def judge_flags(wildcards):
     """The judge and how its verdicts are summed up."""
     run = settings(wildcards)
-    keys = ("judge", "judge_model", "judge_base_url", "difficulty", "bootstrap")
+    keys = ("judge", "judge_model", "judge_base_url", "difficulty", "bootstrap", "length_controlled_bootstrap")
     return flags({key: run["alpaca_eval"][key] for key in keys})
 
 
 def ranker_flags(wildcards):
     """The same with the preference model that training saw in the judge's place."""
     run = settings(wildcards)
-    return flags({"judge": run["preference"]["model"], "bootstrap": run["alpaca_eval"]["bootstrap"]})
+    return flags({"judge": run["preference"]["model"], "bootstrap": run["alpaca_eval"]["bootstrap"], "length_controlled_bootstrap": 0})
 
 
 def decoding(wildcards):
@@ -51,8 +50,13 @@ def decoding(wildcards):
 
 
 def policy_name(wildcards):
-    """What the policy is called in outputs: experiment, run, iteration."""
+    """What the policy is called: experiment, run, iteration."""
     return f"{MAIN['name'] or 'sppo'}/{wildcards.run}iter{wildcards.t}"
+
+
+def generator_name(wildcards):
+    """What it is called in outputs; alpaca-eval compares nothing if two generators have one name."""
+    return policy_name(wildcards) + ("-reference" if wildcards.answers == "reference_outputs" else "")
 
 
 rule answer_instructions:
@@ -80,7 +84,7 @@ rule answer_instructions:
         version=STAGES["evaluate"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         noise=lambda wildcards: NOISE[wildcards.answers],
-        generator=policy_name,
+        generator=generator_name,
         options=answer_flags,
     message:
         "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t}, {wildcards.answers}"
@@ -100,6 +104,7 @@ rule alpaca_eval:
         result=at("alpaca_eval.json"),
         annotations=at("alpaca_eval_annotations.json"),
         record=record(at("alpaca_eval.json")),
+        annotations_record=record(at("alpaca_eval_annotations.json")),
     log:
         f"{LOGS}{{run}}iter{{t}}/alpaca_eval.log",
     benchmark:
@@ -121,7 +126,7 @@ rule alpaca_eval:
         "Judging {wildcards.run}iteration {wildcards.t}"
     shell:
         "{PYTHON} src/evaluate_alpaca_eval.py --outputs {input.outputs} --reference {input.reference:q} --judge-base {EMBEDDED_POLICY}"
-        " --policy {params.policy} --decoding {params.decoding:q} --seed {params.seed} --device {MAIN[device]} {params.options:q}"
+        " --policy {params.policy} --decoding {params.decoding:q} --seed {params.seed} --device {MAIN[device]} --threads {threads} {params.options:q}"
         " --annotations {output.annotations} --output {output.result} 2>&1 | tee {log}"
 
 
@@ -135,6 +140,7 @@ rule ranker_estimate:
         result=at("ranker_estimate.json"),
         annotations=at("ranker_annotations.json"),
         record=record(at("ranker_estimate.json")),
+        annotations_record=record(at("ranker_annotations.json")),
     log:
         f"{LOGS}{{run}}iter{{t}}/ranker_estimate.log",
     benchmark:
@@ -156,5 +162,5 @@ rule ranker_estimate:
         "Estimating by the ranker: {wildcards.run}iteration {wildcards.t}"
     shell:
         "{PYTHON} src/evaluate_alpaca_eval.py --outputs {input.outputs} --reference {input.reference:q} --judge-base {EMBEDDED_POLICY}"
-        " --policy {params.policy} --decoding {params.decoding:q} --seed {params.seed} --device {MAIN[device]} {params.options:q}"
+        " --policy {params.policy} --decoding {params.decoding:q} --seed {params.seed} --device {MAIN[device]} --threads {threads} {params.options:q}"
         " --annotations {output.annotations} --output {output.result} 2>&1 | tee {log}"

@@ -3,8 +3,8 @@
 
 def preference_model_files(wildcards):
     """The adapter's files, so that a new adapter annotates anew."""
-    model = settings(wildcards)["preference"]["model"]
-    return [f"{adapter_folder(model)}/{name}" for name in ADAPTER_FILES]
+    folder = adapter_folder(settings(wildcards)["preference"]["model"])
+    return [folder / name for name in ADAPTER_FILES]
 
 
 rule annotate_preferences:

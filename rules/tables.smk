@@ -40,6 +40,9 @@ rule summarize_run:
         table=f"{ROOT}{{run}}summary.md",
         png=f"{ROOT}{{run}}figures/win_rate.png",
         svg=f"{ROOT}{{run}}figures/win_rate.svg",
+        table_record=record(f"{ROOT}{{run}}summary.md"),
+        png_record=record(f"{ROOT}{{run}}figures/win_rate.png"),
+        svg_record=record(f"{ROOT}{{run}}figures/win_rate.svg"),
     log:
         f"{LOGS}{{run}}summarize_run.log",
     benchmark:

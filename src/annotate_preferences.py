@@ -13,6 +13,7 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
+from sppo.adapters import adapter_folder
 from sppo.artifacts import read_table, recorded, write_table
 from sppo.config import add_section
 from sppo.errors import UserError, run
@@ -35,14 +36,14 @@ def main() -> None:
         if row["prompt_id"] not in prompts:
             raise UserError(f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; delete it and run again")
         responses[row["prompt_id"]].append(row)
-    from sppo.models import load_tokenizer, pick_device, use_all_cores
+    from sppo.models import load_tokenizer, pick_device, start_torch
     from sppo.progress import progress
-    from sppo.rankers import load_preference_model
+    from sppo.rankers import EmbeddedRanker
 
-    use_all_cores()
+    start_torch()
     inputs = [args.prompts, args.responses, args.ranker_base]
     with recorded("annotate", args.output, inputs, vars(args)) as facts:
-        model = load_preference_model(args.model, args.ranker_base, pick_device(args.device))
+        model = EmbeddedRanker(adapter_folder(args.model), args.ranker_base, device=pick_device(args.device))
         tokenizer = load_tokenizer(args.policy) if args.source == "chat_template" else None
         rows = []
         for prompt_id, candidates in progress(list(responses.items()), "compare"):

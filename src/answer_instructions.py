@@ -36,9 +36,9 @@ def main() -> None:
 
     instructions = read_instructions(args.instructions, args.limit)
     from sppo.generation import ENGINES, Sampling, summary
-    from sppo.models import context_length, pick_device, prompt_token_ids, template_hash, use_all_cores
+    from sppo.models import context_length, pick_device, prompt_token_ids, template_hash, start_torch
 
-    use_all_cores()
+    start_torch()
     with recorded("evaluate", args.output, [args.instructions, args.policy], vars(args)) as facts:
         engine = ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device),
                                       attention=args.attention, batch_size=args.batch_size)

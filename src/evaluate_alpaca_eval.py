@@ -17,9 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sppo.alpaca import check_judge, evaluate, length_model, metrics, paired, read_outputs
+from sppo.alpaca import Judge, check_judge, evaluate, length_model, metrics, paired, read_outputs
 from sppo.artifacts import file_hash, recorded, write_json
 from sppo.errors import UserError, run
+from sppo.models import pick_device
 
 # df_gamed.csv of tatsu-lab/alpaca_eval at 2edc6fad8be6b14ea7230aabfd08188da6b8b814.
 OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path, required=True, help="where the judgments go")
     parser.add_argument("--judge", required=True, help="judge, ranker, an adapter folder, openai, or an annotators_config of alpaca-eval")
     parser.add_argument("--judge-base", type=Path, help="Hugging Face folder of the embedded judge's base")
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="where the embedded judge runs")
     parser.add_argument("--judge-model", help="model name for openai")
     parser.add_argument("--judge-base-url", help="address of the server for openai, such as http://localhost:8000/v1")
     parser.add_argument("--difficulty", default="none", help="df_gamed.csv for the 805 instructions, or none")
@@ -53,8 +55,8 @@ def main() -> None:
     cache = args.output.parent / ".judgments"
     with (recorded("evaluate", args.output, inputs, vars(args)),
           length_model(reference, difficulty) as (formula, file)):
-        row, annotations, judge = evaluate(outputs, reference, formula, file, cache, args.judge, args.judge_model,
-                                           args.judge_base_url, args.judge_base)
+        judge = Judge(args.judge, args.judge_model, args.judge_base_url, args.judge_base, pick_device(args.device))
+        row, annotations, details = evaluate(outputs, reference, formula, file, cache, judge)
         intervals = bootstrap(annotations, formula, file, args.bootstrap, args.length_controlled_bootstrap, args.seed,
                               args.threads)
         with recorded("evaluate", args.annotations, inputs, vars(args)):  # the time is in the other record
@@ -67,7 +69,7 @@ def main() -> None:
             "length_controlled_model": formula,
             "difficulty": difficulty and {"path": str(difficulty), "official": file_hash(difficulty) == OFFICIAL_DIFFICULTY},
             "judge": args.judge,
-            "judge_details": judge,
+            "judge_details": details,
             "policy": args.policy or outputs[0]["generator"],
             "reference": reference[0]["generator"],
             "decoding": args.decoding,

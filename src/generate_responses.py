@@ -33,9 +33,9 @@ def main() -> None:
 
     prompts = read_table(args.prompts, "prompts")[args.shard::args.shards]
     from sppo.generation import ENGINES, Sampling, summary
-    from sppo.models import pick_device, template_hash, use_all_cores
+    from sppo.models import pick_device, template_hash, start_torch
 
-    use_all_cores()
+    start_torch()
     with recorded("generate", args.output, [args.prompts, args.policy], vars(args)) as facts:
         engine = ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device),
                                       attention=args.attention, batch_size=args.batch_size)

@@ -30,10 +30,10 @@ def main() -> None:
     if not pairs:
         raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
     from sppo.logps import frozen_logps
-    from sppo.models import compute_dtype, load_policy, pick_device, use_all_cores
+    from sppo.models import compute_dtype, load_policy, pick_device, start_torch
     import torch
 
-    use_all_cores()
+    start_torch()
     device = pick_device(args.device)
     dtype = compute_dtype(args.precision, device)
     with recorded("reference", args.output, [args.pairs, args.policy], vars(args)) as facts:

@@ -18,7 +18,7 @@ from sppo.artifacts import read_json, recorded, write_text, written_whole
 from sppo.errors import UserError, run
 
 NEEDED = ("win_rate", "win_rate_interval", "length_controlled_winrate", "length_controlled_winrate_interval",
-          "avg_length", "reference_avg_length", "n_total", "judge", "reference")
+          "avg_length", "reference_avg_length", "n_total", "judge", "judge_details", "reference")
 # Okabe-Ito colours, told apart by marker and line as well.
 CURVES = (("win_rate", "win rate", "#0072B2", "o", "-"),
           ("length_controlled_winrate", "length-controlled win rate", "#D55E00", "s", "--"))
@@ -95,8 +95,15 @@ def table(judged: Evaluations, ranked: Evaluations, seconds: dict[int, float]) -
     lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in [head, *rows]]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     any_line = next(iter(judged.values()))
-    return (f"Per cent won against {any_line['reference']} on {any_line['n_total']} instructions, by {any_line['judge']}; lengths in "
+    return (f"Per cent won against {any_line['reference']} on {any_line['n_total']} instructions, by {_judge(any_line)}; lengths in "
             f"characters, {any_line['reference']}: {any_line['reference_avg_length']}.\n\n" + "\n".join(lines) + "\n")
+
+
+def _judge(line: dict[str, Any]) -> str:
+    """The judge's name as a reader knows it."""
+    if line["judge"] in ("judge", "ranker"):
+        return f"the embedded {line['judge']}"
+    return line["judge_details"]["model"] if line["judge"] == "openai" else line["judge"]
 
 
 def _rate(line: dict[str, Any], key: str) -> str:
@@ -123,7 +130,7 @@ def draw(judged: Evaluations, files: list[Path]) -> None:
                        linestyle=style, capsize=3)
     rates.axhline(50, color="0.4", linewidth=1, linestyle=":", label="no difference")
     rates.set(ylabel=f"won against {any_line['reference']} (%)",
-              title=f"AlpacaEval, judge: {any_line['judge']}, n = {any_line['n_total']}, 95% intervals")
+              title=f"AlpacaEval by {_judge(any_line)}, n = {any_line['n_total']}, 95% intervals")
     rates.legend(frameon=False)
     lengths.plot(numbers, [line["avg_length"] for line in judged.values()], color="#009E73", marker="^", label="policy")
     lengths.axhline(any_line["reference_avg_length"], color="0.4", linewidth=1, linestyle=":", label=any_line["reference"])

@@ -42,11 +42,11 @@ def train(args: argparse.Namespace) -> None:
     """Train, then write policy, log and records."""
     pairs = joined(read_table(args.pairs, "pairs"), read_table(args.reference, "logps"), args)
     # Only now what takes seconds to import.
-    from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, use_all_cores
+    from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, start_torch
     from sppo.training import make_trainer, make_trl_trainer
     import torch
 
-    use_all_cores()
+    start_torch()
     device = pick_device(args.device)
     dtype = compute_dtype(args.precision, device)
     options, inputs = vars(args), [args.pairs, args.reference, args.policy]

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+EMBEDDED = ("judge", "ranker")
 ADAPTER_FILES = ("adapter.safetensors", "ranker.json")
 
 
-def adapter_folder(model: str) -> str:
-    """Folder of an embedded preference model: `ranker` and `judge` are shipped in data/, else a path."""
-    return f"data/{model}" if model in ("ranker", "judge") else model
+def adapter_folder(model: str) -> Path | None:
+    """Folder of an embedded preference model: `ranker` and `judge` lie in data/, a path is itself.
+
+    None if `model` names neither: a judge behind an API.
+    """
+    if model in EMBEDDED:
+        return Path("data") / model
+    return Path(model) if "/" in model or Path(model).is_dir() else None

@@ -24,9 +24,11 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sppo.adapters import EMBEDDED, adapter_folder
 from sppo.artifacts import ROOT, file_hash, read_json
 from sppo.errors import UserError
 
@@ -34,16 +36,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Record = dict[str, Any]
-EMBEDDED = ("judge", "ranker")  # folders of data/
 # sha256 of AlpacaEval's 805 instructions in their order, joined by NUL: difficulties go by position.
 CANONICAL_INSTRUCTIONS = "bfe8c45991f635de0b1f94abeeb1335ef665d58eddd87ddf6fa71b7b0c2ce7a5"
-
-
-def adapter_folder(judge: str) -> Path | None:
-    """Folder of an embedded preference model's adapter; None if `judge` names an API judge."""
-    if judge in EMBEDDED:
-        return ROOT / "data" / judge
-    return Path(judge) if "/" in judge or Path(judge).is_dir() else None
 
 
 def check_judge(judge: str, judge_model: str | None = None, judge_base_url: str | None = None) -> None:
@@ -95,23 +89,34 @@ class PreferenceAnnotator:
                 "generator_2": two["generator"], "annotator": self.name, "preference": preference}
 
 
-def _annotator(judge: str, model: str | None, base_url: str | None, base: Path | None, cache: Path,
-               folder: Path) -> tuple[Record, Record]:
+@dataclass(frozen=True)
+class Judge:
+    """Who judges. `model` and `base_url` belong to `openai`; `base` (a model folder) and `device` to an embedded judge."""
+
+    name: str
+    model: str | None = None
+    base_url: str | None = None
+    base: Path | None = None
+    device: str = "cpu"
+
+
+def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]:
     """What `evaluate()` must be told to use the judge, and the facts about it that the result keeps."""
-    adapter = adapter_folder(judge)
+    adapter = adapter_folder(judge.name)
     if adapter:
-        if base is None:
-            raise UserError(f"judge {judge} is an adapter; name its base model with --judge-base")
+        if judge.base is None:
+            raise UserError(f"judge {judge.name} is an adapter; name its base model with --judge-base")
         from sppo.rankers import EmbeddedRanker
 
-        facts = {"adapter": judge, "adapter_sha256": file_hash(adapter)}
-        return {"annotators_config": judge, "Annotator": PreferenceAnnotator, "model": EmbeddedRanker(adapter, base)}, facts
-    config, facts = judge, {"annotators_config": judge}
-    if judge == "openai":
-        logprobs = _gives_logprobs(model, base_url)
-        config = _server_config(folder / "server" / "configs.yaml", model, base_url, logprobs)
-        facts = {"model": model, "base_url": base_url, "reads": "logprobs" if logprobs else "text"}
-    name = hashlib.sha256(f"{judge}\0{model}\0{base_url}".encode()).hexdigest()[:16]
+        facts = {"adapter": judge.name, "adapter_sha256": file_hash(adapter / "adapter.safetensors")}
+        return {"annotators_config": judge.name, "Annotator": PreferenceAnnotator,
+                "model": EmbeddedRanker(adapter, judge.base, device=judge.device)}, facts
+    config, facts = judge.name, {"annotators_config": judge.name}
+    if judge.name == "openai":
+        logprobs = _gives_logprobs(judge.model, judge.base_url)
+        config = _server_config(folder / "server" / "configs.yaml", judge.model, judge.base_url, logprobs)
+        facts = {"model": judge.model, "base_url": judge.base_url, "reads": "logprobs" if logprobs else "text"}
+    name = hashlib.sha256(f"{judge.name}\0{judge.model}\0{judge.base_url}".encode()).hexdigest()[:16]
     # The package writes its cache after every chunk: at most 20 judgments are lost to a failure.
     return {"annotators_config": config, "annotation_kwargs": {"chunksize": 20},
             "caching_path": _clean_cache(cache / f"{name}.json")}, facts
@@ -271,22 +276,21 @@ def metrics(annotations: list[Record] | pd.DataFrame, formula: str, difficulty: 
                                                          is_warn_extreme_changes=False)
 
 
-def evaluate(outputs: list[Record], reference: list[Record], formula: str, difficulty: Path, cache: Path, judge: str,
-             model: str | None, base_url: str | None, base: Path | None) -> tuple[Record, list[Record], Record]:
+def evaluate(outputs: list[Record], reference: list[Record], formula: str, difficulty: Path, cache: Path, judge: Judge) -> tuple[Record, list[Record], Record]:
     """Run alpaca-eval's `evaluate()`: its row (per cent), the annotations, facts about the judge.
 
     `outputs` and `reference` come from `paired`; `cache` is a folder for the judgments of API judges.
     """
     import openai
 
-    if judge == "openai" and not os.environ.get("OPENAI_API_KEY"):
+    if judge.name == "openai" and not os.environ.get("OPENAI_API_KEY"):
         os.environ["OPENAI_API_KEY"] = "EMPTY"  # a local server wants no key, but the client insists on one
     with _quiet():
         from alpaca_eval.main import evaluate as package_evaluate
     logging.disable(logging.CRITICAL)  # the package logs whole requests and server messages, which may quote the key
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            chosen, facts = _annotator(judge, model, base_url, base, cache, Path(folder))
+            chosen, facts = _annotator(judge, cache, Path(folder))
             board, annotations = package_evaluate(
                 model_outputs=outputs, reference_outputs=reference, name=outputs[0]["generator"], output_path=None,
                 precomputed_leaderboard=None, is_cache_leaderboard=False, is_return_instead_of_print=True,
@@ -294,7 +298,7 @@ def evaluate(outputs: list[Record], reference: list[Record], formula: str, diffi
                                             cache=chosen.get("caching_path")), **chosen)
     except openai.OpenAIError as error:
         message = str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "(key)")
-        raise UserError(f"judge {base_url or judge}: {message}; mend it and run again, finished judgments are kept in {cache}") from None
+        raise UserError(f"judge {judge.base_url or judge.name}: {message}; mend it and run again, finished judgments are kept in {cache}") from None
     finally:
         logging.disable(logging.NOTSET)
     return board.iloc[0].to_dict(), annotations, facts

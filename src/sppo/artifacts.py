@@ -195,7 +195,7 @@ def recorded(stage: str, artifact: Path, inputs: Iterable[Path], arguments: dict
         "stage": stage,
         "stage_version": STAGES[stage],
         "inputs": {str(path): known_hash(path) for path in inputs},
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()},
+        "arguments": json.loads(json.dumps(arguments, default=str)),
         **facts,
         "code": code_hashes(Path(sys.argv[0]).resolve()),
         "git_revision": git_revision(),

@@ -48,19 +48,17 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1.0:
         # Sorting the whole vocabulary costs more than the model; the nucleus nearly always lies in the top few.
-        few = min(1024, probabilities.shape[-1])
-        ordered, tokens = probabilities.topk(few, dim=-1)
+        ordered = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1).values
         if (ordered.sum(dim=-1) < top_p).any():
-            ordered, tokens = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
-    else:
-        ordered, tokens = probabilities, None
-    cumulative = ordered.double().cumsum(dim=-1)
+            ordered = probabilities.sort(dim=-1, descending=True).values
+        inside = ordered.double().cumsum(dim=-1) - ordered < top_p
+        least = ordered.masked_fill(~inside, torch.inf).amin(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    # In the order of the vocabulary: an order by probability would turn with the last bit of two like ones.
+    cumulative = probabilities.double().cumsum(dim=-1)
     # Strictly inside (0, total]: a token of probability 0 is never drawn.
     target = (1.0 - uniforms.to(cumulative)) * cumulative[:, -1]
-    index = torch.searchsorted(cumulative, target[:, None]).clamp(max=cumulative.shape[-1] - 1)
-    return (index if tokens is None else tokens.gather(1, index)).squeeze(1)
+    return torch.searchsorted(cumulative, target[:, None]).clamp(max=cumulative.shape[-1] - 1).squeeze(1)
 
 
 class OwnNoise(LogitsProcessor):

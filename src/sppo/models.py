@@ -164,9 +164,11 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
     return [stop] if isinstance(stop, int) else list(stop)
 
 
-def use_all_cores() -> None:
-    """Let PyTorch use the cores that the job was given, and no more."""
+def start_torch() -> None:
+    """Give PyTorch the cores that the job was given, and keep weight-loading bars out of the logs."""
     import torch
+    from transformers.utils import logging
 
     cores = os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(int(cores) if cores else os.cpu_count() or 1)
+    logging.disable_progress_bar()

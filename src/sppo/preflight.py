@@ -22,14 +22,14 @@ def check_inputs(runs: dict[str, dict[str, Any]]) -> None:
         model = run["policy"]["model"]
         if model != "embedded" and "/" in model and model[0] in "./~" and not Path(model).expanduser().is_dir():
             raise UserError(f"config: policy.model is {model}, but there is no such folder; correct the path")
-        adapters = [("preference.model", run["preference"]["model"])]
-        if run["alpaca_eval"]["judge"] in ("judge", "ranker"):
-            adapters.append(("alpaca_eval.judge", run["alpaca_eval"]["judge"]))
-        for key, adapter in adapters:
-            for file in ADAPTER_FILES:
-                if not (Path(adapter_folder(adapter)) / file).is_file():
-                    raise UserError(f"config: {where}{key} is {adapter}, but {adapter_folder(adapter)} has no {file}; give `ranker`, "
-                                    "`judge` or a folder that src/train_ranker.py wrote")
+        for key, model in (("preference.model", run["preference"]["model"]), ("alpaca_eval.judge", run["alpaca_eval"]["judge"])):
+            folder = adapter_folder(model)
+            if folder is None and key == "preference.model":
+                raise UserError(f"config: {where}{key} is {model}; give `ranker`, or a folder that src/train_ranker.py wrote")
+            for file in ADAPTER_FILES if folder else ():
+                if not (folder / file).is_file():
+                    raise UserError(f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "
+                                    "folder that src/train_ranker.py wrote")
         evaluation = run["alpaca_eval"]
         check_judge(evaluation["judge"], evaluation["judge_model"], evaluation["judge_base_url"])
         instructions = read_instructions(Path(evaluation["instructions"]))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from sppo.errors import UserError
 from sppo.logps import pair_batch, pair_length, response_logps
@@ -124,9 +124,9 @@ class Say(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs:
-            print(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.6g}, log-ratio of chosen "
-                  f"{logs.get('log_ratio_chosen', float('nan')):+.2f}, of rejected {logs.get('log_ratio_rejected', float('nan')):+.2f}",
-                  flush=True)
+            ratios = "".join(f", {name.replace('_', '-', 1).replace('_', ' of ')} {logs[name]:+.2f}"
+                             for name in ("log_ratio_chosen", "log_ratio_rejected") if name in logs)
+            print(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.6g}{ratios}", flush=True)
 
 
 def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, dtype: torch.dtype, device: str, work: Path, seed: int) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, 
         "warmup_steps": math.ceil(options["warmup_ratio"] * schedule_steps), "max_grad_norm": options["max_grad_norm"],
         "bf16": dtype == torch.bfloat16, "use_cpu": device == "cpu", "seed": seed, "data_seed": seed,
         "train_sampling_strategy": "sequential", "remove_unused_columns": False, "dataloader_pin_memory": device != "cpu",
-        "gradient_checkpointing": options["gradient_checkpointing"], "logging_steps": 1, "logging_first_step": True,
+        "activation_checkpointing": options["gradient_checkpointing"], "logging_steps": 1, "logging_first_step": True,
         "save_strategy": "steps", "save_steps": options["checkpoint_steps"], "save_total_limit": 1,
         "report_to": options["report_to"], "disable_tqdm": True, "run_name": work.parent.name,
     }
@@ -152,8 +152,10 @@ def make_trainer(model: PreTrainedModel, pairs: list[dict[str, Any]], options: d
     steps, schedule_steps = plan(len(pairs), options)
     order = training_order([pair_length(p) for p in pairs], options["batch_size"], math.ceil(options["stop_epoch"]), seed)
     arguments = TrainingArguments(**trainer_arguments(options, steps, schedule_steps, dtype, device, work, seed))
-    return PairTrainer(model=with_lora(model, options), args=arguments, train_dataset=[pairs[i] for i in order],
-                       options=options, schedule_steps=schedule_steps, dtype=dtype, callbacks=[Say()])
+    trainer = PairTrainer(model=with_lora(model, options), args=arguments, train_dataset=[pairs[i] for i in order],
+                          options=options, schedule_steps=schedule_steps, dtype=dtype, callbacks=[Say()])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def make_trl_trainer(model: PreTrainedModel, tokenizer: Any, pairs: list[dict[str, Any]], options: dict[str, Any], dtype: torch.dtype,
@@ -175,10 +177,12 @@ def make_trl_trainer(model: PreTrainedModel, tokenizer: Any, pairs: list[dict[st
     order = training_order([pair_length(p) for p in pairs], options["batch_size"], math.ceil(options["stop_epoch"]), seed)
     rows = [{"prompt_ids": list(pairs[i]["prompt_token_ids"]), "chosen_ids": list(pairs[i]["chosen_token_ids"]),
              "rejected_ids": list(pairs[i]["rejected_token_ids"])} for i in order]
-    arguments = DPOConfig(**trainer_arguments(options, steps, schedule_steps, dtype, device, work, seed) | {"remove_unused_columns": True},
+    arguments = DPOConfig(**trainer_arguments(options, steps, schedule_steps, dtype, device, work, seed) | {"remove_unused_columns": True, "gradient_checkpointing": options["gradient_checkpointing"]},
                           loss_type=[options["loss"]], beta=options["beta"], precompute_ref_log_probs=True, max_length=None)
-    return TokenIdTrainer(model=with_lora(model, options), args=arguments, train_dataset=Dataset.from_list(rows),
-                          processing_class=tokenizer, callbacks=[Say()])
+    trainer = TokenIdTrainer(model=with_lora(model, options), args=arguments, train_dataset=Dataset.from_list(rows),
+                             processing_class=tokenizer, callbacks=[Say()])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def with_lora(model: PreTrainedModel, options: dict[str, Any]) -> Any:

@@ -51,10 +51,11 @@ def call(tmp_path, monkeypatch):
     """Run the program in this process on `ours` and `base`; returns the result, or raises what it raises."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
+    (adapter / "adapter.safetensors").touch()
 
     def run(ours, base, *more, probability=None, judge=None, seed=0, fits=0):
         rankers = types.ModuleType("sppo.rankers")
-        rankers.EmbeddedRanker = lambda adapter_dir, base_dir: Judge(probability)
+        rankers.EmbeddedRanker = lambda adapter_dir, base_dir, device: Judge(probability)
         monkeypatch.setitem(sys.modules, "sppo.rankers", rankers)
         (tmp_path / "ours.json").write_text(json.dumps(ours))
         (tmp_path / "base.json").write_text(json.dumps(base))
@@ -385,7 +386,8 @@ def run_folder(tmp_path):
             write_json(tmp_path / f"iter{number}" / name, {
                 "win_rate": rate, "win_rate_interval": [rate - 4, rate + 4], "length_controlled_winrate": rate - 1.0,
                 "length_controlled_winrate_interval": [rate - 5, rate + 3] if number else None, "avg_length": 300 + number,
-                "reference_avg_length": 299, "n_total": 100, "judge": name[:-5], "reference": "base"})
+                "reference_avg_length": 299, "n_total": 100, "judge": "judge" if name == "alpaca_eval.json" else "ranker", "judge_details": {},
+                "reference": "base"})
         for stage in ("a", "b"):
             write_json(tmp_path / f"iter{number}" / f"{stage}.record.json", {"seconds": 30.0 * (number + 1)})
     return tmp_path
@@ -402,7 +404,7 @@ def summarize(folder, monkeypatch, *more):
 def test_summary_tells_every_iteration(run_folder, monkeypatch, capsys):
     summarize(run_folder, monkeypatch)
     text = (run_folder / "summary.md").read_text()
-    assert capsys.readouterr().out == text
+    assert capsys.readouterr().out == text and "on 100 instructions, by the embedded judge" in text
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     assert cells[2] == ["0", "50.0 [46.0, 54.0]", "49.0", "50.0", "300", "1.0"]
     assert cells[4] == ["2", "56.0 [52.0, 60.0]", "55.0 [51.0, 59.0]", "60.0", "302", "3.0"]
