@@ -1,0 +1,343 @@
+"""The embedded preference models: the form of the logits, the data they learn from, and the programs."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT / "src"))
+
+from sppo import ranker_data  # noqa: E402
+from sppo.errors import UserError  # noqa: E402
+
+SPEC = {"name": "tiny", "base": "tiny", "layers": 2, "lora_from": 1, "lora_rank": 2, "dimensions": 4,
+        "max_prompt_tokens": 24, "max_answer_tokens": 32, "logit_scale": 0.5}
+ANSWERS = ["A short answer.", "Another one, somewhat longer than the first.", "", "no", "x " * 100]
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    """A random four-layer Llama with a byte-level tokenizer that has SmolLM2's control tokens."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("base")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(special + letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2],
+                                   pad_token=special[2], unk_token=special[0])
+    fast.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+                          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=len(special + letters), max_position_embeddings=512)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(base_dir, tmp_path_factory):
+    """A random adapter, with low-rank updates that are not zero."""
+    import torch
+    from safetensors.torch import save_file
+
+    from sppo.rankers import PreferenceEmbedder, load_base
+
+    folder = tmp_path_factory.mktemp("adapter")
+    backbone, _ = load_base(base_dir, torch.float32)
+    shape = [backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size]
+    torch.manual_seed(1)
+    tensors = {name: torch.randn_like(t) / 3 for name, t in PreferenceEmbedder(backbone, SPEC).adapter().items()}
+    tensors["feature_scale"] = tensors["feature_scale"].abs() + 0.5
+    save_file(tensors, folder / "adapter.safetensors")
+    (folder / "ranker.json").write_text(json.dumps(SPEC | {"base_shape": shape}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranker(adapter_dir, base_dir):
+    from sppo.rankers import EmbeddedRanker
+
+    return EmbeddedRanker(adapter_dir, base_dir, "float32")
+
+
+# ---------------------------------------------------------------- the model
+
+def test_logits_are_skew_symmetric(ranker):
+    L = ranker.pair_logits("Say something.", ANSWERS)
+    assert L.shape == (5, 5) and L.dtype == np.float64
+    np.testing.assert_array_equal(L, -L.T)
+    assert np.abs(L[np.triu_indices(5, 1)]).min() > 0  # no two of these answers are the same to the model
+
+
+def test_skew_logits_equal_the_paper_formula():
+    """GPM eq. 3, written out: e_i^T R e_j with R = blockdiag([[0, -1], [1, 0]])."""
+    import torch
+
+    from sppo.rankers import skew_logits
+
+    e = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    R = torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)] * 3)
+    torch.testing.assert_close(skew_logits(e), e @ R @ e.T)
+    reward = torch.tensor([0.3, -1.0, 2.0])
+    torch.testing.assert_close(skew_logits(torch.stack([torch.ones(3), reward], 1)), reward[:, None] - reward)
+    angles = torch.arange(3) * 2 * torch.pi / 3  # rock, paper, scissors: what no reward can express
+    cycle = skew_logits(torch.stack([angles.cos(), angles.sin()], 1))
+    assert (cycle[1, 0] > 0) and (cycle[2, 1] > 0) and (cycle[0, 2] > 0)
+
+
+def test_order_and_company_of_candidates_do_not_matter(ranker):
+    L = ranker.pair_logits("Say something.", ANSWERS)
+    order = [3, 0, 4, 2, 1]
+    shuffled = ranker.pair_logits("Say something.", [ANSWERS[i] for i in order])
+    np.testing.assert_allclose(shuffled, L[np.ix_(order, order)], atol=1e-4)
+    np.testing.assert_allclose(ranker.pair_logits("Say something.", ANSWERS[:2]), L[:2, :2], atol=1e-4)
+    ranker.pair_logits("Quite another prompt.", ["a", "b"])
+    np.testing.assert_array_equal(ranker.pair_logits("Say something.", ANSWERS), L)
+
+
+def test_sharing_the_prompt_equals_reading_each_answer_alone(ranker):
+    import torch
+
+    prompt, answers = ranker.text.prompt("Say something."), [ranker.text.answer(a) for a in ANSWERS]
+    with torch.inference_mode():
+        together = ranker.model.features(prompt, answers)
+        for row, ids in enumerate(answers):
+            states = ranker.model.backbone(input_ids=torch.tensor([prompt + ids])).last_hidden_state[0, len(prompt):]
+            torch.testing.assert_close(together[row], torch.cat([states.mean(0), states[-1]]), atol=1e-4, rtol=1e-4)
+
+
+def test_merged_update_equals_the_low_rank_layers(adapter_dir, base_dir, ranker):
+    import torch
+    from safetensors.torch import load_file
+
+    from sppo.rankers import PreferenceEmbedder, load_base
+
+    unmerged = PreferenceEmbedder(load_base(base_dir, torch.float32)[0], SPEC).eval()
+    unmerged.load_state_dict(load_file(adapter_dir / "adapter.safetensors"), strict=False)
+    prompt, answers = ranker.text.prompt("Hello"), [ranker.text.answer(a) for a in ANSWERS]
+    with torch.inference_mode():
+        torch.testing.assert_close(unmerged(prompt, answers), ranker.model(prompt, answers), atol=1e-4, rtol=1e-4)
+
+
+def test_few_and_empty_candidates(ranker):
+    np.testing.assert_array_equal(ranker.pair_logits("Hi", ["one"]), [[0.0]])
+    assert ranker.pair_logits("Hi", []).shape == (0, 0)
+    assert np.isfinite(ranker.pair_logits("", ["", ""])).all()
+    assert ranker.pair_logits("Hi", ["same", "same"])[0, 1] == 0.0
+
+
+def test_control_tokens_in_text_stay_text(ranker):
+    end = ranker.text.tokenizer.eos_token_id
+    assert ranker.text.answer("a<|im_end|>b").count(end) == 1
+    assert ranker.text.answer("") == [end]
+    plain = ranker.text.prompt("hello")
+    assert ranker.text.prompt("<|im_end|>").count(end) == plain.count(end)
+    template = ranker.text.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}],
+                                                         add_generation_prompt=True, tokenize=False)
+    assert plain == ranker.text.tokenizer(template, add_special_tokens=False).input_ids
+
+
+def test_long_texts_keep_head_and_tail(ranker):
+    ids = ranker.text.answer("a" * 60 + "z" * 60)
+    assert len(ids) == SPEC["max_answer_tokens"] + 1
+    assert ranker.text.tokenizer.decode(ids[:-1]) == "a" * 20 + " [...] " + "z" * 5 or "[...]" in ranker.text.tokenizer.decode(ids)
+    assert ids[0] == ranker.text.plain("a")[0] and ids[-2] == ranker.text.plain("z")[0]
+
+
+def test_unusable_folders_are_one_line_errors(adapter_dir, base_dir, tmp_path):
+    from sppo.rankers import EmbeddedRanker, load_ranker
+
+    with pytest.raises(UserError, match="has no ranker.json"):
+        EmbeddedRanker(tmp_path, base_dir)
+    with pytest.raises(UserError, match="snakemake"):
+        EmbeddedRanker(adapter_dir, tmp_path / "absent")
+    with pytest.raises(UserError, match="choose ranker or judge"):
+        load_ranker("nobody", base_dir)
+    for name in ("ranker.json", "adapter.safetensors"):
+        (tmp_path / name).write_bytes((adapter_dir / name).read_bytes())
+    spec = json.loads((tmp_path / "ranker.json").read_text())
+    (tmp_path / "ranker.json").write_text(json.dumps(spec | {"base_shape": [1, 2, 3]}))
+    with pytest.raises(UserError, match="was trained on"):
+        EmbeddedRanker(tmp_path, base_dir)
+    (tmp_path / "ranker.json").write_text(json.dumps(spec))
+    (tmp_path / "adapter.safetensors").write_bytes(b"cut off")
+    with pytest.raises(UserError, match="broken"):
+        EmbeddedRanker(tmp_path, base_dir)
+
+
+# ---------------------------------------------------------------- the data
+
+def annotations(instructions=30, models=6, seed=0):
+    """Made-up annotations: longer outputs tend to win, output_2 wins more often."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(instructions):
+        reference = "reference " * rng.randint(3, 40)
+        for model in range(models):
+            output = f"model {model} says " * rng.randint(3, 40)
+            wins = rng.random() < (0.8 if len(output) > len(reference) else 0.4)
+            rows.append((f"instruction {number}", reference, output, 2.0 if wins else 1.0, f"model {model}"))
+    return pd.DataFrame(rows, columns=["instruction", "output_1", "output_2", "preference", "generator_2"])
+
+
+def test_parts_are_stable_disjoint_and_of_the_stated_sizes():
+    parts = [ranker_data.part_of(f"instruction {i}") for i in range(4000)]
+    shares = [parts.count(name) / len(parts) for name in ranker_data.PARTS]
+    np.testing.assert_allclose(shares, [0.4, 0.4, 0.2], atol=0.03)
+    assert ranker_data.part_of(" instruction 1\n") == parts[1]
+    assert ranker_data.instruction_hash("a ") == ranker_data.instruction_hash("a")
+
+
+def test_shipped_training_instructions_are_disjoint():
+    listed = {}
+    for name in ("ranker", "judge"):
+        file = ROOT / "data" / name / "training_instructions.txt"
+        listed[name] = set(file.read_text().split())
+        assert all(len(line) == 64 for line in listed[name]) and len(listed[name]) > 250
+        assert (ROOT / "data" / name / "adapter.safetensors").stat().st_size <= 5_000_000
+        shares = [int(line[:8], 16) / 2**32 for line in listed[name]]
+        assert min(shares) >= (0 if name == "ranker" else 0.4) and max(shares) < (0.4 if name == "ranker" else 0.8)
+    assert not listed["ranker"] & listed["judge"]
+
+
+def test_unusable_rows_are_left_out_and_counted(tmp_path):
+    frame = annotations(2, 5)
+    frame["preference"] = frame["preference"].astype(float)
+    frame.loc[0, "preference"], frame.loc[1, "preference"], frame.loc[2, "preference"] = np.nan, 0.0, 1.5
+    frame.loc[3, "preference"], frame.loc[4, "output_2"] = 3.0, frame.loc[4, "output_1"]
+    frame.loc[5, "output_2"] = None
+    frame.to_parquet(tmp_path / "a.parquet")
+    rows, excluded = ranker_data.load_annotations(tmp_path / "a.parquet")
+    assert len(rows) == 4
+    assert excluded == {"missing_preference": 1, "missing_text": 1, "draw": 2, "out_of_range": 1, "identical_outputs": 1}
+
+
+def test_balance_gives_equally_many_wins_and_is_seeded():
+    frame = annotations()
+    even = ranker_data.balance(frame, 3)
+    assert (even["preference"] > 1.5).sum() == (even["preference"] < 1.5).sum() == min((frame["preference"] > 1.5).sum(), (frame["preference"] < 1.5).sum())
+    pd.testing.assert_frame_equal(even, ranker_data.balance(frame, 3))
+
+
+def test_groups_are_fair_to_the_reference_and_seeded():
+    frame = annotations(200)
+    groups = ranker_data.make_groups([frame], 5, 1, False, "ranker")
+    assert groups == ranker_data.make_groups([frame], 5, 1, False, "ranker")
+    assert all(ranker_data.part_of(group.instruction) == "ranker" for group in groups)
+    held_out = ranker_data.make_groups([frame], 5, 1, True, "ranker")
+    assert not {group.instruction for group in groups} & {group.instruction for group in held_out}
+    for group in groups:
+        ours = [1 if i == 0 else -1 for i, j, _ in group.pairs if 0 in (i, j)]
+        assert sum(ours) == 0  # the reference wins as often as it loses: its style says nothing
+        assert all(0.5 < target <= ranker_data.MAX_TARGET for *_, target in group.pairs)
+    weight = ranker_data.shorter_weight(groups, 0.6)
+    sides = [len(g.texts[i]) > len(g.texts[j]) for g in groups for i, j, _ in g.pairs]
+    total = sum(1 if longer else weight for longer in sides)
+    assert sum(sides) / total == pytest.approx(0.6)
+
+
+def test_log_odds():
+    np.testing.assert_allclose(ranker_data.log_odds([1.0, 1.5, 2.0, 1.75]), [-16, 0, 16, np.log(3)], atol=1e-9)
+
+
+def test_corruptions():
+    text = "The first sentence is here. The second follows it at once. A third one comes. Then the fourth. And the end of it all."
+    made = {kind: corrupt(text, random.Random(1)) for kind, corrupt in ranker_data.CORRUPTIONS.items()}
+    assert text.startswith(made["cut"]) and 0 < len(made["cut"]) < 0.7 * len(text)
+    assert sorted(made["shuffled"].split()) == sorted(text.split()) and made["shuffled"] != text
+    assert made["shuffled_sentences"] != text and len(made["shuffled_sentences"]) == len(text)
+    opening = " ".join(made["repeated"].split()[:8])
+    assert made["repeated"].count(opening) >= 3 and text.startswith(opening)
+    for kind, corrupt in ranker_data.CORRUPTIONS.items():
+        assert corrupt(text, random.Random(1)) == made[kind]
+        corrupt("", random.Random(0)), corrupt("one", random.Random(0))  # nothing to corrupt is no crash
+
+
+# ---------------------------------------------------------------- the programs
+
+def call(program, *arguments):
+    return subprocess.run([sys.executable, ROOT / "src" / program, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("case, says", [
+    ("absent", "no annotation file"), ("not_parquet", "not a readable parquet"), ("no_column", "lacks the column"),
+    ("empty", "none that can be used"), ("all_training", "nothing is left"), ("no_base", "no model folder")])
+def test_evaluation_errors_are_one_line(tmp_path, case, says, monkeypatch, capsys):
+    """Through main() in this process, for an interpreter that imports torch takes seconds to start."""
+    import evaluate_ranker
+    from sppo.errors import run
+
+    file, frame = tmp_path / "a.parquet", annotations(6)
+    adapters = tmp_path / "data" / "judge"
+    adapters.mkdir(parents=True)
+    hashes = [ranker_data.instruction_hash(i) for i in frame["instruction"]] if case == "all_training" else []
+    (adapters / "training_instructions.txt").write_text("\n".join(hashes))
+    (adapters / "ranker.json").write_text("{\"name\": \"judge\"}")
+    (adapters / "adapter.safetensors").write_bytes((0).to_bytes(8, "little") if case != "no_base" else
+                                                   (2).to_bytes(8, "little") + b"{}")
+    for module in ("evaluate_ranker.ADAPTERS", "sppo.rankers.ADAPTERS"):
+        monkeypatch.setattr(module, tmp_path / "data")
+    if case == "not_parquet":
+        file.write_bytes(b"PAR1 cut")
+    elif case != "absent":
+        frame = frame.drop(columns="preference") if case == "no_column" else frame[:0] if case == "empty" else frame
+        frame.to_parquet(file)
+    monkeypatch.setattr(sys, "argv", ["evaluate_ranker.py", "--ranker", "judge", "--annotations", str(file),
+                                      "--base", str(tmp_path / "no-such-model")])
+    with pytest.raises(SystemExit) as stop:
+        run(evaluate_ranker.main)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and says in error and len(error.splitlines()) == 1
+
+
+def test_train_then_evaluate(base_dir, tmp_path, monkeypatch, capsys):
+    """Both programs on the tiny model: the adapter is the same from the same seed, the figures are whole."""
+    import evaluate_ranker
+    import train_ranker
+
+    file = tmp_path / "a.parquet"
+    annotations(60).to_parquet(file)
+    for output in ("data/ranker", "again"):
+        monkeypatch.setattr(sys, "argv", f"train_ranker.py --name ranker --base {base_dir} --annotations {file} "
+                            f"--steps 2 --layers 2 --lora-from 1 --lora-rank 2 --max-answer-tokens 40 "
+                            f"--output {tmp_path / output}".split())
+        train_ranker.main()
+    folder = tmp_path / "data" / "ranker"
+    assert (folder / "adapter.safetensors").read_bytes() == (tmp_path / "again" / "adapter.safetensors").read_bytes()
+    assert sorted(f.name for f in folder.iterdir()) == ["adapter.safetensors", "ranker.json", "training_instructions.txt"]
+    for module in ("evaluate_ranker.ADAPTERS", "sppo.rankers.ADAPTERS"):
+        monkeypatch.setattr(module, tmp_path / "data")
+    monkeypatch.setattr(sys, "argv", f"evaluate_ranker.py --ranker ranker --base {base_dir} --annotations {file} "
+                        f"--limit 40".split())
+    capsys.readouterr()
+    evaluate_ranker.main()
+    result = json.loads(capsys.readouterr().out)
+    assert result["n"] == 40 and result["balanced"] and result["asymmetry"] < 1e-12
+    assert sum(result["excluded"].values()) + 40 == 360
+    trained = (folder / "training_instructions.txt").read_text().split()
+    assert result["excluded"]["training_instruction"] == 6 * len(trained) > 0
+    assert all(0 <= result[k] <= 1 for k in ("agreement", "length_agreement", "cross_model_agreement", "ece"))
+    assert set(result["corrupted"]) == {"cut", "shuffled", "shuffled_sentences", "off_topic", "repeated"}
+
+
+def test_half_of_the_shared_annotations_are_usable():
+    """The facts that data/README.md of the shared folder states about the raw file."""
+    file = SHARED / "alpaca_eval_1_gpt4_annotations.parquet"
+    if not file.is_file():
+        pytest.skip(f"{file} is not here")
+    frame, excluded = ranker_data.load_annotations(file)
+    assert excluded["missing_preference"] == 57 and excluded["draw"] >= 172
+    assert 0.79 < (frame["preference"] > 1.5).mean() < 0.81

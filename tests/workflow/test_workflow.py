@@ -1,0 +1,135 @@
+"""The whole workflow as a user runs it: killed, resumed, partly deleted, sharded otherwise, run beside the main one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sppo.artifacts import read_table
+from sppo.preference import mean_logits, win_probabilities, winner_and_loser
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULT = "results/tiny/iter2/alpaca_eval.json"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, tiny_policy):
+    """A copy of the repository as git sees it, with nothing made yet."""
+    folder = tmp_path_factory.mktemp("clone")
+    files = subprocess.run(["git", "-C", REPOSITORY, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+                           check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in filter(None, files):
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+    embedded = REPOSITORY / "results/models"
+    if embedded.is_dir():  # converted already; its own test converts it anew
+        shutil.copytree(embedded, folder / "results/models")
+    return folder, tiny_policy
+
+
+def command(clone, *targets: str, **settings: str) -> list[str]:
+    folder, policy = clone
+    config = [f"policy={{model: {policy}}}", *(f"{key}={value}" for key, value in settings.items())]
+    return [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "tests/workflow/config.yaml", "--config", *config, "--", *targets]
+
+
+def snakemake(clone, *targets: str, **settings: str) -> str:
+    """Run to the end; returns what was printed."""
+    done = subprocess.run(command(clone, *targets, **settings), cwd=clone[0], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
+
+
+def times(clone) -> dict[str, float]:
+    """When each artifact's record was written."""
+    root = clone[0] / "results/tiny"
+    return {str(path.relative_to(root)).removesuffix(".record.json"): path.stat().st_mtime for path in root.rglob("*.record.json")}
+
+
+def redone(before: dict[str, float], after: dict[str, float]) -> set[str]:
+    return {name for name in after if after[name] != before.get(name)}
+
+
+def test_killed_resumed_and_finished(clone):
+    process = subprocess.Popen(command(clone, RESULT, "results/tiny/summary.md"), cwd=clone[0], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not list((clone[0] / "results/tiny/iter1/preferences").glob("*.record.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = times(clone)
+    subprocess.run([*command(clone, RESULT)[:-2], "--unlock"], cwd=clone[0], check=True, capture_output=True)
+
+    snakemake(clone, RESULT, "results/tiny/summary.md")
+
+    assert "iter1/responses/0.parquet" in finished and finished.items() <= times(clone).items()
+    result = json.loads((clone[0] / RESULT).read_text())
+    assert 0 <= result["win_rate"] <= 100 and result["n_total"] == 6
+    low, high = result["win_rate_interval"]
+    assert low <= result["win_rate"] <= high
+    assert not list((clone[0] / "results/tiny").rglob("*.tmp")) and not list((clone[0] / "results/tiny").rglob(".*.work"))
+    assert "Nothing to be done" in snakemake(clone, RESULT, "results/tiny/summary.md")
+
+
+def test_a_deleted_policy_is_made_again_with_what_follows_and_nothing_before(clone):
+    before = times(clone)
+    shutil.rmtree(clone[0] / "results/tiny/iter1/policy")
+
+    snakemake(clone, RESULT)
+
+    again = redone(before, times(clone))
+    assert {"iter1/policy", "iter2/responses/0.parquet", "iter2/policy", "iter2/alpaca_eval.json"} <= again
+    assert not {"iter0/policy", "iter1/prompts.parquet", "iter1/responses/0.parquet", "iter1/pairs.parquet", "iter1/logps/current.parquet",
+                "iter2/prompts.parquet", "iter0/reference_outputs.json"} & again
+
+
+def test_a_run_shares_the_first_iteration(clone):
+    before = times(clone)
+
+    snakemake(clone, "results/tiny/hard/iter1/alpaca_eval.json")
+
+    assert redone(before, times(clone)) == {f"hard/iter1/{name}" for name in (
+        "pairs.parquet", "logps/current.parquet", "policy", "train_log.jsonl", "alpaca_eval_outputs.json", "alpaca_eval.json",
+        "alpaca_eval_annotations.json")}
+    log = (clone[0] / "results/tiny/hard/iter1/train_log.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["loss"] == pytest.approx(500_000, rel=1e-4)  # (eta/2)^2 twice, at log-ratio 0
+
+
+def test_stale_artifacts_are_listed_not_rerun(clone):
+    program = clone[0] / "src/build_pairs.py"
+    program.write_text(program.read_text() + "\n# a cosmetic edit\n")
+
+    listed = subprocess.run([sys.executable, "src/list_stale.py"], cwd=clone[0], check=True, capture_output=True, text=True).stdout
+
+    assert "iter1/pairs.parquet: other program" in listed and "iter1/prompts.parquet:" not in listed
+    assert "Nothing to be done" in snakemake(clone, "results/tiny/iter2/pairs.parquet")
+
+
+def test_another_shard_count_gives_the_same_tokens_and_preferences(clone):
+    root = clone[0] / "results/tiny/iter1"
+    def tables(shards: int):
+        responses = {(row["prompt_id"], row["sample_id"]): row["token_ids"]
+                     for shard in range(shards) for row in read_table(root / f"responses/{shard}.parquet", "responses")}
+        logits = {row["prompt_id"]: np.array(row["logits"]) for shard in range(shards)
+                  for row in read_table(root / f"preferences/{shard}.parquet", "preferences")}
+        return responses, logits
+    responses, logits = tables(2)
+
+    snakemake(clone, "results/tiny/iter1/pairs.parquet", responses="{samples: 3, max_new_tokens: 12, batch_size: 18, shards: 1, precision: float32}")
+
+    assert {key: value for key, value in tables(1)[0].items()} == responses
+    for prompt_id, other in tables(1)[1].items():
+        assert np.abs(win_probabilities(other) - win_probabilities(logits[prompt_id])).max() < 1e-4
+        assert winner_and_loser(mean_logits(other)) == winner_and_loser(mean_logits(logits[prompt_id]))
