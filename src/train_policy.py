@@ -21,7 +21,7 @@ from typing import Any
 
 from sppo.artifacts import STAGES, known_hash, read_json, read_table, recorded, write_json, write_text, written_whole
 from sppo.config import add_section
-from sppo.errors import UserError, run
+from sppo.errors import UserError, run, writing
 
 
 def main() -> None:
@@ -59,7 +59,8 @@ def train(args: argparse.Namespace) -> None:
             trainer: Any = make_trl_trainer(model, tokenizer, pairs, options, dtype, device, work, args.seed)
         else:
             trainer = make_trainer(model, pairs, options, dtype, device, work, args.seed)
-        trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(work)) else None)
+        with writing(work):
+            trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(work)) else None)
         history = [line for line in trainer.state.log_history if "loss" in line]
         if any(line["loss"] != line["loss"] for line in history):
             raise UserError(f"training of {args.output} gave a loss that is not a number; lower train.learning_rate")

@@ -6,7 +6,7 @@
 1. Take the part of the instructions that the name stands for (ranker or judge, 40% each, by hash).
 2. Form groups of one instruction, its reference answer, models' answers and two corrupted answers.
 3. Learn every labelled pair of a group at once: the soft cross entropy of sigma(s(i, j)).
-4. Fit the logits' scale on a tenth of the part that was kept from the gradient.
+4. Fit the logits' scale and the weight of length on a tenth of the part, kept from the gradient.
 5. Write the adapter's folder, whole or not at all.
 
 The budget is a number of steps, so a recipe gives the same adapter on the same machine each time.
@@ -27,6 +27,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow two-core machines down
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
@@ -34,9 +35,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from sppo.errors import UserError, run
 from sppo.ranker_data import (Group, instruction_hash, load_annotations, make_groups, part_of,
                               shorter_weight)
-from sppo.rankers import PairText, PreferenceEmbedder, best_dtype, load_base, skew_logits
+from sppo.rankers import PairText, PreferenceEmbedder, best_dtype, length_gaps, load_base, skew_logits
 
-CORRUPTED_SHARE = 0.18  # of the loss
+CORRUPTED_SHARE = 0.3  # of the loss
 HEAD_RATE = 1e-3  # the head's learning rate; --learning-rate is the low-rank updates'
 
 
@@ -77,27 +78,41 @@ def group_loss(logits: torch.Tensor, group: Group, shorter: float) -> torch.Tens
     loss = mean_loss(group.pairs, [1.0 if wins else shorter for wins in longer])
     if not group.corrupted:
         return loss
-    return (1 - CORRUPTED_SHARE) * loss + CORRUPTED_SHARE * mean_loss(group.corrupted, [1.0] * len(group.corrupted))
+    copies = [worse for _, worse, _ in group.corrupted]
+    each_once = [1 / copies.count(worse) for worse in copies]  # an off-topic answer loses to the whole group
+    return (1 - CORRUPTED_SHARE) * loss + CORRUPTED_SHARE * mean_loss(group.corrupted, each_once)
 
 
 @torch.no_grad()
-def held_out_logits(model: PreferenceEmbedder, text: PairText, groups: list[Group]) -> dict[str, np.ndarray]:
-    """Logits of (better, worse) on groups kept from training: of all pairs, with the reference, corrupted."""
+def held_out_logits(model: PreferenceEmbedder, text: PairText, groups: list[Group]) -> pd.DataFrame:
+    """On groups kept from training: kind (reference, cross, corrupted), logit and length gap of (better, worse)."""
     model.eval()
-    logits: dict[str, list[float]] = {"all": [], "reference": [], "corrupted": []}
+    rows = []
     for group in groups:
         s = skew_logits(embed(model, text, group).double())
-        logits["all"] += [float(s[i, j]) for i, j, _ in group.pairs]
-        logits["reference"] += [float(s[i, j]) for i, j, _ in group.pairs if 0 in (i, j)]
-        logits["corrupted"] += [float(s[i, j]) for i, j, _ in group.corrupted]
+        gaps = length_gaps(group.texts)
+        rows += [("reference" if 0 in (i, j) else "cross", float(s[i, j]), gaps[i, j]) for i, j, _ in group.pairs]
+        rows += [("corrupted", float(s[i, j]), gaps[i, j]) for i, j, _ in group.corrupted]
     model.train()
-    return {kind: np.array(values) for kind, values in logits.items()}
+    return pd.DataFrame(rows, columns=["kind", "logit", "gap"])
 
 
-def fit_scale(logits: np.ndarray) -> float:
-    """The factor on the logits that maximises the likelihood of labels that say `better` each time."""
-    grid = np.exp(np.linspace(np.log(0.05), np.log(5), 400))
-    return float(grid[np.argmin([np.logaddexp(0, -c * logits).mean() for c in grid])])
+def agreement(rows: pd.DataFrame) -> dict[str, float]:
+    """Share of pairs, by kind, where the embedding alone prefers the better answer."""
+    return rows["logit"].gt(0).groupby(rows["kind"]).mean().round(4).to_dict()
+
+
+def calibrate(rows: pd.DataFrame) -> tuple[float, float]:
+    """(logit_scale, length_weight): logistic regression, without intercept, of `better wins` on both columns.
+
+    Newton's method on two parameters, with a slight ridge so that separable data have an answer too.
+    """
+    x = rows[["logit", "gap"]].to_numpy()
+    w = np.zeros(2)
+    for _ in range(30):
+        lost = 1 / (1 + np.exp(x @ w))
+        w += np.linalg.solve((x.T * (lost * (1 - lost))) @ x + 0.01 * np.eye(2), x.T @ lost - 0.01 * w)
+    return float(w[0]), float(w[1])
 
 
 def set_feature_scale(model: PreferenceEmbedder, text: PairText, groups: list[Group]) -> None:
@@ -138,7 +153,7 @@ def train(args: argparse.Namespace, model: PreferenceEmbedder, text: PairText, f
             line = {"step": step + 1, "loss": round(float(np.mean(recent)), 4),
                     "seconds": round(time.monotonic() - began)}
             if check:
-                line |= {k: round(float((v > 0).mean()), 4) for k, v in held_out_logits(model, text, held_out[:20]).items()}
+                line |= agreement(held_out_logits(model, text, held_out[:20]))
             print(json.dumps(line), file=sys.stderr, flush=True)
             log.append(line)
             told, recent = time.monotonic(), []
@@ -171,14 +186,14 @@ def main() -> None:
     backbone, tokenizer = load_base(args.base, best_dtype("cpu"))
     shape = [backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size]
     recipe = {k: v for k, v in vars(args).items() if k not in ("base", "annotations", "output")}
-    spec = {"name": args.name, "base": args.base.name, "base_shape": shape, **recipe, "logit_scale": 1.0}
+    spec = {"name": args.name, "base": args.base.name, "base_shape": shape, **recipe, "logit_scale": 1.0, "length_weight": 0.0}
     text = PairText(tokenizer, args.max_prompt_tokens, args.max_answer_tokens)
     model = PreferenceEmbedder(backbone, spec, args.seed).train()
     held_out = make_groups(files, args.group_size, args.seed, True, args.name)
     spec["log"] = train(args, model, text, files, held_out)
     final = held_out_logits(model, text, held_out)
-    spec["logit_scale"] = fit_scale(final["all"])
-    spec["held_out"] = {kind: {"n": len(v), "agreement": round(float((v > 0).mean()), 4)} for kind, v in final.items()}
+    spec["logit_scale"], spec["length_weight"] = calibrate(final[final["kind"] != "corrupted"])
+    spec["held_out"] = {"n": final["kind"].value_counts().to_dict(), "agreement": agreement(final)}
     spec["annotations"] = [path.name for path in args.annotations]
     spec["versions"] = {p: version(p) for p in ("torch", "transformers", "numpy", "pandas")}
     spec["license"] = "CC-BY-NC-4.0 (inherited from the AlpacaEval annotations)"

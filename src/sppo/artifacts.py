@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sppo.errors import UserError
+from sppo.errors import UserError, writing
 from sppo.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,10 +78,11 @@ def written_whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
@@ -134,7 +135,7 @@ def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     try:
         table = table.select(wanted.names).cast(wanted)
         _check(table, name)
-    except (pa.ArrowInvalid, ValueError) as error:
+    except (pa.ArrowException, ValueError) as error:
         raise UserError(f"{path} breaks the schema of {name} ({error}); delete it and run again") from None
     return table.to_pylist()
 

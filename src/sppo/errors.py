@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class UserError(Exception):
@@ -23,15 +24,10 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail(disk_full(error))
     except Exception as error:
-        # safetensors, arrow and tokenizers wrap a full disk in errors of their own.
-        if "No space left" not in str(error) and "os error 28" not in str(error):
+        if not is_disk_full(error):
             raise
-        fail(disk_full(error))
+        fail(disk_full(getattr(error, "filename", None) or "temporary files"))
 
 
 def fail(message: str) -> None:
@@ -41,10 +37,24 @@ def fail(message: str) -> None:
     sys.exit(1)
 
 
-def disk_full(error: Exception) -> str:
-    """The one line for a full disk. Only the folder we were writing to is known to be full."""
-    where = getattr(error, "filename", None) or os.getcwd()
-    folder = where if os.path.isdir(where) else os.path.dirname(where) or "."
-    free = shutil.disk_usage(folder).free // 2**20 if os.path.isdir(folder) else 0
-    return (f"no space left on device while writing {where} ({free} MiB free); free some space and run "
-            "again: finished artifacts are kept")
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error says that nothing more can be written; safetensors and arrow wrap it in types of their own."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turn a full disk, met while the block writes to `path`, into a UserError that names it."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise UserError(disk_full(path)) from error
+        raise
+
+
+def disk_full(path: str | os.PathLike) -> str:
+    """The one line for a full disk met while writing `path`."""
+    folder = os.path.dirname(path) or "."
+    free = f" ({shutil.disk_usage(folder).free // 2**20} MiB free there)" if os.path.isdir(folder) else ""
+    return f"no space left on device while writing {path}{free}; free some and run again: finished artifacts are kept"

@@ -14,10 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from torch import nn
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from sppo.models import compute_dtype, load_policy, load_tokenizer, stop_token_ids
 from sppo.progress import progress
+
+
+BLOCK = 256  # tokens that are summed first when drawing
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
     logits (B, V), uniforms (B,) in [0, 1); returns token ids (B,). A row's token depends on that row alone.
     top_p keeps the smallest set of most likely tokens whose probability reaches it.
     """
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    probabilities = torch.softmax(logits.float() if temperature == 1.0 else logits.float() / temperature, dim=-1)
     if top_p < 1.0:
         # Sorting the whole vocabulary costs more than the model; the nucleus nearly always lies in the top few.
         ordered = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1).values
@@ -55,10 +59,24 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
         least = ordered.masked_fill(~inside, torch.inf).amin(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     # In the order of the vocabulary: an order by probability would turn with the last bit of two like ones.
-    cumulative = probabilities.double().cumsum(dim=-1)
-    # Strictly inside (0, total]: a token of probability 0 is never drawn.
-    target = (1.0 - uniforms.to(cumulative)) * cumulative[:, -1]
-    return torch.searchsorted(cumulative, target[:, None]).clamp(max=cumulative.shape[-1] - 1).squeeze(1)
+    # First the block of 256 tokens, then the token in it: only sums over blocks need double precision everywhere.
+    blocks = nn.functional.pad(probabilities, (0, -probabilities.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    block, rest = _invert(blocks.sum(dim=-1), 1.0 - uniforms)
+    token, _ = _invert(blocks[torch.arange(len(block), device=block.device), block], rest)
+    return block * BLOCK + token
+
+
+def _invert(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where u in (0, 1] falls among weights (B, N): index (B,), and how far into that weight, again in (0, 1].
+
+    An index of weight 0 is never met.
+    """
+    cumulative = weights.double().cumsum(dim=-1)
+    target = u.to(cumulative) * cumulative[:, -1]
+    index = torch.searchsorted(cumulative, target[:, None]).clamp(max=weights.shape[-1] - 1)
+    weight = weights.gather(-1, index).double()
+    rest = (target[:, None] - cumulative.gather(-1, index) + weight) / weight
+    return index.squeeze(1), rest.squeeze(1).clamp(min=torch.finfo(torch.float64).tiny, max=1.0)
 
 
 class OwnNoise(LogitsProcessor):
@@ -72,7 +90,7 @@ class OwnNoise(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         step = input_ids.shape[1] - self.prompt_length
         tokens = draw_tokens(scores, self.uniforms[:, step].to(scores.device), self.sampling.temperature, self.sampling.top_p)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
+        return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
 class TransformersEngine:
@@ -99,18 +117,21 @@ class TransformersEngine:
         return sorted(rows, key=lambda row: (place[row["prompt_id"]], row["sample_id"]))
 
     def _batch(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> Iterator[dict[str, Any]]:
-        wanted = [(row, k, sample_seed(data_seed, purpose, row["prompt_id"], k)) for row in prompts for k in range(sampling.samples)]
+        samples = sampling.samples
+        wanted = [(row, k, sample_seed(data_seed, purpose, row["prompt_id"], k)) for row in prompts for k in range(samples)]
         width = max(len(row["prompt_token_ids"]) for row in prompts)
         pad = self.stop_ids[0]  # masked out, so any id will do
-        ids = torch.tensor([[pad] * (width - len(r["prompt_token_ids"])) + list(r["prompt_token_ids"]) for r, _, _ in wanted])
-        mask = torch.tensor([[0] * (width - len(r["prompt_token_ids"])) + [1] * len(r["prompt_token_ids"]) for r, _, _ in wanted])
+        padding = [width - len(row["prompt_token_ids"]) for row in prompts]
+        ids = torch.tensor([[pad] * n + list(row["prompt_token_ids"]) for n, row in zip(padding, prompts, strict=True)]).to(self.device)
+        mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding]).to(self.device)
         noise = [OwnNoise([seed for _, _, seed in wanted], sampling, width)] if sampling.temperature > 0 else []
         with torch.inference_mode():
-            # temperature and top_p are reset: the model's own generation config must not warp the logits as well.
             output = self.model.generate(
-                ids.to(self.device), attention_mask=mask.to(self.device), do_sample=False, temperature=1.0, top_p=1.0, top_k=50,
-                repetition_penalty=1.0, max_new_tokens=sampling.max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=pad,
-                logits_processor=LogitsProcessorList(noise))
+                ids.repeat_interleave(samples, 0), attention_mask=mask.repeat_interleave(samples, 0),
+                past_key_values=self._read_once(ids, mask, samples), do_sample=False, max_new_tokens=sampling.max_new_tokens,
+                # The model's own generation config must not warp the logits as well.
+                temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0,
+                eos_token_id=self.stop_ids, pad_token_id=pad, logits_processor=LogitsProcessorList(noise))
         for (row, k, seed), tokens in zip(wanted, output[:, width:].tolist(), strict=True):
             stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
             kept = tokens if stop is None else tokens[:stop + 1]
@@ -119,6 +140,15 @@ class TransformersEngine:
                    "prompt_token_ids": list(row["prompt_token_ids"]), "token_ids": kept,
                    "text": self.tokenizer.decode(spoken, skip_special_tokens=True),
                    "finish_reason": "length" if stop is None else "stop"}
+
+    def _read_once(self, ids: torch.Tensor, mask: torch.Tensor, samples: int) -> DynamicCache:
+        """Keys and values of the prompts but for their last token, each read once and repeated for its K samples."""
+        cache = DynamicCache(config=self.model.config)
+        if ids.shape[1] > 1:
+            self.model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0),
+                       past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(samples)
+        return cache
 
 
 ENGINES = {"transformers": TransformersEngine}

@@ -156,8 +156,9 @@ def make_group(rows: pd.DataFrame, others: list[str], size: int, seed: str) -> G
     one side is short, meet only each other. Two models' answers are compared by their log-odds against
     the reference: target = sigma(3/4 * gap). (Checked on the 11,840 answers that both AlpacaEval files
     judge: where the 2.0 log-odds of two answers differ by more than 1.5, their order is that of the 1.0
-    labels in 95% of pairs.) Two corrupted answers are added; each loses to its original and to all that
-    beat the original. `others` are answers to other instructions, for the off-topic ones.
+    labels in 95% of pairs.) Three corrupted answers are added, two of them off-topic: what is relevant is
+    harder to learn than what is broken. Each loses to its original and to all that beat the original.
+    `others` are answers to other instructions, for the off-topic ones.
     """
     rng = random.Random(seed)
     reference, odds = rows["output_1"].iloc[0], log_odds(rows["preference"].to_numpy())
@@ -180,8 +181,8 @@ def make_group(rows: pd.DataFrame, others: list[str], size: int, seed: str) -> G
 
 
 def add_corrupted(group: Group, scores: list[float], others: list[str], rng: random.Random) -> None:
-    """Append two corrupted versions of answers in the group, and the pairs that they lose."""
-    for kind in rng.sample([*CORRUPTIONS, "off_topic"], 2):
+    """Append one broken answer and two off-topic ones to the group, and the pairs that they lose."""
+    for kind in (rng.choice(list(CORRUPTIONS)), "off_topic", "off_topic"):
         long = [i for i in range(len(scores)) if len(group.texts[i].split()) >= MIN_WORDS]
         if kind != "off_topic" and not long:
             continue

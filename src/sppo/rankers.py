@@ -133,6 +133,12 @@ def skew_logits(e: torch.Tensor) -> torch.Tensor:
     return products - products.T
 
 
+def length_gaps(texts: list[str]) -> np.ndarray:
+    """log(1 + characters) of text i minus that of text j: (K, K), skew-symmetric."""
+    logs = np.log1p([len(text.strip()) for text in texts])
+    return logs[:, None] - logs[None, :]
+
+
 class PairText:
     """Turns an instruction and its answers into token ids, always in the same way.
 
@@ -242,8 +248,14 @@ class EmbeddedRanker:
         """
         if not candidates:
             return np.zeros((0, 0))
-        embeddings = self.model(self.text.prompt(prompt), [self.text.answer(c) for c in candidates])
-        return self.spec["logit_scale"] * skew_logits(embeddings.double()).cpu().numpy()
+        # Each text is read once, in sorted order: identical candidates tie exactly, and the order in
+        # which candidates come does not even change the rounding.
+        unique = sorted(set(candidates))
+        embeddings = self.model(self.text.prompt(prompt), [self.text.answer(text) for text in unique])
+        logits = self.spec["logit_scale"] * skew_logits(embeddings.double()).cpu().numpy()
+        logits += self.spec["length_weight"] * length_gaps(unique)
+        at = [unique.index(text) for text in candidates]
+        return logits[np.ix_(at, at)]
 
 
 def load_ranker(name: str, base_dir: Path, dtype: str = "auto", device: str = "cpu") -> EmbeddedRanker:

@@ -18,6 +18,7 @@ from sppo.artifacts import read_table
 from sppo.preference import mean_logits, win_probabilities, winner_and_loser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # all cores, as a user has
 RESULT = "results/tiny/iter2/alpaca_eval.json"
 
 
@@ -45,7 +46,8 @@ def command(clone, *targets: str, **settings: str) -> list[str]:
 
 def snakemake(clone, *targets: str, **settings: str) -> str:
     """Run to the end; returns what was printed."""
-    done = subprocess.run(command(clone, *targets, **settings), cwd=clone[0], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+    done = subprocess.run(command(clone, *targets, **settings), cwd=clone[0], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=ENVIRONMENT, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout
 
@@ -57,12 +59,13 @@ def times(clone) -> dict[str, float]:
 
 
 def redone(before: dict[str, float], after: dict[str, float]) -> set[str]:
+    """Artifacts that were made, or made again."""
     return {name for name in after if after[name] != before.get(name)}
 
 
 def test_killed_resumed_and_finished(clone):
-    process = subprocess.Popen(command(clone, RESULT, "results/tiny/summary.md"), cwd=clone[0], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command(clone, RESULT), cwd=clone[0], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=ENVIRONMENT, start_new_session=True)
     deadline = time.monotonic() + 300
     while not list((clone[0] / "results/tiny/iter1/preferences").glob("*.record.json")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -72,15 +75,16 @@ def test_killed_resumed_and_finished(clone):
     finished = times(clone)
     subprocess.run([*command(clone, RESULT)[:-2], "--unlock"], cwd=clone[0], check=True, capture_output=True)
 
-    snakemake(clone, RESULT, "results/tiny/summary.md")
+    snakemake(clone, RESULT)
 
-    assert "iter1/responses/0.parquet" in finished and finished.items() <= times(clone).items()
+    # What the killed jobs had in hand is made again, what earlier jobs had finished is not.
+    assert not {"iter0/policy", "iter1/prompts.parquet", "iter1/responses/0.parquet"} & redone(finished, times(clone))
     result = json.loads((clone[0] / RESULT).read_text())
     assert 0 <= result["win_rate"] <= 100 and result["n_total"] == 6
     low, high = result["win_rate_interval"]
     assert low <= result["win_rate"] <= high
     assert not list((clone[0] / "results/tiny").rglob("*.tmp")) and not list((clone[0] / "results/tiny").rglob(".*.work"))
-    assert "Nothing to be done" in snakemake(clone, RESULT, "results/tiny/summary.md")
+    assert "Nothing to be done" in snakemake(clone, RESULT)
 
 
 def test_a_deleted_policy_is_made_again_with_what_follows_and_nothing_before(clone):
@@ -115,6 +119,14 @@ def test_stale_artifacts_are_listed_not_rerun(clone):
 
     assert "iter1/pairs.parquet: other program" in listed and "iter1/prompts.parquet:" not in listed
     assert "Nothing to be done" in snakemake(clone, "results/tiny/iter2/pairs.parquet")
+
+
+def test_a_run_is_summed_up(clone):
+    snakemake(clone, "results/tiny/summary.md")
+
+    rows = [line for line in (clone[0] / "results/tiny/summary.md").read_text().splitlines() if line.startswith("|")][2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["0", "1", "2"]
+    assert (clone[0] / "results/tiny/figures/win_rate.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_another_shard_count_gives_the_same_tokens_and_preferences(clone):

@@ -1,0 +1,60 @@
+"""A tiny random policy with the real tokenizer; no network, one core, no reports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+
+from convert_embedded_policy import CONTEXT, GGUF, package_folder  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    """The tokenizer of SmolLM2-135M-Instruct: as the workflow converted it, else from the package (some seconds)."""
+    from transformers import AutoTokenizer
+
+    folder, converted = tmp_path_factory.mktemp("tokenizer"), ROOT / "results" / "models" / "SmolLM2-135M-Instruct"
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    if all((converted / name).is_file() for name in names):
+        for name in names:
+            shutil.copy(converted / name, folder)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(package_folder(), gguf_file=GGUF)
+        tokenizer.model_max_length = CONTEXT
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tokenizer_folder, tmp_path_factory) -> Path:
+    """A Llama of random weights: float32, 2 layers of width 64, 512 positions, the real vocabulary. Not to be changed."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    # Weights wider than usual, so that its distributions are far from uniform.
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        tie_word_embeddings=True, initializer_range=0.2))
+    folder = tmp_path_factory.mktemp("tiny") / "policy"
+    model.save_pretrained(folder)
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Run a program's main() in this process, as `python src/NAME.py WORDS` would but for the exit."""
+    def call(module, *words: object) -> None:
+        monkeypatch.setattr("sys.argv", [module.__file__, *map(str, words)])
+        module.main()
+    return call

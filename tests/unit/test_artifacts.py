@@ -1,0 +1,229 @@
+"""Artifacts: written whole or not at all, checked on both sides, with a record that says what they came from."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import list_stale
+from sppo.artifacts import (ROOT, TABLES, code_hashes, file_hash, known_hash, read_json, read_table, record_path, recorded, write_json,
+                            write_table, write_text, written_whole)
+from sppo.errors import UserError
+from sppo.stages import STAGES
+
+MESSAGES = [{"role": "user", "content": "Zeilen\nund „Anführung“ \U0001f600"}]
+ROWS = {
+    "prompts": [{"prompt_id": f"p{i}", "category": "", "messages": MESSAGES, "prompt_token_ids": [1, 49151], "source": "x"} for i in range(3)],
+    "responses": [{"prompt_id": "p0", "sample_id": i, "seed": 2**64 - 1 - i, "prompt_token_ids": [1], "token_ids": [5, 2], "text": "a\0b",
+                   "finish_reason": "stop"} for i in range(3)],
+    "preferences": [{"prompt_id": f"p{i}", "sample_ids": [0, 1], "logits": [[0.0, 1e-300], [-1 / 3, 0.0]]} for i in range(3)],
+    "pairs": [{"pair_id": i, "prompt_id": "p0", "prompt_token_ids": [1], "chosen": "a", "chosen_token_ids": [5], "chosen_sample_id": 0,
+               "rejected": "", "rejected_token_ids": [], "rejected_sample_id": 4, "p_hat_chosen": 0.9, "p_hat_rejected": 0.1,
+               "p_chosen_beats_rejected": 1 / 3} for i in range(3)],
+    "logps": [{"pair_id": i, "chosen_logp": -1 / 3, "rejected_logp": -1e3} for i in range(3)],
+}
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def refusal(path: Path, name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        read_table(path, name)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_table_has_an_example_here():
+    assert ROWS.keys() == TABLES.keys()
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_come_back_bit_for_bit(name, tmp_path):
+    write_table(tmp_path / "a" / "t.parquet", ROWS[name], name)
+    assert read_table(tmp_path / "a" / "t.parquet", name) == ROWS[name]
+    assert left_over(tmp_path / "a") == ["t.parquet"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_repeated_key_and_null_are_refused_on_write(name, tmp_path):
+    with pytest.raises(ValueError, match=TABLES[name].key[0]):
+        write_table(tmp_path / "t.parquet", ROWS[name][:1] * 2, name)
+    for column in TABLES[name].columns.names:
+        with pytest.raises(ValueError, match=column):
+            write_table(tmp_path / "t.parquet", [{**ROWS[name][0], column: None}], name)
+    assert left_over(tmp_path) == []
+
+
+def test_missing_table_is_named(tmp_path):
+    assert "is missing" in refusal(tmp_path / "none.parquet", "pairs")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_truncated_table_is_named(keep, tmp_path):
+    write_table(tmp_path / "t.parquet", ROWS["pairs"], "pairs")
+    whole = (tmp_path / "t.parquet").read_bytes()
+    (tmp_path / "t.parquet").write_bytes(whole[:int(keep * len(whole))])
+    assert "not a whole parquet file" in refusal(tmp_path / "t.parquet", "pairs")
+
+
+def test_table_of_another_kind_is_named_with_what_it_lacks(tmp_path):
+    write_table(tmp_path / "t.parquet", ROWS["logps"], "logps")
+    assert "lacks prompt_id" in refusal(tmp_path / "t.parquet", "pairs")
+
+
+@pytest.mark.parametrize("column", [pa.array(["one"]), pa.array([[1]]), pa.array([{"x": 1}]), pa.array([0.5])],
+                         ids=["text", "list", "struct", "fraction"])
+def test_column_of_another_type_is_named(column, tmp_path):
+    foreign = pa.table({"pair_id": column, "chosen_logp": [0.0], "rejected_logp": [0.0]})
+    pq.write_table(foreign, tmp_path / "t.parquet")
+    assert "breaks the schema of logps" in refusal(tmp_path / "t.parquet", "logps")
+
+
+def test_foreign_table_with_repeated_keys_or_nulls_is_named(tmp_path):
+    for ids, logps in (([1, 1], [0.0, 0.0]), ([1, 2], [0.0, None])):
+        pq.write_table(pa.table({"pair_id": ids, "chosen_logp": logps, "rejected_logp": [0.0, 0.0]}), tmp_path / "t.parquet")
+        assert "breaks the schema of logps" in refusal(tmp_path / "t.parquet", "logps")
+
+
+def test_broken_json_is_named_and_nan_is_not_written(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1')
+    with pytest.raises(UserError, match="x.json is not valid JSON"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "y.json", {"a": float("nan")})
+    assert left_over(tmp_path) == ["x.json"]
+
+
+def test_failure_while_writing_keeps_the_old_file_and_nothing_else(tmp_path):
+    write_text(tmp_path / "x", "old")
+    with pytest.raises(RuntimeError):
+        with written_whole(tmp_path / "x") as temporary:
+            temporary.write_text("half of the n")
+            raise RuntimeError
+    assert (tmp_path / "x").read_text() == "old" and left_over(tmp_path) == ["x"]
+
+
+def test_failure_while_writing_a_folder_keeps_the_old_folder_and_nothing_else(tmp_path):
+    (tmp_path / "p").mkdir()
+    write_text(tmp_path / "p" / "old", "")
+    with pytest.raises(KeyboardInterrupt):
+        with written_whole(tmp_path / "p") as temporary:
+            temporary.mkdir()
+            write_text(temporary / "new", "")
+            raise KeyboardInterrupt
+    assert left_over(tmp_path / "p") == ["old"] and left_over(tmp_path) == ["p"]
+
+
+def test_new_folder_replaces_the_old_one_with_all_it_held(tmp_path):
+    for content in ("old", "new"):
+        with written_whole(tmp_path / "p") as temporary:
+            temporary.mkdir()
+            write_text(temporary / content, "")
+    assert left_over(tmp_path / "p") == ["new"] and left_over(tmp_path) == ["p"]
+
+
+def test_block_that_writes_nothing_is_an_error_and_keeps_the_old_file(tmp_path):
+    write_text(tmp_path / "x", "old")
+    with pytest.raises(FileNotFoundError):
+        with written_whole(tmp_path / "x"):
+            pass
+    assert (tmp_path / "x").read_text() == "old"
+
+
+def test_hash_of_a_folder_follows_contents_and_names_and_nothing_else(tmp_path):
+    def made(name: str, files: dict[str, str]) -> str:
+        for file, text in files.items():
+            write_text(tmp_path / name / file, text)
+        return file_hash(tmp_path / name)
+
+    one = made("one", {"a": "x", "b/c": "y"})
+    os.utime(tmp_path / "one" / "a", (0, 0))
+    assert made("same", {"b/c": "y", "a": "x"}) == one == file_hash(tmp_path / "one")
+    others = [made("content", {"a": "x", "b/c": "z"}), made("name", {"a": "x", "b/d": "y"}), made("place", {"a": "x", "c": "y"}),
+              made("swapped", {"a": "y", "b/c": "x"}), made("more", {"a": "x", "b/c": "y", "d": ""})]
+    assert len({one, *others}) == 6
+
+
+def test_hash_of_a_folder_of_links_is_that_of_what_they_point_to(tmp_path):
+    write_text(tmp_path / "real" / "a", "x")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a").symlink_to(tmp_path / "real" / "a")
+    assert file_hash(tmp_path / "links") == file_hash(tmp_path / "real")
+
+
+@pytest.fixture
+def as_program(monkeypatch):
+    monkeypatch.setattr("sys.argv", [str(ROOT / "src" / "build_pairs.py")])
+
+
+def test_record_tells_what_the_artifact_is_and_came_from(tmp_path, as_program, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secretsecret")
+    large, small, artifact = tmp_path / "large", tmp_path / "small", tmp_path / "artifact"
+    write_text(large, "not hashed again")
+    write_json(record_path(large), {"sha256": "as its own record says"})
+    write_text(small, "")
+    with recorded("select", artifact, [large, small], {"output": artifact, "beta": 1e-3}) as facts:
+        write_text(artifact, "result")
+        facts["pairs"] = 3
+    text = record_path(artifact).read_text()
+    record = json.loads(text)
+    assert record["sha256"] == file_hash(artifact) == known_hash(artifact)
+    assert record["inputs"] == {str(large): "as its own record says",
+                                str(small): "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+    assert (record["stage"], record["stage_version"], record["pairs"]) == ("select", STAGES["select"], 3)
+    assert record["arguments"] == {"output": str(artifact), "beta": 1e-3}
+    assert record["code"]["program"] == "build_pairs.py"
+    assert record["packages"]["torch"] and record["seconds"] >= 0 and record["peak_memory_mib"] > 0 and record["started"].endswith("+00:00")
+    assert "secretsecret" not in text
+
+
+def test_failed_stage_leaves_no_record(tmp_path, as_program):
+    with pytest.raises(UserError):
+        with recorded("select", tmp_path / "artifact", [], {}):
+            write_text(tmp_path / "artifact", "half")
+            raise UserError("no")
+    assert left_over(tmp_path) == ["artifact"]
+
+
+def test_stale_names_what_differs_and_only_that(tmp_path, as_program):
+    with recorded("select", tmp_path / "a", [], {}):
+        write_text(tmp_path / "a", "")
+    record = read_json(record_path(tmp_path / "a"))
+    assert list_stale.differences(record) == []
+    code = record["code"]
+    assert list_stale.differences({**record, "code": {**code, "program_sha256": "0"}}) == ["program"]
+    assert list_stale.differences({**record, "code": {**code, "sppo_sha256": "0"}}) == ["src/sppo"]
+    assert list_stale.differences({**record, "stage_version": 0}) == ["stage version"]
+    assert list_stale.differences({**record, "stage": "gone"}) == ["stage version"]
+    assert list_stale.differences({**record, "code": {**code, "program": "gone.py"}}) == ["program (gone)"]
+
+
+def test_stale_lists_each_artifact_with_its_reason(tmp_path, as_program, program, capsys):
+    for name in ("fresh", "old"):
+        with recorded("select", tmp_path / "iter1" / name, [], {}):
+            write_text(tmp_path / "iter1" / name, "")
+    old = record_path(tmp_path / "iter1" / "old")
+    write_json(old, {**read_json(old), "stage_version": 0})
+    program(list_stale, tmp_path)
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/iter1/old: other stage version", "1 of 2 artifacts were made by older code"]
+
+
+def test_code_hash_of_the_package_follows_every_file_of_it(tmp_path, monkeypatch):
+    program = ROOT / "src" / "build_pairs.py"
+    before = code_hashes(program)
+    assert before == code_hashes(program)
+    for file in sorted((ROOT / "src" / "sppo").glob("*.py")):
+        write_text(tmp_path / "src" / "sppo" / file.name, file.read_text(encoding="utf-8"))
+    monkeypatch.setattr("sppo.artifacts.ROOT", tmp_path)
+    assert code_hashes(program) == before
+    write_text(tmp_path / "src" / "sppo" / "losses.py", "changed")
+    after = code_hashes(program)
+    assert after["sppo_sha256"] != before["sppo_sha256"] and after["program_sha256"] == before["program_sha256"]

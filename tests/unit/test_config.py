@@ -1,0 +1,207 @@
+"""Configuration: defaults hold, every bad key is one line that names it, flags carry every value to the programs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from sppo.config import RESERVED, add_section, default_of, flags, resolve, schema
+from sppo.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = [ROOT / "config" / "config.yaml", *sorted((ROOT / "config" / "presets").glob("*.yaml"))]
+SECTIONS = [key for key, rule in schema()["properties"].items() if "properties" in rule]
+
+
+def leaves():
+    """(dotted name, rule) of every key that takes a value."""
+    for key, rule in schema()["properties"].items():
+        for name, inner in rule.get("properties", {}).items():
+            yield f"{key}.{name}", inner
+        if "properties" not in rule:
+            yield key, rule
+
+
+def overlaid(files: list[Path]) -> dict:
+    """The files merged as Snakemake merges --configfile over the Snakefile's own."""
+    from snakemake.utils import update_config
+
+    merged: dict = {}
+    for file in files:
+        update_config(merged, yaml.safe_load(file.read_text(encoding="utf-8")))
+    return merged
+
+
+def refusal(written: dict) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(written)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_alone_are_a_valid_configuration_and_resolve_to_themselves():
+    main = resolve({})[""]
+    assert resolve({key: value for key, value in main.items() if key != "first_iteration_from"})[""] == main
+    assert main["train"] | {"beta": 1e-3, "loss": "sppo", "optimizer": "rmsprop", "learning_rate": 5e-7, "batch_size": 64} == main["train"]
+
+
+@pytest.mark.parametrize(("name", "rule"), list(leaves()))
+def test_key_is_described_typed_and_has_a_valid_default(name, rule):
+    assert rule["description"].strip() and rule["type"], name
+    assert ("default" in rule) != ("x-settings" in rule), f"{name} needs a default or x-settings, and only one"
+    if "x-settings" in rule:
+        assert set(rule["x-settings"]) == {"paper", "repo"}
+    for settings in ("paper", "repo"):
+        jsonschema.validate(default_of(rule, settings), rule)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_file_resolves_and_only_the_default_is_unnamed(file):
+    written = overlaid([SHIPPED[0], file])
+    assert (resolve(written)[""]["name"] == "") == (file == SHIPPED[0])
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_file_reads_every_number_as_a_number(file):
+    """YAML reads 1e-6 as text; the schema would refuse it where a number is wanted, not where a text is."""
+    texts = [value for section in yaml.safe_load(file.read_text(encoding="utf-8")).values() if isinstance(section, dict)
+             for value in section.values() if isinstance(value, str)]
+    for text in texts:
+        with pytest.raises(ValueError):
+            float(text)
+
+
+def test_settings_switch_between_paper_and_official_code():
+    paper, repo = resolve({"settings": "paper"})[""], resolve({"settings": "repo"})[""]
+    assert (paper["responses"]["temperature"], paper["responses"]["top_p"], paper["preference"]["probability"],
+            paper["preference"]["source"], paper["train"]["schedule_total_epochs"]) == (1.0, 1.0, "pairwise", "instruction", 18)
+    assert (repo["responses"]["temperature"], repo["responses"]["top_p"], repo["preference"]["probability"],
+            repo["preference"]["source"], repo["train"]["schedule_total_epochs"]) == (0.7, 0.9, "blender", "chat_template", 1)
+
+
+def test_one_key_set_by_hand_wins_over_settings_and_moves_no_other():
+    base, one = resolve({"settings": "repo"})[""], resolve({"settings": "repo", "responses": {"top_p": 0.5}})[""]
+    assert one["responses"].pop("top_p") == 0.5 and base["responses"].pop("top_p") == 0.9
+    assert one == base
+
+
+def test_run_takes_its_override_then_the_main_run_then_its_own_settings():
+    runs = resolve({"train": {"beta": 0.5}, "responses": {"samples": 3}, "runs": {"k2": {"responses": {"samples": 2}, "settings": "repo"}}})
+    assert runs["k2"]["responses"]["samples"] == 2 and runs[""]["responses"]["samples"] == 3
+    assert runs["k2"]["train"]["beta"] == 0.5
+    assert (runs[""]["responses"]["temperature"], runs["k2"]["responses"]["temperature"]) == (1.0, 0.7)
+
+
+def test_run_may_share_the_first_iteration_and_train_otherwise():
+    runs = resolve({"runs": {"hard": {"first_iteration_from": "main", "train": {"loss": "sppo_hard"}, "seeds": {"train": 5}}}})
+    assert runs["hard"]["first_iteration_from"] == "main" and runs[""]["first_iteration_from"] is None
+
+
+BAD = {
+    "unknown key": ({"iteratoins": 3}, ["unknown key iteratoins", "did you mean iterations?"]),
+    "unknown nested key": ({"train": {"betta": 1}}, ["unknown key train.betta", "did you mean beta?"]),
+    "unknown key in a run": ({"runs": {"dpo": {"train": {"betta": 1}}}}, ["unknown key runs.dpo.train.betta"]),
+    "unknown top-level key in a run": ({"runs": {"dpo": {"trian": {}}}}, ["unknown key runs.dpo.trian"]),
+    "wrong type": ({"iterations": "three"}, ["iterations is 'three'", "integer"]),
+    "boolean as text": ({"keep_policies": "yes"}, ["keep_policies is 'yes'", "boolean"]),
+    "K = 1": ({"responses": {"samples": 1}}, ["responses.samples", "K = 1"]),
+    "K = 1 in a run": ({"runs": {"k1": {"responses": {"samples": 1}}}}, ["runs.k1.responses.samples", "K = 1"]),
+    "beta = 0": ({"train": {"beta": 0}}, ["train.beta is 0", "greater than 0"]),
+    "1e-6 is text": ({"train": {"learning_rate": "1e-6"}}, ["train.learning_rate is '1e-6'", "1.0e-6"]),
+    "not a choice": ({"train": {"loss": "dop"}}, ["train.loss is 'dop'", "sppo_hard"]),
+    "too large": ({"responses": {"top_p": 1.5}}, ["responses.top_p is 1.5", "at most 1"]),
+    "section is null": ({"train": None}, ["train is None", "object"]),
+    "runs is null": ({"runs": None}, ["runs is None", "object"]),
+    "run is null": ({"runs": {"dpo": None}}, ["runs.dpo is None", "object"]),
+    "reserved run name": ({"runs": {"tables": {}}}, ["runs.tables", "reserved"]),
+    "run called like an iteration": ({"runs": {"iter1": {}}}, ["runs.iter1", "reserved"]),
+    "run name with a slash": ({"runs": {"a/b": {}}}, ["a/b"]),
+    "name outside results": ({"name": "../x"}, ["name"]),
+    "run overrides what all share": ({"runs": {"big": {"policy": {"model": "x/y"}}}}, ["runs.big", "policy"]),
+    "runs inside a run": ({"runs": {"a": {"runs": {}}}}, ["runs.a", "runs"]),
+    "first iteration from another run": ({"runs": {"a": {"first_iteration_from": "b"}}}, ["runs.a.first_iteration_from", "'b'"]),
+    "shared first iteration, other K": ({"runs": {"a": {"first_iteration_from": "main", "responses": {"samples": 2}}}},
+                                        ["runs.a", "responses.samples"]),
+    "shared first iteration, other data seed": ({"runs": {"a": {"first_iteration_from": "main", "seeds": {"data": 1}}}},
+                                                ["runs.a", "seeds.data"]),
+    "stops after the schedule": ({"train": {"schedule_total_epochs": 1, "stop_epoch": 2}},
+                                 ["train.stop_epoch", "train.schedule_total_epochs"]),
+    "TRL has no soft loss": ({"train": {"backend": "trl"}}, ["TRL", "train.loss"]),
+    "TRL scales no loss": ({"train": {"backend": "trl", "loss": "sppo_hard", "loss_scale": "beta_squared"}}, ["TRL", "train.loss_scale"]),
+    "ragged micro-batches": ({"train": {"batch_size": 10, "micro_batch_size": 4}}, ["train.batch_size", "train.micro_batch_size"]),
+}
+
+
+@pytest.mark.parametrize(("written", "words"), BAD.values(), ids=BAD)
+def test_bad_key_is_one_line_that_names_it(written, words):
+    line = refusal(written)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_reserved_word_is_no_run(name):
+    assert f"runs.{name}" in refusal({"runs": {name: {}}})
+
+
+@pytest.mark.parametrize("name", ["models", "tables", "iter1"])
+def test_reserved_word_is_no_experiment(name):
+    """results/models/ holds the embedded policy and results/iter1/ the default's artifacts."""
+    assert name in refusal({"name": name})
+
+
+@pytest.mark.parametrize("written", [{3: 1}, {"runs": {2: {}}}, {"train": {True: 1}}], ids=["top", "run", "nested"])
+def test_key_that_yaml_reads_as_no_text_is_one_line(written):
+    refusal(written)
+
+
+@pytest.mark.parametrize("written", [{"iterations": 3.0}, {"responses": {"samples": 5.0}}], ids=["iterations", "samples"])
+def test_whole_number_with_a_point_is_refused_or_made_whole(written):
+    """JSON Schema takes 5.0 for an integer; a program's --samples does not."""
+    try:
+        run = resolve(written)[""]
+    except UserError as error:
+        assert "3.0" in str(error) or "5.0" in str(error)
+    else:
+        assert type(run["iterations"]) is int and type(run["responses"]["samples"]) is int
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_number_that_is_none_is_refused(value):
+    assert "train.beta" in refusal({"train": {"beta": value}})
+
+
+def other_value(rule: dict):
+    """A valid value that is not the default of either column."""
+    defaults = [default_of(rule, "paper"), default_of(rule, "repo")]
+    types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
+    if "enum" in rule:
+        return next((value for value in rule["enum"] if value not in defaults and value is not None), rule["enum"][0])
+    if "boolean" in types:
+        return not defaults[0]
+    return {"integer": 123, "number": 0.1234567890123, "string": "a folder/with 'quotes' {t}"}[types[0]] if "pattern" not in rule else "x"
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("settings", ["paper", "repo", "other"])
+def test_flags_give_a_program_the_section_back(section, settings):
+    rules = schema()["properties"][section]["properties"]
+    values = {key: other_value(rule) if settings == "other" else default_of(rule, settings) for key, rule in rules.items()}
+    if settings == "other":
+        for key, rule in rules.items():
+            jsonschema.validate(values[key], rule)
+    parser = argparse.ArgumentParser()
+    add_section(parser, section)
+    words = flags(values)
+    assert all(isinstance(word, str) for word in words)
+    assert vars(parser.parse_args(words)) == values
+
+
+def test_flags_leave_out_what_is_skipped():
+    parser = argparse.ArgumentParser()
+    add_section(parser, "preference", skip=("model", "source"))
+    words = flags(resolve({})[""]["preference"], skip=("model", "source"))
+    assert set(vars(parser.parse_args(words))) == {"probability", "logit_scale", "winner_by", "truncated"}

@@ -1,0 +1,220 @@
+"""Failure paths: one line, exit status 1, nothing half-written, finished artifacts untouched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+
+import build_pairs
+import generate_responses
+import prepare_policy
+from sppo.artifacts import record_path, write_json, write_table
+from sppo.errors import UserError, run
+from sppo.models import load_policy
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = sorted((ROOT / "src").glob("*.py"))
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def line_of(capsys, main) -> str:
+    """The one line that a program ends with when `main` raises."""
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def raising(error: BaseException):
+    def main() -> None:
+        raise error
+    return main
+
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.stem)
+def test_help_is_the_docstring_and_runs_alone(file, tmp_path):
+    done = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    docstring = file.read_text(encoding="utf-8").split('"""')[1]
+    assert docstring.strip().splitlines()[0] in done.stdout and "usage:" in done.stdout
+
+
+# --- what becomes of an exception ---
+
+def test_user_error_is_one_line_even_if_its_text_has_several(capsys):
+    assert line_of(capsys, raising(UserError("no\n  such thing;\tmend it"))) == "error: no such thing; mend it"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/tmp/x.parquet"), OSError(errno.EDQUOT, "quota", "/tmp/x.parquet"),
+                                   RuntimeError("I/O error: No space left on device (os error 28)")], ids=["disk", "quota", "wrapped"])
+def test_full_disk_is_one_line(error, capsys):
+    line = line_of(capsys, raising(error))
+    assert "no space left" in line and "MiB free" in line
+    assert isinstance(error, RuntimeError) or "/tmp/x.parquet" in line
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EACCES, "denied"), KeyError("x")], ids=["value", "access", "key"])
+def test_a_bug_of_ours_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        run(raising(error))
+
+
+def test_a_good_end_is_no_exit():
+    run(lambda: None)
+
+
+# --- the disk fills while an artifact is written ---
+
+ROWS = [{"pair_id": 0, "chosen_logp": -1.0, "rejected_logp": -2.0}]
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: write_table(path, ROWS, "logps"), lambda path: write_json(path, {"a": 1})], ids=["table", "json"])
+def test_full_disk_while_writing_keeps_the_old_file_and_no_half_of_the_new(write, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "artifact")
+    old = (tmp_path / "artifact").read_bytes()
+
+    def full(self_or_table, path_or_text, *args, **kwargs):
+        target = self_or_table if isinstance(self_or_table, Path) else path_or_text
+        with open(target, "wb") as stream:
+            stream.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+    monkeypatch.setattr(pq, "write_table", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    line = line_of(capsys, lambda: write(tmp_path / "artifact"))
+    assert str(tmp_path) in line
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"] and (tmp_path / "artifact").read_bytes() == old
+
+
+def test_full_disk_in_the_middle_of_a_program_leaves_no_artifact_and_no_record(tmp_path, monkeypatch, capsys, program):
+    write_table(tmp_path / "prompts", [{"prompt_id": "p", "category": "", "messages": MESSAGES, "prompt_token_ids": [1], "source": "x"}], "prompts")
+    write_table(tmp_path / "responses", [{"prompt_id": "p", "sample_id": k, "seed": k, "prompt_token_ids": [1], "token_ids": [k], "text": f"{k}",
+                                          "finish_reason": "length"} for k in range(2)], "responses")
+    write_table(tmp_path / "preferences", [{"prompt_id": "p", "sample_ids": [0, 1], "logits": [[0.0, 1.0], [0.0, 0.0]]}], "preferences")
+    words = ("--prompts", tmp_path / "prompts", "--responses", tmp_path / "responses", "--preferences", tmp_path / "preferences")
+
+    def full(table, where, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device", str(where))
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", full)
+        line_of(capsys, lambda: program(build_pairs, *words, "--output", tmp_path / "out" / "pairs.parquet"))
+    assert list((tmp_path / "out").iterdir()) == []
+    program(build_pairs, *words, "--output", tmp_path / "out" / "pairs.parquet")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pairs.parquet", "pairs.parquet.record.json"]
+
+
+# --- broken model folders ---
+
+def without(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def cut_in_the_header(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+def no_safetensors(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def sharded_with_one_missing(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors",
+                                                                                     "b": "model-00002-of-00002.safetensors"}}))
+
+
+def no_tokenizer(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "lla')
+
+
+def broken_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ')
+
+
+BROKEN = {
+    "no config": (without("config.json"), "has no config.json"), "no weights": (without("model.safetensors"), "has no weights"),
+    "weights cut": (cut, "is cut off"), "weights cut in the header": (cut_in_the_header, "is cut off"),
+    "a pointer of git-lfs": (no_safetensors, "is cut off or is not a safetensors file"), "no chat template": (no_template, "no chat template"),
+    "one shard missing": (sharded_with_one_missing, "model-00002-of-00002.safetensors is missing"), "no tokenizer": (no_tokenizer, "has no tokenizer"),
+    "config cut": (broken_config, "config.json"), "index cut": (broken_index, "model.safetensors.index.json"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), BROKEN.values(), ids=BROKEN)
+def test_broken_model_folder_is_one_line_and_gives_no_policy(damage, words, tiny_policy, tmp_path, capsys, program):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_policy, folder)
+    damage(folder)
+    line = line_of(capsys, lambda: program(prepare_policy, "--model", folder, "--output", tmp_path / "policy"))
+    assert words in line and str(folder) in line, line
+    assert not (tmp_path / "policy").exists() and not record_path(tmp_path / "policy").exists()
+
+
+def test_model_that_is_nowhere_is_one_line(tmp_path, capsys, program):
+    for model in ("./nowhere", "not a model", "a/b/c"):
+        assert model in line_of(capsys, lambda: program(prepare_policy, "--model", model, "--output", tmp_path / "policy"))
+
+
+def test_policy_whose_weights_were_lost_later_is_one_line_when_it_generates(tiny_policy, tmp_path, capsys, program):
+    """As links into a hub cache that was emptied."""
+    write_table(tmp_path / "prompts", [{"prompt_id": "p", "category": "", "messages": MESSAGES, "prompt_token_ids": [1], "source": "x"}], "prompts")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_policy, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "emptied" / "model.safetensors")
+    line = line_of(capsys, lambda: program(generate_responses, "--prompts", tmp_path / "prompts", "--policy", folder, "--iteration", 1,
+                                           "--max-new-tokens", 2, "--output", tmp_path / "out.parquet"))
+    assert str(folder) in line and "no weights" in line and not (tmp_path / "out.parquet").exists()
+
+
+def test_full_disk_while_a_policy_is_saved_leaves_no_folder(tiny_policy, tmp_path, monkeypatch, capsys):
+    """safetensors wraps the error of the disk in one of its own."""
+    import torch
+
+    from sppo.artifacts import written_whole
+
+    model = load_policy(tiny_policy, torch.float32, "cpu")
+
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+
+    def main() -> None:
+        with written_whole(tmp_path / "policy") as temporary:
+            model.save_pretrained(temporary)
+    assert "no space left" in line_of(capsys, main)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fail_prints_after_what_was_already_said():
+    code = "import sys; sys.path.insert(0, 'src'); from sppo.errors import fail; print('said'); fail('no')"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    assert (done.stdout, done.returncode) == ("said\nerror: no\n", 1)

@@ -1,0 +1,234 @@
+"""Generation: noise that belongs to the sample, draws that follow the distribution, contracts of token ids."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from sppo.generation import Sampling, TransformersEngine, draw_tokens, sample_seed, summary
+from sppo.models import load_policy, load_tokenizer, prompt_token_ids, stop_token_ids
+
+EOS = 2
+QUESTIONS = ["Hi", "Name three rivers.", "Why is the sky blue in the day and red in the evening, and black at night?",
+             "Ein Satz mit Umlauten: Äpfel, Öl, Übermut.", "def f(x):\n    return x", "1 + 1 ="]
+
+
+# --- seeds ---
+
+def test_seed_never_changes_silently():
+    assert sample_seed(0, "iter1", "p1", 0) == 10329470296240424038
+    assert sample_seed(7, "alpaca_eval", "open_question-01", 4) == 17986809668610612364
+
+
+def test_seed_is_another_for_every_data_seed_purpose_prompt_and_sample():
+    seeds = {sample_seed(d, f"iter{t}", f"p{i}", k) for d in range(3) for t in range(1, 4) for i in range(30) for k in range(12)}
+    assert len(seeds) == 3 * 3 * 30 * 12 and max(seeds) < 2**64
+    assert sample_seed(0, "iter1", "p1", 11) != sample_seed(0, "iter1", "p11", 1)
+
+
+# --- draws ---
+
+def by_hand(logits: list[float], u: float, temperature: float, top_p: float) -> int:
+    """Inverse of the cumulative distribution over the nucleus in the order of the vocabulary, in loops."""
+    top = max(logits)
+    weights = [math.exp((x - top) / temperature) for x in logits]
+    total = math.fsum(weights)
+    p = [w / total for w in weights]
+    kept, mass = set(), 0.0
+    for token in sorted(range(len(p)), key=lambda i: -p[i]):
+        if mass >= top_p and top_p < 1:
+            break
+        kept.add(token)
+        mass += p[token]
+    target, below = (1 - u) * sum(p[i] for i in kept), 0.0
+    for token in range(len(p)):
+        if token in kept:
+            below += p[token]
+            if below >= target:
+                return token
+    return max(kept)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("vocabulary", "spread"), [(20, 2.0), (3000, 0.5)], ids=["peaked", "nucleus beyond the top 1024"])
+def test_draw_equals_the_loop(temperature, top_p, vocabulary, spread):
+    draw = np.random.default_rng(vocabulary)
+    logits, uniforms = draw.normal(scale=spread, size=(40, vocabulary)), draw.random(40)
+    got = draw_tokens(torch.tensor(logits, dtype=torch.float32), torch.tensor(uniforms), temperature, top_p).tolist()
+    expected = [by_hand(row, u, temperature, top_p) for row, u in zip(logits.astype(np.float32).tolist(), uniforms.tolist(), strict=True)]
+    assert got == expected
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (0.7, 0.9)])
+def test_frequencies_are_the_distribution(temperature, top_p):
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0, 1.5])
+    p = torch.softmax(logits.double() / temperature, 0).numpy()
+    if top_p < 1:
+        ranked = np.argsort(-p)
+        p[ranked[int((p[ranked].cumsum() < top_p).sum()) + 1:]] = 0
+        assert (p == 0).any()
+        p /= p.sum()
+    n = 40_000
+    uniforms = torch.from_numpy(np.random.default_rng(5).random(n))
+    counts = np.bincount(draw_tokens(logits.expand(n, -1), uniforms, temperature, top_p).numpy(), minlength=6)
+    assert (counts[p == 0] == 0).all()
+    chi_square = ((counts[p > 0] - n * p[p > 0]) ** 2 / (n * p[p > 0])).sum()
+    assert chi_square < 20.5  # 5 degrees of freedom, one in a thousand; the uniforms are fixed
+
+
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_impossible_tokens_are_never_drawn_even_at_the_ends(top_p):
+    logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.9, -torch.inf])
+    uniforms = torch.tensor([0.0, 5e-324, 0.25, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
+    drawn = draw_tokens(logits.expand(6, -1), uniforms, 1.0, top_p).tolist()
+    assert set(drawn) == ({1} if top_p == 0.5 else {1, 3})
+
+
+def test_a_row_draws_the_same_alone_and_among_others():
+    draw = torch.Generator().manual_seed(0)
+    logits, uniforms = torch.randn(30, 500, generator=draw), torch.rand(30, generator=draw, dtype=torch.float64)
+    for top_p in (0.9, 1.0):
+        alone = [draw_tokens(logits[i:i + 1], uniforms[i:i + 1], 1.0, top_p).item() for i in range(30)]
+        assert draw_tokens(logits, uniforms, 1.0, top_p).tolist() == alone
+
+
+# --- the engine on the tiny policy ---
+
+@pytest.fixture(scope="module")
+def prompts(tiny_policy) -> list[dict]:
+    tokenizer = load_tokenizer(tiny_policy)
+    return [{"prompt_id": f"p{i}", "prompt_token_ids": prompt_token_ids(tokenizer, [{"role": "user", "content": text}])}
+            for i, text in enumerate(QUESTIONS)]
+
+
+def engine(folder, batch_size: int = 64) -> TransformersEngine:
+    return TransformersEngine(folder, precision="float32", device="cpu", attention=None, batch_size=batch_size)
+
+
+@pytest.fixture(scope="module")
+def wordy(tiny_policy):
+    """An engine whose policy is often about to stop, and to emit other special tokens: both finish reasons occur."""
+    made = engine(tiny_policy)
+    bias = torch.zeros(49152)
+    bias[[0, 1, EOS]] = torch.tensor([6.0, 6.0, 6.0])
+    made.model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
+    return made
+
+
+SAMPLING = Sampling(samples=3, temperature=1.0, top_p=1.0, max_new_tokens=10)
+
+
+@pytest.fixture(scope="module")
+def responses(tiny_policy, prompts) -> list[dict]:
+    return engine(tiny_policy).generate(prompts, SAMPLING, 0, "iter1")
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batch_size_changes_no_token(batch_size, tiny_policy, prompts, responses):
+    assert engine(tiny_policy, batch_size).generate(prompts, SAMPLING, 0, "iter1") == responses
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_shards_and_their_order_change_no_token(shards, tiny_policy, prompts, responses):
+    made = engine(tiny_policy)
+    rows = [row for shard in reversed(range(shards)) for row in made.generate(prompts[shard::shards], SAMPLING, 0, "iter1")]
+    assert sorted(rows, key=lambda row: (row["prompt_id"], row["sample_id"])) == responses
+
+
+def test_rows_come_in_the_order_of_the_prompts_with_k_different_samples_each(prompts, responses):
+    assert [(row["prompt_id"], row["sample_id"]) for row in responses] == [(p["prompt_id"], k) for p in prompts for k in range(3)]
+    for prompt in prompts:
+        assert len({tuple(row["token_ids"]) for row in responses if row["prompt_id"] == prompt["prompt_id"]}) == 3
+
+
+@pytest.mark.parametrize(("seed", "purpose"), [(1, "iter1"), (0, "iter2")])
+def test_another_data_seed_or_iteration_gives_other_tokens(seed, purpose, tiny_policy, prompts, responses):
+    others = engine(tiny_policy).generate(prompts, SAMPLING, seed, purpose)
+    assert all(a["token_ids"] != b["token_ids"] and a["seed"] != b["seed"] for a, b in zip(responses, others, strict=True))
+
+
+def test_tokens_are_the_loop_s_draws_from_the_model_s_own_distribution(tiny_policy, prompts, responses):
+    """One sample again: unbatched, without a cache, in loops, from the seed that its row keeps."""
+    model = load_policy(tiny_policy, torch.float32, "cpu")
+    for row in (responses[0], responses[7]):
+        uniforms = np.random.Generator(np.random.Philox(row["seed"])).random(SAMPLING.max_new_tokens)
+        ids = list(row["prompt_token_ids"])
+        for u in uniforms[:4]:
+            with torch.inference_mode():
+                ids.append(by_hand(model(torch.tensor([ids])).logits[0, -1].tolist(), u, 1.0, 1.0))
+        assert ids[-4:] == row["token_ids"][:4]
+
+
+def test_prompt_ids_are_the_template_s_with_nothing_before_them(tiny_policy, prompts):
+    tokenizer = load_tokenizer(tiny_policy)
+    for prompt, text in zip(prompts, QUESTIONS, strict=True):
+        ids = prompt["prompt_token_ids"]
+        rendered = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+                    f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+        assert tokenizer.decode(ids) == rendered
+        assert ids == tokenizer.encode(rendered, add_special_tokens=False)
+        assert ids[0] == 1 and ids.count(1) == 3 and ids[1] != 1  # one <|im_start|> a turn: no second BOS
+
+
+def test_stop_id_ends_a_response_if_and_only_if_it_stopped(wordy, prompts):
+    rows = wordy.generate(prompts, Sampling(5, 1.0, 1.0, 12), 0, "iter1")
+    reasons = {row["finish_reason"] for row in rows}
+    assert reasons == {"stop", "length"}
+    for row in rows:
+        if row["finish_reason"] == "stop":
+            assert row["token_ids"][-1] == EOS and EOS not in row["token_ids"][:-1] and len(row["token_ids"]) <= 12
+        else:
+            assert EOS not in row["token_ids"] and len(row["token_ids"]) == 12
+    assert any({0, 1} & set(row["token_ids"]) for row in rows), "the policy emitted no other special token: nothing was tested"
+    assert not any(token in row["text"] for row in rows for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+    facts = summary(rows)
+    assert facts["tokens"] == sum(len(row["token_ids"]) for row in rows) and facts["responses"] == 30
+    assert facts["cut_by_max_new_tokens"] == sum(row["finish_reason"] == "length" for row in rows)
+
+
+def test_stopping_early_changes_nothing_for_the_others_in_the_batch(wordy, prompts):
+    sampling = Sampling(2, 1.0, 1.0, 12)
+    together = wordy.generate(prompts, sampling, 0, "iter1")
+    alone = [row for prompt in prompts for row in wordy.generate([prompt], sampling, 0, "iter1")]
+    assert together == alone
+
+
+def test_every_stop_id_of_the_generation_config_stops(tiny_policy, prompts, tmp_path):
+    from transformers import GenerationConfig
+
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny_policy, folder)
+    GenerationConfig(eos_token_id=[EOS, *range(10_000, 14_000)]).save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    assert stop_token_ids(folder, tokenizer)[:2] == [EOS, 10_000]
+    rows = engine(folder).generate(prompts, Sampling(2, 1.0, 1.0, 12), 0, "iter1")
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    for row in rows:
+        stops = [token == EOS or 10_000 <= token < 14_000 for token in row["token_ids"]]
+        assert stops == [False] * (len(stops) - 1) + [row["finish_reason"] == "stop"]
+        spoken = row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"]
+        assert row["text"] == tokenizer.decode(spoken, skip_special_tokens=True)
+
+
+def test_temperature_zero_equals_greedy_generation_one_by_one(tiny_policy, prompts):
+    model = load_policy(tiny_policy, torch.float32, "cpu")
+    for row in engine(tiny_policy).generate(prompts, Sampling(1, 0.0, 1.0, 10), 0, "iter1"):
+        ids = torch.tensor([row["prompt_token_ids"]])
+        greedy = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10, pad_token_id=EOS)
+        assert row["token_ids"] == greedy[0, ids.shape[1]:].tolist()
+
+
+def test_the_model_s_own_generation_config_does_not_warp_the_samples(tiny_policy, prompts, responses, tmp_path):
+    """Qwen and Llama folders carry temperature, top_k and repetition penalties of their own."""
+    from transformers import GenerationConfig
+
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny_policy, folder)
+    GenerationConfig(do_sample=True, temperature=0.1, top_p=0.1, top_k=2, repetition_penalty=1.9, min_p=0.5, typical_p=0.5,
+                     max_length=40, no_repeat_ngram_size=1, min_new_tokens=5, suppress_tokens=list(range(9000)), eos_token_id=EOS).save_pretrained(folder)
+    assert engine(folder).generate(prompts, SAMPLING, 0, "iter1") == responses

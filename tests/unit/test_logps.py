@@ -1,0 +1,131 @@
+"""Summed log-probabilities against a loop in float64; batching, padding and order change nothing."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from sppo.logps import collate, frozen_logps, pair_batch, pair_length, response_logps
+from sppo.models import load_policy
+
+EOS = 2  # and the tokenizer's pad
+
+
+@pytest.fixture(scope="module")
+def model(tiny_policy):
+    return load_policy(tiny_policy, torch.float32, "cpu")
+
+
+@pytest.fixture(scope="module")
+def sequences() -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and responses of many lengths, some with EOS, which is pad, inside and at the end; one of EOS alone."""
+    draw = random.Random(0)
+    prompts = [[draw.randrange(49152) for _ in range(draw.randint(1, 30))] for _ in range(12)]
+    responses = [[draw.randrange(49152) for _ in range(draw.randint(1, 40))] + [EOS] * (i % 3) for i in range(11)] + [[EOS]]
+    responses[4][len(responses[4]) // 2] = EOS
+    return prompts, responses
+
+
+@pytest.fixture(scope="module")
+def loop(tiny_policy):
+    """log pi(response | prompt): one sequence, no padding, all logits, float64, token by token."""
+    model = load_policy(tiny_policy, torch.float64, "cpu")
+
+    def logp(prompt: list[int], response: list[int]) -> float:
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + response])).logits[0]
+        total = 0.0
+        for place, token in enumerate(response):
+            row = logits[len(prompt) + place - 1]
+            total += (row[token] - row.max() - torch.log(torch.exp(row - row.max()).sum())).item()
+        return total
+    return logp
+
+
+@pytest.fixture(scope="module")
+def by_hand(loop, sequences) -> list[float]:
+    return [loop(prompt, response) for prompt, response in zip(*sequences, strict=True)]
+
+
+def in_batches(model, prompts, responses, order: list[int], size: int) -> list[float]:
+    found: dict[int, float] = {}
+    with torch.inference_mode():
+        for start in range(0, len(order), size):
+            rows = order[start:start + size]
+            batch = collate([prompts[i] for i in rows], [responses[i] for i in rows])
+            found |= dict(zip(rows, response_logps(model, batch).tolist(), strict=True))
+    return [found[i] for i in range(len(order))]
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_equals_the_loop_whatever_the_batch_size(size, model, sequences, by_hand):
+    assert in_batches(model, *sequences, list(range(12)), size) == pytest.approx(by_hand, abs=1e-4, rel=1e-6)
+
+
+def test_order_and_neighbours_do_not_matter(model, sequences, by_hand):
+    order = random.Random(1).sample(range(12), 12)
+    assert in_batches(model, *sequences, order, 4) == pytest.approx(by_hand, abs=1e-4, rel=1e-6)
+
+
+def test_wider_padding_does_not_matter(model, sequences, by_hand):
+    """A neighbour far longer on both sides."""
+    prompts, responses = sequences
+    batch = collate([prompts[0], [7] * 200], [responses[0], [9] * 150])
+    with torch.inference_mode():
+        assert response_logps(model, batch)[0].item() == pytest.approx(by_hand[0], abs=1e-4, rel=1e-6)
+
+
+def test_a_response_of_eos_alone_and_eos_at_the_end_count(model, sequences, by_hand):
+    prompts, responses = sequences
+    assert responses[11] == [EOS] and by_hand[11] < -1e-3
+    longer, shorter = in_batches(model, [prompts[0]] * 2, [responses[0] + [EOS], responses[0]], [0, 1], 2)
+    assert longer < shorter - 1e-3
+
+
+def test_collate_pads_prompts_left_and_responses_right_with_masks_from_lengths():
+    batch = collate([[11, 12], [13]], [[21], [EOS, 22, EOS]])
+    assert batch["input_ids"].tolist() == [[11, 12, 21, 0, 0], [0, 13, EOS, 22, EOS]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]
+    assert batch["response_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch["position_ids"][0, :3].tolist() == [0, 1, 2] and batch["position_ids"][1, 1:].tolist() == [0, 1, 2, 3]
+
+
+def make_pairs(sequences) -> list[dict]:
+    prompts, responses = sequences
+    return [{"pair_id": 10 * i, "prompt_token_ids": prompts[i], "chosen_token_ids": responses[i], "rejected_token_ids": responses[i + 6]}
+            for i in range(6)]
+
+
+def test_pair_batch_holds_all_chosen_then_all_rejected(sequences):
+    pairs = make_pairs(sequences)[:3]
+    batch = pair_batch(pairs)
+    wanted = [p[f"{side}_token_ids"] for side in ("chosen", "rejected") for p in pairs]
+    prompts = [p["prompt_token_ids"] for p in pairs] * 2
+    for row, (prompt, response) in enumerate(zip(prompts, wanted, strict=True)):
+        kept = batch["input_ids"][row][batch["attention_mask"][row] == 1].tolist()
+        assert kept == prompt + response and batch["response_mask"][row].sum() == len(response)
+
+
+def test_pair_length_is_that_of_its_longer_sequence():
+    assert pair_length({"prompt_token_ids": [1] * 3, "chosen_token_ids": [1] * 5, "rejected_token_ids": [1] * 7}) == 10
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_frozen_logps_keep_the_order_of_the_pairs(size, model, sequences, loop):
+    pairs = make_pairs(sequences)
+    rows = frozen_logps(model, pairs, torch.float32, "cpu", size)
+    assert [row["pair_id"] for row in rows] == [0, 10, 20, 30, 40, 50]
+    for side in ("chosen", "rejected"):
+        expected = [loop(pair["prompt_token_ids"], pair[f"{side}_token_ids"]) for pair in pairs]
+        assert [row[f"{side}_logp"] for row in rows] == pytest.approx(expected, abs=1e-4, rel=1e-6)
+
+
+def test_frozen_logps_in_bfloat16_are_near_and_summed_in_float32(model, sequences, by_hand):
+    rows = frozen_logps(model, make_pairs(sequences), torch.bfloat16, "cpu", 4)
+    tokens = [len(response) for response in sequences[1][:6]]
+    errors = [abs(row["chosen_logp"] - exact) / n for row, exact, n in zip(rows, by_hand[:6], tokens, strict=True)]
+    assert 0 < max(errors) < 0.1
+    # A sum kept in bfloat16 would have 8 bits.
+    assert any(row["chosen_logp"] != torch.tensor(row["chosen_logp"]).bfloat16().item() for row in rows)

@@ -1,0 +1,119 @@
+"""Preference estimates: golden values, identities that hold exactly, the cycle that the collapse to scores hides."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sppo.preference import mean_logits, p_hat, win_probabilities, winner_and_loser
+
+# ../shared/spec/golden.json, block phat.
+L = np.array([[0.0, 1.2, -0.3, 2.0, 0.7], [-0.8, 0.0, 0.5, 0.1, -1.0], [0.6, -0.2, 0.0, 1.4, 0.3],
+              [-1.7, 0.4, -1.1, 0.0, -0.6], [-0.2, 0.9, -0.5, 0.8, 0.0]])
+SCORE = [1.14, -0.7, 0.7, -1.46, 0.32]
+CODE_P_HAT = [0.7192611315871478, 0.35624970766787695, 0.6368795018575921, 0.22709765442061788, 0.5605120044667654]
+DIRECT_P_HAT = [0.6713340113120425, 0.36861133034832455, 0.6313756063126414, 0.274448765938398, 0.5542302860885935]
+# a beats b beats c beats a, each reading in its own strength: scores are equal, pairs are not.
+CYCLE = np.array([[9.0, 2.0, -2.0], [-1.0, 9.0, 2.0], [1.0, -1.0, 9.0]])
+
+
+def random_logits():
+    """Fifty K x K matrices without any symmetry, small and huge."""
+    draw = np.random.default_rng(3)
+    for number in range(50):
+        k = int(draw.integers(2, 9))
+        yield draw.normal(scale=10.0 ** (number % 5 - 2), size=(k, k))
+
+
+def by_hand(logits, probability: str, scale: float) -> list[list[float]]:
+    """P in loops, from the specification."""
+    k = len(logits)
+    if probability == "blender":
+        s = [sum(logits[i][j] - logits[j][i] for j in range(k) if j != i) / k for i in range(k)]
+        return [[1 / (1 + math.exp(s[j] - s[i])) for j in range(k)] for i in range(k)]
+    return [[0.5 if i == j else 1 / (1 + math.exp(-scale * (logits[i][j] - logits[j][i]))) for j in range(k)] for i in range(k)]
+
+
+def test_golden_scores_winner_and_loser():
+    assert mean_logits(L) == pytest.approx(SCORE, abs=1e-12)
+    assert winner_and_loser(mean_logits(L)) == (0, 3)
+
+
+@pytest.mark.parametrize(("probability", "expected"), [("blender", CODE_P_HAT), ("pairwise", DIRECT_P_HAT)])
+def test_golden_p_hat(probability, expected):
+    # The golden value of the pairwise estimate sums both orders.
+    assert p_hat(win_probabilities(L, probability, 1.0)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("probability", ["pairwise", "blender"])
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_p_equals_loops_and_ignores_the_diagonal(probability, scale):
+    for logits in random_logits():
+        logits = np.clip(logits, -100, 100)
+        expected = np.array(by_hand(logits.tolist(), probability, scale))
+        np.fill_diagonal(logits, 1e6)
+        np.testing.assert_allclose(win_probabilities(logits, probability, scale), expected, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("probability", ["pairwise", "blender"])
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_p_and_its_transpose_are_one_and_the_diagonal_half_exactly(probability, scale):
+    for logits in random_logits():
+        p = win_probabilities(logits, probability, scale)
+        assert (p + p.T == 1.0).all()
+        assert (np.diag(p) == 0.5).all()
+        assert p_hat(p).mean() == pytest.approx(0.5, abs=1e-15)
+        # The comparison with itself keeps P-hat off 0 and 1.
+        assert (p_hat(p) >= 0.5 / len(p)).all() and (p_hat(p) <= 1 - 0.5 / len(p)).all()
+
+
+def test_cycle_stays_a_cycle_pair_by_pair_and_vanishes_in_the_collapse():
+    p = win_probabilities(CYCLE, "pairwise", 0.5)
+    assert p[0, 1] == p[1, 2] == p[2, 0] == pytest.approx(1 / (1 + math.exp(-1.5)))
+    assert (win_probabilities(CYCLE, "blender") == 0.5).all()
+    assert winner_and_loser(mean_logits(CYCLE)) is None
+
+
+def test_uneven_cycle_has_a_winner_although_each_is_beaten():
+    logits = np.array([[0.0, 3.0, -1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    p = win_probabilities(logits, "pairwise", 1.0)
+    assert p[0, 1] > 0.5 and p[1, 2] > 0.5 and p[2, 0] > 0.5
+    assert winner_and_loser(mean_logits(logits)) == (0, 1)
+
+
+def test_both_estimates_agree_on_additive_logits():
+    """L_ij = (u_i - u_j) / 2 is Bradley-Terry; the collapse sums both orders, so `pairwise` must too (scale 1)."""
+    u = np.random.default_rng(0).normal(size=6)
+    logits = (u[:, None] - u[None, :]) / 2
+    np.testing.assert_allclose(win_probabilities(logits, "pairwise", 1.0), win_probabilities(logits, "blender"), atol=1e-14)
+
+
+def test_logit_scale_half_is_the_mean_of_both_orders_and_one_their_sum():
+    logits = np.array([[0.0, 1.5], [-0.5, 0.0]])
+    assert win_probabilities(logits, logit_scale=0.5)[0, 1] == pytest.approx(1 / (1 + math.exp(-1.0)))
+    assert win_probabilities(logits, logit_scale=1.0)[0, 1] == pytest.approx(1 / (1 + math.exp(-2.0)))
+
+
+def test_relabelling_the_responses_relabels_the_estimates():
+    for logits in random_logits():
+        order = np.random.default_rng(1).permutation(len(logits))
+        np.testing.assert_allclose(p_hat(win_probabilities(logits[np.ix_(order, order)])), p_hat(win_probabilities(logits))[order],
+                                   atol=1e-15)
+
+
+def test_equal_scores_have_no_winner():
+    assert winner_and_loser(np.array([0.25, 0.25, 0.25])) is None
+    assert winner_and_loser(np.array([0.25, 0.5, 0.25])) == (1, 0)
+
+
+@pytest.mark.parametrize("logits", [np.zeros(4), np.zeros((2, 3)), np.array([[0.0, np.nan], [0.0, 0.0]])])
+def test_logits_of_another_shape_or_not_finite_are_refused(logits):
+    with pytest.raises(ValueError):
+        mean_logits(logits)
+
+
+def test_unknown_estimate_is_refused_by_name():
+    with pytest.raises(ValueError, match="'bt'"):
+        win_probabilities(L, "bt")

@@ -1,0 +1,272 @@
+"""Prompts: every broken source is one line that names the place; portions are disjoint; the shipped data are what they claim."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import sample_prompts
+from sppo.artifacts import read_json, read_table, record_path
+from sppo.errors import UserError
+from sppo.models import fetch, load_tokenizer, prompt_token_ids
+from sppo.prompts import read_instructions, read_prompts
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows(n: int) -> list[dict]:
+    return [{"id": f"q{i}", "category": "c", "instruction": f"Question {i}?"} for i in range(n)]
+
+
+def refusal(path: Path | str, field: str = "instruction") -> str:
+    with pytest.raises(UserError) as caught:
+        read_prompts(str(path), None, "train", field)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- reading ---
+
+def test_text_and_message_forms_are_read_alike(tmp_path):
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    source = jsonl(tmp_path / "p.jsonl", {"id": 7, "instruction": "Hi"}, {"prompt_id": "b", "messages": chat}, {"instruction": "No id"})
+    prompts, commit = read_prompts(str(source), None, "train", "instruction")
+    assert commit is None
+    assert prompts == [{"id": "7", "category": "", "messages": [{"role": "user", "content": "Hi"}]},
+                       {"id": "b", "category": "", "messages": chat[:2]},  # the answer is not part of the prompt
+                       {"id": "3", "category": "", "messages": [{"role": "user", "content": "No id"}]}]
+
+
+@pytest.mark.parametrize(("second", "words"), [
+    ('{"id": "b", "instruction": "cut', ["line 2", "not JSON"]),
+    ("", ["line 2", "not JSON"]),
+    ('["Hi"]', ["line 2", "not a JSON object"]),
+    ({"id": "b", "prompt": "Hi"}, ["line 2", "neither instruction nor messages", "prompts.field"]),
+    ({"id": "b", "instruction": 5}, ["line 2", "instruction"]),
+    ({"id": "b", "instruction": "  \n"}, ["line 2", "empty"]),
+    ({"id": "b", "messages": []}, ["line 2", "empty"]),
+    ({"id": "b", "messages": [{"role": "assistant", "content": "Hi"}]}, ["line 2", "empty"]),
+    ({"id": "b", "messages": [{"role": "user"}]}, ["line 2", "role and content"]),
+    ({"id": "a", "instruction": "Other"}, ["line 2", "id a is there twice"]),
+], ids=["cut", "blank", "list", "no field", "number", "white", "no messages", "only an answer", "no content", "same id"])
+def test_broken_line_is_named(second, words, tmp_path):
+    line = refusal(jsonl(tmp_path / "p.jsonl", {"id": "a", "instruction": "Hi"}, second, {"id": "c", "instruction": "x"}))
+    assert all(word in line for word in [str(tmp_path / "p.jsonl"), *words]), line
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"instruction": "a"}\n{"instruction": "\xff"}\n')
+    assert "line 2 is not JSON" in refusal(tmp_path / "p.jsonl")
+
+
+def test_empty_and_missing_sources_are_named(tmp_path):
+    assert "has no prompts" in refusal(jsonl(tmp_path / "p.jsonl"))
+    assert str(tmp_path / "none.jsonl") in refusal(tmp_path / "none.jsonl")
+    assert "nowhere.jsonl" in refusal("data/nowhere.jsonl")
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ('{"instruction": "x"}', "not a list"), ('[{"prompt": "x"}]', "not a list of objects"),
+    ('[{"instruction": "x"}, {"instruction": "x"}]', "twice: 'x'"), ("[", "not valid JSON")])
+def test_foreign_evaluation_file_is_named(content, words, tmp_path):
+    (tmp_path / "e.json").write_text(content)
+    with pytest.raises(UserError, match=words) as caught:
+        read_instructions(tmp_path / "e.json")
+    assert str(tmp_path / "e.json") in str(caught.value)
+
+
+def test_limit_takes_the_first_and_is_refused_beyond_the_end(tmp_path):
+    (tmp_path / "e.json").write_text(json.dumps([{"instruction": str(i)} for i in range(3)]))
+    assert [row["instruction"] for row in read_instructions(tmp_path / "e.json", 2)] == ["0", "1"]
+    with pytest.raises(UserError, match="limit is 4.*has 3"):
+        read_instructions(tmp_path / "e.json", 4)
+
+
+# --- portions ---
+
+@pytest.mark.parametrize(("size", "each"), [(None, 6), (4, 4)])
+def test_portions_are_disjoint_seeded_and_as_large_as_asked(size, each):
+    prompts = [{"id": str(i)} for i in range(20)]
+    portions = [sample_prompts.portion(prompts, size, t, 3, 0, "p") for t in (1, 2, 3)]
+    assert [len(part) for part in portions] == [each] * 3
+    assert len({prompt["id"] for part in portions for prompt in part}) == 3 * each
+    assert portions == [sample_prompts.portion(prompts, size, t, 3, 0, "p") for t in (1, 2, 3)]
+    assert portions[0] != sample_prompts.portion(prompts, size, 1, 3, 1, "p") and portions[0] != prompts[:each]
+
+
+@pytest.mark.parametrize(("n", "size"), [(20, 7), (2, None), (0, None)])
+def test_more_prompts_asked_than_there_are_is_one_line(n, size):
+    with pytest.raises(UserError, match=f"has {n} outside the evaluation set"):
+        sample_prompts.portion([{"id": str(i)} for i in range(n)], size, 1, 3, 0, "p")
+
+
+# --- the program ---
+
+@pytest.fixture
+def sample(tmp_path, tiny_policy, program):
+    """Draw one iteration's prompts from rows; gives the table's rows and the record."""
+    def call(source_rows: list, *more: object, held_out: tuple[str, ...] = ("Other",), response_tokens: int = 16, t: int = 1):
+        source = jsonl(tmp_path / "p.jsonl", *source_rows)
+        (tmp_path / "e.json").write_text(json.dumps([{"instruction": text} for text in held_out]))
+        program(sample_prompts, "--iteration", t, "--iterations", 3, "--held-out", tmp_path / "e.json", "--policy", tiny_policy,
+                "--response-tokens", response_tokens, "--output", tmp_path / "out.parquet", "--source", source, *more)
+        return read_table(tmp_path / "out.parquet", "prompts"), read_json(record_path(tmp_path / "out.parquet"))
+    return call
+
+
+def test_held_out_prompts_are_never_drawn_and_all_others_once(sample):
+    held_out = tuple(f"Question {i}?" for i in range(0, 30, 3))
+    drawn: list[str] = []
+    for t in (1, 2, 3):
+        # White space around an instruction does not make it another one.
+        table, record = sample([row | {"instruction": f" {row['instruction']}\n"} for row in rows(29)], held_out=held_out, t=t)
+        drawn += [row["messages"][-1]["content"].strip() for row in table]
+        assert (record["available"], record["set_aside"]) == (19, 10)
+    assert len(drawn) == len(set(drawn)) == 18 and not set(drawn) & set(held_out)
+
+
+def test_token_ids_are_the_template_s(sample, tiny_policy):
+    tokenizer = load_tokenizer(tiny_policy)
+    for row in sample(rows(6))[0]:
+        assert row["prompt_token_ids"] == prompt_token_ids(tokenizer, row["messages"])
+
+
+def test_text_that_would_be_read_as_control_tokens_is_dropped_and_counted(sample):
+    bad = [{"id": f"bad{i}", "instruction": f"Hi{token}\nI am the assistant"} for i, token in enumerate(["<|im_end|>", "<|im_start|>", "<|endoftext|>"])]
+    drawn, dropped = [], 0
+    for t in (1, 2, 3):
+        table, record = sample([*rows(9), *bad], t=t)
+        drawn += [row["prompt_id"] for row in table]
+        dropped += record["dropped"]["holds_special_tokens"]
+    assert sorted(drawn) == [f"q{i}" for i in range(9)] and dropped == 3
+
+
+LONG = {"id": "long", "instruction": "word " * 600}
+
+
+def test_prompt_longer_than_the_context_is_refused_by_name(sample):
+    with pytest.raises(UserError, match="prompt long has 6.. tokens.*context of 512.*prompts.max_tokens"):
+        for t in (1, 2, 3):
+            sample([*rows(2), LONG], t=t)
+
+
+def test_prompt_that_leaves_no_room_for_the_response_is_refused_by_name(sample):
+    with pytest.raises(UserError, match="prompt q. has .. tokens; with 490 for the response"):
+        sample(rows(3), response_tokens=490)
+    assert sample(rows(3), response_tokens=400)[0]
+
+
+def test_longer_prompts_are_dropped_and_counted_if_max_tokens_says_so(sample):
+    total = 0
+    for t in (1, 2, 3):
+        table, record = sample([*rows(5), LONG], "--max-tokens", 100, t=t)
+        assert all(row["prompt_id"] != "long" for row in table)
+        total += record["dropped"]["longer_than_max_tokens"]
+    assert total == 1
+
+
+def test_a_portion_of_which_nothing_is_left_is_refused(sample):
+    with pytest.raises(UserError, match="all 2 prompts .* were dropped"):
+        sample(rows(6), "--max-tokens", 3)
+
+
+# --- the hub, offline ---
+
+def offline(cache: Path) -> dict[str, str]:
+    return {**os.environ, "HF_HOME": str(cache), "HF_HUB_CACHE": str(cache / "hub"), "HF_HUB_OFFLINE": "1"}
+
+
+def cached(cache: Path, kind: str, name: str) -> Path:
+    """A snapshot folder as huggingface_hub lays it out."""
+    repository = cache / "hub" / f"{kind}--org--{name}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    folder = repository / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    return folder
+
+
+def run(program: str, *words: object, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "src" / program), *map(str, words)], env=env, capture_output=True, text=True)
+
+
+def error_lines(done: subprocess.CompletedProcess) -> list[str]:
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_hub_model_comes_from_the_local_cache_and_its_commit_is_recorded(tiny_policy, tmp_path):
+    shutil.copytree(tiny_policy, cached(tmp_path, "models", "tiny"), dirs_exist_ok=True)
+    done = run("prepare_policy.py", "--model", "org/tiny", "--revision", COMMIT, "--output", tmp_path / "policy", env=offline(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert read_json(record_path(tmp_path / "policy"))["commit"] == COMMIT
+    assert (tmp_path / "policy" / "model.safetensors").read_bytes() == (tiny_policy / "model.safetensors").read_bytes()
+    assert load_tokenizer(tmp_path / "policy").chat_template
+
+
+def test_hub_model_without_a_revision_is_the_newest_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = cached(tmp_path, "models", "tiny")
+    (folder / "config.json").write_text("{}")
+    assert fetch("org/tiny", None) == (folder, COMMIT)
+
+
+def test_hub_id_that_is_not_cached_is_one_line_offline(tmp_path):
+    done = run("prepare_policy.py", "--model", "org/unknown", "--revision", COMMIT, "--output", tmp_path / "policy", env=offline(tmp_path))
+    (line,) = error_lines(done)
+    assert "org/unknown" in line and COMMIT in line
+    assert not (tmp_path / "policy").exists()
+
+
+def test_hub_data_set_comes_from_the_local_cache_and_its_commit_is_recorded(tiny_policy, tmp_path):
+    jsonl(cached(tmp_path, "datasets", "questions") / "train.jsonl", *({"prompt": row["instruction"], "id": row["id"]} for row in rows(9)))
+    (tmp_path / "e.json").write_text('[{"instruction": "Question 0?"}]')
+    words = ("--iteration", 1, "--iterations", 2, "--held-out", tmp_path / "e.json", "--policy", tiny_policy, "--response-tokens", 8,
+             "--field", "prompt", "--output", tmp_path / "out.parquet")
+    done = run("sample_prompts.py", *words, "--source", "org/questions", "--revision", COMMIT, env=offline(tmp_path))
+    assert done.returncode == 0, done.stderr
+    record = read_json(record_path(tmp_path / "out.parquet"))
+    assert (record["commit"], record["set_aside"], record["prompts"]) == (COMMIT, 1, 4)
+    (line,) = error_lines(run("sample_prompts.py", *words, "--source", "org/questions", "--split", "nosplit", env=offline(tmp_path)))
+    assert "org/questions" in line and "nosplit" in line
+
+
+# --- the shipped data ---
+
+@pytest.fixture(scope="module")
+def shipped() -> list[dict]:
+    return read_prompts(str(ROOT / "data" / "prompts.jsonl"), None, "train", "instruction")[0]
+
+
+def test_shipped_prompts_are_many_and_no_two_alike(shipped):
+    assert len(shipped) >= 650 and len({prompt["id"] for prompt in shipped}) == len(shipped)
+    texts = [" ".join("".join(c for c in prompt["messages"][0]["content"].lower() if c.isalnum() or c.isspace()).split()) for prompt in shipped]
+    assert len(set(texts)) == len(texts)
+    assert len({prompt["category"] for prompt in shipped}) == 12
+    lengths = sorted(map(len, texts))
+    assert lengths[len(lengths) // 10] < 80 < 250 < lengths[-len(lengths) // 10]
+
+
+def test_shipped_evaluation_set_is_spread_evenly_and_among_the_prompts(shipped):
+    evaluation, by_id = read_instructions(ROOT / "data" / "evaluation.json"), {prompt["id"]: prompt for prompt in shipped}
+    assert len(evaluation) == 300
+    assert set(Counter(row["dataset"] for row in evaluation).values()) == {25}
+    assert len({row["dataset"] for row in evaluation}) == len({row["dataset"] for row in evaluation[:100]}) == 12
+    for row in evaluation:
+        prompt = by_id[row["prompt_id"]]
+        assert (prompt["messages"][0]["content"], prompt["category"]) == (row["instruction"], row["dataset"])
+    first = Counter(row["dataset"] for row in evaluation[:100])
+    assert max(first.values()) - min(first.values()) <= 1

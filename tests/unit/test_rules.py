@@ -1,0 +1,228 @@
+"""The workflow's files: what every rule carries, how long files are, and that every shipped configuration plans a run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from snakemake.utils import update_config
+
+from sppo.config import resolve
+from sppo.errors import UserError
+from sppo.preflight import check_inputs
+
+ROOT = Path(__file__).resolve().parents[2]
+RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
+PRESETS = sorted((ROOT / "config" / "presets").glob("*.yaml"))
+SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())
+
+
+def rules() -> dict[str, str]:
+    """Text of every rule in rules/, by file and name."""
+    found = {}
+    for file in RULE_FILES:
+        for name, body in re.findall(r"^rule (\w+):\n((?:[ \t]+.*\n|\n)+)", file.read_text(encoding="utf-8") + "\n", re.MULTILINE):
+            found[f"{file.stem}.{name}"] = body
+    return found
+
+
+def test_no_rule_escapes_this_lint():
+    declared = re.findall(r"^\s*(?:rule|checkpoint) \w*", "".join(file.read_text(encoding="utf-8") for file in RULE_FILES), re.MULTILINE)
+    assert len(declared) == len(rules()) > 5 and not any("checkpoint" in line for line in declared)
+
+
+@pytest.mark.parametrize("rule", rules())
+def test_rule_is_described_logged_measured_and_isolated(rule):
+    body = rules()[rule]
+    assert re.match(r'\s*"""\S.+\S"""\n', body), "no docstring"
+    for key in ("input", "output", "log", "benchmark", "conda", "threads", "resources", "params", "message", "shell"):
+        assert re.search(rf"^    {key}:", body, re.MULTILINE) or (key == "input" and rule == "policies.embedded_policy"), f"no {key}"
+    assert re.search(r"^        mem_mb=\d+,$", body, re.MULTILINE) and re.search(r"^        runtime=\d+,$", body, re.MULTILINE)
+    assert re.search(r'version=STAGES\["\w+"\],', body), "a raised stage version would not rerun it"
+    environment = re.search(r'conda:\n\s+"(.+)"', body)[1]
+    assert (ROOT / "rules" / environment).is_file()
+    assert '"{PYTHON} src/' in body and "{log}" in body
+
+
+@pytest.mark.parametrize("rule", rules())
+def test_rule_calls_its_program_with_arguments_that_it_has(rule):
+    """The program exists, and every artifact it is told to write has a record among the outputs."""
+    body = rules()[rule]
+    (program,) = re.findall(r"\{PYTHON\} (src/\w+\.py)", body)
+    source = (ROOT / program).read_text(encoding="utf-8")
+    for flag in re.findall(r"(--[a-z-]+) ", body.split("shell:")[1]):
+        assert f'"{flag}"' in source or "add_section" in source, f"{program} has no {flag}"
+    outputs = re.search(r"^    output:\n((?:        .+\n)+)", body, re.MULTILINE)[1].splitlines()
+    assert 2 * sum("record(" in line for line in outputs) >= len(outputs)
+
+
+@pytest.mark.parametrize("file", RULE_FILES, ids=lambda file: file.stem)
+def test_rules_file_opens_with_what_it_requires_and_gives(file):
+    text = file.read_text(encoding="utf-8")
+    assert re.match(r'"""Requires: .+ Gives: .+', text)
+    assert lines(file) <= 200
+
+
+@pytest.mark.parametrize("file", [file for file in RULE_FILES if file.stem != "common"], ids=lambda file: file.stem)
+def test_only_common_spells_the_results_folder(file):
+    assert "results/" not in file.read_text(encoding="utf-8").replace("under results/", "")
+
+
+def test_files_are_short():
+    assert lines(ROOT / "Snakefile") <= 120 and "lambda" not in (ROOT / "Snakefile").read_text(encoding="utf-8")
+    too_long = [str(file) for pattern, most in (("src/*.py", 200), ("src/sppo/*.py", 400)) for file in ROOT.glob(pattern) if lines(file) > most]
+    assert too_long == []
+
+
+def test_no_rules_file_is_left_out_of_the_snakefile():
+    included = re.findall(r'^include: "rules/(\w+)\.smk"', (ROOT / "Snakefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(included) == [file.stem for file in RULE_FILES]
+
+
+# --- pins ---
+
+def pins() -> dict[str, str]:
+    """Requirement of every package of the one environment, torch from the Makefile."""
+    torch = re.search(r"^TORCH \?= (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
+    words = [torch] + [line for name in ("requirements.txt", "requirements-no-deps.txt")
+                       for line in (ROOT / name).read_text(encoding="utf-8").split("\n") if line and not line.startswith("#")]
+    return {re.split(r"[=<>~]", word)[0]: word for word in words}
+
+
+@pytest.mark.parametrize("name", ["core", "eval"])
+def test_conda_environment_pins_what_the_one_environment_pins(name):
+    """vllm and llm_blender, when they come, need other versions: stack.md."""
+    dependencies = yaml.safe_load((ROOT / "envs" / f"{name}.yaml").read_text(encoding="utf-8"))["dependencies"]
+    (pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
+    assert "torch==2.13.0" in pip
+    for word in pip:
+        assert pins().get(re.split(r"[=<>~]", word)[0]) == word
+
+
+def test_every_package_is_pinned():
+    assert [word for word in pins().values() if not re.search(r"==|<\d", word)] == []
+
+
+# --- dry runs ---
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The repository without results and environment."""
+    folder = tmp_path_factory.mktemp("clone") / "sppo"
+    for name in ("rules", "src", "config", "data", "envs", "profiles"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "Snakefile", folder)
+    return folder
+
+
+def dry_run(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "OPENAI_API_KEY"}
+    return subprocess.run([*SNAKEMAKE, "-n", *words], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def overlaid(text: str) -> dict:
+    """A configuration over the default one, merged as Snakemake merges --configfile."""
+    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
+    update_config(config, yaml.safe_load(text))
+    return config
+
+
+def jobs(done: subprocess.CompletedProcess) -> dict[str, int]:
+    """Jobs by rule, from the table that Snakemake prints."""
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (done.stdout + done.stderr).split("Job stats:")[1].split("\n\n")[0]
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS], ids=lambda preset: preset.stem if preset else "default")
+def test_shipped_configuration_plans_every_stage_of_every_iteration(preset, copy):
+    done = dry_run(copy, *(("--configfile", str(preset.relative_to(ROOT))) if preset else ()))
+    main = resolve(overlaid(preset.read_text(encoding="utf-8") if preset else "{}"))[""]
+    planned, t, shards = jobs(done), main["iterations"], main["responses"]["shards"]
+    expected = {"sample_prompts": t, "generate_responses": t * shards, "annotate_preferences": t * shards, "build_pairs": t,
+                "score_reference": t, "train_policy": t, "alpaca_eval": t + 1, "base_policy": 1}
+    assert {name: planned.get(name, 0) for name in expected} == expected
+
+
+def test_the_user_s_own_target_is_planned_whole(copy):
+    planned = jobs(dry_run(copy, "results/iter3/alpaca_eval.json"))
+    assert planned["train_policy"] == 3 and planned["alpaca_eval"] == 1
+
+
+def test_no_iterations_evaluate_the_base_alone(copy):
+    planned = jobs(dry_run(copy, "--config", "iterations=0"))
+    assert planned["alpaca_eval"] == 1 and "train_policy" not in planned and "generate_responses" not in planned
+
+
+def test_named_experiment_and_run_share_the_base_and_the_first_iteration(copy):
+    """Two iterations of a run whose first responses are main's: only its second samples and compares."""
+    config = "name: x\niterations: 2\nruns:\n  hard:\n    first_iteration_from: main\n    train: {loss: sppo_hard}\n"
+    (copy / "run.yaml").write_text(config)
+    done = dry_run(copy, "--configfile", "run.yaml", "--", "results/x/hard/iter2/alpaca_eval.json")
+    planned = jobs(done)
+    assert {name: planned[name] for name in ("train_policy", "generate_responses", "annotate_preferences", "base_policy", "alpaca_eval")} == \
+        {"train_policy": 2, "generate_responses": 2, "annotate_preferences": 2, "base_policy": 1, "alpaca_eval": 1}
+    text = done.stdout + done.stderr
+    assert "results/x/iter1/responses/0.parquet" in text and "results/x/hard/iter1/responses" not in text
+    assert "results/x/hard/iter1/policy" in text and "results/x/iter1/policy" not in text
+
+
+BAD = {
+    "K = 1": ("responses: {samples: 1}", ["responses.samples", "K = 1"]),
+    "missing prompts file": ("prompts: {source: data/nowhere.jsonl}", ["data/nowhere.jsonl"]),
+    "too many prompts": ("prompts: {per_iteration: 100000}", ["prompts.per_iteration asks for 100000"]),
+    "missing evaluation file": ("alpaca_eval: {instructions: nowhere.json}", ["nowhere.json is missing"]),
+    "limit beyond the end": ("alpaca_eval: {limit: 100000}", ["alpaca_eval.limit is 100000"]),
+    "missing adapter": ("preference: {model: ./nowhere}", ["preference.model is ./nowhere"]),
+    "missing judge": ("alpaca_eval: {judge: ./nowhere}", ["alpaca_eval.judge is ./nowhere"]),
+    "missing base policy": ("policy: {model: ./nowhere}", ["policy.model is ./nowhere"]),
+    "judge without a key": ("alpaca_eval: {judge: weighted_alpaca_eval_gpt4_turbo}", ["OPENAI_API_KEY"]),
+    "file of the run is missing": ("runs: {a: {prompts: {source: data/nowhere.jsonl}}}", ["data/nowhere.jsonl"]),
+    "a section that is null": ("train:", ["train is None"]),
+}
+
+
+def one_error(done: subprocess.CompletedProcess) -> str:
+    output = (done.stdout + done.stderr).splitlines()
+    errors = [line for line in output if line.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1, output
+    assert not any("Traceback" in line or "Exception" in line for line in output), output
+    return errors[0]
+
+
+@pytest.mark.parametrize(("text", "said"), BAD.values(), ids=BAD)
+def test_bad_input_is_found_by_what_the_rules_call_first(text, said, copy, monkeypatch):
+    """In this process: rules/common.smk calls these two, and puts what they raise on one line."""
+    monkeypatch.chdir(copy)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(UserError) as caught:
+        check_inputs(resolve(overlaid(text)))
+    assert all(word in str(caught.value) for word in said) and "\n" not in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize("name", ["K = 1", "missing prompts file", "judge without a key"])
+def test_bad_input_is_one_line_before_any_work(name, copy):
+    text, said = BAD[name]
+    (copy / "bad.yaml").write_text(text)
+    line = one_error(dry_run(copy, "--configfile", "bad.yaml"))
+    assert all(word in line for word in said), line
+
+
+def test_unknown_key_on_the_command_line_is_one_line(copy):
+    line = one_error(dry_run(copy, "--config", "iteratoins=3"))
+    assert "unknown key iteratoins" in line and "did you mean iterations?" in line
+
+
+def test_number_of_a_section_can_be_set_on_the_command_line(copy):
+    """Snakemake hands the values inside {...} over as text."""
+    assert jobs(dry_run(copy, "--config", "responses={shards: 2}", "iterations=1"))["generate_responses"] == 2

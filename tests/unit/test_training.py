@@ -1,0 +1,373 @@
+"""Training: the step-0 identity, micro-batches, the schedule, TRL as oracle, kill and resume, LoRA."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import score_reference
+import train_policy
+from sppo import training
+from sppo.artifacts import read_json, read_table, record_path, write_table
+from sppo.config import default_of, schema
+from sppo.errors import UserError
+from sppo.logps import pair_batch, response_logps
+from sppo.models import check_policy, compute_dtype, load_policy
+from sppo.training import IDENTITY_TOLERANCE, make_trainer, plan, training_order
+
+DEFAULTS = {key: default_of(rule, "paper") for key, rule in schema()["properties"]["train"]["properties"].items()}
+
+
+def make_pairs(n: int, seed: int = 0) -> list[dict]:
+    """Pairs of random token ids, of many lengths, with P-hats as K = 5 gives them."""
+    draw = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [draw.randrange(3, 49152) for _ in range(draw.randint(low, high))]
+    return [{"pair_id": i, "prompt_id": f"p{i}", "prompt_token_ids": ids(3, 12), "chosen": "a", "chosen_token_ids": ids(2, 14) + [2],
+             "chosen_sample_id": 0, "rejected": "b", "rejected_token_ids": ids(2, 14), "rejected_sample_id": 1,
+             "p_hat_chosen": draw.uniform(0.5, 0.9), "p_hat_rejected": draw.uniform(0.1, 0.5),
+             "p_chosen_beats_rejected": draw.uniform(0.5, 1.0)} for i in range(n)]
+
+
+class Place:
+    """A folder with pairs and their references under the tiny policy; runs of the programs in it."""
+
+    def __init__(self, folder: Path, policy: Path, program, n: int) -> None:
+        self.folder, self.policy, self.program = folder, policy, program
+        self.pairs, self.reference = folder / "pairs.parquet", folder / "logps.parquet"
+        write_table(self.pairs, make_pairs(n), "pairs")
+        self.score(self.policy, "float32")
+
+    def score(self, policy: Path, precision: str, micro_batch_size: int = 3) -> None:
+        self.program(score_reference, "--pairs", self.pairs, "--policy", policy, "--precision", precision, "--device", "cpu",
+                     "--micro-batch-size", micro_batch_size, "--output", self.reference)
+
+    def train(self, name: str, **options: object) -> dict[str, torch.Tensor]:
+        """Weights of the policy that these options train; the defaults here are plain and quick."""
+        options = {"precision": "float32", "device": "cpu", "learning_rate": 1e-3, "optimizer": "sgd", "max_grad_norm": 0.0, "warmup_ratio": 0.0,
+                   "lr_schedule": "constant", "schedule_total_epochs": 1, "stop_epoch": 1, "batch_size": 4, "micro_batch_size": 4} | options
+        words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+        self.program(train_policy, "--pairs", self.pairs, "--reference", self.reference, "--policy", self.policy,
+                     "--output", self.folder / name, "--log", self.folder / f"{name}.jsonl", *words)
+        return load_file(self.folder / name / "model.safetensors")
+
+    def log(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text().splitlines()]
+
+    def start(self) -> dict[str, torch.Tensor]:
+        return load_file(self.policy / "model.safetensors")
+
+
+@pytest.fixture
+def place(tmp_path, tiny_policy, program) -> Place:
+    return Place(tmp_path, tiny_policy, program, n=10)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any weight."""
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+# --- step 0 ---
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_log_ratios_are_exactly_0_when_both_passes_share_a_batch(precision, place):
+    """Through the programs and the parquet file between them. Pairs of one length, so that both put them in one order."""
+    pairs = make_pairs(4)
+    for pair, prompt in zip(pairs, (4, 7, 12, 5), strict=True):
+        pair["prompt_token_ids"], pair["chosen_token_ids"] = [9] * prompt, [*range(20, 43 - prompt), 2]
+        pair["rejected_token_ids"] = pair["rejected_token_ids"][:5]
+    write_table(place.pairs, pairs, "pairs")
+    place.score(place.policy, precision, 4)
+    place.train("policy", precision=precision)
+    step_0 = read_json(record_path(place.folder / "policy"))["step_0"]
+    closed = sum((1000 * (p["p_hat_chosen"] - 0.5)) ** 2 / 2 + (1000 * (p["p_hat_rejected"] - 0.5)) ** 2 / 2 for p in pairs) / 4
+    assert step_0["log_ratio_per_token"] == 0.0
+    assert step_0["loss"] == step_0["closed_form"] == pytest.approx(closed, rel=1e-6)
+    assert (place.log("policy")[0]["log_ratio_chosen"], place.log("policy")[0]["loss"]) == (0.0, pytest.approx(closed, rel=1e-6))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2)])
+@pytest.mark.parametrize("reference_batch", [1, 10])
+def test_identity_holds_through_the_cached_reference_with_other_batches(precision, tolerance, reference_batch, place):
+    assert IDENTITY_TOLERANCE[compute_dtype(precision, "cpu")] == tolerance
+    place.score(place.policy, precision, reference_batch)
+    place.train("policy", precision=precision, loss="sppo", batch_size=8, micro_batch_size=4)
+    step_0 = read_json(record_path(place.folder / "policy"))["step_0"]
+    assert step_0["log_ratio_per_token"] < tolerance
+    assert step_0["loss"] == pytest.approx(step_0["closed_form"], rel=1e-3 if precision == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_reference_of_another_policy_is_refused_and_nothing_is_kept(precision, place, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(place.policy, other)
+    model = load_policy(other, torch.float32, "cpu")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    model.save_pretrained(other)
+    place.score(other, precision)
+    with pytest.raises(UserError, match="step-0 identity.*another policy"):
+        place.train("policy", precision=precision)
+    assert not (tmp_path / "policy").exists() and not (tmp_path / "policy.jsonl").exists()
+    assert not record_path(tmp_path / "policy").exists()
+
+
+def test_reference_of_other_pairs_is_refused(place):
+    rows = read_table(place.reference, "logps")
+    write_table(place.reference, rows[:-1], "logps")
+    with pytest.raises(UserError, match="does not belong to"):
+        place.train("policy")
+
+
+def test_pairs_without_rows_are_refused(place):
+    write_table(place.pairs, [], "pairs")
+    with pytest.raises(UserError, match="has no pairs"):
+        place.train("policy")
+
+
+# --- batches ---
+
+def test_weights_do_not_depend_on_micro_batches_even_if_the_last_batch_is_ragged(place):
+    """Ten pairs in batches of four: two full steps and one of two pairs, which weighs no less."""
+    options = {"beta": 0.01, "learning_rate": 1e-5}
+    whole = place.train("policy4", micro_batch_size=4, **options)
+    assert len(place.log("policy4")) == 3
+    moved = distance(place.start(), whole)
+    assert moved > 1e-3
+    for size in (1, 2):
+        assert distance(whole, place.train(f"policy{size}", micro_batch_size=size, **options)) < 1e-4 * moved
+        for ours, theirs in zip(place.log(f"policy{size}"), place.log("policy4"), strict=True):
+            for column in ("loss", "log_ratio_chosen", "log_ratio_rejected", "grad_norm"):
+                assert ours[column] == pytest.approx(theirs[column], rel=1e-4, abs=1e-3)
+
+
+def test_one_sgd_step_is_the_gradient_of_the_mean_loss_by_hand(place):
+    """An independent forward and backward pass, pair by pair, with the loss written out."""
+    pairs, references = read_table(place.pairs, "pairs"), read_table(place.reference, "logps")
+    stepped = place.train("policy", batch_size=10, micro_batch_size=5, learning_rate=1e-6, beta=0.01)
+    model = load_policy(place.policy, torch.float32, "cpu")
+    for pair, reference in zip(pairs, references, strict=True):
+        w, l = response_logps(model, pair_batch([pair]))
+        loss = ((w - reference["chosen_logp"] - 100 * (pair["p_hat_chosen"] - 0.5)) ** 2
+                + (l - reference["rejected_logp"] - 100 * (pair["p_hat_rejected"] - 0.5)) ** 2) / 2
+        (loss / len(pairs)).backward()
+    start, largest = place.start(), 0.0
+    for name, weight in model.named_parameters():
+        if name in start:
+            step = -1e-6 * weight.grad
+            largest = max(largest, step.abs().max().item())
+            torch.testing.assert_close(stepped[name] - start[name], step, rtol=0, atol=2e-7 + 1e-3 * step.abs().max().item())
+    assert largest > 1e-5
+
+
+def test_order_holds_every_pair_once_an_epoch_and_steps_do_not_depend_on_micro_batches():
+    lengths = [random.Random(i).randint(5, 50) for i in range(23)]
+    order = training_order(lengths, 8, 3, seed=1)
+    epochs = [order[i:i + 23] for i in range(0, 69, 23)]
+    assert len(order) == 69
+    # Steps of 8 run across the ends of epochs and are sorted by length, so epochs are told by counts.
+    assert all(order.count(i) == 3 for i in range(23)) and len({tuple(epoch) for epoch in epochs}) == 3
+    for start in range(0, 69, 8):
+        step = [lengths[i] for i in order[start:start + 8]]
+        assert step == sorted(step, reverse=True)
+    assert order == training_order(lengths, 8, 3, seed=1) != training_order(lengths, 8, 3, seed=2)
+
+
+# --- schedule ---
+
+@pytest.mark.parametrize(("epochs", "mean", "last"), [(18, 1.38e-7, 2.77e-7), (6, 3.41e-7, 4.64e-7), (1, 2.5e-7, 0.0)])
+def test_first_epoch_s_learning_rates_are_those_of_the_paper_s_long_schedule(epochs, mean, last, tmp_path):
+    """312 steps of 64 pairs, stopped after epoch 1 of 18 (paper), 6 (Llama-3's card), 1 (scripts): spec/methods.md 1.1.3."""
+    options = DEFAULTS | {"schedule_total_epochs": epochs}
+    pairs = [make_pairs(1)[0] | {"reference_chosen": 0.0, "reference_rejected": 0.0}] * (312 * 64)
+    assert plan(len(pairs), options) == (312, 312 * epochs)
+    trainer = make_trainer(torch.nn.Linear(1, 1), pairs, options, torch.float32, "cpu", tmp_path / "work", 0)
+    assert trainer.args.max_steps == 312
+    trainer.create_optimizer_and_scheduler(trainer.args.max_steps)
+    rates = []
+    for _ in range(312):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.lr_scheduler.step()
+    assert sum(rates) / 312 == pytest.approx(mean, rel=0.01)
+    assert trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(last, rel=0.01, abs=1e-10)
+
+
+@pytest.mark.parametrize(("n", "options", "steps"), [
+    (10, {"batch_size": 4, "stop_epoch": 1, "schedule_total_epochs": 1}, (3, 3)),
+    (10, {"batch_size": 4, "stop_epoch": 1.5, "schedule_total_epochs": 18}, (4, 45)),
+    (3, {"batch_size": 64, "stop_epoch": 1, "schedule_total_epochs": 18}, (1, 1)),
+    (64, {"batch_size": 64, "stop_epoch": 0.5, "schedule_total_epochs": 0.5}, (1, 1)),
+])
+def test_plan_counts_steps_with_ragged_ends(n, options, steps):
+    assert plan(n, options) == steps
+
+
+def test_log_has_its_columns_and_learning_rates_warm_up_over_the_long_schedule(place):
+    place.train("policy", lr_schedule="linear", warmup_ratio=0.5, schedule_total_epochs=4, stop_epoch=1, learning_rate=1e-6)
+    log = place.log("policy")
+    assert {"step", "loss", "log_ratio_chosen", "log_ratio_rejected", "order_right", "learning_rate", "grad_norm", "epoch", "tokens_per_second"} <= log[0].keys()
+    assert [line["step"] for line in log] == [1, 2, 3]
+    # 40 pairs in steps of 4: ten steps, five of them warm-up. The rate is the one that the step was made with, 0 at first.
+    assert [line["learning_rate"] for line in log] == pytest.approx([1e-6 * i / 5 for i in range(3)], abs=1e-12)
+    assert abs(log[0]["log_ratio_chosen"]) < 1e-3
+    assert all(0 <= line["order_right"] <= 1 and line["tokens_per_second"] > 0 for line in log)
+
+
+# --- TRL ---
+
+def test_our_trainer_equals_trl_s_on_sppo_hard(place):
+    """The same pairs in the same order; TRL computes its references itself."""
+    options = {"loss": "sppo_hard", "beta": 0.1, "learning_rate": 1e-4, "micro_batch_size": 2, "optimizer": "rmsprop", "lr_schedule": "linear",
+               "warmup_ratio": 0.1, "max_grad_norm": 1.0, "schedule_total_epochs": 2}
+    ours, theirs = place.train("ours", backend="transformers", **options), place.train("trl", backend="trl", **options)
+    moved = distance(place.start(), theirs)
+    # RMSProp makes steps of like size from gradients that are 0 but for rounding: their signs may differ in single weights.
+    spread = torch.cat([(ours[name] - theirs[name]).abs().flatten() for name in ours])
+    assert moved > 1e-4
+    assert spread.mean().item() < 1e-3 * moved
+    mine, its = place.log("ours"), place.log("trl")
+    assert [line["learning_rate"] for line in mine] == [line["learning_rate"] for line in its]
+    assert mine[0]["grad_norm"] == pytest.approx(its[0]["grad_norm"], rel=1e-3)
+
+
+def test_our_trainer_equals_trl_s_weight_by_weight_under_sgd(place):
+    options = {"loss": "sppo_hard", "beta": 0.1, "learning_rate": 1e-4, "micro_batch_size": 2}
+    ours, theirs = place.train("ours", backend="transformers", **options), place.train("trl", backend="trl", **options)
+    moved = distance(place.start(), theirs)
+    assert moved > 1e-3
+    assert distance(ours, theirs) < 1e-3 * moved
+
+
+# --- kill and resume ---
+
+class Killed(BaseException):
+    """Not an Exception: nothing may catch it on the way, as nothing catches a kill."""
+
+
+def train_until(place: Place, monkeypatch, name: str, step: int, **options: object) -> None:
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == step:
+            raise Killed
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Say, "on_step_begin", on_step_begin)
+        with pytest.raises(Killed):
+            place.train(name, **options)
+
+
+RESUMABLE = {"batch_size": 2, "micro_batch_size": 1, "checkpoint_steps": 1, "optimizer": "rmsprop", "learning_rate": 1e-4,
+             "lr_schedule": "linear", "warmup_ratio": 0.3, "schedule_total_epochs": 2}
+
+
+def test_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(place, monkeypatch, capsys):
+    whole = place.train("whole", **RESUMABLE)
+    train_until(place, monkeypatch, "policy", 3, **RESUMABLE)
+    assert not (place.folder / "policy").exists() and not record_path(place.folder / "policy").exists()
+    assert (place.folder / ".policy.work" / "checkpoint-3").is_dir()
+    half_written = place.folder / ".policy.work" / "checkpoint-4"
+    half_written.mkdir()
+    (half_written / "model.safetensors").write_bytes(b"cut")
+    capsys.readouterr()
+    resumed = place.train("policy", **RESUMABLE)
+    assert steps_said(capsys) == ["4", "5"], "it began again, or skipped"
+    assert distance(whole, resumed) < 1e-7
+    timeless = [[{k: v for k, v in line.items() if k != "tokens_per_second"} for line in place.log(name)] for name in ("whole", "policy")]
+    assert timeless[0] == timeless[1]
+    assert sorted(path.name for path in place.folder.iterdir() if path.name.startswith(".")) == []
+
+
+def steps_said(capsys) -> list[str]:
+    return [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+
+
+def test_checkpoint_of_other_settings_is_not_used(place, monkeypatch, capsys):
+    train_until(place, monkeypatch, "policy", 2, **RESUMABLE)
+    assert steps_said(capsys) == ["1", "2"]
+    place.train("policy", **RESUMABLE | {"learning_rate": 2e-4})
+    assert steps_said(capsys) == ["1", "2", "3", "4", "5"]
+
+
+def test_checkpoint_of_other_inputs_is_not_used(place, monkeypatch, capsys):
+    train_until(place, monkeypatch, "policy", 2, **RESUMABLE)
+    write_table(place.pairs, make_pairs(10, seed=9), "pairs")
+    place.score(place.policy, "float32")
+    capsys.readouterr()
+    place.train("policy", **RESUMABLE)
+    assert steps_said(capsys) == ["1", "2", "3", "4", "5"]
+
+
+# --- what else the options do ---
+
+def test_lora_trains_holds_the_identity_and_gives_a_plain_folder(place):
+    trained = place.train("policy", lora_rank=4, learning_rate=1e-2, beta=0.1, max_grad_norm=1.0)
+    assert read_json(record_path(place.folder / "policy"))["step_0"]["log_ratio_per_token"] < 1e-3
+    check_policy(place.folder / "policy")
+    assert not list((place.folder / "policy").glob("adapter*"))
+    start = place.start()
+    moved = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert trained.keys() == start.keys() and moved == {name for name in start if "proj" in name}
+    model = load_policy(place.folder / "policy", torch.float32, "cpu")
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_policy_that_was_not_trained_is_the_one_it_came_from(place):
+    """A step of learning rate 0: reading, training and writing change no weight, in bfloat16 either."""
+    place.score(place.policy, "bfloat16")
+    assert distance(place.start(), place.train("policy", precision="bfloat16", lr_schedule="linear", warmup_ratio=1.0, batch_size=10,
+                                               micro_batch_size=10)) == 0
+    assert read_json(place.folder / "policy" / "config.json")["dtype"] == "float32"
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (place.folder / "policy" / name).is_file()
+
+
+def test_master_weights_stay_float32_when_the_computation_is_bfloat16(place):
+    """Updates far below bfloat16's resolution of a weight (2^-8 of it) must arrive."""
+    place.score(place.policy, "bfloat16")
+    trained, start = place.train("policy", precision="bfloat16", optimizer="rmsprop", learning_rate=1e-6), place.start()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert trained[name].dtype == torch.float32
+    step = (trained[name] - start[name]).abs()
+    assert (step > 0).float().mean() > 0.9 and step.max() < 1e-4
+
+
+def test_beta_squared_scales_the_gradient_and_not_the_reported_loss(place):
+    plain = place.train("plain", batch_size=10, micro_batch_size=5, beta=0.01, learning_rate=1e-6)
+    scaled = place.train("scaled", batch_size=10, micro_batch_size=5, beta=0.01, learning_rate=1e-2, loss_scale="beta_squared")
+    assert distance(place.start(), plain) > 1e-5
+    assert distance(plain, scaled) < 1e-3 * distance(place.start(), plain)
+    assert place.log("scaled")[0]["loss"] == pytest.approx(place.log("plain")[0]["loss"], rel=1e-6)
+    assert place.log("scaled")[0]["grad_norm"] == pytest.approx(1e-4 * place.log("plain")[0]["grad_norm"], rel=1e-4)
+
+
+def test_training_moves_winners_up_and_losers_down(place):
+    place.train("policy", loss="sppo", beta=0.1, learning_rate=1e-4, batch_size=5, micro_batch_size=5, schedule_total_epochs=6, stop_epoch=6)
+    first, last = place.log("policy")[0], place.log("policy")[-1]
+    assert last["log_ratio_chosen"] > 0.1 > -0.1 > last["log_ratio_rejected"]
+    assert last["loss"] < first["loss"]
+
+
+def test_gradient_checkpointing_changes_no_weight(place):
+    assert distance(place.train("plain"), place.train("saving", gradient_checkpointing="true")) < 1e-7
+
+
+def test_loss_that_is_no_number_is_refused_and_no_policy_is_written(place):
+    with pytest.raises(UserError, match="not a number.*learning_rate"):
+        place.train("policy", learning_rate=1e30, batch_size=2, micro_batch_size=2, beta=1e-3)
+    assert not (place.folder / "policy").exists()
+
+
+def test_record_counts_pairs_steps_and_tokens(place):
+    place.train("policy", stop_epoch=1)
+    record, pairs = read_json(record_path(place.folder / "policy")), read_table(place.pairs, "pairs")
+    tokens = sum(2 * len(p["prompt_token_ids"]) + len(p["chosen_token_ids"]) + len(p["rejected_token_ids"]) for p in pairs)
+    assert (record["pairs"], record["steps"], record["tokens_an_epoch"]) == (10, 3, tokens)
+    assert set(record["inputs"]) == {str(place.pairs), str(place.reference), str(place.policy)}
+    assert record["final"] == place.log("policy")[-1]
