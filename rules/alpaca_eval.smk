@@ -1,5 +1,7 @@
 """Requires: iter{t}/policy, evaluation instructions, a judge. Gives: iter{t}/alpaca_eval.json and what it is made of."""
 
+import json
+
 ANSWER_KEYS = ("limit", "temperature", "top_p", "max_new_tokens")
 # Every policy answers with the same noise, so that they differ by their weights alone; the reference has its own,
 # so that iter0 against it shows what noise does.
@@ -23,29 +25,28 @@ def reference_outputs(wildcards):
     return f"{ROOT}{'' if as_main else wildcards.run}iter0/reference_outputs.json"
 
 
-def judge_files(judge):
+def judge(wildcards):
+    """Who judges: the configured judge, or, for the estimate, the preference model that training saw."""
+    run = settings(wildcards)
+    return run["alpaca_eval"]["judge"] if wildcards.verdict == "alpaca_eval" else run["preference"]["model"]
+
+
+def judge_files(wildcards):
     """Files of an embedded judge and its base; nothing for one behind an API."""
-    folder = adapter_folder(judge)
+    folder = adapter_folder(judge(wildcards))
     return [EMBEDDED_POLICY, *(folder / name for name in ADAPTER_FILES)] if folder else []
 
 
 def judge_flags(wildcards):
-    """The judge and how its verdicts are summed up."""
-    run = settings(wildcards)
-    keys = ("judge", "judge_model", "judge_base_url", "difficulty", "bootstrap", "length_controlled_bootstrap")
-    return flags({key: run["alpaca_eval"][key] for key in keys})
-
-
-def ranker_flags(wildcards):
-    """The same with the preference model that training saw in the judge's place."""
-    run = settings(wildcards)
-    return flags({"judge": run["preference"]["model"], "bootstrap": run["alpaca_eval"]["bootstrap"], "length_controlled_bootstrap": 0})
+    """The judge and how its verdicts are summed up. What the ranker believes it gained needs no interval of LC."""
+    chosen = settings(wildcards)["alpaca_eval"]
+    keys = ("judge_model", "judge_base_url", "difficulty", "bootstrap", "length_controlled_bootstrap")
+    rest = {key: chosen[key] for key in keys} if wildcards.verdict == "alpaca_eval" else {"bootstrap": chosen["bootstrap"], "length_controlled_bootstrap": 0}
+    return flags({"judge": judge(wildcards)} | rest)
 
 
 def decoding(wildcards):
     """Facts of decoding that the result keeps, as JSON."""
-    import json
-
     return json.dumps({key: settings(wildcards)["alpaca_eval"][key] for key in ANSWER_KEYS[1:]})
 
 
@@ -94,23 +95,25 @@ rule answer_instructions:
         " --output {output.outputs} 2>&1 | tee {log}"
 
 
-rule alpaca_eval:
+rule judge_outputs:
     """Win rate and length-controlled win rate against the reference, by alpaca-eval's own metrics."""
     input:
         outputs=at("alpaca_eval_outputs.json"),
         reference=reference_outputs,
-        judge=lambda wildcards: judge_files(settings(wildcards)["alpaca_eval"]["judge"]),
+        judge=judge_files,
     output:
-        result=at("alpaca_eval.json"),
-        annotations=at("alpaca_eval_annotations.json"),
-        record=record(at("alpaca_eval.json")),
-        annotations_record=record(at("alpaca_eval_annotations.json")),
+        result=at("{verdict}.json"),
+        annotations=at("{verdict}_annotations.json"),
+        record=record(at("{verdict}.json")),
+        annotations_record=record(at("{verdict}_annotations.json")),
     log:
-        f"{LOGS}{{run}}iter{{t}}/alpaca_eval.log",
+        f"{LOGS}{{run}}iter{{t}}/{{verdict}}.log",
     benchmark:
-        f"{BENCHMARKS}{{run}}iter{{t}}/alpaca_eval.tsv"
+        f"{BENCHMARKS}{{run}}iter{{t}}/{{verdict}}.tsv"
     conda:
         "../envs/eval.yaml"
+    wildcard_constraints:
+        verdict="alpaca_eval|ranker_estimate",
     threads: MODEL_THREADS
     resources:
         mem_mb=4000,
@@ -123,44 +126,8 @@ rule alpaca_eval:
         decoding=decoding,
         options=judge_flags,
     message:
-        "Judging {wildcards.run}iteration {wildcards.t}"
+        "Judging {wildcards.run}iteration {wildcards.t}: {wildcards.verdict}"
     shell:
         "{PYTHON} src/evaluate_alpaca_eval.py --outputs {input.outputs} --reference {input.reference:q} --judge-base {EMBEDDED_POLICY}"
-        " --policy {params.policy} --decoding {params.decoding:q} --seed {params.seed} --device {MAIN[device]} --threads {threads} {params.options:q}"
-        " --annotations {output.annotations} --output {output.result} 2>&1 | tee {log}"
-
-
-rule ranker_estimate:
-    """The same win rates by the preference model that training saw: what it believes it gained."""
-    input:
-        outputs=at("alpaca_eval_outputs.json"),
-        reference=reference_outputs,
-        ranker=lambda wildcards: judge_files(settings(wildcards)["preference"]["model"]),
-    output:
-        result=at("ranker_estimate.json"),
-        annotations=at("ranker_annotations.json"),
-        record=record(at("ranker_estimate.json")),
-        annotations_record=record(at("ranker_annotations.json")),
-    log:
-        f"{LOGS}{{run}}iter{{t}}/ranker_estimate.log",
-    benchmark:
-        f"{BENCHMARKS}{{run}}iter{{t}}/ranker_estimate.tsv"
-    conda:
-        "../envs/eval.yaml"
-    threads: MODEL_THREADS
-    resources:
-        mem_mb=4000,
-        runtime=120,
-        gpu=MODEL_GPUS,
-    params:
-        version=STAGES["evaluate"],
-        seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
-        policy=policy_name,
-        decoding=decoding,
-        options=ranker_flags,
-    message:
-        "Estimating by the ranker: {wildcards.run}iteration {wildcards.t}"
-    shell:
-        "{PYTHON} src/evaluate_alpaca_eval.py --outputs {input.outputs} --reference {input.reference:q} --judge-base {EMBEDDED_POLICY}"
-        " --policy {params.policy} --decoding {params.decoding:q} --seed {params.seed} --device {MAIN[device]} --threads {threads} {params.options:q}"
-        " --annotations {output.annotations} --output {output.result} 2>&1 | tee {log}"
+        " --policy {params.policy} --decoding {params.decoding:q} --seed {params.seed} --device {MAIN[device]} --threads {threads}"
+        " {params.options:q} --annotations {output.annotations} --output {output.result} 2>&1 | tee {log}"

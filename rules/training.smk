@@ -31,10 +31,6 @@ rule score_reference:
         " {params.options:q} --output {output.logps} 2>&1 | tee {log}"
 
 
-# Old policies are dropped, if they may be, once the next iteration and the evaluations have used them.
-policy_folder = directory if MAIN["keep_policies"] else lambda path: temp(directory(path))
-
-
 rule train_policy:
     """Regress the log-ratios of winners and losers onto their targets: the next policy."""
     input:
@@ -42,7 +38,7 @@ rule train_policy:
         reference=at("logps/current.parquet"),
         policy=current_policy,
     output:
-        policy=policy_folder(at("policy")),
+        policy=directory(at("policy")),
         policy_record=record(at("policy")),
         log=at("train_log.jsonl"),
         log_record=record(at("train_log.jsonl")),
@@ -68,3 +64,19 @@ rule train_policy:
         "{PYTHON} src/train_policy.py --pairs {input.pairs} --reference {input.reference} --policy {input.policy}"
         " --seed {params.seed} --device {MAIN[device]} {params.attention} {params.options:q}"
         " --output {output.policy} --log {output.log} 2>&1 | tee {log}"
+
+
+# Without keep_policies all but the last are dropped once the next iteration and the evaluations have used them.
+LAST = min(run["iterations"] for run in RUNS.values())
+if not MAIN["keep_policies"] and LAST > 1:
+
+    use rule train_policy as train_dropped_policy with:
+        output:
+            policy=temp(directory(at("policy"))),
+            policy_record=record(at("policy")),
+            log=at("train_log.jsonl"),
+            log_record=record(at("train_log.jsonl")),
+        wildcard_constraints:
+            t="|".join(map(str, range(1, LAST))),
+
+    ruleorder: train_dropped_policy > train_policy

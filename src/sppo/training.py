@@ -141,7 +141,8 @@ def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, 
         "bf16": dtype == torch.bfloat16, "use_cpu": device == "cpu", "seed": seed, "data_seed": seed,
         "train_sampling_strategy": "sequential", "remove_unused_columns": False, "dataloader_pin_memory": device != "cpu",
         "activation_checkpointing": options["gradient_checkpointing"], "logging_steps": 1, "logging_first_step": True,
-        "save_strategy": "steps", "save_steps": options["checkpoint_steps"], "save_total_limit": 1,
+        # A training shorter than that leaves nothing to go on from.
+        "save_strategy": "steps" if steps > options["checkpoint_steps"] else "no", "save_steps": options["checkpoint_steps"], "save_total_limit": 1,
         "report_to": options["report_to"], "disable_tqdm": True, "run_name": work.parent.name,
     }
 

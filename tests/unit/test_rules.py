@@ -144,24 +144,31 @@ def jobs(done: subprocess.CompletedProcess) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
 
 
+def evaluated(done: subprocess.CompletedProcess) -> set[str]:
+    """Evaluations that would be made."""
+    return set(re.findall(r"^    output: (\S+/alpaca_eval\.json)", done.stdout + done.stderr, re.MULTILINE))
+
+
 @pytest.mark.parametrize("preset", [None, *PRESETS], ids=lambda preset: preset.stem if preset else "default")
 def test_shipped_configuration_plans_every_stage_of_every_iteration(preset, copy):
     done = dry_run(copy, *(("--configfile", str(preset.relative_to(ROOT))) if preset else ()))
     main = resolve(overlaid(preset.read_text(encoding="utf-8") if preset else "{}"))[""]
     planned, t, shards = jobs(done), main["iterations"], main["responses"]["shards"]
     expected = {"sample_prompts": t, "generate_responses": t * shards, "annotate_preferences": t * shards, "build_pairs": t,
-                "score_reference": t, "train_policy": t, "alpaca_eval": t + 1, "base_policy": 1}
+                "score_reference": t, "train_policy": t, "base_policy": 1}
     assert {name: planned.get(name, 0) for name in expected} == expected
+    root = f"results/{main['name']}/" if main["name"] else "results/"
+    assert evaluated(done) >= {f"{root}iter{i}/alpaca_eval.json" for i in range(t + 1)}
 
 
 def test_the_user_s_own_target_is_planned_whole(copy):
-    planned = jobs(dry_run(copy, "results/iter3/alpaca_eval.json"))
-    assert planned["train_policy"] == 3 and planned["alpaca_eval"] == 1
+    done = dry_run(copy, "results/iter3/alpaca_eval.json")
+    assert jobs(done)["train_policy"] == 3 and evaluated(done) == {"results/iter3/alpaca_eval.json"}
 
 
 def test_no_iterations_evaluate_the_base_alone(copy):
-    planned = jobs(dry_run(copy, "--config", "iterations=0"))
-    assert planned["alpaca_eval"] == 1 and "train_policy" not in planned and "generate_responses" not in planned
+    done = dry_run(copy, "--config", "iterations=0")
+    assert evaluated(done) == {"results/iter0/alpaca_eval.json"} and not {"train_policy", "generate_responses"} & jobs(done).keys()
 
 
 def test_named_experiment_and_run_share_the_base_and_the_first_iteration(copy):
@@ -170,8 +177,8 @@ def test_named_experiment_and_run_share_the_base_and_the_first_iteration(copy):
     (copy / "run.yaml").write_text(config)
     done = dry_run(copy, "--configfile", "run.yaml", "--", "results/x/hard/iter2/alpaca_eval.json")
     planned = jobs(done)
-    assert {name: planned[name] for name in ("train_policy", "generate_responses", "annotate_preferences", "base_policy", "alpaca_eval")} == \
-        {"train_policy": 2, "generate_responses": 2, "annotate_preferences": 2, "base_policy": 1, "alpaca_eval": 1}
+    assert {name: planned[name] for name in ("train_policy", "generate_responses", "annotate_preferences", "base_policy")} == \
+        {"train_policy": 2, "generate_responses": 2, "annotate_preferences": 2, "base_policy": 1}
     text = done.stdout + done.stderr
     assert "results/x/iter1/responses/0.parquet" in text and "results/x/hard/iter1/responses" not in text
     assert "results/x/hard/iter1/policy" in text and "results/x/iter1/policy" not in text

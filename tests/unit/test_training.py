@@ -151,9 +151,9 @@ def test_weights_do_not_depend_on_micro_batches_even_if_the_last_batch_is_ragged
 
 
 def test_one_sgd_step_is_the_gradient_of_the_mean_loss_by_hand(place):
-    """An independent forward and backward pass, pair by pair, with the loss written out."""
+    """An independent forward and backward pass, pair by pair, with the loss written out; ten pairs in a step meant for sixteen."""
     pairs, references = read_table(place.pairs, "pairs"), read_table(place.reference, "logps")
-    stepped = place.train("policy", batch_size=10, micro_batch_size=5, learning_rate=1e-6, beta=0.01)
+    stepped = place.train("policy", batch_size=16, micro_batch_size=4, learning_rate=1e-6, beta=0.01)
     model = load_policy(place.policy, torch.float32, "cpu")
     for pair, reference in zip(pairs, references, strict=True):
         w, l = response_logps(model, pair_batch([pair]))
