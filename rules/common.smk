@@ -28,7 +28,8 @@ MAIN = RUNS[""]
 ROOT = f"results/{MAIN['name']}/" if MAIN["name"] else "results/"
 LOGS = f"{ROOT}logs/"
 BENCHMARKS = f"{ROOT}benchmarks/"
-EMBEDDED_POLICY = "results/models/SmolLM2-135M-Instruct"
+MODELS = "results/models/"
+EMBEDDED_POLICY = f"{MODELS}SmolLM2-135M-Instruct"
 BASE_POLICY = f"{ROOT}iter0/policy"
 
 # On one machine models never run side by side: each job takes all cores, or a GPU.

@@ -7,9 +7,9 @@ rule embedded_policy:
         policy=directory(EMBEDDED_POLICY),
         record=record(EMBEDDED_POLICY),
     log:
-        "results/models/logs/embedded_policy.log",
+        f"{MODELS}logs/embedded_policy.log",
     benchmark:
-        "results/models/benchmarks/embedded_policy.tsv"
+        f"{MODELS}benchmarks/embedded_policy.tsv"
     conda:
         "../envs/core.yaml"
     threads: MODEL_THREADS

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sppo.errors import UserError, writing
@@ -142,7 +143,12 @@ def read_table(path: Path, name: str) -> list[dict[str, Any]]:
 
 def _check(table: pa.Table, name: str) -> None:
     for column in table.column_names:
-        if table.column(column).null_count:
+        values = table.column(column)
+        while pa.types.is_list(values.type):
+            if values.null_count:
+                break
+            values = pc.list_flatten(values)
+        if values.null_count:
             raise ValueError(f"column {column} has nulls")
     key = list(TABLES[name].key)
     if table.group_by(key).aggregate([]).num_rows != table.num_rows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import difflib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 from sppo.errors import UserError
 
 SCHEMA_FILE = Path(__file__).resolve().parents[2] / "config" / "schema.yaml"
-RESERVED = {"tables", "figures", "theory", "report", "models"}
+RESERVED = {"tables", "figures", "theory", "report", "models", "logs", "benchmarks"}
 # What a run may not override: these decide where things lie, or are shared by all runs.
 SHARED = {"name", "runs", "policy", "device"}
 # What two runs must agree on to share the first iteration's responses and preferences.
@@ -39,14 +40,15 @@ def resolve(written: Config) -> dict[str, Config]:
     configuration says, the column of `settings`, the schema's default.
     """
     rules = schema()
+    written = _typed(written, rules)
     _check(written, rules, "")
+    _check_name(written.get("name", ""), "name")
     main = {key: value for key, value in written.items() if key != "runs"}
     runs = {"": _complete(main, rules) | {"first_iteration_from": None}}
     for name, overrides in written.get("runs", {}).items():
         where = f"runs.{name}"
-        if name in RESERVED or name.startswith("iter"):
-            raise UserError(f"config: {where} has a reserved name; choose another")
-        overrides = dict(overrides)
+        _check_name(name, where)
+        overrides = _typed(overrides, rules)
         first = overrides.pop("first_iteration_from", None)
         if first not in (None, "main"):
             raise UserError(f"config: {where}.first_iteration_from is {first!r}; it can only be main")
@@ -102,6 +104,44 @@ def _check_together(config: Config) -> None:
                         f"({train['micro_batch_size']}); change one of them")
 
 
+def _check_name(name: str, where: str) -> None:
+    """A folder's name must not be one that the workflow uses itself."""
+    if name in RESERVED or name.startswith("iter"):
+        raise UserError(f"config: {where} is the reserved name {name}; choose another")
+
+
+def _typed(written: Config, rules: Config) -> Config:
+    """`written` with text turned into the number or boolean that the schema wants, where it spells one.
+
+    `snakemake --config section={key: 1}` hands over text alone, and YAML takes 1e-6 for text.
+    """
+    result: Config = {}
+    for key, value in written.items():
+        if not isinstance(key, str):
+            raise UserError(f"config: key {key!r} is not text; put it in quotes or remove it")
+        rule = rules.get("properties", {}).get(key, {})
+        if isinstance(value, dict):
+            result[key] = _typed(value, rule)
+        elif isinstance(value, str) and rule and "string" not in rule["type"]:
+            result[key] = _spelled(value)
+        else:
+            result[key] = value
+    return result
+
+
+def _spelled(text: str) -> Any:
+    """The number, boolean or null that a text spells, else the text."""
+    words = {"true": True, "false": False, "null": None, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def _merged(base: Config, overrides: Config) -> Config:
     """A copy of `base` with nested overrides."""
     result = copy.deepcopy(base)
@@ -110,8 +150,16 @@ def _merged(base: Config, overrides: Config) -> Config:
     return result
 
 
+# Stricter than JSON: 5.0 is no count, and neither NaN nor infinity is a number to compute with.
+_TYPES = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many({
+    "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
+    "number": lambda _, value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+})
+_Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_TYPES)
+
+
 def _check(written: Config, rules: Config, where: str) -> None:
-    errors = sorted(jsonschema.Draft202012Validator(rules).iter_errors(written), key=lambda e: list(map(str, e.absolute_path)))
+    errors = sorted(_Validator(rules).iter_errors(written), key=lambda e: list(map(str, e.absolute_path)))
     if errors:
         raise UserError("config: " + _explain(errors[0], rules, where))
 
@@ -130,8 +178,7 @@ def _explain(error: jsonschema.ValidationError, rules: Config, where: str) -> st
         return f"{path} is K, and K = {value} leaves nothing to compare; set it to 2 or more"
     if error.validator == "type":
         wanted = error.validator_value if isinstance(error.validator_value, str) else " or ".join(error.validator_value)
-        hint = " (YAML reads 1e-6 as text: write 1.0e-6)" if wanted == "number" and isinstance(value, str) else ""
-        return f"{path} is {value!r}, not {wanted}{hint}; see config/schema.yaml"
+        return f"{path} is {value!r}, not {wanted}; see config/schema.yaml"
     if error.validator == "enum":
         return f"{path} is {value!r}; it can be {', '.join('null' if v is None else str(v) for v in error.validator_value)}"
     limits = {"minimum": "at least", "exclusiveMinimum": "greater than", "maximum": "at most"}

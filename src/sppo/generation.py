@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sppo.models import compute_dtype, load_policy, load_tokenizer, stop_token_ids
 from sppo.progress import progress
@@ -101,6 +101,7 @@ class TransformersEngine:
         self.stop_ids = stop_token_ids(folder, self.tokenizer)
         self.dtype = compute_dtype(precision, device)
         self.model = load_policy(folder, self.dtype, device, attention)
+        self.model.generation_config = GenerationConfig()  # the model's own must not warp the logits as well
         self.device, self.batch_size = device, batch_size
 
     def generate(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> list[dict[str, Any]]:
@@ -129,8 +130,6 @@ class TransformersEngine:
             output = self.model.generate(
                 ids.repeat_interleave(samples, 0), attention_mask=mask.repeat_interleave(samples, 0),
                 past_key_values=self._read_once(ids, mask, samples), do_sample=False, max_new_tokens=sampling.max_new_tokens,
-                # The model's own generation config must not warp the logits as well.
-                temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0,
                 eos_token_id=self.stop_ids, pad_token_id=pad, logits_processor=LogitsProcessorList(noise))
         for (row, k, seed), tokens in zip(wanted, output[:, width:].tolist(), strict=True):
             stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)

@@ -9,13 +9,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sppo.artifacts import read_json
 from sppo.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
@@ -75,9 +76,10 @@ def check_policy(folder: Path) -> None:
         raise UserError(f"policy folder {folder} does not exist; correct the path or make it")
     if not (folder / "config.json").is_file():
         raise UserError(f"policy folder {folder} has no config.json; it is not a Hugging Face model folder")
+    read_json(folder / "config.json")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -135,7 +137,7 @@ def load_policy(folder: Path, dtype: torch.dtype, device: str, attention: str | 
 
 def context_length(folder: Path) -> int | None:
     """Most tokens that the model takes, prompt and response together; None if its config does not say."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(folder) / "config.json")
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
