@@ -1,0 +1,73 @@
+"""From responses and logits to pairs: who wins, what is dropped and counted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import build_pairs
+from sppo.artifacts import UserError, read_table, write_table
+
+SKEW = np.array([[0.0, 1.0, 2.0], [-1.0, 0.0, 1.0], [-2.0, -1.0, 0.0]])  # response 0 wins, response 2 loses
+
+
+@pytest.fixture
+def build(tmp_path, program):
+    """Run the program on {prompt_id: (texts, logits, finish reasons)}, two shards; returns pairs and record."""
+    def run(cases: dict, *flags: str):
+        ids = list(cases)
+        write_table(tmp_path / "prompts.parquet", [
+            {"prompt_id": i, "category": "", "messages": [{"role": "user", "content": i}], "prompt_token_ids": [1], "source": "s"} for i in ids], "prompts")
+        for shard in (0, 1):
+            mine = ids[shard::2]
+            write_table(tmp_path / f"responses{shard}.parquet", [
+                {"prompt_id": i, "sample_id": k, "seed": k, "prompt_token_ids": [1], "token_ids": [10 + k, 2], "text": text, "finish_reason": cases[i][2][k]}
+                for i in mine for k, text in enumerate(cases[i][0])], "responses")
+            write_table(tmp_path / f"preferences{shard}.parquet", [
+                {"prompt_id": i, "sample_ids": list(range(len(cases[i][0]))), "logits": np.asarray(cases[i][1]).tolist()} for i in mine], "preferences")
+        program(build_pairs, "--prompts", tmp_path / "prompts.parquet", "--responses", tmp_path / "responses0.parquet", tmp_path / "responses1.parquet",
+                "--preferences", tmp_path / "preferences0.parquet", tmp_path / "preferences1.parquet", "--output", tmp_path / "pairs.parquet", *flags)
+        return read_table(tmp_path / "pairs.parquet", "pairs"), json.loads((tmp_path / "pairs.parquet.record.json").read_text())
+    return run
+
+
+STOPPED = ["stop"] * 3
+
+
+def test_winner_loser_and_estimates(build):
+    pairs, record = build({"a": (["x", "y", "z"], SKEW, STOPPED), "b": (["x", "y", "z"], -SKEW, STOPPED)})
+    first, second = pairs
+    assert (first["chosen"], first["rejected"], second["chosen"], second["rejected"]) == ("x", "z", "z", "x")
+    assert first["chosen_token_ids"] == [10, 2] and first["rejected_sample_id"] == 2
+    sigma = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    assert first["p_hat_chosen"] == pytest.approx((0.5 + sigma(1) + sigma(2)) / 3, abs=1e-12)
+    assert first["p_hat_chosen"] + first["p_hat_rejected"] == pytest.approx(1, abs=1e-12)
+    assert first["p_chosen_beats_rejected"] == pytest.approx(sigma(2), abs=1e-12)
+    assert record["pairs"] == 2 and sum(record["dropped"].values()) == 0
+
+
+@pytest.mark.parametrize("reason, case, flags", [
+    ("tie", (["x", "y", "z"], np.ones((3, 3)), STOPPED), ()),
+    ("identical", (["x", "y", "x"], SKEW, STOPPED), ()),
+    ("empty", (["x", "y", " \n"], SKEW, STOPPED), ()),
+    ("truncated", (["x", "y", "z"], SKEW, ["length", "stop", "stop"]), ("--truncated", "drop")),
+])
+def test_prompts_without_a_pair_are_dropped_and_counted(build, reason, case, flags):
+    pairs, record = build({"bad": case, "good": (["x", "y", "z"], SKEW, STOPPED)}, *flags)
+    assert [pair["prompt_id"] for pair in pairs] == ["good"]
+    assert record["dropped"] == {name: int(name == reason) for name in ("tie", "identical", "empty", "truncated")}
+
+
+def test_the_middle_response_may_be_cut(build):
+    pairs, _ = build({"a": (["x", "y", "z"], SKEW, ["stop", "length", "stop"])}, "--truncated", "drop")
+    assert len(pairs) == 1
+
+
+def test_a_cycle_is_a_tie_for_the_official_collapse_and_dropped(build):
+    cycle = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]], dtype=float)
+    pairs, record = build({"a": (["x", "y", "z"], cycle, STOPPED), "b": (["x", "y", "z"], SKEW, STOPPED)}, "--probability", "blender")
+    assert [pair["prompt_id"] for pair in pairs] == ["b"] and record["dropped"]["tie"] == 1
+
+
