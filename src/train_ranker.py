@@ -1,7 +1,7 @@
 """Train one of the two embedded preference models on GPT-4's AlpacaEval annotations.
 
     python src/train_ranker.py --name ranker --base results/models/SmolLM2-135M-Instruct \
-        --annotations AE1.parquet AE2.parquet --steps 220 --seed 1 --output data/ranker
+        --annotations AE1.parquet AE2.parquet --steps 190 --seed 1 --output data/ranker
 
 1. Take the part of the instructions that the name stands for (ranker or judge, 40% each, by hash).
 2. Form groups of one instruction, its reference answer, models' answers and two corrupted answers.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
 import sys
 import time
@@ -33,8 +32,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from sppo.errors import UserError, run
-from sppo.ranker_data import (Group, instruction_hash, load_annotations, make_groups, part_of,
-                              shorter_weight)
+from sppo.ranker_data import Group, instruction_hash, load_annotations, make_groups, part_of, shorter_weight
 from sppo.rankers import PairText, PreferenceEmbedder, best_dtype, length_gaps, load_base, skew_logits
 
 CORRUPTED_SHARE = 0.3  # of the loss
@@ -47,7 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", required=True, type=Path, help="folder of the base model")
     parser.add_argument("--annotations", required=True, nargs="+", type=Path)
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--steps", type=int, default=190)
     parser.add_argument("--groups-per-step", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=7, help="models' answers in a group")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -150,8 +148,7 @@ def train(args: argparse.Namespace, model: PreferenceEmbedder, text: PairText, f
         optimizer.zero_grad()
         check = (step + 1) % args.check_every == 0
         if check or time.monotonic() - told >= 60:
-            line = {"step": step + 1, "loss": round(float(np.mean(recent)), 4),
-                    "seconds": round(time.monotonic() - began)}
+            line = {"step": step + 1, "loss": round(float(np.mean(recent)), 4), "seconds": round(time.monotonic() - began)}
             if check:
                 line |= agreement(held_out_logits(model, text, held_out[:20]))
             print(json.dumps(line), file=sys.stderr, flush=True)
@@ -180,7 +177,6 @@ def main() -> None:
     args = arguments()
     if args.dimensions % 2 or min(args.steps, args.dimensions, args.group_size) < 1:
         raise UserError("--dimensions must be even, and it, --steps and --group-size positive")
-    random.seed(args.seed)
     torch.manual_seed(args.seed)
     files = [load_annotations(path)[0] for path in args.annotations]
     backbone, tokenizer = load_base(args.base, best_dtype("cpu"))
