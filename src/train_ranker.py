@@ -32,8 +32,9 @@ from safetensors.torch import save_file
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from sppo.errors import UserError, run
+from sppo.models import compute_dtype
 from sppo.ranker_data import Group, instruction_hash, load_annotations, make_groups, part_of, shorter_weight
-from sppo.rankers import PairText, PreferenceEmbedder, best_dtype, length_gaps, load_base, skew_logits
+from sppo.rankers import PairText, PreferenceEmbedder, length_gaps, load_base, skew_logits
 
 CORRUPTED_SHARE = 0.3  # of the loss
 HEAD_RATE = 1e-3  # the head's learning rate; --learning-rate is the low-rank updates'
@@ -179,7 +180,7 @@ def main() -> None:
         raise UserError("--dimensions must be even, and it, --steps and --group-size positive")
     torch.manual_seed(args.seed)
     files = [load_annotations(path)[0] for path in args.annotations]
-    backbone, tokenizer = load_base(args.base, best_dtype("cpu"))
+    backbone, tokenizer = load_base(args.base, compute_dtype("auto", "cpu"))
     shape = [backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size]
     recipe = {k: v for k, v in vars(args).items() if k not in ("base", "annotations", "output")}
     spec = {"name": args.name, "base": args.base.name, "base_shape": shape, **recipe, "logit_scale": 1.0, "length_weight": 0.0}

@@ -106,8 +106,10 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
     if adapter:
         if judge.base is None:
             raise UserError(f"judge {judge.name} is an adapter; name its base model with --judge-base")
+        from sppo.models import start_torch
         from sppo.rankers import EmbeddedRanker
 
+        start_torch()
         facts = {"adapter": judge.name, "adapter_sha256": file_hash(adapter / "adapter.safetensors")}
         return {"annotators_config": judge.name, "Annotator": PreferenceAnnotator,
                 "model": EmbeddedRanker(adapter, judge.base, device=judge.device)}, facts

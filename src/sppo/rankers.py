@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sppo.errors import UserError
+from sppo.models import compute_dtype
 
 ADAPTERS = Path(__file__).resolve().parents[2] / "data"  # data/ranker and data/judge
 OMISSION = " [...] "  # stands where the middle of a long text was left out
@@ -198,20 +199,11 @@ def load_base(base_dir: Path, dtype: torch.dtype):
         raise UserError(f"cannot load the model folder {base_dir}: {error}") from None
 
 
-def best_dtype(device: str) -> torch.dtype:
-    """bfloat16 where the processor multiplies it natively, float32 elsewhere."""
-    if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    flags = Path("/proc/cpuinfo")
-    native = flags.is_file() and any(f in flags.read_text() for f in ("avx512_bf16", "amx_bf16", " bf16"))
-    return torch.bfloat16 if native else torch.float32
-
-
 class EmbeddedRanker:
     """A trained preference model, ready to judge: `data/ranker` or `data/judge` on its base model.
 
     adapter_dir: a folder that `train_ranker.py` wrote. base_dir: the base model's Hugging Face folder.
-    dtype: "auto" (see `best_dtype`), "float32" or "bfloat16". Raises UserError where a file is absent,
+    dtype: "auto" (see `models.compute_dtype`), "float32" or "bfloat16". Raises UserError where a file is absent,
     broken, or made for another base.
     """
 
@@ -226,7 +218,7 @@ class EmbeddedRanker:
         except (ValueError, SafetensorError) as error:
             raise UserError(f"{adapter_dir} is broken: {error}") from None
         self.name = self.spec["name"]
-        compute = best_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+        compute = compute_dtype(dtype, device)
         backbone, tokenizer = load_base(base_dir, torch.float32)
         ours = (backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size)
         if list(ours) != self.spec["base_shape"]:
