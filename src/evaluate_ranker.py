@@ -23,14 +23,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow two-core machines down
-
+import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import numpy as np
 import pandas as pd
 
