@@ -33,7 +33,7 @@ def clone(tmp_path_factory, tiny_policy):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, folder / name)
     embedded = REPOSITORY / "results/models"
-    if embedded.is_dir():  # converted already; its own test converts it anew
+    if embedded.is_dir():  # made already; in a fresh clone the first test makes it
         shutil.copytree(embedded, folder / "results/models")
     return folder, tiny_policy
 
