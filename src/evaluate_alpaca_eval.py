@@ -17,13 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sppo.alpaca import Judge, check_judge, evaluate, length_model, metrics, paired, read_outputs
+from sppo.alpaca import OFFICIAL_DIFFICULTY, Judge, check_judge, check_order, evaluate, length_model, metrics, paired, read_outputs
 from sppo.artifacts import file_hash, recorded, write_json
 from sppo.errors import UserError, run
 from sppo.models import pick_device
 
-# df_gamed.csv of tatsu-lab/alpaca_eval at 2edc6fad8be6b14ea7230aabfd08188da6b8b814.
-OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
 VERSIONS = ("alpaca-eval", "scikit-learn", "numpy", "pandas", "scipy", "patsy", "torch", "transformers", "openai")
 
 
@@ -51,10 +49,12 @@ def main() -> None:
     difficulty = None if args.difficulty == "none" else Path(args.difficulty)
     reference = read_outputs(args.reference)
     outputs = paired(read_outputs(args.outputs), reference)
+    if difficulty:
+        check_order(reference, difficulty)
     inputs = [path for path in (args.outputs, args.reference, args.judge_base, difficulty) if path]
     cache = args.output.parent / ".judgments"
     with (recorded("evaluate", args.output, inputs, vars(args)),
-          length_model(reference, difficulty) as (formula, file)):
+          length_model(len(reference), difficulty) as (formula, file)):
         judge = Judge(args.judge, args.judge_model, args.judge_base_url, args.judge_base, pick_device(args.device))
         row, annotations, details = evaluate(outputs, reference, formula, file, cache, judge)
         intervals = bootstrap(annotations, formula, file, args.bootstrap, args.length_controlled_bootstrap, args.seed,

@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Record = dict[str, Any]
-# sha256 of AlpacaEval's 805 instructions in their order, joined by NUL: difficulties go by position.
-CANONICAL_INSTRUCTIONS = "bfe8c45991f635de0b1f94abeeb1335ef665d58eddd87ddf6fa71b7b0c2ce7a5"
+CANONICAL_ORDER = ROOT / "data" / "alpaca_eval_order.txt"  # hashes of AlpacaEval's instructions: difficulties go by position
+CANONICAL_SIZE = 805
+# df_gamed.csv of tatsu-lab/alpaca_eval at 2edc6fad8be6b14ea7230aabfd08188da6b8b814.
+OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
 
 
 def check_judge(judge: str, judge_model: str | None = None, judge_base_url: str | None = None) -> None:
@@ -230,25 +232,39 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _canonical_hashes() -> tuple[str, ...]:
+    return tuple(CANONICAL_ORDER.read_text().split())
+
+
+def canonical_position(instruction: str) -> int | None:
+    """Where the instruction stands among AlpacaEval's 805; None if it is not one of them."""
+    short = hashlib.sha256(instruction.encode()).hexdigest()[:16]
+    return _canonical_hashes().index(short) if short in _canonical_hashes() else None
+
+
+def check_order(reference: list[Record], difficulty: Path) -> None:
+    """UserError unless the reference holds AlpacaEval's 805 instructions in their order, by which difficulties go."""
+    if [canonical_position(row["instruction"]) for row in reference] != list(range(CANONICAL_SIZE)):
+        raise UserError(f"{difficulty} goes by position, and the reference is not AlpacaEval's 805 instructions in their "
+                        "order; put it in order, or set alpaca_eval.difficulty to null")
+    if not difficulty.is_file():
+        raise UserError(f"{difficulty} is missing; make it or correct alpaca_eval.difficulty")
+
+
 @contextlib.contextmanager
-def length_model(reference: list[Record], difficulty: Path | None) -> Iterator[tuple[str, Path]]:
+def length_model(size: int, difficulty: Path | None) -> Iterator[tuple[str, Path]]:
     """Name of the package's LC formula and the file of difficulties that it reads (df_gamed.csv's form).
 
-    Without `difficulty`: `length_controlled_minimal`, right for any instructions, with a stand-in of zeros that
-    its formula never uses. With it: `length_controlled_v1`, for the 805 of AlpacaEval in their order alone.
+    Without `difficulty`: `length_controlled_minimal`, right for any `size` instructions, with a stand-in of zeros
+    that its formula never uses. With it: `length_controlled_v1`, for AlpacaEval's instructions alone.
     """
     if difficulty:
-        instructions = "\0".join(row["instruction"] for row in reference)
-        if hashlib.sha256(instructions.encode()).hexdigest() != CANONICAL_INSTRUCTIONS:
-            raise UserError(f"{difficulty} goes by position, and the reference is not AlpacaEval's 805 instructions in their "
-                            "order; put it in order, or set alpaca_eval.difficulty to null")
-        if not difficulty.is_file():
-            raise UserError(f"{difficulty} is missing; make it or correct alpaca_eval.difficulty")
         yield "length_controlled_v1", difficulty
         return
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "df_gamed.csv"
-        rows = (f"0.5,{position},0.0,0.0,False,neutral\n" for position in range(len(reference)))
+        rows = (f"0.5,{position},0.0,0.0,False,neutral\n" for position in range(size))
         file.write_text("preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model\n" + "".join(rows))
         yield "length_controlled_minimal", file
 

@@ -85,7 +85,7 @@ def test_figures_are_the_package_s_own(call, tmp_path):
     assert result["standard_error"] == pytest.approx(100 * wins.std(ddof=1) / np.sqrt(len(wins)), abs=1e-9)
     assert (result["n_wins"], result["n_wins_base"], result["n_draws"]) == ((wins > 0.5).sum(), (wins < 0.5).sum(), 0)
     assert result["n_total"] == 30 and result["avg_length"] != result["reference_avg_length"]
-    with alpaca.length_model(outputs("base"), None) as (formula, file), pytest.MonkeyPatch.context() as patch:
+    with alpaca.length_model(30, None) as (formula, file), pytest.MonkeyPatch.context() as patch:
         patch.setattr(glm_winrate, "hf_hub_download", lambda **_: file)
         package = glm_winrate.get_length_controlled_winrate(rows, glm_name=formula, save_weights_dir=None)
     assert result["length_controlled_winrate"] == package["length_controlled_winrate"] != 50.0
@@ -130,14 +130,14 @@ def test_a_policy_equal_to_its_reference_gets_50(call):
 def test_a_policy_that_lost_everything_does_not_get_50():
     rows = [{"preference": 1.0, "instruction": row["instruction"], "output_1": row["output"], "output_2": "short",
              "generator_1": "base", "generator_2": "policy"} for row in outputs("base")]
-    with alpaca.length_model(rows, None) as (formula, file):
+    with alpaca.length_model(len(rows), None) as (formula, file):
         assert alpaca.metrics(rows, formula, file)["length_controlled_winrate"] == 0.0
 
 
 def test_values_of_the_stand_in_do_not_matter(tmp_path):
     ours, base = outputs("policy", seed=1), outputs("base")
     rows = alpaca.PreferenceAnnotator("judge", Judge(soft)).annotate_head2head(*map(_frame, (base, ours)))
-    with alpaca.length_model(base, None) as (formula, file):
+    with alpaca.length_model(len(base), None) as (formula, file):
         neutral = alpaca.metrics(rows, formula, file)
         lines = file.read_text().splitlines()
     rng = np.random.default_rng(0)
