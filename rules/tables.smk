@@ -1,4 +1,10 @@
-"""Requires: the evaluations of a run's iterations. Gives: summary.md and figures/win_rate.{png,svg} of that run."""
+"""Requires: the evaluations of a run's iterations. Gives: summary.md and figures/win_rate.{png,svg} of that run;
+tables/*.{csv,md,tex}, the papers' figures with ours beside them."""
+
+import csv
+
+with open("config/published/index.csv", encoding="utf-8", newline="") as stream:
+    PAPER_TABLES = [line["table"] for line in csv.DictReader(stream)]
 
 
 def iterations(wildcards):
@@ -60,3 +66,39 @@ rule summarize_run:
     shell:
         "{PYTHON} src/summarize_run.py --alpaca-eval {input.judged} --ranker {input.estimated} --records {input.records}"
         " --output {output.table} --plot {output.png} 2>&1 | tee {log}"
+
+
+def measured(wildcards):
+    """Evaluations that are there already: a table shows what was run and asks for nothing more."""
+    names = ("alpaca_eval.json", "best_of_16/alpaca_eval.json", "mt_bench.json", "open_llm.json")
+    return [path for run in RUNS for t in range(RUNS[run]["iterations"] + 1) for name in names
+            if os.path.exists(path := f"{ROOT}{run + '/' if run else ''}iter{t}/{name}")]
+
+
+rule paper_tables:
+    """The tables of the papers, published beside measured, a dash where a run was not made."""
+    input:
+        published=expand("config/published/{table}.csv", table=["index", *PAPER_TABLES]),
+        measured=measured,
+    output:
+        tables=expand(f"{ROOT}tables/{{table}}.{{form}}", table=PAPER_TABLES, form=["csv", "md", "tex"]),
+        records=expand(record(f"{ROOT}tables/{{table}}.{{form}}"), table=PAPER_TABLES, form=["csv", "md", "tex"]),
+        all=f"{ROOT}tables/all.md",
+        all_record=record(f"{ROOT}tables/all.md"),
+    log:
+        f"{LOGS}paper_tables.log",
+    benchmark:
+        f"{BENCHMARKS}paper_tables.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        version=STAGES["tabulate"],
+        base=lambda wildcards: "SmolLM2-135M-Instruct" if MAIN["policy"]["model"] == "embedded" else MAIN["policy"]["model"],
+    message:
+        "Setting the papers' tables beside what was measured"
+    shell:
+        "{PYTHON} src/make_tables.py --results {ROOT:q} --base {params.base:q} --output {output.all} 2>&1 | tee {log}"

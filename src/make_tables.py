@@ -1,0 +1,118 @@
+"""The papers' tables, published beside measured.
+
+Reads   config/published/*.csv (figures as printed, with source) and index.csv (title and base model of each table);
+        whatever evaluations of this experiment exist
+Writes  results/[name/]tables/<table>.{csv,md,tex}, one line a figure: row, metric, published, ours, difference,
+        comparable, source, note; and all.md, the tables one after another
+A dash stands where we made no such run. `comparable` says yes where base model and judge are the source's;
+elsewhere the difference tells two setups apart, not two implementations, and the reason is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from sppo.artifacts import read_json, recorded, write_text
+from sppo.errors import UserError, run
+
+COLUMNS = ("row", "metric", "published", "ours", "difference", "comparable", "source", "note")
+PUBLISHED = ("table", "row", "run", "iteration", "artifact", "metric", "published", "source", "note")
+# Who judged in the sources; open_llm.json has no judge.
+JUDGES = {"alpaca_eval.json": "weighted_alpaca_eval_gpt4_turbo", "best_of_16/alpaca_eval.json": "weighted_alpaca_eval_gpt4_turbo",
+          "mt_bench.json": "gpt-4"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--published", type=Path, default=Path("config/published"))
+    parser.add_argument("--results", type=Path, required=True, help="folder of the experiment: results/ or results/<name>/")
+    parser.add_argument("--base", required=True, help="what the experiment's base policy is")
+    parser.add_argument("--output", type=Path, required=True, help="all.md; the other files go beside it")
+    args = parser.parse_args()
+    index = read_csv(args.published / "index.csv", ("table", "title", "base"))
+    texts: dict[Path, str] = {}
+    for entry in index:
+        lines = [compared(line, args.results, entry["base"] == args.base)
+                 for line in read_csv(args.published / f"{entry['table']}.csv", PUBLISHED)]
+        for suffix, text in ((".csv", comma_separated(lines)), (".md", markdown(entry, lines)), (".tex", latex(entry, lines))):
+            texts[args.output.with_name(entry["table"] + suffix)] = text
+    together = "\n".join(text for path, text in texts.items() if path.suffix == ".md")
+    texts[args.output] = f"# Published and measured\n\nOurs: {args.base}, {args.results}.\n\n{together}"
+    for path, text in texts.items():
+        table = args.published / ("index.csv" if path == args.output else f"{path.stem}.csv")
+        with recorded("tabulate", path, [table], vars(args)):
+            write_text(path, text)
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """Rows of a CSV file that has these columns; anything else is a UserError."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; restore config/published from the repository")
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows or tuple(rows[0]) != columns or any(None in row or None in row.values() for row in rows):
+        raise UserError(f"{path} is not a table with the columns {', '.join(columns)}; mend it")
+    return rows
+
+
+def compared(line: dict[str, str], results: Path, same_base: bool) -> dict[str, str]:
+    """One published figure with our own beside it."""
+    cells = {"row": line["row"], "metric": line["metric"], "published": line["published"], "ours": "-", "difference": "-",
+             "comparable": "-", "source": line["source"], "note": line["note"]}
+    if line["run"] == "-" or line["artifact"] == "-":
+        return cells
+    file = results / line["run"] / f"iter{line['iteration']}" / line["artifact"]
+    found = read_json(file) if file.is_file() else {}
+    if found.get(line["metric"]) is None:
+        return cells
+    published, ours = Decimal(line["published"]), Decimal(repr(found[line["metric"]]))
+    places = Decimal(1).scaleb(published.as_tuple().exponent)
+    return cells | {"ours": str(ours.quantize(places)), "difference": f"{(ours - published).quantize(places):+}",
+                    "comparable": comparable(found, line["artifact"], same_base)}
+
+
+def comparable(found: dict[str, Any], artifact: str, same_base: bool) -> str:
+    """`yes`, or what differs from the source's setup."""
+    reasons = [] if same_base else ["other base model"]
+    wanted = JUDGES.get(artifact)
+    if wanted and not str(found.get("judge")).startswith(wanted):
+        reasons.append(f"judged by {found.get('judge')}")
+    if artifact.endswith("alpaca_eval.json") and found.get("n_total") != 805:
+        reasons.append(f"{found.get('n_total')} other instructions")
+    if artifact == "open_llm.json" and not found.get("official_tasks"):
+        reasons.append("other items")
+    return ", ".join(reasons) or "yes"
+
+
+def comma_separated(lines: list[dict[str, str]]) -> str:
+    def cell(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n') else text
+
+    return "\n".join(",".join(cell(value) for value in row) for row in [COLUMNS, *(line.values() for line in lines)]) + "\n"
+
+
+def markdown(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
+    head = f"## {entry['title']}\n\n" + (f"Base model of the source: {entry['base']}.\n\n" if entry["base"] else "")
+    rows = [[value.replace("|", "\\|") for value in line.values()] for line in lines]
+    return head + "\n".join("| " + " | ".join(row) + " |" for row in [list(COLUMNS), ["---"] * len(COLUMNS), *rows]) + "\n"
+
+
+def latex(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
+    """A booktabs table without the notes, which stand in the other two files."""
+    special = {character: f"\\{character}" for character in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+
+    def cell(text: str) -> str:
+        return "".join(special.get(character, character) for character in text)
+
+    kept = COLUMNS[:5]
+    rows = "\n".join("  " + " & ".join(cell(line[column]) for column in kept) + r" \\" for line in lines)
+    return (f"% {entry['title']}; source: {lines[0]['source']}\n\\begin{{tabular}}{{llrrr}}\n  \\toprule\n  "
+            + " & ".join(kept) + f" \\\\\n  \\midrule\n{rows}\n  \\bottomrule\n\\end{{tabular}}\n")
+
+
+if __name__ == "__main__":
+    run(main)
