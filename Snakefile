@@ -16,6 +16,7 @@ include: "rules/responses.smk"
 include: "rules/preferences.smk"
 include: "rules/training.smk"
 include: "rules/alpaca_eval.smk"
+include: "rules/best_of_n.smk"
 include: "rules/tables.smk"
 
 

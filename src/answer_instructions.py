@@ -1,7 +1,8 @@
 """Answer the evaluation instructions with a policy.
 
 Reads   evaluation instructions in alpaca-eval's form, the policy
-Writes  outputs in alpaca-eval's form (with prompt_id, finish_reason, tokens) and a record
+Writes  outputs in alpaca-eval's form (with prompt_id, sample_id, finish_reason, tokens), `--samples` to an
+        instruction, and a record
 Departs from the paper: decoding is a configuration key; the published rows use temperature 0.7 or 0.9.
 """
 
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--generator", required=True, help="name of the policy in the outputs")
     parser.add_argument("--noise", required=True, help="name of the noise; policies that share it share their noise")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=1, help="answers to each instruction")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--max-new-tokens", type=int, default=2048)
@@ -50,12 +52,13 @@ def main() -> None:
                 raise UserError(f"instruction {number} of {args.instructions} has {len(ids)} tokens and does not fit the policy's "
                                 f"context of {context} with alpaca_eval.max_new_tokens = {args.max_new_tokens}; lower that")
             prompts.append({"prompt_id": str(row.get("prompt_id", number)), "prompt_token_ids": ids})
-        rows = engine.generate(prompts, Sampling(1, args.temperature, args.top_p, args.max_new_tokens), args.seed, args.noise)
+        rows = engine.generate(prompts, Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens), args.seed, args.noise)
+        answered = [instruction for instruction in instructions for _ in range(args.samples)]
         write_json(args.output, [
             {"dataset": instruction.get("dataset", ""), "instruction": instruction["instruction"], "output": row["text"],
-             "generator": args.generator, "prompt_id": row["prompt_id"], "finish_reason": row["finish_reason"],
-             "tokens": len(row["token_ids"])}
-            for instruction, row in zip(instructions, rows, strict=True)])
+             "generator": args.generator, "prompt_id": row["prompt_id"], "sample_id": row["sample_id"],
+             "finish_reason": row["finish_reason"], "tokens": len(row["token_ids"])}
+            for instruction, row in zip(answered, rows, strict=True)])
         facts |= summary(rows) | {"computed_in": str(engine.dtype), "chat_template_sha256": template_hash(engine.tokenizer)}
 
 

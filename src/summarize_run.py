@@ -14,15 +14,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sppo.artifacts import read_json, recorded, write_text, written_whole
+from sppo.artifacts import read_json, recorded, write_text
 from sppo.errors import UserError, run
+from sppo.figures import judge_name, plot_win_rates
 
 NEEDED = ("win_rate", "win_rate_interval", "length_controlled_winrate", "length_controlled_winrate_interval",
           "avg_length", "reference_avg_length", "n_total", "judge", "judge_details", "reference")
-# Okabe-Ito colours, told apart by marker and line as well.
-CURVES = (("win_rate", "win rate", "#0072B2", "o", "-"),
-          ("length_controlled_winrate", "length-controlled win rate", "#D55E00", "s", "--"))
-
 Evaluations = dict[int, dict[str, Any]]
 
 
@@ -47,7 +44,7 @@ def main() -> None:
             records.enter_context(recorded("tabulate", artifact, inputs, {"records": len(args.records)}))
         text = table(judged, ranked, seconds)
         write_text(args.output, text)
-        draw(judged, plots)
+        plot_win_rates(judged, "SPPO iteration (0 is the base policy)", plots)
     print(text, end="")
 
 
@@ -95,52 +92,13 @@ def table(judged: Evaluations, ranked: Evaluations, seconds: dict[int, float]) -
     lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in [head, *rows]]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     any_line = next(iter(judged.values()))
-    return (f"Per cent won against {any_line['reference']} on {any_line['n_total']} instructions, by {_judge(any_line)}; lengths in "
+    return (f"Per cent won against {any_line['reference']} on {any_line['n_total']} instructions, by {judge_name(any_line)}; lengths in "
             f"characters, {any_line['reference']}: {any_line['reference_avg_length']}.\n\n" + "\n".join(lines) + "\n")
-
-
-def _judge(line: dict[str, Any]) -> str:
-    """The judge's name as a reader knows it."""
-    if line["judge"] in ("judge", "ranker"):
-        return f"the embedded {line['judge']}"
-    return line["judge_details"]["model"] if line["judge"] == "openai" else line["judge"]
 
 
 def _rate(line: dict[str, Any], key: str) -> str:
     interval = line[f"{key}_interval"]
     return f"{line[key]:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
-
-
-def draw(judged: Evaluations, files: list[Path]) -> None:
-    """Win rate and LC by iteration with intervals, and the average length below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    matplotlib.rcParams |= {"svg.hashsalt": "sppo", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    any_line, numbers = next(iter(judged.values())), list(judged)
-    figure, (rates, lengths) = plt.subplots(2, 1, sharex=True, figsize=(6, 6), height_ratios=[2, 1], layout="constrained")
-    for (key, name, colour, marker, style), shift in zip(CURVES, (-0.03, 0.03)):
-        values = [line[key] for line in judged.values()]
-        ends = [line[f"{key}_interval"] or [line[key]] * 2 for line in judged.values()]
-        # A percentile interval need not hold the estimate; an error bar cannot be negative.
-        bars = [[max(0.0, v - low) for v, (low, _) in zip(values, ends)], [max(0.0, high - v) for v, (_, high) in zip(values, ends)]]
-        rates.errorbar([number + shift for number in numbers], values, yerr=bars, label=name, color=colour, marker=marker,
-                       linestyle=style, capsize=3)
-    rates.axhline(50, color="0.4", linewidth=1, linestyle=":", label="no difference")
-    rates.set(ylabel=f"won against {any_line['reference']} (%)",
-              title=f"AlpacaEval by {_judge(any_line)}, n = {any_line['n_total']}, 95% intervals")
-    rates.legend(frameon=False)
-    lengths.plot(numbers, [line["avg_length"] for line in judged.values()], color="#009E73", marker="^", label="policy")
-    lengths.axhline(any_line["reference_avg_length"], color="0.4", linewidth=1, linestyle=":", label=any_line["reference"])
-    lengths.set(xlabel="SPPO iteration (0 is the base policy)", ylabel="average length\n(characters)", xticks=numbers)
-    lengths.legend(frameon=False)
-    for file in files:
-        with written_whole(file) as temporary:
-            svg = file.suffix == ".svg"
-            figure.savefig(temporary, format=file.suffix[1:], dpi=160, metadata={"Date": None} if svg else None)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

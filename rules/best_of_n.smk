@@ -1,0 +1,116 @@
+"""Requires: iter{t}/policy, a preference model, a judge. Gives: iter{t}/best_of_{n}/alpaca_eval.json and the curve over n."""
+
+
+def best_of_n_flags(wildcards):
+    """Decoding of alpaca_eval, several answers to each instruction."""
+    return [*answer_flags(wildcards), *flags(settings(wildcards)["best_of_n"])]
+
+
+# Sample k has the same noise whatever n is, so that every n takes the first of the same samples.
+NOISE["best_of_n_answers"] = "best_of_n"
+
+
+use rule answer_instructions as answer_instructions_n_times with:
+    output:
+        outputs=at("{answers}.json"),
+        record=record(at("{answers}.json")),
+    wildcard_constraints:
+        answers="best_of_n_answers",
+    params:
+        version=STAGES["evaluate"],
+        seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
+        noise=lambda wildcards: NOISE[wildcards.answers],
+        generator=generator_name,
+        options=best_of_n_flags,
+
+
+rule pick_best_of_n:
+    """Of the first n answers to each instruction, the one that the preference model likes best."""
+    input:
+        answers=at("best_of_n_answers.json"),
+        model=preference_model_files,
+        ranker_base=ranker_base,
+    output:
+        outputs=at("best_of_{n}/alpaca_eval_outputs.json"),
+        record=record(at("best_of_{n}/alpaca_eval_outputs.json")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/best_of_{{n}}/pick_best_of_n.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/best_of_{{n}}/pick_best_of_n.tsv"
+    conda:
+        "../envs/core.yaml"
+    wildcard_constraints:
+        n=r"[1-9]\d*",
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=4000,
+        runtime=120,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["evaluate"],
+        model=lambda wildcards: settings(wildcards)["preference"]["model"],
+        generator=lambda wildcards: f"{policy_name(wildcards)}-best-of-{wildcards.n}",
+    message:
+        "Picking the best of {wildcards.n} answers: {wildcards.run}iteration {wildcards.t}"
+    shell:
+        "{PYTHON} src/pick_best_of_n.py --answers {input.answers} --n {wildcards.n} --model {params.model:q} --ranker-base {input.ranker_base}"
+        " --generator {params.generator} --device {MAIN[device]} --output {output.outputs} 2>&1 | tee {log}"
+
+
+use rule judge_outputs as judge_best_of_n with:
+    input:
+        outputs=at("best_of_{n}/alpaca_eval_outputs.json"),
+        reference=reference_outputs,
+        judge=judge_files,
+    output:
+        result=at("best_of_{n}/{verdict}.json"),
+        annotations=at("best_of_{n}/{verdict}_annotations.json"),
+        record=record(at("best_of_{n}/{verdict}.json")),
+        annotations_record=record(at("best_of_{n}/{verdict}_annotations.json")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/best_of_{{n}}/{{verdict}}.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/best_of_{{n}}/{{verdict}}.tsv"
+    params:
+        version=STAGES["evaluate"],
+        seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
+        policy=lambda wildcards: f"{policy_name(wildcards)}-best-of-{wildcards.n}",
+        decoding=decoding,
+        options=judge_flags,
+    message:
+        "Judging the best of {wildcards.n}: {wildcards.run}iteration {wildcards.t}, {wildcards.verdict}"
+
+
+def powers_of_two(wildcards):
+    """1, 2, 4, ... and the largest n itself."""
+    most = settings(wildcards)["best_of_n"]["samples"]
+    return sorted({2**i for i in range(most.bit_length())} | {most})
+
+
+rule plot_best_of_n:
+    """Win rate and length over n, from the same samples."""
+    input:
+        lambda wildcards: [at(f"best_of_{n}/alpaca_eval.json").format(**wildcards) for n in powers_of_two(wildcards)],
+    output:
+        csv=at("best_of_n.csv"),
+        png=at("best_of_n.png"),
+        svg=at("best_of_n.svg"),
+        csv_record=record(at("best_of_n.csv")),
+        png_record=record(at("best_of_n.png")),
+        svg_record=record(at("best_of_n.svg")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/plot_best_of_n.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/plot_best_of_n.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        version=STAGES["tabulate"],
+    message:
+        "Plotting best of n: {wildcards.run}iteration {wildcards.t}"
+    shell:
+        "{PYTHON} src/plot_best_of_n.py --alpaca-eval {input} --output {output.csv} --plot {output.png} 2>&1 | tee {log}"

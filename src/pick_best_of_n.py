@@ -1,0 +1,53 @@
+"""Best of n: of the first n answers to each instruction, the one that the preference model likes best.
+
+Reads   answers to the evaluation instructions, several to each (answer_instructions.py --samples), the preference model
+Writes  outputs in alpaca-eval's form, one to each instruction, and a record
+Paper   2405.00675, section 5.2 (best-of-16 by PairRM); the best is the argmax of the mean logit, as for training winners
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+from sppo.adapters import adapter_folder
+from sppo.artifacts import read_json, recorded, write_json
+from sppo.errors import UserError, run
+from sppo.preference import mean_logits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--answers", type=Path, required=True)
+    parser.add_argument("--n", type=int, required=True)
+    parser.add_argument("--model", required=True, help="preference model: ranker, judge or an adapter's folder")
+    parser.add_argument("--ranker-base", type=Path, required=True, help="model folder that the adapter sits on")
+    parser.add_argument("--generator", required=True, help="name of the reranked policy in the outputs")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    args = parser.parse_args()
+
+    answers = defaultdict(list)
+    for row in read_json(args.answers):
+        answers[row["instruction"]].append(row)
+    fewest = min((len(rows) for rows in answers.values()), default=0)
+    if not 1 <= args.n <= fewest:
+        raise UserError(f"best of {args.n} needs {args.n} answers to every instruction, {args.answers} has {fewest}; raise best_of_n.samples")
+    from sppo.models import pick_device, start_torch
+    from sppo.progress import progress
+    from sppo.rankers import EmbeddedRanker
+
+    start_torch()
+    with recorded("evaluate", args.output, [args.answers, args.ranker_base], vars(args)) as facts:
+        model = EmbeddedRanker(adapter_folder(args.model), args.ranker_base, device=pick_device(args.device))
+        best = []
+        for instruction, rows in progress(list(answers.items()), "rank"):
+            texts = [row["output"] for row in rows[:args.n]]
+            best.append(rows[int(mean_logits(model.pair_logits(instruction, texts)).argmax())] | {"generator": args.generator})
+        write_json(args.output, best)
+        facts |= {"preference_model": model.name, "instructions": len(best)}
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,54 @@
+"""Figures that several programs draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sppo.artifacts import written_whole
+
+# Okabe-Ito colours, told apart by marker and line as well.
+CURVES = (("win_rate", "win rate", "#0072B2", "o", "-"),
+          ("length_controlled_winrate", "length-controlled win rate", "#D55E00", "s", "--"))
+
+
+def judge_name(line: dict[str, Any]) -> str:
+    """The judge's name as a reader knows it."""
+    if line["judge"] in ("judge", "ranker"):
+        return f"the embedded {line['judge']}"
+    return line["judge_details"]["model"] if line["judge"] == "openai" else line["judge"]
+
+
+def plot_win_rates(judged: dict[int, dict[str, Any]], label: str, files: list[Path]) -> None:
+    """Win rate and LC with intervals, and the average length below.
+
+    judged: contents of alpaca_eval.json by a whole number, which `label` names: the iteration, or n of best-of-n.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    matplotlib.rcParams |= {"svg.hashsalt": "sppo", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    any_line, numbers = next(iter(judged.values())), list(judged)
+    figure, (rates, lengths) = plt.subplots(2, 1, sharex=True, figsize=(6, 6), height_ratios=[2, 1], layout="constrained")
+    for (key, name, colour, marker, style), shift in zip(CURVES, (-0.03, 0.03)):
+        values = [line[key] for line in judged.values()]
+        ends = [line[f"{key}_interval"] or [line[key]] * 2 for line in judged.values()]
+        # A percentile interval need not hold the estimate; an error bar cannot be negative.
+        bars = [[max(0.0, v - low) for v, (low, _) in zip(values, ends)], [max(0.0, high - v) for v, (_, high) in zip(values, ends)]]
+        rates.errorbar([number + shift for number in numbers], values, yerr=bars, label=name, color=colour, marker=marker,
+                       linestyle=style, capsize=3)
+    rates.axhline(50, color="0.4", linewidth=1, linestyle=":", label="no difference")
+    rates.set(ylabel=f"won against {any_line['reference']} (%)",
+              title=f"AlpacaEval by {judge_name(any_line)}, n = {any_line['n_total']}, 95% intervals")
+    rates.legend(frameon=False)
+    lengths.plot(numbers, [line["avg_length"] for line in judged.values()], color="#009E73", marker="^", label="policy")
+    lengths.axhline(any_line["reference_avg_length"], color="0.4", linewidth=1, linestyle=":", label=any_line["reference"])
+    lengths.set(xlabel=label, ylabel="average length\n(characters)", xticks=numbers)
+    lengths.legend(frameon=False)
+    for file in files:
+        with written_whole(file) as temporary:
+            svg = file.suffix == ".svg"
+            figure.savefig(temporary, format=file.suffix[1:], dpi=160, metadata={"Date": None} if svg else None)
+    plt.close(figure)
