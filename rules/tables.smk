@@ -1,5 +1,5 @@
 """Requires: the evaluations of a run's iterations. Gives: summary.md and figures/win_rate.{png,svg} of that run;
-tables/*.{csv,md,tex}, the papers' figures with ours beside them."""
+figures/pairwise_{ranker,judge}.{csv,png,svg}; tables/*.{csv,md,tex}, the papers' figures with ours beside them."""
 
 import csv
 
@@ -66,6 +66,50 @@ rule summarize_run:
     shell:
         "{PYTHON} src/summarize_run.py --alpaca-eval {input.judged} --ranker {input.estimated} --records {input.records}"
         " --output {output.table} --plot {output.png} 2>&1 | tee {log}"
+
+
+def comparable_outputs(wildcards):
+    """Answers of every iterate of every run that answers the instructions as main does; all share the base."""
+    keys = (*ANSWER_KEYS, "instructions")
+    same = [run for run in RUNS if all(RUNS[run]["alpaca_eval"][key] == MAIN["alpaca_eval"][key] for key in keys)]
+    return [f"{BASE_POLICY.removesuffix('policy')}alpaca_eval_outputs.json"] + [
+        f"{ROOT}{run + '/' if run else ''}iter{t}/alpaca_eval_outputs.json"
+        for run in same for t in range(1, RUNS[run]["iterations"] + 1)]
+
+
+rule compare_policies:
+    """Win rates of all iterates and runs against each other, by the ranker and by the judge that training did not see."""
+    input:
+        outputs=comparable_outputs,
+        model=lambda wildcards: [adapter_folder(wildcards.model) / name for name in ADAPTER_FILES],
+        ranker_base=ranker_base,
+    output:
+        csv=f"{ROOT}figures/pairwise_{{model}}.csv",
+        png=f"{ROOT}figures/pairwise_{{model}}.png",
+        svg=f"{ROOT}figures/pairwise_{{model}}.svg",
+        csv_record=record(f"{ROOT}figures/pairwise_{{model}}.csv"),
+        png_record=record(f"{ROOT}figures/pairwise_{{model}}.png"),
+        svg_record=record(f"{ROOT}figures/pairwise_{{model}}.svg"),
+    log:
+        f"{LOGS}compare_policies.{{model}}.log",
+    benchmark:
+        f"{BENCHMARKS}compare_policies.{{model}}.tsv"
+    conda:
+        "../envs/eval.yaml"
+    wildcard_constraints:
+        model="ranker|judge",
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=4000,
+        runtime=60,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["tabulate"],
+    message:
+        "Comparing all policies with each other by the {wildcards.model}"
+    shell:
+        "{PYTHON} src/compare_policies.py --outputs {input.outputs} --model {wildcards.model} --ranker-base {input.ranker_base}"
+        " --device {MAIN[device]} --output {output.csv} --plot {output.png} 2>&1 | tee {log}"
 
 
 def measured(wildcards):
