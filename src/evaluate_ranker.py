@@ -32,16 +32,17 @@ import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import numpy as np
 import pandas as pd
 
+from sppo.adapters import EMBEDDED, adapter_folder
 from sppo.errors import UserError, run
 from sppo.ranker_data import CORRUPTIONS, MIN_WORDS, balance, instruction_hash, load_annotations
-from sppo.rankers import ADAPTERS, EmbeddedRanker, load_ranker
+from sppo.rankers import EmbeddedRanker
 
 CHUNK = 24  # rows of one instruction judged in one call
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranker", required=True, choices=("ranker", "judge"))
+    parser.add_argument("--ranker", required=True, choices=EMBEDDED)
     parser.add_argument("--annotations", required=True, type=Path)
     parser.add_argument("--base", type=Path, default=Path("results/models/SmolLM2-135M-Instruct"))
     parser.add_argument("--limit", type=int, help="judge at most so many pairs, drawn at random")
@@ -157,11 +158,13 @@ def plot(table: pd.DataFrame, title: str, path: Path) -> None:
 
 def main() -> None:
     args = arguments()
-    training = ADAPTERS / args.ranker / "training_instructions.txt"
+    folder = adapter_folder(args.ranker)
+    training = folder / "training_instructions.txt"
     if not training.is_file():
-        raise UserError(f"{training} is missing: without it training instructions cannot be left out")
+        raise UserError(f"{training} is missing: without it training instructions cannot be left out; "
+                        "run from the top of the repository")
     frame, excluded, balanced = select_pairs(args, set(training.read_text().split()))
-    direct, cross, corrupted = judge(load_ranker(args.ranker, args.base), frame, args.seed)
+    direct, cross, corrupted = judge(EmbeddedRanker(folder, args.base), frame, args.seed)
     chance = 1 / (1 + np.exp(-direct[["logit", "forward", "backward"]]))
     longer = direct["len_1"] - direct["len_2"]
     direct["right"] = [score(m, w) for m, w in zip(direct["logit"], direct["first_wins"])]

@@ -33,10 +33,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from sppo.errors import UserError, run
 from sppo.models import compute_dtype
 from sppo.ranker_data import Group, instruction_hash, load_annotations, make_groups, part_of, shorter_weight
-from sppo.rankers import PairText, PreferenceEmbedder, length_gaps, load_base, skew_logits
+from sppo.rankers import PreferenceEmbedder, length_gaps, load_base, skew_logits
 
 CORRUPTED_SHARE = 0.3  # of the loss
 HEAD_RATE = 1e-3  # the head's learning rate; --learning-rate is the low-rank updates'
+RELEVANCE_RATE = 1e-2  # of one weight of order 1
 
 
 def arguments() -> argparse.Namespace:
@@ -61,10 +62,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def embed(model: PreferenceEmbedder, text: PairText, group: Group) -> torch.Tensor:
-    return model(text.prompt(group.instruction), [text.answer(answer) for answer in group.texts])
-
-
 def group_loss(logits: torch.Tensor, group: Group, shorter: float) -> torch.Tensor:
     """Mean cross entropy of the labelled pairs of one group, from its logits (K, K)."""
     def mean_loss(pairs: list[tuple[int, int, float]], weights: list[float]) -> torch.Tensor:
@@ -82,12 +79,12 @@ def group_loss(logits: torch.Tensor, group: Group, shorter: float) -> torch.Tens
 
 
 @torch.no_grad()
-def held_out_logits(model: PreferenceEmbedder, text: PairText, groups: list[Group]) -> pd.DataFrame:
+def held_out_logits(model: PreferenceEmbedder, groups: list[Group]) -> pd.DataFrame:
     """On groups kept from training: kind (reference, cross, corrupted), logit and length gap of (better, worse)."""
     model.eval()
     rows = []
     for group in groups:
-        s = skew_logits(embed(model, text, group).double())
+        s = skew_logits(model(group.instruction, group.texts).double())
         gaps = length_gaps(group.texts)
         rows += [("reference" if 0 in (i, j) else "cross", float(s[i, j]), gaps[i, j]) for i, j, _ in group.pairs]
         rows += [("corrupted", float(s[i, j]), gaps[i, j]) for i, j, _ in group.corrupted]
@@ -113,14 +110,7 @@ def calibrate(rows: pd.DataFrame) -> tuple[float, float]:
     return float(w[0]), float(w[1])
 
 
-def set_feature_scale(model: PreferenceEmbedder, text: PairText, groups: list[Group]) -> None:
-    with torch.no_grad():
-        z = torch.cat([model.features(text.prompt(g.instruction), [text.answer(t) for t in g.texts]) for g in groups])
-    model.feature_mean.copy_(z.mean(0))
-    model.feature_scale.copy_(z.std(0) + 1e-3)
-
-
-def train(args: argparse.Namespace, model: PreferenceEmbedder, text: PairText, files: list, held_out: list) -> list[dict]:
+def train(args: argparse.Namespace, model: PreferenceEmbedder, files: list, held_out: list) -> list[dict]:
     """Adam with warm-up and linear decay to zero at --steps; returns the log's lines."""
     epochs, groups, log = 0, [], []
     needed = args.steps * args.groups_per_step
@@ -128,21 +118,23 @@ def train(args: argparse.Namespace, model: PreferenceEmbedder, text: PairText, f
         groups += make_groups(files, args.group_size, 1000 * args.seed + epochs, False, args.name)
         epochs += 1
     shorter = shorter_weight(groups, args.longer_wins)
-    set_feature_scale(model, text, groups[:16])
+    model.standardise([(group.instruction, group.texts) for group in groups[:32]])
     head = list(model.head.parameters())
-    lora = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head")]
+    lora = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("backbone")]
     optimizer = torch.optim.AdamW([{"params": lora, "lr": args.learning_rate, "weight_decay": 0.0},
-                                   {"params": head, "lr": HEAD_RATE, "weight_decay": 0.1}], betas=(0.9, 0.98))
+                                   {"params": head, "lr": HEAD_RATE, "weight_decay": 0.1},
+                                   {"params": [model.relevance], "lr": RELEVANCE_RATE, "weight_decay": 0.0}],
+                                  betas=(0.9, 0.98))
     warm_up = max(1, args.steps // 15)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (args.steps - step) / max(1, args.steps - warm_up)))
     began, told, recent = time.monotonic(), 0.0, []
     for step in range(args.steps):
         for group in groups[step * args.groups_per_step:(step + 1) * args.groups_per_step]:
-            loss = group_loss(skew_logits(embed(model, text, group)), group, shorter)
+            loss = group_loss(skew_logits(model(group.instruction, group.texts)), group, shorter)
             (loss / args.groups_per_step).backward()
             recent.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(lora + head, 1.0)
+        torch.nn.utils.clip_grad_norm_([*lora, *head, model.relevance], 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -150,7 +142,7 @@ def train(args: argparse.Namespace, model: PreferenceEmbedder, text: PairText, f
         if check or time.monotonic() - told >= 60:
             line = {"step": step + 1, "loss": round(float(np.mean(recent)), 4), "seconds": round(time.monotonic() - began)}
             if check:
-                line |= agreement(held_out_logits(model, text, held_out[:20]))
+                line |= agreement(held_out_logits(model, held_out[:20]))
             print(json.dumps(line), file=sys.stderr, flush=True)
             log.append(line)
             told, recent = time.monotonic(), []
@@ -183,12 +175,11 @@ def main() -> None:
     shape = [backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size]
     recipe = {k: v for k, v in vars(args).items() if k not in ("base", "annotations", "output")}
     spec = {"name": args.name, "base": args.base.name, "base_shape": shape, **recipe, "logit_scale": 1.0, "length_weight": 0.0}
-    text = PairText(tokenizer, args.max_prompt_tokens, args.max_answer_tokens)
-    model = PreferenceEmbedder(backbone, spec, args.seed).train()
+    model = PreferenceEmbedder(backbone, tokenizer, spec, args.seed).train()
     held_out = make_groups(files, args.group_size, args.seed, True, args.name)
-    spec["log"] = train(args, model, text, files, held_out)
-    final = held_out_logits(model, text, held_out)
-    spec["logit_scale"], spec["length_weight"] = calibrate(final[final["kind"] != "corrupted"])
+    spec["log"] = train(args, model, files, held_out)
+    final = held_out_logits(model, held_out)
+    spec["logit_scale"], spec["length_weight"] = calibrate(final[final["kind"] == "reference"])
     spec["held_out"] = {"n": final["kind"].value_counts().to_dict(), "agreement": agreement(final)}
     spec["annotations"] = [path.name for path in args.annotations]
     spec["versions"] = {p: version(p) for p in ("torch", "transformers", "numpy", "pandas")}

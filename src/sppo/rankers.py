@@ -10,8 +10,10 @@ need K forward passes instead of K(K - 1), and cyclic preferences can be represe
 e = (1, r) it is Bradley-Terry with reward r, with more it is not.
 
 Where we depart from the paper: the backbone is the lower layers of the language model alone (its middle
-layers predict GPT-4's preferences better than its last, as a linear probe showed, and cost half), read
-out by the mean over the answer's tokens beside the last token, and there is no eigenvalue gate on R.
+layers predict GPT-4's preferences better than its last, as a linear probe showed, and cost half); it is
+read out by the mean over the answer's tokens beside the last token, and by the answer's relevance, how
+alike the states of instruction and answer are (without it, an answer to another question is hardly
+noticed); and there is no eigenvalue gate on R.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from torch import nn
 from sppo.errors import UserError
 from sppo.models import compute_dtype
 
-ADAPTERS = Path(__file__).resolve().parents[2] / "data"  # data/ranker and data/judge
 OMISSION = " [...] "  # stands where the middle of a long text was left out
 PLACEHOLDER = "\x00"  # marks the instruction's place in the chat template
+ENOUGH = 0.2  # relevance above it counts no more: most answers have that much, and echoing must not pay
 
 
 class LoraLinear(nn.Module):
@@ -54,64 +56,81 @@ class PreferenceEmbedder(nn.Module):
     """(instruction, answers) -> embeddings (K, d). See the module's docstring.
 
     backbone: a Llama-like transformers model without its language head; its upper layers are dropped.
-    spec: `layers` kept, `lora_from` (the first layer with an update), `lora_rank`, `dimensions` d.
+    spec: `layers` kept, `lora_from` (the first layer with an update), `lora_rank`, `dimensions` d, and the
+    limits of `PairText`.
     """
 
-    def __init__(self, backbone: nn.Module, spec: dict, seed: int = 0) -> None:
+    def __init__(self, backbone: nn.Module, tokenizer, spec: dict, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         backbone.layers = backbone.layers[: spec["layers"]]
         backbone.config.num_hidden_layers = spec["layers"]
         backbone.norm = nn.Identity()  # the final norm belongs to the last layer, which is gone
         self.backbone = backbone.requires_grad_(False)
+        self.text = PairText(tokenizer, spec["max_prompt_tokens"], spec["max_answer_tokens"])
         for layer in backbone.layers[spec["lora_from"]:]:
             for block in (layer.self_attn, layer.mlp):
                 for name, child in list(block.named_children()):
                     if isinstance(child, nn.Linear):
                         setattr(block, name, LoraLinear(child, spec["lora_rank"], generator))
-        width = 2 * backbone.config.hidden_size
-        # Features are standardised by constants, taken from training data before the first step: the
+        # States are standardised by constants, taken from training data before the first step: the
         # hidden states of a language model have a few dimensions a hundred times larger than the rest.
-        self.register_buffer("feature_mean", torch.zeros(width))
-        self.register_buffer("feature_scale", torch.ones(width))
+        for part in ("instruction", "mean", "last"):
+            self.register_buffer(f"{part}_center", torch.zeros(backbone.config.hidden_size))
+            self.register_buffer(f"{part}_scale", torch.ones(backbone.config.hidden_size))
         self.dropout = nn.Dropout(0.1)
-        self.head = nn.Linear(width, spec["dimensions"])
+        self.head = nn.Linear(2 * backbone.config.hidden_size, spec["dimensions"])
+        self.relevance = nn.Parameter(torch.tensor(1.0))  # weight of relevance, in tenths, in e's second entry
         with torch.no_grad():  # start near e = (1, r, 0, 0, ...): close to a reward difference
             self.head.weight.copy_(0.01 * torch.randn(self.head.weight.shape, generator=generator))
             self.head.bias.zero_()
             self.head.bias[0] = 1.0
 
-    def features(self, prompt_ids: list[int], answers: list[list[int]]) -> torch.Tensor:
-        """Mean over the answer's tokens, and its last token's state: float32 (K, 2 * hidden).
+    def states(self, instruction: str, answers: list[str]) -> dict[str, torch.Tensor]:
+        """Hidden states, float32: means over tokens of the instruction (hidden,) and of each answer (K, hidden),
+        and each answer's last (K, hidden).
 
         The prompt is read once and its keys and values are shared by the answers. Answers are padded
         on the right to the longest of this prompt's; nothing depends on other prompts.
         """
-        device = self.feature_mean.device
-        lengths = torch.tensor([len(ids) for ids in answers], device=device)
+        device = self.mean_center.device
+        prompt_ids, answer_ids = self.text.prompt(instruction), [self.text.answer(answer) for answer in answers]
+        lengths = torch.tensor([len(ids) for ids in answer_ids], device=device)
         ids = torch.zeros(len(answers), int(lengths.max()), dtype=torch.long, device=device)
-        for row, answer in enumerate(answers):
+        for row, answer in enumerate(answer_ids):
             ids[row, : len(answer)] = torch.tensor(answer, device=device)
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        prompt = torch.tensor([prompt_ids], device=device)
-        cache = self.backbone(input_ids=prompt, use_cache=True).past_key_values
+        prompt = self.backbone(input_ids=torch.tensor([prompt_ids], device=device), use_cache=True)
+        cache = prompt.past_key_values
         cache.batch_repeat_interleave(len(answers))
         seen = torch.cat([mask.new_ones(len(answers), len(prompt_ids)), mask], dim=1).long()
         states = self.backbone(input_ids=ids, attention_mask=seen, past_key_values=cache,
                                use_cache=True).last_hidden_state.float()
-        mean = (states * mask[..., None]).sum(1) / lengths[:, None]
-        last = states[torch.arange(len(answers), device=device), lengths - 1]
-        return torch.cat([mean, last], dim=1)
+        return {"instruction": prompt.last_hidden_state[0, self.text.instruction(prompt_ids)].float().mean(0),
+                "mean": (states * mask[..., None]).sum(1) / lengths[:, None],
+                "last": states[torch.arange(len(answers), device=device), lengths - 1]}
 
-    def forward(self, prompt_ids: list[int], answers: list[list[int]]) -> torch.Tensor:
-        """Embeddings, float32 (K, d), of K answers to one prompt."""
-        z = (self.features(prompt_ids, answers) - self.feature_mean) / self.feature_scale
-        return self.head(self.dropout(z))
+    def forward(self, instruction: str, answers: list[str]) -> torch.Tensor:
+        """Embeddings, float32 (K, d), of K answers to one instruction."""
+        z = {part: (state - getattr(self, f"{part}_center")) / getattr(self, f"{part}_scale")
+             for part, state in self.states(instruction, answers).items()}
+        relevance = nn.functional.cosine_similarity(z["mean"], z["instruction"], dim=1).clamp(max=ENOUGH)
+        e = self.head(self.dropout(torch.cat([z["mean"], z["last"]], dim=1)))
+        return e + self.relevance * nn.functional.pad(10 * relevance[:, None], (1, e.shape[1] - 2))
+
+    @torch.no_grad()
+    def standardise(self, groups: list[tuple[str, list[str]]]) -> None:
+        """Set the constants from instructions and their answers."""
+        seen = [self.states(instruction, answers) for instruction, answers in groups]
+        for part in ("instruction", "mean", "last"):
+            rows = torch.cat([states[part].reshape(-1, states[part].shape[-1]) for states in seen])
+            getattr(self, f"{part}_center").copy_(rows.mean(0))
+            getattr(self, f"{part}_scale").copy_(rows.std(0) + 1e-3)
 
     def adapter(self) -> dict[str, torch.Tensor]:
         """What was trained, and the feature constants: all that differs from the base model."""
         own = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        own |= {"feature_mean", "feature_scale"}
+        own |= {name for name, _ in self.named_buffers(recurse=False)}
         return {name: tensor.detach().cpu() for name, tensor in self.state_dict().items() if name in own}
 
     @torch.no_grad()
@@ -179,6 +198,11 @@ class PairText:
         """Ids of the chat up to where the assistant answers."""
         return self.before + self.shorten(self.plain(instruction.strip()), self.max_prompt) + self.after
 
+    def instruction(self, prompt_ids: list[int]) -> slice:
+        """Where the instruction stands in what `prompt` gave; all of it if the instruction is empty."""
+        end = len(prompt_ids) - len(self.after)
+        return slice(len(self.before), end) if end > len(self.before) else slice(None)
+
     def answer(self, text: str) -> list[int]:
         """Ids of an answer and the end of its turn. An empty answer is the end of the turn alone."""
         return self.shorten(self.plain(text.strip()), self.max_answer) + [self.tokenizer.eos_token_id]
@@ -224,8 +248,7 @@ class EmbeddedRanker:
         if list(ours) != self.spec["base_shape"]:
             raise UserError(f"{adapter_dir} was trained on {self.spec['base']} (hidden size, layers, vocabulary "
                             f"{self.spec['base_shape']}), and {base_dir} has {list(ours)}")
-        self.text = PairText(tokenizer, self.spec["max_prompt_tokens"], self.spec["max_answer_tokens"])
-        self.model = PreferenceEmbedder(backbone, self.spec).eval()
+        self.model = PreferenceEmbedder(backbone, tokenizer, self.spec).eval()
         self.model.load_state_dict({name: t.float() for name, t in weights.items()}, strict=False)
         self.model.merge()
         self.model.to(device)
@@ -243,15 +266,8 @@ class EmbeddedRanker:
         # Each text is read once, in sorted order: identical candidates tie exactly, and the order in
         # which candidates come does not even change the rounding.
         unique = sorted(set(candidates))
-        embeddings = self.model(self.text.prompt(prompt), [self.text.answer(text) for text in unique])
+        embeddings = self.model(prompt, unique)
         logits = self.spec["logit_scale"] * skew_logits(embeddings.double()).cpu().numpy()
         logits += self.spec["length_weight"] * length_gaps(unique)
         at = [unique.index(text) for text in candidates]
         return logits[np.ix_(at, at)]
-
-
-def load_ranker(name: str, base_dir: Path, dtype: str = "auto", device: str = "cpu") -> EmbeddedRanker:
-    """The shipped preference model of that name: `ranker` annotates, `judge` evaluates."""
-    if not (ADAPTERS / name / "ranker.json").is_file():
-        raise UserError(f"no preference model named {name!r} in {ADAPTERS}: choose ranker or judge")
-    return EmbeddedRanker(ADAPTERS / name, base_dir, dtype, device)

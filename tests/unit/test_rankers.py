@@ -55,11 +55,11 @@ def adapter_dir(base_dir, tmp_path_factory):
     from sppo.rankers import PreferenceEmbedder, load_base
 
     folder = tmp_path_factory.mktemp("adapter")
-    backbone, _ = load_base(base_dir, torch.float32)
+    backbone, tokenizer = load_base(base_dir, torch.float32)
     shape = [backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size]
     torch.manual_seed(1)
-    tensors = {name: torch.randn_like(t) / 3 for name, t in PreferenceEmbedder(backbone, SPEC).adapter().items()}
-    tensors["feature_scale"] = tensors["feature_scale"].abs() + 0.5
+    tensors = {name: torch.randn_like(t) / 3 for name, t in PreferenceEmbedder(backbone, tokenizer, SPEC).adapter().items()}
+    tensors |= {name: t.abs() + 0.5 for name, t in tensors.items() if name.endswith("_scale")}
     save_file(tensors, folder / "adapter.safetensors")
     (folder / "ranker.json").write_text(json.dumps(SPEC | {"base_shape": shape}))
     return folder
@@ -110,12 +110,31 @@ def test_order_and_company_of_candidates_do_not_matter(ranker):
 def test_sharing_the_prompt_equals_reading_each_answer_alone(ranker):
     import torch
 
-    prompt, answers = ranker.text.prompt("Say something."), [ranker.text.answer(a) for a in ANSWERS]
+    text = ranker.model.text
+    prompt, instruction = text.prompt("Say something."), text.plain("Say something.")
     with torch.inference_mode():
-        together = ranker.model.features(prompt, answers)
-        for row, ids in enumerate(answers):
-            states = ranker.model.backbone(input_ids=torch.tensor([prompt + ids])).last_hidden_state[0, len(prompt):]
-            torch.testing.assert_close(together[row], torch.cat([states.mean(0), states[-1]]), atol=1e-4, rtol=1e-4)
+        together = ranker.model.states("Say something.", ANSWERS)
+        for row, ids in enumerate(map(text.answer, ANSWERS)):
+            states = ranker.model.backbone(input_ids=torch.tensor([prompt + ids])).last_hidden_state[0]
+            at = next(i for i in range(len(prompt)) if prompt[i:i + len(instruction)] == instruction)
+            alone = {"instruction": states[at:at + len(instruction)].mean(0), "mean": states[len(prompt):].mean(0), "last": states[-1]}
+            torch.testing.assert_close(together["instruction"], alone["instruction"], atol=1e-4, rtol=1e-4)
+            for part in ("mean", "last"):
+                torch.testing.assert_close(together[part][row], alone[part], atol=1e-4, rtol=1e-4)
+
+
+def test_relevance_is_the_likeness_of_instruction_and_answer_up_to_what_is_enough(ranker):
+    import torch
+
+    model, instruction = ranker.model, "Say something."
+    with torch.inference_mode():
+        states = model.states(instruction, ANSWERS)
+        standard = {part: (x - getattr(model, f"{part}_center")) / getattr(model, f"{part}_scale") for part, x in states.items()}
+        e = model(instruction, ANSWERS) - model.head(torch.cat([standard["mean"], standard["last"]], dim=1))
+    a, b = standard["mean"].double().numpy(), standard["instruction"].double().numpy()
+    cosine = a @ b / np.linalg.norm(a, axis=1) / np.linalg.norm(b)
+    np.testing.assert_allclose(e[:, 1], model.relevance.item() * 10 * np.minimum(cosine, 0.2), atol=1e-4)
+    np.testing.assert_allclose(e[:, [0, 2, 3]], 0, atol=1e-6)
 
 
 def test_merged_update_equals_the_low_rank_layers(adapter_dir, base_dir, ranker):
@@ -124,11 +143,10 @@ def test_merged_update_equals_the_low_rank_layers(adapter_dir, base_dir, ranker)
 
     from sppo.rankers import PreferenceEmbedder, load_base
 
-    unmerged = PreferenceEmbedder(load_base(base_dir, torch.float32)[0], SPEC).eval()
+    unmerged = PreferenceEmbedder(*load_base(base_dir, torch.float32), SPEC).eval()
     unmerged.load_state_dict(load_file(adapter_dir / "adapter.safetensors"), strict=False)
-    prompt, answers = ranker.text.prompt("Hello"), [ranker.text.answer(a) for a in ANSWERS]
     with torch.inference_mode():
-        torch.testing.assert_close(unmerged(prompt, answers), ranker.model(prompt, answers), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(unmerged("Hello", ANSWERS), ranker.model("Hello", ANSWERS), atol=1e-4, rtol=1e-4)
 
 
 def test_few_and_empty_candidates(ranker):
@@ -139,33 +157,31 @@ def test_few_and_empty_candidates(ranker):
 
 
 def test_control_tokens_in_text_stay_text(ranker):
-    end = ranker.text.tokenizer.eos_token_id
-    assert ranker.text.answer("a<|im_end|>b").count(end) == 1
-    assert ranker.text.answer("") == [end]
-    plain = ranker.text.prompt("hello")
-    assert ranker.text.prompt("<|im_end|>").count(end) == plain.count(end)
-    template = ranker.text.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}],
+    end = ranker.model.text.tokenizer.eos_token_id
+    assert ranker.model.text.answer("a<|im_end|>b").count(end) == 1
+    assert ranker.model.text.answer("") == [end]
+    plain = ranker.model.text.prompt("hello")
+    assert ranker.model.text.prompt("<|im_end|>").count(end) == plain.count(end)
+    template = ranker.model.text.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}],
                                                          add_generation_prompt=True, tokenize=False)
-    assert plain == ranker.text.tokenizer(template, add_special_tokens=False).input_ids
+    assert plain == ranker.model.text.tokenizer(template, add_special_tokens=False).input_ids
 
 
 def test_long_texts_keep_head_and_tail(ranker):
-    ids = ranker.text.answer("a" * 60 + "z" * 60)
+    ids = ranker.model.text.answer("a" * 60 + "z" * 60)
     assert len(ids) == SPEC["max_answer_tokens"] + 1
-    kept = ranker.text.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+    kept = ranker.model.text.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
     assert kept == "a" * 19 + " [...] " + "z" * 6  # 25 tokens of room beside the mark's 7, 6 for the tail
-    assert ids[0] == ranker.text.plain("a")[0] and ids[-2] == ranker.text.plain("z")[0]
+    assert ids[0] == ranker.model.text.plain("a")[0] and ids[-2] == ranker.model.text.plain("z")[0]
 
 
 def test_unusable_folders_are_one_line_errors(adapter_dir, base_dir, tmp_path):
-    from sppo.rankers import EmbeddedRanker, load_ranker
+    from sppo.rankers import EmbeddedRanker
 
     with pytest.raises(UserError, match="has no ranker.json"):
         EmbeddedRanker(tmp_path, base_dir)
     with pytest.raises(UserError, match="snakemake"):
         EmbeddedRanker(adapter_dir, tmp_path / "absent")
-    with pytest.raises(UserError, match="choose ranker or judge"):
-        load_ranker("nobody", base_dir)
     for name in ("ranker.json", "adapter.safetensors"):
         (tmp_path / name).write_bytes((adapter_dir / name).read_bytes())
     spec = json.loads((tmp_path / "ranker.json").read_text())
@@ -284,8 +300,7 @@ def test_evaluation_errors_are_one_line(tmp_path, case, says, monkeypatch, capsy
     (adapters / "ranker.json").write_text("{\"name\": \"judge\"}")
     (adapters / "adapter.safetensors").write_bytes((0).to_bytes(8, "little") if case != "no_base" else
                                                    (2).to_bytes(8, "little") + b"{}")
-    for module in ("evaluate_ranker.ADAPTERS", "sppo.rankers.ADAPTERS"):
-        monkeypatch.setattr(module, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)  # data/ is looked for where the command runs
     if case == "not_parquet":
         file.write_bytes(b"PAR1 cut")
     elif case != "absent":
@@ -314,8 +329,7 @@ def test_train_then_evaluate(base_dir, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "data" / "ranker"
     assert (folder / "adapter.safetensors").read_bytes() == (tmp_path / "again" / "adapter.safetensors").read_bytes()
     assert sorted(f.name for f in folder.iterdir()) == ["adapter.safetensors", "ranker.json", "training_instructions.txt"]
-    for module in ("evaluate_ranker.ADAPTERS", "sppo.rankers.ADAPTERS"):
-        monkeypatch.setattr(module, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)  # data/ is looked for where the command runs
     monkeypatch.setattr(sys, "argv", f"evaluate_ranker.py --ranker ranker --base {base_dir} --annotations {file} "
                         f"--limit 40".split())
     capsys.readouterr()
