@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -127,6 +128,52 @@ def test_a_run_is_summed_up(clone):
     rows = [line for line in (clone[0] / "results/tiny/summary.md").read_text().splitlines() if line.startswith("|")][2:]
     assert [row.split("|")[1].strip() for row in rows] == ["0", "1", "2"]
     assert (clone[0] / "results/tiny/figures/win_rate.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_best_of_n_takes_the_ranker_s_choice_of_the_same_samples(clone):
+    root = clone[0] / "results/tiny/iter1"
+    snakemake(clone, "results/tiny/iter1/best_of_n.png")
+
+    answers = json.loads((root / "best_of_n_answers.json").read_text())
+    assert [row["sample_id"] for row in answers] == [0, 1, 2] * 6
+    chosen = {n: [(row["prompt_id"], row["sample_id"], row["output"]) for row in json.loads((root / f"best_of_{n}/alpaca_eval_outputs.json").read_text())]
+              for n in (1, 2, 3)}
+    drawn = {(row["prompt_id"], row["sample_id"], row["output"]) for row in answers}
+    for n, rows in chosen.items():
+        assert len(rows) == 6 and set(rows) <= drawn and all(sample < n for _, sample, _ in rows)
+    lines = (root / "best_of_n.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["n", "1", "2", "3"]
+    assert json.loads((root / "best_of_3/alpaca_eval.json").read_text())["policy"] == "tiny/iter1-best-of-3"
+
+
+def test_all_policies_are_compared_with_each_other(clone):
+    snakemake(clone, "results/tiny/figures/pairwise_judge.png", "results/tiny/figures/pairwise_ranker.png")
+
+    for model in ("judge", "ranker"):
+        names, *rows = [line.split(",") for line in (clone[0] / f"results/tiny/figures/pairwise_{model}.csv").read_text().splitlines()]
+        assert names[1:] == [row[0] for row in rows] == ["tiny/iter0", "tiny/iter1", "tiny/iter2", "tiny/hard/iter1", "tiny/hard/iter2"]
+        wins = np.array([row[1:] for row in rows], dtype=float)
+        np.testing.assert_allclose(wins + wins.T, 100, atol=1e-3)
+
+
+def test_open_llm_tasks_run_offline(clone):
+    snakemake(clone, "results/tiny/iter1/open_llm.json")
+
+    result = json.loads((clone[0] / "results/tiny/iter1/open_llm.json").read_text())
+    tasks = ("arc_challenge", "truthfulqa_mc2", "winogrande", "gsm8k", "hellaswag", "mmlu")
+    assert result["average"] == pytest.approx(sum(result[task] for task in tasks) / 6)
+    assert all(0 <= result[task] <= 100 for task in tasks) and not result["official_tasks"]
+    assert result["n"] == {task: 12 if task == "mmlu" else 2 for task in tasks}
+    assert result["shots"]["arc_challenge"] == 1 and result["shots"]["truthfulqa_mc2"] == 0
+
+
+def test_papers_tables_show_what_was_measured(clone):
+    snakemake(clone, "paper_tables")
+
+    with (clone[0] / "results/tiny/tables/sppo_open_llm.csv").open(newline="") as stream:
+        rows = {(row["row"], row["metric"]): row for row in csv.DictReader(stream)}
+    ours = [row for row in rows.values() if row["ours"] != "-"]
+    assert len(ours) == 7 and {row["comparable"] for row in ours} == {"other base model, other items"}
 
 
 def test_another_shard_count_gives_the_same_tokens_and_preferences(clone):

@@ -1,0 +1,31 @@
+"""Requires: iter{t}/policy. Gives: iter{t}/open_llm.json."""
+
+
+rule evaluate_open_llm:
+    """The six tasks of the Open LLM Leaderboard v1, by lm-eval."""
+    input:
+        policy=this_policy,
+        data=lambda wildcards: [] if settings(wildcards)["open_llm"]["data"] == "hub" else settings(wildcards)["open_llm"]["data"],
+    output:
+        result=at("open_llm.json"),
+        record=record(at("open_llm.json")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/open_llm.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/open_llm.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=8000,
+        runtime=480,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["evaluate"],
+        seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
+        options=section_flags("open_llm"),
+    message:
+        "Open LLM tasks: {wildcards.run}iteration {wildcards.t}"
+    shell:
+        "{PYTHON} src/evaluate_open_llm.py --policy {input.policy} --seed {params.seed} --device {MAIN[device]} {params.options:q}"
+        " --output {output.result} 2>&1 | tee {log}"
