@@ -17,6 +17,7 @@ include: "rules/preferences.smk"
 include: "rules/training.smk"
 include: "rules/alpaca_eval.smk"
 include: "rules/best_of_n.smk"
+include: "rules/mt_bench.smk"
 include: "rules/open_llm.smk"
 include: "rules/tables.smk"
 

@@ -1,4 +1,4 @@
-"""Requires: the evaluations of a run's iterations. Gives: summary.md and figures/win_rate.{png,svg} of that run;
+"""Requires: the evaluations of a run's iterations. Gives: summary.md and figures/{win_rate,length}.{png,svg} of that run;
 figures/pairwise_{ranker,judge}.{csv,png,svg}; tables/*.{csv,md,tex}, the papers' figures with ours beside them."""
 
 import csv
@@ -33,7 +33,7 @@ def records_of_every_iteration(wildcards):
 
 def summary_files(run):
     """What the summary of a run consists of; `run` is "" or "<name>/"."""
-    return [f"{ROOT}{run}summary.md", f"{ROOT}{run}figures/win_rate.png", f"{ROOT}{run}figures/win_rate.svg"]
+    return [f"{ROOT}{run}summary.md", *(f"{ROOT}{run}figures/{name}.{form}" for name in ("win_rate", "length") for form in ("png", "svg"))]
 
 
 rule summarize_run:
@@ -46,9 +46,13 @@ rule summarize_run:
         table=f"{ROOT}{{run}}summary.md",
         png=f"{ROOT}{{run}}figures/win_rate.png",
         svg=f"{ROOT}{{run}}figures/win_rate.svg",
+        length_png=f"{ROOT}{{run}}figures/length.png",
+        length_svg=f"{ROOT}{{run}}figures/length.svg",
         table_record=record(f"{ROOT}{{run}}summary.md"),
         png_record=record(f"{ROOT}{{run}}figures/win_rate.png"),
         svg_record=record(f"{ROOT}{{run}}figures/win_rate.svg"),
+        length_png_record=record(f"{ROOT}{{run}}figures/length.png"),
+        length_svg_record=record(f"{ROOT}{{run}}figures/length.svg"),
     log:
         f"{LOGS}{{run}}summarize_run.log",
     benchmark:
@@ -65,7 +69,7 @@ rule summarize_run:
         "Summing up {wildcards.run}all iterations"
     shell:
         "{PYTHON} src/summarize_run.py --alpaca-eval {input.judged} --ranker {input.estimated} --records {input.records}"
-        " --output {output.table} --plot {output.png} 2>&1 | tee {log}"
+        " --output {output.table} --plot {output.png} --length-plot {output.length_png} 2>&1 | tee {log}"
 
 
 def comparable_outputs(wildcards):

@@ -16,8 +16,9 @@ import numpy as np
 
 from sppo.adapters import adapter_folder
 from sppo.alpaca import read_outputs
-from sppo.artifacts import recorded, write_text, written_whole
+from sppo.artifacts import recorded, write_text
 from sppo.errors import UserError, run
+from sppo.figures import pyplot, save
 from sppo.preference import Array, win_probabilities
 
 
@@ -62,12 +63,7 @@ def answers_by_instruction(paths: list[Path]) -> tuple[dict[str, list[str]], lis
 
 def plot_heatmap(wins: Array, names: list[str], title: str, files: list[Path]) -> None:
     """Row beats column, in per cent; white is a draw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    matplotlib.rcParams |= {"svg.hashsalt": "sppo", "font.size": 9}
+    plt = pyplot()
     short = [name.split("/", 1)[-1] for name in names]
     size = 2.2 + 0.6 * len(names)
     figure, axes = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
@@ -80,10 +76,7 @@ def plot_heatmap(wins: Array, names: list[str], title: str, files: list[Path]) -
     axes.set_yticks(range(len(names)), short)
     axes.set(xlabel="loses", ylabel="wins", title=f"Row beats column (%), {title}")
     figure.colorbar(image, ax=axes, label="won (%)", shrink=0.8)
-    for file in files:
-        with written_whole(file) as temporary:
-            figure.savefig(temporary, format=file.suffix[1:], dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
-    plt.close(figure)
+    save(figure, files)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import pandas as pd
 
 from sppo.adapters import EMBEDDED, adapter_folder
 from sppo.errors import UserError, run
+from sppo.figures import pyplot, save
 from sppo.ranker_data import CORRUPTIONS, MIN_WORDS, balance, instruction_hash, load_annotations
 from sppo.rankers import EmbeddedRanker
 
@@ -141,19 +142,13 @@ def reliability(probability: np.ndarray, happened: np.ndarray, bins: int = 10) -
 
 
 def plot(table: pd.DataFrame, title: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(4, 4), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(4, 4), layout="constrained")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axes.plot(table["predicted"], table["observed"], marker="o")
     for _, row in table.iterrows():
         axes.annotate(int(row["n"]), (row["predicted"], row["observed"]), xytext=(4, -10), textcoords="offset points", fontsize=7)
     axes.set(xlabel="P(first beats second)", ylabel="GPT-4 prefers the first", title=title, xlim=(0, 1), ylim=(0, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    save(figure, [path])
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Reads   alpaca_eval.json of each iteration by the judge, the same by the ranker that made the training
         preferences, and optionally the run's records for the time that each iteration took
-Writes  a Markdown table (also printed), a plot as .png and .svg, their records
+Writes  a Markdown table (also printed), plots by iteration and over length as .png and .svg, their records
 The iteration is read from the paths (.../iter{t}/...). Rates are per cent; brackets are 95% intervals.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from sppo.artifacts import read_json, recorded, write_text
 from sppo.errors import UserError, run
-from sppo.figures import judge_name, plot_win_rates
+from sppo.figures import judge_name, plot_over_length, plot_win_rates
 
 NEEDED = ("win_rate", "win_rate_interval", "length_controlled_winrate", "length_controlled_winrate_interval",
           "avg_length", "reference_avg_length", "n_total", "judge", "judge_details", "reference")
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, nargs="*", default=[], help="records whose seconds are summed by iteration")
     parser.add_argument("--output", type=Path, required=True, help="summary.md")
     parser.add_argument("--plot", type=Path, required=True, help="win_rate.png; an .svg is written beside it")
+    parser.add_argument("--length-plot", type=Path, required=True, help="the same over average length, .png; an .svg is written beside it")
     args = parser.parse_args()
 
     judged, ranked = read_evaluations(args.alpaca_eval), read_evaluations(args.ranker)
@@ -38,13 +39,14 @@ def main() -> None:
         raise UserError(f"the evaluations differ in judge, reference or n ({sorted(compared)}); give those of one run")
     seconds = seconds_by_iteration(args.records)
     inputs = [*args.alpaca_eval, *args.ranker]
-    plots = [args.plot, args.plot.with_suffix(".svg")]
+    plots, length_plots = ([plot, plot.with_suffix(".svg")] for plot in (args.plot, args.length_plot))
     with contextlib.ExitStack() as records:
-        for artifact in (args.output, *plots):
+        for artifact in (args.output, *plots, *length_plots):
             records.enter_context(recorded("tabulate", artifact, inputs, {"records": len(args.records)}))
         text = table(judged, ranked, seconds)
         write_text(args.output, text)
         plot_win_rates(judged, "SPPO iteration (0 is the base policy)", plots)
+        plot_over_length(judged, length_plots)
     print(text, end="")
 
 

@@ -24,19 +24,11 @@ def plot_win_rates(judged: dict[int, dict[str, Any]], label: str, files: list[Pa
 
     judged: contents of alpaca_eval.json by a whole number, which `label` names: the iteration, or n of best-of-n.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    matplotlib.rcParams |= {"svg.hashsalt": "sppo", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    plt = pyplot()
     any_line, numbers = next(iter(judged.values())), list(judged)
     figure, (rates, lengths) = plt.subplots(2, 1, sharex=True, figsize=(6, 6), height_ratios=[2, 1], layout="constrained")
     for (key, name, colour, marker, style), shift in zip(CURVES, (-0.03, 0.03)):
-        values = [line[key] for line in judged.values()]
-        ends = [line[f"{key}_interval"] or [line[key]] * 2 for line in judged.values()]
-        # A percentile interval need not hold the estimate; an error bar cannot be negative.
-        bars = [[max(0.0, v - low) for v, (low, _) in zip(values, ends)], [max(0.0, high - v) for v, (_, high) in zip(values, ends)]]
+        values, bars = _values_and_bars(judged, key)
         rates.errorbar([number + shift for number in numbers], values, yerr=bars, label=name, color=colour, marker=marker,
                        linestyle=style, capsize=3)
     rates.axhline(50, color="0.4", linewidth=1, linestyle=":", label="no difference")
@@ -47,8 +39,52 @@ def plot_win_rates(judged: dict[int, dict[str, Any]], label: str, files: list[Pa
     lengths.axhline(any_line["reference_avg_length"], color="0.4", linewidth=1, linestyle=":", label=any_line["reference"])
     lengths.set(xlabel=label, ylabel="average length\n(characters)", xticks=numbers)
     lengths.legend(frameon=False)
+    save(figure, files)
+
+
+def plot_over_length(judged: dict[int, dict[str, Any]], files: list[Path]) -> None:
+    """Win rate and LC of the iterates over their average length: whether what is won is won by writing more.
+
+    judged: contents of alpaca_eval.json by iteration.
+    """
+    plt = pyplot()
+    any_line = next(iter(judged.values()))
+    lengths = [line["avg_length"] for line in judged.values()]
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for key, name, colour, marker, style in CURVES:
+        values, bars = _values_and_bars(judged, key)
+        axes.errorbar(lengths, values, yerr=bars, label=name, color=colour, marker=marker, linestyle=style, linewidth=1, capsize=3)
+        for number, length, value in zip(judged, lengths, values):
+            axes.annotate(f"iter{number}", (length, value), xytext=(6, 4), textcoords="offset points", fontsize=8, color=colour)
+    axes.axhline(50, color="0.4", linewidth=1, linestyle=":", label="no difference")
+    axes.axvline(any_line["reference_avg_length"], color="0.6", linewidth=1, linestyle="-.", label=f"length of {any_line['reference']}")
+    axes.set(xlabel="average length (characters)", ylabel=f"won against {any_line['reference']} (%)",
+             title=f"AlpacaEval by {judge_name(any_line)}, n = {any_line['n_total']}, 95% intervals")
+    axes.legend(frameon=False, fontsize=8)
+    save(figure, files)
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot without a screen, in this project's style."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    matplotlib.rcParams |= {"svg.hashsalt": "sppo", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    return plt
+
+
+def save(figure: Any, files: list[Path]) -> None:
+    """Write the figure in the form of each file's name, the same bytes for the same figure."""
     for file in files:
         with written_whole(file) as temporary:
-            svg = file.suffix == ".svg"
-            figure.savefig(temporary, format=file.suffix[1:], dpi=160, metadata={"Date": None} if svg else None)
-    plt.close(figure)
+            figure.savefig(temporary, format=file.suffix[1:], dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
+    pyplot().close(figure)
+
+
+def _values_and_bars(judged: dict[int, dict[str, Any]], key: str) -> tuple[list[float], list[list[float]]]:
+    values = [line[key] for line in judged.values()]
+    ends = [line[f"{key}_interval"] or [line[key]] * 2 for line in judged.values()]
+    # A percentile interval need not hold the estimate; an error bar cannot be negative.
+    return values, [[max(0.0, v - low) for v, (low, _) in zip(values, ends)], [max(0.0, high - v) for v, (_, high) in zip(values, ends)]]

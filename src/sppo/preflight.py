@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sppo import alpaca, mt_bench
 from sppo.adapters import ADAPTER_FILES, adapter_folder
-from sppo.alpaca import check_judge
 from sppo.errors import UserError
 from sppo.prompts import read_instructions, read_prompts
 
@@ -22,7 +22,9 @@ def check_inputs(runs: dict[str, dict[str, Any]]) -> None:
         model = run["policy"]["model"]
         if model != "embedded" and "/" in model and model[0] in "./~" and not Path(model).expanduser().is_dir():
             raise UserError(f"config: policy.model is {model}, but there is no such folder; correct the path")
-        for key, model in (("preference.model", run["preference"]["model"]), ("alpaca_eval.judge", run["alpaca_eval"]["judge"])):
+        for key in ("preference.model", "alpaca_eval.judge", "mt_bench.judge"):
+            section, setting = key.split(".")
+            model = run[section][setting]
             folder = adapter_folder(model)
             if folder is None and key == "preference.model":
                 raise UserError(f"config: {where}{key} is {model}; give `ranker`, or a folder that src/train_ranker.py wrote")
@@ -30,8 +32,14 @@ def check_inputs(runs: dict[str, dict[str, Any]]) -> None:
                 if not (folder / file).is_file():
                     raise UserError(f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "
                                     "folder that src/train_ranker.py wrote")
+        for section, check in (("alpaca_eval", alpaca.check_judge), ("mt_bench", mt_bench.check_judge)):
+            check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")))
+        if run["mt_bench"]["data"] != "fastchat":
+            mt_bench.read_questions(Path(run["mt_bench"]["data"]))
+        if run["open_llm"]["data"] != "hub" and not Path(run["open_llm"]["data"]).is_dir():
+            raise UserError(f"config: {where}open_llm.data is {run['open_llm']['data']}, but there is no such folder; give `hub`, or a folder "
+                            "with all six tasks")
         evaluation = run["alpaca_eval"]
-        check_judge(evaluation["judge"], evaluation["judge_model"], evaluation["judge_base_url"])
         instructions = read_instructions(Path(evaluation["instructions"]))
         read_instructions(Path(evaluation["instructions"]), evaluation["limit"])
         for key in ("reference", "difficulty"):

@@ -397,7 +397,7 @@ def summarize(folder, monkeypatch, *more):
     lists = {"--alpaca-eval": "iter*/alpaca_eval.json", "--ranker": "iter*/ranker.json", "--records": "iter*/?.record.json"}
     arguments = [word for flag, pattern in lists.items() for word in (flag, *map(str, sorted(folder.glob(pattern))))]
     monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "summarize_run.py"), *arguments, "--output", str(folder / "summary.md"),
-                                      "--plot", str(folder / "figures" / "win_rate.png"), *more])
+                                      "--plot", str(folder / "figures" / "win_rate.png"), "--length-plot", str(folder / "figures" / "length.png"), *more])
     summarize_run.main()
 
 

@@ -146,6 +146,16 @@ def test_best_of_n_takes_the_ranker_s_choice_of_the_same_samples(clone):
     assert json.loads((root / "best_of_3/alpaca_eval.json").read_text())["policy"] == "tiny/iter1-best-of-3"
 
 
+def test_mt_bench_offline(clone):
+    snakemake(clone, "results/tiny/iter0/mt_bench.json", "results/tiny/iter1/mt_bench.json")
+
+    for t in (0, 1):
+        result = json.loads((clone[0] / f"results/tiny/iter{t}/mt_bench.json").read_text())
+        assert (result["n"], result["failures"], result["questions"]) == (64, 0, 32) and not result["comparable_with_published"]
+        assert result["average"] == pytest.approx(1 + 0.09 * result["against_base"]["win_rate"])
+        assert result["policy"] == f"tiny/iter{t}"
+
+
 def test_all_policies_are_compared_with_each_other(clone):
     snakemake(clone, "results/tiny/figures/pairwise_judge.png", "results/tiny/figures/pairwise_ranker.png")
 

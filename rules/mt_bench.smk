@@ -1,0 +1,117 @@
+"""Requires: iter{t}/policy, questions in FastChat's form, a judge. Gives: iter{t}/mt_bench.json and what it is made of."""
+
+FASTCHAT_DATA = f"{MODELS}mt_bench"
+MT_BENCH_NOISE = {"mt_bench_answers": "mt_bench", "mt_bench_reference_answers": "mt_bench_reference"}
+
+
+def mt_bench_data(wildcards):
+    """The folder of questions, judge prompts and reference answers."""
+    data = settings(wildcards)["mt_bench"]["data"]
+    return FASTCHAT_DATA if data == "fastchat" else data
+
+
+def mt_bench_flags(wildcards):
+    """How the questions are answered."""
+    run = settings(wildcards)
+    engine = {key: run["responses"][key] for key in ("engine", "batch_size", "precision")}
+    return flags(engine | {"max_new_tokens": run["mt_bench"]["max_new_tokens"], "attention": MAIN["policy"]["attention"]})
+
+
+def mt_bench_judge(wildcards):
+    """What an embedded judge needs: the base's answers, its own base and adapter. One behind an API needs nothing."""
+    judge, as_main = settings(wildcards)["mt_bench"]["judge"], settings(wildcards)["mt_bench"] == MAIN["mt_bench"]
+    folder = adapter_folder(judge)
+    if not folder:
+        return {}
+    return {"reference": f"{ROOT}{'' if as_main else wildcards.run}iter0/mt_bench_reference_answers.jsonl", "base": EMBEDDED_POLICY,
+            "adapter": [folder / name for name in ADAPTER_FILES]}
+
+
+rule fetch_mt_bench:
+    """FastChat's 80 questions, judge prompts and reference answers, which its package lacks."""
+    output:
+        data=directory(FASTCHAT_DATA),
+        record=record(FASTCHAT_DATA),
+    log:
+        f"{MODELS}logs/mt_bench.log",
+    benchmark:
+        f"{MODELS}benchmarks/mt_bench.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        version=STAGES["evaluate"],
+    message:
+        "Fetching MT-Bench's questions from the FastChat repository"
+    shell:
+        "{PYTHON} src/fetch_mt_bench.py --output {output.data} 2>&1 | tee {log}"
+
+
+rule answer_mt_bench:
+    """Answer the questions of two turns with one policy; for the base also with a second seed, the reference."""
+    input:
+        data=mt_bench_data,
+        policy=this_policy,
+    output:
+        answers=at("{mt_bench_answers}.jsonl"),
+        record=record(at("{mt_bench_answers}.jsonl")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/{{mt_bench_answers}}.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/{{mt_bench_answers}}.tsv"
+    conda:
+        "../envs/core.yaml"
+    wildcard_constraints:
+        mt_bench_answers="mt_bench_answers|mt_bench_reference_answers",
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=6000,
+        runtime=120,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["evaluate"],
+        seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
+        noise=lambda wildcards: MT_BENCH_NOISE[wildcards.mt_bench_answers],
+        name=policy_name,
+        options=mt_bench_flags,
+    message:
+        "Answering MT-Bench: {wildcards.run}iteration {wildcards.t}, {wildcards.mt_bench_answers}"
+    shell:
+        "{PYTHON} src/answer_mt_bench.py --data {input.data:q} --policy {input.policy} --model-id {params.name} --noise {params.noise}"
+        " --seed {params.seed} --device {MAIN[device]} {params.options:q} --output {output.answers} 2>&1 | tee {log}"
+
+
+rule evaluate_mt_bench:
+    """Scores by turn and category: an API's grades by FastChat's functions, or the embedded judge's comparison with the base."""
+    input:
+        unpack(mt_bench_judge),
+        answers=at("mt_bench_answers.jsonl"),
+        data=mt_bench_data,
+    output:
+        result=at("mt_bench.json"),
+        judgments=at("mt_bench_judgments.jsonl"),
+        record=record(at("mt_bench.json")),
+        judgments_record=record(at("mt_bench_judgments.jsonl")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/mt_bench.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/mt_bench.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=4000,
+        runtime=240,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["evaluate"],
+        judge=lambda wildcards: flags({key: settings(wildcards)["mt_bench"][key] for key in ("judge", "judge_model", "judge_base_url")}),
+        embedded=lambda wildcards, input: flags({"reference": input.reference, "judge_base": input.base}) if "reference" in input.keys() else [],
+    message:
+        "Judging MT-Bench: {wildcards.run}iteration {wildcards.t}"
+    shell:
+        "{PYTHON} src/evaluate_mt_bench.py --data {input.data:q} --answers {input.answers} {params.embedded:q} {params.judge:q}"
+        " --device {MAIN[device]} --judgments {output.judgments} --output {output.result} 2>&1 | tee {log}"

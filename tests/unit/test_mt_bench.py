@@ -1,0 +1,271 @@
+"""MT-Bench: FastChat's grading through our client, against a server that fails in every way; the embedded judge; the scores."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastchat.llm_judge.gen_judgment", reason="FastChat is not installed in this environment")
+
+import answer_mt_bench
+import evaluate_mt_bench
+import fetch_mt_bench
+from sppo import mt_bench
+from sppo.artifacts import read_json
+from sppo.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "data/mt_bench"
+SHARED = ROOT.parent / "shared/data/mt_bench"
+KEY = "sk-secret-of-the-test"
+
+
+class Server(ThreadingHTTPServer):
+    """Grades every answer 7; `plan` holds statuses or texts for the next requests, popped from its end."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.plan, self.prompts, self.dead_after, self.lock = [], [], None, threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            turn = self.server.plan.pop() if self.server.plan else "Fine. Rating: [[7]]"
+            if self.server.dead_after is not None and len(self.server.prompts) >= self.server.dead_after:
+                turn = 401
+            if isinstance(turn, str):
+                self.server.prompts.append(request["messages"])
+        if isinstance(turn, int):
+            return self.reply(turn, {"error": {"message": f"no, {self.headers['Authorization']}"}}, {"retry-after-ms": "1"})
+        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": turn}}]})
+
+    def reply(self, status, body, headers=None):
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    started = Server()
+    yield started
+    started.shutdown()
+    started.server_close()
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """Answers to our questions by a policy and by the base."""
+    files = {}
+    for name in ("policy", "base"):
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps({
+            "question_id": row["question_id"], "answer_id": "a", "model_id": name,
+            "choices": [{"index": 0, "turns": [f"{name} one {row['question_id']}", f"{name} two {row['question_id']}"]}]}) + "\n"
+            for row in mt_bench.read_questions(DATA)))
+    return files
+
+
+@pytest.fixture
+def grade(program, answers, server, tmp_path, monkeypatch):
+    """Grade the answers by the server; returns mt_bench.json."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def call(data=DATA, model="judge-1"):
+        program(evaluate_mt_bench, "--data", data, "--answers", answers["policy"], "--judge", "openai", "--judge-model", model,
+                "--judge-base-url", server.url, "--output", tmp_path / "mt_bench.json", "--judgments", tmp_path / "judgments.jsonl")
+        return read_json(tmp_path / "mt_bench.json")
+    return call
+
+
+def test_every_turn_is_graded_with_fastchat_s_prompts(grade, server, tmp_path):
+    result = grade()
+
+    assert (result["average"], result["first_turn"], result["second_turn"]) == (7, 7, 7)
+    assert (result["n"], result["failures"], result["questions"]) == (64, 0, 32) and result["standard_error"] == 0
+    assert set(result["by_category"]) == set(mt_bench.TEMPERATURES)
+    assert not result["comparable_with_published"] and not result["official_questions"]
+    guided = [m for m in server.prompts if "correct answer" in m[-1]["content"].lower()]
+    assert len(guided) == 24  # math, reasoning and coding: 12 questions, 2 turns
+    rows = [json.loads(line) for line in (tmp_path / "judgments.jsonl").read_text().splitlines()]
+    assert {(row["question_id"], row["turn"]) for row in rows} == {(q["question_id"], t) for q in mt_bench.read_questions(DATA) for t in (1, 2)}
+    assert all(row["judge"][0] == "judge-1" and row["score"] == 7 for row in rows)
+
+
+def test_busy_and_failing_servers_are_asked_again(grade, server):
+    server.plan = [429, 500, 503, 429]
+
+    assert grade()["n"] == 64 and len(server.prompts) == 64
+
+
+def test_nonsense_is_counted_and_left_out_of_the_mean(grade, server):
+    server.plan = ["no idea", "Rating: [3]", "[[10]]"]
+
+    result = grade()
+
+    assert (result["n"], result["failures"]) == (63, 1)
+    assert result["average"] == pytest.approx((10 + 3 + 61 * 7) / 63)
+
+
+def test_a_dead_judge_costs_no_finished_judgment_and_hides_the_key(grade, server, tmp_path):
+    server.dead_after = 20
+    with pytest.raises(UserError, match="finished judgments are kept") as error:
+        grade()
+    assert KEY not in str(error.value) and not (tmp_path / "mt_bench.json").exists()
+    server.dead_after = None
+
+    assert grade()["n"] == 64
+    assert len(server.prompts) == 64  # none was asked twice
+
+
+def test_a_changed_judge_or_template_uses_no_old_judgment(grade, server, tmp_path):
+    grade()
+    grade()
+    assert len(server.prompts) == 64
+    grade(model="judge-2")
+    assert len(server.prompts) == 128
+    other = shutil.copytree(DATA, tmp_path / "data")
+    prompts = other / "judge_prompts.jsonl"
+    prompts.write_text(prompts.read_text().replace("You grade the answers", "You grade strictly the answers"))
+    grade(data=other)
+    assert len(server.prompts) == 192
+
+
+def test_a_torn_cache_line_is_passed_over(grade, server, tmp_path):
+    grade()
+    cache = tmp_path / ".judgments/mt_bench.jsonl"
+    cache.write_text(cache.read_text()[:-10])
+    grade()
+    assert len(server.prompts) == 65
+
+
+def test_the_embedded_judge_compares_with_the_base(answers):
+    class Model:
+        def pair_logits(self, instruction, texts):
+            assert [text.split()[0] for text in texts] == ["base", "policy"]
+            second = "two" in texts[0]
+            assert instruction.count("\n\n") >= second  # the second turn is read with the first question
+            logit = np.log(3) if second else 0.0
+            return np.array([[0.0, -logit], [logit, 0.0]])
+
+    questions = mt_bench.read_questions(DATA)
+    policy, base = (mt_bench.read_answers(answers[name], questions) for name in ("policy", "base"))
+    rows = mt_bench.grade_locally(questions, policy, base, Model(), "judge")
+
+    rates = mt_bench.win_rates(rows)
+    assert (rates["first_turn"], rates["second_turn"], rates["win_rate"]) == pytest.approx((50, 75, 62.5))
+    assert mt_bench.scores(rows, {row["question_id"]: row["category"] for row in questions})["average"] == pytest.approx(1 + 9 * 0.625)
+    alike = mt_bench.grade_locally(questions, base, base, Model(), "judge")
+    assert mt_bench.win_rates(alike)["win_rate"] == 50
+
+
+def test_scores_are_fastchat_s(tmp_path, capsys):
+    """show_result.py of the package prints the same means, by turn and in all, failures left out."""
+    import argparse
+
+    from fastchat.llm_judge import show_result
+
+    generator = np.random.default_rng(0)
+    rows = [{"question_id": q, "model": "m", "judge": ["j", "p"], "turn": turn, "score": int(generator.choice([-1, *range(1, 11)]))}
+            for q in range(40) for turn in (1, 2)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    show_result.display_result_single(argparse.Namespace(input_file=str(file), bench_name="mt_bench", judge_model="j", model_list=None))
+
+    printed = [float(value) for value in re.findall(r"^m\s+(?:\d\s+)?([\d.]+)$", capsys.readouterr().out, re.M)]
+    ours = mt_bench.scores(rows, dict.fromkeys(range(40), "writing"))
+    assert printed == pytest.approx([ours["first_turn"], ours["second_turn"], ours["average"]], abs=1e-5)
+
+
+def test_temperatures_are_fastchat_s():
+    from fastchat.llm_judge.common import temperature_config
+
+    assert all(temperature_config[name] == value for name, value in mt_bench.TEMPERATURES.items())
+
+
+def test_answers_have_two_turns_and_equal_seeds_give_equal_files(program, tiny_policy, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = mt_bench.read_questions(DATA)
+    (data / "question.jsonl").write_text("".join(json.dumps(rows[i]) + "\n" for i in (0, 12, 25)))
+    texts = []
+    for name, batch in (("a", 2), ("b", 3)):
+        program(answer_mt_bench, "--data", data, "--policy", tiny_policy, "--model-id", "tiny", "--noise", "n", "--max-new-tokens", 8,
+                "--batch-size", batch, "--precision", "float32", "--output", tmp_path / f"{name}.jsonl")
+        texts.append((tmp_path / f"{name}.jsonl").read_text())
+
+    assert texts[0] == texts[1]
+    found = mt_bench.read_answers(tmp_path / "a.jsonl", mt_bench.read_questions(data))
+    assert all(len(row["choices"][0]["turns"]) == 2 for row in found.values()) and read_json(tmp_path / "a.jsonl.record.json")["responses"] == 6
+    with pytest.raises(UserError, match="mt_bench.max_new_tokens = 500"):
+        program(answer_mt_bench, "--data", data, "--policy", tiny_policy, "--model-id", "tiny", "--noise", "n", "--max-new-tokens", 500,
+                "--output", tmp_path / "c.jsonl")
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ('{"question_id": 1', "line 2 is no JSON object"),
+    ('{"question_id": 7, "category": "math", "turns": ["a", "b"]}', "question 7 stands twice"),
+    ('{"question_id": 8, "category": "maths", "turns": ["a", "b"]}', "question 8 needs two turns"),
+])
+def test_bad_questions_are_named(tmp_path, line, message):
+    (tmp_path / "question.jsonl").write_text('{"question_id": 7, "category": "math", "turns": ["a", "b"]}\n' + line)
+    with pytest.raises(UserError, match=message):
+        mt_bench.read_questions(tmp_path)
+
+
+def test_missing_answers_and_references_are_named(grade, answers, tmp_path):
+    data = shutil.copytree(DATA, tmp_path / "data")
+    lines = (data / "reference_answer.jsonl").read_text().splitlines()
+    (data / "reference_answer.jsonl").write_text("\n".join(lines[1:]))
+    with pytest.raises(UserError, match=f"no reference answer to question {json.loads(lines[0])['question_id']}"):
+        grade(data=data)
+    answers["policy"].write_text("".join(line + "\n" for line in answers["policy"].read_text().splitlines()[1:]))
+    with pytest.raises(UserError, match="has no answer to question 1001"):
+        grade()
+
+
+def test_judges_are_checked_before_work(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for judge, model, url, message in (("openai", None, None, "mt_bench.judge_model"), ("openai", "m", None, "mt_bench.judge_base_url"),
+                                       ("gpt-4-0613", None, None, "OPENAI_API_KEY"), ("claude", None, None, "unknown judge claude")):
+        with pytest.raises(UserError, match=message):
+            mt_bench.check_judge(judge, model, url)
+    mt_bench.check_judge("judge", None, None)
+
+
+def test_a_changed_file_of_fastchat_is_refused(program, tmp_path):
+    for path, _ in mt_bench.OFFICIAL.values():
+        (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / path).write_text("{}")
+    with pytest.raises(UserError, match="is not the file of FastChat"):
+        program(fetch_mt_bench, "--source", f"file://{tmp_path}/source/", "--output", tmp_path / "data")
+    with pytest.raises(UserError, match="cannot fetch"):
+        program(fetch_mt_bench, "--source", f"file://{tmp_path}/nowhere/", "--output", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="FastChat's data is not beside the repository")
+def test_fastchat_s_own_data_is_fetched_whole(program, tmp_path):
+    for name, (path, _) in mt_bench.OFFICIAL.items():
+        (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(SHARED / name, tmp_path / "source" / path)
+    program(fetch_mt_bench, "--source", f"file://{tmp_path}/source/", "--output", tmp_path / "data")
+    assert len(mt_bench.read_questions(tmp_path / "data")) == 80 and all(mt_bench.is_official(tmp_path / "data", name) for name in mt_bench.OFFICIAL)
