@@ -1,4 +1,5 @@
 # make demo    installs the pinned environment, runs three SPPO iterations on the embedded model, prints the result
+# make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report; some two hours on 2 cores
 # make test    installs the pinned environment, runs the tests
 # make stale   lists artifacts that older code made
 #
@@ -10,11 +11,18 @@ TORCH ?= torch==2.13.0
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 SNAKEMAKE := .venv/bin/snakemake --cores all
 
-.PHONY: demo install test test-slow stale
+.PHONY: demo demo-all install test test-slow stale
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
 	@cat results/summary.md
+
+demo-all: .venv/installed
+	@$(SNAKEMAKE) everything
+	@$(SNAKEMAKE) paper_tables results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
+	@$(SNAKEMAKE) --report results/report.html -- everything paper_tables results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
+	@cat results/summary.md results/k2/summary.md results/iter3/best_of_n.csv results/tables/measured.md
+	@echo "Open results/report.html in a browser"
 
 install: .venv/installed
 

@@ -7,6 +7,7 @@ evaluations hung off every policy. One file in rules/ a stage; one small program
 """
 
 configfile: "config/config.yaml"
+report: "rules/captions/workflow.rst"
 
 
 include: "rules/common.smk"
@@ -20,10 +21,12 @@ include: "rules/best_of_n.smk"
 include: "rules/mt_bench.smk"
 include: "rules/open_llm.smk"
 include: "rules/tables.smk"
+include: "rules/report.smk"
 
 
 localrules:
     all,
+    everything,
 
 
 rule all:
@@ -31,3 +34,17 @@ rule all:
     default_target: True
     input:
         summary_files(""),
+
+
+rule everything:
+    """Every evaluation of main's iterates, best-of-n of the last, the K = 2 run, and what the report shows of them.
+
+    The tables and the heatmaps take what is there, so they are targets of their own, to be made after this one.
+    """
+    input:
+        summary_files(""),
+        [summary_files(f"{run}/") for run in RUNS if run == "k2"],
+        expand(f"{ROOT}iter{{t}}/{{name}}.json", t=range(MAIN["iterations"] + 1), name=["mt_bench", "open_llm"]),
+        f"{ROOT}iter{MAIN['iterations']}/best_of_n.svg",
+        f"{ROOT}figures/training.svg",
+        f"{ROOT}response_browser.html",

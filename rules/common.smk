@@ -53,6 +53,11 @@ def settings(wildcards):
     return RUNS[wildcards.run.rstrip("/")]
 
 
+def run_name(wildcards):
+    """The run as the report names it."""
+    return wildcards.run.rstrip("/") or "main"
+
+
 def at(artifact):
     """Pattern of an artifact of any run and iteration."""
     return f"{ROOT}{{run}}iter{{t}}/{artifact}"
@@ -78,15 +83,16 @@ def this_policy(wildcards):
     return policy(wildcards.run, wildcards.t)
 
 
-def sampled(wildcards, artifact):
-    """An artifact up to the preferences: main's own where a run shares its first iteration."""
-    shared = wildcards.t == "1" and settings(wildcards)["first_iteration_from"] == "main"
-    return f"{ROOT}{'' if shared else wildcards.run}iter{wildcards.t}/{artifact}"
+def sampled(wildcards, artifact, t=None):
+    """An artifact up to the preferences, of iteration t or the job's own: main's where a run shares its first iteration."""
+    t = str(t or wildcards.t)
+    shared = t == "1" and settings(wildcards)["first_iteration_from"] == "main"
+    return f"{ROOT}{'' if shared else wildcards.run}iter{t}/{artifact}"
 
 
-def shards(wildcards, folder):
+def shards(wildcards, folder, t=None):
     """All shards of an artifact, a fixed number known from the configuration."""
-    return [sampled(wildcards, f"{folder}/{shard}.parquet") for shard in range(settings(wildcards)["responses"]["shards"])]
+    return [sampled(wildcards, f"{folder}/{shard}.parquet", t) for shard in range(settings(wildcards)["responses"]["shards"])]
 
 
 def section_flags(name, skip=()):

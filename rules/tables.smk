@@ -1,5 +1,5 @@
 """Requires: the evaluations of a run's iterations. Gives: summary.md and figures/{win_rate,length}.{png,svg} of that run;
-figures/pairwise_{ranker,judge}.{csv,png,svg}; tables/*.{csv,md,tex}, the papers' figures with ours beside them."""
+figures/pairwise_{ranker,judge}.{csv,png,svg}; tables/*.{csv,md,tex}, tables/all.{md,html} and tables/measured.md, the papers' figures with ours beside them."""
 
 import csv
 
@@ -45,9 +45,9 @@ rule summarize_run:
     output:
         table=f"{ROOT}{{run}}summary.md",
         png=f"{ROOT}{{run}}figures/win_rate.png",
-        svg=f"{ROOT}{{run}}figures/win_rate.svg",
+        svg=report(f"{ROOT}{{run}}figures/win_rate.svg", caption="captions/win_rate.rst", category="AlpacaEval", labels={"run": run_name, "figure": "by iteration"}),
         length_png=f"{ROOT}{{run}}figures/length.png",
-        length_svg=f"{ROOT}{{run}}figures/length.svg",
+        length_svg=report(f"{ROOT}{{run}}figures/length.svg", caption="captions/length.rst", category="AlpacaEval", labels={"run": run_name, "figure": "over length"}),
         table_record=record(f"{ROOT}{{run}}summary.md"),
         png_record=record(f"{ROOT}{{run}}figures/win_rate.png"),
         svg_record=record(f"{ROOT}{{run}}figures/win_rate.svg"),
@@ -73,12 +73,12 @@ rule summarize_run:
 
 
 def comparable_outputs(wildcards):
-    """Answers of every iterate of every run that answers the instructions as main does; all share the base."""
+    """Answers of main's iterates, and of those of other runs that are there already and answer the same instructions alike."""
     keys = (*ANSWER_KEYS, "instructions")
-    same = [run for run in RUNS if all(RUNS[run]["alpaca_eval"][key] == MAIN["alpaca_eval"][key] for key in keys)]
-    return [f"{BASE_POLICY.removesuffix('policy')}alpaca_eval_outputs.json"] + [
-        f"{ROOT}{run + '/' if run else ''}iter{t}/alpaca_eval_outputs.json"
-        for run in same for t in range(1, RUNS[run]["iterations"] + 1)]
+    same = [run for run in RUNS if run and all(RUNS[run]["alpaca_eval"][key] == MAIN["alpaca_eval"][key] for key in keys)]
+    made = [path for run in same for t in range(1, RUNS[run]["iterations"] + 1)
+            if os.path.exists(path := f"{ROOT}{run}/iter{t}/alpaca_eval_outputs.json")]
+    return [f"{ROOT}iter{t}/alpaca_eval_outputs.json" for t in range(MAIN["iterations"] + 1)] + made
 
 
 rule compare_policies:
@@ -90,7 +90,7 @@ rule compare_policies:
     output:
         csv=f"{ROOT}figures/pairwise_{{model}}.csv",
         png=f"{ROOT}figures/pairwise_{{model}}.png",
-        svg=f"{ROOT}figures/pairwise_{{model}}.svg",
+        svg=report(f"{ROOT}figures/pairwise_{{model}}.svg", caption="captions/pairwise.rst", category="AlpacaEval", labels={"run": "all", "figure": "against each other, by the {model}"}),
         csv_record=record(f"{ROOT}figures/pairwise_{{model}}.csv"),
         png_record=record(f"{ROOT}figures/pairwise_{{model}}.png"),
         svg_record=record(f"{ROOT}figures/pairwise_{{model}}.svg"),
@@ -132,7 +132,11 @@ rule paper_tables:
         tables=expand(f"{ROOT}tables/{{table}}.{{form}}", table=PAPER_TABLES, form=["csv", "md", "tex"]),
         records=expand(record(f"{ROOT}tables/{{table}}.{{form}}"), table=PAPER_TABLES, form=["csv", "md", "tex"]),
         all=f"{ROOT}tables/all.md",
+        ours=f"{ROOT}tables/measured.md",
+        page=report(f"{ROOT}tables/all.html", caption="captions/tables.rst", category="Tables", labels={"run": "all", "figure": "published and measured"}),
         all_record=record(f"{ROOT}tables/all.md"),
+        ours_record=record(f"{ROOT}tables/measured.md"),
+        page_record=record(f"{ROOT}tables/all.html"),
     log:
         f"{LOGS}paper_tables.log",
     benchmark:

@@ -3,7 +3,8 @@
 Reads   config/published/*.csv (figures as printed, with source) and index.csv (title and base model of each table);
         whatever evaluations of this experiment exist
 Writes  results/[name/]tables/<table>.{csv,md,tex}, one line a figure: row, metric, published, ours, difference,
-        comparable, source, note; and all.md, the tables one after another
+        comparable, source, note; all.md and all.html, the tables one after another, and
+        measured.md, only the lines with a figure of ours
 A dash stands where we made no such run. `comparable` says yes where base model and judge are the source's;
 elsewhere the difference tells two setups apart, not two implementations, and the reason is given.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import html
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,22 @@ PUBLISHED = ("table", "row", "run", "iteration", "artifact", "metric", "publishe
 JUDGES = {"alpaca_eval.json": "weighted_alpaca_eval_gpt4_turbo", "best_of_16/alpaca_eval.json": "weighted_alpaca_eval_gpt4_turbo",
           "mt_bench.json": "gpt-4"}
 
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Published and measured</title>
+<style>
+  :root {{ color-scheme: light dark; }}
+  body {{ font: 15px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 70rem; padding: 0 1rem; }}
+  div {{ overflow-x: auto; }}
+  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+  th, td {{ padding: .2rem .6rem; text-align: left; border-bottom: 1px solid #8884; }}
+  td:nth-child(n+3):nth-child(-n+5) {{ text-align: right; }}
+  .measured {{ background: #0072b222; }}
+</style>
+<h1>Published and measured</h1>
+<p>Ours: {base}, {results}. A dash stands where we made no such run; rows that we measured are shaded.</p>
+{sections}</html>
+"""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,15 +53,20 @@ def main() -> None:
     args = parser.parse_args()
     index = read_csv(args.published / "index.csv", ("table", "title", "base"))
     texts: dict[Path, str] = {}
+    sections, measured = [], []
     for entry in index:
         lines = [compared(line, args.results, entry["base"] == args.base)
                  for line in read_csv(args.published / f"{entry['table']}.csv", PUBLISHED)]
         for suffix, text in ((".csv", comma_separated(lines)), (".md", markdown(entry, lines)), (".tex", latex(entry, lines))):
             texts[args.output.with_name(entry["table"] + suffix)] = text
+        sections.append(section(entry, lines))
+        measured += [line | {"row": f"{entry['title']}: {line['row']}"} for line in lines if line["ours"] != "-"]
     together = "\n".join(text for path, text in texts.items() if path.suffix == ".md")
     texts[args.output] = f"# Published and measured\n\nOurs: {args.base}, {args.results}.\n\n{together}"
+    texts[args.output.with_suffix(".html")] = PAGE.format(base=html.escape(args.base), results=html.escape(str(args.results)), sections="".join(sections))
+    texts[args.output.with_name("measured.md")] = pipes(measured)
     for path, text in texts.items():
-        table = args.published / ("index.csv" if path == args.output else f"{path.stem}.csv")
+        table = args.published / ("index.csv" if path.stem in (args.output.stem, "measured") else f"{path.stem}.csv")
         with recorded("tabulate", path, [table], vars(args)):
             write_text(path, text)
 
@@ -83,6 +106,8 @@ def comparable(found: dict[str, Any], artifact: str, same_base: bool) -> str:
         reasons.append(f"judged by {found.get('judge')}")
     if artifact.endswith("alpaca_eval.json") and found.get("n_total") != 805:
         reasons.append(f"{found.get('n_total')} other instructions")
+    if artifact == "mt_bench.json" and not found.get("official_questions"):
+        reasons.append("other questions")
     if artifact == "open_llm.json" and not found.get("official_tasks"):
         reasons.append("other items")
     return ", ".join(reasons) or "yes"
@@ -97,8 +122,24 @@ def comma_separated(lines: list[dict[str, str]]) -> str:
 
 def markdown(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
     head = f"## {entry['title']}\n\n" + (f"Base model of the source: {entry['base']}.\n\n" if entry["base"] else "")
+    return head + pipes(lines)
+
+
+def pipes(lines: list[dict[str, str]]) -> str:
+    """A Markdown table."""
     rows = [[value.replace("|", "\\|") for value in line.values()] for line in lines]
-    return head + "\n".join("| " + " | ".join(row) + " |" for row in [list(COLUMNS), ["---"] * len(COLUMNS), *rows]) + "\n"
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(COLUMNS), ["---"] * len(COLUMNS), *rows]) + "\n"
+
+
+def section(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
+    """One table of all.html; it stands open if it holds a figure of ours."""
+    def row(cells: Any, tag: str, measured: bool = False) -> str:
+        return ("<tr class=measured>" if measured else "<tr>") + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+
+    ours = [line["ours"] != "-" for line in lines]
+    base = f"<p>Base model of the source: {html.escape(entry['base'])}.</p>\n" if entry["base"] else ""
+    return (f"<details{' open' if any(ours) else ''}><summary><b>{html.escape(entry['title'])}</b></summary>\n{base}<div><table>\n{row(COLUMNS, 'th')}"
+            + "".join(row(line.values(), "td", measured) for line, measured in zip(lines, ours)) + "</table></div></details>\n")
 
 
 def latex(entry: dict[str, str], lines: list[dict[str, str]]) -> str:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 from pathlib import Path
 from typing import Any
 
-from sppo.artifacts import read_json, recorded, write_text
+from sppo.artifacts import iteration, read_json, recorded, write_text
 from sppo.errors import UserError, run
 from sppo.figures import judge_name, plot_over_length, plot_win_rates
 
@@ -48,15 +47,6 @@ def main() -> None:
         plot_win_rates(judged, "SPPO iteration (0 is the base policy)", plots)
         plot_over_length(judged, length_plots)
     print(text, end="")
-
-
-def iteration(path: Path) -> int:
-    """t of .../iter{t}/...; UserError if the path names none."""
-    found = [re.fullmatch(r"iter(\d+)", part) for part in path.parts]
-    numbers = [int(match[1]) for match in found if match]
-    if not numbers:
-        raise UserError(f"{path} lies in no folder iter<number>; give files of a run's iterations")
-    return numbers[-1]
 
 
 def read_evaluations(paths: list[Path]) -> Evaluations:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -153,6 +154,15 @@ def _check(table: pa.Table, name: str) -> None:
     key = list(TABLES[name].key)
     if table.group_by(key).aggregate([]).num_rows != table.num_rows:
         raise ValueError(f"{' and '.join(key)} do not name one row each")
+
+
+def iteration(path: Path) -> int:
+    """t of .../iter{t}/...; UserError if the path names none."""
+    found = [re.fullmatch(r"iter(\d+)", part) for part in path.parts]
+    numbers = [int(match[1]) for match in found if match]
+    if not numbers:
+        raise UserError(f"{path} lies in no folder iter<number>; give files of a run's iterations")
+    return numbers[-1]
 
 
 def file_hash(path: Path) -> str:

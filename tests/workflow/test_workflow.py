@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -161,7 +162,7 @@ def test_all_policies_are_compared_with_each_other(clone):
 
     for model in ("judge", "ranker"):
         names, *rows = [line.split(",") for line in (clone[0] / f"results/tiny/figures/pairwise_{model}.csv").read_text().splitlines()]
-        assert names[1:] == [row[0] for row in rows] == ["tiny/iter0", "tiny/iter1", "tiny/iter2", "tiny/hard/iter1", "tiny/hard/iter2"]
+        assert names[1:] == [row[0] for row in rows] == ["tiny/iter0", "tiny/iter1", "tiny/iter2", "tiny/hard/iter1"]
         wins = np.array([row[1:] for row in rows], dtype=float)
         np.testing.assert_allclose(wins + wins.T, 100, atol=1e-3)
 
@@ -184,6 +185,22 @@ def test_papers_tables_show_what_was_measured(clone):
         rows = {(row["row"], row["metric"]): row for row in csv.DictReader(stream)}
     ours = [row for row in rows.values() if row["ours"] != "-"]
     assert len(ours) == 7 and {row["comparable"] for row in ours} == {"other base model, other items"}
+
+
+def test_the_report_is_one_file_with_figures_tables_and_responses(clone):
+    targets = [f"results/tiny/{name}" for name in ("summary.md", "figures/training.svg", "response_browser.html", "tables/all.html")]
+    snakemake(clone, *targets)
+
+    page = (clone[0] / "results/tiny/response_browser.html").read_text()
+    data = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.S)[1])
+    assert len(data["training"]) == 12 and len(data["evaluation"]) == 6
+    words = command(clone, *targets)
+    words[words.index("--"):words.index("--")] = ["--report", "results/tiny/report.html"]
+    done = subprocess.run(words, cwd=clone[0], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = (clone[0] / "results/tiny/report.html").read_text()
+    for name in ("win_rate.svg", "length.svg", "training.svg", "response_browser.html", "all.html"):
+        assert name in report
 
 
 def test_another_shard_count_gives_the_same_tokens_and_preferences(clone):

@@ -1,0 +1,69 @@
+"""Requires: a run's training logs, samples and evaluations. Gives: figures/training.{png,svg} and response_browser.html, which
+`snakemake --report` shows with the other figures and the tables."""
+
+
+def trainings(wildcards):
+    """1 to T of the run."""
+    return range(1, settings(wildcards)["iterations"] + 1)
+
+
+rule plot_training:
+    """Loss, log-ratios of winner and loser, and how often the winner is ranked first, over all iterations."""
+    input:
+        logs=lambda wildcards: [f"{ROOT}{wildcards.run}iter{t}/train_log.jsonl" for t in trainings(wildcards)],
+    output:
+        png=f"{ROOT}{{run}}figures/training.png",
+        svg=report(f"{ROOT}{{run}}figures/training.svg", caption="captions/training.rst", category="Training", labels={"run": run_name, "figure": "curves"}),
+        png_record=record(f"{ROOT}{{run}}figures/training.png"),
+        svg_record=record(f"{ROOT}{{run}}figures/training.svg"),
+    log:
+        f"{LOGS}{{run}}plot_training.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}plot_training.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        version=STAGES["tabulate"],
+    message:
+        "Plotting {wildcards.run}training curves"
+    shell:
+        "{PYTHON} src/plot_training.py --logs {input.logs} --plot {output.png} 2>&1 | tee {log}"
+
+
+rule build_response_browser:
+    """Every prompt with its responses, P matrix, winner and loser; every evaluation instruction across the iterations."""
+    input:
+        template="src/sppo/response_browser.html",
+        instructions=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],
+        prompts=lambda wildcards: [sampled(wildcards, "prompts.parquet", t) for t in trainings(wildcards)],
+        responses=lambda wildcards: [path for t in trainings(wildcards) for path in shards(wildcards, "responses", t)],
+        preferences=lambda wildcards: [path for t in trainings(wildcards) for path in shards(wildcards, "preferences", t)],
+        pairs=lambda wildcards: [f"{ROOT}{wildcards.run}iter{t}/pairs.parquet" for t in trainings(wildcards)],
+        answers=of_every_iteration("alpaca_eval_outputs.json"),
+        annotations=of_every_iteration("alpaca_eval_annotations.json"),
+    output:
+        page=report(f"{ROOT}{{run}}response_browser.html", caption="captions/responses.rst", category="Responses", labels={"run": run_name, "figure": "response browser"}),
+        record=record(f"{ROOT}{{run}}response_browser.html"),
+    log:
+        f"{LOGS}{{run}}response_browser.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}response_browser.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+    params:
+        version=STAGES["tabulate"],
+        options=section_flags("preference", skip=("model", "source")),
+    message:
+        "Building {wildcards.run}response browser"
+    shell:
+        "{PYTHON} src/build_response_browser.py --prompts {input.prompts} --responses {input.responses} --preferences {input.preferences}"
+        " --pairs {input.pairs} --answers {input.answers} --annotations {input.annotations} --instructions {input.instructions:q}"
+        " {params.options:q} --output {output.page} 2>&1 | tee {log}"
