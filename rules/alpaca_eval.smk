@@ -5,7 +5,8 @@ import json
 ANSWER_KEYS = ("limit", "temperature", "top_p", "max_new_tokens")
 # Every policy answers with the same noise, so that they differ by their weights alone; the reference has its own,
 # so that iter0 against it shows what noise does.
-NOISE = {"alpaca_eval_outputs": "alpaca_eval", "reference_outputs": "alpaca_eval_reference"}
+# Sample k of best-of-n has the same noise whatever n is, so that every n takes the first of the same samples.
+NOISE = {"alpaca_eval_outputs": "alpaca_eval", "reference_outputs": "alpaca_eval_reference", "best_of_n_answers": "best_of_n"}
 
 
 def answer_flags(wildcards):
@@ -21,8 +22,12 @@ def reference_outputs(wildcards):
     run = settings(wildcards)
     if run["alpaca_eval"]["reference"] != "base":
         return run["alpaca_eval"]["reference"]
-    as_main = all(run["alpaca_eval"][key] == MAIN["alpaca_eval"][key] for key in (*ANSWER_KEYS, "instructions"))
-    return f"{ROOT}{'' if as_main else wildcards.run}iter0/reference_outputs.json"
+    return f"{ROOT}{'' if answers_as_main(run) else wildcards.run}iter0/reference_outputs.json"
+
+
+def answers_as_main(run):
+    """Whether the run answers the same instructions in the same way, so that answers can be compared."""
+    return all(run["alpaca_eval"][key] == MAIN["alpaca_eval"][key] for key in (*ANSWER_KEYS, "instructions"))
 
 
 def judge(wildcards):
@@ -33,8 +38,8 @@ def judge(wildcards):
 
 def judge_files(wildcards):
     """Files of an embedded judge and its base; nothing for one behind an API."""
-    folder = adapter_folder(judge(wildcards))
-    return [EMBEDDED_POLICY, *(folder / name for name in ADAPTER_FILES)] if folder else []
+    files = adapter_files(judge(wildcards))
+    return [EMBEDDED_POLICY, *files] if files else []
 
 
 def judge_flags(wildcards):
@@ -82,7 +87,7 @@ rule answer_instructions:
         runtime=120,
         gpu=MODEL_GPUS,
     params:
-        version=STAGES["evaluate"],
+        version=STAGES["answer"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
@@ -120,7 +125,7 @@ rule judge_outputs:
         runtime=120,
         gpu=MODEL_GPUS,
     params:
-        version=STAGES["evaluate"],
+        version=STAGES["judge"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         policy=policy_name,
         decoding=decoding,

@@ -6,10 +6,6 @@ def best_of_n_flags(wildcards):
     return [*answer_flags(wildcards), *flags(settings(wildcards)["best_of_n"])]
 
 
-# Sample k has the same noise whatever n is, so that every n takes the first of the same samples.
-NOISE["best_of_n_answers"] = "best_of_n"
-
-
 use rule answer_instructions as answer_instructions_n_times with:
     output:
         outputs=at("{answers}.json"),
@@ -17,7 +13,7 @@ use rule answer_instructions as answer_instructions_n_times with:
     wildcard_constraints:
         answers="best_of_n_answers",
     params:
-        version=STAGES["evaluate"],
+        version=STAGES["answer"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
@@ -47,7 +43,7 @@ rule pick_best_of_n:
         runtime=120,
         gpu=MODEL_GPUS,
     params:
-        version=STAGES["evaluate"],
+        version=STAGES["answer"],
         model=lambda wildcards: settings(wildcards)["preference"]["model"],
         generator=lambda wildcards: f"{policy_name(wildcards)}-best-of-{wildcards.n}",
     message:
@@ -72,7 +68,7 @@ use rule judge_outputs as judge_best_of_n with:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/best_of_{{n}}/{{verdict}}.tsv"
     params:
-        version=STAGES["evaluate"],
+        version=STAGES["judge"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         policy=lambda wildcards: f"{policy_name(wildcards)}-best-of-{wildcards.n}",
         decoding=decoding,

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from sppo.config import flags, resolve
 from sppo.errors import UserError, fail
-from sppo.adapters import ADAPTER_FILES, adapter_folder
+from sppo.adapters import adapter_files
 from sppo.preflight import check_inputs, deleted_artifacts
 from sppo.stages import STAGES
 
@@ -81,6 +81,11 @@ def current_policy(wildcards):
 def this_policy(wildcards):
     """The policy that this iteration gave."""
     return policy(wildcards.run, wildcards.t)
+
+
+def files_of(folder):
+    """All files of a folder of data, for a folder's own time says nothing of edits in it; none if it is a name such as `hub`."""
+    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
 
 
 def sampled(wildcards, artifact, t=None):

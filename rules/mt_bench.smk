@@ -4,10 +4,16 @@ FASTCHAT_DATA = f"{MODELS}mt_bench"
 MT_BENCH_NOISE = {"mt_bench_answers": "mt_bench", "mt_bench_reference_answers": "mt_bench_reference"}
 
 
-def mt_bench_data(wildcards):
+def mt_bench_folder(wildcards):
     """The folder of questions, judge prompts and reference answers."""
     data = settings(wildcards)["mt_bench"]["data"]
     return FASTCHAT_DATA if data == "fastchat" else data
+
+
+def mt_bench_data(wildcards):
+    """What that folder must hold before a job starts."""
+    folder = mt_bench_folder(wildcards)
+    return FASTCHAT_DATA if folder == FASTCHAT_DATA else files_of(folder)
 
 
 def mt_bench_flags(wildcards):
@@ -20,11 +26,10 @@ def mt_bench_flags(wildcards):
 def mt_bench_judge(wildcards):
     """What an embedded judge needs: the base's answers, its own base and adapter. One behind an API needs nothing."""
     judge, as_main = settings(wildcards)["mt_bench"]["judge"], settings(wildcards)["mt_bench"] == MAIN["mt_bench"]
-    folder = adapter_folder(judge)
-    if not folder:
+    if not adapter_files(judge):
         return {}
     return {"reference": f"{ROOT}{'' if as_main else wildcards.run}iter0/mt_bench_reference_answers.jsonl", "base": EMBEDDED_POLICY,
-            "adapter": [folder / name for name in ADAPTER_FILES]}
+            "adapter": adapter_files(judge)}
 
 
 rule fetch_mt_bench:
@@ -43,7 +48,7 @@ rule fetch_mt_bench:
         mem_mb=500,
         runtime=10,
     params:
-        version=STAGES["evaluate"],
+        version=STAGES["mt_bench"],
     message:
         "Fetching MT-Bench's questions from the FastChat repository"
     shell:
@@ -72,15 +77,16 @@ rule answer_mt_bench:
         runtime=120,
         gpu=MODEL_GPUS,
     params:
-        version=STAGES["evaluate"],
+        version=STAGES["answer"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
+        data=mt_bench_folder,
         noise=lambda wildcards: MT_BENCH_NOISE[wildcards.mt_bench_answers],
         name=policy_name,
         options=mt_bench_flags,
     message:
         "Answering MT-Bench: {wildcards.run}iteration {wildcards.t}, {wildcards.mt_bench_answers}"
     shell:
-        "{PYTHON} src/answer_mt_bench.py --data {input.data:q} --policy {input.policy} --model-id {params.name} --noise {params.noise}"
+        "{PYTHON} src/answer_mt_bench.py --data {params.data:q} --policy {input.policy} --model-id {params.name} --noise {params.noise}"
         " --seed {params.seed} --device {MAIN[device]} {params.options:q} --output {output.answers} 2>&1 | tee {log}"
 
 
@@ -107,11 +113,12 @@ rule evaluate_mt_bench:
         runtime=240,
         gpu=MODEL_GPUS,
     params:
-        version=STAGES["evaluate"],
+        version=STAGES["mt_bench"],
+        data=mt_bench_folder,
         judge=lambda wildcards: flags({key: settings(wildcards)["mt_bench"][key] for key in ("judge", "judge_model", "judge_base_url")}),
         embedded=lambda wildcards, input: flags({"reference": input.reference, "judge_base": input.base}) if "reference" in input.keys() else [],
     message:
         "Judging MT-Bench: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/evaluate_mt_bench.py --data {input.data:q} --answers {input.answers} {params.embedded:q} {params.judge:q}"
+        "{PYTHON} src/evaluate_mt_bench.py --data {params.data:q} --answers {input.answers} {params.embedded:q} {params.judge:q}"
         " --device {MAIN[device]} --judgments {output.judgments} --output {output.result} 2>&1 | tee {log}"

@@ -5,7 +5,7 @@ rule evaluate_open_llm:
     """The six tasks of the Open LLM Leaderboard v1, by lm-eval."""
     input:
         policy=this_policy,
-        data=lambda wildcards: [] if settings(wildcards)["open_llm"]["data"] == "hub" else settings(wildcards)["open_llm"]["data"],
+        data=lambda wildcards: files_of(settings(wildcards)["open_llm"]["data"]),
     output:
         result=at("open_llm.json"),
         record=record(at("open_llm.json")),
@@ -21,11 +21,12 @@ rule evaluate_open_llm:
         runtime=480,
         gpu=MODEL_GPUS,
     params:
-        version=STAGES["evaluate"],
+        version=STAGES["open_llm"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         options=section_flags("open_llm"),
+        attention=flags({"attention": MAIN["policy"]["attention"]}),
     message:
         "Open LLM tasks: {wildcards.run}iteration {wildcards.t}"
     shell:
         "{PYTHON} src/evaluate_open_llm.py --policy {input.policy} --seed {params.seed} --device {MAIN[device]} {params.options:q}"
-        " --output {output.result} 2>&1 | tee {log}"
+        " {params.attention} --output {output.result} 2>&1 | tee {log}"

@@ -3,8 +3,7 @@
 
 def preference_model_files(wildcards):
     """The adapter's files, so that a new adapter annotates anew."""
-    folder = adapter_folder(settings(wildcards)["preference"]["model"])
-    return [folder / name for name in ADAPTER_FILES]
+    return adapter_files(settings(wildcards)["preference"]["model"])
 
 
 rule annotate_preferences:

@@ -67,3 +67,39 @@ rule build_response_browser:
         "{PYTHON} src/build_response_browser.py --prompts {input.prompts} --responses {input.responses} --preferences {input.preferences}"
         " --pairs {input.pairs} --answers {input.answers} --annotations {input.annotations} --instructions {input.instructions:q}"
         " {params.options:q} --output {output.page} 2>&1 | tee {log}"
+
+
+def evaluations(wildcards):
+    """Evaluations of all runs that are there already, and the records that count their pairs."""
+    names = ("alpaca_eval.json", "ranker_estimate.json", "mt_bench.json", "open_llm.json", record("pairs.parquet"))
+    return [path for run in RUNS for t in range(RUNS[run]["iterations"] + 1) for name in names
+            if os.path.exists(path := f"{ROOT}{run + '/' if run else ''}iter{t}/{name}")]
+
+
+rule tabulate_evaluations:
+    """One line for every iterate of every run, with all that was evaluated of it."""
+    input:
+        files=evaluations,
+    output:
+        csv=f"{ROOT}tables/evaluations.csv",
+        md=f"{ROOT}tables/evaluations.md",
+        html=report(f"{ROOT}tables/evaluations.html", caption="captions/evaluations.rst", category="Tables", labels={"run": "all", "figure": "all evaluations"}),
+        csv_record=record(f"{ROOT}tables/evaluations.csv"),
+        md_record=record(f"{ROOT}tables/evaluations.md"),
+        html_record=record(f"{ROOT}tables/evaluations.html"),
+    log:
+        f"{LOGS}tabulate_evaluations.log",
+    benchmark:
+        f"{BENCHMARKS}tabulate_evaluations.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        version=STAGES["tabulate"],
+    message:
+        "Setting all evaluations beside each other"
+    shell:
+        "{PYTHON} src/tabulate_evaluations.py --results {ROOT:q} --files {input.files} --output {output.md} 2>&1 | tee {log}"

@@ -12,17 +12,24 @@ def iterations(wildcards):
     return range(settings(wildcards)["iterations"] + 1)
 
 
+def base_of(wildcards):
+    """Where the base is evaluated for a run: as main's iter0, unless the run evaluates otherwise."""
+    run = settings(wildcards)
+    as_main = run["alpaca_eval"] == MAIN["alpaca_eval"] and run["preference"]["model"] == MAIN["preference"]["model"]
+    return "" if as_main else wildcards.run
+
+
 def of_every_iteration(artifact):
-    """Input function: one artifact of each iteration; the base is main's."""
+    """Input function: one artifact of each iteration."""
     return lambda wildcards: [
-        f"{ROOT}{wildcards.run if t else ''}iter{t}/{artifact}" for t in iterations(wildcards)
+        f"{ROOT}{wildcards.run if t else base_of(wildcards)}iter{t}/{artifact}" for t in iterations(wildcards)
     ]
 
 
 def records_of_every_iteration(wildcards):
     """Records whose seconds add up to an iteration's minutes."""
     run, first = wildcards.run, settings(wildcards)["first_iteration_from"]
-    made = [f"{ROOT}{run if t else ''}iter{t}/{name}" for t in iterations(wildcards) for name in ("alpaca_eval_outputs.json", "alpaca_eval.json")]
+    made = [f"{ROOT}{run if t else base_of(wildcards)}iter{t}/{name}" for t in iterations(wildcards) for name in ("alpaca_eval_outputs.json", "alpaca_eval.json")]
     for t in range(1, settings(wildcards)["iterations"] + 1):
         sampling = ROOT if t == 1 and first == "main" else f"{ROOT}{run}"
         for folder in ("responses", "preferences"):
@@ -74,18 +81,24 @@ rule summarize_run:
 
 def comparable_outputs(wildcards):
     """Answers of main's iterates, and of those of other runs that are there already and answer the same instructions alike."""
-    keys = (*ANSWER_KEYS, "instructions")
-    same = [run for run in RUNS if run and all(RUNS[run]["alpaca_eval"][key] == MAIN["alpaca_eval"][key] for key in keys)]
+    same = [run for run in RUNS if run and answers_as_main(RUNS[run])]
     made = [path for run in same for t in range(1, RUNS[run]["iterations"] + 1)
             if os.path.exists(path := f"{ROOT}{run}/iter{t}/alpaca_eval_outputs.json")]
     return [f"{ROOT}iter{t}/alpaca_eval_outputs.json" for t in range(MAIN["iterations"] + 1)] + made
+
+
+def compared_by(wildcards):
+    """The preference model of training, or the judge; the embedded judge where that one is behind an API."""
+    if wildcards.model == "ranker":
+        return MAIN["preference"]["model"]
+    return MAIN["alpaca_eval"]["judge"] if adapter_files(MAIN["alpaca_eval"]["judge"]) else "judge"
 
 
 rule compare_policies:
     """Win rates of all iterates and runs against each other, by the ranker and by the judge that training did not see."""
     input:
         outputs=comparable_outputs,
-        model=lambda wildcards: [adapter_folder(wildcards.model) / name for name in ADAPTER_FILES],
+        model=lambda wildcards: adapter_files(compared_by(wildcards)),
         ranker_base=ranker_base,
     output:
         csv=f"{ROOT}figures/pairwise_{{model}}.csv",
@@ -109,10 +122,11 @@ rule compare_policies:
         gpu=MODEL_GPUS,
     params:
         version=STAGES["tabulate"],
+        model=compared_by,
     message:
         "Comparing all policies with each other by the {wildcards.model}"
     shell:
-        "{PYTHON} src/compare_policies.py --outputs {input.outputs} --model {wildcards.model} --ranker-base {input.ranker_base}"
+        "{PYTHON} src/compare_policies.py --outputs {input.outputs} --model {params.model:q} --ranker-base {input.ranker_base}"
         " --device {MAIN[device]} --output {output.csv} --plot {output.png} 2>&1 | tee {log}"
 
 

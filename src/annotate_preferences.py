@@ -13,10 +13,11 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from sppo.adapters import adapter_folder
-from sppo.artifacts import read_table, recorded, write_table
+from sppo.adapters import adapter_files, adapter_folder
+from sppo.artifacts import recorded
 from sppo.config import add_section
 from sppo.errors import UserError, run
+from sppo.tables import read_table, write_table
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
     from sppo.rankers import EmbeddedRanker
 
     start_torch()
-    inputs = [args.prompts, args.responses, args.ranker_base]
+    inputs = [args.prompts, args.responses, args.ranker_base, *adapter_files(args.model)]
     with recorded("annotate", args.output, inputs, vars(args)) as facts:
         model = EmbeddedRanker(adapter_folder(args.model), args.ranker_base, device=pick_device(args.device))
         tokenizer = load_tokenizer(args.policy) if args.source == "chat_template" else None

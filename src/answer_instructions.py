@@ -41,7 +41,7 @@ def main() -> None:
     from sppo.models import context_length, pick_device, prompt_token_ids, template_hash, start_torch
 
     start_torch()
-    with recorded("evaluate", args.output, [args.instructions, args.policy], vars(args)) as facts:
+    with recorded("answer", args.output, [args.instructions, args.policy], vars(args)) as facts:
         engine = ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device),
                                       attention=args.attention, batch_size=args.batch_size)
         context = context_length(args.policy)

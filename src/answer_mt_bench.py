@@ -40,7 +40,7 @@ def main() -> None:
     from sppo.models import context_length, pick_device, start_torch, template_hash
 
     start_torch()
-    with recorded("evaluate", args.output, [args.data / "question.jsonl", args.policy], vars(args)) as facts:
+    with recorded("answer", args.output, [args.data / "question.jsonl", args.policy], vars(args)) as facts:
         engine = ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device),
                                       attention=args.attention, batch_size=args.batch_size)
         chats: dict[str, list[dict[str, str]]] = {str(question["question_id"]): [] for question in questions}

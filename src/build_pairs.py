@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from sppo.artifacts import read_table, recorded, write_table
+from sppo.artifacts import recorded
 from sppo.config import add_section
 from sppo.errors import UserError, run
 from sppo.preference import mean_logits, p_hat, win_probabilities, winner_and_loser
+from sppo.tables import read_table, write_table
 
 
 def main() -> None:

@@ -19,11 +19,12 @@ import numpy as np
 
 from build_pairs import select
 from sppo.alpaca import read_outputs
-from sppo.artifacts import file_hash, iteration, read_json, read_table, recorded, write_text
+from sppo.artifacts import file_hash, iteration, read_json, recorded, write_text
 from sppo.config import add_section
 from sppo.errors import UserError, run
 from sppo.preference import p_hat, win_probabilities
 from sppo.prompts import read_instructions
+from sppo.tables import read_table
 
 TEMPLATE = Path(__file__).resolve().parent / "sppo" / "response_browser.html"
 PLACEHOLDER = "@DATA@"

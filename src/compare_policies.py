@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sppo.adapters import adapter_folder
+from sppo.adapters import adapter_files, adapter_folder
 from sppo.alpaca import read_outputs
 from sppo.artifacts import recorded, write_text
 from sppo.errors import UserError, run
@@ -41,7 +41,7 @@ def main() -> None:
     plots = [args.plot, args.plot.with_suffix(".svg")]
     with contextlib.ExitStack() as records:
         for artifact in (args.output, *plots):
-            records.enter_context(recorded("tabulate", artifact, [*args.outputs, args.ranker_base], vars(args)))
+            records.enter_context(recorded("tabulate", artifact, [*args.outputs, args.ranker_base, *adapter_files(args.model)], vars(args)))
         model = EmbeddedRanker(adapter_folder(args.model), args.ranker_base, device=pick_device(args.device))
         wins = np.mean([win_probabilities(model.pair_logits(instruction, texts))
                         for instruction, texts in progress(list(answers.items()), "compare")], axis=0)

@@ -13,14 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sppo.adapters import adapter_files, adapter_folder
 from sppo.alpaca import OFFICIAL_DIFFICULTY, Judge, check_judge, check_order, evaluate, length_model, metrics, paired, read_outputs
 from sppo.artifacts import file_hash, recorded, write_json
 from sppo.errors import UserError, run
 from sppo.models import pick_device
+from sppo.ranker_data import instruction_hash
 
 VERSIONS = ("alpaca-eval", "scikit-learn", "numpy", "pandas", "scipy", "patsy", "torch", "transformers", "openai")
 
@@ -51,15 +54,20 @@ def main() -> None:
     outputs = paired(read_outputs(args.outputs), reference)
     if difficulty:
         check_order(reference, difficulty)
-    inputs = [path for path in (args.outputs, args.reference, args.judge_base, difficulty) if path]
+    adapter = adapter_folder(args.judge)
+    judge_files = [*adapter_files(args.judge), args.judge_base] if adapter else []
+    inputs = [path for path in (args.outputs, args.reference, *judge_files, difficulty) if path]
     cache = args.output.parent / ".judgments"
-    with (recorded("evaluate", args.output, inputs, vars(args)),
+    with (recorded("judge", args.output, inputs, vars(args)),
           length_model(len(reference), difficulty) as (formula, file)):
         judge = Judge(args.judge, args.judge_model, args.judge_base_url, args.judge_base, pick_device(args.device))
+        seen = instructions_of_training(adapter, reference) if adapter else 0
+        if seen:
+            print(f"warning: {args.judge} was trained on {seen} of these {len(reference)} instructions", file=sys.stderr)
         row, annotations, details = evaluate(outputs, reference, formula, file, cache, judge)
         intervals = bootstrap(annotations, formula, file, args.bootstrap, args.length_controlled_bootstrap, args.seed,
                               args.threads)
-        with recorded("evaluate", args.annotations, inputs, vars(args)):  # the time is in the other record
+        with recorded("judge", args.annotations, inputs, vars(args)):  # the time is in the other record
             write_json(args.annotations, [{key: _plain(value) for key, value in line.items()} for line in annotations])
         write_json(args.output, {
             **{key: _plain(row[key]) for key in ("win_rate", "standard_error", "length_controlled_winrate")},
@@ -69,13 +77,20 @@ def main() -> None:
             "length_controlled_model": formula,
             "difficulty": difficulty and {"path": str(difficulty), "official": file_hash(difficulty) == OFFICIAL_DIFFICULTY},
             "judge": args.judge,
-            "judge_details": details,
+            "judge_details": details | ({"instructions_seen_in_training": seen} if adapter else {}),
             "policy": args.policy or outputs[0]["generator"],
             "reference": reference[0]["generator"],
             "decoding": args.decoding,
             "versions": {name: metadata.version(name) for name in VERSIONS},
             "annotations": str(args.annotations),
         })
+
+
+def instructions_of_training(adapter: Path, reference: list[dict[str, Any]]) -> int:
+    """How many of the instructions the embedded judge was trained on, by the hashes that it ships."""
+    shipped = adapter / "training_instructions.txt"
+    hashes = set(shipped.read_text(encoding="utf-8").split()) if shipped.is_file() else set()
+    return sum(instruction_hash(row["instruction"]) in hashes for row in reference)
 
 
 def bootstrap(annotations: list[dict[str, Any]], formula: str, difficulty: Path, draws: int, fits: int, seed: int,

@@ -15,7 +15,7 @@ import json
 from importlib import metadata
 from pathlib import Path
 
-from sppo.adapters import adapter_folder
+from sppo.adapters import adapter_files, adapter_folder
 from sppo.artifacts import file_hash, recorded, write_json, write_text
 from sppo.errors import UserError, run
 from sppo.mt_bench import Client, OFFICIAL, check_judge, grade_by_api, grade_locally, is_official, read_answers, read_questions, scores, win_rates
@@ -41,9 +41,9 @@ def main() -> None:
     check_judge(args.judge, args.judge_model, args.judge_base_url)
     questions = read_questions(args.data)
     answers = read_answers(args.answers, questions)
-    inputs = [path for path in (args.answers, args.reference, args.data, args.judge_base) if path]
+    inputs = [path for path in (args.answers, args.reference, args.data, args.judge_base, *adapter_files(args.judge)) if path]
     adapter = adapter_folder(args.judge)
-    with recorded("evaluate", args.output, inputs, vars(args)):
+    with recorded("mt_bench", args.output, inputs, vars(args)):
         if adapter:
             if not args.reference or not args.judge_base:
                 raise UserError(f"judge {args.judge} compares: name the base's answers with --reference and its model with --judge-base")
@@ -60,7 +60,7 @@ def main() -> None:
             cache = args.output.parent / ".judgments" / "mt_bench.jsonl"
             rows = grade_by_api(questions, answers, args.data, Client(name, args.judge_base_url, cache))
             details = {"model": name, "base_url": args.judge_base_url}
-        with recorded("evaluate", args.judgments, inputs, vars(args)):
+        with recorded("mt_bench", args.judgments, inputs, vars(args)):
             write_text(args.judgments, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         official = all(is_official(args.data, name) for name in OFFICIAL)
         write_json(args.output, scores(rows, {row["question_id"]: row["category"] for row in questions}) | {

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="open_llm.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--attention", default=None)
     add_section(parser, "open_llm")
     args = parser.parse_args()
 
@@ -47,8 +48,10 @@ def main() -> None:
 
     start_torch()
     device = pick_device(args.device)
-    with recorded("evaluate", args.output, [args.policy], vars(args)) as facts:
-        model = HFLM(pretrained=str(args.policy), dtype=compute_dtype(args.precision, device), device=device, batch_size=args.batch_size)
+    inputs = [args.policy] if args.data == "hub" else [args.policy, Path(args.data)]
+    attention = {"attn_implementation": args.attention} if args.attention else {}
+    with recorded("open_llm", args.output, inputs, vars(args)) as facts:
+        model = HFLM(pretrained=str(args.policy), dtype=compute_dtype(args.precision, device), device=device, batch_size=args.batch_size, **attention)
         try:
             found = simple_evaluate(model, tasks=[{"group": "open_llm", "task": tasks}], limit=args.limit, log_samples=False,
                                     random_seed=args.seed, numpy_random_seed=args.seed, torch_random_seed=args.seed,

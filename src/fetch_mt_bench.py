@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--source", default=FASTCHAT, help="address of FastChat's llm_judge/data/")
     args = parser.parse_args()
 
-    with recorded("evaluate", args.output, [], vars(args)), written_whole(args.output) as folder:
+    with recorded("mt_bench", args.output, [], vars(args)), written_whole(args.output) as folder:
         folder.mkdir()
         for name, (path, sha256) in OFFICIAL.items():
             try:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sppo.artifacts import read_table, recorded, write_table
+from sppo.artifacts import recorded
 from sppo.config import add_section
 from sppo.errors import run
+from sppo.tables import read_table, write_table
 
 
 def main() -> None:

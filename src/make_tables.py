@@ -13,35 +13,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import html
 from decimal import Decimal
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from sppo.artifacts import read_json, recorded, write_text
 from sppo.errors import UserError, run
+from sppo.markup import html_table, markdown_table, page, paragraph
 
 COLUMNS = ("row", "metric", "published", "ours", "difference", "comparable", "source", "note")
 PUBLISHED = ("table", "row", "run", "iteration", "artifact", "metric", "published", "source", "note")
-# Who judged in the sources; open_llm.json has no judge.
-JUDGES = {"alpaca_eval.json": "weighted_alpaca_eval_gpt4_turbo", "best_of_16/alpaca_eval.json": "weighted_alpaca_eval_gpt4_turbo",
-          "mt_bench.json": "gpt-4"}
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Published and measured</title>
-<style>
-  :root {{ color-scheme: light dark; }}
-  body {{ font: 15px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 70rem; padding: 0 1rem; }}
-  div {{ overflow-x: auto; }}
-  table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-  th, td {{ padding: .2rem .6rem; text-align: left; border-bottom: 1px solid #8884; }}
-  td:nth-child(n+3):nth-child(-n+5) {{ text-align: right; }}
-  .measured {{ background: #0072b222; }}
-</style>
-<h1>Published and measured</h1>
-<p>Ours: {base}, {results}. A dash stands where we made no such run; rows that we measured are shaded.</p>
-{sections}</html>
-"""
 
 
 def main() -> None:
@@ -63,8 +45,9 @@ def main() -> None:
         measured += [line | {"row": f"{entry['title']}: {line['row']}"} for line in lines if line["ours"] != "-"]
     together = "\n".join(text for path, text in texts.items() if path.suffix == ".md")
     texts[args.output] = f"# Published and measured\n\nOurs: {args.base}, {args.results}.\n\n{together}"
-    texts[args.output.with_suffix(".html")] = PAGE.format(base=html.escape(args.base), results=html.escape(str(args.results)), sections="".join(sections))
-    texts[args.output.with_name("measured.md")] = pipes(measured)
+    intro = paragraph(f"Ours: {args.base}, {args.results}. A dash stands where we made no such run; rows that we measured are shaded.")
+    texts[args.output.with_suffix(".html")] = page("Published and measured", intro + "".join(sections))
+    texts[args.output.with_name("measured.md")] = markdown_table(COLUMNS, [list(line.values()) for line in measured])
     for path, text in texts.items():
         table = args.published / ("index.csv" if path.stem in (args.output.stem, "measured") else f"{path.stem}.csv")
         with recorded("tabulate", path, [table], vars(args)):
@@ -101,8 +84,12 @@ def compared(line: dict[str, str], results: Path, same_base: bool) -> dict[str, 
 def comparable(found: dict[str, Any], artifact: str, same_base: bool) -> str:
     """`yes`, or what differs from the source's setup."""
     reasons = [] if same_base else ["other base model"]
-    wanted = JUDGES.get(artifact)
-    if wanted and not str(found.get("judge")).startswith(wanted):
+    if artifact.endswith("alpaca_eval.json"):
+        if found.get("judge") != "weighted_alpaca_eval_gpt4_turbo":
+            reasons.append(f"judged by {found.get('judge')}")
+        if found.get("reference") != "gpt4_1106_preview":
+            reasons.append(f"against {found.get('reference')}")
+    if artifact == "mt_bench.json" and not found.get("comparable_with_published"):
         reasons.append(f"judged by {found.get('judge')}")
     if artifact.endswith("alpaca_eval.json") and found.get("n_total") != 805:
         reasons.append(f"{found.get('n_total')} other instructions")
@@ -122,24 +109,15 @@ def comma_separated(lines: list[dict[str, str]]) -> str:
 
 def markdown(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
     head = f"## {entry['title']}\n\n" + (f"Base model of the source: {entry['base']}.\n\n" if entry["base"] else "")
-    return head + pipes(lines)
-
-
-def pipes(lines: list[dict[str, str]]) -> str:
-    """A Markdown table."""
-    rows = [[value.replace("|", "\\|") for value in line.values()] for line in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(COLUMNS), ["---"] * len(COLUMNS), *rows]) + "\n"
+    return head + markdown_table(COLUMNS, [list(line.values()) for line in lines])
 
 
 def section(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
     """One table of all.html; it stands open if it holds a figure of ours."""
-    def row(cells: Any, tag: str, measured: bool = False) -> str:
-        return ("<tr class=measured>" if measured else "<tr>") + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
-
     ours = [line["ours"] != "-" for line in lines]
-    base = f"<p>Base model of the source: {html.escape(entry['base'])}.</p>\n" if entry["base"] else ""
-    return (f"<details{' open' if any(ours) else ''}><summary><b>{html.escape(entry['title'])}</b></summary>\n{base}<div><table>\n{row(COLUMNS, 'th')}"
-            + "".join(row(line.values(), "td", measured) for line, measured in zip(lines, ours)) + "</table></div></details>\n")
+    base = paragraph(f"Base model of the source: {entry['base']}.") if entry["base"] else ""
+    table = html_table(COLUMNS, [list(line.values()) for line in lines], ours)
+    return f"<details{' open' if any(ours) else ''}><summary><b>{escape(entry['title'])}</b></summary>\n{base}{table}</details>\n"
 
 
 def latex(entry: dict[str, str], lines: list[dict[str, str]]) -> str:

@@ -11,7 +11,7 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from sppo.adapters import adapter_folder
+from sppo.adapters import adapter_files, adapter_folder
 from sppo.artifacts import read_json, recorded, write_json
 from sppo.errors import UserError, run
 from sppo.preference import mean_logits
@@ -39,7 +39,7 @@ def main() -> None:
     from sppo.rankers import EmbeddedRanker
 
     start_torch()
-    with recorded("evaluate", args.output, [args.answers, args.ranker_base], vars(args)) as facts:
+    with recorded("answer", args.output, [args.answers, args.ranker_base, *adapter_files(args.model)], vars(args)) as facts:
         model = EmbeddedRanker(adapter_folder(args.model), args.ranker_base, device=pick_device(args.device))
         best = []
         for instruction, rows in progress(list(answers.items()), "rank"):

@@ -22,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
 
     folder, commit = fetch(args.model, args.revision)
-    check_policy(folder)
+    check_policy(folder, made_here=False)
     template = template_hash(load_tokenizer(folder))
     with recorded("policy_source", args.output, [], vars(args)) as facts:
         with written_whole(args.output) as temporary:

@@ -13,10 +13,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from sppo.artifacts import recorded, write_table
+from sppo.artifacts import recorded
 from sppo.config import add_section
 from sppo.errors import UserError, run
 from sppo.prompts import read_instructions, read_prompts
+from sppo.tables import write_table
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
 
     source = args.source.replace("{t}", str(args.iteration))
-    prompts, commit = read_prompts(source, args.revision, args.split, args.field)
+    prompts, commit = read_prompts(source, revision_of(args.revision, args.iteration), args.split, args.field)
     held_out = {row["instruction"].strip() for row in read_instructions(args.held_out)}
     free = [prompt for prompt in prompts if prompt["messages"][-1]["content"].strip() not in held_out]
     inputs = [args.held_out, args.policy] + ([Path(source)] if Path(source).is_file() else [])
@@ -44,6 +45,14 @@ def main() -> None:
         write_table(args.output, rows, "prompts")
         facts |= {"prompts": len(rows), "available": len(free), "set_aside": len(prompts) - len(free),
                   "dropped": dropped, "commit": commit}
+
+
+def revision_of(revisions: str | None, t: int) -> str | None:
+    """The commit for iteration t: the one that is given, or the t-th of several."""
+    commits = (revisions or "").replace(" ", "").split(",")
+    if len(commits) > 1 and t > len(commits):
+        raise UserError(f"prompts.revision names {len(commits)} commits, and this is iteration {t}; name one an iteration")
+    return (commits[0] if len(commits) == 1 else commits[t - 1]) or None
 
 
 def portion(prompts: list[dict[str, Any]], size: int | None, t: int, parts: int, seed: int, source: str) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sppo.artifacts import read_table, recorded, write_table
+from sppo.artifacts import recorded
 from sppo.errors import UserError, run
+from sppo.tables import read_table, write_table
 
 
 def main() -> None:

@@ -15,13 +15,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from sppo.artifacts import STAGES, known_hash, read_json, read_table, recorded, write_json, write_text, written_whole
+from sppo.artifacts import STAGES, known_hash, read_json, recorded, write_json, write_text, written_whole
 from sppo.config import add_section
 from sppo.errors import UserError, run, writing
+from sppo.tables import read_table
 
 
 def main() -> None:
@@ -47,6 +49,7 @@ def train(args: argparse.Namespace) -> None:
     import torch
 
     start_torch()
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard"))  # the work folder goes when all is done
     device = pick_device(args.device)
     dtype = compute_dtype(args.precision, device)
     options, inputs = vars(args), [args.pairs, args.reference, args.policy]

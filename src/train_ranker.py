@@ -4,7 +4,7 @@
         --annotations AE1.parquet AE2.parquet --steps 190 --seed 1 --output data/ranker
 
 1. Take the part of the instructions that the name stands for (ranker or judge, 40% each, by hash).
-2. Form groups of one instruction, its reference answer, models' answers and two corrupted answers.
+2. Form groups of one instruction, its reference answer, models' answers and three corrupted answers.
 3. Learn every labelled pair of a group at once: the soft cross entropy of sigma(s(i, j)).
 4. Fit the logits' scale and the weight of length on a tenth of the part, kept from the gradient.
 5. Write the adapter's folder, whole or not at all.

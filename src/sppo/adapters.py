@@ -8,6 +8,12 @@ EMBEDDED = ("judge", "ranker")
 ADAPTER_FILES = ("adapter.safetensors", "ranker.json")
 
 
+def adapter_files(model: str) -> list[Path]:
+    """The files of an embedded preference model; none for a judge behind an API."""
+    folder = adapter_folder(model)
+    return [folder / name for name in ADAPTER_FILES] if folder else []
+
+
 def adapter_folder(model: str) -> Path | None:
     """Folder of an embedded preference model: `ranker` and `judge` lie in data/, a path is itself.
 

@@ -19,6 +19,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import textwrap
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Record = dict[str, Any]
+# What the openai package and its callers raise where a server's answer is no chat completion: broken JSON, missing fields.
+NO_COMPLETION = (json.JSONDecodeError, TypeError, AttributeError, KeyError, IndexError)
 CANONICAL_ORDER = ROOT / "data" / "alpaca_eval_order.txt"  # hashes of AlpacaEval's instructions: difficulties go by position
 CANONICAL_SIZE = 805
 # df_gamed.csv of tatsu-lab/alpaca_eval at 2edc6fad8be6b14ea7230aabfd08188da6b8b814.
@@ -120,10 +123,21 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
         logprobs = _gives_logprobs(judge.model, judge.base_url)
         config = _server_config(folder / "server" / "configs.yaml", judge.model, judge.base_url, logprobs)
         facts = {"model": judge.model, "base_url": judge.base_url, "reads": "logprobs" if logprobs else "text"}
-    name = hashlib.sha256(f"{judge.name}\0{judge.model}\0{judge.base_url}".encode()).hexdigest()[:16]
+    # A changed prompt, parser, model or server must not take old judgments.
+    name = hashlib.sha256(f"{judge.base_url}\0{_settings_of(config)}".encode()).hexdigest()[:16]
     # The package writes its cache after every chunk: at most 20 judgments are lost to a failure.
     return {"annotators_config": config, "annotation_kwargs": {"chunksize": 20},
             "caching_path": _clean_cache(cache / f"{name}.json")}, facts
+
+
+def _settings_of(config: str) -> str:
+    """An annotators_config with its prompt templates, as text."""
+    from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
+
+    file = Path(config) if config.endswith(".yaml") else EVALUATORS_CONFIG_DIR / config / "configs.yaml"
+    text = file.read_text(encoding="utf-8")
+    prompts = (EVALUATORS_CONFIG_DIR / match for match in re.findall(r"prompt_template: \"?([^\s\"]+)", text))
+    return "\0".join([text, *(prompt.read_text(encoding="utf-8") for prompt in prompts)])
 
 
 def _gives_logprobs(model: str, base_url: str) -> bool:
@@ -314,9 +328,12 @@ def evaluate(outputs: list[Record], reference: list[Record], formula: str, diffi
                 precomputed_leaderboard=None, is_cache_leaderboard=False, is_return_instead_of_print=True,
                 fn_metric=functools.partial(metrics, formula=formula, difficulty=difficulty,
                                             cache=chosen.get("caching_path")), **chosen)
-    except openai.OpenAIError as error:
+    except (openai.OpenAIError, *NO_COMPLETION) as error:
+        if adapter_folder(judge.name):
+            raise  # no server answers: a bug
         message = str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "(key)")
-        raise UserError(f"judge {judge.base_url or judge.name}: {message}; mend it and run again, finished judgments are kept in {cache}") from None
+        raise UserError(f"judge {judge.base_url or judge.name}: {type(error).__name__}: {message}; mend it and run again, finished judgments "
+                        f"are kept in {cache}") from None
     finally:
         logging.disable(logging.NOTSET)
     return board.iloc[0].to_dict(), annotations, facts

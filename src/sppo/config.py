@@ -21,7 +21,7 @@ from sppo.errors import UserError
 SCHEMA_FILE = Path(__file__).resolve().parents[2] / "config" / "schema.yaml"
 RESERVED = {"tables", "figures", "theory", "report", "models", "logs", "benchmarks"}
 # What a run may not override: these decide where things lie, or are shared by all runs.
-SHARED = {"name", "runs", "policy", "device"}
+SHARED = {"name", "runs", "policy", "device", "keep_policies"}
 # What two runs must agree on to share the first iteration's responses and preferences.
 FIRST_ITERATION = ("prompts", "responses", "preference", "seeds")
 
@@ -43,6 +43,8 @@ def resolve(written: Config) -> dict[str, Config]:
     written = _typed(written, rules)
     _check(written, rules, "")
     _check_name(written.get("name", ""), "name")
+    if written.get("name", "") in written.get("runs", {}):
+        raise UserError(f"config: name is {written['name']}, the name of a run, and both would write to results/{written['name']}/; choose another")
     main = {key: value for key, value in written.items() if key != "runs"}
     runs = {"": _complete(main, rules) | {"first_iteration_from": None}}
     for name, overrides in written.get("runs", {}).items():
@@ -57,6 +59,9 @@ def resolve(written: Config) -> dict[str, Config]:
         _check(overrides, rules, where + ".")
         run = _complete(_merged(main, overrides), rules) | {"first_iteration_from": first}
         if first:
+            if own_split := _other_split(runs[""], run):
+                raise UserError(f"config: {where} shares the first iteration with main but sets {own_split} otherwise, so that its prompts "
+                                "are divided otherwise; remove the override or first_iteration_from")
             for section in FIRST_ITERATION:
                 wanted, own = dict(runs[""][section]), dict(run[section])
                 if section == "seeds":
@@ -67,6 +72,13 @@ def resolve(written: Config) -> dict[str, Config]:
                                         "otherwise; remove the override or first_iteration_from")
         runs[name] = run
     return runs
+
+
+def _other_split(main: Config, run: Config) -> str | None:
+    """The key, if any, by which the run divides the prompts otherwise than main."""
+    if run["alpaca_eval"]["instructions"] != main["alpaca_eval"]["instructions"]:
+        return "alpaca_eval.instructions"
+    return "iterations" if run["iterations"] != main["iterations"] and main["prompts"]["per_iteration"] is None else None
 
 
 def _complete(written: Config, rules: Config) -> Config:
@@ -92,6 +104,8 @@ def default_of(rule: Config, settings: str) -> Any:
 
 def _check_together(config: Config) -> None:
     train = config["train"]
+    if config["responses"]["temperature"] == 0:
+        raise UserError("config: responses.temperature is 0, which gives K times the same response; set it above 0")
     if train["stop_epoch"] > train["schedule_total_epochs"]:
         raise UserError(f"config: train.stop_epoch ({train['stop_epoch']}) is after train.schedule_total_epochs "
                         f"({train['schedule_total_epochs']}); lower the one or raise the other")

@@ -1,6 +1,6 @@
 """Generation: K sampled responses to each prompt, with noise that belongs to the sample and not to the batch.
 
-One engine interface: `generate(prompts, sampling, seed)` on prompt token ids. transformers is the engine
+One engine interface: `generate(prompts, sampling, data_seed, purpose)` on prompt token ids. transformers is the engine
 here; another one (vLLM) has the same method and the same contracts.
 """
 

@@ -69,8 +69,12 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
     return snapshot, snapshot.name
 
 
-def check_policy(folder: Path) -> None:
-    """A policy folder has a config, whole weights and a tokenizer; else a UserError says what it lacks."""
+def check_policy(folder: Path, made_here: bool = True) -> None:
+    """A policy folder has a config, whole weights and a tokenizer; else a UserError says what it lacks.
+
+    `made_here` tells one of the workflow's own, which can be made again, from a user's.
+    """
+    remedy = "delete the folder and make it again" if made_here else "save the model with save_pretrained, as safetensors"
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"policy folder {folder} does not exist; correct the path or make it")
@@ -85,9 +89,9 @@ def check_policy(folder: Path) -> None:
     for name in names:
         weights = folder / name
         if not weights.is_file():
-            raise UserError(f"policy folder {folder} has no weights ({name} is missing); delete the folder and make it again")
+            raise UserError(f"policy folder {folder} has no weights ({name} is missing); {remedy}")
         if not _is_whole(weights):
-            raise UserError(f"{weights} is cut off or is not a safetensors file; delete the policy folder and make it again")
+            raise UserError(f"{weights} is cut off or is not a safetensors file; {remedy}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise UserError(f"policy folder {folder} has no tokenizer; copy the tokenizer files of its base model into it")
 
@@ -167,7 +171,10 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def start_torch() -> None:
-    """Give PyTorch the cores that the job was given, and keep weight-loading bars out of the logs."""
+    """Give PyTorch the cores that the job was given and, unless a launcher started several processes, one GPU; keep
+    weight-loading bars out of the logs."""
+    if "LOCAL_RANK" not in os.environ:  # else the Trainer would spread batches over all GPUs it sees
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     import torch
     from transformers.utils import logging
 

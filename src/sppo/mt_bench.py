@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.adapters import EMBEDDED, adapter_folder
+from sppo.alpaca import NO_COMPLETION
 from sppo.artifacts import file_hash
 from sppo.errors import UserError
 
@@ -37,6 +38,8 @@ OFFICIAL = {
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
                 "stem": 0.1, "humanities": 0.1}
 CONCURRENT = 4  # requests to a server at once
+TIMEOUT = 120  # seconds for one judgment
+RETRIES = 6  # of the openai package, with exponential backoff
 
 
 def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None) -> None:
@@ -170,7 +173,7 @@ class Client:
         import openai
 
         key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if base_url else None)  # a local server wants none, the package does
-        self.api = openai.OpenAI(base_url=base_url, api_key=key, timeout=120, max_retries=6)
+        self.api = openai.OpenAI(base_url=base_url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
         self.model, self.base_url, self.cache, self.lock = model, base_url, cache, threading.Lock()
         self.kept = dict(_kept(cache))
 
@@ -183,12 +186,13 @@ class Client:
         if key not in self.kept:
             try:
                 answer = self.api.chat.completions.create(model=model, messages=messages, n=1, temperature=temperature, max_tokens=max_tokens)
-            except openai.OpenAIError as error:
+                text = answer.choices[0].message.content or ""
+            except (openai.OpenAIError, *NO_COMPLETION) as error:
                 message = str(error).replace(self.api.api_key, "(key)")
-                raise UserError(f"judge {self.base_url or model}: {message}; mend it and run again, finished judgments are kept in "
+                raise UserError(f"judge {self.base_url or model}: {type(error).__name__}: {message}; mend it and run again, finished judgments are kept in "
                                 f"{self.cache}") from None
             with self.lock:
-                self.kept[key] = answer.choices[0].message.content or ""
+                self.kept[key] = text
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
                 with self.cache.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps([key, self.kept[key]]) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,18 @@ def check_inputs(runs: dict[str, dict[str, Any]]) -> None:
                             "with all six tasks")
         evaluation = run["alpaca_eval"]
         instructions = read_instructions(Path(evaluation["instructions"]))
-        read_instructions(Path(evaluation["instructions"]), evaluation["limit"])
+        asked = read_instructions(Path(evaluation["instructions"]), evaluation["limit"])
         for key in ("reference", "difficulty"):
             if evaluation[key] not in (None, "base") and not Path(evaluation[key]).is_file():
                 raise UserError(f"config: {where}alpaca_eval.{key} is {evaluation[key]}, but there is no such file; correct the path")
+        if evaluation["reference"] != "base":
+            alpaca.paired([row | {"generator": "policy"} for row in asked], alpaca.read_outputs(Path(evaluation["reference"])))
+        if evaluation["difficulty"]:
+            alpaca.check_order(asked, Path(evaluation["difficulty"]))
+        tracker = run["train"]["report_to"]
+        here = importlib.util.find_spec("torch")  # not so with conda, where programs run in environments of their own
+        if here and tracker != "none" and not importlib.util.find_spec(tracker):
+            raise UserError(f"config: {where}train.report_to is {tracker}, which is not installed; run .venv/bin/pip install {tracker}, or set none")
         if run["iterations"]:
             check_prompts(run, {row["instruction"].strip() for row in instructions})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ T = TypeVar("T")
 
 def progress(items: Sequence[T], what: str) -> Iterator[T]:
     """Iterate over `items` and tell on stderr how far it is."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() or os.environ.get("SPPO_WATCHED"):  # the Snakefile sets it where tee stands before the terminal
         yield from tqdm(items, desc=what)
         return
     began = told = time.monotonic()

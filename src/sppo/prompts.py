@@ -92,6 +92,9 @@ def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, An
         if row["instruction"] in seen:
             raise UserError(f"{path} has an instruction twice: {row['instruction'][:60]!r}; remove one")
         seen.add(row["instruction"])
+    ids = [str(row["prompt_id"]) for row in rows if "prompt_id" in row]
+    if len(set(ids)) < len(ids) or 0 < len(ids) < len(rows):
+        raise UserError(f"{path}: prompt_id must differ between all instructions, or be absent; mend it")
     if limit and limit > len(rows):
         raise UserError(f"alpaca_eval.limit is {limit}, but {path} has {len(rows)} instructions; lower it")
     return rows[:limit]

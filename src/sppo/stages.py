@@ -12,6 +12,9 @@ STAGES = {
     "select": 1,
     "reference": 1,
     "train": 1,
-    "evaluate": 1,
+    "answer": 1,
+    "judge": 1,
+    "mt_bench": 1,
+    "open_llm": 1,
     "tabulate": 1,
 }

@@ -21,9 +21,10 @@ from sppo.errors import UserError
 from sppo.logps import pair_batch, pair_length, response_logps
 from sppo.losses import pair_loss
 
-# Log-ratios before the first step: rounding alone. In bfloat16 a token's log-probability is good to about
-# 1e-2, and other padding than in the reference pass draws these errors anew.
-IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# Log-ratios before the first step, nats a token: rounding alone. In bfloat16 a token's log-probability is good to
+# about 1e-2, and other padding than in the reference pass draws these errors anew; over a batch they nearly cancel,
+# while those of another policy add up. Of one response, and of the batch's mean:
+IDENTITY_TOLERANCE = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (5e-2, 1e-2)}
 
 
 def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
@@ -91,14 +92,15 @@ class PairTrainer(Trainer):
         """Before the first update the policy is its own reference: log-ratios are 0 and the loss has its closed form."""
         with torch.no_grad():
             tokens = inputs["response_mask"].sum(1)
-            worst = (torch.cat([delta_w, delta_l]).abs() / tokens).max().item()
+            ratios = torch.cat([delta_w, delta_l])
+            worst, mean = (ratios.abs() / tokens).max().item(), abs((ratios.sum() / tokens.sum()).item())
             zero = torch.zeros_like(delta_w)
             closed = pair_loss(self.options["loss"], zero, zero, inputs, self.options["beta"]).mean().item()
-        self.step_0 = {"log_ratio_per_token": worst, "loss": losses.mean().item(), "closed_form": closed}
-        if not worst < IDENTITY_TOLERANCE[self.dtype]:
-            raise UserError(f"step-0 identity: a log-ratio is {worst:.3g} nats a token before the first update, at most "
-                            f"{IDENTITY_TOLERANCE[self.dtype]} is rounding; the reference log-probabilities belong to another "
-                            "policy: delete them and run again")
+        self.step_0 = {"log_ratio_per_token": worst, "mean_log_ratio_per_token": mean, "loss": losses.mean().item(), "closed_form": closed}
+        for what, value, limit in zip(("a log-ratio", "the mean log-ratio"), (worst, mean), IDENTITY_TOLERANCE[self.dtype]):
+            if not value < limit:
+                raise UserError(f"step-0 identity: {what} is {value:.3g} nats a token before the first update, at most {limit} is rounding; "
+                                "the reference log-probabilities belong to another policy: delete them and run again")
 
     def _count(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
         """Add a micro-batch to the sums that the next log line reports as means over the step's pairs."""

@@ -51,7 +51,8 @@ def call(tmp_path, monkeypatch):
     """Run the program in this process on `ours` and `base`; returns the result, or raises what it raises."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter.safetensors").touch()
+    for name in ("adapter.safetensors", "ranker.json"):
+        (adapter / name).touch()
 
     def run(ours, base, *more, probability=None, judge=None, seed=0, fits=0):
         rankers = types.ModuleType("sppo.rankers")
@@ -238,6 +239,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, logprobs: str, broken: str = "") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.plan: list[int | str] = []  # statuses, or bodies that are no completion, of the next answers to judgments
         self.logprobs, self.broken, self.judged, self.status, self.keys, self.letters = logprobs, broken, 0, 200, set(), set()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -255,6 +257,9 @@ class Handler(BaseHTTPRequestHandler):
         text = request["messages"][-1]["content"]
         answers = re.findall(r'"output": """(\w*)', text)
         letter = "m" if not answers or answers[0] == "policy" else "M"
+        if answers and self.server.plan:
+            answer = self.server.plan.pop(0)
+            return self.reply(answer, {"error": {"message": "busy"}}) if isinstance(answer, int) else self.send(200, answer.encode())
         if answers:
             self.server.judged += 1
             self.server.letters.add(letter)
@@ -271,7 +276,9 @@ class Handler(BaseHTTPRequestHandler):
                                       "message": {"role": "assistant", "content": letter}}]})
 
     def reply(self, status, body):
-        data = json.dumps(body).encode()
+        self.send(status, json.dumps(body).encode())
+
+    def send(self, status, data):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -351,6 +358,48 @@ def test_a_server_that_refuses_is_one_line_without_the_key(call, serve, monkeypa
     with pytest.raises(UserError, match="bad key") as error:
         call(outputs("policy"), outputs("base"), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
     assert KEY not in str(error.value) + "".join(capfd.readouterr())
+
+
+def test_a_busy_server_is_asked_again(call, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given")
+    server.plan = [429, 503]
+    result = call(outputs("policy", 6, 1), outputs("base", 6), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
+    assert result["n_total"] == 6 and server.judged == 6
+
+
+@pytest.mark.parametrize("body", ["not JSON", "{}", '{"choices": null}'])
+def test_an_answer_that_is_no_completion_is_one_line(call, serve, monkeypatch, tmp_path, body):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given")
+    server.plan = [body] * 200
+    with pytest.raises(UserError, match="mend it and run again"):
+        call(outputs("policy", 6, 1), outputs("base", 6), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
+    assert not (tmp_path / "out" / "alpaca_eval.json").exists()
+
+
+def test_a_changed_prompt_takes_no_old_judgment(call, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given")
+    arguments = (outputs("policy", 6, 1), outputs("base", 6), "--judge-model", "m", "--judge-base-url", server.url)
+    call(*arguments, judge="openai")
+    call(*arguments, judge="openai")
+    assert server.judged == 6
+    settings = alpaca._settings_of
+    monkeypatch.setattr(alpaca, "_settings_of", lambda config: settings(config) + "one word more")
+    call(*arguments, judge="openai")
+    assert server.judged == 12
+    server.logprobs = "refused"  # read otherwise
+    call(*arguments, judge="openai")
+    assert server.judged == 18
+
+
+def test_instructions_that_the_judge_was_trained_on_are_counted(call, tmp_path, capfd):
+    from sppo.ranker_data import instruction_hash
+
+    (tmp_path / "adapter" / "training_instructions.txt").write_text("\n".join(instruction_hash(f"Write about {n}.") for n in (3, 5, 99)))
+    assert call(outputs("policy"), outputs("base"), probability=soft)["judge_details"]["instructions_seen_in_training"] == 2
+    assert "trained on 2 of these 30" in capfd.readouterr().err
 
 
 # --- Against what was published ---

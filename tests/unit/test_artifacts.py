@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import list_stale
-from sppo.artifacts import (ROOT, TABLES, code_hashes, file_hash, known_hash, read_json, read_table, record_path, recorded, write_json,
-                            write_table, write_text, written_whole)
+from sppo.artifacts import ROOT, code_hashes, file_hash, known_hash, read_json, record_path, recorded, write_json, write_text, written_whole
 from sppo.errors import UserError
 from sppo.stages import STAGES
+from sppo.tables import TABLES, read_table, write_table
 
 MESSAGES = [{"role": "user", "content": "Zeilen\nund „Anführung“ \U0001f600"}]
 ROWS = {

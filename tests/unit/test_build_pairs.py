@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import build_pairs
-from sppo.artifacts import UserError, read_table, write_table
+from sppo.errors import UserError
+from sppo.tables import read_table, write_table
 
 SKEW = np.array([[0.0, 1.0, 2.0], [-1.0, 0.0, 1.0], [-2.0, -1.0, 0.0]])  # response 0 wins, response 2 loses
 

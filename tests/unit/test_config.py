@@ -140,6 +140,13 @@ BAD = {
                                  ["train.stop_epoch", "train.schedule_total_epochs"]),
     "TRL has no soft loss": ({"train": {"backend": "trl"}}, ["TRL", "train.loss"]),
     "TRL scales no loss": ({"train": {"backend": "trl", "loss": "sppo_hard", "loss_scale": "beta_squared"}}, ["TRL", "train.loss_scale"]),
+    "greedy responses": ({"responses": {"temperature": 0}}, ["responses.temperature", "above 0"]),
+    "too few instructions": ({"alpaca_eval": {"limit": 3}}, ["alpaca_eval.limit is 3", "at least 5"]),
+    "experiment called like a run": ({"name": "k2", "runs": {"k2": {}}}, ["name is k2", "results/k2/"]),
+    "policies kept by one run alone": ({"runs": {"a": {"keep_policies": False}}}, ["runs.a", "keep_policies"]),
+    "shared first iteration, other held-out instructions": (
+        {"runs": {"a": {"first_iteration_from": "main", "alpaca_eval": {"instructions": "x.json"}}}}, ["runs.a", "alpaca_eval.instructions"]),
+    "shared first iteration, other split": ({"runs": {"a": {"first_iteration_from": "main", "iterations": 5}}}, ["runs.a", "iterations"]),
     "ragged micro-batches": ({"train": {"batch_size": 10, "micro_batch_size": 4}}, ["train.batch_size", "train.micro_batch_size"]),
 }
 

@@ -16,9 +16,10 @@ import safetensors.torch
 import build_pairs
 import generate_responses
 import prepare_policy
-from sppo.artifacts import record_path, write_json, write_table
+from sppo.artifacts import record_path, write_json
 from sppo.errors import UserError, run
 from sppo.models import load_policy
+from sppo.tables import write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted((ROOT / "src").glob("*.py"))

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -46,15 +47,21 @@ class Handler(BaseHTTPRequestHandler):
                 turn = 401
             if isinstance(turn, str):
                 self.server.prompts.append(request["messages"])
+        if turn == "hang":
+            time.sleep(1.5)
+        if isinstance(turn, str) and turn.startswith("{"):
+            return self.send(200, turn.encode(), {})
         if isinstance(turn, int):
             return self.reply(turn, {"error": {"message": f"no, {self.headers['Authorization']}"}}, {"retry-after-ms": "1"})
         self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [
             {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": turn}}]})
 
     def reply(self, status, body, headers=None):
-        content = json.dumps(body).encode()
+        self.send(status, json.dumps(body).encode(), headers or {})
+
+    def send(self, status, content, headers):
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **(headers or {})}.items():
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
@@ -114,6 +121,23 @@ def test_busy_and_failing_servers_are_asked_again(grade, server):
     server.plan = [429, 500, 503, 429]
 
     assert grade()["n"] == 64 and len(server.prompts) == 64
+
+
+def test_a_judgment_that_hangs_is_asked_again(grade, server, monkeypatch):
+    monkeypatch.setattr(mt_bench, "TIMEOUT", 0.5)
+    server.plan = ["hang"]
+
+    result = grade()
+
+    assert (result["n"], result["failures"], result["average"]) == (64, 0, 7)
+
+
+def test_an_answer_that_is_no_completion_is_one_line(grade, server, tmp_path):
+    for body in ("{", "{}", '{"choices": null}'):
+        server.plan = [body]
+        with pytest.raises(UserError, match="finished judgments are kept"):
+            grade()
+    assert grade()["n"] == 64 and len(server.prompts) <= 64 + 3
 
 
 def test_nonsense_is_counted_and_left_out_of_the_mean(grade, server):

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 import sample_prompts
-from sppo.artifacts import read_json, read_table, record_path
+from sppo.artifacts import read_json, record_path
 from sppo.errors import UserError
 from sppo.models import fetch, load_tokenizer, prompt_token_ids
 from sppo.prompts import read_instructions, read_prompts
+from sppo.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 
 import build_pairs
 import build_response_browser as browser
-from sppo.artifacts import read_table, write_json, write_table
+from sppo.artifacts import write_json
 from sppo.errors import UserError
 from sppo.preference import win_probabilities
+from sppo.tables import read_table, write_table
 
 EVIL = "a </script><script>alert(1)</script> <!-- <script> @DATA@ \u2028 \\ <b>é</b>"
 LOGITS = {"a": np.array([[0.0, 1.0, 2.0], [-1.0, 0.0, 3.0], [-2.0, 0.5, 0.0]]),
@@ -173,3 +176,14 @@ def test_evaluation_files_that_disagree_are_one_line(root, build, file, edit, sa
     with pytest.raises(UserError, match=said) as caught:
         build()
     assert str(root) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed")
+def test_a_browser_shows_list_matrix_and_badges(root, build, tmp_path):
+    build()
+    dom = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+                          f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", (root / "browser.html").as_uri()],
+                         check=True, capture_output=True, text=True, timeout=120).stdout
+    shown = dom[dom.index("<main"):] if "<main" in dom else dom
+    assert "prompt a" in shown and "winner" in shown.lower() and "loser" in shown.lower() and shown.count("<td") >= 9

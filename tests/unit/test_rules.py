@@ -24,6 +24,15 @@ FROM_OUTSIDE = ("policies.embedded_policy", "mt_bench.fetch_mt_bench")  # they r
 SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
 
 
+def test_the_snakefile_needs_only_snakemake():
+    """With conda, Snakemake runs in an environment of its own, without the programs' packages."""
+    code = ("import sys\nfor name in ('numpy', 'pandas', 'pyarrow', 'torch', 'transformers', 'openai', 'alpaca_eval', 'fastchat', 'datasets'):\n"
+            "    sys.modules[name] = None\n"
+            "import sppo.adapters, sppo.config, sppo.errors, sppo.preflight, sppo.stages\n"
+            "import yaml\nsppo.preflight.check_inputs(sppo.config.resolve(yaml.safe_load(open('config/config.yaml'))))")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": "src"})
+
+
 def lines(file: Path) -> int:
     return len(file.read_text(encoding="utf-8").splitlines())
 
@@ -196,6 +205,12 @@ BAD = {
     "missing judge": ("alpaca_eval: {judge: ./nowhere}", ["alpaca_eval.judge is ./nowhere"]),
     "missing base policy": ("policy: {model: ./nowhere}", ["policy.model is ./nowhere"]),
     "judge without a key": ("alpaca_eval: {judge: weighted_alpaca_eval_gpt4_turbo}", ["OPENAI_API_KEY"]),
+    "tracker that is not installed": ("train: {report_to: trackio}", ["train.report_to is trackio", "pip install trackio"]),
+    "missing MT-Bench questions": ("mt_bench: {data: nowhere}", ["nowhere/question.jsonl is missing"]),
+    "MT-Bench judge without a key": ("mt_bench: {judge: gpt-4-0613}", ["OPENAI_API_KEY", "mt_bench.judge"]),
+    "missing Open LLM items": ("open_llm: {data: ./nowhere}", ["open_llm.data is ./nowhere"]),
+    "difficulties of other instructions": ("alpaca_eval: {difficulty: Snakefile}", ["not AlpacaEval's 805 instructions"]),
+    "reference of other instructions": ("alpaca_eval: {reference: other.json}", ["lack the reference's instruction"]),
     "file of the run is missing": ("runs: {a: {prompts: {source: data/nowhere.jsonl}}}", ["data/nowhere.jsonl"]),
     "a section that is null": ("train:", ["train is None"]),
 }
@@ -214,6 +229,7 @@ def test_bad_input_is_found_by_what_the_rules_call_first(text, said, copy, monke
     """In this process: rules/common.smk calls these two, and puts what they raise on one line."""
     monkeypatch.chdir(copy)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (copy / "other.json").write_text('[{"instruction": "another", "output": "a", "generator": "g"}]')
     with pytest.raises(UserError) as caught:
         check_inputs(resolve(overlaid(text)))
     assert all(word in str(caught.value) for word in said) and "\n" not in str(caught.value), caught.value

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sppo.artifacts import read_table
 from sppo.preference import mean_logits, win_probabilities, winner_and_loser
+from sppo.tables import read_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # all cores, as a user has
