@@ -11,6 +11,9 @@ TORCH ?= torch==2.13.0
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 SNAKEMAKE := .venv/bin/snakemake --cores all
 
+# These take whatever evaluations have been made, so they come after them.
+OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
+
 .PHONY: demo demo-all install test test-slow stale
 
 demo: .venv/installed
@@ -19,9 +22,9 @@ demo: .venv/installed
 
 demo-all: .venv/installed
 	@$(SNAKEMAKE) everything
-	@$(SNAKEMAKE) paper_tables results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
-	@$(SNAKEMAKE) --report results/report.html -- everything paper_tables results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
-	@cat results/summary.md results/k2/summary.md results/iter3/best_of_n.csv results/tables/measured.md
+	@$(SNAKEMAKE) $(OF_WHAT_IS_THERE)
+	@$(SNAKEMAKE) --report results/report.html -- everything $(OF_WHAT_IS_THERE)
+	@cat results/summary.md results/k2/summary.md results/iter3/best_of_n.csv results/tables/evaluations.md results/tables/measured.md
 	@echo "Open results/report.html in a browser"
 
 install: .venv/installed

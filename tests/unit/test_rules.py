@@ -177,6 +177,24 @@ def test_the_user_s_own_target_is_planned_whole(copy):
     assert jobs(done)["train_policy"] == 3 and evaluated(done) == {"results/iter3/alpaca_eval.json"}
 
 
+def test_everything_is_every_evaluation_best_of_n_and_the_k2_run(copy):
+    planned = jobs(dry_run(copy, "everything"))
+    assert planned["train_policy"] == 6 and planned["evaluate_mt_bench"] == planned["evaluate_open_llm"] == 4
+    assert planned["judge_best_of_n"] == 5 and planned["build_response_browser"] == planned["plot_training"] == 1
+    assert jobs(dry_run(copy, "paper_tables"))["paper_tables"] == 1
+
+
+def test_a_run_that_evaluates_otherwise_has_a_base_of_its_own(copy):
+    (copy / "mine.yaml").write_text("runs: {a: {alpaca_eval: {limit: 50}}}")
+    made = evaluated(dry_run(copy, "results/a/summary.md", "--configfile", "mine.yaml"))
+    assert {"results/a/iter0/alpaca_eval.json", "results/a/iter3/alpaca_eval.json"} <= made and "results/iter0/alpaca_eval.json" not in made
+
+
+def test_without_keep_policies_all_but_the_last_are_temporary(copy):
+    planned = jobs(dry_run(copy, "--config", "keep_policies=false"))
+    assert (planned["train_dropped_policy"], planned["train_policy"]) == (2, 1)
+
+
 def test_no_iterations_evaluate_the_base_alone(copy):
     done = dry_run(copy, "--config", "iterations=0")
     assert evaluated(done) == {"results/iter0/alpaca_eval.json"} and not {"train_policy", "generate_responses"} & jobs(done).keys()
