@@ -91,7 +91,7 @@ def training(policy: Path, pairs: list[dict], engine: TransformersEngine, device
     """Pairs a second of one epoch: ours in bfloat16 and float32, and TRL's, references not counted."""
     options = {"loss": "sppo_hard", "beta": 1e-3, "learning_rate": 1e-5, "optimizer": "rmsprop", "lr_schedule": "linear", "warmup_ratio": 0.1,
                "schedule_total_epochs": 1, "stop_epoch": 1, "batch_size": 8, "micro_batch_size": 4, "max_grad_norm": 1.0, "loss_scale": "none",
-               "lora_rank": 0, "lora_alpha": 16, "gradient_checkpointing": False, "checkpoint_steps": 10_000, "report_to": "none"}
+               "lora_rank": 0, "lora_alpha": 16, "gradient_checkpointing": False, "checkpoint_steps": 10_000, "report_to": "none", "tau": 0.0, "gamma": 1.0, "label_smoothing": 0.0, "sft_weight": 0.0}
     tokens = sum(2 * len(p["prompt_token_ids"]) + len(p["chosen_token_ids"]) + len(p["rejected_token_ids"]) for p in pairs)
     found = {}
     for name, precision in (("ours", "auto"), ("ours", "float32"), ("TRL", "auto"), ("TRL", "float32")):
@@ -103,7 +103,7 @@ def training(policy: Path, pairs: list[dict], engine: TransformersEngine, device
                 trainer = make_trl_trainer(model, engine.tokenizer, pairs, options, dtype, device, Path(work), 0)
             else:
                 logps = frozen_logps(model, pairs, dtype, device, 4)
-                scored = [{**p, "reference_chosen": r["chosen_logp"], "reference_rejected": r["rejected_logp"]} for p, r in zip(pairs, logps, strict=True)]
+                scored = [{**p, **{f"{of}_{side}": r[f"{side}_logp"] for of in ("current", "reference") for side in ("chosen", "rejected")}} for p, r in zip(pairs, logps, strict=True)]
                 trainer = make_trainer(model, scored, options, dtype, device, Path(work), 0)
             began = time.perf_counter()
             trainer.train()

@@ -1,18 +1,37 @@
-"""Requires: iter{t}/pairs.parquet, iter{t-1}/policy. Gives: iter{t}/logps/current.parquet, iter{t}/policy, train_log.jsonl."""
+"""Requires: iter{t}/pairs.parquet, iter{t-1}/policy. Gives: iter{t}/logps/{current,reference}.parquet, iter{t}/policy, train_log.jsonl."""
+
+
+def reference_iteration(wildcards):
+    """The iterate that log-ratios refer to: the newest when it last moved."""
+    every, before = settings(wildcards)["train"]["reference_every"], int(wildcards.t) - 1
+    return 0 if every is None else before - before % every
+
+
+def frozen_policy(wildcards):
+    """What scores the pairs: pi_t, or the method's reference where that is another."""
+    return current_policy(wildcards) if wildcards.frozen == "current" else policy(wildcards.run, reference_iteration(wildcards))
+
+
+def other_reference(wildcards):
+    """Log-probabilities under the reference, where it is not pi_t."""
+    same = reference_iteration(wildcards) == int(wildcards.t) - 1
+    return {} if same else {"reference": f"{ROOT}{wildcards.run}iter{wildcards.t}/logps/reference.parquet"}
 
 
 rule score_reference:
-    """Log-probabilities of the pairs under pi_t, forward only, once."""
+    """Log-probabilities of the pairs under pi_t, or another frozen policy, forward only, once."""
     input:
         pairs=at("pairs.parquet"),
-        policy=current_policy,
+        policy=frozen_policy,
     output:
-        logps=at("logps/current.parquet"),
-        record=record(at("logps/current.parquet")),
+        logps=at("logps/{frozen}.parquet"),
+        record=record(at("logps/{frozen}.parquet")),
     log:
-        f"{LOGS}{{run}}iter{{t}}/score_reference.log",
+        f"{LOGS}{{run}}iter{{t}}/score_reference.{{frozen}}.log",
     benchmark:
-        f"{BENCHMARKS}{{run}}iter{{t}}/score_reference.tsv"
+        f"{BENCHMARKS}{{run}}iter{{t}}/score_reference.{{frozen}}.tsv"
+    wildcard_constraints:
+        frozen="current|reference",
     conda:
         "../envs/core.yaml"
     threads: MODEL_THREADS
@@ -25,7 +44,7 @@ rule score_reference:
         options=lambda wildcards: flags({key: settings(wildcards)["train"][key] for key in ("micro_batch_size", "precision")}),
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
-        "Scoring the reference of {wildcards.run}iteration {wildcards.t}"
+        "Scoring the pairs of {wildcards.run}iteration {wildcards.t} under the {wildcards.frozen} policy"
     shell:
         "{PYTHON} src/score_reference.py --pairs {input.pairs} --policy {input.policy} --device {MAIN[device]} {params.attention}"
         " {params.options:q} --output {output.logps} 2>&1 | tee {log}"
@@ -34,8 +53,9 @@ rule score_reference:
 rule train_policy:
     """Regress the log-ratios of winners and losers onto their targets: the next policy."""
     input:
+        unpack(other_reference),
         pairs=at("pairs.parquet"),
-        reference=at("logps/current.parquet"),
+        current=at("logps/current.parquet"),
         policy=current_policy,
     output:
         policy=directory(at("policy")),
@@ -56,12 +76,13 @@ rule train_policy:
     params:
         version=STAGES["train"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["train"],
-        options=section_flags("train"),
+        options=section_flags("train", skip=("reference_every",)),
+        reference=lambda wildcards, input: flags({"reference": input.reference}) if "reference" in input.keys() else [],
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
         "Training the policy of {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/train_policy.py --pairs {input.pairs} --reference {input.reference} --policy {input.policy}"
+        "{PYTHON} src/train_policy.py --pairs {input.pairs} --current {input.current} {params.reference} --policy {input.policy}"
         " --seed {params.seed} --device {MAIN[device]} {params.attention} {params.options:q}"
         " --output {output.policy} --log {output.log} 2>&1 | tee {log}"
 

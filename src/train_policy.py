@@ -1,6 +1,7 @@
 """Train the next policy on this iteration's pairs.
 
-Reads   pairs.parquet, logps/<reference>.parquet (the reference's log-probabilities of them), the policy to start from
+Reads   pairs.parquet, logps/current.parquet (log-probabilities of them under pi_t), for a method that refers to another
+        policy logps/reference.parquet, the policy to start from
 Writes  policy/ (a Hugging Face folder, float32), train_log.jsonl, a record beside each
 Paper   2405.00675, Algorithm 1 line 6, eq. (4.6)
 Departs from the paper: only where a flag says so; the defaults are the paper's. The official code has no
@@ -29,20 +30,26 @@ from sppo.tables import read_table
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, required=True)
-    parser.add_argument("--reference", type=Path, required=True, help="logps/<reference>.parquet")
+    parser.add_argument("--current", type=Path, required=True, help="logps/current.parquet, under the policy to start from")
+    parser.add_argument("--reference", type=Path, help="logps/reference.parquet, where the method refers to another policy")
     parser.add_argument("--policy", type=Path, required=True, help="policy to start from")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained policy")
     parser.add_argument("--log", type=Path, required=True, help="train_log.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
-    add_section(parser, "train")
+    add_section(parser, "train", skip=("reference_every",))
     train(parser.parse_args())
 
 
 def train(args: argparse.Namespace) -> None:
     """Train, then write policy, log and records."""
-    pairs = joined(read_table(args.pairs, "pairs"), read_table(args.reference, "logps"), args)
+    args.reference = args.reference or args.current
+    pairs = read_table(args.pairs, "pairs")
+    if not pairs:
+        raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
+    for name in ("current", "reference"):
+        pairs = joined(pairs, args.pairs, getattr(args, name), name)
     # Only now what takes seconds to import.
     from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, start_torch
     from sppo.training import make_trainer, make_trl_trainer
@@ -52,7 +59,7 @@ def train(args: argparse.Namespace) -> None:
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard"))  # the work folder goes when all is done
     device = pick_device(args.device)
     dtype = compute_dtype(args.precision, device)
-    options, inputs = vars(args), [args.pairs, args.reference, args.policy]
+    options, inputs = vars(args), [args.pairs, args.current, args.reference, args.policy]
     with recorded("train", args.output, inputs, options) as facts, recorded("train", args.log, inputs, options):
         tokenizer = load_tokenizer(args.policy)
         model = load_policy(args.policy, torch.float32, device, args.attention)
@@ -79,22 +86,20 @@ def train(args: argparse.Namespace) -> None:
         shutil.rmtree(work)
 
 
-def joined(pairs: list[dict], references: list[dict], args: argparse.Namespace) -> list[dict]:
-    """Pairs with their reference log-probabilities as reference_chosen and reference_rejected."""
-    if not pairs:
-        raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
-    by_id = {row["pair_id"]: row for row in references}
+def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]:
+    """Pairs, read from `source`, with the log-probabilities of `path` as <name>_chosen and <name>_rejected."""
+    by_id = {row["pair_id"]: row for row in read_table(path, "logps")}
     if by_id.keys() != {pair["pair_id"] for pair in pairs}:
-        raise UserError(f"{args.reference} does not belong to {args.pairs}: their pairs differ; delete it and run again")
-    return [{**pair, "reference_chosen": by_id[pair["pair_id"]]["chosen_logp"],
-             "reference_rejected": by_id[pair["pair_id"]]["rejected_logp"]} for pair in pairs]
+        raise UserError(f"{path} does not belong to {source}: their pairs differ; delete it and run again")
+    return [{**pair, f"{name}_chosen": by_id[pair["pair_id"]]["chosen_logp"], f"{name}_rejected": by_id[pair["pair_id"]]["rejected_logp"]}
+            for pair in pairs]
 
 
 def work_folder(args: argparse.Namespace) -> Path:
     """Where checkpoints lie: emptied if it belongs to other inputs, settings or stage version."""
     work = args.output.with_name(f".{args.output.name}.work")
     settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "log", "report_to")}
-    inputs = [known_hash(path) for path in (args.pairs, args.reference, args.policy)]
+    inputs = [known_hash(path) for path in (args.pairs, args.current, args.reference, args.policy)]
     fingerprint = hashlib.sha256(json.dumps([settings, inputs, STAGES["train"]], sort_keys=True).encode()).hexdigest()
     label = work / "made_for.json"
     if work.exists() and not (label.exists() and read_json(label) == fingerprint):

@@ -109,8 +109,17 @@ def _check_together(config: Config) -> None:
     if train["stop_epoch"] > train["schedule_total_epochs"]:
         raise UserError(f"config: train.stop_epoch ({train['stop_epoch']}) is after train.schedule_total_epochs "
                         f"({train['schedule_total_epochs']}); lower the one or raise the other")
-    if train["backend"] == "trl" and train["loss"] != "sppo_hard":
+    if train["backend"] == "trl" and train["loss"] not in ("sppo_hard", "dpo", "hinge", "ipo"):
         raise UserError(f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or train.backend: transformers")
+    if train["backend"] == "trl" and (train["reference_every"] != 1 or train["sft_weight"] or train["label_smoothing"]):
+        raise UserError("config: TRL's trainer here refers to the previous iterate, adds no term and smooths no labels; set train.reference_every: 1, "
+                        "train.sft_weight: 0 and train.label_smoothing: 0, or use train.backend: transformers")
+    if train["backend"] == "trl" and train["loss"] == "ipo" and not (train["per_token"] and train["ipo_target"] == 0.5):
+        raise UserError("config: TRL's IPO is per token with target 1/(2 beta); set train.per_token: true and train.ipo_target: 0.5")
+    if train["loss"] == "kto_pair" and train["micro_batch_size"] < train["batch_size"]:
+        raise UserError("config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size")
+    if train["loss"] in ("inpo", "nash_md") and train["tau"] > train["beta"]:
+        raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({train['beta']}), which gives pi_t a negative weight; lower it")
     if train["backend"] == "trl" and train["loss_scale"] != "none":
         raise UserError("config: TRL does not scale losses; use train.loss_scale: none or train.backend: transformers")
     if train["batch_size"] % train["micro_batch_size"] and train["batch_size"] > train["micro_batch_size"]:

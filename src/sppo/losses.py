@@ -1,19 +1,27 @@
-"""Losses: pure functions on (B,) tensors of summed log-ratios, one loss value a pair.
+"""Losses of all methods: pure functions on (B,) tensors, one loss value a pair.
 
-Symbols of the SPPO paper (arXiv 2405.00675): `delta_w` and `delta_l` are log pi_theta(y|x) / pi_t(y|x) of
-winner and loser, summed over response tokens, in nats; `p_hat_w` and `p_hat_l` are P-hat(y beats pi_t);
-`p_wl` is P(winner beats loser); beta = 1 / eta.
+Symbols: `delta_w` and `delta_l` are log pi_theta(y|x) / pi_ref(y|x) of winner and loser, summed over response tokens,
+in nats, where pi_ref is what the method refers to (for SPPO pi_t, the policy at the start of the iteration); `h`, `h_t`
+and `h_ref` are log y_w - log y_l under pi_theta, pi_t and pi_ref; `p_hat_w` and `p_hat_l` are P-hat(y beats pi_t);
+`p_wl` is P(winner beats loser). For SPPO and MPO beta = 1 / eta of their papers; for INPO and DNO beta is their eta.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
-LOSSES = ("sppo", "sppo_single", "sppo_hard")
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+Pair = dict[str, Tensor]
+LOSSES = ("sppo", "sppo_single", "sppo_hard", "dpo", "hinge", "ipo", "kto_pair", "simpo", "dno", "mmpo", "inpo", "nash_md", "mpo")
+# TRL's names of those that it has; its IPO is the one per token with target 1/(2 beta).
+TRL_LOSSES = {"sppo_hard": "sppo_hard", "dpo": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
 
 
 def sppo(delta_w: Tensor, delta_l: Tensor, p_hat_w: Tensor, p_hat_l: Tensor, beta: float) -> Tensor:
-    """The practical loss, eq. (4.6), on winner and loser; shape (B,).
+    """The practical loss of SPPO (2405.00675), eq. (4.6), on winner and loser; shape (B,).
 
     1/2 sum over y in {w, l} of (delta_y - eta (P-hat_y - 1/2))^2. The factor 1/2 is the official code's.
     """
@@ -30,15 +38,99 @@ def sppo_hard(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
     return (delta_w - 0.5 / beta) ** 2 + (delta_l + 0.5 / beta) ** 2
 
 
-def pair_loss(name: str, delta_w: Tensor, delta_l: Tensor, pair: dict[str, Tensor], beta: float) -> Tensor:
-    """The loss called `name`, shape (B,), with what it needs taken from `pair`.
+def dpo(delta_w: Tensor, delta_l: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """DPO (2305.18290, eq. 7) with conservative label smoothing, shape (B,). SPIN's loss (2401.01335) with lambda = beta."""
+    return soft_label(delta_w, delta_l, torch.full_like(delta_w, 1.0 - label_smoothing), beta)
 
-    `pair` holds p_hat_chosen, p_hat_rejected and p_chosen_beats_rejected, each (B,).
+
+def soft_label(delta_w: Tensor, delta_l: Tensor, q: Tensor, beta: float) -> Tensor:
+    """Cross entropy of sigma(beta (delta_w - delta_l)) against q = P(w is preferred), shape (B,). DNO (2404.03715), Algorithm 1:
+    q = sigma(r_w - r_l) with r = P-hat; MMPO: q = sigma(gamma (r_w - r_l))."""
+    logit = beta * (delta_w - delta_l)
+    return -q * logsigmoid(logit) - (1.0 - q) * logsigmoid(-logit)
+
+
+def hinge(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
+    """SLiC's hinge on the log-ratios, shape (B,)."""
+    return torch.relu(1.0 - beta * (delta_w - delta_l))
+
+
+def ipo(delta_w: Tensor, delta_l: Tensor, target: float) -> Tensor:
+    """IPO (2310.12036), shape (B,): the difference regressed onto 1/(2 beta), or 1/beta as in SPPO's eq. (4.14)."""
+    return (delta_w - delta_l - target) ** 2
+
+
+def kto_pair(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
+    """The official SPPO code's `kto_pair`, shape (B,): mean of its two terms. The KL terms are means over this batch."""
+    kl_w, kl_l = delta_w.mean().clamp(min=0), delta_l.mean().clamp(min=0)
+    return 0.5 * ((1.0 - torch.sigmoid(beta * (delta_w - kl_l))) + (1.0 - torch.sigmoid(beta * (kl_w - delta_l))))
+
+
+def simpo(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> Tensor:
+    """SimPO (2405.14734), shape (B,), on log-probabilities per token; no reference."""
+    return -logsigmoid(beta * (mean_w - mean_l) - gamma)
+
+
+def inpo(h: Tensor, h_ref: Tensor, h_t: Tensor, beta: float, tau: float) -> Tensor:
+    """INPO (2407.00617), shape (B,), eta = beta: needs labels, no win rates."""
+    return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_t - 0.5 / beta) ** 2
+
+
+def nash_md(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau: float) -> Tensor:
+    """Nash-MD's update (2312.00886) as a regression on pairs, shape (B,): pi ~ pi_mix exp(eta P(. beats pi_mix)),
+    pi_mix ~ pi_t^(1 - eta tau) pi_ref^(eta tau), eta = 1/beta, margin = P-hat_w - P-hat_l against samples of pi_mix."""
+    return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_t - margin / beta) ** 2
+
+
+def mpo(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau: float) -> Tensor:
+    """Magnetic mirror descent, the inner step of MPO (2410.16714), as a regression on pairs, shape (B,):
+
+    ((1 + eta tau) h - h_t - eta tau h_ref - eta margin)^2, eta = 1/beta, tau the paper's alpha, h_ref the magnet's.
+    The paper has a token-level policy gradient with two KL terms instead; its exact step has this minimiser,
+    log pi = (log pi_t + eta tau log pi_mag + eta P(. beats pi_t)) / (1 + eta tau) + constant, so the fixed point is the same.
     """
+    return ((1.0 + tau / beta) * h - h_t - tau / beta * h_ref - margin / beta) ** 2
+
+
+def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
+    """The loss called `name`, shape (B,), plus `sft_weight` times the winner's negative log-likelihood per token (RPO, 2404.19733).
+
+    `pair` holds, each (B,): logp_, current_ (under pi_t), reference_ (under pi_ref) and tokens_ of chosen and rejected,
+    p_hat_chosen, p_hat_rejected, p_chosen_beats_rejected. `options` is the configuration section `train`.
+    """
+    loss = _pair_loss(name, pair, options, options["beta"])
+    if options["sft_weight"]:
+        loss = loss - options["sft_weight"] * pair["logp_chosen"] / pair["tokens_chosen"]
+    return loss
+
+
+def _pair_loss(name: str, pair: Pair, options: dict[str, Any], beta: float) -> Tensor:
+    delta_w, delta_l = (pair[f"logp_{side}"] - pair[f"reference_{side}"] for side in ("chosen", "rejected"))
+    margin = pair["p_hat_chosen"] - pair["p_hat_rejected"]
+    h, h_ref, h_t = (pair[f"{of}_chosen"] - pair[f"{of}_rejected"] for of in ("logp", "reference", "current"))
+    tau, gamma = options["tau"], options["gamma"]
     if name == "sppo":
         return sppo(delta_w, delta_l, pair["p_hat_chosen"], pair["p_hat_rejected"], beta)
     if name == "sppo_single":
         return sppo_single(delta_w, delta_l, pair["p_chosen_beats_rejected"], beta)
     if name == "sppo_hard":
         return sppo_hard(delta_w, delta_l, beta)
+    if name == "dpo":
+        return dpo(delta_w, delta_l, beta, options["label_smoothing"])
+    if name == "hinge":
+        return hinge(delta_w, delta_l, beta)
+    if name == "ipo":
+        if options["per_token"]:
+            delta_w, delta_l = delta_w / pair["tokens_chosen"], delta_l / pair["tokens_rejected"]
+        return ipo(delta_w, delta_l, options["ipo_target"] / beta)
+    if name == "kto_pair":
+        return kto_pair(delta_w, delta_l, beta)
+    if name == "simpo":
+        return simpo(pair["logp_chosen"] / pair["tokens_chosen"], pair["logp_rejected"] / pair["tokens_rejected"], beta, gamma)
+    if name in ("dno", "mmpo"):
+        return soft_label(delta_w, delta_l, torch.sigmoid(margin if name == "dno" else gamma * margin), beta)
+    if name == "inpo":
+        return inpo(h, h_ref, h_t, beta, tau)
+    if name in ("nash_md", "mpo"):
+        return {"nash_md": nash_md, "mpo": mpo}[name](h, h_ref, h_t, margin, beta, tau)
     raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")

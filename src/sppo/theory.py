@@ -1,6 +1,6 @@
 """What the theory of these methods claims of every game: identities, fixed points, bounds.
 
-A claim is (number, words, value, relation, expected); the numbers are those of TOPICS.
+A claim is (number, words, value, relation, expected); the numbers are those of TOPICS. KL(p, q) = E_p log p/q.
 An error or an excess is compared with what rounding allows, a value with a bound as their ratio, which must not exceed 1.
 """
 
@@ -16,7 +16,7 @@ from sppo.games import Array, Game, duality_gap, kl, play
 ETAS, TAUS, HORIZONS = (0.05, 0.3, 1.0), (0.1, 0.3), (100, 400, 1600, 6400, 25600)
 Claim = tuple[int, str, float, str, str]
 TOPICS = {
-    1: "SPPO (MWU) moves away from the equilibrium", 2: "last iterate and average", 3: "the average's 1/sqrt(T), theorem 4.1",
+    1: "SPPO (MWU) and its distance from the equilibrium", 2: "last iterate and average", 3: "the average's 1/sqrt(T), theorem 4.1",
     4: "the regularised equilibrium", 5: "INPO", 6: "Nash-MD", 7: "EGPO", 8: "MMD", 9: "MPO: a magnet that moves", 10: "optimism (OMWU)",
     11: "rewards cannot express cycles: Bradley-Terry and DPO", 12: "SPPO's least squares and MWU", 13: "from logits to P and P-hat",
     14: "which methods settle", 15: "learning from samples: online IPO", 16: "beating one's predecessor certifies nothing",
@@ -35,17 +35,17 @@ def laws(game: Game) -> Iterator[Claim]:
     pi = play(g.mwu(P, start, 1.0), 300)
     wins, path = pi @ P.T, divergences(star, pi)
     log_z = np.log((pi * np.exp(wins - 0.5)).sum(axis=1))
-    yield 1, "MWU: KL(pi*||pi_t) grows by log E exp(eta (P pi_t - 1/2)) - eta (P(pi* beats pi_t) - 1/2): error", \
+    yield 1, "MWU: KL(pi*, pi_t) grows by log E exp(eta (P pi_t - 1/2)) - eta (P(pi* beats pi_t) - 1/2): error", \
         np.abs(np.diff(path) - (log_z - wins @ star + 0.5)[:-1]).max(), "<=", "1e-12"
     if star.min() > 1e-9:
-        yield 1, "MWU: KL(pi*||pi_t) never falls if pi* has full support: largest fall", -np.diff(path).min(), "<=", "1e-10"
+        yield 1, "MWU: KL(pi*, pi_t) never falls if pi* has full support: largest fall", -np.diff(path).min(), "<=", "1e-10"
     for eta, T in [(eta, 2000) for eta in ETAS] + [(g.mwu_step(start, T), T) for T in HORIZONS]:
         average, shrink = play(g.mwu(P, start, eta), T - 1).mean(axis=0), 1 - np.exp(-eta)
         number, named = (2, f"eta {eta}") if T == 2000 else (3, "eta = sqrt(8 ln(1/min pi_1)/T)")
         yield number, f"MWU, {named}, T {T}: gap of the average over its bound 2 (ln(1/min pi_1)/(eta T) + eta/8)", \
             duality_gap(P, average) / g.mwu_bound(start, eta, T), "<=", "1"
-        if number == 2:  # mu runs over the vertices, where KL(mu||pi_1) = -log pi_1(mu)
-            yield 3, f"Freund-Schapire, eta {eta}, T 2000: 1/2 - (eta P(average beats mu) + KL(mu||pi_1)/T) / (1-e^-eta), worst mu", \
+        if number == 2:  # mu runs over the vertices, where KL(mu, pi_1) = -log pi_1(mu)
+            yield 3, f"Freund-Schapire, eta {eta}, T 2000: 1/2 - (eta P(average beats mu) + KL(mu, pi_1)/T) / (1-e^-eta), worst mu", \
                 (0.5 - eta / shrink * (average @ P) + np.log(start) / (shrink * T)).max(), "<=", "0"
     for tau in TAUS:
         yield from regularised_laws(P, start, tau)
@@ -57,7 +57,7 @@ def laws(game: Game) -> Iterator[Claim]:
         off[1] / max(off[0], 1e-12), "<=", "0.01"
     better, both = (pi[1:] * wins[:-1]).sum(axis=1) - 0.5, np.array([kl(a, b) + kl(b, a) for a, b in zip(pi, pi[1:])])
     yield 16, "MWU: P(pi_{t+1} beats pi_t) = 1/2 + (KL + reversed KL)/eta: error", np.abs(better - both).max(), "<=", "1e-12"
-    yield 16, "MWU: every policy beats its predecessor: 1/2 - P(pi_{t+1} beats pi_t), largest", -better.min(), "<=", "1e-15"
+    yield 16, "MWU: every policy beats its predecessor: 1/2 - P(pi_{t+1} beats pi_t), largest", -better.min(), "<=", "1e-12"
     i, j = (index.ravel() for index in np.indices((n, n)))
     weight = np.sqrt(start[i] * start[j])
     u = np.linalg.lstsq(weight[:, None] * (np.eye(n)[i] - np.eye(n)[j]), weight * (P[i, j] - 0.5) / 0.5, rcond=None)[0]
@@ -78,7 +78,7 @@ def regularised_laws(P: Array, start: Array, tau: float) -> Iterator[Claim]:
     for number, name, method, factor in ((5, "INPO", g.inpo, 32), (6, "Nash-MD", g.nash_md, 8)):
         pi = play(method(P, start, start, lambda t: tau * (t + 2) / 2, tau), 1000)
         C = max(np.abs(np.log(pi / start)).max() * tau, 1.0) if name == "INPO" else 1.0
-        yield number, f"{name}, tau {tau}, eta_t = tau (t+2)/2: KL(pi*_tau||pi) over its bound {factor} C^2/(tau^2 (T+1)), every T", \
+        yield number, f"{name}, tau {tau}, eta_t = tau (t+2)/2: KL(pi*_tau, pi) over its bound {factor} C^2/(tau^2 (T+1)), every T", \
             (divergences(star, pi[1:]) * tau**2 * (T + 1) / (factor * C**2)).max(), "<=", "1"
     pi = play(g.inpo(P, start, start, 2, tau), 400)
     C, path = max(np.abs(np.log(pi / start)).max() * tau, 1.0), divergences(star, pi)

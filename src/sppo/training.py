@@ -19,12 +19,15 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from sppo.errors import UserError
 from sppo.logps import pair_batch, pair_length, response_logps
-from sppo.losses import pair_loss
+from sppo.losses import TRL_LOSSES, pair_loss
 
 # Log-ratios before the first step, nats a token: rounding alone. In bfloat16 a token's log-probability is good to
 # about 1e-2, and other padding than in the reference pass draws these errors anew; over a batch they nearly cancel,
 # while those of another policy add up. Of one response, and of the batch's mean:
 IDENTITY_TOLERANCE = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (5e-2, 1e-2)}
+
+# Of each pair: the preference model's estimates, and log-probabilities under pi_t and the method's reference.
+NUMBERS = ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected", "current_chosen", "current_rejected", "reference_chosen", "reference_rejected")
 
 
 def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
@@ -51,13 +54,14 @@ def plan(n_pairs: int, options: dict[str, Any]) -> tuple[int, int]:
 def collate_pairs(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of B pairs: 2B sequences (chosen, then rejected) and the pairs' own numbers, each (B,)."""
     batch = pair_batch(pairs)
-    for name in ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected", "reference_chosen", "reference_rejected"):
+    for name in NUMBERS:
         batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
+    batch["tokens_chosen"], batch["tokens_rejected"] = batch["response_mask"].sum(1).chunk(2)
     return batch
 
 
 class PairTrainer(Trainer):
-    """Regresses log-ratios of winners and losers onto their targets (arXiv 2405.00675, eq. 4.6)."""
+    """Trains on pairs with any loss of `losses.py`; for SPPO, arXiv 2405.00675, eq. 4.6."""
 
     def __init__(self, *args: Any, options: dict[str, Any], schedule_steps: int, dtype: torch.dtype, **kwargs: Any) -> None:
         super().__init__(*args, data_collator=collate_pairs, **kwargs)
@@ -79,8 +83,8 @@ class PairTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         logps = response_logps(model, inputs)
         chosen, rejected = logps.chunk(2)
-        delta_w, delta_l = chosen - inputs["reference_chosen"], rejected - inputs["reference_rejected"]
-        losses = pair_loss(self.options["loss"], delta_w, delta_l, inputs, self.options["beta"])
+        delta_w, delta_l = chosen - inputs["current_chosen"], rejected - inputs["current_rejected"]
+        losses = pair_loss(self.options["loss"], inputs | {"logp_chosen": chosen, "logp_rejected": rejected}, self.options)
         if self.state.global_step == 0 and self.step_0 is None:
             self._check_step_0(losses, delta_w, delta_l, inputs)
         self._count(losses, delta_w, delta_l, inputs)
@@ -89,13 +93,13 @@ class PairTrainer(Trainer):
         return (loss, logps) if return_outputs else loss
 
     def _check_step_0(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Before the first update the policy is its own reference: log-ratios are 0 and the loss has its closed form."""
+        """Before the first update the policy is pi_t: log-ratios to it are 0 and the loss has its closed form."""
         with torch.no_grad():
-            tokens = inputs["response_mask"].sum(1)
+            tokens = torch.cat([inputs["tokens_chosen"], inputs["tokens_rejected"]])
             ratios = torch.cat([delta_w, delta_l])
             worst, mean = (ratios.abs() / tokens).max().item(), abs((ratios.sum() / tokens.sum()).item())
-            zero = torch.zeros_like(delta_w)
-            closed = pair_loss(self.options["loss"], zero, zero, inputs, self.options["beta"]).mean().item()
+            itself = {"logp_chosen": inputs["current_chosen"], "logp_rejected": inputs["current_rejected"]}
+            closed = pair_loss(self.options["loss"], inputs | itself, self.options).mean().item()
         self.step_0 = {"log_ratio_per_token": worst, "mean_log_ratio_per_token": mean, "loss": losses.mean().item(), "closed_form": closed}
         for what, value, limit in zip(("a log-ratio", "the mean log-ratio"), (worst, mean), IDENTITY_TOLERANCE[self.dtype]):
             if not value < limit:
@@ -151,7 +155,7 @@ def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, 
 
 def make_trainer(model: PreTrainedModel, pairs: list[dict[str, Any]], options: dict[str, Any], dtype: torch.dtype, device: str,
                  work: Path, seed: int) -> PairTrainer:
-    """Our trainer for rows of `pairs` that carry reference_chosen and reference_rejected."""
+    """Our trainer for rows of `pairs` that carry all `NUMBERS`."""
     steps, schedule_steps = plan(len(pairs), options)
     order = training_order([pair_length(p) for p in pairs], options["batch_size"], math.ceil(options["stop_epoch"]), seed)
     arguments = TrainingArguments(**trainer_arguments(options, steps, schedule_steps, dtype, device, work, seed))
@@ -163,7 +167,7 @@ def make_trainer(model: PreTrainedModel, pairs: list[dict[str, Any]], options: d
 
 def make_trl_trainer(model: PreTrainedModel, tokenizer: Any, pairs: list[dict[str, Any]], options: dict[str, Any], dtype: torch.dtype,
                      device: str, work: Path, seed: int) -> Trainer:
-    """TRL's DPOTrainer on the same token ids in the same order; it computes its own references."""
+    """TRL's DPOTrainer on the same token ids in the same order; it computes its own references, which are pi_t."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -181,7 +185,7 @@ def make_trl_trainer(model: PreTrainedModel, tokenizer: Any, pairs: list[dict[st
     rows = [{"prompt_ids": list(pairs[i]["prompt_token_ids"]), "chosen_ids": list(pairs[i]["chosen_token_ids"]),
              "rejected_ids": list(pairs[i]["rejected_token_ids"])} for i in order]
     arguments = DPOConfig(**trainer_arguments(options, steps, schedule_steps, dtype, device, work, seed) | {"remove_unused_columns": True, "gradient_checkpointing": options["gradient_checkpointing"]},
-                          loss_type=[options["loss"]], beta=options["beta"], precompute_ref_log_probs=True, max_length=None)
+                          loss_type=[TRL_LOSSES[options["loss"]]], beta=options["beta"], precompute_ref_log_probs=True, max_length=None)
     trainer = TokenIdTrainer(model=with_lora(model, options), args=arguments, train_dataset=Dataset.from_list(rows),
                              processing_class=tokenizer, callbacks=[Say()])
     trainer.remove_callback(PrinterCallback)

@@ -147,6 +147,10 @@ BAD = {
     "shared first iteration, other held-out instructions": (
         {"runs": {"a": {"first_iteration_from": "main", "alpaca_eval": {"instructions": "x.json"}}}}, ["runs.a", "alpaca_eval.instructions"]),
     "shared first iteration, other split": ({"runs": {"a": {"first_iteration_from": "main", "iterations": 5}}}, ["runs.a", "iterations"]),
+    "TRL has another IPO": ({"train": {"backend": "trl", "loss": "ipo"}}, ["TRL", "train.per_token"]),
+    "TRL refers to the previous iterate": ({"train": {"backend": "trl", "loss": "dpo", "reference_every": None}}, ["TRL", "train.reference_every"]),
+    "KTO's means over part of a step": ({"train": {"loss": "kto_pair"}}, ["kto_pair", "train.micro_batch_size"]),
+    "pi_t with a negative weight": ({"train": {"loss": "inpo", "beta": 0.01, "tau": 0.02}}, ["train.tau", "train.beta"]),
     "ragged micro-batches": ({"train": {"batch_size": 10, "micro_batch_size": 4}}, ["train.batch_size", "train.micro_batch_size"]),
 }
 

@@ -2,88 +2,170 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 import torch
 
+from sppo.config import default_of, schema
 from sppo.losses import LOSSES, pair_loss
 
-# policy - reference of winner and loser, P-hat of both, P(winner beats loser): ../shared/spec/golden.json.
-GOLDEN = dict(delta_w=-50.0 + 52.0, delta_l=-61.0 + 60.0, p_hat_w=0.8, p_hat_l=0.2, p_wl=0.9, beta=1e-3)
+OPTIONS = {key: default_of(rule, "paper") for key, rule in schema()["properties"]["train"]["properties"].items()}
+# One pair of ../shared/spec/golden.json: log-probabilities under the policy, the reference and pi_t, tokens, P-hat, P(w beats l).
+GOLDEN = dict(logp_chosen=-50.0, logp_rejected=-61.0, reference_chosen=-52.0, reference_rejected=-60.0, current_chosen=-51.0,
+              current_rejected=-60.5, tokens_chosen=20.0, tokens_rejected=25.0, p_hat_chosen=0.8, p_hat_rejected=0.2, p_chosen_beats_rejected=0.9)
+# Losses with the options that the checks below give them.
+CASES = {name: {} for name in LOSSES} | {
+    "dpo": {"label_smoothing": 0.1, "sft_weight": 0.005}, "ipo": {"per_token": True, "ipo_target": 1.0}, "simpo": {"gamma": 1.5},
+    "mmpo": {"gamma": 3.0}, "inpo": {"tau": 0.03}, "nash_md": {"tau": 0.02}, "mpo": {"tau": 0.3}}
 
 
-def by_hand(name: str, delta_w: float, delta_l: float, p_hat_w: float, p_hat_l: float, p_wl: float, beta: float) -> float:
-    """One pair in plain Python, from the formulas of the specification and not from ours."""
-    eta = 1 / beta
-    if name == "sppo":
-        return ((delta_w - eta * (p_hat_w - 0.5)) ** 2 + (delta_l - eta * (p_hat_l - 0.5)) ** 2) / 2
-    if name == "sppo_single":
-        return ((delta_w - eta * (p_wl - 0.5)) ** 2 + (delta_l + eta * (p_wl - 0.5)) ** 2) / 2
-    return (delta_w - eta / 2) ** 2 + (delta_l + eta / 2) ** 2  # TRL has no factor 1/2
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
 
 
-def ours(name: str, rows: list[dict[str, float]], beta: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss of a batch in float64, and the two log-ratios as leaves."""
-    columns = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in rows[0]}
-    delta_w, delta_l = columns["delta_w"].requires_grad_(), columns["delta_l"].requires_grad_()
-    pair = {"p_hat_chosen": columns["p_hat_w"], "p_hat_rejected": columns["p_hat_l"], "p_chosen_beats_rejected": columns["p_wl"]}
-    return pair_loss(name, delta_w, delta_l, pair, beta), delta_w, delta_l
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def by_hand(name: str, rows: list[dict[str, float]], beta: float, tau=0.0, gamma=1.0, label_smoothing=0.0, ipo_target=0.5, per_token=False,
+            sft_weight=0.0) -> list[float]:
+    """Pairs in plain Python, from the formulas of the specification and not from ours."""
+    losses = []
+    ratio_w = [row["logp_chosen"] - row["reference_chosen"] for row in rows]
+    ratio_l = [row["logp_rejected"] - row["reference_rejected"] for row in rows]
+    for row, w, l in zip(rows, ratio_w, ratio_l):
+        pw, pl, p = row["p_hat_chosen"], row["p_hat_rejected"], row["p_chosen_beats_rejected"]
+        h, ref, prev = (row[f"{x}_chosen"] - row[f"{x}_rejected"] for x in ("logp", "reference", "current"))
+        eta = 1 / beta
+        if name == "sppo":
+            loss = ((w - eta * (pw - 0.5)) ** 2 + (l - eta * (pl - 0.5)) ** 2) / 2
+        elif name == "sppo_single":
+            loss = ((w - eta * (p - 0.5)) ** 2 + (l + eta * (p - 0.5)) ** 2) / 2
+        elif name == "sppo_hard":
+            loss = (w - eta / 2) ** 2 + (l + eta / 2) ** 2  # TRL has no factor 1/2
+        elif name in ("dpo", "dno", "mmpo"):
+            q = {"dpo": 1 - label_smoothing, "dno": sigmoid(pw - pl), "mmpo": sigmoid(gamma * (pw - pl))}[name]
+            loss = -q * log_sigmoid(beta * (w - l)) - (1 - q) * log_sigmoid(beta * (l - w))
+        elif name == "hinge":
+            loss = max(0.0, 1 - beta * (w - l))
+        elif name == "ipo":
+            a, b = (w / row["tokens_chosen"], l / row["tokens_rejected"]) if per_token else (w, l)
+            loss = (a - b - ipo_target / beta) ** 2
+        elif name == "kto_pair":
+            kl_w, kl_l = max(0.0, sum(ratio_w) / len(rows)), max(0.0, sum(ratio_l) / len(rows))
+            loss = (1 - sigmoid(beta * (w - kl_l)) + 1 - sigmoid(beta * (kl_w - l))) / 2
+        elif name == "simpo":
+            loss = -log_sigmoid(beta * (row["logp_chosen"] / row["tokens_chosen"] - row["logp_rejected"] / row["tokens_rejected"]) - gamma)
+        elif name == "inpo":
+            loss = (h - tau / beta * ref - (beta - tau) / beta * prev - 1 / (2 * beta)) ** 2
+        elif name == "nash_md":
+            mixture = (1 - eta * tau) * prev + eta * tau * ref
+            loss = (h - mixture - eta * (pw - pl)) ** 2
+        elif name == "mpo":
+            loss = ((1 + eta * tau) * h - prev - eta * tau * ref - eta * (pw - pl)) ** 2
+        losses.append(loss + sft_weight * -row["logp_chosen"] / row["tokens_chosen"])
+    return losses
+
+
+def ours(name: str, rows: list[dict[str, float]], beta: float, **options: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of a batch in float64, and its columns with the policy's log-probabilities as leaves."""
+    pair = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in rows[0]}
+    for side in ("chosen", "rejected"):
+        pair[f"logp_{side}"].requires_grad_()
+    return pair_loss(name, pair, OPTIONS | {"beta": beta} | options), pair
 
 
 def random_rows(n: int, seed: int) -> list[dict[str, float]]:
     draw = random.Random(seed)
-    return [dict(delta_w=draw.gauss(0, 30), delta_l=draw.gauss(0, 30), p_hat_w=draw.random(), p_hat_l=draw.random(), p_wl=draw.random())
-            for _ in range(n)]
+    rows = []
+    for _ in range(n):
+        row = {f"tokens_{side}": float(draw.randint(3, 60)) for side in ("chosen", "rejected")}
+        for side in ("chosen", "rejected"):
+            row[f"logp_{side}"] = -2 * row[f"tokens_{side}"] + draw.gauss(0, 8)
+            row |= {f"{of}_{side}": row[f"logp_{side}"] + draw.gauss(0, 8) for of in ("current", "reference")}
+        rows.append(row | {name: draw.random() for name in ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected")})
+    return rows
 
 
-@pytest.mark.parametrize(("name", "value"), [("sppo", 89102.5), ("sppo_single", 158802.5), ("sppo_hard", 497005.0)])
-def test_golden_value(name, value):
-    row = {key: number for key, number in GOLDEN.items() if key != "beta"}
-    loss, _, _ = ours(name, [row], GOLDEN["beta"])
-    assert loss.item() == pytest.approx(value, rel=1e-12)
+@pytest.mark.parametrize(("name", "value", "options"), [
+    ("sppo", 89102.5, {"beta": 1e-3}), ("sppo_single", 158802.5, {"beta": 1e-3}), ("sppo_hard", 497005.0, {"beta": 1e-3}),
+    ("dpo", 0.5543552444685271, {"beta": 0.1}), ("dpo", 0.5843552444685272, {"beta": 0.1, "label_smoothing": 0.1}),
+    ("dpo", 0.5668552444685271, {"beta": 0.1, "sft_weight": 0.005}), ("ipo", 4.0, {"beta": 0.1}),
+    ("ipo", 23.619600000000002, {"beta": 0.1, "per_token": True}), ("ipo", 0.49 / 0.1 ** 2, {"beta": 0.1, "ipo_target": 1.0}),
+    ("simpo", 1.4023778760079761, {"beta": 2.0, "gamma": 1.0}), ("hinge", 0.7, {"beta": 0.1}), ("inpo", 9604.0, {"beta": 0.005, "tau": 0.005 / 3}),
+])
+def test_golden_value(name, value, options):
+    assert ours(name, [GOLDEN], **options)[0].item() == pytest.approx(value, rel=1e-12)
+
+
+def test_golden_value_of_a_soft_label():
+    """The golden soft label is P(w beats l) = 0.9 itself; DNO's is sigma of the difference of two P-hats, MMPO's of gamma times it."""
+    loss, _ = ours("mmpo", [GOLDEN], beta=0.1, gamma=math.log(9) / 0.6)
+    assert loss.item() == pytest.approx(0.5843552444685273, rel=1e-12)
 
 
 def test_golden_value_times_beta_squared():
-    row = {key: number for key, number in GOLDEN.items() if key != "beta"}
-    assert 1e-3 ** 2 * ours("sppo", [row], 1e-3)[0].item() == pytest.approx(0.0891025, rel=1e-12)
+    assert 1e-3 ** 2 * ours("sppo", [GOLDEN], 1e-3)[0].item() == pytest.approx(0.0891025, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [1e-3, 0.1, 2.0])
 def test_batch_equals_a_loop_over_pairs(name, beta):
     rows = random_rows(17, seed=1)
-    loss, _, _ = ours(name, rows, beta)
-    assert loss.tolist() == pytest.approx([by_hand(name, **row, beta=beta) for row in rows], rel=1e-12)
+    assert ours(name, rows, beta, **CASES[name])[0].tolist() == pytest.approx(by_hand(name, rows, beta, **CASES[name]), rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [1e-3, 0.1])
 def test_gradients_equal_central_differences_of_the_loop(name, beta):
     rows, h = random_rows(5, seed=2), 1e-3
-    loss, delta_w, delta_l = ours(name, rows, beta)
+    loss, pair = ours(name, rows, beta, **CASES[name])
     loss.sum().backward()
-    for leaf, key in ((delta_w, "delta_w"), (delta_l, "delta_l")):
-        for got, row in zip(leaf.grad.tolist(), rows, strict=True):
-            up, down = (by_hand(name, **{**row, key: row[key] + step}, beta=beta) for step in (h, -h))
-            assert got == pytest.approx((up - down) / (2 * h), rel=1e-5, abs=1e-5)
+    for key in ("logp_chosen", "logp_rejected"):
+        for i, got in enumerate(pair[key].grad.tolist()):
+            up, down = (sum(by_hand(name, rows[:i] + [{**rows[i], key: rows[i][key] + step}] + rows[i + 1:], beta, **CASES[name])) for step in (h, -h))
+            assert got == pytest.approx((up - down) / (2 * h), rel=1e-4, abs=1e-5)
+
+
+def test_every_case_of_the_official_code_is_a_loss_of_ours():
+    assert set(LOSSES) == set(CASES) == set(schema()["properties"]["train"]["properties"]["loss"]["enum"])
+
+
+def pair_of(delta_w: float, delta_l: float, n: int = 1, **numbers: float) -> dict[str, torch.Tensor]:
+    """Pairs with these log-ratios to both the reference and pi_t."""
+    zeros = {f"{of}_{side}": 0.0 for of in ("reference", "current") for side in ("chosen", "rejected")}
+    row = zeros | {"logp_chosen": delta_w, "logp_rejected": delta_l, "tokens_chosen": 1.0, "tokens_rejected": 1.0, "p_hat_chosen": 0.5,
+                   "p_hat_rejected": 0.5, "p_chosen_beats_rejected": 0.5} | numbers
+    return {key: torch.full((n,), value, dtype=torch.float64, requires_grad=key.startswith("logp_")) for key, value in row.items()}
 
 
 def test_sppo_is_least_where_every_log_ratio_meets_its_own_target():
     """Pointwise, unlike DPO and IPO, which fix only the difference of the two."""
-    row = dict(delta_w=0.4 / 0.01, delta_l=-0.3 / 0.01, p_hat_w=0.9, p_hat_l=0.2, p_wl=0.5)
-    loss, delta_w, delta_l = ours("sppo", [row], 0.01)
+    pair = pair_of(0.4 / 0.01, -0.3 / 0.01, p_hat_chosen=0.9, p_hat_rejected=0.2)
+    loss = pair_loss("sppo", pair, OPTIONS | {"beta": 0.01})
     loss.sum().backward()
     assert loss.item() == pytest.approx(0, abs=1e-20)
-    assert delta_w.grad.item() == delta_l.grad.item() == pytest.approx(0, abs=1e-10)
+    assert pair["logp_chosen"].grad.item() == pair["logp_rejected"].grad.item() == pytest.approx(0, abs=1e-10)
 
 
 def test_first_step_of_a_strict_order_of_five_costs_160000():
     """K = 5 in a strict total order: P-hat 0.9 and 0.1, targets of +-400 nats at eta = 1000."""
-    zero, p = torch.zeros(3), {"p_hat_chosen": torch.full((3,), 0.9), "p_hat_rejected": torch.full((3,), 0.1)}
-    assert pair_loss("sppo", zero, zero, p, 1e-3).tolist() == pytest.approx([160000.0] * 3, rel=1e-6)
+    pair = pair_of(0.0, 0.0, 3, p_hat_chosen=0.9, p_hat_rejected=0.1)
+    assert pair_loss("sppo", pair, OPTIONS | {"beta": 1e-3}).tolist() == pytest.approx([160000.0] * 3, rel=1e-6)
+
+
+def test_inpo_and_mpo_have_one_minimiser_where_the_label_is_the_margin():
+    """INPO(eta_I, tau) = MMD(eta, alpha) with eta_I = (1 + eta alpha) / eta, tau = alpha (spec 2.2, item 17), margin 1/2."""
+    eta, alpha = 4.0, 0.3
+    row = GOLDEN | {"p_hat_chosen": 0.75, "p_hat_rejected": 0.25}
+    beta = (1 + eta * alpha) / eta
+    inpo = ours("inpo", [row], beta=beta, tau=alpha)[0].item()
+    mpo = ours("mpo", [row], beta=1 / eta, tau=alpha)[0].item()
+    assert mpo == pytest.approx((1 + eta * alpha) ** 2 * inpo, rel=1e-12)
 
 
 def test_unknown_loss_is_refused_by_name():
     with pytest.raises(ValueError, match="'dop'"):
-        pair_loss("dop", torch.zeros(1), torch.zeros(1), {}, 1.0)
+        pair_loss("dop", pair_of(0.0, 0.0), OPTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -55,7 +56,7 @@ class Place:
         options = {"precision": "float32", "device": "cpu", "learning_rate": 1e-3, "optimizer": "sgd", "max_grad_norm": 0.0, "warmup_ratio": 0.0,
                    "lr_schedule": "constant", "schedule_total_epochs": 1, "stop_epoch": 1, "batch_size": 4, "micro_batch_size": 4} | options
         words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
-        self.program(train_policy, "--pairs", self.pairs, "--reference", self.reference, "--policy", self.policy,
+        self.program(train_policy, "--pairs", self.pairs, "--current", self.reference, "--policy", self.policy,
                      "--output", self.folder / name, "--log", self.folder / f"{name}.jsonl", *words)
         return load_file(self.folder / name / "model.safetensors")
 
@@ -189,7 +190,7 @@ def test_order_holds_every_pair_once_an_epoch_and_steps_do_not_depend_on_micro_b
 def test_first_epoch_s_learning_rates_are_those_of_the_paper_s_long_schedule(epochs, mean, last, tmp_path):
     """312 steps of 64 pairs, stopped after epoch 1 of 18 (paper), 6 (Llama-3's card), 1 (scripts): spec/methods.md 1.1.3."""
     options = DEFAULTS | {"schedule_total_epochs": epochs}
-    pairs = [make_pairs(1)[0] | {"reference_chosen": 0.0, "reference_rejected": 0.0}] * (312 * 64)
+    pairs = [make_pairs(1)[0] | dict.fromkeys(("current_chosen", "current_rejected", "reference_chosen", "reference_rejected"), 0.0)] * (312 * 64)
     assert plan(len(pairs), options) == (312, 312 * epochs)
     trainer = make_trainer(torch.nn.Linear(1, 1), pairs, options, torch.float32, "cpu", tmp_path / "work", 0)
     assert trainer.args.max_steps == 312
@@ -240,12 +241,33 @@ def test_our_trainer_equals_trl_s_on_sppo_hard(place):
     assert mine[0]["grad_norm"] == pytest.approx(its[0]["grad_norm"], rel=1e-3)
 
 
-def test_our_trainer_equals_trl_s_weight_by_weight_under_sgd(place):
-    options = {"loss": "sppo_hard", "beta": 0.1, "learning_rate": 1e-4, "micro_batch_size": 2}
+@pytest.mark.parametrize("loss", [{"loss": "sppo_hard"}, {"loss": "dpo"}, {"loss": "ipo", "per_token": "true"}], ids=str)
+def test_our_trainer_equals_trl_s_weight_by_weight_under_sgd(place, loss):
+    rate = {"sppo_hard": 1e-4, "dpo": 1e-1, "ipo": 1e-1}[loss["loss"]]
+    options = loss | {"beta": 0.1, "learning_rate": rate, "micro_batch_size": 2}
     ours, theirs = place.train("ours", backend="transformers", **options), place.train("trl", backend="trl", **options)
     moved = distance(place.start(), theirs)
     assert moved > 1e-3
     assert distance(ours, theirs) < 1e-3 * moved
+
+
+# --- a reference that is not the previous iterate ---
+
+def test_log_ratios_refer_to_the_reference_and_the_identity_to_the_start(place, tmp_path):
+    """DPO against another policy than the one that training starts from: the loss before the first step is not log 2."""
+    other = tmp_path / "other"
+    shutil.copytree(place.policy, other)
+    model = load_policy(other, torch.float32, "cpu")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.1)
+    model.save_pretrained(other)
+    place.program(score_reference, "--pairs", place.pairs, "--policy", other, "--precision", "float32", "--device", "cpu",
+                  "--output", place.folder / "other.parquet")
+    for reference in ([], ["--reference", place.folder / "other.parquet"]):
+        place.train("policy", loss="dpo", beta=0.1, **({"reference": reference[1]} if reference else {}))
+        step_0 = read_json(record_path(place.folder / "policy"))["step_0"]
+        assert step_0["log_ratio_per_token"] < 1e-3 and step_0["loss"] == pytest.approx(step_0["closed_form"], rel=1e-3)
+        assert (step_0["loss"] == pytest.approx(math.log(2), rel=1e-4)) == (not reference)
 
 
 # --- kill and resume ---
