@@ -184,6 +184,16 @@ def test_everything_is_every_evaluation_best_of_n_and_the_k2_run(copy):
     assert jobs(dry_run(copy, "paper_tables"))["paper_tables"] == 1
 
 
+def test_methods_refer_to_the_base_the_previous_iterate_or_a_magnet(copy):
+    """References other than pi_t are scored where a method has them: INPO's base from iteration 2 on, MPO's magnet (N = 2) in 2 alone."""
+    for run, scored in (("dpo", set()), ("inpo", {2, 3}), ("dpo_offline", {2, 3}), ("mpo", {2})):
+        done = dry_run(copy, f"results/{run}/iter3/policy")
+        planned = jobs(done)
+        assert planned["score_reference"] == 3 + len(scored) and planned["generate_responses"] == 3
+        found = {int(t) for t in re.findall(rf"results/{run}/iter(\d)/logps/reference\.parquet", done.stdout + done.stderr)}
+        assert found == scored, run
+
+
 def test_a_run_that_evaluates_otherwise_has_a_base_of_its_own(copy):
     (copy / "mine.yaml").write_text("runs: {a: {alpaca_eval: {limit: 50}}}")
     made = evaluated(dry_run(copy, "results/a/summary.md", "--configfile", "mine.yaml"))
