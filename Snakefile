@@ -22,11 +22,13 @@ include: "rules/mt_bench.smk"
 include: "rules/open_llm.smk"
 include: "rules/tables.smk"
 include: "rules/report.smk"
+include: "rules/theory.smk"
 
 
 localrules:
     all,
     everything,
+    theory,
 
 
 rule all:
@@ -48,3 +50,9 @@ rule everything:
         f"{ROOT}iter{MAIN['iterations']}/best_of_n.svg",
         f"{ROOT}figures/training.svg",
         f"{ROOT}response_browser.html",
+
+
+rule theory:
+    """Every claim of the theory on games that can be solved exactly, with figures and a page that says what they show."""
+    input:
+        f"{ROOT}theory/README.md",

@@ -24,7 +24,7 @@ from sppo.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "vllm", "llm-blender",
-            "alpaca-eval", "numpy", "pyarrow", "snakemake")
+            "alpaca-eval", "numpy", "scipy", "pyarrow", "snakemake")
 
 
 @contextlib.contextmanager

@@ -17,4 +17,5 @@ STAGES = {
     "mt_bench": 1,
     "open_llm": 1,
     "tabulate": 1,
+    "theory": 1,
 }

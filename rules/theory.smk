@@ -1,0 +1,64 @@
+"""Requires: nothing, no model and no data. Gives: theory/README.md, what each method does on games that can be solved exactly:
+theory/checks.json, every claim of the theory with its value, and theory/*.{csv,png,svg}, the figures of the page."""
+
+THEORY_FIGURES = ["gap_by_iteration", "gap_by_horizon", "simplex", "regularised_gap", "self_improvement", "bt_control"]
+
+
+def theory_figure(name):
+    """A figure as the report shows it."""
+    return report(f"{ROOT}theory/{name}.svg", caption=f"captions/theory_{name}.rst", category="Theory",
+                  labels={"run": "exact games", "figure": name.replace("_", " ")})
+
+
+rule check_theory:
+    """Identities, bounds and figures of the theory on embedded and random games: what is claimed, what is found, whether it holds."""
+    input:
+        [],  # the games stand in src/sppo/games.py
+    output:
+        checks=f"{ROOT}theory/checks.json",
+        record=record(f"{ROOT}theory/checks.json"),
+    log:
+        f"{LOGS}check_theory.log",
+    benchmark:
+        f"{BENCHMARKS}check_theory.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        version=STAGES["theory"],
+    message:
+        "Checking the theory on games that can be solved exactly"
+    shell:
+        "{PYTHON} src/check_theory.py --output {output.checks} 2>&1 | tee {log}"
+
+
+rule plot_theory:
+    """Each method on a three-response cycle, and on a Bradley-Terry game as control: data, figures, and the page that reads them."""
+    input:
+        checks=f"{ROOT}theory/checks.json",
+    output:
+        page=f"{ROOT}theory/README.md",
+        page_record=record(f"{ROOT}theory/README.md"),
+        svg=[theory_figure(name) for name in THEORY_FIGURES],
+        svg_records=[record(f"{ROOT}theory/{name}.svg") for name in THEORY_FIGURES],
+        others=expand(f"{ROOT}theory/{{name}}.{{form}}", name=THEORY_FIGURES, form=["csv", "png"]),
+        other_records=expand(record(f"{ROOT}theory/{{name}}.{{form}}"), name=THEORY_FIGURES, form=["csv", "png"]),
+    log:
+        f"{LOGS}plot_theory.log",
+    benchmark:
+        f"{BENCHMARKS}plot_theory.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        version=STAGES["theory"],
+    message:
+        "Plotting what each method does on games that can be solved exactly"
+    shell:
+        "{PYTHON} src/plot_theory.py --checks {input.checks} --output {output.page} 2>&1 | tee {log}"

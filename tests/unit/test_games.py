@@ -1,0 +1,468 @@
+"""Exact games: every numbered check of the specification with its numbers, and each algorithm against plain loops."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from scipy.optimize import minimize
+
+import check_theory
+import plot_theory
+from sppo import games as g
+from sppo import theory
+from sppo.errors import UserError
+from sppo.games import duality_gap, kl, play
+from sppo.theory import TOPICS
+
+COMAL3, START = g.GAMES["comal3"].P, g.GAMES["comal3"].start
+UNIFORM = np.full(3, 1 / 3)
+RANDOM = [g.random_game(n, seed) for n, seed in ((2, 0), (3, 1), (4, 2), (7, 3))]
+GAMES = [*g.GAMES.values(), *RANDOM]
+# ../shared/spec/golden.json: one step from (.2, .5, .3) on comal3.
+ONE_STEP = {
+    "mwu": (g.mwu(COMAL3, START, 1.0), (0.178338678183976, 0.4781742284659429, 0.3434870933500812)),
+    "inpo": (g.inpo(COMAL3, START, UNIFORM, 2, 0.3), (0.20593083004975005, 0.464697872584393, 0.3293712973658571)),
+    "nash_md": (g.nash_md(COMAL3, START, UNIFORM, 2, 0.3), (0.2072708891173716, 0.46580053753858286, 0.3269285733440454)),
+    "mmd": (g.mmd(COMAL3, START, UNIFORM, 1, 0.3), (0.20871887257797417, 0.44571218454634653, 0.34556894287567935)),
+    "dno": (g.dno(COMAL3, START, 1.0), (0.178338678183976, 0.4781742284659429, 0.3434870933500812)),
+}
+
+
+# --- every numbered check ---
+
+@pytest.fixture(scope="module")
+def checks():
+    return check_theory.all_checks()
+
+
+@pytest.mark.parametrize("number", TOPICS)
+def test_numbered_check(number, checks):
+    same = [one for one in checks if one["number"] == number]
+    assert same and [one for one in same if not one["holds"]] == []
+
+
+# methods.md 2.2: what is printed there for comal3, so that no one mends a wrong result by its expectation.
+PRINTED = {
+    2: [0.2849, 0.00417, 0.7674, 0.01034, 0.7888, 0.00961], 3: [0.0232, 0.28, 0.0199, 0.16, 0.0117, 0.30, 0.0088, 0.37, 0.00298, 0.27],
+    4: [0.0588, 0.1888], 6: [2e-4, 3e-4], 9: [0.1888, 0.0376, 1.3e-5, 6e-5], 10: [0.212, 0.047, 1.3e-4],
+    11: [0.367, 0.217, 0.599, 0.6, 0.223], 12: [2e-4, 0.0046], 16: [0.5093, 0.5085, 0.5167, 0.5014, 0.636, 0.28, 0.589],
+}
+
+
+@pytest.mark.parametrize("number", PRINTED)
+def test_printed_numbers_are_those_expected(number, checks):
+    assert [one["expected"] for one in checks if one["number"] == number and one["relation"] == "="] == PRINTED[number]
+
+
+def loop_gap(P, pi):
+    n = len(pi)
+    return 2 * (max(sum(P[i][j] * pi[j] for j in range(n)) for i in range(n)) - 0.5)
+
+
+def loop_step(P, pi, exponents):
+    """pi_i exp(exponents_i), normalised, without logarithms of pi."""
+    weight = [p * math.exp(e) for p, e in zip(pi, exponents)]
+    return [w / sum(weight) for w in weight]
+
+
+def wins(P, pi):
+    return [sum(p * q for p, q in zip(row, pi)) for row in P]
+
+
+def test_last_and_average_by_plain_loops():
+    P, pi, total = COMAL3.tolist(), START.tolist(), [0.0] * 3
+    for _ in range(2000):
+        total = [a + b for a, b in zip(total, pi)]
+        pi = loop_step(P, pi, [0.05 * w for w in wins(P, pi)])
+    assert round(loop_gap(P, pi), 4) == 0.2849 and round(loop_gap(P, [a / 2000 for a in total]), 5) == 0.00417
+
+
+def test_optimism_by_plain_loops():
+    P, pi = COMAL3.tolist(), START.tolist()
+    before = wins(P, pi)
+    for _ in range(4000):
+        now = wins(P, pi)
+        pi, before = loop_step(P, pi, [0.3 * (2 * a - b) for a, b in zip(now, before)]), now
+    assert loop_gap(P, pi) == pytest.approx(1.2857e-4, abs=1e-8)
+    np.testing.assert_allclose(play(g.omwu(COMAL3, START, 0.3), 4000)[-1], pi, atol=1e-11)
+
+
+def test_moving_magnet_by_plain_loops():
+    """methods.md, 9: the gaps after 1, 10 and 50 magnets."""
+    P, pi, gaps = COMAL3.tolist(), START.tolist(), []
+    for _ in range(50):
+        magnet = pi
+        for _ in range(50):
+            now = wins(P, pi)
+            weight = [(p * m ** (1.88 * 0.3) * math.exp(1.88 * w)) ** (1 / (1 + 1.88 * 0.3)) for p, m, w in zip(pi, magnet, now)]
+            pi = [w / sum(weight) for w in weight]
+        gaps.append(loop_gap(P, pi))
+    assert (round(gaps[0], 4), round(gaps[9], 4), round(gaps[49], 6)) == (0.1888, 0.0376, 1.3e-5)
+    magnets = play(g.mpo(COMAL3, START, 1.88, 0.3, 50), 2500)[50::50]
+    np.testing.assert_allclose([duality_gap(COMAL3, one) for one in magnets], gaps, atol=1e-12)
+
+
+# --- one step of every algorithm ---
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_golden_step(name):
+    policies, expected = ONE_STEP[name]
+    np.testing.assert_allclose(play(policies, 1)[1], expected, atol=1e-14)
+
+
+def by_products(game, ref, eta, tau):
+    """Each update as products of powers of probabilities, normalised: no logarithms, no shared code."""
+    P, pi = game.P, game.start
+
+    def normal(x):
+        return x / x.sum()
+
+    m = normal(pi ** (1 - tau / eta) * ref ** (tau / eta))
+    b = pi ** (1 - tau / eta) * ref ** (tau / eta)
+    return {
+        "mwu": (g.mwu(P, pi, eta), normal(pi * np.exp(eta * (P @ pi)))),
+        "omwu": (g.omwu(P, pi, eta), normal(pi * np.exp(eta * (P @ pi)))),
+        "inpo": (g.inpo(P, pi, ref, eta, tau), normal(np.exp(P @ pi / eta) * ref ** (tau / eta) * pi ** (1 - tau / eta))),
+        "nash_md": (g.nash_md(P, pi, ref, eta, tau), normal(m * np.exp(P @ m / eta))),
+        "egpo": (g.egpo(P, pi, ref, 1 / eta, tau), normal(b * np.exp(P @ normal(b * np.exp(P @ pi / eta)) / eta))),
+        "mmd": (g.mmd(P, pi, ref, eta, tau), normal((pi * ref ** (eta * tau) * np.exp(eta * (P @ pi))) ** (1 / (1 + eta * tau)))),
+        "mpo": (g.mpo(P, pi, eta, tau, 5), normal((pi ** (1 + eta * tau) * np.exp(eta * (P @ pi))) ** (1 / (1 + eta * tau)))),
+        "comal": (g.comal(P, pi, eta, tau), normal(np.exp(P @ pi / eta) * pi)),
+        "ipo": (g.iterative_ipo(P, pi, eta), normal(pi * np.exp((P @ pi - 0.5) / eta))),
+        "dno": (g.dno(P, pi, eta), normal(pi * np.exp(P @ pi / eta))),
+    }
+
+
+@pytest.mark.parametrize("name", by_products(GAMES[0], UNIFORM, 2.0, 0.3))
+def test_step_equals_products_of_powers(name):
+    for game in GAMES:
+        ref = np.random.default_rng(5).dirichlet(np.ones(len(game.P)))
+        policies, expected = by_products(game, ref, 1.7, 0.4)[name]
+        np.testing.assert_allclose(play(policies, 1)[1], expected, atol=1e-14)
+
+
+def test_second_step_of_optimism_looks_back():
+    for game in GAMES:
+        pi = play(g.omwu(game.P, game.start, 0.8), 2)
+        expected = pi[1] * np.exp(0.8 * game.P @ (2 * pi[1] - pi[0]))
+        np.testing.assert_allclose(pi[2], expected / expected.sum(), atol=1e-14)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_magnet_and_reference_move_every_n_steps(every):
+    for moving, still in ((lambda pi: g.mpo(COMAL3, pi, 1.0, 0.3, every), lambda pi: g.mmd(COMAL3, pi, pi, 1.0, 0.3)),
+                          (lambda pi: g.comal(COMAL3, pi, 1.0, 0.3, every), lambda pi: g.inpo(COMAL3, pi, pi, 1.0, 0.3))):
+        expected = [START]
+        while len(expected) < 8:
+            expected += list(play(still(expected[-1]), every)[1:])
+        np.testing.assert_allclose(play(moving(START), 7), expected[:8], atol=1e-14)
+
+
+def test_step_may_be_a_function_of_t():
+    pi = play(g.inpo(COMAL3, START, UNIFORM, lambda t: float(t + 1), 0.3), 2)
+    np.testing.assert_allclose(pi[2], play(g.inpo(COMAL3, pi[1], UNIFORM, 3.0, 0.3), 1)[1], atol=1e-15)
+
+
+def all_algorithms(P, start):
+    return {"mwu": g.mwu(P, start, 5.0), "l2": g.sppo_l2(P, start, 5.0), "omwu": g.omwu(P, start, 5.0),
+            "inpo": g.inpo(P, start, start, 0.5, 0.1), "nash_md": g.nash_md(P, start, start, 0.5, 0.1),
+            "egpo": g.egpo(P, start, start, 2.0, 0.1), "mmd": g.mmd(P, start, start, 5.0, 0.1),
+            "mpo": g.mpo(P, start, 5.0, 0.1, 6), "comal": g.comal(P, start, 0.2, 0.1), "dpo": g.iterative_dpo(P, start, 1.0),
+            "ipo": g.iterative_ipo(P, start, 0.2), "dno": g.dno(P, start, 0.2)}
+
+
+@pytest.mark.parametrize("name", all_algorithms(COMAL3, START))
+def test_policies_are_distributions_and_gaps_are_gaps(name):
+    for game in GAMES:
+        if name == "dpo" and not g.has_finite_rewards(game.P):
+            continue
+        pi = play(all_algorithms(game.P, game.start)[name], 300)
+        assert pi.shape == (301, len(game.P)) and (pi >= 0).all() and np.abs(pi.sum(axis=1) - 1).max() < 1e-12
+        assert min(duality_gap(game.P, one) for one in pi) > -1e-12
+        np.testing.assert_allclose(pi[0], game.start, atol=1e-15)
+
+
+# --- fixed points ---
+
+def test_equilibrium_stays_where_it_is():
+    star = g.nash(COMAL3)
+    for name, policies in all_algorithms(COMAL3, star).items():
+        if name != "dpo":
+            np.testing.assert_allclose(play(policies, 5), np.tile(star, (6, 1)), atol=1e-13, err_msg=name)
+    np.testing.assert_allclose(play(g.mwu(g.GAMES["rps"].P, UNIFORM, 1.0), 5), np.full((6, 3), 1 / 3), atol=1e-15)
+
+
+def test_offline_dpo_never_moves_on_rock_paper_scissors():
+    np.testing.assert_allclose(g.offline_dpo(g.GAMES["rps"].P, START, 0.01), START, atol=1e-12)
+    fixed = play(g.iterative_dpo(COMAL3, START, 0.1, ref=START), 2)
+    np.testing.assert_allclose(fixed[1], g.offline_dpo(COMAL3, START, 0.1, START), atol=1e-14)
+    np.testing.assert_allclose(fixed[2], g.offline_dpo(COMAL3, START, 0.1, fixed[1]), atol=1e-14)
+
+
+def test_control_game_is_won_by_its_best_action():
+    game = g.GAMES["bt3"]
+    for name, policies in all_algorithms(game.P, game.start).items():
+        assert play(policies, 2000)[-1].argmax() == 0, name
+
+
+# --- games, gaps, equilibria ---
+
+@pytest.mark.parametrize("n", [2, 3, 10, 50])
+def test_games_are_constant_sum(n):
+    for game in (g.random_game(n, seed=n), *g.GAMES.values()):
+        np.testing.assert_allclose(game.P + game.P.T, 1, atol=1e-15)
+        assert (np.diag(game.P) == 0.5).all() and game.P.min() >= 0
+        assert game.start.sum() == pytest.approx(1, abs=1e-15) and game.start.min() > 0 and len(game.actions) == len(game.P)
+    assert not np.array_equal(g.random_game(n, 0).P, g.random_game(n, 1).P)
+    np.testing.assert_array_equal(g.random_game(n, 1).P, g.random_game(n, 1).P)
+
+
+def test_gap_by_enumeration():
+    draw = np.random.default_rng(0)
+    for game in GAMES:
+        for pi in draw.dirichlet(np.ones(len(game.P)), size=20):
+            most = max(wins(game.P.tolist(), pi))
+            least = min(wins(game.P.T.tolist(), pi))
+            assert duality_gap(game.P, pi) == pytest.approx(most - least, abs=1e-14) and duality_gap(game.P, pi) >= -1e-15
+    assert duality_gap(COMAL3, START) == pytest.approx(0.28, abs=1e-15)
+
+
+def test_equilibrium_of_a_cycle_has_a_closed_form():
+    """pi* proportional to (|A_bc|, |A_ac|, |A_ab|), A = P - 1/2."""
+    np.testing.assert_allclose(g.nash(COMAL3), [4 / 11, 3 / 11, 4 / 11], atol=1e-12)
+    draw = np.random.default_rng(1)
+    for ab, bc, ca in draw.uniform(0.51, 1, size=(50, 3)):
+        P = np.array([[0.5, ab, 1 - ca], [1 - ab, 0.5, bc], [ca, 1 - bc, 0.5]])
+        expected = np.array([bc, ca, ab]) - 0.5
+        np.testing.assert_allclose(g.nash(P), expected / expected.sum(), atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [2, 5, 30, 100])
+def test_equilibrium_of_any_game_has_gap_zero(n):
+    for seed in range(3):
+        game = g.random_game(n, seed)
+        star = g.nash(game.P)
+        assert abs(duality_gap(game.P, star)) < 1e-9 and star.min() >= 0 and star.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("ref", "tau", "expected"), [
+    (START, 0.1, (0.2749172052514869, 0.2797225767864398, 0.44536021796207337)),
+    (START, 0.3, (0.19225058981618767, 0.3801564412866035, 0.4275929688972088)),
+    (UNIFORM, 0.1, (0.33713585006567026, 0.28346410909888264, 0.379400040835447)),
+    (UNIFORM, 0.3, (0.31858630742193494, 0.3126310745773747, 0.3687826180006904))])
+def test_regularised_equilibrium(ref, tau, expected):
+    """Golden values, the fixed-point equation, and where magnetic mirror descent with its guaranteed step ends."""
+    pi = g.regularised_nash(COMAL3, ref, tau)
+    np.testing.assert_allclose(pi, expected, atol=1e-12)
+    response = ref * np.exp(COMAL3 @ pi / tau)
+    np.testing.assert_allclose(pi, response / response.sum(), atol=1e-13)
+    np.testing.assert_allclose(pi, play(g.mmd(COMAL3, START, ref, 4 * tau, tau), 2000)[-1], atol=1e-13)
+
+
+@pytest.mark.parametrize("tau", [0.005, 0.1, 2.0])
+def test_regularised_equilibrium_of_any_game(tau):
+    for game in GAMES:
+        pi = g.regularised_nash(game.P, game.start, tau)
+        assert abs(g.regularised_gap(game.P, pi, game.start, tau)) < 1e-12 and (pi > 0).all()
+
+
+def test_regularised_gap_by_search_for_the_best_response():
+    draw = np.random.default_rng(2)
+    for game in RANDOM:
+        ref, pi = draw.dirichlet(np.ones(len(game.P)), size=2)
+        tau = 0.2
+
+        def payoff(a, b):
+            price = [sum(x * math.log(x / y) for x, y in zip(one, ref)) for one in (a, b)]
+            return a @ game.P @ b - tau * price[0] + tau * price[1]
+
+        def value(logits):
+            other = np.exp(logits - logits.max())
+            return -payoff(other / other.sum(), pi)
+
+        best = -minimize(value, np.zeros(len(ref)), method="BFGS", options={"gtol": 1e-9}).fun
+        # The game is symmetric: the other player's best response costs as much.
+        assert g.regularised_gap(game.P, pi, ref, tau) == pytest.approx(2 * (best - 0.5), abs=1e-9)
+
+
+def test_divergence():
+    p, q = np.array([0.5, 0.5, 0.0]), np.array([0.25, 0.5, 0.25])
+    assert kl(p, q) == pytest.approx(0.5 * math.log(2), abs=1e-15) and kl(p, p) == 0
+    close = START + 1e-9 * np.array([1, -2, 1])
+    assert kl(close, START) == pytest.approx(0.5e-18 * (1 / 0.2 + 4 / 0.5 + 1 / 0.3), rel=1e-6)
+
+
+# --- fits ---
+
+@pytest.mark.parametrize("eta", [0.3, 1.0, 4.0])
+def test_least_squares_over_policies_by_a_general_solver(eta):
+    for game in GAMES:
+        pi, c = game.start, eta * (game.P @ game.start - 0.5)
+        found = minimize(lambda u: pi @ (u - c) ** 2, c, jac=lambda u: 2 * pi * (u - c), method="SLSQP",
+                         options={"ftol": 1e-15, "maxiter": 500},
+                         constraints={"type": "eq", "fun": lambda u: pi @ np.exp(u) - 1, "jac": lambda u: pi * np.exp(u)})
+        u = g.l2_log_ratio(pi, c)
+        np.testing.assert_allclose(u, found.x, atol=2e-6)
+        np.testing.assert_allclose(play(g.sppo_l2(game.P, pi, eta), 1)[1], pi * np.exp(u), atol=1e-14)
+
+
+def test_least_squares_is_no_worse_than_any_policy():
+    draw = np.random.default_rng(3)
+    for eta in (1.0, 30.0, 1000.0):
+        c = eta * (COMAL3 @ START - 0.5)
+        u = g.l2_log_ratio(START, c)
+        others = [np.log(draw.dirichlet(np.ones(3)) / START) for _ in range(300)] + [np.log(play(g.mwu(COMAL3, START, eta), 1)[1] / START)]
+        assert START @ np.exp(u) == pytest.approx(1, abs=1e-12)
+        assert START @ (u - c) ** 2 <= min(START @ (other - c) ** 2 for other in others) + 1e-12
+
+
+def test_rewards_of_highest_likelihood_by_a_general_solver():
+    draw = np.random.default_rng(4)
+    for game in GAMES:
+        n = len(game.P)
+        if not g.has_finite_rewards(game.P):
+            continue
+        for w in (np.full(n, 1 / n), draw.dirichlet(np.ones(n))):
+            def cost(r):
+                return sum(w[i] * w[j] * game.P[i, j] * math.log1p(math.exp(r[j] - r[i])) for i in range(n) for j in range(n))
+
+            found = minimize(cost, np.zeros(n), method="BFGS", options={"gtol": 1e-9}).x
+            np.testing.assert_allclose(g.bt_rewards(game.P, w), found - found.mean(), atol=1e-4)
+            win = g.bradley_terry(g.bt_rewards(game.P, w))
+            np.testing.assert_allclose(w[:, None] * w * win @ np.ones(n), w[:, None] * w * game.P @ np.ones(n), atol=1e-14)
+
+
+def test_golden_rewards_and_the_weights_that_do_not_matter():
+    assert g.bt_rewards(g.GAMES["transitive_nonBT"].P) == pytest.approx([0.756307612615893, 0, -0.756307612615893], abs=1e-12)
+    for w in (UNIFORM, START, np.array([0.98, 0.01, 0.01])):
+        assert g.bt_rewards(g.GAMES["bt3"].P, w) == pytest.approx([1, 0, -1], abs=1e-10)
+
+
+def test_rewards_that_would_be_infinite():
+    P = np.array([[0.5, 1, 1], [0, 0.5, 0.7], [0, 0.3, 0.5]])
+    assert not g.has_finite_rewards(P) and g.has_finite_rewards(g.GAMES["rps"].P)
+    with pytest.raises(ValueError, match="infinite"):
+        g.bt_rewards(P)
+
+
+def test_target_of_dno_is_the_minimum_of_its_soft_label_loss():
+    eta, r = 0.7, COMAL3 @ START
+
+    def loss(logits):
+        ratio = eta * (logits - np.log(START))
+        return sum(START[i] * START[j] * (1 / (1 + math.exp(r[j] - r[i]))) * math.log1p(math.exp(ratio[j] - ratio[i]))
+                   for i, j in itertools.product(range(3), repeat=2))
+
+    found = np.exp(minimize(loss, np.log(START), method="BFGS", options={"gtol": 1e-10}).x)
+    np.testing.assert_allclose(play(g.dno(COMAL3, START, eta), 1)[1], found / found.sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_contrastive_gradient_by_finite_differences(on_policy):
+    game = g.random_game(5, seed=6)
+    ref, pi, n = UNIFORM.repeat(2)[:5] / UNIFORM.repeat(2)[:5].sum(), game.start, 5
+    weight = np.outer(pi, pi) if on_policy else np.full((n, n), 1 / n**2)
+    target = (game.P - 0.5) / 0.1 if on_policy else np.subtract.outer(game.P @ pi, game.P @ pi) / 0.1
+
+    def loss(logits):
+        d = logits - np.log(np.exp(logits).sum()) - np.log(ref)
+        return sum(weight[i, j] * (d[i] - d[j] - target[i, j]) ** 2 for i in range(n) for j in range(n))
+
+    steps = 1e-5 * np.eye(n)
+    expected = [(loss(np.log(pi) + step) - loss(np.log(pi) - step)) / 2e-5 for step in steps]
+    exact = g.online_ipo_gradient(game.P, pi, ref, 0.1, on_policy)
+    np.testing.assert_allclose(exact, expected, atol=1e-8)
+    rows = g.sampled_ipo_gradient(game.P, pi, ref, 0.1, on_policy, 20_000, np.random.default_rng(0))
+    assert (np.abs(rows.mean(axis=0) - exact) < 4 * rows.std(axis=0) / np.sqrt(len(rows))).all()
+
+
+# --- a user's game ---
+
+def test_game_from_csv():
+    plain = g.parse_game("0.5,0.9\n0.1,0.5\n", "x.csv")
+    named = g.parse_game(",first,second\nfirst, 0.5, 0.9\nsecond, 0.1, 0.5\n\n", "x.csv")
+    headed = g.parse_game("first,second\n0.5,0.9\n0.1,0.5\n", "x.csv")
+    for game in (plain, named, headed):
+        np.testing.assert_allclose(game.P, [[0.5, 0.9], [0.1, 0.5]], atol=1e-15)
+    assert plain.actions == ("a", "b") and named.actions == headed.actions == ("first", "second")
+
+
+BAD = {
+    "too wide": (".5,.5\n.5,.5,.2\n", "x.csv is not square: 2 lines, but line 2 of them has 3 numbers"),
+    "too few lines": (".5,.5,.5\n.5,.5,.5\n", "x.csv is not square"),
+    "more names": (",a,b,c\na,.5,.5\nb,.5,.5\n", "x.csv has 3 names over 2 columns of numbers"),
+    "not constant-sum": (".5,.6\n.5,.5\n", r"x.csv: P \+ P\^T is not 1: row 1, column 2 is 0.6 and its mirror 0.5"),
+    "diagonal": (".4,.6\n.4,.5\n", r"x.csv: P \+ P\^T is not 1: row 1, column 1"),
+    "per cent": ("50,60\n40,50\n", r"x.csv: '50' in row 1, column 1 is not in \[0, 1\]; give probabilities, not per cent"),
+    "negative": (".5,-.1\n1.1,.5\n", r"x.csv: '-.1' in row 1, column 2 is not in \[0, 1\]"),
+    "a word": (".5,x\n.5,.5\n", "x.csv: 'x' in row 1, column 2 is not a number"),
+    "nan": (".5,nan\nnan,.5\n", "x.csv: 'nan' in row 1, column 2 is not a number"),
+    "empty": ("", "x.csv holds 0 lines of numbers"),
+    "one action": ("a\n.5\n", "x.csv holds 1 lines of numbers"),
+}
+
+
+@pytest.mark.parametrize(("text", "said"), BAD.values(), ids=BAD)
+def test_bad_csv_is_one_line(text, said):
+    with pytest.raises(UserError, match=said) as caught:
+        g.parse_game(text, "x.csv")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_file_that_cannot_be_read_is_one_line(content, program, tmp_path):
+    if content:
+        (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(UserError, match="x.csv cannot be read"):
+        program(check_theory, "--game", tmp_path / "x.csv", "--output", tmp_path / "checks.json")
+    assert not (tmp_path / "checks.json").exists()
+
+
+def undrawn(figure, files):
+    pyplot.close(figure)
+    for file in files:
+        file.touch()
+
+
+@pytest.mark.parametrize(("text", "simplex"), [("\ufeffa,b,c\n.5,1,1\n0,.5,1\n0,0,.5\n", True), (None, False)])
+def test_both_programs_on_a_game_of_ones_own(text, simplex, program, tmp_path, monkeypatch):
+    """A total order, where rewards are infinite and policies reach the corner; and a random game of six."""
+    monkeypatch.setattr(plot_theory, "STEPS", 1500)
+    monkeypatch.setattr(theory, "HORIZONS", (100, 400))
+    if not simplex:  # once is enough to draw
+        monkeypatch.setattr(plot_theory, "save", undrawn)
+    text = text or "\n".join(",".join(map(str, row)) for row in g.random_game(6, seed=8).P)
+    (tmp_path / "mine.csv").write_text(text, encoding="utf-8")
+    game, found = ("--game", tmp_path / "mine.csv"), tmp_path / "out" / "checks.json"
+    program(check_theory, *game, "--output", found)
+    program(plot_theory, *game, "--checks", found, "--output", tmp_path / "out" / "README.md")
+    checks = json.loads(found.read_text())
+    assert len(checks) > 25 and all(one["holds"] and one["games"] == "mine" for one in checks)
+    names = {"gap_by_iteration", "gap_by_horizon", "regularised_gap", "self_improvement"} | ({"simplex"} if simplex else set())
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    artifacts = {"README.md", "checks.json", *(f"{name}.{form}" for name in names for form in ("csv", "png", "svg"))}
+    assert made == artifacts | {f"{name}.record.json" for name in artifacts}
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert f"{len(checks)} of {len(checks)} checks hold" in page and all(f"({name}.png)" in page for name in names) and "nan" not in page
+
+
+def test_page_and_tables_of_the_embedded_game(checks, program, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot_theory, "STEPS", 100)
+    monkeypatch.setattr(plot_theory, "save", undrawn)
+    monkeypatch.setattr(theory, "HORIZONS", (100, 400))
+    monkeypatch.setattr(check_theory, "all_checks", lambda: checks)
+    program(check_theory, "--output", tmp_path / "checks.json")
+    program(plot_theory, "--checks", tmp_path / "checks.json", "--output", tmp_path / "README.md")
+    page = (tmp_path / "README.md").read_text()
+    assert "a 0.3636, b 0.2727, c 0.3636" in page and page.count("| yes |") == len(checks) and "bt_control" in page
+    with (tmp_path / "gap_by_iteration.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 101 and float(rows[0]["SPPO"]) == pytest.approx(0.28)
+    expected = duality_gap(COMAL3, play(g.mwu(COMAL3, START, 1.0), 100).mean(axis=0))
+    assert float(rows[100]["SPPO, average"]) == pytest.approx(expected, abs=1e-12)
