@@ -90,7 +90,7 @@ rule plot_best_of_n:
     output:
         csv=at("best_of_n.csv"),
         png=at("best_of_n.png"),
-        svg=report(at("best_of_n.svg"), caption="captions/best_of_n.rst", category="AlpacaEval", labels={"run": run_name, "figure": "best of n, iteration {t}"}),
+        svg=report(at("best_of_n.svg"), caption="captions/best_of_n.rst", category="AlpacaEval", labels=labels("best of n, iteration {t}")),
         csv_record=record(at("best_of_n.csv")),
         png_record=record(at("best_of_n.png")),
         svg_record=record(at("best_of_n.svg")),

@@ -53,9 +53,9 @@ def settings(wildcards):
     return RUNS[wildcards.run.rstrip("/")]
 
 
-def run_name(wildcards):
-    """The run as the report names it."""
-    return wildcards.run.rstrip("/") or "main"
+def labels(figure):
+    """What tells a file from others in the report: its run, and what it shows, which may name wildcards."""
+    return lambda wildcards: {"run": getattr(wildcards, "run", "all").rstrip("/") or "main", "figure": figure.format(**dict(wildcards.items()))}
 
 
 def at(artifact):

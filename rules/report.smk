@@ -13,7 +13,7 @@ rule plot_training:
         logs=lambda wildcards: [f"{ROOT}{wildcards.run}iter{t}/train_log.jsonl" for t in trainings(wildcards)],
     output:
         png=f"{ROOT}{{run}}figures/training.png",
-        svg=report(f"{ROOT}{{run}}figures/training.svg", caption="captions/training.rst", category="Training", labels={"run": run_name, "figure": "curves"}),
+        svg=report(f"{ROOT}{{run}}figures/training.svg", caption="captions/training.rst", category="Training", labels=labels("curves")),
         png_record=record(f"{ROOT}{{run}}figures/training.png"),
         svg_record=record(f"{ROOT}{{run}}figures/training.svg"),
     log:
@@ -46,7 +46,7 @@ rule build_response_browser:
         answers=of_every_iteration("alpaca_eval_outputs.json"),
         annotations=of_every_iteration("alpaca_eval_annotations.json"),
     output:
-        page=report(f"{ROOT}{{run}}response_browser.html", caption="captions/responses.rst", category="Responses", labels={"run": run_name, "figure": "response browser"}),
+        page=report(f"{ROOT}{{run}}response_browser.html", caption="captions/responses.rst", category="Responses", labels=labels("response browser")),
         record=record(f"{ROOT}{{run}}response_browser.html"),
     log:
         f"{LOGS}{{run}}response_browser.log",
@@ -83,7 +83,7 @@ rule tabulate_evaluations:
     output:
         csv=f"{ROOT}tables/evaluations.csv",
         md=f"{ROOT}tables/evaluations.md",
-        html=report(f"{ROOT}tables/evaluations.html", caption="captions/evaluations.rst", category="Tables", labels={"run": "all", "figure": "all evaluations"}),
+        html=report(f"{ROOT}tables/evaluations.html", caption="captions/evaluations.rst", category="Tables", labels=labels("all evaluations")),
         csv_record=record(f"{ROOT}tables/evaluations.csv"),
         md_record=record(f"{ROOT}tables/evaluations.md"),
         html_record=record(f"{ROOT}tables/evaluations.html"),
