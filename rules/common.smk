@@ -11,7 +11,7 @@ from snakemake.settings.types import DeploymentMethod
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
-from sppo.config import flags, resolve
+from sppo.config import flags, of_iteration, resolve
 from sppo.errors import UserError, fail
 from sppo.adapters import adapter_files
 from sppo.preflight import check_inputs, deleted_artifacts

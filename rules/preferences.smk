@@ -39,12 +39,21 @@ rule annotate_preferences:
         " --output {output.preferences} 2>&1 | tee {log}"
 
 
+def previous_pairs(wildcards):
+    """The previous iteration's pairs, where some of them are trained on again."""
+    t = int(wildcards.t)
+    return f"{ROOT}{wildcards.run}iter{t - 1}/pairs.parquet" if settings(wildcards)["pairs"]["replay"] and t > 1 else []
+
+
 rule build_pairs:
     """P-hat of every response; winner and loser of every prompt."""
     input:
         prompts=lambda wildcards: sampled(wildcards, "prompts.parquet"),
         responses=lambda wildcards: shards(wildcards, "responses"),
         preferences=lambda wildcards: shards(wildcards, "preferences"),
+        previous=previous_pairs,
+        gold=lambda wildcards: settings(wildcards)["pairs"]["gold"] or [],
+        policy=lambda wildcards: current_policy(wildcards) if settings(wildcards)["pairs"]["gold"] else [],
     output:
         pairs=at("pairs.parquet"),
         record=record(at("pairs.parquet")),
@@ -61,8 +70,11 @@ rule build_pairs:
     params:
         version=STAGES["select"],
         options=section_flags("preference", skip=("model", "source")),
+        construction=section_flags("pairs"),
+        more=lambda wildcards, input: flags({"policy": input.policy or None, "previous": input.previous or None,
+                                             "replay_seed": settings(wildcards)["seeds"]["data"]}),
     message:
         "Building the pairs of {wildcards.run}iteration {wildcards.t}"
     shell:
         "{PYTHON} src/build_pairs.py --prompts {input.prompts} --responses {input.responses} --preferences {input.preferences}"
-        " {params.options:q} --output {output.pairs} 2>&1 | tee {log}"
+        " {params.options:q} {params.construction:q} {params.more:q} --output {output.pairs} 2>&1 | tee {log}"

@@ -76,7 +76,7 @@ rule train_policy:
     params:
         version=STAGES["train"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["train"],
-        options=section_flags("train", skip=("reference_every",)),
+        options=lambda wildcards: flags(of_iteration(settings(wildcards)["train"], int(wildcards.t)), skip=("reference_every",)),
         reference=lambda wildcards, input: flags({"reference": input.reference}) if "reference" in input.keys() else [],
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:

@@ -1,8 +1,10 @@
-"""Estimate P-hat from the logits and choose winner and loser of every prompt.
+"""Estimate P-hat from the logits and choose the pairs that are trained on.
 
-Reads   prompts.parquet (its order), all shards of responses/ and preferences/
+Reads   prompts.parquet (its order), all shards of responses/ and preferences/; gold responses (JSONL) and the policy,
+        whose tokenizer reads them, for `--construction gold`; the previous iteration's pairs for `--replay`
 Writes  pairs.parquet and its record, which counts what was dropped and why
 Paper   2405.00675, section 5.1: P-hat over the K responses; winner and loser by the mean logit; these two are trained on.
+        `all`: 2404.03715, Algorithm 1, every two responses. `gold`: 2401.01335, the gold response against one of the policy's.
 Departs from the official code: `--probability blender` is its collapse to scores; where all scores are equal it takes
         one response as winner and loser, here such prompts are dropped.
 """
@@ -10,6 +12,8 @@ Departs from the official code: `--probability blender` is its collapse to score
 from __future__ import annotations
 
 import argparse
+import itertools
+import random
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import numpy as np
 from sppo.artifacts import recorded
 from sppo.config import add_section
 from sppo.errors import UserError, run
+from sppo.prompts import read_gold
 from sppo.preference import mean_logits, p_hat, win_probabilities, winner_and_loser
 from sppo.tables import read_table, write_table
 
@@ -29,7 +34,11 @@ def main() -> None:
     parser.add_argument("--responses", type=Path, nargs="+", required=True)
     parser.add_argument("--preferences", type=Path, nargs="+", required=True)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--policy", type=Path, help="whose tokenizer reads gold responses")
+    parser.add_argument("--replay-seed", type=int, default=0)
+    parser.add_argument("--previous", type=Path, help="the previous iteration's pairs.parquet, for --replay")
     add_section(parser, "preference", skip=("model", "source"))
+    add_section(parser, "pairs")
     args = parser.parse_args()
 
     order = [row["prompt_id"] for row in read_table(args.prompts, "prompts")]
@@ -42,16 +51,53 @@ def main() -> None:
         if prompt_id not in logits or logits[prompt_id]["sample_ids"] != sorted(responses.get(prompt_id, ())):
             raise UserError(f"prompt {prompt_id} lacks responses or preferences; delete {args.responses[0].parent} and "
                             f"{args.preferences[0].parent} and run again")
-    with recorded("select", args.output, [args.prompts, *args.responses, *args.preferences], vars(args)) as facts:
-        pairs, dropped = [], Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
-        for number, prompt_id in enumerate(order):
-            pair = select(logits[prompt_id], responses[prompt_id], args)
-            if isinstance(pair, str):
-                dropped[pair] += 1
-            else:
-                pairs.append({"pair_id": number, "prompt_id": prompt_id, **pair})
+    gold = gold_responses(Path(args.gold), args.policy) if args.construction == "gold" else {}
+    more = [Path(path) for path in (args.gold, args.previous) if path]
+    with recorded("select", args.output, [args.prompts, *args.responses, *args.preferences, *more], vars(args)) as facts:
+        found, dropped = [], Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
+        for prompt_id in order:
+            for pair in pairs_of(logits[prompt_id], responses[prompt_id], gold.get(prompt_id), args):
+                if isinstance(pair, str):
+                    dropped[pair] += 1
+                else:
+                    found.append({"prompt_id": prompt_id, **pair})
+        new = len(found)
+        if args.previous:
+            before = read_table(args.previous, "pairs")
+            found += random.Random(args.replay_seed).sample(before, round(args.replay * len(before)))
+        pairs = [row | {"pair_id": number} for number, row in enumerate(found)]
         write_table(args.output, pairs, "pairs")
-        facts |= {"prompts": len(order), "pairs": len(pairs), "dropped": dict(dropped), **statistics(pairs)}
+        facts |= {"prompts": len(order), "pairs": len(pairs), "replayed": len(pairs) - new, "dropped": dict(dropped), **statistics(pairs)}
+
+
+def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:
+    """Gold responses by prompt, with token ids that end in the policy's stop id. UserError names a broken line."""
+    from sppo.models import load_tokenizer, stop_token_ids
+
+    tokenizer = load_tokenizer(policy)
+    stop = stop_token_ids(policy, tokenizer)[0]
+    return {name: {"text": text, "sample_id": -1, "finish_reason": "stop",
+                   "token_ids": tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids + [stop]}
+            for name, text in read_gold(path).items()}
+
+
+def pairs_of(preferences: dict[str, Any], responses: dict[int, dict], gold: dict[str, Any] | None, args: argparse.Namespace) -> list[dict[str, Any] | str]:
+    """Pairs of one prompt, and a reason for each that was dropped."""
+    if args.construction == "extremes":
+        return [select(preferences, responses, args)]
+    if args.construction == "gold":
+        own = responses[preferences["sample_ids"][0]]
+        prompt = {"prompt_token_ids": own["prompt_token_ids"]}
+        return ["no_gold" if gold is None else made(gold | prompt, own, (1.0, 0.0, 1.0), args)]
+    probabilities = win_probabilities(np.array(preferences["logits"]), args.probability, args.logit_scale)
+    estimates = p_hat(probabilities)
+    kept = []
+    for i, j in itertools.combinations(range(len(estimates)), 2):
+        w, l = (i, j) if probabilities[i, j] > 0.5 else (j, i)
+        ends = [responses[preferences["sample_ids"][k]] for k in (w, l)]
+        tie = probabilities[w, l] == 0.5
+        kept.append("tie" if tie else made(*ends, (estimates[w], estimates[l], probabilities[w, l]), args))
+    return kept
 
 
 def select(preferences: dict[str, Any], responses: dict[int, dict], args: argparse.Namespace) -> dict[str, Any] | str:
@@ -63,16 +109,23 @@ def select(preferences: dict[str, Any], responses: dict[int, dict], args: argpar
         return "tie"
     w, l = ends
     chosen, rejected = (responses[preferences["sample_ids"][i]] for i in ends)
+    return made(chosen, rejected, (estimates[w], estimates[l], probabilities[w, l]), args)
+
+
+def made(chosen: dict[str, Any], rejected: dict[str, Any], numbers: tuple[float, float, float], args: argparse.Namespace) -> dict[str, Any] | str:
+    """A pair with P-hat of both and P(chosen beats rejected), or the reason why it is none."""
     if chosen["text"] == rejected["text"]:
         return "identical"
     if not chosen["text"].strip() or not rejected["text"].strip():
         return "empty"
     if args.truncated == "drop" and "length" in (chosen["finish_reason"], rejected["finish_reason"]):
         return "truncated"
+    if numbers[0] - numbers[1] < args.margin:
+        return "margin"
     return {"prompt_token_ids": chosen["prompt_token_ids"],
             "chosen": chosen["text"], "chosen_token_ids": chosen["token_ids"], "chosen_sample_id": chosen["sample_id"],
             "rejected": rejected["text"], "rejected_token_ids": rejected["token_ids"], "rejected_sample_id": rejected["sample_id"],
-            "p_hat_chosen": estimates[w], "p_hat_rejected": estimates[l], "p_chosen_beats_rejected": probabilities[w, l]}
+            "p_hat_chosen": numbers[0], "p_hat_rejected": numbers[1], "p_chosen_beats_rejected": numbers[2]}
 
 
 def statistics(pairs: list[dict[str, Any]]) -> dict[str, float]:

@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--instructions", type=Path, required=True, help="evaluation instructions with their categories")
     parser.add_argument("--output", type=Path, required=True, help="the page, .html")
     add_section(parser, "preference", skip=("model", "source"))
+    parser.set_defaults(margin=0.0)
     args = parser.parse_args()
 
     inputs = [*args.prompts, *args.responses, *args.preferences, *args.pairs, *args.answers, *args.annotations, args.instructions]

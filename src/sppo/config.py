@@ -118,8 +118,11 @@ def _check_together(config: Config) -> None:
         raise UserError("config: TRL's IPO is per token with target 1/(2 beta); set train.per_token: true and train.ipo_target: 0.5")
     if train["loss"] == "kto_pair" and train["micro_batch_size"] < train["batch_size"]:
         raise UserError("config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size")
-    if train["loss"] in ("inpo", "nash_md") and train["tau"] > train["beta"]:
-        raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({train['beta']}), which gives pi_t a negative weight; lower it")
+    least = min(train["beta"]) if isinstance(train["beta"], list) else train["beta"]
+    if train["loss"] in ("inpo", "nash_md") and train["tau"] > least:
+        raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it")
+    if (config["pairs"]["construction"] == "gold") != (config["pairs"]["gold"] is not None):
+        raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither")
     if train["backend"] == "trl" and train["loss_scale"] != "none":
         raise UserError("config: TRL does not scale losses; use train.loss_scale: none or train.backend: transformers")
     if train["batch_size"] % train["micro_batch_size"] and train["batch_size"] > train["micro_batch_size"]:
@@ -229,6 +232,11 @@ def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
+
+
+def of_iteration(section: Config, t: int) -> Config:
+    """The section as iteration t (1, 2, ...) has it: of lists their t-th value, the last one for all after."""
+    return {key: value[min(t, len(value)) - 1] if isinstance(value, list) else value for key, value in section.items()}
 
 
 def flags(section: Config, skip: tuple[str, ...] = ()) -> list[str]:

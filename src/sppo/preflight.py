@@ -10,7 +10,7 @@ from typing import Any
 from sppo import alpaca, mt_bench
 from sppo.adapters import ADAPTER_FILES, adapter_folder
 from sppo.errors import UserError
-from sppo.prompts import read_instructions, read_prompts
+from sppo.prompts import read_gold, read_instructions, read_prompts
 
 
 def check_inputs(runs: dict[str, dict[str, Any]]) -> None:
@@ -37,6 +37,8 @@ def check_inputs(runs: dict[str, dict[str, Any]]) -> None:
             check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")))
         if run["mt_bench"]["data"] != "fastchat":
             mt_bench.read_questions(Path(run["mt_bench"]["data"]))
+        if run["pairs"]["gold"]:
+            read_gold(Path(run["pairs"]["gold"]))
         if run["open_llm"]["data"] != "hub" and not Path(run["open_llm"]["data"]).is_dir():
             raise UserError(f"config: {where}open_llm.data is {run['open_llm']['data']}, but there is no such folder; give `hub`, or a folder "
                             "with all six tasks")

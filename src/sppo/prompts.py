@@ -38,6 +38,20 @@ def read_prompts(source: str, revision: str | None, split: str, field: str) -> t
     return prompts, commit
 
 
+def read_gold(path: Path) -> dict[str, str]:
+    """Gold responses by prompt id, of a JSONL file with id and response. UserError names a broken line or a repeated id."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; pairs.gold names a JSONL file of gold responses, with id and response")
+    found: dict[str, str] = {}
+    for number, row in enumerate(_jsonl(path), 1):
+        if not isinstance(row, dict) or not isinstance(row.get("response"), str) or "id" not in row or not row["response"].strip():
+            raise UserError(f"{path} line {number} is not an object with id and response; mend it")
+        if str(row["id"]) in found:
+            raise UserError(f"{path} line {number}: id {row['id']} is there twice; ids must differ")
+        found[str(row["id"])] = row["response"]
+    return found
+
+
 def _jsonl(path: Path) -> list[Any]:
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):

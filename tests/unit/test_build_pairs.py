@@ -72,3 +72,53 @@ def test_a_cycle_is_a_tie_for_the_official_collapse_and_dropped(build):
     assert [pair["prompt_id"] for pair in pairs] == ["b"] and record["dropped"]["tie"] == 1
 
 
+
+
+def test_all_pairs_are_every_two_that_differ(build):
+    pairs, record = build({"a": (["x", "y", "z"], SKEW, STOPPED), "b": (["x", "x", "z"], SKEW, STOPPED), "c": (["x", "y", "z"], np.ones((3, 3)), STOPPED)},
+                          "--construction", "all")
+    assert [(pair["prompt_id"], pair["chosen"], pair["rejected"]) for pair in pairs] == [
+        ("a", "x", "y"), ("a", "x", "z"), ("a", "y", "z"), ("b", "x", "z"), ("b", "x", "z")]
+    assert [pair["pair_id"] for pair in pairs] == list(range(5))
+    assert record["dropped"] == {"tie": 3, "identical": 1, "empty": 0, "truncated": 0}
+    sigma = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    assert pairs[2]["p_chosen_beats_rejected"] == pytest.approx(sigma(1)) and pairs[2]["p_hat_chosen"] == pytest.approx(0.5)
+
+
+def test_pairs_closer_than_the_margin_are_dropped(build):
+    wide = build({"a": (["x", "y", "z"], SKEW, STOPPED)}, "--construction", "all")[0]
+    gaps = [pair["p_hat_chosen"] - pair["p_hat_rejected"] for pair in wide]
+    pairs, record = build({"a": (["x", "y", "z"], SKEW, STOPPED)}, "--construction", "all", "--margin", str(max(gaps) - 0.01))
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("x", "z")] and record["dropped"]["margin"] == 2
+
+
+def test_gold_against_the_policy_s_first_response(build, tiny_policy, tmp_path):
+    from sppo.models import load_tokenizer
+
+    gold = tmp_path / "gold.jsonl"
+    gold.write_text('{"id": "a", "response": "A good answer. <|im_end|>"}\n')
+    pairs, record = build({"a": (["x", "y", "z"], SKEW, STOPPED), "b": (["x", "y", "z"], SKEW, STOPPED)}, "--construction", "gold", "--gold", gold,
+                          "--policy", tiny_policy)
+    assert [(pair["prompt_id"], pair["chosen"], pair["rejected"], pair["chosen_sample_id"]) for pair in pairs] == [("a", "A good answer. <|im_end|>", "x", -1)]
+    ids, tokenizer = pairs[0]["chosen_token_ids"], load_tokenizer(tiny_policy)
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1  # one stop id, whatever the text spells
+    assert tokenizer.decode(ids[:-1]) == "A good answer. <|im_end|>" and record["dropped"]["no_gold"] == 1
+
+
+def test_replayed_pairs_come_after_the_new_ones(build, tmp_path):
+    many = {name: (["x", "y", "z"], SKEW, STOPPED) for name in "abcdefgh"}
+    build(many)
+    before = tmp_path / "before.parquet"
+    (tmp_path / "pairs.parquet").rename(before)
+    pairs, record = build({"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay", "0.5")
+    assert [pair["pair_id"] for pair in pairs] == list(range(5)) and pairs[0]["prompt_id"] == "new" and record["replayed"] == 4
+    assert len({pair["prompt_id"] for pair in pairs}) == 5
+    assert build({"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay", "0.5")[0] == pairs  # the same draw
+
+
+@pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ('{"id": "b"}', "line 2 is not an object with id and response"),
+                                               ('{"id": "a", "response": "again"}', "line 2: id a is there twice")])
+def test_broken_gold_is_named(build, tmp_path, line, message, tiny_policy):
+    (tmp_path / "gold.jsonl").write_text('{"id": "a", "response": "x"}\n' + line)
+    with pytest.raises(UserError, match=message):
+        build({"a": (["x", "y", "z"], SKEW, STOPPED)}, "--construction", "gold", "--gold", tmp_path / "gold.jsonl", "--policy", tiny_policy)
