@@ -31,6 +31,9 @@ def records_of_every_iteration(wildcards):
     run, first = wildcards.run, settings(wildcards)["first_iteration_from"]
     made = [f"{ROOT}{run if t else base_of(wildcards)}iter{t}/{name}" for t in iterations(wildcards) for name in ("alpaca_eval_outputs.json", "alpaca_eval.json")]
     for t in range(1, settings(wildcards)["iterations"] + 1):
+        if settings(wildcards)["extrapolation"] is not None:
+            made.append(f"{ROOT}{run}iter{t}/policy")
+            continue
         sampling = ROOT if t == 1 and first == "main" else f"{ROOT}{run}"
         for folder in ("responses", "preferences"):
             made += [f"{sampling}iter{t}/{folder}/{shard}.parquet" for shard in range(settings(wildcards)["responses"]["shards"])]

@@ -50,6 +50,42 @@ rule score_reference:
         " {params.options:q} --output {output.logps} 2>&1 | tee {log}"
 
 
+EXTRAPOLATED = [name for name, run in RUNS.items() if run["extrapolation"] is not None]
+
+
+rule extrapolate_policy:
+    """ExPO: main's policy carried on along the line from the base, without training."""
+    input:
+        base=BASE_POLICY,
+        aligned=f"{ROOT}iter{{t}}/policy",
+    output:
+        policy=directory(at("policy")),
+        record=record(at("policy")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/extrapolate_policy.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/extrapolate_policy.tsv"
+    wildcard_constraints:
+        run="|".join(f"{name}/" for name in EXTRAPOLATED) or "(?!)",
+    conda:
+        "../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=7000,
+        runtime=60,
+    params:
+        version=STAGES["train"],
+        alpha=lambda wildcards: settings(wildcards)["extrapolation"],
+    message:
+        "Extrapolating the policy of {wildcards.run}iteration {wildcards.t}"
+    shell:
+        "{PYTHON} src/extrapolate_policy.py --base {input.base} --aligned {input.aligned} --alpha {params.alpha}"
+        " --output {output.policy} 2>&1 | tee {log}"
+
+
+ruleorder: extrapolate_policy > train_policy
+
+
 rule train_policy:
     """Regress the log-ratios of winners and losers onto their targets: the next policy."""
     input:
@@ -100,4 +136,4 @@ if not MAIN["keep_policies"] and LAST > 1:
         wildcard_constraints:
             t="|".join(map(str, range(1, LAST))),
 
-    ruleorder: train_dropped_policy > train_policy
+    ruleorder: extrapolate_policy > train_dropped_policy > train_policy

@@ -47,6 +47,8 @@ def resolve(written: Config) -> dict[str, Config]:
         raise UserError(f"config: name is {written['name']}, the name of a run, and both would write to results/{written['name']}/; choose another")
     main = {key: value for key, value in written.items() if key != "runs"}
     runs = {"": _complete(main, rules) | {"first_iteration_from": None}}
+    if runs[""]["extrapolation"] is not None:
+        raise UserError("config: extrapolation carries main's policies on, so it belongs to a run, as runs: {expo: {extrapolation: 0.3}}")
     for name, overrides in written.get("runs", {}).items():
         where = f"runs.{name}"
         _check_name(name, where)

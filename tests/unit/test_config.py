@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from sppo.config import RESERVED, add_section, default_of, flags, resolve, schema
+from sppo.config import RESERVED, add_section, default_of, flags, of_iteration, resolve, schema
 from sppo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,6 +151,9 @@ BAD = {
     "TRL refers to the previous iterate": ({"train": {"backend": "trl", "loss": "dpo", "reference_every": None}}, ["TRL", "train.reference_every"]),
     "KTO's means over part of a step": ({"train": {"loss": "kto_pair"}}, ["kto_pair", "train.micro_batch_size"]),
     "pi_t with a negative weight": ({"train": {"loss": "inpo", "beta": 0.01, "tau": 0.02}}, ["train.tau", "train.beta"]),
+    "extrapolation of nothing": ({"extrapolation": 0.3}, ["extrapolation", "belongs to a run"]),
+    "gold without a file": ({"pairs": {"construction": "gold"}}, ["pairs.construction", "pairs.gold"]),
+    "an empty list of rates": ({"train": {"learning_rate": []}}, ["train.learning_rate"]),
     "ragged micro-batches": ({"train": {"batch_size": 10, "micro_batch_size": 4}}, ["train.batch_size", "train.micro_batch_size"]),
 }
 
@@ -217,6 +220,12 @@ def test_flags_give_a_program_the_section_back(section, settings):
     words = flags(values)
     assert all(isinstance(word, str) for word in words)
     assert vars(parser.parse_args(words)) == values
+
+
+def test_a_list_gives_one_value_an_iteration_and_the_last_for_all_after():
+    train = resolve({"train": {"beta": [0.1, 5.0], "learning_rate": 1e-6}})[""]["train"]
+    assert [of_iteration(train, t)["beta"] for t in (1, 2, 3)] == [0.1, 5.0, 5.0]
+    assert of_iteration(train, 3)["learning_rate"] == 1e-6
 
 
 def test_flags_leave_out_what_is_skipped():
