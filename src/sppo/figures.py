@@ -54,8 +54,9 @@ def plot_over_length(judged: dict[int, dict[str, Any]], files: list[Path]) -> No
     for key, name, colour, marker, style in CURVES:
         values, bars = _values_and_bars(judged, key)
         axes.errorbar(lengths, values, yerr=bars, label=name, color=colour, marker=marker, linestyle=style, linewidth=1, capsize=3)
-        for number, length, value in zip(judged, lengths, values):
-            axes.annotate(f"iter{number}", (length, value), xytext=(6, 4), textcoords="offset points", fontsize=8, color=colour)
+    for number, length, line in zip(judged, lengths, judged.values()):
+        highest = max(line[key] for key, *_ in CURVES)
+        axes.annotate(f"iter{number}", (length, highest), xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.axhline(50, color="0.4", linewidth=1, linestyle=":", label="no difference")
     axes.axvline(any_line["reference_avg_length"], color="0.6", linewidth=1, linestyle="-.", label=f"length of {any_line['reference']}")
     axes.set(xlabel="average length (characters)", ylabel=f"won against {any_line['reference']} (%)",
