@@ -23,6 +23,7 @@ from sppo.progress import progress
 
 
 BLOCK = 256  # tokens that are summed first when drawing
+READ_TOGETHER = 16  # prompts
 
 
 @dataclass(frozen=True)
@@ -164,14 +165,36 @@ class TransformersEngine:
                    "finish_reason": "length" if stop is None else "stop"}
 
     def _read_once(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling) -> DynamicCache:
-        """Keys and values of the prompts but for their last token, each read once and repeated for its K samples."""
-        cache = DynamicCache(config=self.model.config)
-        if ids.shape[1] > 1:
-            self.model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0),
-                       past_key_values=cache, use_cache=True, logits_to_keep=1)
+        """Keys and values of the prompts but for their last token, each read once and repeated for its K samples.
+
+        Prompts of like length are read together, for padding costs as much as text; the batch comes in order of length.
+        """
+        if ids.shape[1] == 1:
+            return DynamicCache(config=self.model.config)
+        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=self.model.config).layers):
+            cache = self._read(ids, mask)  # layers of other kinds, such as those with a sliding window, stay as they are
             cache.batch_repeat_interleave(sampling.samples)
-            # Layers of other kinds, such as those with a sliding window, stay as they are.
-            cache.layers = [RoomyLayer(layer, sampling.max_new_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+            return cache
+        parts = []
+        for rows in range(0, len(ids), READ_TOGETHER):
+            part = mask[rows:rows + READ_TOGETHER]
+            padding = min(ids.shape[1] - int(part.sum(1).max()), ids.shape[1] - 2)  # in all of these rows
+            parts.append(self._read(ids[rows:rows + READ_TOGETHER, padding:], part[:, padding:]))
+        cache = parts[0]
+        for number, layer in enumerate(cache.layers):
+            for name in ("keys", "values"):
+                read = [getattr(part.layers[number], name) for part in parts]
+                padded = [nn.functional.pad(states, (0, 0, ids.shape[1] - 1 - states.shape[2], 0)) for states in read]
+                setattr(layer, name, torch.cat(padded))
+        cache.batch_repeat_interleave(sampling.samples)
+        cache.layers = [RoomyLayer(layer, sampling.max_new_tokens) for layer in cache.layers]
+        return cache
+
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
+        """Keys and values of these rows but for their last token."""
+        cache = DynamicCache(config=self.model.config)
+        self.model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0), past_key_values=cache,
+                   use_cache=True, logits_to_keep=1)
         return cache
 
 
