@@ -1,5 +1,5 @@
 # make demo    installs the pinned environment, runs three SPPO iterations on the embedded model, prints the result
-# make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report; some two hours on 2 cores
+# make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report
 # make test    installs the pinned environment, runs the tests
 # make stale   lists artifacts that older code made
 #

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from sppo.artifacts import recorded, write_json
+from sppo.config import add_engine
 from sppo.errors import UserError, run
 from sppo.prompts import read_instructions
 
@@ -28,22 +29,16 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--max-new-tokens", type=int, default=2048)
-    parser.add_argument("--engine", choices=["transformers"], default="transformers")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    parser.add_argument("--attention", default=None)
+    add_engine(parser)
     args = parser.parse_args()
 
     instructions = read_instructions(args.instructions, args.limit)
-    from sppo.generation import ENGINES, Sampling, summary
-    from sppo.models import context_length, pick_device, prompt_token_ids, template_hash, start_torch
+    from sppo.generation import Sampling, open_engine, summary
+    from sppo.models import context_length, prompt_token_ids, template_hash, start_torch
 
     start_torch()
     with recorded("answer", args.output, [args.instructions, args.policy], vars(args)) as facts:
-        engine = ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device),
-                                      attention=args.attention, batch_size=args.batch_size)
+        engine = open_engine(args)
         context = context_length(args.policy)
         prompts = []
         for number, row in enumerate(instructions):

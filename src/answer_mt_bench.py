@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.artifacts import recorded, write_text
+from sppo.config import add_engine
 from sppo.errors import UserError, run
 from sppo.mt_bench import TEMPERATURES, read_questions
 
@@ -27,22 +28,16 @@ def main() -> None:
     parser.add_argument("--noise", required=True, help="name of the noise; policies that share it share their noise")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--engine", choices=["transformers"], default="transformers")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    parser.add_argument("--attention", default=None)
+    add_engine(parser)
     args = parser.parse_args()
 
     questions = read_questions(args.data)
-    from sppo.generation import ENGINES, summary
-    from sppo.models import context_length, pick_device, start_torch, template_hash
+    from sppo.generation import open_engine, summary
+    from sppo.models import context_length, start_torch, template_hash
 
     start_torch()
     with recorded("answer", args.output, [args.data / "question.jsonl", args.policy], vars(args)) as facts:
-        engine = ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device),
-                                      attention=args.attention, batch_size=args.batch_size)
+        engine = open_engine(args)
         chats: dict[str, list[dict[str, str]]] = {str(question["question_id"]): [] for question in questions}
         rows = []
         for turn in (1, 2):

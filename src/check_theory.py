@@ -27,7 +27,6 @@ P, START = g.GAMES["comal3"].P, g.GAMES["comal3"].start
 STAR = g.nash(P)
 
 
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--game", type=Path, help="your own game, .csv")

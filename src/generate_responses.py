@@ -33,13 +33,12 @@ def main() -> None:
     args = parser.parse_args()
 
     prompts = read_table(args.prompts, "prompts")[args.shard::args.shards]
-    from sppo.generation import ENGINES, Sampling, summary
-    from sppo.models import pick_device, template_hash, start_torch
+    from sppo.generation import Sampling, open_engine, summary
+    from sppo.models import template_hash, start_torch
 
     start_torch()
     with recorded("generate", args.output, [args.prompts, args.policy], vars(args)) as facts:
-        engine = ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device),
-                                      attention=args.attention, batch_size=args.batch_size)
+        engine = open_engine(args)
         sampling = Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens)
         rows = engine.generate(prompts, sampling, args.seed, f"iter{args.iteration}")
         write_table(args.output, rows, "responses")

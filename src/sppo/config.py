@@ -121,7 +121,7 @@ def _check_together(config: Config) -> None:
     if train["loss"] == "kto_pair" and train["micro_batch_size"] < train["batch_size"]:
         raise UserError("config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size")
     least = min(train["beta"]) if isinstance(train["beta"], list) else train["beta"]
-    if train["loss"] in ("inpo", "nash_md") and train["tau"] > least:
+    if train["loss"] == "inpo" and train["tau"] > least:
         raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it")
     if (config["pairs"]["construction"] == "gold") != (config["pairs"]["gold"] is not None):
         raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither")
@@ -228,6 +228,15 @@ def add_section(parser: argparse.ArgumentParser, section: str, skip: tuple[str, 
         choices = [value for value in rule["enum"] if value is not None] if "enum" in rule else None
         parser.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=choices, default=default_of(rule, "paper"),
                             help=rule["description"].replace("%", "%%") + " (default: %(default)s)")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """The flags of how a policy is run to answer: engine, batch size, precision, seed, device, attention kernel."""
+    others = schema()["properties"]["responses"]["properties"].keys() - {"engine", "batch_size", "precision"}
+    add_section(parser, "responses", skip=tuple(others))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--attention", default=None)
 
 
 def _boolean(text: str) -> bool:

@@ -6,6 +6,7 @@ here; another one (vLLM) has the same method and the same contracts.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from sppo.models import compute_dtype, load_policy, load_tokenizer, stop_token_ids
+from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, stop_token_ids
 from sppo.progress import progress
 
 
@@ -199,6 +200,12 @@ class TransformersEngine:
 
 
 ENGINES = {"transformers": TransformersEngine}
+
+
+def open_engine(args: argparse.Namespace) -> TransformersEngine:
+    """The engine with the policy that a program was told to run."""
+    return ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device), attention=args.attention,
+                                batch_size=args.batch_size)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 Pair = dict[str, Tensor]
-LOSSES = ("sppo", "sppo_single", "sppo_hard", "dpo", "hinge", "ipo", "kto_pair", "simpo", "dno", "mmpo", "inpo", "nash_md", "mpo")
+LOSSES = ("sppo", "sppo_single", "sppo_hard", "dpo", "hinge", "ipo", "kto_pair", "simpo", "dno", "mmpo", "inpo", "mpo")
 # TRL's names of those that it has; its IPO is the one per token with target 1/(2 beta).
 TRL_LOSSES = {"sppo_hard": "sppo_hard", "dpo": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
 
@@ -76,12 +76,6 @@ def inpo(h: Tensor, h_ref: Tensor, h_t: Tensor, beta: float, tau: float) -> Tens
     return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_t - 0.5 / beta) ** 2
 
 
-def nash_md(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau: float) -> Tensor:
-    """Nash-MD's update (2312.00886) as a regression on pairs, shape (B,): pi ~ pi_mix exp(eta P(. beats pi_mix)),
-    pi_mix ~ pi_t^(1 - eta tau) pi_ref^(eta tau), eta = 1/beta, margin = P-hat_w - P-hat_l against samples of pi_mix."""
-    return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_t - margin / beta) ** 2
-
-
 def mpo(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau: float) -> Tensor:
     """Magnetic mirror descent, the inner step of MPO (2410.16714), as a regression on pairs, shape (B,):
 
@@ -131,6 +125,6 @@ def _pair_loss(name: str, pair: Pair, options: dict[str, Any], beta: float) -> T
         return soft_label(delta_w, delta_l, torch.sigmoid(margin if name == "dno" else gamma * margin), beta)
     if name == "inpo":
         return inpo(h, h_ref, h_t, beta, tau)
-    if name in ("nash_md", "mpo"):
-        return {"nash_md": nash_md, "mpo": mpo}[name](h, h_ref, h_t, margin, beta, tau)
+    if name == "mpo":
+        return mpo(h, h_ref, h_t, margin, beta, tau)
     raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")

@@ -18,7 +18,7 @@ GOLDEN = dict(logp_chosen=-50.0, logp_rejected=-61.0, reference_chosen=-52.0, re
 # Losses with the options that the checks below give them.
 CASES = {name: {} for name in LOSSES} | {
     "dpo": {"label_smoothing": 0.1, "sft_weight": 0.005}, "ipo": {"per_token": True, "ipo_target": 1.0}, "simpo": {"gamma": 1.5},
-    "mmpo": {"gamma": 3.0}, "inpo": {"tau": 0.03}, "nash_md": {"tau": 0.02}, "mpo": {"tau": 0.3}}
+    "mmpo": {"gamma": 3.0}, "inpo": {"tau": 0.03}, "mpo": {"tau": 0.3}}
 
 
 def log_sigmoid(x: float) -> float:
@@ -60,9 +60,6 @@ def by_hand(name: str, rows: list[dict[str, float]], beta: float, tau=0.0, gamma
             loss = -log_sigmoid(beta * (row["logp_chosen"] / row["tokens_chosen"] - row["logp_rejected"] / row["tokens_rejected"]) - gamma)
         elif name == "inpo":
             loss = (h - tau / beta * ref - (beta - tau) / beta * prev - 1 / (2 * beta)) ** 2
-        elif name == "nash_md":
-            mixture = (1 - eta * tau) * prev + eta * tau * ref
-            loss = (h - mixture - eta * (pw - pl)) ** 2
         elif name == "mpo":
             loss = ((1 + eta * tau) * h - prev - eta * tau * ref - eta * (pw - pl)) ** 2
         losses.append(loss + sft_weight * -row["logp_chosen"] / row["tokens_chosen"])

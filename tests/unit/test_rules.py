@@ -13,7 +13,7 @@ import pytest
 import yaml
 from snakemake.utils import update_config
 
-from sppo.config import resolve
+from sppo.config import resolve, schema
 from sppo.errors import UserError
 from sppo.preflight import check_inputs
 
@@ -70,8 +70,13 @@ def test_rule_calls_its_program_with_arguments_that_it_has(rule):
     body = rules()[rule]
     (program,) = re.findall(r"\{PYTHON\} (src/\w+\.py)", body)
     source = (ROOT / program).read_text(encoding="utf-8")
-    for flag in re.findall(r"(--[a-z-]+) ", body.split("shell:")[1]):
-        assert f'"{flag}"' in source or "add_section" in source, f"{program} has no {flag}"
+    known = set(re.findall(r'add_argument\("--([a-z-]+)"', source))
+    for section in re.findall(r'add_section\(parser, "(\w+)"', source):
+        known |= {key.replace("_", "-") for key in schema()["properties"][section]["properties"]}
+    if "add_engine(parser)" in source:
+        known |= {"engine", "batch-size", "precision", "seed", "device", "attention"}
+    asked = set(re.findall(r"--([a-z-]+) ", body.split("shell:")[1]))
+    assert asked and asked <= known, f"{program} has no {asked - known}"
     outputs = re.search(r"^    output:\n((?:        .+\n)+)", body, re.MULTILINE)[1].splitlines()
     assert 2 * sum("record(" in line for line in outputs) >= len(outputs)
 
