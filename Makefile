@@ -1,6 +1,7 @@
 # make demo    installs the pinned environment, runs three SPPO iterations on the embedded model, prints the result
 # make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report
 # make test    installs the pinned environment, runs the tests
+# make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
 # make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them (an hour and a half on 2 cores)
 # make compare-all  every run of config/config.yaml; goes on where it stopped
 # make stale   lists artifacts that older code made
@@ -16,7 +17,7 @@ SNAKEMAKE := .venv/bin/snakemake --cores all
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all compare compare-all install test test-slow stale
+.PHONY: demo demo-all compare compare-all install test test-slow test-conda stale
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -50,6 +51,9 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	@.venv/bin/python -m pytest -q -m slow
+
+test-conda: .venv/installed
+	@$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) .venv/bin/python -m pytest -q -m slow tests/conda
 
 stale: .venv/installed
 	@.venv/bin/python src/list_stale.py results

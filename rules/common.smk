@@ -17,10 +17,13 @@ from sppo.adapters import adapter_files
 from sppo.preflight import check_inputs, deleted_artifacts
 from sppo.stages import STAGES
 
+IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+if IN_CONDA:
+    os.environ["PYTHONNOUSERSITE"] = "1"  # a user's ~/.local would stand before the environment's own packages
 try:
     RUNS = resolve(config)
     if workflow.is_main_process:
-        check_inputs(RUNS)
+        check_inputs(RUNS, IN_CONDA)
 except UserError as error:
     fail(str(error))
 
@@ -34,9 +37,8 @@ BASE_POLICY = f"{ROOT}iter0/policy"
 
 # On one machine models never run side by side: each job takes all cores, or a GPU.
 ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and Path("/dev/nvidiactl").exists())
-MODEL_THREADS = 1 if ON_GPU else max(workflow.cores or 1, 1)
+MODEL_THREADS = 1 if ON_GPU else workflow.resource_settings.cores or 1  # none with --containerize, --lint or --list-rules
 MODEL_GPUS = 1 if ON_GPU else 0
-IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 PYTHON = "python" if IN_CONDA else sys.executable
 if sys.stderr.isatty():
     os.environ["SPPO_WATCHED"] = "1"

@@ -12,10 +12,13 @@ from sppo.adapters import ADAPTER_FILES, adapter_folder
 from sppo.errors import UserError
 from sppo.prompts import read_gold, read_instructions, read_prompts
 
+TRAINING_ENVIRONMENT = Path(__file__).resolve().parents[2] / "envs" / "core.yaml"
 
-def check_inputs(runs: dict[str, dict[str, Any]]) -> None:
+
+def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> None:
     """Every file that the configuration names is there and readable, and there are prompts enough.
 
+    in_conda: programs run in the environments of envs/, so that what is installed here says nothing.
     Raises `UserError` naming the first that is not.
     """
     for name, run in runs.items():
@@ -53,8 +56,10 @@ def check_inputs(runs: dict[str, dict[str, Any]]) -> None:
         if evaluation["difficulty"]:
             alpaca.check_order(asked, Path(evaluation["difficulty"]))
         tracker = run["train"]["report_to"]
-        here = importlib.util.find_spec("torch")  # not so with conda, where programs run in environments of their own
-        if here and tracker != "none" and not importlib.util.find_spec(tracker):
+        if in_conda and tracker != "none" and f"- {tracker}==" not in TRAINING_ENVIRONMENT.read_text(encoding="utf-8"):
+            raise UserError(f"config: {where}train.report_to is {tracker}, which envs/core.yaml lacks; add it there, as - {tracker}==<version> "
+                            "under pip, or set none")
+        if not in_conda and tracker != "none" and not importlib.util.find_spec(tracker):
             raise UserError(f"config: {where}train.report_to is {tracker}, which is not installed; run .venv/bin/pip install {tracker}, or set none")
         if run["iterations"]:
             check_prompts(run, {row["instruction"].strip() for row in instructions})

@@ -104,30 +104,6 @@ def test_no_rules_file_is_left_out_of_the_snakefile():
     assert sorted(included) == [file.stem for file in RULE_FILES]
 
 
-# --- pins ---
-
-def pins() -> dict[str, str]:
-    """Requirement of every package of the one environment, torch from the Makefile."""
-    torch = re.search(r"^TORCH \?= (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
-    words = [torch] + [line for name in ("requirements.txt", "requirements-no-deps.txt")
-                       for line in (ROOT / name).read_text(encoding="utf-8").split("\n") if line and not line.startswith("#")]
-    return {re.split(r"[=<>~]", word)[0]: word for word in words}
-
-
-@pytest.mark.parametrize("name", ["core", "eval"])
-def test_conda_environment_pins_what_the_one_environment_pins(name):
-    """vllm and llm_blender, when they come, need other versions: stack.md."""
-    dependencies = yaml.safe_load((ROOT / "envs" / f"{name}.yaml").read_text(encoding="utf-8"))["dependencies"]
-    (pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
-    assert "torch==2.13.0" in pip
-    for word in pip:
-        assert pins().get(re.split(r"[=<>~]", word)[0]) == word
-
-
-def test_every_package_is_pinned():
-    assert [word for word in pins().values() if not re.search(r"==|<\d", word)] == []
-
-
 # --- dry runs ---
 
 @pytest.fixture(scope="module")

@@ -25,15 +25,9 @@ RESULT = "results/tiny/iter2/alpaca_eval.json"
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory, tiny_policy):
+def clone(tmp_path_factory, tiny_policy, copy_repository):
     """A copy of the repository as git sees it, with nothing made yet."""
-    folder = tmp_path_factory.mktemp("clone")
-    files = subprocess.run(["git", "-C", REPOSITORY, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-                           check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in filter(None, files):
-        if (REPOSITORY / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(REPOSITORY / name, folder / name)
+    folder = copy_repository(tmp_path_factory.mktemp("clone"))
     embedded = REPOSITORY / "results/models"
     if embedded.is_dir():  # made already; in a fresh clone the first test makes it
         shutil.copytree(embedded, folder / "results/models")
