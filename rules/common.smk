@@ -37,7 +37,7 @@ BASE_POLICY = f"{ROOT}iter0/policy"
 
 # On one machine models never run side by side: each job takes all cores, or a GPU.
 ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and Path("/dev/nvidiactl").exists())
-MODEL_THREADS = 1 if ON_GPU else workflow.resource_settings.cores or 1  # none with --containerize, --lint or --list-rules
+MODEL_THREADS = 1 if ON_GPU else max(workflow.resource_settings.cores or 1, 1)
 MODEL_GPUS = 1 if ON_GPU else 0
 PYTHON = "python" if IN_CONDA else sys.executable
 if sys.stderr.isatty():
