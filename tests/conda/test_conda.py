@@ -20,8 +20,9 @@ from sppo.artifacts import PACKAGES
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # all cores, as a user has
 CONFIG = ("--configfile", "tests/workflow/config.yaml", "--config", "iterations=1", "runs={expo: {extrapolation: 0.3}}")
-TARGETS = ["theory", *(f"results/tiny/{name}" for name in ("summary.md", "iter1/mt_bench.json", "iter1/open_llm.json", "iter1/best_of_n.svg",
-                                                           "figures/training.svg", "response_browser.html", "expo/iter1/policy"))]
+SUMMARY = "results/tiny/summary.md"
+ALL = [SUMMARY, "theory", *(f"results/tiny/{name}" for name in ("iter1/mt_bench.json", "iter1/open_llm.json", "iter1/best_of_n.svg", "figures/training.svg",
+                                                                "response_browser.html", "expo/iter1/policy"))]
 OF_WHAT_IS_THERE = ["paper_tables", "results/tiny/tables/evaluations.html", "results/tiny/figures/pairwise_judge.svg"]
 NOT_RUN = {"fetch_mt_bench"}  # it asks the network
 TELLS_THE_TIME = {"tiny/summary.md", "tiny/iter1/train_log.jsonl"}
@@ -51,11 +52,9 @@ def snakemake(folder: Path, policy: Path, *words: str, **environment: str) -> su
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT | environment, text=True, timeout=3000)
 
 
-def run(folder: Path, policy: Path, *words: str, **environment: str) -> None:
-    """Every target, in two calls; the second takes what it finds."""
-    for targets in (TARGETS, OF_WHAT_IS_THERE):
-        done = snakemake(folder, policy, *words, "--", *targets, **environment)
-        assert done.returncode == 0, done.stdout[-5000:]
+def make(targets: list[str], folder: Path, policy: Path, *words: str, **environment: str) -> None:
+    done = snakemake(folder, policy, *words, "--", *targets, **environment)
+    assert done.returncode == 0, done.stdout[-5000:]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,8 @@ def with_conda(tmp_path_factory, copy_repository, tiny_policy, conda):
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('numpy of the user, not of the environment')")
     try:
-        run(folder, tiny_policy, "--use-conda", PATH=f"{conda}:{os.environ['PATH']}", PYTHONUSERBASE=str(user))
+        for targets in (ALL, OF_WHAT_IS_THERE):
+            make(targets, folder, tiny_policy, "--use-conda", PATH=f"{conda}:{os.environ['PATH']}", PYTHONUSERBASE=str(user))
         yield folder
     finally:
         shutil.rmtree(folder / ".snakemake/conda")  # gigabytes
@@ -74,8 +74,9 @@ def with_conda(tmp_path_factory, copy_repository, tiny_policy, conda):
 
 @pytest.fixture(scope="module")
 def without_conda(tmp_path_factory, copy_repository, tiny_policy):
+    """Another copy, with the iterations and their evaluation made by the interpreter of this test."""
     folder = copy_repository(tmp_path_factory.mktemp("clone"))
-    run(folder, tiny_policy)
+    make([SUMMARY], folder, tiny_policy)
     return folder
 
 
@@ -132,7 +133,8 @@ def name_of(environment: str) -> str:
 
 def test_what_comes_out_is_what_comes_out_without_conda(with_conda, without_conda):
     ours, others = hashes(with_conda), hashes(without_conda)
-    assert ours.keys() == others.keys() and {name for name in ours if ours[name] != others[name]} == TELLS_THE_TIME
+    assert {"models/SmolLM2-135M-Instruct", "tiny/iter1/preferences/0.parquet", "tiny/iter1/policy", "tiny/iter1/alpaca_eval.json"} <= others.keys()
+    assert {name for name in others if ours[name] != others[name]} == TELLS_THE_TIME
 
 
 def test_a_container_s_recipe_has_every_environment(with_conda, conda):
@@ -149,7 +151,7 @@ def test_a_container_s_recipe_has_every_environment(with_conda, conda):
 def test_a_conda_that_is_missing_or_too_old_is_said_before_any_work(version, said, conda, tmp_path, copy_repository, tiny_policy):
     """By Snakemake itself."""
     found = {"PATH": f"{conda}:{os.environ['PATH']}", "CONDA_VERSION": version} if version else {"PATH": without(os.environ["PATH"])}
-    done = snakemake(copy_repository(tmp_path), tiny_policy, "--use-conda", "--", *TARGETS, **found)
+    done = snakemake(copy_repository(tmp_path), tiny_policy, "--use-conda", "--", SUMMARY, **found)
     assert done.returncode != 0 and said in done.stdout and "Traceback" not in done.stdout and not (tmp_path / "results/tiny").exists()
 
 
