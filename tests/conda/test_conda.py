@@ -134,7 +134,7 @@ def name_of(environment: str) -> str:
 def test_what_comes_out_is_what_comes_out_without_conda(with_conda, without_conda):
     ours, others = hashes(with_conda), hashes(without_conda)
     assert {"models/SmolLM2-135M-Instruct", "tiny/iter1/preferences/0.parquet", "tiny/iter1/policy", "tiny/iter1/alpaca_eval.json"} <= others.keys()
-    assert {name for name in others if ours[name] != others[name]} == TELLS_THE_TIME
+    assert {name for name in others if ours[name] != others[name]} <= TELLS_THE_TIME
 
 
 def test_a_container_s_recipe_has_every_environment(with_conda, conda):
