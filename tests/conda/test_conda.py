@@ -21,9 +21,9 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # all cores, as a user has
 CONFIG = ("--configfile", "tests/workflow/config.yaml", "--config", "iterations=1", "runs={expo: {extrapolation: 0.3}}")
 SUMMARY = "results/tiny/summary.md"
-ALL = [SUMMARY, "theory", *(f"results/tiny/{name}" for name in ("iter1/mt_bench.json", "iter1/open_llm.json", "iter1/best_of_n.svg", "figures/training.svg",
-                                                                "response_browser.html", "expo/iter1/policy"))]
-OF_WHAT_IS_THERE = ["paper_tables", "results/tiny/tables/evaluations.html", "results/tiny/figures/pairwise_judge.svg"]
+ALL = [SUMMARY, "theory", *(f"results/tiny/{name}" for name in (
+    "iter1/mt_bench.json", "iter1/open_llm.json", "iter1/best_of_n.svg", "figures/training.svg", "response_browser.html", "expo/iter1/policy"))]
+OF_WHAT_IS_THERE = ["paper_tables", *(f"results/tiny/{name}" for name in ("tables/evaluations.html", "tables/methods.html", "figures/pairwise_judge.svg"))]
 NOT_RUN = {"fetch_mt_bench"}  # it asks the network
 TELLS_THE_TIME = {"tiny/summary.md", "tiny/iter1/train_log.jsonl"}
 
@@ -93,8 +93,9 @@ def installed(with_conda) -> dict[str, dict[str, str]]:
 
 def hashes(folder: Path) -> dict[str, str]:
     """sha256 of every artifact, by its record."""
-    records = {str(path.relative_to(folder / "results")): json.loads(path.read_text(encoding="utf-8")) for path in (folder / "results").rglob("*.record.json")}
-    return {name.removesuffix(".record.json"): record["sha256"] for name, record in records.items()}
+    root = folder / "results"
+    return {str(path.relative_to(root)).removesuffix(".record.json"): json.loads(path.read_text(encoding="utf-8"))["sha256"]
+            for path in root.rglob("*.record.json")}
 
 
 def test_environments_are_made_as_they_are_written(installed):
@@ -147,7 +148,8 @@ def test_a_container_s_recipe_has_every_environment(with_conda, conda):
         assert f"conda env create --prefix {Path(target).parent} --file {target} &&" in done.stdout
 
 
-@pytest.mark.parametrize(("version", "said"), [(None, "Is conda installed and accessible?"), ("24.1.2", "Conda must be version 24.7.1 or later, found version 24.1.2.")])
+@pytest.mark.parametrize(("version", "said"), [
+    (None, "Is conda installed and accessible?"), ("24.1.2", "Conda must be version 24.7.1 or later, found version 24.1.2.")])
 def test_a_conda_that_is_missing_or_too_old_is_said_before_any_work(version, said, conda, tmp_path, copy_repository, tiny_policy):
     """By Snakemake itself."""
     found = {"PATH": f"{conda}:{os.environ['PATH']}", "CONDA_VERSION": version} if version else {"PATH": without(os.environ["PATH"])}

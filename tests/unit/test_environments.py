@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,55 @@ def test_all_that_the_one_environment_has_is_in_core_or_eval():
     after = set(re.findall(r"^python -m pip install --no-deps (.+)$", script, re.MULTILINE))
     assert after == {line for line in (ROOT / "requirements-no-deps.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")}
     assert core | evaluation | set(map(name_of, after)) == pins().keys() - {"snakemake", "pytest"}
+
+
+# --- every program finds what it imports ---
+
+NOT_CALLED = {"answer_mt_bench": {"alpaca-eval", "fschat", "openai"}}  # of sppo.mt_bench it takes the questions, not the grading
+
+
+def imported(file: Path, seen: set[Path]) -> set[str]:
+    """Packages that a program and what it takes from src/ import anywhere, standard library included."""
+    seen.add(file)
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for module in modules:
+            ours = ROOT / "src" / (module.replace(".", "/") + ".py")
+            if ours.is_file() and ours not in seen:
+                found |= imported(ours, seen)
+            found.add(module.split(".")[0])
+    return found
+
+
+def programs() -> dict[str, set[str]]:
+    """The environments that each program is called in, by the rules."""
+    found: dict[str, set[str]] = {}
+    for file in (ROOT / "rules").glob("*.smk"):
+        for rule in re.split(r"^rule ", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+            environments = re.findall(r'"\.\./envs/(\w+)\.yaml"', rule)
+            found.setdefault(re.search(r"\{PYTHON\} src/(\w+)\.py", rule)[1], set()).update(environments)
+    return found
+
+
+@pytest.fixture(scope="module")
+def packages() -> dict[str, list[str]]:
+    """Packages by the module that they bring."""
+    return packages_distributions()
+
+
+@pytest.mark.parametrize("program", programs())
+def test_environment_of_a_program_has_what_it_imports(program, packages):
+    """As far as the one environment pins it, in which every program finds everything."""
+    needed = {package.lower().replace("_", "-") for module in imported(ROOT / f"src/{program}.py", set()) for package in packages.get(module, [])}
+    for environment in programs()[program]:
+        there = {name_of(word) for word in from_pip(ROOT / f"envs/{environment}.yaml")}
+        assert (needed & pins().keys()) - there - NOT_CALLED.get(program, set()) == set(), environment
 
 
 def test_a_tracker_that_the_training_environment_lacks_is_one_line(monkeypatch):
