@@ -19,7 +19,7 @@ from sppo.artifacts import PACKAGES
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # all cores, as a user has
-CONFIG = ("--configfile", "tests/workflow/config.yaml", "--config", "iterations=1", "runs={expo: {extrapolation: 0.3}}")
+CONFIG = ("--configfile", "tests/workflow/config.yaml", "--config", "iterations=1")
 SUMMARY = "results/tiny/summary.md"
 ALL = [SUMMARY, "theory", *(f"results/tiny/{name}" for name in (
     "iter1/mt_bench.json", "iter1/open_llm.json", "iter1/best_of_n.svg", "figures/training.svg", "response_browser.html", "expo/iter1/policy"))]
