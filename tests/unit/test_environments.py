@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = sorted((ROOT / "envs").glob("*.yaml"))
 # What an environment has otherwise than the one environment, and why it is there at all.
 OWN = {
-    "vllm": {"vllm", "transformers"},  # vLLM 0.32 wants transformers below 5.20
+    "vllm": {"vllm", "transformers", "numpy"},  # vLLM 0.32 wants transformers below 5.20, its mistral-common numpy below 2.4
     "llm_blender": {"llm-blender", "transformers", "tokenizers", "huggingface-hub"},  # for transformers 4, whose API it calls
 }
 
