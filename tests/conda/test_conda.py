@@ -23,7 +23,8 @@ CONFIG = ("--configfile", "tests/workflow/config.yaml", "--config", "iterations=
 SUMMARY = "results/tiny/summary.md"
 ALL = [SUMMARY, "theory", *(f"results/tiny/{name}" for name in (
     "iter1/mt_bench.json", "iter1/open_llm.json", "iter1/best_of_n.svg", "figures/training.svg", "response_browser.html", "expo/iter1/policy"))]
-OF_WHAT_IS_THERE = ["paper_tables", *(f"results/tiny/{name}" for name in ("tables/evaluations.html", "tables/methods.html", "figures/pairwise_judge.svg"))]
+OF_WHAT_IS_THERE = ["paper_tables", *(f"results/tiny/{name}" for name in (
+    "tables/evaluations.html", "tables/methods.html", "figures/pairwise_judge.svg"))]
 NOT_RUN = {"fetch_mt_bench"}  # it asks the network
 TELLS_THE_TIME = {"tiny/summary.md", "tiny/iter1/train_log.jsonl"}
 
@@ -138,8 +139,8 @@ def test_what_comes_out_is_what_comes_out_without_conda(with_conda, without_cond
     assert {name for name in others if ours[name] != others[name]} <= TELLS_THE_TIME
 
 
-def test_a_container_s_recipe_has_every_environment(with_conda, conda):
-    done = subprocess.run([sys.executable, "-m", "snakemake", "--containerize"], cwd=with_conda, capture_output=True, text=True,
+def test_a_container_s_recipe_has_every_environment(conda, tmp_path, copy_repository):
+    done = subprocess.run([sys.executable, "-m", "snakemake", "--containerize"], cwd=copy_repository(tmp_path), capture_output=True, text=True,
                           env=ENVIRONMENT | {"PATH": f"{conda}:{os.environ['PATH']}"})
     assert done.returncode == 0, done.stderr
     copied = dict(re.findall(r"^COPY (\S+) (\S+)$", done.stdout, re.MULTILINE))
