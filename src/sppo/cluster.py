@@ -1,0 +1,91 @@
+"""Whether a Slurm cluster can take the jobs at all, asked before the first is submitted. Imports nothing heavy.
+
+Slurm itself tells of most of this only job by job, or lets a job wait for ever.
+"""
+
+from __future__ import annotations
+
+import getpass
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sppo.errors import UserError
+
+PROFILE = "profiles/slurm/config.yaml"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the jobs of one rule ask of the cluster; `minutes` of the last attempt."""
+
+    rule: str
+    partition: str | None
+    account: str | None
+    minutes: int | None
+
+
+def check_cluster(asked: Iterable[Asked], status_command: str | None) -> None:
+    """Partitions and account are the cluster's, no job asks for more time than its partition gives, and Snakemake is told in a way that
+    works here when a job ends. Raises `UserError` naming the first that is not so."""
+    limits = _partitions()
+    accounts = _accounts()
+    if accounts is None and status_command != "squeue":
+        raise UserError(f"this cluster keeps no accounts, and Snakemake would never see a job end; in {PROFILE} take the # from "
+                        "slurm-status-command: squeue")
+    for job in asked:
+        if accounts is None and job.account:
+            raise UserError(f"slurm_account is {job.account}, but this cluster keeps no accounts; delete the line from {PROFILE}")
+        if accounts and job.account and job.account.lower() not in accounts:
+            raise UserError(f"slurm_account is {job.account}, but {getpass.getuser()} may use {', '.join(sorted(accounts))}; edit {PROFILE}")
+        if job.partition is None and not any(name.endswith("*") for name in limits):
+            raise UserError(f"no slurm_partition is given, and this cluster has no default one but {_listed(limits)}; edit {PROFILE}")
+        for partition in job.partition.split(",") if job.partition else ():
+            limit = next((limits[name] for name in (partition, f"{partition}*") if name in limits), None)
+            if limit is None:
+                raise UserError(f"slurm_partition is {partition}, but this cluster has {_listed(limits)}; edit {PROFILE}")
+            if job.minutes and job.minutes > limit:
+                raise UserError(f"{job.rule} asks for up to {job.minutes} minutes, but partition {partition} gives {limit:.0f}, and such a job would "
+                                f"wait for ever; lower its runtime in {PROFILE}, as in \"min(60 * attempt, {limit:.0f})\"")
+
+
+def _listed(limits: dict[str, float]) -> str:
+    return ", ".join(sorted(name.removesuffix("*") for name in limits))
+
+
+def _partitions() -> dict[str, float]:
+    """Longest run time in minutes by partition; the default partition's name ends in *."""
+    try:
+        lines = _told("sinfo", "--all", "--noheader", "--format=%P|%l").splitlines()
+    except FileNotFoundError:
+        raise UserError("there is no Slurm here (no command sinfo); run on the cluster's login node, or without --workflow-profile profiles/slurm") from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"Slurm does not answer ({error.stderr.strip()}); try again when sinfo works") from None
+    return {name: _minutes(limit) for name, limit in (line.rsplit("|", 1) for line in lines)}
+
+
+def _minutes(limit: str) -> float:
+    """Minutes of Slurm's [days-][hours:]minutes:seconds."""
+    if limit == "infinite":
+        return float("inf")
+    days, _, clock = limit.rpartition("-")
+    seconds = 0
+    for part in clock.split(":"):
+        seconds = 60 * seconds + int(part)
+    return int(days or 0) * 24 * 60 + seconds / 60
+
+
+def _accounts() -> set[str] | None:
+    """Accounts of this user, an empty set where Slurm does not tell, None on a cluster that keeps none."""
+    try:
+        _told("sacct", "--noheader", "--allocations")
+        return {name for name in _told("sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={getpass.getuser()}",
+                                       "format=account").lower().split() if name}
+    except FileNotFoundError:
+        return None
+    except subprocess.CalledProcessError as error:
+        return None if "disabled" in error.stderr else set()
+
+
+def _told(*words: str) -> str:
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout

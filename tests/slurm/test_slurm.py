@@ -1,0 +1,181 @@
+"""The profile as it is shipped, on a real Slurm: shards side by side, jobs that are killed or run out of time, a Snakemake that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurm import one_machine
+from tests.slurm.one_machine import slurm
+from tests.workflow.test_workflow import ENVIRONMENT, clone, redone, times  # noqa: F401, clone is a fixture
+
+pytestmark = pytest.mark.slow
+PROFILE = "profiles/slurm/config.yaml"
+SPY = Path(__file__).with_name("spy")
+UNEDITED = {"your_account": "your_account"}
+EDITED = {"your_account": one_machine.ACCOUNT, "your_partition": "gpu"}
+WITHOUT_ACCOUNTING = {"  slurm_account: your_account": "#", "# slurm-status-command": "slurm-status-command", "your_partition": "gpu"}
+
+
+@pytest.fixture(scope="module")
+def installed():
+    if reason := one_machine.refusal():
+        pytest.skip(reason)
+    one_machine.install()
+
+
+@pytest.fixture(scope="module")
+def cluster(installed, tmp_path_factory):
+    with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=True):
+        yield
+
+
+def start(clone, *targets: str, edits: dict[str, str] = EDITED, more: tuple[str, ...] = ()) -> subprocess.Popen:
+    """Snakemake with the profile as a user edits it; asked more often than on a real cluster whether jobs have ended."""
+    folder, policy = clone
+    profile = (SPY.parents[2] / PROFILE).read_text(encoding="utf-8")
+    for old, new in edits.items():
+        assert old in profile
+        profile = profile.replace(old, new)
+    (folder / PROFILE).write_text(profile, encoding="utf-8")
+    words = [sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm", "--configfile", "tests/workflow/config.yaml",
+             "--config", f"policy={{model: {policy}}}", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "2",
+             "--seconds-between-status-checks", "2", *more, "--", *targets]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(SPY), "SPPO_STARTED": str(folder / "started.jsonl"), "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    """What it printed, once it has ended with this status."""
+    try:
+        output, _ = process.communicate(timeout=900)
+    finally:
+        process.kill()
+    assert process.returncode == status, output[-5000:]
+    return output
+
+
+def started(clone, program: str) -> list[dict]:
+    """Every start of a program so far."""
+    notes = clone[0] / "started.jsonl"
+    lines = notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
+    return [start for start in map(json.loads, lines) if start["program"] == program]
+
+
+def jobs(rule: str) -> list[dict[str, str]]:
+    """Slurm's own account of every job of a rule, as `scontrol show job` has it, in the order of submission."""
+    fields = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in slurm("scontrol", "--oneliner", "show", "jobs").splitlines()]
+    return sorted((job for job in fields if job.get("Comment", "").startswith(f"rule_{rule}_")), key=lambda job: int(job["JobId"]))
+
+
+def until(holds: Callable[[], object], process: subprocess.Popen):
+    """What is waited for while Snakemake runs."""
+    deadline = time.monotonic() + 300
+    while not (found := holds()):
+        assert process.poll() is None and time.monotonic() < deadline, "ended, or waited in vain"
+        time.sleep(0.1)
+    return found
+
+
+def one_error(output: str) -> str:
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in output and "sbatch" not in output, output
+    return line
+
+
+def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
+    target = "results/tiny/iter1/prompts.parquet"
+    with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=False):
+        assert "take the # from slurm-status-command" in one_error(finish(start(clone, target), 1))
+        with_account = {"# slurm-status-command": "slurm-status-command"} | EDITED
+        assert "this cluster keeps no accounts; delete the line" in one_error(finish(start(clone, target, edits=with_account), 1))
+
+        finish(start(clone, target, edits=WITHOUT_ACCOUNTING))
+
+        assert [job["JobState"] for job in jobs("sample_prompts")] == ["COMPLETED"]
+    assert (clone[0] / target).is_file()
+
+
+def test_what_cannot_run_is_one_line_before_any_job(cluster, clone):
+    def said(edits: dict[str, str], *more: str) -> str:
+        return one_error(finish(start(clone, "results/tiny/iter1/policy", edits=edits, more=more), 1))
+    assert "slurm_account is your_account, but root may use physics" in said(UNEDITED)
+    assert "slurm_partition is your_partition, but this cluster has gpu, short" in said({"your_account": "physics"})
+    too_short = said(EDITED | {"your_partition": "short"})
+    assert "asks for up to 720 minutes, but partition short gives 30" in too_short and PROFILE in too_short
+    assert not slurm("squeue", "--states=all", "--noheader")
+
+
+def test_shards_run_side_by_side_each_on_a_gpu_of_its_own(cluster, clone):
+    finish(start(clone, "results/tiny/iter1/pairs.parquet"))
+
+    for rule, program in (("generate_responses", "src/generate_responses.py"), ("annotate_preferences", "src/annotate_preferences.py")):
+        first, second = jobs(rule)
+        assert first["JobState"] == second["JobState"] == "COMPLETED"
+        assert max(first["StartTime"], second["StartTime"]) < min(first["EndTime"], second["EndTime"])
+        assert sorted(start["job"] for start in started(clone, program)) == sorted((first["JobId"], second["JobId"]))
+        gpus = [start["gpus"] for start in started(clone, program)]
+        assert len(set(gpus)) == 2 and all(gpu in "01234567" for gpu in gpus)
+
+
+def test_killed_and_timed_out_jobs_are_submitted_again_and_succeed(cluster, clone):
+    process = start(clone, "results/tiny/iter1/policy")
+    os.kill(until(lambda: started(clone, "src/score_reference.py"), process)[0]["pid"], signal.SIGKILL)
+    hung = until(lambda: started(clone, "src/train_policy.py"), process)[0]
+    os.kill(hung["pid"], signal.SIGSTOP)
+    slurm("scontrol", "update", f"JobId={hung['job']}", "TimeLimit=1")
+    output = finish(process)
+
+    assert [job["JobState"] for job in jobs("score_reference")] == ["FAILED", "COMPLETED"]
+    assert [job["JobState"] for job in jobs("train_policy")] == ["TIMEOUT", "COMPLETED"]
+    assert f"SLURM-job '{hung['job']}' failed, SLURM status is: 'TIMEOUT'" in output
+    first, second = jobs("score_reference")
+    assert (first["TimeLimit"], second["TimeLimit"]) == ("04:00:00", "08:00:00")
+    assert (first["MinMemoryNode"], second["MinMemoryNode"]) == ("62.50G", "125G")
+    assert jobs("train_policy")[1]["TimeLimit"] == "16:00:00"
+
+
+def test_a_killed_snakemake_loses_no_finished_stage(cluster, clone):
+    target = "results/tiny/iter2/alpaca_eval.json"
+    before = len(started(clone, "src/generate_responses.py"))
+    process = start(clone, target)
+    until(lambda: len(started(clone, "src/generate_responses.py")) > before, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = times(clone)
+    # As docs/cluster.md says.
+    locked = finish(start(clone, target), 1)
+    assert "--unlock" in locked
+    left = subprocess.run("squeue --me --noheader --format '%i %j' | grep ' sppo' | cut -d' ' -f1", shell=True, check=True, capture_output=True, text=True)
+    slurm("scancel", *left.stdout.split())
+    finish(start(clone, target, more=("--unlock",)))
+
+    finish(start(clone, target))
+
+    root = clone[0] / "results/tiny"
+    done = {str(path.relative_to(root)).removesuffix(".record.json") for path in (root / "iter1").rglob("*.record.json")}
+    before_the_kill = {name for name in done if not name.startswith("iter1/alpaca_eval")} | {"iter0/policy", "iter2/prompts.parquet"}
+    assert {"iter1/policy", "iter1/responses/1.parquet"} <= before_the_kill <= finished.keys()
+    assert not before_the_kill & redone(finished, times(clone))
+    result = json.loads((clone[0] / target).read_text(encoding="utf-8"))
+    assert 0 <= result["win_rate"] <= 100
+    assert "Nothing to be done" in finish(start(clone, target))
+
+
+def test_every_job_starts_its_program_once_and_training_has_the_node(cluster, clone):
+    lines = (clone[0] / "started.jsonl").read_text(encoding="utf-8").splitlines()
+    counted = Counter(start["job"] for start in map(json.loads, lines))
+    assert set(counted.values()) == {1}
+    trainings = started(clone, "src/train_policy.py")
+    assert len(trainings) == 3 and {start["gpus"] for start in trainings} == {"0,1,2,3,4,5,6,7"}
+    assert {start["job"] for start in trainings} == {job["JobId"] for job in jobs("train_policy")}
