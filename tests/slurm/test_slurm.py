@@ -28,10 +28,17 @@ WITHOUT_ACCOUNTING = {"  slurm_account: your_account": "#", "# slurm-status-comm
 
 
 @pytest.fixture(scope="module")
-def installed():
+def installed(tmp_path_factory):
+    """Slurm's programs, and the executor plugin for Snakemake in a folder of its own."""
     if reason := one_machine.refusal():
         pytest.skip(reason)
     one_machine.install()
+    plugin = tmp_path_factory.mktemp("plugin")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", plugin, "-r", SPY.parents[2] / "requirements-slurm.txt"],
+                   check=True, timeout=300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "PYTHONPATH", f"{SPY}:{plugin}")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,7 @@ def start(clone, *targets: str, edits: dict[str, str] = EDITED, more: tuple[str,
     words = [sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm", "--configfile", "tests/workflow/config.yaml",
              "--config", f"policy={{model: {policy}}}", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "2",
              "--seconds-between-status-checks", "2", *more, "--", *targets]
-    environment = ENVIRONMENT | {"PYTHONPATH": str(SPY), "SPPO_STARTED": str(folder / "started.jsonl"), "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = ENVIRONMENT | {"SPPO_STARTED": str(folder / "started.jsonl"), "OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 

@@ -109,7 +109,7 @@ def test_no_rules_file_is_left_out_of_the_snakefile():
 def pins() -> dict[str, str]:
     """Requirement of every package of the one environment, torch from the Makefile."""
     torch = re.search(r"^TORCH \?= (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)[1]
-    words = [torch] + [line for name in ("requirements.txt", "requirements-no-deps.txt")
+    words = [torch] + [line for name in ("requirements.txt", "requirements-no-deps.txt", "requirements-slurm.txt")
                        for line in (ROOT / name).read_text(encoding="utf-8").split("\n") if line and not line.startswith("#")]
     return {re.split(r"[=<>~]", word)[0]: word for word in words}
 
