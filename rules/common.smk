@@ -35,7 +35,7 @@ BASE_POLICY = f"{ROOT}iter0/policy"
 
 # On one machine models never run side by side: each job takes all cores, or a GPU.
 ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and Path("/dev/nvidiactl").exists())
-MODEL_THREADS = 1 if ON_GPU else max(workflow.cores or 1, 1)
+MODEL_THREADS = 1 if ON_GPU else max(workflow.resource_settings.cores or 1, 1)
 MODEL_GPUS = 1 if ON_GPU else 0
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 PYTHON = "python" if IN_CONDA else sys.executable

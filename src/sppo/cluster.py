@@ -33,6 +33,7 @@ def check_cluster(asked: Iterable[Asked], status_command: str | None) -> None:
     if accounts is None and status_command != "squeue":
         raise UserError(f"this cluster keeps no accounts, and Snakemake would never see a job end; in {PROFILE} take the # from "
                         "slurm-status-command: squeue")
+    too_long: dict[str, list[Asked]] = {}
     for job in asked:
         if accounts is None and job.account:
             raise UserError(f"slurm_account is {job.account}, but this cluster keeps no accounts; delete the line from {PROFILE}")
@@ -41,12 +42,20 @@ def check_cluster(asked: Iterable[Asked], status_command: str | None) -> None:
         if job.partition is None and not any(name.endswith("*") for name in limits):
             raise UserError(f"no slurm_partition is given, and this cluster has no default one but {_listed(limits)}; edit {PROFILE}")
         for partition in job.partition.split(",") if job.partition else ():
-            limit = next((limits[name] for name in (partition, f"{partition}*") if name in limits), None)
+            limit = _limit(limits, partition)
             if limit is None:
                 raise UserError(f"slurm_partition is {partition}, but this cluster has {_listed(limits)}; edit {PROFILE}")
             if job.minutes and job.minutes > limit:
-                raise UserError(f"{job.rule} asks for up to {job.minutes} minutes, but partition {partition} gives {limit:.0f}, and such a job would "
-                                f"wait for ever; lower its runtime in {PROFILE}, as in \"min(60 * attempt, {limit:.0f})\"")
+                too_long.setdefault(partition, []).append(job)
+    for partition, jobs in too_long.items():
+        longest, limit = max(jobs, key=lambda job: job.minutes), _limit(limits, partition)
+        raise UserError(f"jobs of {len(jobs)} rules may ask for more than the {limit:.0f} minutes that partition {partition} gives, {longest.rule} for "
+                        f"{longest.minutes}, and would wait for ever; lower runtime in {PROFILE}, as in \"min(60 * attempt, {limit:.0f})\"")
+
+
+def _limit(limits: dict[str, float], partition: str) -> float | None:
+    """The partition's longest run time; None if the cluster has no such partition."""
+    return limits.get(partition, limits.get(f"{partition}*"))
 
 
 def _listed(limits: dict[str, float]) -> str:

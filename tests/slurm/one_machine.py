@@ -26,6 +26,7 @@ WITHOUT_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
 WITH_ACCOUNTING = """AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort=16819
+AccountingStoragePass={folder}/munge.socket
 AccountingStorageEnforce=associations"""
 DATABASE_CONF = """AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
@@ -122,8 +123,8 @@ def _configure(folder: Path, accounting: bool) -> None:
     """slurm.conf, gres.conf, slurmdbd.conf, a key, and eight clones of /dev/null as GPUs: Slurm wants character devices and takes the
     number at the end of the name for the GPU's."""
     template = Path(__file__).with_name("slurm.conf").read_text(encoding="utf-8")
-    (folder / "slurm.conf").write_text(template.format(folder=folder, host=socket.gethostname().split(".")[0],
-                                                       accounting=WITH_ACCOUNTING if accounting else WITHOUT_ACCOUNTING))
+    kept = WITH_ACCOUNTING.format(folder=folder) if accounting else WITHOUT_ACCOUNTING
+    (folder / "slurm.conf").write_text(template.format(folder=folder, host=socket.gethostname().split(".")[0], accounting=kept))
     (folder / "gres.conf").write_text(f"Name=gpu Type=fake File={folder}/nvidia[0-7]\n")
     for number in range(8):
         os.mknod(folder / f"nvidia{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
@@ -139,11 +140,9 @@ def _start(daemons: list[subprocess.Popen], folder: Path, *words: str) -> None:
 
 
 def _start_database(daemons: list[subprocess.Popen], folder: Path) -> None:
-    """MariaDB and slurmdbd before it."""
-    subprocess.run(["mariadb-install-db", "--no-defaults", f"--datadir={folder}/mysql", "--user=root", "--auth-root-authentication-method=normal",
-                    "--skip-test-db"], check=True, capture_output=True, timeout=120)
-    _start(daemons, folder, "mariadbd", "--no-defaults", f"--datadir={folder}/mysql", f"--socket={folder}/mysql.socket", "--user=root",
-           "--bind-address=127.0.0.1", f"--port={DATABASE_PORT}", f"--pid-file={folder}/mysql.pid")
+    """MariaDB, open to this machine alone, and slurmdbd before it."""
+    _start(daemons, folder, "mariadbd", "--no-defaults", "--skip-grant-tables", f"--datadir={folder}/mysql", f"--socket={folder}/mysql.socket",
+           "--user=root", "--bind-address=127.0.0.1", f"--port={DATABASE_PORT}", f"--pid-file={folder}/mysql.pid")
     _until(lambda: _listening(DATABASE_PORT), daemons, folder, "mariadbd")
     _start(daemons, folder, "slurmdbd", "-D")
     _until(lambda: _listening(16819), daemons, folder, "slurmdbd")

@@ -22,7 +22,6 @@ from tests.workflow.test_workflow import ENVIRONMENT, clone, redone, times  # no
 pytestmark = pytest.mark.slow
 PROFILE = "profiles/slurm/config.yaml"
 SPY = Path(__file__).with_name("spy")
-UNEDITED = {"your_account": "your_account"}
 EDITED = {"your_account": one_machine.ACCOUNT, "your_partition": "gpu"}
 WITHOUT_ACCOUNTING = {"  slurm_account: your_account": "#", "# slurm-status-command": "slurm-status-command", "your_partition": "gpu"}
 
@@ -42,7 +41,8 @@ def installed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(installed, tmp_path_factory):
+def cluster(installed, clone, tmp_path_factory):  # noqa: F811
+    (clone[0] / "started.jsonl").unlink(missing_ok=True)  # of another Slurm, whose jobs had the same numbers
     with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=True):
         yield
 
@@ -59,17 +59,23 @@ def start(clone, *targets: str, edits: dict[str, str] = EDITED, more: tuple[str,
              "--config", f"policy={{model: {policy}}}", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "2",
              "--seconds-between-status-checks", "2", *more, "--", *targets]
     environment = ENVIRONMENT | {"SPPO_STARTED": str(folder / "started.jsonl"), "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    with (folder / "snakemake.out").open("w") as output:
+        return subprocess.Popen(words, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
 
 
-def finish(process: subprocess.Popen, status: int = 0) -> str:
+def finish(clone, process: subprocess.Popen, status: int = 0) -> str:
     """What it printed, once it has ended with this status."""
     try:
-        output, _ = process.communicate(timeout=900)
+        process.wait(timeout=900)
     finally:
         process.kill()
+    output = (clone[0] / "snakemake.out").read_text(encoding="utf-8")
     assert process.returncode == status, output[-5000:]
     return output
+
+
+def run(clone, *targets: str, status: int = 0, **how) -> str:
+    return finish(clone, start(clone, *targets, **how), status)
 
 
 def started(clone, program: str) -> list[dict]:
@@ -85,11 +91,11 @@ def jobs(rule: str) -> list[dict[str, str]]:
     return sorted((job for job in fields if job.get("Comment", "").startswith(f"rule_{rule}_")), key=lambda job: int(job["JobId"]))
 
 
-def until(holds: Callable[[], object], process: subprocess.Popen):
-    """What is waited for while Snakemake runs."""
+def until(holds: Callable[[], object], process: subprocess.Popen | None = None):
+    """What is waited for, while this process runs."""
     deadline = time.monotonic() + 300
     while not (found := holds()):
-        assert process.poll() is None and time.monotonic() < deadline, "ended, or waited in vain"
+        assert (process is None or process.poll() is None) and time.monotonic() < deadline, "ended, or waited in vain"
         time.sleep(0.1)
     return found
 
@@ -103,28 +109,28 @@ def one_error(output: str) -> str:
 def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
     target = "results/tiny/iter1/prompts.parquet"
     with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=False):
-        assert "take the # from slurm-status-command" in one_error(finish(start(clone, target), 1))
+        assert "take the # from slurm-status-command" in one_error(run(clone, target, status=1))
         with_account = {"# slurm-status-command": "slurm-status-command"} | EDITED
-        assert "this cluster keeps no accounts; delete the line" in one_error(finish(start(clone, target, edits=with_account), 1))
+        assert "this cluster keeps no accounts; delete the line" in one_error(run(clone, target, status=1, edits=with_account))
 
-        finish(start(clone, target, edits=WITHOUT_ACCOUNTING))
+        run(clone, target, edits=WITHOUT_ACCOUNTING)
 
         assert [job["JobState"] for job in jobs("sample_prompts")] == ["COMPLETED"]
     assert (clone[0] / target).is_file()
 
 
 def test_what_cannot_run_is_one_line_before_any_job(cluster, clone):
-    def said(edits: dict[str, str], *more: str) -> str:
-        return one_error(finish(start(clone, "results/tiny/iter1/policy", edits=edits, more=more), 1))
-    assert "slurm_account is your_account, but root may use physics" in said(UNEDITED)
+    def said(edits: dict[str, str]) -> str:
+        return one_error(run(clone, "results/tiny/iter1/policy", status=1, edits=edits))
+    assert "slurm_account is your_account, but root may use physics" in said({})
     assert "slurm_partition is your_partition, but this cluster has gpu, short" in said({"your_account": "physics"})
     too_short = said(EDITED | {"your_partition": "short"})
-    assert "asks for up to 720 minutes, but partition short gives 30" in too_short and PROFILE in too_short
+    assert "more than the 30 minutes that partition short gives, train_policy for 1440" in too_short and PROFILE in too_short
     assert not slurm("squeue", "--states=all", "--noheader")
 
 
 def test_shards_run_side_by_side_each_on_a_gpu_of_its_own(cluster, clone):
-    finish(start(clone, "results/tiny/iter1/pairs.parquet"))
+    run(clone, "results/tiny/iter1/pairs.parquet")
 
     for rule, program in (("generate_responses", "src/generate_responses.py"), ("annotate_preferences", "src/annotate_preferences.py")):
         first, second = jobs(rule)
@@ -141,7 +147,7 @@ def test_killed_and_timed_out_jobs_are_submitted_again_and_succeed(cluster, clon
     hung = until(lambda: started(clone, "src/train_policy.py"), process)[0]
     os.kill(hung["pid"], signal.SIGSTOP)
     slurm("scontrol", "update", f"JobId={hung['job']}", "TimeLimit=1")
-    output = finish(process)
+    output = finish(clone, process)
 
     assert [job["JobState"] for job in jobs("score_reference")] == ["FAILED", "COMPLETED"]
     assert [job["JobState"] for job in jobs("train_policy")] == ["TIMEOUT", "COMPLETED"]
@@ -152,31 +158,34 @@ def test_killed_and_timed_out_jobs_are_submitted_again_and_succeed(cluster, clon
     assert jobs("train_policy")[1]["TimeLimit"] == "16:00:00"
 
 
-def test_a_killed_snakemake_loses_no_finished_stage(cluster, clone):
-    target = "results/tiny/iter2/alpaca_eval.json"
-    before = len(started(clone, "src/generate_responses.py"))
-    process = start(clone, target)
+def test_an_interrupted_and_a_killed_snakemake_lose_no_finished_stage(cluster, clone):  # noqa: F811
+    target, root = "results/tiny/iter2/alpaca_eval.json", clone[0] / "results/tiny"
+    done = {str(path.relative_to(root)).removesuffix(".record.json") for path in (root / "iter1").rglob("*.record.json")} | {"iter0/policy"}
+    finished = times(clone)
+    assert {"iter1/policy", "iter1/responses/1.parquet"} <= done <= finished.keys()
+
+    process, before = start(clone, target), len(started(clone, "src/generate_responses.py"))
+    until(lambda: len(started(clone, "src/generate_responses.py")) > before, process)
+    os.kill(process.pid, signal.SIGINT)
+    finish(clone, process, 1)
+    until(lambda: not slurm("squeue", "--noheader"))
+    assert jobs("generate_responses")[-1]["JobState"] == "CANCELLED"
+
+    process, before = start(clone, target), len(started(clone, "src/generate_responses.py"))
     until(lambda: len(started(clone, "src/generate_responses.py")) > before, process)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    finished = times(clone)
+    process.wait()
+    finished |= {"iter2/prompts.parquet": times(clone)["iter2/prompts.parquet"]}
+    assert "--unlock" in run(clone, target, status=1)
     # As docs/cluster.md says.
-    locked = finish(start(clone, target), 1)
-    assert "--unlock" in locked
-    left = subprocess.run("squeue --me --noheader --format '%i %j' | grep ' sppo' | cut -d' ' -f1", shell=True, check=True, capture_output=True, text=True)
-    slurm("scancel", *left.stdout.split())
-    finish(start(clone, target, more=("--unlock",)))
+    subprocess.run("squeue --me --noheader --format '%i %j' | grep ' sppo' | cut -d' ' -f1 | xargs -r scancel", shell=True, check=True)
+    run(clone, target, more=("--unlock",))
+    run(clone, target)
 
-    finish(start(clone, target))
-
-    root = clone[0] / "results/tiny"
-    done = {str(path.relative_to(root)).removesuffix(".record.json") for path in (root / "iter1").rglob("*.record.json")}
-    before_the_kill = {name for name in done if not name.startswith("iter1/alpaca_eval")} | {"iter0/policy", "iter2/prompts.parquet"}
-    assert {"iter1/policy", "iter1/responses/1.parquet"} <= before_the_kill <= finished.keys()
-    assert not before_the_kill & redone(finished, times(clone))
+    assert not (done | {"iter2/prompts.parquet"}) & redone(finished, times(clone))
     result = json.loads((clone[0] / target).read_text(encoding="utf-8"))
     assert 0 <= result["win_rate"] <= 100
-    assert "Nothing to be done" in finish(start(clone, target))
+    assert "Nothing to be done" in run(clone, target)
 
 
 def test_every_job_starts_its_program_once_and_training_has_the_node(cluster, clone):
