@@ -116,7 +116,7 @@ def asked_of_cluster(rule, attempts):
     def value(name):
         resource = rule.resources.get(name)
         return resource and resource.evaluate(None, input=[], attempt=attempts, threads=1, rulename=rule.name, async_run=None).value
-    return Asked(rule.name, value("slurm_partition"), value("slurm_account"), value("runtime"))
+    return Asked(rule.name, value("slurm_partition"), value("slurm_account"), value("runtime"), value("gpu") or 0)
 
 
 class Checked(type(workflow)):
@@ -135,9 +135,9 @@ class Checked(type(workflow)):
     def execute(self, executor_plugin, executor_settings, **others):
         if executor_plugin.name == "slurm":
             os.environ.pop("SPPO_WATCHED", None)  # jobs take over the environment, and nobody sits before their logs
-            attempts = self.execution_settings.retries + 1
+            asked = [asked_of_cluster(rule, self.execution_settings.retries + 1) for rule in self.rules if not rule.norun]
             try:
-                check_cluster([asked_of_cluster(rule, attempts) for rule in self.rules if not rule.norun], executor_settings.status_command)
+                check_cluster(asked, executor_settings.status_command, self.resource_settings.resources.get("gpu"))
             except UserError as error:
                 fail(str(error))
         return super().execute(executor_plugin=executor_plugin, executor_settings=executor_settings, **others)

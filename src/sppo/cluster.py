@@ -23,11 +23,12 @@ class Asked:
     partition: str | None
     account: str | None
     minutes: int | None
+    gpus: int = 0
 
 
-def check_cluster(asked: Iterable[Asked], status_command: str | None) -> None:
-    """Partitions and account are the cluster's, no job asks for more time than its partition gives, and Snakemake is told in a way that
-    works here when a job ends. Raises `UserError` naming the first that is not so."""
+def check_cluster(asked: Iterable[Asked], status_command: str | None, most_gpus: int | None = None) -> None:
+    """Partitions and account are the cluster's, no job asks for more time than its partition gives or for more GPUs than Snakemake hands
+    out, and Snakemake learns in a way that works here when a job ends. Raises `UserError` naming the first that is not so."""
     limits = _partitions()
     accounts = _accounts()
     if accounts is None and status_command != "squeue":
@@ -39,6 +40,9 @@ def check_cluster(asked: Iterable[Asked], status_command: str | None) -> None:
             raise UserError(f"slurm_account is {job.account}, but this cluster keeps no accounts; delete the line from {PROFILE}")
         if accounts and job.account and job.account.lower() not in accounts:
             raise UserError(f"slurm_account is {job.account}, but {getpass.getuser()} may use {', '.join(sorted(accounts))}; edit {PROFILE}")
+        if most_gpus is not None and job.gpus > most_gpus:
+            raise UserError(f"{job.rule} asks for {job.gpus} GPUs, but no more than {most_gpus} may be in use at a time; give --workflow-profile "
+                            "profiles/slurm, for --profile leaves profiles/default in force, or a larger --resources gpu")
         if job.partition is None and not any(name.endswith("*") for name in limits):
             raise UserError(f"no slurm_partition is given, and this cluster has no default one but {_listed(limits)}; edit {PROFILE}")
         for partition in job.partition.split(",") if job.partition else ():

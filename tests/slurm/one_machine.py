@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import socket
-import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -120,14 +119,14 @@ def running(folder: Path, accounting: bool) -> Iterator[None]:
 
 
 def _configure(folder: Path, accounting: bool) -> None:
-    """slurm.conf, gres.conf, slurmdbd.conf, a key, and eight clones of /dev/null as GPUs: Slurm wants character devices and takes the
-    number at the end of the name for the GPU's."""
+    """slurm.conf, gres.conf, slurmdbd.conf, a key, and eight names of /dev/null as GPUs: Slurm wants character devices and takes the number
+    at the end of the name for the GPU's."""
     template = Path(__file__).with_name("slurm.conf").read_text(encoding="utf-8")
     kept = WITH_ACCOUNTING.format(folder=folder) if accounting else WITHOUT_ACCOUNTING
     (folder / "slurm.conf").write_text(template.format(folder=folder, host=socket.gethostname().split(".")[0], accounting=kept))
     (folder / "gres.conf").write_text(f"Name=gpu Type=fake File={folder}/nvidia[0-7]\n")
     for number in range(8):
-        os.mknod(folder / f"nvidia{number}", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        (folder / f"nvidia{number}").symlink_to("/dev/null")
     for name, content in (("munge.key", os.urandom(1024)), ("slurmdbd.conf", DATABASE_CONF.format(folder=folder, port=DATABASE_PORT).encode())):
         (folder / name).touch(mode=0o600)
         (folder / name).write_bytes(content)

@@ -124,6 +124,8 @@ def test_what_cannot_run_is_one_line_before_any_job(cluster, clone):
         return one_error(run(clone, "results/tiny/iter1/policy", status=1, edits=edits))
     assert "slurm_account is your_account, but root may use physics" in said({})
     assert "slurm_partition is your_partition, but this cluster has gpu, short" in said({"your_account": "physics"})
+    limited = run(clone, "results/tiny/iter1/policy", status=1, more=("--resources", "gpu=1"))
+    assert "train_policy asks for 8 GPUs, but no more than 1" in one_error(limited)
     too_short = said(EDITED | {"your_partition": "short"})
     assert "more than the 30 minutes that partition short gives, train_policy for 1440" in too_short and PROFILE in too_short
     assert not slurm("squeue", "--states=all", "--noheader")

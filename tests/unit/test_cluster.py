@@ -46,6 +46,14 @@ def test_what_does_not_fit_is_named_with_what_would(answers, job, said):
         check_cluster([FITS, job], "sacct")
 
 
+def test_a_limit_on_gpus_below_what_one_job_asks_for(answers):
+    answers(TWO)
+    training = Asked("train_policy", "gpu", "physics", 1, gpus=8)
+    check_cluster([training], "sacct", most_gpus=8)
+    with pytest.raises(UserError, match="train_policy asks for 8 GPUs, but no more than 1 may be in use at a time; give --workflow-profile"):
+        check_cluster([training], "sacct", most_gpus=1)
+
+
 def test_no_partition_where_there_is_no_default_one(answers):
     answers("gpu|1-00:00:00\\nshort|30:00\\n")
     with pytest.raises(UserError, match="no slurm_partition is given, and this cluster has no default one but gpu, short"):
