@@ -136,8 +136,9 @@ class Checked(type(workflow)):
         if executor_plugin.name == "slurm":
             os.environ.pop("SPPO_WATCHED", None)  # jobs take over the environment, and nobody sits before their logs
             asked = [asked_of_cluster(rule, self.execution_settings.retries + 1) for rule in self.rules if not rule.norun]
+            most = self.resource_settings.resources.get("gpu")
             try:
-                check_cluster(asked, executor_settings.status_command, self.resource_settings.resources.get("gpu"))
+                check_cluster(asked, executor_settings.status_command, most and most.value)
             except UserError as error:
                 fail(str(error))
         return super().execute(executor_plugin=executor_plugin, executor_settings=executor_settings, **others)
