@@ -133,9 +133,10 @@ def _configure(folder: Path, accounting: bool) -> None:
 
 
 def _start(daemons: list[subprocess.Popen], folder: Path, *words: str) -> None:
+    """Start a daemon that ends with this process, also where that one is killed."""
     with (folder / f"{words[0]}.out").open("wb") as output:
-        daemons.append(subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-                                        env=os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}))
+        daemons.append(subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *words], env=os.environ | {"SLURM_CONF": str(folder / "slurm.conf")},
+                                        stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True))
 
 
 def _start_database(daemons: list[subprocess.Popen], folder: Path) -> None:

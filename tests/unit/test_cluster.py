@@ -8,6 +8,7 @@ import pytest
 
 from sppo.cluster import Asked, _minutes, check_cluster
 from sppo.errors import UserError
+from sppo.models import pick_device
 
 FITS = Asked("train_policy", "gpu", "physics", 1440)
 
@@ -77,6 +78,18 @@ def test_no_slurm_and_a_silent_one(answers, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="there is no Slurm here"):
         check_cluster([FITS], "sacct")
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_gpu_that_slurm_gave_is_used_or_missed(sees, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_GPUS", "3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: sees)
+    assert pick_device("cpu") == "cpu"
+    if sees:
+        assert pick_device("auto") == "cuda"
+    else:
+        with pytest.raises(UserError, match=r"Slurm gave this job a GPU \(number 3\), but PyTorch sees none"):
+            pick_device("auto")
 
 
 def test_time_limits_are_read_as_slurm_prints_them():
