@@ -17,7 +17,7 @@ import pytest
 
 from tests.slurm import one_machine
 from tests.slurm.one_machine import slurm
-from tests.workflow.test_workflow import ENVIRONMENT, clone, redone, times  # noqa: F401, clone is a fixture
+from tests.workflow.test_workflow import ENVIRONMENT, clone, redone, snakemake, times  # noqa: F401, clone is a fixture
 
 pytestmark = pytest.mark.slow
 PROFILE = "profiles/slurm/config.yaml"
@@ -32,9 +32,8 @@ def installed(tmp_path_factory):
     if reason := one_machine.refusal():
         pytest.skip(reason)
     one_machine.install()
-    plugin = tmp_path_factory.mktemp("plugin")
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", plugin, "-r", SPY.parents[2] / "requirements-slurm.txt"],
-                   check=True, timeout=300)
+    plugin, pip = tmp_path_factory.mktemp("plugin"), [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--target", plugin, "-r", SPY.parents[2] / "requirements-slurm.txt"], check=True, timeout=300)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENVIRONMENT, "PYTHONPATH", f"{SPY}:{plugin}")
         yield
@@ -187,7 +186,7 @@ def test_an_interrupted_and_a_killed_snakemake_lose_no_finished_stage(cluster, c
     assert not (done | {"iter2/prompts.parquet"}) & redone(finished, times(clone))
     result = json.loads((clone[0] / target).read_text(encoding="utf-8"))
     assert 0 <= result["win_rate"] <= 100
-    assert "Nothing to be done" in run(clone, target)
+    assert "Nothing to be done" in run(clone, target) and "Nothing to be done" in snakemake(clone, target)  # the latter without Slurm
 
 
 def test_every_job_starts_its_program_once_and_training_has_the_node(cluster, clone):
