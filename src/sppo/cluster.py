@@ -71,7 +71,8 @@ def _partitions() -> dict[str, float]:
     try:
         lines = _told("sinfo", "--all", "--noheader", "--format=%P|%l").splitlines()
     except FileNotFoundError:
-        raise UserError("there is no Slurm here (no command sinfo); run on the cluster's login node, or without --workflow-profile profiles/slurm") from None
+        raise UserError("there is no Slurm here (no command sinfo); run on the cluster's login node, or without --workflow-profile "
+                        "profiles/slurm") from None
     except subprocess.CalledProcessError as error:
         raise UserError(f"Slurm does not answer ({error.stderr.strip()}); try again when sinfo works") from None
     return {name: _minutes(limit) for name, limit in (line.rsplit("|", 1) for line in lines)}
