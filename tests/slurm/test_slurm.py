@@ -54,9 +54,10 @@ def start(clone, *targets: str, edits: dict[str, str] = EDITED, more: tuple[str,
         assert old in profile
         profile = profile.replace(old, new)
     (folder / PROFILE).write_text(profile, encoding="utf-8")
-    words = [sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm", "--configfile", "tests/workflow/config.yaml",
-             "--config", f"policy={{model: {policy}}}", "--latency-wait", "5", "--slurm-init-seconds-before-status-checks", "2",
-             "--seconds-between-status-checks", "2", *more, "--", *targets]
+    # What a shell started in the background ignores Ctrl-C, and hands that down; hence env.
+    words = ["env", "--default-signal=INT", sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm",
+             "--configfile", "tests/workflow/config.yaml", "--config", f"policy={{model: {policy}}}", "--latency-wait", "5",
+             "--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "2", *more, "--", *targets]
     environment = ENVIRONMENT | {"SPPO_STARTED": str(folder / "started.jsonl"), "OMP_WAIT_POLICY": "PASSIVE"}
     with (folder / "snakemake.out").open("w") as output:
         return subprocess.Popen(words, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
@@ -195,4 +196,4 @@ def test_every_job_starts_its_program_once_and_training_has_the_node(cluster, cl
     assert set(counted.values()) == {1}
     trainings = started(clone, "src/train_policy.py")
     assert len(trainings) == 3 and {start["gpus"] for start in trainings} == {"0,1,2,3,4,5,6,7"}
-    assert {start["job"] for start in trainings} == {job["JobId"] for job in jobs("train_policy")}
+    assert {start["job"] for start in trainings} == {job["JobId"] for job in jobs("train_policy") if job["JobState"] != "CANCELLED"}
