@@ -116,7 +116,8 @@ def asked_of_cluster(rule, attempts):
     def value(name):
         resource = rule.resources.get(name)
         return resource and resource.evaluate(None, input=[], attempt=attempts, threads=1, rulename=rule.name, async_run=None).value
-    return Asked(rule.name, value("slurm_partition"), value("slurm_account"), value("runtime"), value("gpu") or 0)
+    partition, account = (str(value(name) or "") for name in ("slurm_partition", "slurm_account"))  # YAML reads 12345 as a number
+    return Asked(rule.name, partition, account, value("runtime"), value("gpu") or 0)
 
 
 class Checked(type(workflow)):

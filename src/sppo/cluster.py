@@ -17,11 +17,11 @@ PROFILE = "profiles/slurm/config.yaml"
 
 @dataclass(frozen=True)
 class Asked:
-    """What the jobs of one rule ask of the cluster; `minutes` of the last attempt."""
+    """What the jobs of one rule ask of the cluster; `minutes` of the last attempt; no partition or account is ""."""
 
     rule: str
-    partition: str | None
-    account: str | None
+    partition: str
+    account: str
     minutes: int | None
     gpus: int = 0
 
@@ -43,9 +43,9 @@ def check_cluster(asked: Iterable[Asked], status_command: str | None, most_gpus:
         if most_gpus is not None and job.gpus > most_gpus:
             raise UserError(f"{job.rule} asks for {job.gpus} GPUs, but no more than {most_gpus} may be in use at a time; give --workflow-profile "
                             "profiles/slurm, for --profile leaves profiles/default in force, or a larger --resources gpu")
-        if job.partition is None and not any(name.endswith("*") for name in limits):
+        if not job.partition and not any(name.endswith("*") for name in limits):
             raise UserError(f"no slurm_partition is given, and this cluster has no default one but {_listed(limits)}; edit {PROFILE}")
-        for partition in job.partition.split(",") if job.partition else ():
+        for partition in filter(None, job.partition.split(",")):
             limit = _limit(limits, partition)
             if limit is None:
                 raise UserError(f"slurm_partition is {partition}, but this cluster has {_listed(limits)}; edit {PROFILE}")

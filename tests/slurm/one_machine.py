@@ -20,7 +20,7 @@ DAEMONS = ("slurmctld", "slurmd", "slurmdbd")
 # Slurm's clients look here: the executor plugin takes SLURM_CONF from the environment of what it starts in a job.
 BUILT_IN = Path("/etc/slurm")
 MARK = "sppo-slurm-"  # in the name of the folder, by which links in BUILT_IN are known to be ours
-ACCOUNT, DATABASE_PORT = "physics", 16806
+ACCOUNT = "physics"
 WITHOUT_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
 WITH_ACCOUNTING = """AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
@@ -37,7 +37,7 @@ LogFile={folder}/slurmdbd.log
 PidFile={folder}/slurmdbd.pid
 StorageType=accounting_storage/mysql
 StorageHost=127.0.0.1
-StoragePort={port}
+StoragePort=16806
 StorageUser=root
 StorageLoc=slurm
 """
@@ -127,7 +127,7 @@ def _configure(folder: Path, accounting: bool) -> None:
     (folder / "gres.conf").write_text(f"Name=gpu Type=fake File={folder}/nvidia[0-7]\n")
     for number in range(8):
         (folder / f"nvidia{number}").symlink_to("/dev/null")
-    for name, content in (("munge.key", os.urandom(1024)), ("slurmdbd.conf", DATABASE_CONF.format(folder=folder, port=DATABASE_PORT).encode())):
+    for name, content in (("munge.key", os.urandom(1024)), ("slurmdbd.conf", DATABASE_CONF.format(folder=folder).encode())):
         (folder / name).touch(mode=0o600)
         (folder / name).write_bytes(content)
 
@@ -142,8 +142,8 @@ def _start(daemons: list[subprocess.Popen], folder: Path, *words: str) -> None:
 def _start_database(daemons: list[subprocess.Popen], folder: Path) -> None:
     """MariaDB, open to this machine alone, and slurmdbd before it."""
     _start(daemons, folder, "mariadbd", "--no-defaults", "--skip-grant-tables", f"--datadir={folder}/mysql", f"--socket={folder}/mysql.socket",
-           "--user=root", "--bind-address=127.0.0.1", f"--port={DATABASE_PORT}", f"--pid-file={folder}/mysql.pid")
-    _until(lambda: _listening(DATABASE_PORT), daemons, folder, "mariadbd")
+           "--user=root", "--bind-address=127.0.0.1", "--port=16806", f"--pid-file={folder}/mysql.pid")
+    _until(lambda: _listening(16806), daemons, folder, "mariadbd")
     _start(daemons, folder, "slurmdbd", "-D")
     _until(lambda: _listening(16819), daemons, folder, "slurmdbd")
 

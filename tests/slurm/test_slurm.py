@@ -40,7 +40,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cluster(installed, clone, tmp_path_factory):  # noqa: F811
+def cluster(installed, clone, tmp_path_factory):
     (clone[0] / "started.jsonl").unlink(missing_ok=True)  # of another Slurm, whose jobs had the same numbers
     with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=True):
         yield
@@ -140,7 +140,7 @@ def test_shards_run_side_by_side_each_on_a_gpu_of_its_own(cluster, clone):
         assert max(first["StartTime"], second["StartTime"]) < min(first["EndTime"], second["EndTime"])
         assert sorted(start["job"] for start in started(clone, program)) == sorted((first["JobId"], second["JobId"]))
         gpus = [start["gpus"] for start in started(clone, program)]
-        assert len(set(gpus)) == 2 and all(gpu in "01234567" for gpu in gpus)
+        assert len(set(gpus)) == 2 and all(re.fullmatch("[0-7]", gpu) for gpu in gpus)
 
 
 def test_killed_and_timed_out_jobs_are_submitted_again_and_succeed(cluster, clone):
@@ -160,7 +160,7 @@ def test_killed_and_timed_out_jobs_are_submitted_again_and_succeed(cluster, clon
     assert jobs("train_policy")[1]["TimeLimit"] == "16:00:00"
 
 
-def test_an_interrupted_and_a_killed_snakemake_lose_no_finished_stage(cluster, clone):  # noqa: F811
+def test_an_interrupted_and_a_killed_snakemake_lose_no_finished_stage(cluster, clone):
     target, root = "results/tiny/iter2/alpaca_eval.json", clone[0] / "results/tiny"
     done = {str(path.relative_to(root)).removesuffix(".record.json") for path in (root / "iter1").rglob("*.record.json")} | {"iter0/policy"}
     finished = times(clone)

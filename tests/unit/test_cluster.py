@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from sppo.cluster import Asked, _minutes, check_cluster
+from sppo.cluster import Asked, check_cluster
 from sppo.errors import UserError
 from sppo.models import pick_device
 
@@ -29,7 +29,7 @@ DISABLED = "echo Slurm accounting storage is disabled >&2; exit 1"
 
 
 @pytest.mark.parametrize(("job", "status_command"), [
-    (FITS, "sacct"), (Asked("train_policy", None, None, 1440), "sacct"), (Asked("train_policy", "long", "CHEMISTRY", 10**6), "squeue"),
+    (FITS, "sacct"), (Asked("train_policy", "", "", 1440), "sacct"), (Asked("train_policy", "long", "CHEMISTRY", 10**6), "squeue"),
     (Asked("train_policy", "gpu,long", "physics", None), "sacct")])
 def test_what_fits_passes(answers, job, status_command):
     answers(TWO)
@@ -58,14 +58,14 @@ def test_a_limit_on_gpus_below_what_one_job_asks_for(answers):
 def test_no_partition_where_there_is_no_default_one(answers):
     answers("gpu|1-00:00:00\\nshort|30:00\\n")
     with pytest.raises(UserError, match="no slurm_partition is given, and this cluster has no default one but gpu, short"):
-        check_cluster([Asked("train_policy", None, None, 1)], "sacct")
+        check_cluster([Asked("train_policy", "", "", 1)], "sacct")
 
 
 def test_a_cluster_without_accounting_wants_squeue_and_no_account(answers):
     answers(TWO, sacct=DISABLED)
-    check_cluster([Asked("train_policy", "gpu", None, 1)], "squeue")
+    check_cluster([Asked("train_policy", "gpu", "", 1)], "squeue")
     with pytest.raises(UserError, match="take the # from slurm-status-command: squeue"):
-        check_cluster([Asked("train_policy", "gpu", None, 1)], "sacct")
+        check_cluster([Asked("train_policy", "gpu", "", 1)], "sacct")
     with pytest.raises(UserError, match="slurm_account is physics, but this cluster keeps no accounts"):
         check_cluster([FITS], "squeue")
 
@@ -92,5 +92,9 @@ def test_a_gpu_that_slurm_gave_is_used_or_missed(sees, monkeypatch):
             pick_device("auto")
 
 
-def test_time_limits_are_read_as_slurm_prints_them():
-    assert [_minutes(text) for text in ("30:00", "1:00:00", "2-12:30:00", "0:30", "infinite")] == [30, 60, 3630, 0.5, float("inf")]
+@pytest.mark.parametrize(("limit", "minutes"), [("30:00", 30), ("1:00:00", 60), ("2-12:30:00", 3630)])
+def test_time_limits_are_read_as_slurm_prints_them(answers, limit, minutes):
+    answers(f"gpu*|{limit}\\n")
+    check_cluster([Asked("train_policy", "gpu", "physics", minutes)], "sacct")
+    with pytest.raises(UserError, match=f"more than the {minutes} minutes"):
+        check_cluster([Asked("train_policy", "gpu", "physics", minutes + 1)], "sacct")
