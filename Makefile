@@ -4,6 +4,7 @@
 # make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
 # make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them (an hour and a half on 2 cores)
 # make compare-all  every run of config/config.yaml; goes on where it stopped
+# make test-slurm  runs the workflow on a real Slurm of one machine, installed by apt-get where it is missing (root, Debian or Ubuntu)
 # make stale   lists artifacts that older code made
 #
 # TORCH_INDEX  PyTorch's package index, such as https://download.pytorch.org/whl/cpu for the small CPU build
@@ -17,7 +18,7 @@ SNAKEMAKE := .venv/bin/snakemake --cores all
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all compare compare-all install test test-slow test-conda stale
+.PHONY: demo demo-all compare compare-all install test test-slow test-conda test-slurm stale
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -54,6 +55,9 @@ test-slow: .venv/installed
 
 test-conda: .venv/installed
 	@$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) .venv/bin/python -m pytest -q -m slow tests/conda
+
+test-slurm: .venv/installed
+	@.venv/bin/python -m pytest -q -rs -m slow tests/slurm
 
 stale: .venv/installed
 	@.venv/bin/python src/list_stale.py results

@@ -11,6 +11,7 @@ from snakemake.settings.types import DeploymentMethod
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
+from sppo.cluster import Asked, check_cluster
 from sppo.config import flags, of_iteration, resolve
 from sppo.errors import UserError, fail
 from sppo.adapters import adapter_files
@@ -112,11 +113,21 @@ def ranker_base(wildcards):
     return EMBEDDED_POLICY
 
 
-class RemakesDeleted(type(workflow)):
-    """Makes again what somebody deleted, with all that follows from it.
+def asked_of_cluster(rule, attempts):
+    """What a rule's jobs ask of a cluster, at the last attempt. The profile's expressions may name the attempt."""
+    def value(name):
+        resource = rule.resources.get(name)
+        return resource and resource.evaluate(None, input=[], attempt=attempts, threads=1, rulename=rule.name, async_run=None).value
+    partition, account = (str(value(name) or "") for name in ("slurm_partition", "slurm_account"))  # YAML reads 12345 as a number
+    return Asked(rule.name, partition, account, value("runtime"), value("gpu") or 0)
 
-    Snakemake by itself passes over a missing intermediate file as long as the last one is there, and has no
-    setting for it; here the deleted artifacts are forced as `--forcerun` would, if the targets need them.
+
+class Checked(type(workflow)):
+    """What Snakemake has no setting for.
+
+    It makes again what somebody deleted, with all that follows from it: Snakemake by itself passes over a missing
+    intermediate file as long as the last one is there; here the deleted artifacts are forced as `--forcerun` would,
+    if the targets need them. And it asks a cluster whether it can take the jobs before it submits one.
     """
 
     def __setattr__(self, name, value):
@@ -124,6 +135,17 @@ class RemakesDeleted(type(workflow)):
             value.forcefiles.update(deleted_artifacts(Path(ROOT), MAIN["keep_policies"]))
         super().__setattr__(name, value)
 
+    def execute(self, executor_plugin, executor_settings, **others):
+        if executor_plugin.name == "slurm":
+            os.environ.pop("SPPO_WATCHED", None)  # jobs take over the environment, and nobody sits before their logs
+            asked = [asked_of_cluster(rule, self.execution_settings.retries + 1) for rule in self.rules if not rule.norun]
+            most = self.resource_settings.resources.get("gpu")
+            try:
+                check_cluster(asked, executor_settings.status_command, most and most.value)
+            except UserError as error:
+                fail(str(error))
+        return super().execute(executor_plugin=executor_plugin, executor_settings=executor_settings, **others)
+
 
 if workflow.is_main_process:
-    workflow.__class__ = RemakesDeleted
+    workflow.__class__ = Checked

@@ -21,9 +21,12 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def pick_device(device: str) -> str:
-    """`cpu` or `cuda` for auto, cpu or gpu. Asking for a GPU that is not there is a UserError."""
+    """`cpu` or `cuda` for auto, cpu or gpu. Asking for a GPU that is not there is a UserError, and so is leaving one idle that Slurm gave."""
     import torch
 
+    given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
+    if device == "auto" and given and not torch.cuda.is_available():
+        raise UserError(f"Slurm gave this job a GPU (number {given}), but PyTorch sees none; install a CUDA build of torch, or set device: cpu")
     if device == "gpu" and not torch.cuda.is_available():
         raise UserError("device is gpu, but PyTorch sees no GPU here; set device: cpu, or install a CUDA build of torch")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -104,6 +104,18 @@ def test_no_rules_file_is_left_out_of_the_snakefile():
     assert sorted(included) == [file.stem for file in RULE_FILES]
 
 
+# --- profiles ---
+
+def test_the_slurm_profile_sizes_every_rule_and_gives_gpus_to_those_that_can_use_one():
+    sized = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8"))["set-resources"]
+    text = {name.split(".")[1]: body for name, body in rules().items()}
+    derived = re.findall(r"^\s*use rule (\w+) as (\w+) with:", "".join(file.read_text(encoding="utf-8") for file in RULE_FILES), re.MULTILINE)
+    text |= {name: text[base] for base, name in derived}
+    assert sized.keys() == text.keys()
+    assert {name for name, asked in sized.items() if "gpu" in asked} == {name for name, body in text.items() if "gpu=MODEL_GPUS" in body}
+    assert all("attempt" in asked[key] for asked in sized.values() for key in ("mem_mb", "runtime"))
+
+
 # --- dry runs ---
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,100 @@
+"""The check before the first job on a cluster; tests/slurm/ asks a real Slurm, here its commands answer from a script."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from sppo.cluster import Asked, check_cluster
+from sppo.errors import UserError
+from sppo.models import pick_device
+
+FITS = Asked("train_policy", "gpu", "physics", 1440)
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """Commands of Slurm that print what they are told to."""
+    def put(sinfo: str, sacct: str = "", sacctmgr: str = "echo physics; echo Chemistry") -> None:
+        for name, script in (("sinfo", f"printf '{sinfo}'"), ("sacct", sacct), ("sacctmgr", sacctmgr)):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return put
+
+
+TWO = "gpu*|1-00:00:00\\nshort|30:00\\nlong|infinite\\n"
+DISABLED = "echo Slurm accounting storage is disabled >&2; exit 1"
+
+
+@pytest.mark.parametrize(("job", "status_command"), [
+    (FITS, "sacct"), (Asked("train_policy", "", "", 1440), "sacct"), (Asked("train_policy", "long", "CHEMISTRY", 10**6), "squeue"),
+    (Asked("train_policy", "gpu,long", "physics", None), "sacct")])
+def test_what_fits_passes(answers, job, status_command):
+    answers(TWO)
+    check_cluster([job], status_command)
+
+
+@pytest.mark.parametrize(("job", "said"), [
+    (Asked("train_policy", "gpus", "physics", 1), "slurm_partition is gpus, but this cluster has gpu, long, short; edit profiles/slurm/config.yaml"),
+    (Asked("train_policy", "gpu,gpus", "physics", 1), "slurm_partition is gpus"),
+    (Asked("train_policy", "gpu", "biology", 1), "may use chemistry, physics"),
+    (Asked("train_policy", "short", "physics", 31), "more than the 30 minutes that partition short gives, train_policy for 31")])
+def test_what_does_not_fit_is_named_with_what_would(answers, job, said):
+    answers(TWO)
+    with pytest.raises(UserError, match=said):
+        check_cluster([FITS, job], "sacct")
+
+
+def test_a_limit_on_gpus_below_what_one_job_asks_for(answers):
+    answers(TWO)
+    training = Asked("train_policy", "gpu", "physics", 1, gpus=8)
+    check_cluster([training], "sacct", most_gpus=8)
+    with pytest.raises(UserError, match="train_policy asks for 8 GPUs, but no more than 1 may be in use at a time; give --workflow-profile"):
+        check_cluster([training], "sacct", most_gpus=1)
+
+
+def test_no_partition_where_there_is_no_default_one(answers):
+    answers("gpu|1-00:00:00\\nshort|30:00\\n")
+    with pytest.raises(UserError, match="no slurm_partition is given, and this cluster has no default one but gpu, short"):
+        check_cluster([Asked("train_policy", "", "", 1)], "sacct")
+
+
+def test_a_cluster_without_accounting_wants_squeue_and_no_account(answers):
+    answers(TWO, sacct=DISABLED)
+    check_cluster([Asked("train_policy", "gpu", "", 1)], "squeue")
+    with pytest.raises(UserError, match="take the # from slurm-status-command: squeue"):
+        check_cluster([Asked("train_policy", "gpu", "", 1)], "sacct")
+    with pytest.raises(UserError, match="slurm_account is physics, but this cluster keeps no accounts"):
+        check_cluster([FITS], "squeue")
+
+
+def test_no_slurm_and_a_silent_one(answers, tmp_path, monkeypatch):
+    answers("", sacct="true")
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho slurm_load_partitions: Unable to contact slurm controller >&2\nexit 1\n")
+    with pytest.raises(UserError, match=r"Slurm does not answer \(slurm_load_partitions: Unable"):
+        check_cluster([FITS], "sacct")
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="there is no Slurm here"):
+        check_cluster([FITS], "sacct")
+
+
+@pytest.mark.parametrize("sees", [False, True])
+def test_a_gpu_that_slurm_gave_is_used_or_missed(sees, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_GPUS", "3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: sees)
+    assert pick_device("cpu") == "cpu"
+    if sees:
+        assert pick_device("auto") == "cuda"
+    else:
+        with pytest.raises(UserError, match=r"Slurm gave this job a GPU \(number 3\), but PyTorch sees none"):
+            pick_device("auto")
+
+
+@pytest.mark.parametrize(("limit", "minutes"), [("30:00", 30), ("1:00:00", 60), ("2-12:30:00", 3630)])
+def test_time_limits_are_read_as_slurm_prints_them(answers, limit, minutes):
+    answers(f"gpu*|{limit}\\n")
+    check_cluster([Asked("train_policy", "gpu", "physics", minutes)], "sacct")
+    with pytest.raises(UserError, match=f"more than the {minutes} minutes"):
+        check_cluster([Asked("train_policy", "gpu", "physics", minutes + 1)], "sacct")
