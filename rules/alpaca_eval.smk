@@ -33,13 +33,14 @@ def answers_as_main(run):
 def judge(wildcards):
     """Who judges: the configured judge, or, for the estimate, the preference model that training saw."""
     run = settings(wildcards)
-    return run["alpaca_eval"]["judge"] if wildcards.verdict == "alpaca_eval" else run["preference"]["model"]
+    return run["alpaca_eval"]["judge"] if wildcards.verdict == "alpaca_eval" else preference_model(wildcards.run)
 
 
 def judge_files(wildcards):
-    """Files of an embedded judge and its base; nothing for one behind an API."""
-    files = adapter_files(judge(wildcards))
-    return [EMBEDDED_POLICY, *files] if files else []
+    """Files of an embedded judge and its base, or PairRM's; nothing for a judge behind an API."""
+    files = preference_model_files(wildcards.run) if wildcards.verdict == "ranker_estimate" else adapter_files(judge(wildcards))
+    by_pairrm = wildcards.verdict == "ranker_estimate" and not ranker_base(wildcards.run)
+    return [EMBEDDED_POLICY, *files] if files and not by_pairrm else files
 
 
 def judge_flags(wildcards):
