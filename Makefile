@@ -46,7 +46,7 @@ test-slow: .venv/installed
 	@.venv/bin/python -m pytest -q -m slow
 
 test-pairrm: .venv/installed
-	@.venv/bin/python -m pytest -q -m slow tests/parity/test_pairrm.py
+	@.venv/bin/python -m pytest -q -m slow tests/parity/test_pairrm_parity.py
 
 stale: .venv/installed
 	@.venv/bin/python src/list_stale.py results

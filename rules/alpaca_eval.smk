@@ -38,9 +38,11 @@ def judge(wildcards):
 
 def judge_files(wildcards):
     """Files of an embedded judge and its base, or PairRM's; nothing for a judge behind an API."""
-    files = preference_model_files(wildcards.run) if wildcards.verdict == "ranker_estimate" else adapter_files(judge(wildcards))
-    by_pairrm = wildcards.verdict == "ranker_estimate" and not ranker_base(wildcards.run)
-    return [EMBEDDED_POLICY, *files] if files and not by_pairrm else files
+    if wildcards.verdict == "ranker_estimate":
+        files, base = preference_model_files(wildcards.run), ranker_base(wildcards.run)
+    else:
+        files, base = adapter_files(judge(wildcards)), EMBEDDED_POLICY
+    return [base, *files] if files and base else files
 
 
 def judge_flags(wildcards):

@@ -1,7 +1,7 @@
 """Compare the K responses to each prompt of one shard, every pair in both orders.
 
-Reads   prompts.parquet, responses/{shard}.parquet, the preference model
-        that is an adapter on its base model, or PairRM, run by our code or by llm-blender
+Reads   prompts.parquet, responses/{shard}.parquet, the preference model: an adapter and its base, or PairRM, which our own
+        code runs or llm-blender
 Writes  preferences/{shard}.parquet (K x K logits a prompt) and its record
 Paper   2405.00675, Algorithm 1 line 5
 Departs from the official code: the logits themselves are kept, not a collapsed score; the preference model reads

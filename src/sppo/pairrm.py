@@ -136,7 +136,7 @@ class PairRM:
                  max_response_tokens: int | None = None, truncate_together: int = 1, batch_tokens: int = 8192) -> None:
         folder = Path(folder)
         layout, config = check_pairrm(folder), read_json(folder / "config.json")
-        self.name, self.device, self.together, self.batch_tokens = f"PairRM ({layout} layout)", device, truncate_together, batch_tokens
+        self.device, self.together, self.batch_tokens = device, truncate_together, batch_tokens
         limits = LIMITS | {key: config[key] for key in LIMITS if config.get(key)}
         self.max_source = max_prompt_tokens or limits["source_maxlength"]
         self.max_candidate = max_response_tokens or limits["candidate_maxlength"]
@@ -149,6 +149,7 @@ class PairRM:
         if max(self.text.id.values()) >= self.model.pretrained_model.config.vocab_size:
             raise UserError(f"{folder}: its weights have no embeddings of PairRM's marks; copy the files of llm-blender/PairRM whole")
         self.dtype = torch.float32 if precision == "auto" and device == "cpu" else compute_dtype(precision, device)
+        self.name = f"PairRM ({layout} layout, {str(self.dtype).removeprefix('torch.')})"
         self.model.pretrained_model.to(self.dtype)
         self.model.to(device)
 

@@ -1,4 +1,4 @@
-"""Run by test_pairrm.py in llm-blender's own environment: PairRM checkpoints as the official code makes them, and what it says of texts.
+"""Run by test_pairrm_parity.py in llm-blender's own environment: PairRM checkpoints as the official code makes them, and what it says of texts.
 
     official_pairrm.py make FOLDER SOURCE_TOKENS CANDIDATE_TOKENS TEXTS.jsonl [HIDDEN LAYERS]
     official_pairrm.py ask FOLDER QUESTIONS.json ANSWERS.json
