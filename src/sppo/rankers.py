@@ -92,25 +92,21 @@ class PreferenceEmbedder(nn.Module):
         """Hidden states, float32: means over tokens of the instruction (hidden,) and of each answer (K, hidden),
         and each answer's last (K, hidden).
 
-        The prompt is read once and its keys and values are shared by the answers. Answers are padded
-        on the right to the longest of this prompt's; nothing depends on other prompts.
+        All stand in one row, the prompt once and the answers behind it; each answer sees the prompt and itself, in the
+        positions that it would have alone. Nothing is padded and nothing depends on other prompts.
         """
         device = self.mean_center.device
-        prompt_ids, answer_ids = self.text.prompt(instruction), [self.text.answer(answer) for answer in answers]
-        lengths = torch.tensor([len(ids) for ids in answer_ids], device=device)
-        ids = torch.zeros(len(answers), int(lengths.max()), dtype=torch.long, device=device)
-        for row, answer in enumerate(answer_ids):
-            ids[row, : len(answer)] = torch.tensor(answer, device=device)
-        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        prompt = self.backbone(input_ids=torch.tensor([prompt_ids], device=device), use_cache=True)
-        cache = prompt.past_key_values
-        cache.batch_repeat_interleave(len(answers))
-        seen = torch.cat([mask.new_ones(len(answers), len(prompt_ids)), mask], dim=1).long()
-        states = self.backbone(input_ids=ids, attention_mask=seen, past_key_values=cache,
-                               use_cache=True).last_hidden_state.float()
-        return {"instruction": prompt.last_hidden_state[0, self.text.instruction(prompt_ids)].float().mean(0),
-                "mean": (states * mask[..., None]).sum(1) / lengths[:, None],
-                "last": states[torch.arange(len(answers), device=device), lengths - 1]}
+        prompt, texts = self.text.prompt(instruction), [self.text.answer(answer) for answer in answers]
+        parts = [prompt, *texts]
+        ids = torch.tensor([token for part in parts for token in part], device=device)
+        part = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(ids) for ids in parts])).to(device)
+        place = torch.cat([torch.arange(len(prompt)), *(torch.arange(len(prompt), len(prompt) + len(ids)) for ids in texts)]).to(device)
+        sees = ((part[:, None] == part) | (part == 0)) & (place[:, None] >= place)
+        states = self.backbone(input_ids=ids[None], attention_mask=sees[None, None], position_ids=place[None],
+                               use_cache=False).last_hidden_state[0].float()
+        each = states[len(prompt):].split([len(ids) for ids in texts])
+        return {"instruction": states[self.text.instruction(prompt)].mean(0), "mean": torch.stack([one.mean(0) for one in each]),
+                "last": torch.stack([one[-1] for one in each])}
 
     def forward(self, instruction: str, answers: list[str]) -> torch.Tensor:
         """Embeddings, float32 (K, d), of K answers to one instruction."""
