@@ -2,6 +2,7 @@
 # make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report
 # make test    installs the pinned environment, runs the tests
 # make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
+# make test-pairrm  PairRM against llm-blender itself, in an environment of its own below .cache/
 # make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them (an hour and a half on 2 cores)
 # make compare-all  every run of config/config.yaml; goes on where it stopped
 # make test-slurm  runs the workflow on a real Slurm of one machine, installed by apt-get where it is missing (root, Debian or Ubuntu)
@@ -18,7 +19,7 @@ SNAKEMAKE := .venv/bin/snakemake --cores all
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all compare compare-all install test test-slow test-conda test-slurm stale
+.PHONY: demo demo-all compare compare-all install test test-slow test-conda test-slurm test-pairrm stale
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -58,6 +59,9 @@ test-conda: .venv/installed
 
 test-slurm: .venv/installed
 	@.venv/bin/python -m pytest -q -rs -m slow tests/slurm
+
+test-pairrm: .venv/installed
+	@.venv/bin/python -m pytest -q -m slow tests/parity/test_pairrm_parity.py
 
 stale: .venv/installed
 	@.venv/bin/python src/list_stale.py results

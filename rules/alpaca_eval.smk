@@ -33,13 +33,16 @@ def answers_as_main(run):
 def judge(wildcards):
     """Who judges: the configured judge, or, for the estimate, the preference model that training saw."""
     run = settings(wildcards)
-    return run["alpaca_eval"]["judge"] if wildcards.verdict == "alpaca_eval" else run["preference"]["model"]
+    return run["alpaca_eval"]["judge"] if wildcards.verdict == "alpaca_eval" else preference_model(wildcards.run)
 
 
 def judge_files(wildcards):
-    """Files of an embedded judge and its base; nothing for one behind an API."""
-    files = adapter_files(judge(wildcards))
-    return [EMBEDDED_POLICY, *files] if files else []
+    """Files of an embedded judge and its base, or PairRM's; nothing for a judge behind an API."""
+    if wildcards.verdict == "ranker_estimate":
+        files, base = preference_model_files(wildcards.run), ranker_base(wildcards.run)
+    else:
+        files, base = adapter_files(judge(wildcards)), EMBEDDED_POLICY
+    return [base, *files] if files and base else files
 
 
 def judge_flags(wildcards):

@@ -24,8 +24,8 @@ rule pick_best_of_n:
     """Of the first n answers to each instruction, the one that the preference model likes best."""
     input:
         answers=at("best_of_n_answers.json"),
-        model=preference_model_files,
-        ranker_base=ranker_base,
+        model=lambda wildcards: preference_model_files(wildcards.run),
+        ranker_base=lambda wildcards: ranker_base(wildcards.run),
     output:
         outputs=at("best_of_{n}/alpaca_eval_outputs.json"),
         record=record(at("best_of_{n}/alpaca_eval_outputs.json")),
@@ -44,7 +44,7 @@ rule pick_best_of_n:
         gpu=MODEL_GPUS,
     params:
         version=STAGES["answer"],
-        model=lambda wildcards: settings(wildcards)["preference"]["model"],
+        model=lambda wildcards: preference_model(wildcards.run),
         generator=lambda wildcards: f"{policy_name(wildcards)}-best-of-{wildcards.n}",
     message:
         "Picking the best of {wildcards.n} answers: {wildcards.run}iteration {wildcards.t}"

@@ -12,9 +12,9 @@ from snakemake.settings.types import DeploymentMethod
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from sppo.cluster import Asked, check_cluster
-from sppo.config import flags, of_iteration, resolve
+from sppo.config import COMPARISON, flags, of_iteration, resolve
 from sppo.errors import UserError, fail
-from sppo.adapters import adapter_files
+from sppo.adapters import adapter_files, is_pairrm
 from sppo.preflight import check_inputs, deleted_artifacts
 from sppo.stages import STAGES
 
@@ -108,9 +108,21 @@ def section_flags(name, skip=()):
     return lambda wildcards: flags(settings(wildcards)[name], skip)
 
 
-def ranker_base(wildcards):
-    """What the embedded preference models sit on."""
-    return EMBEDDED_POLICY
+def preference_model(run):
+    """The preference model of a run as programs take it: its name, or the folder that PairRM is put into, one for all runs with the same."""
+    chosen, of_main = ({key: RUNS[name]["preference"][key] for key in ("model", "revision", "backend")} for name in (run.rstrip("/"), ""))
+    return f"{ROOT}{'' if chosen == of_main else run}iter0/preference_model" if is_pairrm(chosen["model"]) else chosen["model"]
+
+
+def preference_model_files(run):
+    """What that lies in, so that a new one compares anew."""
+    model = preference_model(run)
+    return [model] if is_pairrm(RUNS[run.rstrip("/")]["preference"]["model"]) else adapter_files(model)
+
+
+def ranker_base(run):
+    """What the preference model of a run sits on, where it is an embedded one."""
+    return [] if is_pairrm(RUNS[run.rstrip("/")]["preference"]["model"]) else EMBEDDED_POLICY
 
 
 def asked_of_cluster(rule, attempts):

@@ -1,9 +1,38 @@
-"""Requires: iter{t}/responses/, a preference model. Gives: iter{t}/preferences/{shard}.parquet, iter{t}/pairs.parquet."""
+"""Requires: iter{t}/responses/, a preference model. Gives: iter0/preference_model (PairRM), iter{t}/preferences/{shard}.parquet, iter{t}/pairs.parquet."""
 
 
-def preference_model_files(wildcards):
-    """The adapter's files, so that a new adapter annotates anew."""
-    return adapter_files(settings(wildcards)["preference"]["model"])
+def comparison_flags(wildcards):
+    """The preference model and what it reads; the embedded ones have nothing else to set."""
+    chosen = settings(wildcards)["preference"]
+    keys = [key for key in COMPARISON if key not in ("model", "revision")] if is_pairrm(chosen["model"]) else ["source"]
+    return flags({"model": preference_model(wildcards.run)} | {key: chosen[key] for key in keys})
+
+
+rule preference_model:
+    """PairRM in its place: links to a local folder or to the hub's files at a pinned revision. Refused here, not after sampling."""
+    input:
+        lambda wildcards: files_of(Path(settings(wildcards)["preference"]["model"]).expanduser()),
+    output:
+        model=directory(f"{ROOT}{{run}}iter0/preference_model"),
+        record=record(f"{ROOT}{{run}}iter0/preference_model"),
+    log:
+        f"{LOGS}{{run}}preference_model.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}preference_model.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: 1
+    priority: 1
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        version=STAGES["preference_source"],
+        options=lambda wildcards: flags({key: settings(wildcards)["preference"][key] for key in ("model", "revision", "backend")}),
+    message:
+        "Putting PairRM into {output.model}"
+    shell:
+        "{PYTHON} src/prepare_preference_model.py {params.options:q} --output {output.model} 2>&1 | tee {log}"
 
 
 rule annotate_preferences:
@@ -12,8 +41,8 @@ rule annotate_preferences:
         prompts=at("prompts.parquet"),
         responses=at("responses/{shard}.parquet"),
         policy=BASE_POLICY,
-        ranker_base=ranker_base,
-        model=preference_model_files,
+        ranker_base=lambda wildcards: ranker_base(wildcards.run),
+        model=lambda wildcards: preference_model_files(wildcards.run),
     output:
         preferences=at("preferences/{shard}.parquet"),
         record=record(at("preferences/{shard}.parquet")),
@@ -25,18 +54,33 @@ rule annotate_preferences:
         "../envs/core.yaml"
     threads: MODEL_THREADS
     resources:
-        mem_mb=4000,
+        mem_mb=8000,
         runtime=240,
         gpu=MODEL_GPUS,
     params:
         version=STAGES["annotate"],
-        options=section_flags("preference", skip=("probability", "logit_scale", "winner_by", "truncated")),
+        options=comparison_flags,
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
         "{PYTHON} src/annotate_preferences.py --prompts {input.prompts} --responses {input.responses} --policy {input.policy}"
         " --ranker-base {input.ranker_base} --device {MAIN[device]} {params.options:q}"
         " --output {output.preferences} 2>&1 | tee {log}"
+
+
+# llm-blender knows transformers 4 alone and so has an environment of its own.
+BLENDING = [name for name, run in RUNS.items() if run["preference"]["backend"] == "llm_blender"]
+if BLENDING:
+    if workflow.is_main_process and not IN_CONDA:
+        fail("config: preference.backend is llm_blender, which needs an environment of its own; run with --use-conda, or set transformers")
+
+    use rule annotate_preferences as annotate_with_llm_blender with:
+        conda:
+            "../envs/llm_blender.yaml"
+        wildcard_constraints:
+            run="|".join(f"{name}/" if name else "" for name in BLENDING),
+
+    ruleorder: annotate_with_llm_blender > annotate_preferences
 
 
 def previous_pairs(wildcards):
@@ -69,7 +113,7 @@ rule build_pairs:
         runtime=30,
     params:
         version=STAGES["select"],
-        options=section_flags("preference", skip=("model", "source")),
+        options=section_flags("preference", skip=COMPARISON),
         construction=section_flags("pairs"),
         more=lambda wildcards, input: flags({"policy": input.policy or None, "previous": input.previous or None,
                                              "replay_seed": settings(wildcards)["seeds"]["data"]}),

@@ -60,7 +60,7 @@ rule build_response_browser:
         runtime=30,
     params:
         version=STAGES["tabulate"],
-        options=section_flags("preference", skip=("model", "source")),
+        options=section_flags("preference", skip=COMPARISON),
     message:
         "Building {wildcards.run}response browser"
     shell:

@@ -15,7 +15,7 @@ def iterations(wildcards):
 def base_of(wildcards):
     """Where the base is evaluated for a run: as main's iter0, unless the run evaluates otherwise."""
     run = settings(wildcards)
-    as_main = run["alpaca_eval"] == MAIN["alpaca_eval"] and run["preference"]["model"] == MAIN["preference"]["model"]
+    as_main = run["alpaca_eval"] == MAIN["alpaca_eval"] and preference_model(wildcards.run) == preference_model("")
     return "" if as_main else wildcards.run
 
 
@@ -93,7 +93,7 @@ def comparable_outputs(wildcards):
 def compared_by(wildcards):
     """The preference model of training, or the judge; the embedded judge where that one is behind an API."""
     if wildcards.model == "ranker":
-        return MAIN["preference"]["model"]
+        return preference_model("")
     return MAIN["alpaca_eval"]["judge"] if adapter_files(MAIN["alpaca_eval"]["judge"]) else "judge"
 
 
@@ -101,8 +101,8 @@ rule compare_policies:
     """Win rates of all iterates and runs against each other, by the ranker and by the judge that training did not see."""
     input:
         outputs=comparable_outputs,
-        model=lambda wildcards: adapter_files(compared_by(wildcards)),
-        ranker_base=ranker_base,
+        model=lambda wildcards: preference_model_files("") if wildcards.model == "ranker" else adapter_files(compared_by(wildcards)),
+        ranker_base=lambda wildcards: ranker_base("") if wildcards.model == "ranker" else EMBEDDED_POLICY,
     output:
         csv=f"{ROOT}figures/pairwise_{{model}}.csv",
         png=f"{ROOT}figures/pairwise_{{model}}.png",

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from sppo.artifacts import recorded
-from sppo.config import add_section
+from sppo.config import COMPARISON, add_section
 from sppo.errors import UserError, run
 from sppo.prompts import read_gold
 from sppo.preference import mean_logits, p_hat, win_probabilities, winner_and_loser
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, help="whose tokenizer reads gold responses")
     parser.add_argument("--replay-seed", type=int, default=0)
     parser.add_argument("--previous", type=Path, help="the previous iteration's pairs.parquet, for --replay")
-    add_section(parser, "preference", skip=("model", "source"))
+    add_section(parser, "preference", skip=COMPARISON)
     add_section(parser, "pairs")
     args = parser.parse_args()
 

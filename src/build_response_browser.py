@@ -20,7 +20,7 @@ import numpy as np
 from build_pairs import select
 from sppo.alpaca import read_outputs
 from sppo.artifacts import file_hash, iteration, read_json, recorded, write_text
-from sppo.config import add_section
+from sppo.config import COMPARISON, add_section
 from sppo.errors import UserError, run
 from sppo.preference import p_hat, win_probabilities
 from sppo.prompts import read_instructions
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--annotations", type=Path, nargs="+", required=True, help="alpaca_eval_annotations.json of the same iterations")
     parser.add_argument("--instructions", type=Path, required=True, help="evaluation instructions with their categories")
     parser.add_argument("--output", type=Path, required=True, help="the page, .html")
-    add_section(parser, "preference", skip=("model", "source"))
+    add_section(parser, "preference", skip=COMPARISON)
     parser.set_defaults(margin=0.0)
     args = parser.parse_args()
 

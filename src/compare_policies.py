@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sppo.adapters import adapter_files, adapter_folder
+from sppo.adapters import adapter_files
 from sppo.alpaca import read_outputs
 from sppo.artifacts import recorded, write_text
 from sppo.errors import UserError, run
@@ -25,8 +25,8 @@ from sppo.preference import Array, win_probabilities
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--outputs", type=Path, nargs="+", required=True, help="outputs of the policies, in the order of the matrix")
-    parser.add_argument("--model", required=True, help="preference model: ranker, judge or an adapter's folder")
-    parser.add_argument("--ranker-base", type=Path, required=True, help="model folder that the adapter sits on")
+    parser.add_argument("--model", required=True, help="preference model: ranker, judge, an adapter's folder or PairRM's")
+    parser.add_argument("--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on")
     parser.add_argument("--output", type=Path, required=True, help="the matrix, .csv")
     parser.add_argument("--plot", type=Path, required=True, help="the heatmap, .png; an .svg is written beside it")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
@@ -35,14 +35,14 @@ def main() -> None:
     answers, names = answers_by_instruction(args.outputs)
     from sppo.models import pick_device, start_torch
     from sppo.progress import progress
-    from sppo.rankers import EmbeddedRanker
+    from sppo.rankers import load_preference_model
 
     start_torch()
     plots = [args.plot, args.plot.with_suffix(".svg")]
     with contextlib.ExitStack() as records:
         for artifact in (args.output, *plots):
-            records.enter_context(recorded("tabulate", artifact, [*args.outputs, args.ranker_base, *adapter_files(args.model)], vars(args)))
-        model = EmbeddedRanker(adapter_folder(args.model), args.ranker_base, device=pick_device(args.device))
+            records.enter_context(recorded("tabulate", artifact, [*args.outputs, *adapter_files(args.model, args.ranker_base)], vars(args)))
+        model = load_preference_model(args.model, args.ranker_base, pick_device(args.device))
         wins = np.mean([win_probabilities(model.pair_logits(instruction, texts))
                         for instruction, texts in progress(list(answers.items()), "compare")], axis=0)
         rows = [[name, *(f"{100 * p:.4f}" for p in row)] for name, row in zip(names, wins)]

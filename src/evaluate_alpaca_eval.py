@@ -55,8 +55,7 @@ def main() -> None:
     if difficulty:
         check_order(reference, difficulty)
     adapter = adapter_folder(args.judge)
-    judge_files = [*adapter_files(args.judge), args.judge_base] if adapter else []
-    inputs = [path for path in (args.outputs, args.reference, *judge_files, difficulty) if path]
+    inputs = [path for path in (args.outputs, args.reference, *adapter_files(args.judge, args.judge_base), difficulty) if path]
     cache = args.output.parent / ".judgments"
     with (recorded("judge", args.output, inputs, vars(args)),
           length_model(len(reference), difficulty) as (formula, file)):

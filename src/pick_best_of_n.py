@@ -11,7 +11,7 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from sppo.adapters import adapter_files, adapter_folder
+from sppo.adapters import adapter_files
 from sppo.artifacts import read_json, recorded, write_json
 from sppo.errors import UserError, run
 from sppo.preference import mean_logits
@@ -21,8 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--n", type=int, required=True)
-    parser.add_argument("--model", required=True, help="preference model: ranker, judge or an adapter's folder")
-    parser.add_argument("--ranker-base", type=Path, required=True, help="model folder that the adapter sits on")
+    parser.add_argument("--model", required=True, help="preference model: ranker, judge, an adapter's folder or PairRM's")
+    parser.add_argument("--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on")
     parser.add_argument("--generator", required=True, help="name of the reranked policy in the outputs")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
@@ -36,11 +36,11 @@ def main() -> None:
         raise UserError(f"best of {args.n} needs {args.n} answers to every instruction, {args.answers} has {fewest}; raise best_of_n.samples")
     from sppo.models import pick_device, start_torch
     from sppo.progress import progress
-    from sppo.rankers import EmbeddedRanker
+    from sppo.rankers import load_preference_model
 
     start_torch()
-    with recorded("answer", args.output, [args.answers, args.ranker_base, *adapter_files(args.model)], vars(args)) as facts:
-        model = EmbeddedRanker(adapter_folder(args.model), args.ranker_base, device=pick_device(args.device))
+    with recorded("answer", args.output, [args.answers, *adapter_files(args.model, args.ranker_base)], vars(args)) as facts:
+        model = load_preference_model(args.model, args.ranker_base, pick_device(args.device))
         best = []
         for instruction, rows in progress(list(answers.items()), "rank"):
             texts = [row["output"] for row in rows[:args.n]]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sppo.artifacts import recorded, written_whole
 from sppo.errors import run
-from sppo.models import HUB_FILES, check_policy, fetch, load_tokenizer, template_hash
+from sppo.models import check_policy, fetch, link_files, load_tokenizer, template_hash
 
 
 def main() -> None:
@@ -26,9 +26,7 @@ def main() -> None:
     template = template_hash(load_tokenizer(folder))
     with recorded("policy_source", args.output, [], vars(args)) as facts:
         with written_whole(args.output) as temporary:
-            temporary.mkdir()
-            for file in sorted({file for pattern in HUB_FILES for file in folder.glob(pattern)}):
-                (temporary / file.name).symlink_to(file.resolve())
+            link_files(folder, temporary)
         facts |= {"commit": commit, "chat_template_sha256": template}
 
 

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.adapters import EMBEDDED, adapter_folder
-from sppo.artifacts import ROOT, file_hash, read_json
+from sppo.adapters import EMBEDDED, adapter_files, adapter_folder
+from sppo.artifacts import ROOT, file_hash, known_hash, read_json
 from sppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,12 +112,12 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
         if judge.base is None:
             raise UserError(f"judge {judge.name} is an adapter; name its base model with --judge-base")
         from sppo.models import start_torch
-        from sppo.rankers import EmbeddedRanker
+        from sppo.rankers import load_preference_model
 
         start_torch()
-        facts = {"adapter": judge.name, "adapter_sha256": file_hash(adapter / "adapter.safetensors")}
+        facts = {"adapter": judge.name, "adapter_sha256": known_hash(adapter_files(judge.name)[0])}
         return {"annotators_config": judge.name, "Annotator": PreferenceAnnotator,
-                "model": EmbeddedRanker(adapter, judge.base, device=judge.device)}, facts
+                "model": load_preference_model(judge.name, judge.base, judge.device)}, facts
     config, facts = judge.name, {"annotators_config": judge.name}
     if judge.name == "openai":
         logprobs = _gives_logprobs(judge.model, judge.base_url)

@@ -24,6 +24,9 @@ RESERVED = {"tables", "figures", "theory", "report", "models", "logs", "benchmar
 SHARED = {"name", "runs", "policy", "device", "keep_policies"}
 # What two runs must agree on to share the first iteration's responses and preferences.
 FIRST_ITERATION = ("prompts", "responses", "preference", "seeds")
+# The section `preference` serves two stages: these keys say how responses are compared, the others how pairs are selected.
+COMPARISON = ("model", "revision", "source", "backend", "precision", "max_prompt_tokens", "max_response_tokens", "truncate_together", "batch_tokens")
+SELECTION = ("probability", "logit_scale", "winner_by", "truncated")
 
 Config = dict[str, Any]
 

@@ -52,16 +52,17 @@ def _cpu_has_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & words)
 
 
-def fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
+def fetch(source: str, revision: str | None, key: str = "policy.model") -> tuple[Path, str | None]:
     """Folder of the model that `source` names, and its hub commit (None for a local folder).
 
-    A folder that exists wins over a hub id. The hub is asked for `revision`; offline, its local cache is.
+    A folder that exists wins over a hub id. The hub is asked for `revision`; offline, its local cache is. `key` is the
+    one of the configuration that an error names.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder.resolve(), None
     if not HUB_ID.fullmatch(source) or source.count("/") != 1:
-        raise UserError(f"model {source!r} is neither a folder nor a hub id such as org/model; correct policy.model")
+        raise UserError(f"model {source!r} is neither a folder nor a hub id such as org/model; correct {key}")
     from huggingface_hub import snapshot_download
     try:
         snapshot = Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
@@ -70,6 +71,13 @@ def fetch(source: str, revision: str | None) -> tuple[Path, str | None]:
         raise UserError(f"cannot get model {source}{at} from the hub ({type(error).__name__}); check the name, the network and "
                         "HF_TOKEN, or give a local folder") from error
     return snapshot, snapshot.name
+
+
+def link_files(folder: Path, target: Path) -> None:
+    """Make `target` a folder of links to the files of a model's folder."""
+    target.mkdir()
+    for file in sorted({file for pattern in HUB_FILES for file in folder.glob(pattern)}):
+        (target / file.name).symlink_to(file.resolve())
 
 
 def check_policy(folder: Path, made_here: bool = True) -> None:
@@ -93,24 +101,25 @@ def check_policy(folder: Path, made_here: bool = True) -> None:
         weights = folder / name
         if not weights.is_file():
             raise UserError(f"policy folder {folder} has no weights ({name} is missing); {remedy}")
-        if not _is_whole(weights):
+        if safetensors_header(weights) is None:
             raise UserError(f"{weights} is cut off or is not a safetensors file; {remedy}")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         raise UserError(f"policy folder {folder} has no tokenizer; copy the tokenizer files of its base model into it")
 
 
-def _is_whole(weights: Path) -> bool:
-    """Whether a safetensors file is as long as its header says."""
+def safetensors_header(weights: Path) -> dict[str, Any] | None:
+    """Tensors by name, as the file's header describes them; None if the file is cut off or of another form."""
     size = weights.stat().st_size
     with weights.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size:
-            return False
+            return None
         try:
             header = json.loads(stream.read(length))
         except ValueError:
-            return False
-    return size == 8 + length + max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+            return None
+    header.pop("__metadata__", None)
+    return header if size == 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0) else None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo import alpaca, mt_bench
-from sppo.adapters import ADAPTER_FILES, adapter_folder
+from sppo.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
 from sppo.errors import UserError
 from sppo.prompts import read_gold, read_instructions, read_prompts
 
@@ -29,9 +29,16 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
         for key in ("preference.model", "alpaca_eval.judge", "mt_bench.judge"):
             section, setting = key.split(".")
             model = run[section][setting]
+            if key == "preference.model" and is_pairrm(model):
+                if Path(model).expanduser().is_dir():
+                    check_pairrm(Path(model), run[section]["backend"])
+                continue
             folder = adapter_folder(model)
+            if key == "preference.model" and run[section]["backend"] != "transformers":
+                raise UserError(f"config: {where}preference.backend is {run[section]['backend']}, which runs PairRM, and preference.model is {model}; give "
+                                "llm-blender/PairRM or set transformers")
             if folder is None and key == "preference.model":
-                raise UserError(f"config: {where}{key} is {model}; give `ranker`, or a folder that src/train_ranker.py wrote")
+                raise UserError(f"config: {where}{key} is {model}; give `ranker`, a folder that src/train_ranker.py wrote, or llm-blender/PairRM")
             for file in ADAPTER_FILES if folder else ():
                 if not (folder / file).is_file():
                     raise UserError(f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "

@@ -27,8 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from sppo.adapters import adapter_folder, is_pairrm
 from sppo.errors import UserError
 from sppo.models import compute_dtype
+from sppo.progress import progress
 
 OMISSION = " [...] "  # stands where the middle of a long text was left out
 PLACEHOLDER = "\x00"  # marks the instruction's place in the chat template
@@ -250,6 +252,10 @@ class EmbeddedRanker:
         self.model.to(device)
         self.model.backbone.to(compute)
 
+    def all_pair_logits(self, groups: list[tuple[str, list[str]]]) -> list[np.ndarray]:
+        """`pair_logits` of every prompt with its candidates."""
+        return [self.pair_logits(prompt, candidates) for prompt, candidates in progress(groups, "compare")]
+
     @torch.inference_mode()
     def pair_logits(self, prompt: str, candidates: list[str]) -> np.ndarray:
         """Logits that candidate i beats candidate j: float64 (K, K), skew-symmetric, diagonal 0.
@@ -267,3 +273,18 @@ class EmbeddedRanker:
         logits += self.spec["length_weight"] * length_gaps(unique)
         at = [unique.index(text) for text in candidates]
         return logits[np.ix_(at, at)]
+
+
+def load_preference_model(model: str, base_dir: Path | None, device: str = "cpu", **reading):
+    """The local preference model that `model` names, with `pair_logits` and `all_pair_logits`: an adapter on `base_dir`, or PairRM.
+
+    reading: how PairRM reads, see there; an adapter has nothing to set.
+    """
+    folder = adapter_folder(model)
+    if folder is not None and is_pairrm(folder):
+        from sppo.pairrm import PairRM
+
+        return PairRM(folder, device, **reading)
+    if folder is None or base_dir is None:
+        raise UserError(f"preference model {model} is an adapter; name its base model too")
+    return EmbeddedRanker(folder, base_dir, device=device)

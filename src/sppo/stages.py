@@ -6,6 +6,7 @@ stage again. Any other edit of the code reruns nothing; `make stale` lists what 
 
 STAGES = {
     "policy_source": 1,
+    "preference_source": 1,
     "sample": 1,
     "generate": 1,
     "annotate": 1,

@@ -56,7 +56,7 @@ def call(tmp_path, monkeypatch):
 
     def run(ours, base, *more, probability=None, judge=None, seed=0, fits=0):
         rankers = types.ModuleType("sppo.rankers")
-        rankers.EmbeddedRanker = lambda adapter_dir, base_dir, device: Judge(probability)
+        rankers.load_preference_model = lambda model, base_dir, device: Judge(probability)
         monkeypatch.setitem(sys.modules, "sppo.rankers", rankers)
         (tmp_path / "ours.json").write_text(json.dumps(ours))
         (tmp_path / "base.json").write_text(json.dumps(base))

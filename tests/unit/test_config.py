@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from sppo.config import RESERVED, add_section, default_of, flags, of_iteration, resolve, schema
+from sppo.config import COMPARISON, RESERVED, SELECTION, add_section, default_of, flags, of_iteration, resolve, schema
 from sppo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,6 +231,6 @@ def test_a_list_gives_one_value_an_iteration_and_the_last_for_all_after():
 
 def test_flags_leave_out_what_is_skipped():
     parser = argparse.ArgumentParser()
-    add_section(parser, "preference", skip=("model", "source"))
-    words = flags(resolve({})[""]["preference"], skip=("model", "source"))
-    assert set(vars(parser.parse_args(words))) == {"probability", "logit_scale", "winner_by", "truncated"}
+    add_section(parser, "preference", skip=COMPARISON)
+    words = flags(resolve({})[""]["preference"], skip=COMPARISON)
+    assert set(vars(parser.parse_args(words))) == set(SELECTION)
