@@ -6,11 +6,12 @@ from pathlib import Path
 
 EMBEDDED = ("judge", "ranker")
 ADAPTER_FILES = ("adapter.safetensors", "ranker.json")
+PAIRRM = "llm-blender/PairRM"
 
 
 def adapter_files(model: str) -> list[Path]:
-    """The files of an embedded preference model; none for a judge behind an API."""
-    folder = adapter_folder(model)
+    """The files of an embedded preference model; none for PairRM on the hub and for a judge behind an API."""
+    folder = None if model == PAIRRM else adapter_folder(model)
     return [folder / name for name in ADAPTER_FILES] if folder else []
 
 
