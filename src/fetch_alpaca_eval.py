@@ -14,6 +14,7 @@ from pathlib import Path
 from sppo.alpaca import DATASET, DATASET_REVISION, DIFFICULTY, OFFICIAL_DIFFICULTY, OFFICIAL_GENERATOR, OFFICIAL_REFERENCE, check_order, read_outputs
 from sppo.artifacts import file_hash, recorded, written_whole
 from sppo.errors import UserError, run
+from sppo.hub import hub_failure, hub_token
 
 REMEDY = "or name files of your own as alpaca_eval.instructions, reference and difficulty"
 
@@ -42,9 +43,9 @@ def fetched(name: str) -> Path:
     """The file in the hub's local cache."""
     from huggingface_hub import hf_hub_download
     try:
-        return Path(hf_hub_download(DATASET, name, repo_type="dataset", revision=DATASET_REVISION))
+        return Path(hf_hub_download(DATASET, name, repo_type="dataset", revision=DATASET_REVISION, token=hub_token()))
     except Exception as error:  # the hub client raises many types; each is a matter of network or access
-        raise UserError(f"cannot get {name} of {DATASET} at {DATASET_REVISION} from the hub ({type(error).__name__}); check the network, {REMEDY}") from error
+        raise UserError(f"cannot get {name} of {DATASET} at {DATASET_REVISION} from the hub {hub_failure(error)}, {REMEDY}") from error
 
 
 if __name__ == "__main__":

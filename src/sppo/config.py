@@ -21,7 +21,7 @@ from sppo.errors import UserError
 SCHEMA_FILE = Path(__file__).resolve().parents[2] / "config" / "schema.yaml"
 RESERVED = {"tables", "figures", "theory", "report", "models", "logs", "benchmarks"}
 # What a run may not override: these decide where things lie, or are shared by all runs.
-SHARED = {"name", "runs", "policy", "device", "keep_policies"}
+SHARED = {"name", "runs", "policy", "device", "keep_policies", "push_to_hub"}
 # What two runs must agree on to share the first iteration's responses and preferences.
 FIRST_ITERATION = ("prompts", "responses", "preference", "seeds")
 

@@ -11,6 +11,7 @@ from typing import Any
 from sppo import alpaca, mt_bench
 from sppo.adapters import ADAPTER_FILES, PAIRRM, adapter_folder
 from sppo.errors import UserError
+from sppo.hub import check_push
 from sppo.prompts import read_gold, read_instructions, read_prompts
 
 # By what is made, the section that names its judge.
@@ -78,13 +79,15 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
 
 
 def check_machine(runs: dict[str, dict[str, Any]], jobs: set[tuple[str, str, bool]], gpus: int | None) -> None:
-    """What the jobs to come need and a dry run does not: keys of judges, and GPUs.
+    """What the jobs to come need and a dry run does not: keys of judges, the hub's token, and GPUs.
 
     jobs: of each one what it makes (its verdict, else its rule), its run, and whether it takes a GPU. gpus: how many this
     machine has, None if the jobs run elsewhere. Raises `UserError` naming the first that is missing.
     """
     for made, name, on_gpu in sorted(jobs):
         run, where = runs[name], f"runs.{name}." if name else ""
+        if made == "push_policy":
+            check_push()
         if made in JUDGED:
             section, check = JUDGED[made]
             check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")))

@@ -8,6 +8,7 @@ from typing import Any
 
 from sppo.artifacts import read_json
 from sppo.errors import UserError
+from sppo.hub import hub_failure, hub_token
 from sppo.models import HUB_ID
 
 Prompt = dict[str, Any]  # id, category, messages
@@ -66,12 +67,11 @@ def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]
     from datasets import load_dataset
     from huggingface_hub import snapshot_download
     try:
-        folder = Path(snapshot_download(source, repo_type="dataset", revision=revision))
+        folder = Path(snapshot_download(source, repo_type="dataset", revision=revision, token=hub_token()))
         rows = load_dataset(str(folder), split=split).to_list()
     except Exception as error:  # the hub client and datasets raise many types; each is a matter of name, network or access
         at = f" at revision {revision}" if revision else ""
-        raise UserError(f"cannot get data set {source}{at}, split {split}, from the hub ({type(error).__name__}: {error}); check the "
-                        "name, the network and HF_TOKEN, or give a JSONL file") from error
+        raise UserError(f"cannot get data set {source}{at}, split {split}, from the hub {hub_failure(error)}, or give a JSONL file") from error
     return rows, folder.name
 
 

@@ -18,4 +18,5 @@ STAGES = {
     "open_llm": 1,
     "tabulate": 1,
     "theory": 1,
+    "push": 1,
 }
