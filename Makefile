@@ -1,6 +1,7 @@
 # make demo    installs the pinned environment, runs three SPPO iterations on the embedded model, prints the result
 # make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report
 # make test    installs the pinned environment, runs the tests
+# make estimate CONFIG=config/presets/mistral-7b.yaml   what it will cost: GPU-hours, memory, disk, dollars; FLAGS="--gpu A100 --price 2"
 # make stale   lists artifacts that older code made
 #
 # TORCH_INDEX  PyTorch's package index, such as https://download.pytorch.org/whl/cpu for the small CPU build
@@ -14,7 +15,7 @@ SNAKEMAKE := .venv/bin/snakemake --cores all
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all install test test-slow stale
+.PHONY: demo demo-all install test test-slow estimate stale
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -43,6 +44,9 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	@.venv/bin/python -m pytest -q -m slow
+
+estimate: .venv/installed
+	@.venv/bin/python src/estimate_cost.py --config $(CONFIG) $(FLAGS)
 
 stale: .venv/installed
 	@.venv/bin/python src/list_stale.py results

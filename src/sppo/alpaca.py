@@ -132,6 +132,18 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
             "caching_path": _clean_cache(cache / f"{name}.json")}, facts
 
 
+def announce(outputs: list[Record], reference: list[Record], config: str, cache: str) -> None:
+    """Say, before a judge behind an API is asked, how often it will be and what it reads; src/estimate_cost.py knows dollars."""
+    kept = json.loads(Path(cache).read_text(encoding="utf-8")) if Path(cache).exists() else []
+    done = {(row["instruction"], frozenset((row["output_1"], row["output_2"]))) for row in kept}
+    asked = [(one, two) for one, two in zip(outputs, reference, strict=True)
+             if one["output"] != two["output"] and (one["instruction"], frozenset((one["output"], two["output"]))) not in done]
+    template = len(_settings_of(config))
+    characters = sum(template + len(one["instruction"]) + len(one["output"]) + len(two["output"]) for one, two in asked)
+    print(f"The judge will be asked {len(asked)} times and read about {characters // 4:,} tokens (four characters each); {len(kept)} judgments are kept "
+          "from before", file=sys.stderr, flush=True)
+
+
 def _settings_of(config: str) -> str:
     """An annotators_config with its prompt templates, as text."""
     from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
@@ -325,6 +337,8 @@ def evaluate(outputs: list[Record], reference: list[Record], formula: str, diffi
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             chosen, facts = _annotator(judge, cache, Path(folder))
+            if "caching_path" in chosen:
+                announce(outputs, reference, chosen["annotators_config"], chosen["caching_path"])
             board, annotations = package_evaluate(
                 model_outputs=outputs, reference_outputs=reference, name=outputs[0]["generator"], output_path=None,
                 precomputed_leaderboard=None, is_cache_leaderboard=False, is_return_instead_of_print=True,
