@@ -133,7 +133,8 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
         folder = None if model == "llm-blender/PairRM" else adapter_folder(model)
         flops = (estimate.ranker_flops(SHAPES["embedded"], read_json(folder / "ranker.json"), asked, p, samples, length) if folder
                  else estimate.pairrm_flops(asked, p, samples, length))
-        return Row(t, stage, asked, asked * (p + samples * length), flops, flops / (gpu.flops * use.forward), 4 * (SHAPES["embedded"] if folder else estimate.PAIRRM).weights)
+        read = p + samples * length if folder else samples * (samples - 1) * (p + 2 * length)
+        return Row(t, stage, asked, asked * read, flops, flops / (gpu.flops * use.forward), 4 * (SHAPES["embedded"] if folder else estimate.PAIRRM).weights)
 
     rows = []
     for t in range(config["iterations"] + 1):
@@ -151,7 +152,7 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
         rows.append(drawn(t, "answer", n * (2 if t == 0 and evaluation["reference"] == "base" else 1), 1, answer, evaluation["max_new_tokens"]))
         if adapter_folder(evaluation["judge"]):
             rows.append(compared(t, "judge", evaluation["judge"], n, 2, answer))
-        rows.append(compared(t, "estimate", config["preference"]["model"], n, 2, answer))
+        rows.append(compared(t, "ranker_estimate", config["preference"]["model"], n, 2, answer))
     return rows
 
 
