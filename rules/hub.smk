@@ -1,4 +1,4 @@
-"""Requires: iter{t}/policy, iter{t}/alpaca_eval.json, push_to_hub. Gives: a repository on the hub and iter{t}/pushed_to_hub.json, for main's policies."""
+"""Requires: iter{t}/policy and alpaca_eval.json of the main run, push_to_hub. Gives: a repository on the hub, iter{t}/pushed_to_hub.json."""
 
 
 def pushed_policies():

@@ -63,7 +63,8 @@ def of_iteration(folder: Path, shape: Shape) -> list[Measured]:
     if (folder / "pairs.parquet").is_file():
         pairs = read_table(folder / "pairs.parquet", "pairs")
         prompt, response = mean(pairs, "prompt_token_ids"), (mean(pairs, "chosen_token_ids") + mean(pairs, "rejected_token_ids")) / 2
-        longest = (max(len(pair["prompt_token_ids"]) for pair in pairs), max(len(pair[f"{side}_token_ids"]) for pair in pairs for side in ("chosen", "rejected")))
+        longest = (max(len(pair["prompt_token_ids"]) for pair in pairs),
+                   max(len(pair[f"{side}_token_ids"]) for pair in pairs for side in ("chosen", "rejected")))
         scored = estimate.score_flops(shape, len(pairs), prompt, response)
         for name in ("logps/current.parquet", "policy"):
             record = recorded(folder / name)

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=20000, help="in one iteration, where the source is on the hub (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=200, help="assumed mean (default: %(default)s)")
     parser.add_argument("--response-tokens", type=int, default=450, help="assumed mean, if max_new_tokens allows (default: %(default)s)")
-    parser.add_argument("--longest-prompt", type=int, default=2048, help="assumed, where prompts.max_tokens is null; decides memory (default: %(default)s)")
+    parser.add_argument("--longest-prompt", type=int, default=2048, help="assumed, where prompts.max_tokens is null (default: %(default)s)")
     parser.add_argument("--price", type=float, help="dollars of a GPU-hour; none is assumed")
     parser.add_argument("--judge-price", type=float, help="dollars for a million tokens that the judge's API reads; none is assumed")
     args = parser.parse_args()
@@ -68,8 +68,8 @@ def main() -> None:
     use = Use(args.mfu_training, args.mfu_forward, args.bandwidth_share, args.concurrent)
     args.gpus = args.gpus or config["responses"]["shards"]
     rows = all_rows(config, shape, gpu, use, args)
-    print(f"{config['name'] or 'The default'}, settings {config['settings']}: {config['policy']['model']}, {shape.weights / GB:.2f} billion weights, on "
-          f"{args.gpus} x {args.gpu}.\n{as_table(rows, gpu)}\n{summary(rows, config, shape, gpu, args)}")
+    print(f"{config['name'] or 'The default'}, settings {config['settings']}: {config['policy']['model']}, {shape.weights / GB:.2f} billion weights, "
+          f"on {args.gpus} x {args.gpu}.\n{as_table(rows, gpu)}\n{summary(rows, config, shape, args)}")
 
 
 def configuration(overlays: list[Path], settings: str | None) -> dict[str, Any]:
@@ -134,7 +134,8 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
         flops = (estimate.ranker_flops(SHAPES["embedded"], read_json(folder / "ranker.json"), asked, p, samples, length) if folder
                  else estimate.pairrm_flops(asked, p, samples, length))
         read = p + samples * length if folder else samples * (samples - 1) * (p + 2 * length)
-        return Row(t, stage, asked, asked * read, flops, flops / (gpu.flops * use.forward), 4 * (SHAPES["embedded"] if folder else estimate.PAIRRM).weights)
+        reader = SHAPES["embedded"] if folder else estimate.PAIRRM
+        return Row(t, stage, asked, asked * read, flops, flops / (gpu.flops * use.forward), 4 * reader.weights)
 
     rows = []
     for t in range(config["iterations"] + 1):
@@ -146,7 +147,8 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
             sizes = (micro, longest, responses["max_new_tokens"])
             rows += [drawn(t, "generate", prompts, k, r, responses["max_new_tokens"]),
                      compared(t, "annotate", config["preference"]["model"], prompts, k, r),
-                     Row(t, "reference", pairs, 2 * pairs * (p + r), scored, scored / (gpu.flops * use.forward), estimate.score_bytes(shape, *sizes, bool(lora))),
+                     Row(t, "reference", pairs, 2 * pairs * (p + r), scored, scored / (gpu.flops * use.forward),
+                         estimate.score_bytes(shape, *sizes, bool(lora))),
                      Row(t, "train", pairs, 2 * pairs * (p + r) * train["stop_epoch"], trained, trained / (gpu.flops * use.training),
                          estimate.train_bytes(shape, args.gpus, *sizes, lora, train["gradient_checkpointing"]))]
         rows.append(drawn(t, "answer", n * (2 if t == 0 and evaluation["reference"] == "base" else 1), 1, answer, evaluation["max_new_tokens"]))
@@ -171,7 +173,7 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def summary(rows: list[Row], config: dict[str, Any], shape: Shape, gpu: Gpu, args: argparse.Namespace) -> str:
+def summary(rows: list[Row], config: dict[str, Any], shape: Shape, args: argparse.Namespace) -> str:
     """Totals: hours, disk, what the judge reads, dollars where prices are given."""
     t, hours = config["iterations"], sum(row.seconds or 0 for row in rows) / 3600
     tokens = sum(row.tokens for row in rows if row.stage in ("generate", "answer"))
@@ -186,8 +188,10 @@ def summary(rows: list[Row], config: dict[str, Any], shape: Shape, gpu: Gpu, arg
             ("MT-Bench, if it is made", config["mt_bench"], MT_BENCH * (t + 1), JUDGE_PROMPT + 2 * args.prompt_tokens + 2 * graded)):
         if adapter_folder(section["judge"]):
             continue
-        price = f"${calls * each / 1e6 * args.judge_price:,.0f} at ${args.judge_price:g} a million" if args.judge_price is not None else "no price given (--judge-price)"
-        lines.append(f"{what} asks {section['judge_model'] or section['judge']} {calls:,} times, {calls * each / 1e6:,.1f} million tokens read: {price}")
+        millions, price = calls * each / 1e6, "no price given (--judge-price)"
+        if args.judge_price is not None:
+            price = f"${millions * args.judge_price:,.0f} at ${args.judge_price:g} a million"
+        lines.append(f"{what} asks {section['judge_model'] or section['judge']} {calls:,} times, {millions:,.1f} million tokens read: {price}")
     return "\n".join(lines)
 
 

@@ -140,8 +140,8 @@ def announce(outputs: list[Record], reference: list[Record], config: str, cache:
              if one["output"] != two["output"] and (one["instruction"], frozenset((one["output"], two["output"]))) not in done]
     template = len(_settings_of(config))
     characters = sum(template + len(one["instruction"]) + len(one["output"]) + len(two["output"]) for one, two in asked)
-    print(f"The judge will be asked {len(asked)} times and read about {characters // 4:,} tokens (four characters each); {len(kept)} judgments are kept "
-          "from before", file=sys.stderr, flush=True)
+    print(f"Judgments to ask for: {len(asked)}, about {characters // 4:,} tokens to read, of four characters each. Kept from before: {len(kept)}",
+          file=sys.stderr, flush=True)
 
 
 def _settings_of(config: str) -> str:

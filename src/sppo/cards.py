@@ -53,7 +53,9 @@ def data_of(pairs: Path) -> str:
         lines.append(f"* {drawn['samples']} responses to each of the policy it was trained from, at temperature {drawn['temperature']}, "
                      f"top-p {drawn['top_p']}, at most {drawn['max_new_tokens']} tokens")
     if "annotate" in made:
-        lines.append(f"* compared by the preference model {_name(str(made['annotate']['arguments']['model']))}")
+        model = made["annotate"]["arguments"]["model"]
+        model = _record(model).get("arguments", {}).get("model", model)  # one that was put in its place has a record of where it came from
+        lines.append(f"* compared by the preference model {_name(model)}")
     return "\n".join(lines) or "No record of the pairs was found."
 
 

@@ -151,8 +151,8 @@ def lora_weights(shape: Shape, rank: int) -> int:
 def activation_bytes(shape: Shape, sequences: int, prompt: int, response: int, width: int, checkpointing: bool) -> float:
     """What a backward pass needs of a batch; `width` is the bytes of a computed number.
 
-    A layer keeps its inputs, norms, queries, keys, values, and three numbers for each of the MLP's; with checkpointing one layer does, the others their
-    input. Logits stand there computed, in float32, and twice as gradients.
+    A layer keeps its inputs, norms, queries, keys, values and four numbers for each of the MLP's; with checkpointing one layer
+    does, the others their input. Logits stand there as computed and in float32, and as the gradients of both.
     """
     tokens = sequences * (prompt + response)
     layer = 8 * shape.hidden + 2 * shape.head_dim * (shape.heads + shape.kv_heads) + 4 * shape.intermediate
@@ -169,4 +169,5 @@ def train_bytes(shape: Shape, gpus: int, micro_batch: int, prompt: int, response
 def score_bytes(shape: Shape, micro_batch: int, prompt: int, response: int, lora: bool, width: int = 2) -> float:
     """Peak of the forward pass over pairs: weights in float32, with LoRA in `width` bytes, one layer's states, and logits twice."""
     tokens = 2 * micro_batch * (prompt + response)
-    return (width if lora else 4) * shape.weights + tokens * 4 * shape.intermediate * width + 2 * micro_batch * response * shape.vocabulary * (width + 8)
+    logits = 2 * micro_batch * response * shape.vocabulary
+    return (width if lora else 4) * shape.weights + tokens * 4 * shape.intermediate * width + logits * (width + 8)

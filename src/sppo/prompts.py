@@ -17,7 +17,7 @@ Prompt = dict[str, Any]  # id, category, messages
 def read_prompts(source: str, revision: str | None, split: str, field: str) -> tuple[list[Prompt], str | None]:
     """Prompts of a JSONL file or of a hub data set, and the hub commit (None for a file).
 
-    Raises `UserError` for a missing source, a broken line (naming it), a missing field, or a repeated id.
+    Raises `UserError` for a missing source, a broken line (naming it), a missing field, or, in a file, a repeated id.
     """
     path = Path(source).expanduser()
     commit = None
@@ -30,6 +30,8 @@ def read_prompts(source: str, revision: str | None, split: str, field: str) -> t
     prompts, seen = [], set()
     for number, row in enumerate(rows, 1):
         prompt = _prompt(row, field, f"{source} line {number}")
+        if prompt["id"] in seen and commit:
+            prompt["id"] = f"{prompt['id']}#{number}"  # nobody here can mend a data set of the hub
         if prompt["id"] in seen:
             raise UserError(f"{source} line {number}: id {prompt['id']} is there twice; ids must differ")
         seen.add(prompt["id"])
