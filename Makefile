@@ -2,6 +2,8 @@
 # make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report
 # make test    installs the pinned environment, runs the tests
 # make estimate CONFIG=config/presets/mistral-7b.yaml   what it will cost: GPU-hours, memory, disk, dollars; FLAGS="--gpu A100 --price 2"
+# make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them (an hour and a half on 2 cores)
+# make compare-all  every run of config/config.yaml; goes on where it stopped
 # make stale   lists artifacts that older code made
 #
 # TORCH_INDEX  PyTorch's package index, such as https://download.pytorch.org/whl/cpu for the small CPU build
@@ -13,9 +15,9 @@ PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 SNAKEMAKE := .venv/bin/snakemake --cores all
 
 # These take whatever evaluations have been made, so they come after them.
-OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
+OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all install test test-slow estimate stale
+.PHONY: demo demo-all compare compare-all install test test-slow estimate stale
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -27,6 +29,11 @@ demo-all: .venv/installed
 	@$(SNAKEMAKE) --report results/report.html -- everything $(OF_WHAT_IS_THERE)
 	@cat results/summary.md results/k2/summary.md results/iter3/best_of_n.csv results/tables/evaluations.md results/tables/measured.md
 	@echo "Open results/report.html in a browser"
+
+compare compare-all: .venv/installed
+	@$(SNAKEMAKE) --keep-going $(subst -,_,$@)
+	@$(SNAKEMAKE) results/tables/methods.html
+	@cat results/tables/methods.md
 
 install: .venv/installed
 

@@ -26,9 +26,15 @@ include: "rules/theory.smk"
 include: "rules/hub.smk"
 
 
+# What `compare` runs beside the main run.
+COMPARED = ("sppo_hard", "dpo", "ipo", "inpo", "mpo")
+
+
 localrules:
     all,
     everything,
+    compare,
+    compare_all,
     theory,
 
 
@@ -52,6 +58,19 @@ rule everything:
         f"{ROOT}iter{MAIN['iterations']}/best_of_n.svg",
         f"{ROOT}figures/training.svg",
         f"{ROOT}response_browser.html",
+
+
+rule compare:
+    """SPPO beside the methods that its paper and its successors measure themselves by, with the same prompts, K and tokens."""
+    input:
+        summary_files(""),
+        [summary_files(f"{run}/") for run in RUNS if run in COMPARED],
+
+
+rule compare_all:
+    """Every run of the configuration. What is finished stays; a second call goes on where the first stopped."""
+    input:
+        [summary_files(f"{run}/" if run else "") for run in RUNS],
 
 
 rule theory:

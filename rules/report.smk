@@ -69,17 +69,10 @@ rule build_response_browser:
         " {params.options:q} --output {output.page} 2>&1 | tee {log}"
 
 
-def evaluations(wildcards):
-    """Evaluations of all runs that are there already, and the records that count their pairs."""
-    names = ("alpaca_eval.json", "ranker_estimate.json", "mt_bench.json", "open_llm.json", record("pairs.parquet"))
-    return [path for run in RUNS for t in range(RUNS[run]["iterations"] + 1) for name in names
-            if os.path.exists(path := f"{ROOT}{run + '/' if run else ''}iter{t}/{name}")]
-
-
 rule tabulate_evaluations:
     """One line for every iterate of every run, with all that was evaluated of it."""
     input:
-        files=evaluations,
+        files=already_made(["alpaca_eval.json", "ranker_estimate.json", "mt_bench.json", "open_llm.json", record("pairs.parquet")]),
     output:
         csv=f"{ROOT}tables/evaluations.csv",
         md=f"{ROOT}tables/evaluations.md",
@@ -103,3 +96,41 @@ rule tabulate_evaluations:
         "Setting all evaluations beside each other"
     shell:
         "{PYTHON} src/tabulate_evaluations.py --results {ROOT:q} --files {input.files} --output {output.md} 2>&1 | tee {log}"
+
+
+SHARDS = range(max(run["responses"]["shards"] for run in RUNS.values()))
+COSTS = [*(f"{folder}/{shard}.parquet" for folder in ("responses", "preferences") for shard in SHARDS), "pairs.parquet",
+         "logps/current.parquet", "logps/reference.parquet", "policy"]
+
+
+rule tabulate_methods:
+    """Every run by iteration: what it won by the judge and by the ranker, and what it cost."""
+    input:
+        files=already_made(["alpaca_eval.json", "ranker_estimate.json", *map(record, COSTS)]),
+    output:
+        md=f"{ROOT}tables/methods.md",
+        tables=expand(f"{ROOT}tables/methods.{{form}}", form=["csv", "tex"]),
+        page=report(f"{ROOT}tables/methods.html", caption="captions/methods.rst", category="Tables", labels=labels("methods")),
+        png=f"{ROOT}figures/methods.png",
+        svg=report(f"{ROOT}figures/methods.svg", caption="captions/methods.rst", category="AlpacaEval", labels=labels("methods")),
+        md_record=record(f"{ROOT}tables/methods.md"),
+        table_records=expand(record(f"{ROOT}tables/methods.{{form}}"), form=["csv", "tex"]),
+        page_record=record(f"{ROOT}tables/methods.html"),
+        png_record=record(f"{ROOT}figures/methods.png"),
+        svg_record=record(f"{ROOT}figures/methods.svg"),
+    log:
+        f"{LOGS}tabulate_methods.log",
+    benchmark:
+        f"{BENCHMARKS}tabulate_methods.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        version=STAGES["tabulate"],
+    message:
+        "Setting the methods beside each other"
+    shell:
+        "{PYTHON} src/tabulate_methods.py --results {ROOT:q} --files {input.files} --output {output.md} --plot {output.png} 2>&1 | tee {log}"

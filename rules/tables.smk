@@ -133,18 +133,17 @@ rule compare_policies:
         " --device {MAIN[device]} --output {output.csv} --plot {output.png} 2>&1 | tee {log}"
 
 
-def measured(wildcards):
-    """Evaluations that are there already: a table shows what was run and asks for nothing more."""
-    names = ("alpaca_eval.json", "best_of_16/alpaca_eval.json", "mt_bench.json", "open_llm.json")
-    return [path for run in RUNS for t in range(RUNS[run]["iterations"] + 1) for name in names
-            if os.path.exists(path := f"{ROOT}{run + '/' if run else ''}iter{t}/{name}")]
+def already_made(names):
+    """Input function: what is there of all runs' iterations. A table shows what was run and asks for nothing more."""
+    return lambda wildcards: [path for run in RUNS for t in range(RUNS[run]["iterations"] + 1) for name in names
+                              if os.path.exists(path := f"{ROOT}{run + '/' if run else ''}iter{t}/{name}")]
 
 
 rule paper_tables:
     """The tables of the papers, published beside measured, a dash where a run was not made."""
     input:
         published=expand("config/published/{table}.csv", table=["index", *PAPER_TABLES]),
-        measured=measured,
+        measured=already_made(["alpaca_eval.json", "best_of_16/alpaca_eval.json", "mt_bench.json", "open_llm.json"]),
     output:
         tables=expand(f"{ROOT}tables/{{table}}.{{form}}", table=PAPER_TABLES, form=["csv", "md", "tex"]),
         records=expand(record(f"{ROOT}tables/{{table}}.{{form}}"), table=PAPER_TABLES, form=["csv", "md", "tex"]),

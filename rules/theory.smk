@@ -1,5 +1,6 @@
 """Requires: nothing, no model and no data. Gives: theory/README.md, what each method does on games that can be solved exactly:
-theory/checks.json, every claim of the theory with its value, and theory/*.{csv,png,svg}, the figures of the page."""
+theory/checks.json, every claim of the theory with its value, theory/trained_policies.json, whether the real trainer does what
+the theory says, and theory/*.{csv,png,svg}, the figures of the page."""
 
 THEORY_FIGURES = ["gap_by_iteration", "gap_by_horizon", "simplex", "regularised_gap", "self_improvement", "bt_control"]
 
@@ -35,10 +36,40 @@ rule check_theory:
         "{PYTHON} src/check_theory.py --output {output.checks} 2>&1 | tee {log}"
 
 
+rule train_on_games:
+    """Small policies trained by the real loss and trainer on a game whose exact update is known."""
+    input:
+        [],  # the game stands in the program
+    output:
+        json=f"{ROOT}theory/trained_policies.json",
+        svg=theory_figure("trained_policies"),
+        others=expand(f"{ROOT}theory/trained_policies.{{form}}", form=["csv", "png"]),
+        json_record=record(f"{ROOT}theory/trained_policies.json"),
+        svg_record=record(f"{ROOT}theory/trained_policies.svg"),
+        other_records=expand(record(f"{ROOT}theory/trained_policies.{{form}}"), form=["csv", "png"]),
+    log:
+        f"{LOGS}train_on_games.log",
+    benchmark:
+        f"{BENCHMARKS}train_on_games.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        version=STAGES["theory"],
+    message:
+        "Training small policies beside the exact update"
+    shell:
+        "{PYTHON} src/train_on_games.py --output {output.json} 2>&1 | tee {log}"
+
+
 rule plot_theory:
     """Each method on a three-response cycle, and on a Bradley-Terry game as control: data, figures, and the page that reads them."""
     input:
         checks=f"{ROOT}theory/checks.json",
+        trained=f"{ROOT}theory/trained_policies.json",
     output:
         page=f"{ROOT}theory/README.md",
         page_record=record(f"{ROOT}theory/README.md"),
@@ -61,4 +92,4 @@ rule plot_theory:
     message:
         "Plotting what each method does on games that can be solved exactly"
     shell:
-        "{PYTHON} src/plot_theory.py --checks {input.checks} --output {output.page} 2>&1 | tee {log}"
+        "{PYTHON} src/plot_theory.py --checks {input.checks} --trained {input.trained} --output {output.page} 2>&1 | tee {log}"

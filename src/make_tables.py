@@ -20,7 +20,7 @@ from typing import Any
 
 from sppo.artifacts import read_json, recorded, write_text
 from sppo.errors import UserError, run
-from sppo.markup import html_table, markdown_table, page, paragraph
+from sppo.markup import csv_table, html_table, latex_table, markdown_table, page, paragraph
 
 COLUMNS = ("row", "metric", "published", "ours", "difference", "comparable", "source", "note")
 PUBLISHED = ("table", "row", "run", "iteration", "artifact", "metric", "published", "source", "note")
@@ -39,7 +39,10 @@ def main() -> None:
     for entry in index:
         lines = [compared(line, args.results, entry["base"] == args.base)
                  for line in read_csv(args.published / f"{entry['table']}.csv", PUBLISHED)]
-        for suffix, text in ((".csv", comma_separated(lines)), (".md", markdown(entry, lines)), (".tex", latex(entry, lines))):
+        cells = [list(line.values()) for line in lines]
+        printed = [line[:5] for line in cells]  # the notes stand in the other two
+        tex = latex_table(COLUMNS[:5], printed, "llrrr", f"{entry['title']}; source: {lines[0]['source']}")
+        for suffix, text in ((".csv", csv_table(COLUMNS, cells)), (".md", markdown(entry, cells)), (".tex", tex)):
             texts[args.output.with_name(entry["table"] + suffix)] = text
         sections.append(section(entry, lines))
         measured += [line | {"row": f"{entry['title']}: {line['row']}"} for line in lines if line["ours"] != "-"]
@@ -100,16 +103,9 @@ def comparable(found: dict[str, Any], artifact: str, same_base: bool) -> str:
     return ", ".join(reasons) or "yes"
 
 
-def comma_separated(lines: list[dict[str, str]]) -> str:
-    def cell(text: str) -> str:
-        return '"' + text.replace('"', '""') + '"' if set(text) & set(',"\n') else text
-
-    return "\n".join(",".join(cell(value) for value in row) for row in [COLUMNS, *(line.values() for line in lines)]) + "\n"
-
-
-def markdown(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
+def markdown(entry: dict[str, str], cells: list[list[str]]) -> str:
     head = f"## {entry['title']}\n\n" + (f"Base model of the source: {entry['base']}.\n\n" if entry["base"] else "")
-    return head + markdown_table(COLUMNS, [list(line.values()) for line in lines])
+    return head + markdown_table(COLUMNS, cells)
 
 
 def section(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
@@ -118,19 +114,6 @@ def section(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
     base = paragraph(f"Base model of the source: {entry['base']}.") if entry["base"] else ""
     table = html_table(COLUMNS, [list(line.values()) for line in lines], ours)
     return f"<details{' open' if any(ours) else ''}><summary><b>{escape(entry['title'])}</b></summary>\n{base}{table}</details>\n"
-
-
-def latex(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
-    """A booktabs table without the notes, which stand in the other two files."""
-    special = {character: f"\\{character}" for character in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-
-    def cell(text: str) -> str:
-        return "".join(special.get(character, character) for character in text)
-
-    kept = COLUMNS[:5]
-    rows = "\n".join("  " + " & ".join(cell(line[column]) for column in kept) + r" \\" for line in lines)
-    return (f"% {entry['title']}; source: {lines[0]['source']}\n\\begin{{tabular}}{{llrrr}}\n  \\toprule\n  "
-            + " & ".join(kept) + f" \\\\\n  \\midrule\n{rows}\n  \\bottomrule\n\\end{{tabular}}\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What each method does on a game that can be solved exactly: data, figures and a page that says what they show.
 
-Reads   checks.json of the same game; a user's game (--game FILE.csv), or nothing: then the game is comal3
+Reads   checks.json of the same game; optionally trained_policies.json; a user's game (--game FILE.csv), or nothing: then it is comal3
 Writes  README.md, and beside it, of each figure, a table (.csv) and the figure (.png and .svg); their records
 A user's game has no bt_control, which is a game of its own, and has simplex if it has three actions.
 """
@@ -21,6 +21,7 @@ from sppo.artifacts import read_json, recorded, write_text
 from sppo.errors import run
 from sppo.figures import pyplot, save
 from sppo.games import Game, duality_gap, play
+from sppo.markup import csv_table
 
 # Okabe-Ito colours, told apart by dashes as well.
 BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
@@ -35,22 +36,24 @@ Drawn = tuple[str, theory.Series, Any, str]  # name, columns of the table, figur
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", type=Path, required=True, help="checks.json")
+    parser.add_argument("--trained", type=Path, help="trained_policies.json of train_on_games.py")
     parser.add_argument("--game", type=Path, help="your own game, .csv")
     parser.add_argument("--output", type=Path, required=True, help="README.md; the other files go beside it")
     args = parser.parse_args()
     game, name = (read_game(args.game), args.game.stem) if args.game else (g.GAMES["comal3"], "comal3")
     drawn = [gap_by_iteration(game), gap_by_horizon(game), *([simplex(game)] if len(game.P) == 3 else []), regularised_gap(game),
              self_improvement(game), *([] if args.game else [bt_control(g.GAMES["bt3"])])]
-    inputs = [args.checks, *([args.game] if args.game else [])]
+    inputs = [path for path in (args.checks, args.trained, args.game) if path]
+    trained = read_json(args.trained) if args.trained else {"shows": "", "checks": []}
     with contextlib.ExitStack() as records:
         for stem, data, figure, _ in drawn:
             table, *plots = (args.output.with_name(f"{stem}.{form}") for form in ("csv", "png", "svg"))
             for artifact in (table, *plots):
                 records.enter_context(recorded("theory", artifact, inputs, vars(args)))
-            write_text(table, comma_separated(data))
+            write_text(table, csv_table(list(data), zip(*(column.tolist() for column in data.values()))))
             save(figure, plots)
         records.enter_context(recorded("theory", args.output, inputs, vars(args)))
-        write_text(args.output, page(game, name, drawn, read_json(args.checks)))
+        write_text(args.output, page(game, name, drawn, read_json(args.checks) + trained["checks"], trained["shows"]))
 
 
 def line(axes: Any, y: Any, name: str) -> None:
@@ -172,20 +175,16 @@ over {gap.max():.3f} on the way; wins against the first policy run between {firs
 the previous iterate, or against the base, does not tell whether training converges; the gap does, or a round-robin of all."""
 
 
-def comma_separated(data: theory.Series) -> str:
-    rows = [data, *zip(*(column.tolist() for column in data.values()))]
-    return "\n".join(",".join(f'"{cell}"' if "," in str(cell) else str(cell) for cell in row) for row in rows) + "\n"
-
-
-def page(game: Game, name: str, drawn: list[Drawn], checks: list[dict[str, Any]]) -> str:
+def page(game: Game, name: str, drawn: list[Drawn], checks: list[dict[str, Any]], trained: str) -> str:
     """README.md: each figure with what it shows, then every check."""
     star, hold = ", ".join(f"{action} {p:.4f}" for action, p in zip(game.actions, g.nash(game.P)) if p), sum(one["holds"] for one in checks)
+    shown = [(stem, words) for stem, _, _, words in drawn] + ([("trained_policies", trained)] if trained else [])
     text = [f"# The methods on a game that can be solved exactly\n\nThe game: {name}, {len(game.P)} responses to one prompt. "
             f"Its equilibrium, which no policy beats: {star}.\nPlay starts at a gap of {duality_gap(game.P, game.start):.3f}. "
             f"**{hold} of {len(checks)} checks hold**; they stand at the end.\n\n"
             "A game of your own: `--game FILE.csv` of `src/check_theory.py` and `src/plot_theory.py`, n lines of n probabilities.\n"]
     text += [f"![{stem}]({stem}.png)\n\n{words}\n\nData: [{stem}.csv]({stem}.csv). Figure: [{stem}.svg]({stem}.svg).\n"
-             for stem, _, _, words in drawn]
+             for stem, words in shown]
     text += ["## Checks\n", "KL(p, q) = E log p/q under p. A ratio to a bound must not exceed 1.\n",
              "| | claim | games | value | expected | holds |", "|---|---|---|---:|---:|---|"]
     for number, topic in theory.TOPICS.items():

@@ -15,6 +15,7 @@ from typing import Any
 
 from sppo.artifacts import iteration, read_json, recorded, write_text
 from sppo.errors import UserError, run
+from sppo.evaluations import rate
 from sppo.figures import judge_name, plot_over_length, plot_win_rates
 
 NEEDED = ("win_rate", "win_rate_interval", "length_controlled_winrate", "length_controlled_winrate_interval",
@@ -77,7 +78,7 @@ def table(judged: Evaluations, ranked: Evaluations, seconds: dict[int, float]) -
     head = ("iteration", "win rate [95%]", "LC win rate [95%]", "by the ranker", "average length", "minutes")
     rows = []
     for number, line in judged.items():
-        rows.append((str(number), _rate(line, "win_rate"), _rate(line, "length_controlled_winrate"),
+        rows.append((str(number), rate(line, "win_rate"), rate(line, "length_controlled_winrate"),
                      f"{ranked[number]['win_rate']:.1f}" if number in ranked else "-", str(line["avg_length"]),
                      f"{seconds[number] / 60:.1f}" if number in seconds else "-"))
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
@@ -86,11 +87,6 @@ def table(judged: Evaluations, ranked: Evaluations, seconds: dict[int, float]) -
     any_line = next(iter(judged.values()))
     return (f"Per cent won against {any_line['reference']} on {any_line['n_total']} instructions, by {judge_name(any_line)}; lengths in "
             f"characters, {any_line['reference']}: {any_line['reference_avg_length']}.\n\n" + "\n".join(lines) + "\n")
-
-
-def _rate(line: dict[str, Any], key: str) -> str:
-    interval = line[f"{key}_interval"]
-    return f"{line[key]:.1f}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
 
 
 if __name__ == "__main__":

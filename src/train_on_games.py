@@ -2,7 +2,7 @@
 
 Reads   nothing: a random game over all two-letter strings of three letters, P known
 Writes  trained_policies.json (what it shows, and checks), .csv (pi of every policy by iteration), .png and .svg; a record each
-Two policies, a table of logits and a small transformer, take SPPO's step at eta = 1 three times in three ways:
+Two policies, a table of logits and a small transformer, take SPPO's step at eta = 1 three times in up to three ways:
   expected   on responses as often as they are likely, with their exact P(y beats pi)
   all K      on K sampled responses to each prompt, P-hat among them, each in two pairs
   ends       on winner and loser of them alone, the paper's section 5.1
@@ -31,21 +31,21 @@ from sppo.progress import progress
 
 LETTERS, LENGTH, ETA, ITERATIONS, K = 3, 2, 1.0, 3, 5
 GAME = g.random_game(LETTERS**LENGTH, seed=0)
-POLICIES = ("softmax table", "transformer")
+WAYS = {"softmax table": ("expected", "all K", "ends"), "transformer": ("expected", "all K")}
 NUMBER = 18  # among the checks
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=200, help="prompts to which K responses are sampled (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=6, help="runs whose spread gives the standard error (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=50, help="prompts to which K responses are sampled (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=10, help="runs whose spread gives the standard error (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="trained_policies.json; the other files go beside it")
     args = parser.parse_args()
     files = [args.output, *(args.output.with_suffix(f".{form}") for form in ("csv", "png", "svg"))]
     with contextlib.ExitStack() as records:
         for artifact in files:
             records.enter_context(recorded("theory", artifact, [], vars(args)))
-        iterates = {name: all_ways(name, args.prompts, args.seeds) for name in POLICIES}
+        iterates = {name: all_ways(name, args.prompts, args.seeds) for name in WAYS}
         checks, shows = judged(iterates)
         write_json(args.output, {"shows": shows, "checks": checks})
         write_text(files[1], csv_table(["policy", "way", "seed", "iteration", *(f"pi {n}" for n in range(len(GAME.P)))], rows(iterates)))
@@ -54,7 +54,7 @@ def main() -> None:
 
 def all_ways(name: str, prompts: int, seeds: int) -> dict[str, np.ndarray]:
     """pi by way: arrays (runs, ITERATIONS + 1, n). The expected way is one run."""
-    jobs = [("expected", 0), *((way, seed) for way in ("all K", "ends") for seed in range(seeds))]
+    jobs = [(way, seed) for way in WAYS[name] for seed in range(1 if way == "expected" else seeds)]
     found: dict[str, list[np.ndarray]] = {}
     for way, seed in progress(jobs, f"training the {name}"):
         found.setdefault(way, []).append(one_run(name, way, prompts, seed))
@@ -68,9 +68,9 @@ def one_run(name: str, way: str, prompts: int, seed: int) -> np.ndarray:
     draw = np.random.default_rng(seed)
     n = len(GAME.P)
     if name == "transformer":
-        model, responses, learning_rate, steps = tiny_transformer(LETTERS, seed=0), strings(LETTERS, LENGTH), 5e-3, 120
+        model, responses, learning_rate, steps = tiny_transformer(LETTERS, seed=0), strings(LETTERS, LENGTH), 2e-3, 160
     else:
-        model, responses, learning_rate, steps = SoftmaxTable(np.random.default_rng(0).dirichlet(np.full(n, 5.0))), strings(n, 1), 5e-2, 60
+        model, responses, learning_rate, steps = SoftmaxTable(np.random.default_rng(0).dirichlet(np.full(n, 5.0))), strings(n, 1), 5e-2, 40
     pi = [probabilities(model, responses)]
     for _ in range(ITERATIONS):
         pairs = expected_pairs(responses, pi[-1], GAME.P, rows=128) if way == "expected" else sampled_pairs(
@@ -105,16 +105,18 @@ def judged(iterates: dict[str, dict[str, np.ndarray]]) -> tuple[list[dict[str, A
         distance = apart(ways["expected"][0], exact(start, ETA))[1:].max()
         moved = apart(exact(start, ETA)[-1], start)
         off = errors(ways["all K"], sampled).max()
-        ends = apart(ways["ends"].mean(axis=0), exact(start, sampled))[1:]
-        fair = apart(ways["all K"].mean(axis=0), exact(start, sampled))[1:]
+        goal = exact(start, sampled)[-1]
         checks += [check(NUMBER, f"{name}, expected pairs: largest total variation to the exact update", distance, "<=", "0.02", "random"),
                    check(NUMBER, f"{name}, all K sampled: largest distance to it in standard errors", off, "<=", "4", "random"),
-                   check(NUMBER, f"{name}: total variation between first and last policy, which these are to be held against", moved, ">=", "0.1", "random")]
+                   check(NUMBER, f"{name}: total variation between first and last policy, which these are to be held against", moved, ">=", "0.05", "random")]
         words.append(f"The {name} moves {moved:.3f} in total variation over {ITERATIONS} iterations. In expectation it stays within {distance:.4f} of the exact "
-                     f"update; with all of K = {K} samples the mean of the runs is {fair[-1]:.3f} from it, at most {off:.1f} standard errors at any response; "
-                     f"with winner and loser alone it is {ends[-1]:.3f} away, for the policy goes {stretch(ways['ends']):.2f} times as far along the update.")
-    return checks, (" ".join(words) + " Winner and loser are chosen by the P-hat that is then their target, so its error is part of the target: that is the "
-                    "bias that selection adds, and part of what the practical method does.")
+                     f"update; with all of K = {K} samples the mean of {len(ways['all K'])} runs ends {apart(ways['all K'][:, -1].mean(axis=0), goal):.3f} from it, and no "
+                     f"response is ever more than {off:.1f} standard errors off.")
+        if "ends" in ways:
+            words.append(f"With winner and loser alone the mean ends {apart(ways['ends'][:, -1].mean(axis=0), goal):.3f} away, for each step goes "
+                         f"{stretch(ways['ends']):.2f} times as far: the P-hat that chooses them is then their target, so its error is part of the target. That is "
+                         "the bias that selection adds, and part of what the practical method does.")
+    return checks, " ".join(words)
 
 
 def stretch(runs: np.ndarray) -> float:
@@ -136,7 +138,7 @@ def rows(iterates: dict[str, dict[str, np.ndarray]]) -> list[list[str]]:
 
 
 def figure(iterates: dict[str, dict[str, np.ndarray]]) -> Any:
-    """Left, how far from the exact update; right, the last policies of the transformer response by response."""
+    """Left, how far from the exact update; right, the transformer's last policy response by response."""
     drawn, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
     for (name, ways), dashes in zip(iterates.items(), ("-", "--")):
         for (way, runs), (colour, marker) in zip(ways.items(), (("#0072B2", "o"), ("#009E73", "s"), ("#D55E00", "^"))):
@@ -144,7 +146,7 @@ def figure(iterates: dict[str, dict[str, np.ndarray]]) -> Any:
             left.plot(range(1, ITERATIONS + 1), apart(runs.mean(axis=0), goal)[1:], color=colour, marker=marker, linestyle=dashes, label=f"{name}, {way}")
     left.axhline(0.02, color="0.6", linewidth=1, linestyle=":")
     left.set(xlabel="iteration", ylabel="total variation to the exact update", yscale="log", xticks=range(1, ITERATIONS + 1), title="Mean of the runs")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     runs = iterates["transformer"]["all K"][:, -1]
     names = ["".join("abc"[letter] for letter in divmod(n, LETTERS)) for n in range(len(GAME.P))]
     right.bar(names, exact(iterates["transformer"]["all K"][0, 0], ETA * (K - 1) / K)[-1], color="0.85", label="exact update")

@@ -21,10 +21,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sppo.artifacts import STAGES, known_hash, read_json, recorded, write_json, write_text, written_whole
 from sppo.cards import data_of, model_card, table
 from sppo.config import add_section
 from sppo.errors import UserError, run, writing
+from sppo.preference import p_hat_weighted
 from sppo.tables import read_table
 
 # What the model card tells of the method; the record beside the policy has all.
@@ -55,6 +58,8 @@ def train(args: argparse.Namespace) -> None:
         raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
     for name in ("current", "reference"):
         pairs = joined(pairs, args.pairs, getattr(args, name), name)
+    if args.loss == "nash_md":
+        pairs = against_mixture(pairs, args.tau / args.beta)
     # Only now what takes seconds to import.
     from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, start_torch, weights_dtype
     from sppo.training import make_trainer, make_trl_trainer, merged
@@ -108,6 +113,27 @@ def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]
         raise UserError(f"{path} does not belong to {source}: their pairs differ; delete it and run again")
     return [{**pair, f"{name}_chosen": by_id[pair["pair_id"]]["chosen_logp"], f"{name}_rejected": by_id[pair["pair_id"]]["rejected_logp"]}
             for pair in pairs]
+
+
+def against_mixture(pairs: list[dict], share: float) -> list[dict]:
+    """Pairs with P-hat against Nash-MD's mixture pi_t^(1 - share) pi_ref^share in place of pi_t.
+
+    Needs every two responses of a prompt; those that are no pair were ties.
+    """
+    prompts: dict[str, list[dict]] = {}
+    for pair in pairs:
+        prompts.setdefault(pair["prompt_id"], []).append(pair)
+    found = {}
+    for prompt_id, own in prompts.items():
+        ratio = {pair[f"{end}_sample_id"]: pair[f"reference_{end}"] - pair[f"current_{end}"] for pair in own for end in ("chosen", "rejected")}
+        place = {sample: i for i, sample in enumerate(ratio)}
+        P = np.full((len(place), len(place)), 0.5)
+        for pair in own:
+            w, l = place[pair["chosen_sample_id"]], place[pair["rejected_sample_id"]]
+            P[w, l], P[l, w] = pair["p_chosen_beats_rejected"], 1 - pair["p_chosen_beats_rejected"]
+        estimates = p_hat_weighted(P, share * np.array(list(ratio.values())))
+        found[prompt_id] = {sample: float(estimates[i]) for sample, i in place.items()}
+    return [pair | {f"p_hat_{end}": found[pair["prompt_id"]][pair[f"{end}_sample_id"]] for end in ("chosen", "rejected")} for pair in pairs]
 
 
 def work_folder(args: argparse.Namespace) -> Path:

@@ -125,8 +125,10 @@ def _check_together(config: Config) -> None:
     if train["loss"] == "kto_pair" and train["micro_batch_size"] < train["batch_size"]:
         raise UserError("config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size")
     least = min(train["beta"]) if isinstance(train["beta"], list) else train["beta"]
-    if train["loss"] == "inpo" and train["tau"] > least:
+    if train["loss"] in ("inpo", "nash_md") and train["tau"] > least:
         raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it")
+    if train["loss"] == "nash_md" and (config["pairs"]["construction"] != "all" or config["pairs"]["replay"]):
+        raise UserError("config: train.loss nash_md weighs all responses to a prompt against each other; set pairs.construction: all and pairs.replay: 0")
     if (config["pairs"]["construction"] == "gold") != (config["pairs"]["gold"] is not None):
         raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither")
     if train["backend"] == "trl" and train["loss_scale"] != "none":

@@ -65,6 +65,32 @@ def plot_over_length(judged: dict[int, dict[str, Any]], files: list[Path]) -> No
     save(figure, files)
 
 
+def plot_methods(judged: dict[tuple[str, int], dict[str, Any]], files: list[Path]) -> None:
+    """Win rate and LC of every run, its iterations one below the other, with intervals.
+
+    judged: contents of alpaca_eval.json by run and iteration; iteration 0 of main, if there, is drawn as a band: what noise does.
+    """
+    plt = pyplot()
+    any_line, names = next(iter(judged.values())), list(dict.fromkeys(name for name, t in judged if t))
+    last = max(t for _, t in judged)
+    figure, panels = plt.subplots(1, 2, sharey=True, figsize=(9, 1.4 + 0.16 * last * len(names)), layout="constrained")
+    for panel, (key, label, *_) in zip(panels, CURVES):
+        for t in range(1, last + 1):
+            shown = {name: judged[name, t] for name in names if (name, t) in judged}
+            values, bars = _values_and_bars(shown, key)
+            heights = [names.index(name) + 0.2 * (t - (last + 1) / 2) for name in shown]
+            panel.errorbar(values, heights, xerr=bars, label=f"iteration {t}", color=plt.cm.viridis(0.85 * (last - t) / max(last, 1)), marker="os^Dv"[t % 5],
+                           linestyle="none", capsize=2, markersize=4)
+        if noise := judged.get(("main", 0), {}).get(f"{key}_interval"):
+            panel.axvspan(*noise, color="0.9", zorder=0, label="base against itself")
+        panel.axvline(50, color="0.4", linewidth=1, linestyle=":")
+        panel.set(xlabel=f"{label} (%)", yticks=range(len(names)), yticklabels=names)
+    panels[0].invert_yaxis()
+    panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(f"Against the base's answers by {judge_name(any_line)}, n = {any_line['n_total']}, 95% intervals", fontsize=10)
+    save(figure, files)
+
+
 def pyplot() -> Any:
     """matplotlib.pyplot without a screen, in this project's style."""
     import matplotlib

@@ -8,6 +8,8 @@ and `h_ref` are log y_w - log y_l under pi_theta, pi_t and pi_ref; `p_hat_w` and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 Pair = dict[str, Tensor]
-LOSSES = ("sppo", "sppo_single", "sppo_hard", "dpo", "hinge", "ipo", "kto_pair", "simpo", "dno", "mmpo", "inpo", "mpo")
 # TRL's names of those that it has; its IPO is the one per token with target 1/(2 beta).
 TRL_LOSSES = {"sppo_hard": "sppo_hard", "dpo": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
 
@@ -86,45 +87,56 @@ def mpo(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau:
     return ((1.0 + tau / beta) * h - h_t - tau / beta * h_ref - margin / beta) ** 2
 
 
+def nash_md(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau: float) -> Tensor:
+    """Nash-MD (2312.00886) as a regression on pairs, shape (B,), eta = 1/beta: (h - h_mix - eta margin)^2, where pi_mix is
+    pi_t^(1 - tau/beta) pi_ref^(tau/beta) and the margin that of P(. beats pi_mix), see `against_mixture` in src/train_policy.py.
+
+    The online form samples the opponent from the mixture token by token and takes a policy gradient; here the responses are pi_t's,
+    weighted to stand for the mixture's, and the exact step log pi = log pi_mix + eta P(. beats pi_mix) + constant is fitted.
+    """
+    return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_t - margin / beta) ** 2
+
+
+# What each loss takes of a batch. A new method is a function above, a line here and its name in config/schema.yaml.
+LOSSES: dict[str, Callable[[SimpleNamespace, dict[str, Any]], Tensor]] = {
+    "sppo": lambda x, o: sppo(x.delta_w, x.delta_l, x.p_hat_w, x.p_hat_l, o["beta"]),
+    "sppo_single": lambda x, o: sppo_single(x.delta_w, x.delta_l, x.p_wl, o["beta"]),
+    "sppo_hard": lambda x, o: sppo_hard(x.delta_w, x.delta_l, o["beta"]),
+    "dpo": lambda x, o: dpo(x.delta_w, x.delta_l, o["beta"], o["label_smoothing"]),
+    "hinge": lambda x, o: hinge(x.delta_w, x.delta_l, o["beta"]),
+    "ipo": lambda x, o: ipo(x.delta_w / x.unit_w, x.delta_l / x.unit_l, o["ipo_target"] / o["beta"]),
+    "kto_pair": lambda x, o: kto_pair(x.delta_w, x.delta_l, o["beta"]),
+    "simpo": lambda x, o: simpo(x.logp_w / x.tokens_w, x.logp_l / x.tokens_l, o["beta"], o["gamma"]),
+    "dno": lambda x, o: soft_label(x.delta_w, x.delta_l, torch.sigmoid(x.margin), o["beta"]),
+    "mmpo": lambda x, o: soft_label(x.delta_w, x.delta_l, torch.sigmoid(o["gamma"] * x.margin), o["beta"]),
+    "inpo": lambda x, o: inpo(x.h, x.h_ref, x.h_t, o["beta"], o["tau"]),
+    "nash_md": lambda x, o: nash_md(x.h, x.h_ref, x.h_t, x.margin, o["beta"], o["tau"]),
+    "mpo": lambda x, o: mpo(x.h, x.h_ref, x.h_t, x.margin, o["beta"], o["tau"]),
+}
+
+
 def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
     """The loss called `name`, shape (B,), plus `sft_weight` times the winner's negative log-likelihood per token (RPO, 2404.19733).
 
     `pair` holds, each (B,): logp_, current_ (under pi_t), reference_ (under pi_ref) and tokens_ of chosen and rejected,
     p_hat_chosen, p_hat_rejected, p_chosen_beats_rejected. `options` is the configuration section `train`.
     """
-    loss = _pair_loss(name, pair, options, options["beta"])
+    if name not in LOSSES:
+        raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")
+    loss = LOSSES[name](_terms(pair, options), options)
     if options["sft_weight"]:
         loss = loss - options["sft_weight"] * pair["logp_chosen"] / pair["tokens_chosen"]
     return loss
 
 
-def _pair_loss(name: str, pair: Pair, options: dict[str, Any], beta: float) -> Tensor:
-    delta_w, delta_l = (pair[f"logp_{side}"] - pair[f"reference_{side}"] for side in ("chosen", "rejected"))
-    margin = pair["p_hat_chosen"] - pair["p_hat_rejected"]
-    h, h_ref, h_t = (pair[f"{of}_chosen"] - pair[f"{of}_rejected"] for of in ("logp", "reference", "current"))
-    tau, gamma = options["tau"], options["gamma"]
-    if name == "sppo":
-        return sppo(delta_w, delta_l, pair["p_hat_chosen"], pair["p_hat_rejected"], beta)
-    if name == "sppo_single":
-        return sppo_single(delta_w, delta_l, pair["p_chosen_beats_rejected"], beta)
-    if name == "sppo_hard":
-        return sppo_hard(delta_w, delta_l, beta)
-    if name == "dpo":
-        return dpo(delta_w, delta_l, beta, options["label_smoothing"])
-    if name == "hinge":
-        return hinge(delta_w, delta_l, beta)
-    if name == "ipo":
-        if options["per_token"]:
-            delta_w, delta_l = delta_w / pair["tokens_chosen"], delta_l / pair["tokens_rejected"]
-        return ipo(delta_w, delta_l, options["ipo_target"] / beta)
-    if name == "kto_pair":
-        return kto_pair(delta_w, delta_l, beta)
-    if name == "simpo":
-        return simpo(pair["logp_chosen"] / pair["tokens_chosen"], pair["logp_rejected"] / pair["tokens_rejected"], beta, gamma)
-    if name in ("dno", "mmpo"):
-        return soft_label(delta_w, delta_l, torch.sigmoid(margin if name == "dno" else gamma * margin), beta)
-    if name == "inpo":
-        return inpo(h, h_ref, h_t, beta, tau)
-    if name == "mpo":
-        return mpo(h, h_ref, h_t, margin, beta, tau)
-    raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")
+def _terms(pair: Pair, options: dict[str, Any]) -> SimpleNamespace:
+    """The symbols of this module's head for a batch; `unit` is what IPO's log-ratios are divided by."""
+    x = SimpleNamespace(
+        logp_w=pair["logp_chosen"], logp_l=pair["logp_rejected"], ref_w=pair["reference_chosen"], ref_l=pair["reference_rejected"],
+        current_w=pair["current_chosen"], current_l=pair["current_rejected"], tokens_w=pair["tokens_chosen"], tokens_l=pair["tokens_rejected"],
+        p_hat_w=pair["p_hat_chosen"], p_hat_l=pair["p_hat_rejected"], p_wl=pair["p_chosen_beats_rejected"])
+    x.delta_w, x.delta_l = x.logp_w - x.ref_w, x.logp_l - x.ref_l
+    x.h, x.h_ref, x.h_t = x.logp_w - x.logp_l, x.ref_w - x.ref_l, x.current_w - x.current_l
+    x.margin = x.p_hat_w - x.p_hat_l
+    x.unit_w, x.unit_l = (x.tokens_w, x.tokens_l) if options["per_token"] else (1.0, 1.0)
+    return x

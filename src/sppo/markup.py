@@ -1,8 +1,10 @@
-"""Tables as Markdown and as a web page."""
+"""Tables as comma-separated values, Markdown, LaTeX and as a web page."""
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 from collections.abc import Iterable, Sequence
 
 PAGE = """<!doctype html>
@@ -43,3 +45,21 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The same in Markdown."""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(head), ["---"] * len(head), *escaped]) + "\n"
+
+
+def csv_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same as comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    return text.getvalue()
+
+
+def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]], columns: str, comment: str) -> str:
+    """The same as a booktabs table under a comment; `columns` is LaTeX's, such as `lrr`."""
+    special = {character: f"\\{character}" for character in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+
+    def line(cells: Sequence[str]) -> str:
+        return "  " + " & ".join("".join(special.get(character, character) for character in cell) for cell in cells) + " \\\\\n"
+
+    return (f"% {comment}\n\\begin{{tabular}}{{{columns}}}\n  \\toprule\n{line(head)}  \\midrule\n{''.join(map(line, rows))}"
+            "  \\bottomrule\n\\end{tabular}\n")

@@ -60,6 +60,15 @@ def p_hat(probabilities: Array) -> Array:
     return np.asarray(probabilities, dtype=np.float64).mean(axis=1)
 
 
+def p_hat_weighted(probabilities: Array, log_weights: Array) -> Array:
+    """P-hat(y_i beats pi'), shape (K,), where pi' is another policy than the one that gave the K responses.
+
+    Self-normalised importance weights: log_weights (K,) are log pi'/pi of each response, up to a constant.
+    """
+    weights = np.exp(log_weights - np.max(log_weights))
+    return np.asarray(probabilities, dtype=np.float64) @ (weights / weights.sum())
+
+
 def winner_and_loser(scores: Array) -> tuple[int, int] | None:
     """Indices of the highest and the lowest score; None if all are equal, which is no preference."""
     scores = np.asarray(scores)

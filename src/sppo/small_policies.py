@@ -1,6 +1,6 @@
 """Policies small enough that every response can be listed, trained by the real trainer: the bridge from code to theory.
 
-The prompt is one token; responses are all strings of `length` letters, so that probabilities sum to 1 and a policy is a vector pi (n,).
+There is one prompt; responses are all strings of `length` letters, so that probabilities sum to 1 and a policy is a vector pi (n,).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sppo.preference import p_hat, winner_and_loser
 from sppo.training import make_trainer
 
 Array = NDArray[np.float64]
-PROMPT = [0]
+PROMPT = [0, 1]  # two unlike tokens: after [0], a first letter 0 would look to attention like the prompt itself
 
 
 class SoftmaxTable(nn.Module):
@@ -41,7 +41,7 @@ def tiny_transformer(letters: int, seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(vocab_size=letters, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                        max_position_embeddings=8, initializer_range=0.2, bos_token_id=None, eos_token_id=None, use_cache=False))
+                                        max_position_embeddings=8, initializer_range=0.1, bos_token_id=None, eos_token_id=None, use_cache=False))
 
 
 def strings(letters: int, length: int) -> list[list[int]]:

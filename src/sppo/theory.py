@@ -20,7 +20,7 @@ TOPICS = {
     4: "the regularised equilibrium", 5: "INPO", 6: "Nash-MD", 7: "EGPO", 8: "MMD", 9: "MPO: a magnet that moves", 10: "optimism (OMWU)",
     11: "rewards cannot express cycles: Bradley-Terry and DPO", 12: "SPPO's least squares and MWU", 13: "from logits to P and P-hat",
     14: "which methods settle", 15: "learning from samples: online IPO", 16: "beating one's predecessor certifies nothing",
-    17: "methods that are one another",
+    17: "methods that are one another", 18: "the real trainer beside the exact update",
 }
 
 

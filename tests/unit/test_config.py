@@ -169,6 +169,7 @@ BAD = {
     "TRL has another IPO": ({"train": {"backend": "trl", "loss": "ipo"}}, ["TRL", "train.per_token"]),
     "TRL refers to the previous iterate": ({"train": {"backend": "trl", "loss": "dpo", "reference_every": None}}, ["TRL", "train.reference_every"]),
     "KTO's means over part of a step": ({"train": {"loss": "kto_pair"}}, ["kto_pair", "train.micro_batch_size"]),
+    "Nash-MD on winner and loser alone": ({"train": {"loss": "nash_md", "tau": 0.0003}}, ["nash_md", "pairs.construction: all"]),
     "pi_t with a negative weight": ({"train": {"loss": "inpo", "beta": 0.01, "tau": 0.02}}, ["train.tau", "train.beta"]),
     "extrapolation of nothing": ({"extrapolation": 0.3}, ["extrapolation", "belongs to a run"]),
     "gold without a file": ({"pairs": {"construction": "gold"}}, ["pairs.construction", "pairs.gold"]),

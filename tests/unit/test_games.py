@@ -41,7 +41,7 @@ def checks():
     return check_theory.all_checks()
 
 
-@pytest.mark.parametrize("number", TOPICS)
+@pytest.mark.parametrize("number", TOPICS.keys() - {18})  # 18 trains: test_train_on_games.py
 def test_numbered_check(number, checks):
     same = [one for one in checks if one["number"] == number]
     assert same and [one for one in same if not one["holds"]] == []

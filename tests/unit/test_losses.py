@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
+from sppo import games
 from sppo.config import default_of, schema
 from sppo.losses import LOSSES, pair_loss
 
@@ -18,7 +20,7 @@ GOLDEN = dict(logp_chosen=-50.0, logp_rejected=-61.0, reference_chosen=-52.0, re
 # Losses with the options that the checks below give them.
 CASES = {name: {} for name in LOSSES} | {
     "dpo": {"label_smoothing": 0.1, "sft_weight": 0.005}, "ipo": {"per_token": True, "ipo_target": 1.0}, "simpo": {"gamma": 1.5},
-    "mmpo": {"gamma": 3.0}, "inpo": {"tau": 0.03}, "mpo": {"tau": 0.3}}
+    "mmpo": {"gamma": 3.0}, "inpo": {"tau": 0.03}, "nash_md": {"tau": 0.0005}, "mpo": {"tau": 0.3}}
 
 
 def log_sigmoid(x: float) -> float:
@@ -60,6 +62,9 @@ def by_hand(name: str, rows: list[dict[str, float]], beta: float, tau=0.0, gamma
             loss = -log_sigmoid(beta * (row["logp_chosen"] / row["tokens_chosen"] - row["logp_rejected"] / row["tokens_rejected"]) - gamma)
         elif name == "inpo":
             loss = (h - tau / beta * ref - (beta - tau) / beta * prev - 1 / (2 * beta)) ** 2
+        elif name == "nash_md":
+            mixture = (1 - tau / beta) * prev + tau / beta * ref
+            loss = (h - mixture - (pw - pl) / beta) ** 2
         elif name == "mpo":
             loss = ((1 + eta * tau) * h - prev - eta * tau * ref - eta * (pw - pl)) ** 2
         losses.append(loss + sft_weight * -row["logp_chosen"] / row["tokens_chosen"])
@@ -166,3 +171,15 @@ def test_inpo_and_mpo_have_one_minimiser_where_the_label_is_the_margin():
 def test_unknown_loss_is_refused_by_name():
     with pytest.raises(ValueError, match="'dop'"):
         pair_loss("dop", pair_of(0.0, 0.0), OPTIONS)
+
+
+def test_the_exact_step_of_nash_md_on_a_game_has_no_loss():
+    game, beta, tau = games.GAMES["comal3"], 2.0, 0.3
+    start, once, twice = games.play(games.nash_md(game.P, game.start, game.start, beta, tau), 2)
+    mixture = once ** (1 - tau / beta) * start ** (tau / beta)
+    won = game.P @ (mixture / mixture.sum())
+    rows = [{"logp_chosen": np.log(twice[w]), "logp_rejected": np.log(twice[l]), "current_chosen": np.log(once[w]), "current_rejected": np.log(once[l]),
+             "reference_chosen": np.log(start[w]), "reference_rejected": np.log(start[l]), "p_hat_chosen": won[w], "p_hat_rejected": won[l],
+             "p_chosen_beats_rejected": game.P[w, l], "tokens_chosen": 1.0, "tokens_rejected": 1.0} for w, l in ((0, 1), (1, 2), (2, 0))]
+    assert ours("nash_md", rows, beta, tau=tau)[0].tolist() == pytest.approx([0, 0, 0], abs=1e-20)
+    assert min(ours("nash_md", rows, beta, tau=0.0)[0].tolist()) > 1e-5

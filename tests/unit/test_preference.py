@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sppo.preference import mean_logits, p_hat, win_probabilities, winner_and_loser
+from sppo.preference import mean_logits, p_hat, p_hat_weighted, win_probabilities, winner_and_loser
 
 # ../shared/spec/golden.json, block phat.
 L = np.array([[0.0, 1.2, -0.3, 2.0, 0.7], [-0.8, 0.0, 0.5, 0.1, -1.0], [0.6, -0.2, 0.0, 1.4, 0.3],
@@ -117,3 +117,14 @@ def test_logits_of_another_shape_or_not_finite_are_refused(logits):
 def test_unknown_estimate_is_refused_by_name():
     with pytest.raises(ValueError, match="'bt'"):
         win_probabilities(L, "bt")
+
+
+def test_weights_make_the_samples_of_one_policy_speak_for_another():
+    draw = np.random.default_rng(0)
+    P = np.triu(draw.uniform(size=(6, 6)), 1)
+    P += np.tril(1 - P.T, -1) + 0.5 * np.eye(6)
+    pi, other = draw.dirichlet(np.full(6, 5.0)), draw.dirichlet(np.full(6, 5.0))
+    sample = draw.choice(6, size=4000, p=pi)
+    estimate = p_hat_weighted(P[np.ix_(np.arange(6), sample)], np.log(other / pi)[sample] + 700.0)
+    assert np.abs(estimate - P @ other).max() < 0.02 < np.abs(P @ pi - P @ other).max()
+    assert p_hat_weighted(P, np.zeros(6)) == pytest.approx(p_hat(P))

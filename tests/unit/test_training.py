@@ -272,6 +272,18 @@ def test_log_ratios_refer_to_the_reference_and_the_identity_to_the_start(place, 
         assert (step_0["loss"] == pytest.approx(math.log(2), rel=1e-4)) == (not reference)
 
 
+def test_nash_md_s_opponent_is_the_mixture_estimated_from_all_responses():
+    """Three responses a, b, c; b and c tie, so they are no pair. All weight on c, then none moved."""
+    def pair(w, l, p, ratio_w, ratio_l):
+        return {"prompt_id": "x", "chosen_sample_id": w, "rejected_sample_id": l, "p_chosen_beats_rejected": p, "current_chosen": -5.0, "current_rejected": -7.0,
+                "reference_chosen": -5.0 + ratio_w, "reference_rejected": -7.0 + ratio_l, "p_hat_chosen": 0.0, "p_hat_rejected": 0.0}
+    pairs = [pair(0, 1, 0.9, 0.0, 0.0), pair(2, 0, 0.8, 1000.0, 0.0)]
+    against_c = [one[f"p_hat_{end}"] for one in train_policy.against_mixture(pairs, 1.0) for end in ("chosen", "rejected")]
+    assert against_c == pytest.approx([0.2, 0.5, 0.5, 0.2])  # a loses to c, b and c tie with it
+    plain = train_policy.against_mixture(pairs, 0.0)
+    assert plain[0]["p_hat_chosen"] == pytest.approx((0.5 + 0.9 + 0.2) / 3) and plain[0]["p_hat_rejected"] == pytest.approx((0.1 + 0.5 + 0.5) / 3)
+
+
 # --- kill and resume ---
 
 class Killed(BaseException):
