@@ -3,6 +3,7 @@
 # make test    installs the pinned environment, runs the tests
 # make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
 # make test-pairrm  PairRM against llm-blender itself, in an environment of its own below .cache/
+# make estimate CONFIG=config/presets/mistral-7b.yaml   what it will cost: GPU-hours, memory, disk, dollars; FLAGS="--gpu A100 --price 2"
 # make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them (an hour and a half on 2 cores)
 # make compare-all  every run of config/config.yaml; goes on where it stopped
 # make test-slurm  runs the workflow on a real Slurm of one machine, installed by apt-get where it is missing (root, Debian or Ubuntu)
@@ -19,7 +20,7 @@ SNAKEMAKE := .venv/bin/snakemake --cores all
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all compare compare-all install test test-slow test-conda test-slurm test-pairrm stale
+.PHONY: demo demo-all compare compare-all install test test-slow test-conda test-slurm test-pairrm estimate stale
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -62,6 +63,9 @@ test-slurm: .venv/installed
 
 test-pairrm: .venv/installed
 	@.venv/bin/python -m pytest -q -m slow tests/parity/test_pairrm_parity.py
+
+estimate: .venv/installed
+	@.venv/bin/python src/estimate_cost.py --config $(CONFIG) $(FLAGS)
 
 stale: .venv/installed
 	@.venv/bin/python src/list_stale.py results

@@ -23,6 +23,7 @@ include: "rules/open_llm.smk"
 include: "rules/tables.smk"
 include: "rules/report.smk"
 include: "rules/theory.smk"
+include: "rules/hub.smk"
 
 
 # What `compare` runs beside the main run.
@@ -38,10 +39,11 @@ localrules:
 
 
 rule all:
-    """Every iteration of the main run, evaluated, and the table of them."""
+    """Every iteration of the main run, evaluated, and the table of them; with `push_to_hub` on the hub too."""
     default_target: True
     input:
         summary_files(""),
+        pushed_policies(),
 
 
 rule everything:

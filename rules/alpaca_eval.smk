@@ -45,6 +45,11 @@ def judge_files(wildcards):
     return [base, *files] if files and base else files
 
 
+def difficulty_file(wildcards):
+    """Instruction difficulties, where the length-controlled metric takes them."""
+    return settings(wildcards)["alpaca_eval"]["difficulty"] if wildcards.verdict == "alpaca_eval" else None
+
+
 def judge_flags(wildcards):
     """The judge and how its verdicts are summed up. What the ranker believes it gained needs no interval of LC."""
     chosen = settings(wildcards)["alpaca_eval"]
@@ -66,6 +71,31 @@ def policy_name(wildcards):
 def generator_name(wildcards):
     """What it is called in outputs; alpaca-eval compares nothing if two generators have one name."""
     return policy_name(wildcards) + ("-reference" if wildcards.answers == "reference_outputs" else "")
+
+
+rule fetch_alpaca_eval:
+    """AlpacaEval's 805 instructions with GPT-4 turbo's outputs, and their difficulties, for `official`."""
+    output:
+        reference=OFFICIAL_OUTPUTS,
+        difficulty=OFFICIAL_DIFFICULTIES,
+        reference_record=record(OFFICIAL_OUTPUTS),
+        difficulty_record=record(OFFICIAL_DIFFICULTIES),
+    log:
+        f"{MODELS}logs/alpaca_eval.log",
+    benchmark:
+        f"{MODELS}benchmarks/alpaca_eval.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        version=STAGES["answer"],
+    message:
+        "Fetching AlpacaEval's instructions and reference outputs from the hub"
+    shell:
+        "{PYTHON} src/fetch_alpaca_eval.py --reference {output.reference} --difficulty {output.difficulty} 2>&1 | tee {log}"
 
 
 rule answer_instructions:
@@ -109,6 +139,7 @@ rule judge_outputs:
         outputs=at("alpaca_eval_outputs.json"),
         reference=reference_outputs,
         judge=judge_files,
+        difficulty=lambda wildcards: difficulty_file(wildcards) or [],
     output:
         result=at("{verdict}.json"),
         annotations=at("{verdict}_annotations.json"),

@@ -58,6 +58,7 @@ use rule judge_outputs as judge_best_of_n with:
         outputs=at("best_of_{n}/alpaca_eval_outputs.json"),
         reference=reference_outputs,
         judge=judge_files,
+        difficulty=lambda wildcards: difficulty_file(wildcards) or [],
     output:
         result=at("best_of_{n}/{verdict}.json"),
         annotations=at("best_of_{n}/{verdict}_annotations.json"),

@@ -15,7 +15,8 @@ from sppo.cluster import Asked, check_cluster
 from sppo.config import COMPARISON, flags, of_iteration, resolve
 from sppo.errors import UserError, fail
 from sppo.adapters import adapter_files, is_pairrm
-from sppo.preflight import check_inputs, deleted_artifacts
+from sppo.alpaca import DIFFICULTY, OFFICIAL_REFERENCE
+from sppo.preflight import check_inputs, check_machine, deleted_artifacts, gpus_here
 from sppo.stages import STAGES
 
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
@@ -43,6 +44,12 @@ MODEL_GPUS = 1 if ON_GPU else 0
 PYTHON = "python" if IN_CONDA else sys.executable
 if sys.stderr.isatty():
     os.environ["SPPO_WATCHED"] = "1"
+
+# AlpacaEval's own files, where the configuration says `official`: a rule fetches them.
+OFFICIAL_OUTPUTS, OFFICIAL_DIFFICULTIES = f"{MODELS}alpaca_eval/{OFFICIAL_REFERENCE}", f"{MODELS}alpaca_eval/{DIFFICULTY}"
+for each in RUNS.values():
+    fetched = {"instructions": OFFICIAL_OUTPUTS, "reference": OFFICIAL_OUTPUTS, "difficulty": OFFICIAL_DIFFICULTIES}
+    each["alpaca_eval"] |= {key: file for key, file in fetched.items() if each["alpaca_eval"][key] == "official"}
 
 
 wildcard_constraints:
@@ -161,3 +168,14 @@ class Checked(type(workflow)):
 
 if workflow.is_main_process:
     workflow.__class__ = Checked
+
+
+onstart:
+    # What a dry run does without: before the first job, not after hours.
+    if workflow.is_main_process:
+        to_come = {(job.wildcards.get("verdict", job.rule.name), job.wildcards.get("run", "").rstrip("/"), bool(job.resources.get("gpu")))
+                   for job in workflow.dag.needrun_jobs()}
+        try:
+            check_machine(RUNS, to_come, gpus_here() if workflow.local_exec else None)
+        except UserError as error:
+            fail(str(error))

@@ -22,6 +22,7 @@ rule sample_prompts:
     conda:
         "../envs/core.yaml"
     threads: 1
+    priority: 1  # a hub that lacks a later iteration's prompts says so at once
     resources:
         mem_mb=4000,
         runtime=30,

@@ -7,6 +7,12 @@ def reference_iteration(wildcards):
     return 0 if every is None else before - before % every
 
 
+def scoring_flags(wildcards):
+    """How the pairs are scored: as the trainer computes, or log-ratios would not begin at 0."""
+    train = settings(wildcards)["train"]
+    return flags({key: train[key] for key in ("micro_batch_size", "precision")} | {"lora_rank": train["lora_rank"] or None})
+
+
 def frozen_policy(wildcards):
     """What scores the pairs: pi_t, or the method's reference where that is another."""
     return current_policy(wildcards) if wildcards.frozen == "current" else policy(wildcards.run, reference_iteration(wildcards))
@@ -41,7 +47,7 @@ rule score_reference:
         gpu=MODEL_GPUS,
     params:
         version=STAGES["reference"],
-        options=lambda wildcards: flags({key: settings(wildcards)["train"][key] for key in ("micro_batch_size", "precision")}),
+        options=scoring_flags,
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
         "Scoring the pairs of {wildcards.run}iteration {wildcards.t} under the {wildcards.frozen} policy"

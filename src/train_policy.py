@@ -24,10 +24,15 @@ from typing import Any
 import numpy as np
 
 from sppo.artifacts import STAGES, known_hash, read_json, recorded, write_json, write_text, written_whole
+from sppo.cards import data_of, model_card, table
 from sppo.config import add_section
 from sppo.errors import UserError, run, writing
 from sppo.preference import p_hat_weighted
 from sppo.tables import read_table
+
+# What the model card tells of the method; the record beside the policy has all.
+METHOD = ("loss", "beta", "tau", "learning_rate", "optimizer", "lr_schedule", "warmup_ratio", "schedule_total_epochs", "stop_epoch", "batch_size",
+          "max_grad_norm", "loss_scale", "lora_rank", "seed")
 
 
 def main() -> None:
@@ -56,9 +61,8 @@ def train(args: argparse.Namespace) -> None:
     if args.loss == "nash_md":
         pairs = against_mixture(pairs, args.tau / args.beta)
     # Only now what takes seconds to import.
-    from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, start_torch
-    from sppo.training import make_trainer, make_trl_trainer
-    import torch
+    from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, start_torch, weights_dtype
+    from sppo.training import make_trainer, make_trl_trainer, merged
 
     start_torch()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard"))  # the work folder goes when all is done
@@ -67,7 +71,7 @@ def train(args: argparse.Namespace) -> None:
     options, inputs = vars(args), [args.pairs, args.current, args.reference, args.policy]
     with recorded("train", args.output, inputs, options) as facts, recorded("train", args.log, inputs, options):
         tokenizer = load_tokenizer(args.policy)
-        model = load_policy(args.policy, torch.float32, device, args.attention)
+        model = load_policy(args.policy, weights_dtype(args.lora_rank, dtype), device, args.attention)
         model.config.use_cache = False
         work = work_folder(args)
         if args.backend == "trl":
@@ -79,16 +83,27 @@ def train(args: argparse.Namespace) -> None:
         history = [line for line in trainer.state.log_history if "loss" in line]
         if any(line["loss"] != line["loss"] for line in history):
             raise UserError(f"training of {args.output} gave a loss that is not a number; lower train.learning_rate")
-        trained = trainer.model.merge_and_unload() if args.lora_rank else trainer.model
+        trained = merged(trainer.model) if args.lora_rank else trainer.model
         trained.config.use_cache = True
         with written_whole(args.output) as temporary:
             trained.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(card(args, len(pairs), trainer.state.global_step, history[-1]), encoding="utf-8")
         write_text(args.log, "".join(json.dumps(line) + "\n" for line in history))
         tokens = sum(len(p["prompt_token_ids"]) * 2 + len(p["chosen_token_ids"]) + len(p["rejected_token_ids"]) for p in pairs)
         facts |= {"pairs": len(pairs), "steps": trainer.state.global_step, "tokens_an_epoch": tokens, "computed_in": str(dtype),
                   "step_0": getattr(trainer, "step_0", None), "final": history[-1]}
         shutil.rmtree(work)
+
+
+def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any]) -> str:
+    """The policy's model card, of what is known when it is trained."""
+    method = {key: value for key, value in vars(args).items() if key in METHOD and value is not None}
+    figures = {key: last[key] for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "order_right") if key in last}
+    return model_card(args.policy, f"A policy of self-play preference optimisation, loss {args.loss}", {
+        "Data": data_of(args.pairs),
+        "Method": "Self-play preference optimisation: https://arxiv.org/abs/2405.00675\n\n" + table(method | {"pairs": pairs, "steps": steps}),
+        "Figures of the last step": table(figures)})
 
 
 def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]:

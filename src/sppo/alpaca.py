@@ -41,12 +41,14 @@ Record = dict[str, Any]
 NO_COMPLETION = (json.JSONDecodeError, TypeError, AttributeError, KeyError, IndexError)
 CANONICAL_ORDER = ROOT / "data" / "alpaca_eval_order.txt"  # hashes of AlpacaEval's instructions: difficulties go by position
 CANONICAL_SIZE = 805
-# df_gamed.csv of tatsu-lab/alpaca_eval at 2edc6fad8be6b14ea7230aabfd08188da6b8b814.
+# The data set, its commit, the file of instructions with GPT-4 turbo's answers, that of difficulties and its sha256.
+DATASET, DATASET_REVISION = "tatsu-lab/alpaca_eval", "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
+OFFICIAL_REFERENCE, OFFICIAL_GENERATOR, DIFFICULTY = "alpaca_eval_gpt4_baseline.json", "gpt4_1106_preview", "df_gamed.csv"
 OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
 
 
-def check_judge(judge: str, judge_model: str | None = None, judge_base_url: str | None = None) -> None:
-    """Raise UserError if the judge cannot work: unknown name, missing folder, model, address or key. Cheap."""
+def check_judge(judge: str, judge_model: str | None = None, judge_base_url: str | None = None, key: bool = True) -> None:
+    """Raise UserError if the judge cannot work: unknown name, missing folder, model, address or, if `key`, key. Cheap."""
     folder = adapter_folder(judge)
     if folder:
         if not folder.is_dir():
@@ -61,7 +63,7 @@ def check_judge(judge: str, judge_model: str | None = None, judge_base_url: str 
         if package and not (Path(package.origin).parent / "evaluators_configs" / judge / "configs.yaml").exists():
             raise UserError(f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or "
                             "an annotators_config of alpaca-eval such as weighted_alpaca_eval_gpt4_turbo")
-        if not os.environ.get("OPENAI_API_KEY"):
+        if key and not os.environ.get("OPENAI_API_KEY"):
             raise UserError(f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another alpaca_eval.judge")
 
 
@@ -128,6 +130,18 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
     # The package writes its cache after every chunk: at most 20 judgments are lost to a failure.
     return {"annotators_config": config, "annotation_kwargs": {"chunksize": 20},
             "caching_path": _clean_cache(cache / f"{name}.json")}, facts
+
+
+def announce(outputs: list[Record], reference: list[Record], config: str, cache: str) -> None:
+    """Say, before a judge behind an API is asked, how often it will be and what it reads; src/estimate_cost.py knows dollars."""
+    kept = json.loads(Path(cache).read_text(encoding="utf-8")) if Path(cache).exists() else []
+    done = {(row["instruction"], frozenset((row["output_1"], row["output_2"]))) for row in kept}
+    asked = [(one, two) for one, two in zip(outputs, reference, strict=True)
+             if one["output"] != two["output"] and (one["instruction"], frozenset((one["output"], two["output"]))) not in done]
+    template = len(_settings_of(config))
+    characters = sum(template + len(one["instruction"]) + len(one["output"]) + len(two["output"]) for one, two in asked)
+    print(f"Judgments to ask for: {len(asked)}, about {characters // 4:,} tokens to read, of four characters each. Kept from before: {len(kept)}",
+          file=sys.stderr, flush=True)
 
 
 def _settings_of(config: str) -> str:
@@ -323,6 +337,8 @@ def evaluate(outputs: list[Record], reference: list[Record], formula: str, diffi
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             chosen, facts = _annotator(judge, cache, Path(folder))
+            if "caching_path" in chosen:
+                announce(outputs, reference, chosen["annotators_config"], chosen["caching_path"])
             board, annotations = package_evaluate(
                 model_outputs=outputs, reference_outputs=reference, name=outputs[0]["generator"], output_path=None,
                 precomputed_leaderboard=None, is_cache_leaderboard=False, is_return_instead_of_print=True,

@@ -21,7 +21,7 @@ from sppo.errors import UserError
 SCHEMA_FILE = Path(__file__).resolve().parents[2] / "config" / "schema.yaml"
 RESERVED = {"tables", "figures", "theory", "report", "models", "logs", "benchmarks"}
 # What a run may not override: these decide where things lie, or are shared by all runs.
-SHARED = {"name", "runs", "policy", "device", "keep_policies"}
+SHARED = {"name", "runs", "policy", "device", "keep_policies", "push_to_hub"}
 # What two runs must agree on to share the first iteration's responses and preferences.
 FIRST_ITERATION = ("prompts", "responses", "preference", "seeds")
 # The section `preference` serves two stages: these keys say how responses are compared, the others how pairs are selected.
@@ -40,10 +40,14 @@ def resolve(written: Config) -> dict[str, Config]:
     """Complete configurations by run name; the main run's name is "".
 
     Raises `UserError` naming the first wrong key. A key takes, in this order: the run's override, what the
-    configuration says, the column of `settings`, the schema's default.
+    configuration says, the column of `settings`, the schema's default. So that an overlay can hand back what the file
+    below it sets, null undoes it: a key is not set, a run is not there.
     """
     rules = schema()
     written = _typed(written, rules)
+    if isinstance(written.get("runs"), dict):
+        written["runs"] = {name: overrides for name, overrides in written["runs"].items() if overrides is not None}
+    written = _set(written, rules)
     _check(written, rules, "")
     _check_name(written.get("name", ""), "name")
     if written.get("name", "") in written.get("runs", {}):
@@ -61,8 +65,8 @@ def resolve(written: Config) -> dict[str, Config]:
             raise UserError(f"config: {where}.first_iteration_from is {first!r}; it can only be main")
         for key in SHARED & overrides.keys():
             raise UserError(f"config: {where} cannot override {key}; set it for all runs, or write a preset with a name of its own")
-        _check(overrides, rules, where + ".")
-        run = _complete(_merged(main, overrides), rules) | {"first_iteration_from": first}
+        _check(_set(overrides, rules), rules, where + ".")
+        run = _complete(_set(_merged(main, overrides), rules), rules) | {"first_iteration_from": first}
         if first:
             if own_split := _other_split(runs[""], run):
                 raise UserError(f"config: {where} shares the first iteration with main but sets {own_split} otherwise, so that its prompts "
@@ -159,6 +163,16 @@ def _typed(written: Config, rules: Config) -> Config:
             result[key] = _spelled(value)
         else:
             result[key] = value
+    return result
+
+
+def _set(written: Config, rules: Config) -> Config:
+    """What is set in `written`: without the keys that are null, but for those of which null is a value."""
+    result: Config = {}
+    for key, value in written.items():
+        rule = rules.get("properties", {}).get(key, {"type": "null"})
+        if value is not None or "null" in rule["type"] or rule["type"] == "object":
+            result[key] = _set(value, rule) if isinstance(value, dict) else value
     return result
 
 

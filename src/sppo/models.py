@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.artifacts import read_json
 from sppo.errors import UserError
+from sppo.hub import hub_failure, hub_token
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
 def pick_device(device: str) -> str:
@@ -44,6 +45,14 @@ def compute_dtype(precision: str, device: str) -> torch.dtype:
     return getattr(torch, precision)
 
 
+def weights_dtype(lora_rank: int, dtype: torch.dtype) -> torch.dtype:
+    """The type that weights are held in while trained or scored: float32, as updates are small; with LoRA, which updates
+    none of them, the type of the computation."""
+    import torch
+
+    return dtype if lora_rank else torch.float32
+
+
 def _cpu_has_bfloat16() -> bool:
     try:
         words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
@@ -65,11 +74,10 @@ def fetch(source: str, revision: str | None, key: str = "policy.model") -> tuple
         raise UserError(f"model {source!r} is neither a folder nor a hub id such as org/model; correct {key}")
     from huggingface_hub import snapshot_download
     try:
-        snapshot = Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES))
+        snapshot = Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES, token=hub_token()))
     except Exception as error:  # the hub client raises many types; each is a matter of name, network or access
         at = f" at revision {revision}" if revision else ""
-        raise UserError(f"cannot get model {source}{at} from the hub ({type(error).__name__}); check the name, the network and "
-                        "HF_TOKEN, or give a local folder") from error
+        raise UserError(f"cannot get model {source}{at} from the hub {hub_failure(error)}, or give a local folder") from error
     return snapshot, snapshot.name
 
 

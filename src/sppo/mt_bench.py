@@ -42,8 +42,8 @@ TIMEOUT = 120  # seconds for one judgment
 RETRIES = 6  # of the openai package, with exponential backoff
 
 
-def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None) -> None:
-    """Raise UserError if the judge cannot work: missing folder, model, address or key. Cheap."""
+def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True) -> None:
+    """Raise UserError if the judge cannot work: missing folder, model, address or, if `key`, key. Cheap."""
     folder = adapter_folder(judge)
     if folder:
         if not folder.is_dir():
@@ -55,7 +55,7 @@ def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None)
     elif not judge.startswith(("gpt-", "o1", "o3", "o4")):
         raise UserError(f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or a model of "
                         "OpenAI's such as gpt-4-0613 as mt_bench.judge")
-    elif not os.environ.get("OPENAI_API_KEY"):
+    elif key and not os.environ.get("OPENAI_API_KEY"):
         raise UserError(f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another mt_bench.judge")
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from sppo import alpaca, mt_bench
 from sppo.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
 from sppo.errors import UserError
+from sppo.hub import check_push
 from sppo.prompts import read_gold, read_instructions, read_prompts
 
 TRAINING_ENVIRONMENT = Path(__file__).resolve().parents[2] / "envs" / "core.yaml"
+# By what is made, the section that names its judge.
+JUDGED = {"alpaca_eval": ("alpaca_eval", alpaca.check_judge), "evaluate_mt_bench": ("mt_bench", mt_bench.check_judge)}
+
 
 
 def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> None:
@@ -44,7 +49,7 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
                     raise UserError(f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "
                                     "folder that src/train_ranker.py wrote")
         for section, check in (("alpaca_eval", alpaca.check_judge), ("mt_bench", mt_bench.check_judge)):
-            check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")))
+            check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")), key=False)
         if run["mt_bench"]["data"] != "fastchat":
             mt_bench.read_questions(Path(run["mt_bench"]["data"]))
         if run["pairs"]["gold"]:
@@ -52,16 +57,7 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
         if run["open_llm"]["data"] != "hub" and not Path(run["open_llm"]["data"]).is_dir():
             raise UserError(f"config: {where}open_llm.data is {run['open_llm']['data']}, but there is no such folder; give `hub`, or a folder "
                             "with all six tasks")
-        evaluation = run["alpaca_eval"]
-        instructions = read_instructions(Path(evaluation["instructions"]))
-        asked = read_instructions(Path(evaluation["instructions"]), evaluation["limit"])
-        for key in ("reference", "difficulty"):
-            if evaluation[key] not in (None, "base") and not Path(evaluation[key]).is_file():
-                raise UserError(f"config: {where}alpaca_eval.{key} is {evaluation[key]}, but there is no such file; correct the path")
-        if evaluation["reference"] != "base":
-            alpaca.paired([row | {"generator": "policy"} for row in asked], alpaca.read_outputs(Path(evaluation["reference"])))
-        if evaluation["difficulty"]:
-            alpaca.check_order(asked, Path(evaluation["difficulty"]))
+        held_out = check_instructions(run["alpaca_eval"], where)
         tracker = run["train"]["report_to"]
         if in_conda and tracker != "none" and f"- {tracker}==" not in TRAINING_ENVIRONMENT.read_text(encoding="utf-8"):
             raise UserError(f"config: {where}train.report_to is {tracker}, which envs/core.yaml lacks; add it there, as - {tracker}==<version> "
@@ -69,7 +65,58 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
         if not in_conda and tracker != "none" and not importlib.util.find_spec(tracker):
             raise UserError(f"config: {where}train.report_to is {tracker}, which is not installed; run .venv/bin/pip install {tracker}, or set none")
         if run["iterations"]:
-            check_prompts(run, {row["instruction"].strip() for row in instructions})
+            check_prompts(run, held_out)
+
+
+def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
+    """The evaluation's files are there and belong together. Returns its instructions; none for `official`, which a rule fetches."""
+    official = evaluation["instructions"] == "official"
+    for key in ("reference", "difficulty"):
+        if evaluation[key] == "official" and not (official and evaluation["limit"] is None):
+            raise UserError(f"config: {where}alpaca_eval.{key} is official, which is of AlpacaEval's 805 instructions; set alpaca_eval.instructions "
+                            "to official and limit to null, or name a file of your own")
+        if evaluation[key] not in (None, "base", "official") and not Path(evaluation[key]).is_file():
+            raise UserError(f"config: {where}alpaca_eval.{key} is {evaluation[key]}, but there is no such file; correct the path")
+    if official:
+        return set()
+    file = Path(evaluation["instructions"])
+    instructions, asked = read_instructions(file), read_instructions(file, evaluation["limit"])
+    if evaluation["reference"] != "base":
+        alpaca.paired([row | {"generator": "policy"} for row in asked], alpaca.read_outputs(Path(evaluation["reference"])))
+    if evaluation["difficulty"]:
+        alpaca.check_order(asked, Path(evaluation["difficulty"]))
+    return {row["instruction"].strip() for row in instructions}
+
+
+def check_machine(runs: dict[str, dict[str, Any]], jobs: set[tuple[str, str, bool]], gpus: int | None) -> None:
+    """What the jobs to come need and a dry run does not: keys of judges, the hub's token, and GPUs.
+
+    jobs: of each one what it makes (its verdict, else its rule), its run, and whether it takes a GPU. gpus: how many this
+    machine has, None if the jobs run elsewhere. Raises `UserError` naming the first that is missing.
+    """
+    for made, name, on_gpu in sorted(jobs):
+        run, where = runs[name], f"runs.{name}." if name else ""
+        if made == "push_policy":
+            check_push()
+        if made in JUDGED:
+            section, check = JUDGED[made]
+            check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")))
+        if not on_gpu or gpus is None:
+            continue
+        if gpus == 0:
+            raise UserError("config: device is gpu, but this machine shows no NVIDIA GPU; run where there is one or on a cluster (profiles/slurm), or "
+                            "set device: cpu")
+        shards = run["responses"]["shards"]
+        if made == "generate_responses" and shards > gpus:
+            raise UserError(f"config: {where}responses.shards is {shards}, one GPU each, but this machine shows {gpus}; set it to {gpus}, or run on "
+                            "a cluster (profiles/slurm)")
+
+
+def gpus_here() -> int:
+    """GPUs that programs started here would see, told without importing torch."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    here = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return here if shown is None else min(here, len([number for number in shown.split(",") if number.strip()]))
 
 
 def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sppo.artifacts import read_json
 from sppo.errors import UserError
+from sppo.hub import hub_failure, hub_token
 from sppo.models import HUB_ID
 
 Prompt = dict[str, Any]  # id, category, messages
@@ -16,7 +17,7 @@ Prompt = dict[str, Any]  # id, category, messages
 def read_prompts(source: str, revision: str | None, split: str, field: str) -> tuple[list[Prompt], str | None]:
     """Prompts of a JSONL file or of a hub data set, and the hub commit (None for a file).
 
-    Raises `UserError` for a missing source, a broken line (naming it), a missing field, or a repeated id.
+    Raises `UserError` for a missing source, a broken line (naming it), a missing field, or, in a file, a repeated id.
     """
     path = Path(source).expanduser()
     commit = None
@@ -29,6 +30,8 @@ def read_prompts(source: str, revision: str | None, split: str, field: str) -> t
     prompts, seen = [], set()
     for number, row in enumerate(rows, 1):
         prompt = _prompt(row, field, f"{source} line {number}")
+        if prompt["id"] in seen and commit:
+            prompt["id"] = f"{prompt['id']}#{number}"  # nobody here can mend a data set of the hub
         if prompt["id"] in seen:
             raise UserError(f"{source} line {number}: id {prompt['id']} is there twice; ids must differ")
         seen.add(prompt["id"])
@@ -66,12 +69,11 @@ def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]
     from datasets import load_dataset
     from huggingface_hub import snapshot_download
     try:
-        folder = Path(snapshot_download(source, repo_type="dataset", revision=revision))
+        folder = Path(snapshot_download(source, repo_type="dataset", revision=revision, token=hub_token()))
         rows = load_dataset(str(folder), split=split).to_list()
     except Exception as error:  # the hub client and datasets raise many types; each is a matter of name, network or access
         at = f" at revision {revision}" if revision else ""
-        raise UserError(f"cannot get data set {source}{at}, split {split}, from the hub ({type(error).__name__}: {error}); check the "
-                        "name, the network and HF_TOKEN, or give a JSONL file") from error
+        raise UserError(f"cannot get data set {source}{at}, split {split}, from the hub {hub_failure(error)}, or give a JSONL file") from error
     return rows, folder.name
 
 

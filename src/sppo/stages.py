@@ -19,4 +19,5 @@ STAGES = {
     "open_llm": 1,
     "tabulate": 1,
     "theory": 1,
+    "push": 1,
 }

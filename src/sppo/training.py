@@ -200,3 +200,8 @@ def with_lora(model: PreTrainedModel, options: dict[str, Any]) -> Any:
 
     return get_peft_model(model, LoraConfig(r=options["lora_rank"], lora_alpha=options["lora_alpha"], lora_dropout=0.0,
                                             target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def merged(model: Any) -> PreTrainedModel:
+    """The policy with its adapters added to the weights: in float32, for bfloat16 would round most of them away, and on the CPU, which has room."""
+    return model.to("cpu").float().merge_and_unload()

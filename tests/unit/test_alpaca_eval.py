@@ -339,16 +339,19 @@ def test_a_local_server_wants_no_key(call, serve, monkeypatch):
     assert server.keys == {"Bearer EMPTY"}
 
 
-def test_failed_judgments_alone_are_asked_again(call, serve, monkeypatch, tmp_path):
+def test_failed_judgments_alone_are_asked_again(call, serve, monkeypatch, tmp_path, capfd):
+    """And what will be asked, which may cost money, is said before."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given", "Write about 7.")
     arguments = (outputs("policy", seed=1), outputs("base"), "--judge-model", "m", "--judge-base-url", server.url)
     with pytest.raises(UserError, match="failed on 1 of 30"):
         call(*arguments, judge="openai")
     assert not (tmp_path / "out" / "alpaca_eval.json").exists()
+    assert re.search(r"Judgments to ask for: 30, about [1-9][\d,]+ tokens to read, .* Kept from before: 0", capfd.readouterr().err)
     server.broken, server.judged = "", 0
     assert call(*arguments, judge="openai")["win_rate"] == pytest.approx(80)
     assert server.judged == 1
+    assert re.search(r"Judgments to ask for: 1, .* Kept from before: 29", capfd.readouterr().err)
 
 
 def test_a_server_that_refuses_is_one_line_without_the_key(call, serve, monkeypatch, capfd):

@@ -104,6 +104,22 @@ def test_run_takes_its_override_then_the_main_run_then_its_own_settings():
     assert (runs[""]["responses"]["temperature"], runs["k2"]["responses"]["temperature"]) == (1.0, 0.7)
 
 
+def test_null_undoes_what_a_file_below_set():
+    """An overlay hands a key back to its settings; of some keys null is a value, and stays one."""
+    for settings, epochs in (("paper", 18), ("repo", 1)):
+        run = resolve({"settings": settings, "iterations": None, "train": {"schedule_total_epochs": None, "learning_rate": "null", "reference_every": None},
+                       "prompts": {"per_iteration": None}})[""]
+        assert run == resolve({"settings": settings, "train": {"reference_every": None}})[""]
+        assert (run["train"]["schedule_total_epochs"], run["train"]["learning_rate"], run["iterations"]) == (epochs, 5e-7, 3)
+        assert run["train"]["reference_every"] is None and run["prompts"]["per_iteration"] is None
+
+
+def test_null_in_a_run_undoes_what_main_sets_and_a_run_that_is_null_is_not_there():
+    runs = resolve({"train": {"beta": 0.5, "batch_size": 32}, "runs": {"spin": None, "dpo": {}, "sppo": {"train": {"beta": None}}}})
+    assert list(runs) == ["", "dpo", "sppo"]
+    assert [(run["train"]["beta"], run["train"]["batch_size"]) for run in runs.values()] == [(0.5, 32), (0.5, 32), (0.001, 32)]
+
+
 def test_run_may_share_the_first_iteration_and_train_otherwise():
     runs = resolve({"runs": {"hard": {"first_iteration_from": "main", "train": {"loss": "sppo_hard"}, "seeds": {"train": 5}}}})
     assert runs["hard"]["first_iteration_from"] == "main" and runs[""]["first_iteration_from"] is None
@@ -124,7 +140,10 @@ BAD = {
     "too large": ({"responses": {"top_p": 1.5}}, ["responses.top_p is 1.5", "at most 1"]),
     "section is null": ({"train": None}, ["train is None", "object"]),
     "runs is null": ({"runs": None}, ["runs is None", "object"]),
-    "run is null": ({"runs": {"dpo": None}}, ["runs.dpo is None", "object"]),
+    "a run's section is null": ({"runs": {"dpo": {"train": None}}}, ["runs.dpo.train is None", "object"]),
+    "unknown key that is null": ({"train": {"betta": None}}, ["unknown key train.betta", "did you mean beta?"]),
+    "a hub repository without the iteration": ({"push_to_hub": "me/policy"}, ["push_to_hub", "me/policy"]),
+    "a run on the hub": ({"runs": {"a": {"push_to_hub": "me/a-{t}"}}}, ["runs.a", "push_to_hub"]),
     "reserved run name": ({"runs": {"tables": {}}}, ["runs.tables", "reserved"]),
     "run called like an iteration": ({"runs": {"iter1": {}}}, ["runs.iter1", "reserved"]),
     "run name with a slash": ({"runs": {"a/b": {}}}, ["a/b"]),

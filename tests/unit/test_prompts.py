@@ -232,6 +232,19 @@ def test_hub_id_that_is_not_cached_is_one_line_offline(tmp_path):
     assert not (tmp_path / "policy").exists()
 
 
+def test_each_iteration_takes_its_own_commit_and_the_newest_where_none_is_named():
+    """As the presets have it: the third set's commit stands in no source."""
+    assert [sample_prompts.revision_of("a, b,", t) for t in (1, 2, 3)] == ["a", "b", None]
+    assert [sample_prompts.revision_of(given, 3) for given in (None, "a")] == [None, "a"]
+
+
+def test_hub_data_set_whose_ids_repeat_is_read_as_published(tmp_path):
+    jsonl(cached(tmp_path, "datasets", "questions") / "train.jsonl", *({"prompt": f"Question {i}?", "id": "same"} for i in range(3)))
+    code = "from sppo.prompts import read_prompts; print(*(row['id'] for row in read_prompts('org/questions', None, 'train', 'prompt')[0]))"
+    done = subprocess.run([sys.executable, "-c", code], env=offline(tmp_path) | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True)
+    assert done.stdout.split() == ["same", "same#2", "same#3"], done.stderr
+
+
 def test_hub_data_set_comes_from_the_local_cache_and_its_commit_is_recorded(tiny_policy, tmp_path):
     jsonl(cached(tmp_path, "datasets", "questions") / "train.jsonl", *({"prompt": row["instruction"], "id": row["id"]} for row in rows(9)))
     (tmp_path / "e.json").write_text('[{"instruction": "Question 0?"}]')

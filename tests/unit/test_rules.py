@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,14 +14,15 @@ import pytest
 import yaml
 from snakemake.utils import update_config
 
-from sppo.config import resolve, schema
+from sppo.config import default_of, resolve, schema
 from sppo.errors import UserError
-from sppo.preflight import check_inputs
+from sppo.preflight import check_inputs, check_machine, gpus_here
 
 ROOT = Path(__file__).resolve().parents[2]
 RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
 PRESETS = sorted((ROOT / "config" / "presets").glob("*.yaml"))
-FROM_OUTSIDE = ("policies.embedded_policy", "mt_bench.fetch_mt_bench")  # they read a package or the network
+PAPER_SCALE = ("mistral-7b", "llama-3-8b", "gemma-2-9b", "gemma-2-27b", "single-gpu")
+FROM_OUTSIDE = ("policies.embedded_policy", "mt_bench.fetch_mt_bench", "alpaca_eval.fetch_alpaca_eval")  # they read a package or the network
 SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
 
 
@@ -154,8 +156,13 @@ def evaluated(done: subprocess.CompletedProcess) -> set[str]:
 
 
 @pytest.mark.parametrize("preset", [None, *PRESETS], ids=lambda preset: preset.stem if preset else "default")
-def test_shipped_configuration_plans_every_stage_of_every_iteration(preset, copy):
-    done = dry_run(copy, *(("--configfile", str(preset.relative_to(ROOT))) if preset else ()))
+@pytest.mark.parametrize("settings", ["paper", "repo"])
+def test_shipped_configuration_plans_every_stage_of_every_iteration(settings, preset, copy):
+    """Within five seconds of a core, without a GPU, a key or the network."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = dry_run(copy, *(("--configfile", str(preset.relative_to(ROOT))) if preset else ()), "--config", f"settings={settings}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
     main = resolve(overlaid(preset.read_text(encoding="utf-8") if preset else "{}"))[""]
     planned, t, shards = jobs(done), main["iterations"], main["responses"]["shards"]
     expected = {"sample_prompts": t, "generate_responses": t * shards, "annotate_preferences": t * shards, "build_pairs": t,
@@ -163,6 +170,89 @@ def test_shipped_configuration_plans_every_stage_of_every_iteration(preset, copy
     assert {name: planned.get(name, 0) for name in expected} == expected
     root = f"results/{main['name']}/" if main["name"] else "results/"
     assert evaluated(done) >= {f"{root}iter{i}/alpaca_eval.json" for i in range(t + 1)}
+
+
+@pytest.mark.parametrize("settings", ["paper", "repo"])
+@pytest.mark.parametrize("name", PAPER_SCALE)
+def test_a_preset_at_paper_scale_leaves_nothing_of_the_embedded_default(name, settings):
+    """What the preset itself does not set is the paper's or the official code's."""
+    text = (ROOT / "config" / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    written, run = yaml.safe_load(text), resolve(overlaid(text) | {"settings": settings})[""]
+    for section, rule in schema()["properties"].items():
+        for key, inner in rule.get("properties", {}).items():
+            if (written.get(section) or {}).get(key) is None:
+                assert run[section][key] == default_of(inner, settings), f"{section}.{key}"
+    assert (run["iterations"], run["train"]["batch_size"], run["train"]["stop_epoch"]) == (3, 64, 1)
+    assert (run["responses"]["samples"], run["responses"]["engine"], run["preference"]["model"]) == (5, "vllm", "llm-blender/PairRM")
+    assert "spin" not in resolve(overlaid(text))
+
+
+def test_alpaca_eval_s_own_files_are_fetched_where_official_is_asked_for(copy):
+    """And judged with: the reference is GPT-4 turbo's, so the base answers once; prompts are drawn aside from the 805."""
+    words = ("--configfile", "config/presets/mistral-7b.yaml", "--")
+    done = dry_run(copy, *words, "results/mistral-7b/iter0/alpaca_eval.json")
+    planned = jobs(done)
+    assert planned["fetch_alpaca_eval"] == planned["answer_instructions"] == planned["judge_outputs"] == 1 and "train_policy" not in planned
+    assert jobs(dry_run(copy, *words, "results/mistral-7b/iter2/prompts.parquet")).keys() >= {"fetch_alpaca_eval", "sample_prompts"}
+    assert "fetch_alpaca_eval" not in jobs(dry_run(copy))
+
+
+def test_a_released_checkpoint_is_evaluated_without_training(copy):
+    done = dry_run(copy, "--configfile", "config/presets/mistral-7b.yaml", "--config", "iterations=0", "name=sppo-iter3",
+                   "policy={model: UCLA-AGI/Mistral7B-PairRM-SPPO-Iter3}")
+    assert evaluated(done) == {"results/sppo-iter3/iter0/alpaca_eval.json"} and not {"train_policy", "generate_responses"} & jobs(done).keys()
+    assert {"mt_bench", "open_llm"} == {name for name in ("mt_bench", "open_llm") if jobs(dry_run(
+        copy, "--configfile", "config/presets/mistral-7b.yaml", "--config", "iterations=0", "name=sppo-iter3", "--", f"results/sppo-iter3/iter0/{name}.json"))}
+
+
+def test_policies_are_pushed_only_where_the_configuration_says_so(copy):
+    assert "push_policy" not in jobs(dry_run(copy))
+    done = dry_run(copy, "--config", "push_to_hub=me/mine-{t}", "iterations=2")
+    assert jobs(done)["push_policy"] == 2 and "results/iter2/pushed_to_hub.json" in done.stdout + done.stderr
+
+
+def test_a_real_run_asks_for_gpus_first(copy):
+    """On this machine, or on any without one: what a dry run of the same passes over is one line before the first job."""
+    if gpus_here():
+        pytest.skip("this machine has a GPU")
+    done = subprocess.run([*SNAKEMAKE, "--configfile", "config/presets/single-gpu.yaml", "--", "results/single-gpu/iter1/policy"],
+                          cwd=copy, capture_output=True, text=True)
+    assert "device is gpu, but this machine shows no NVIDIA GPU" in one_error(done)
+    assert not (copy / "results" / "single-gpu").exists()
+    shutil.rmtree(copy / "results", ignore_errors=True)
+
+
+NEEDED = {
+    "a key": ({"alpaca_eval": {"judge": "weighted_alpaca_eval_gpt4_turbo"}}, ("alpaca_eval", "", False), 8, "export OPENAI_API_KEY"),
+    "a key for MT-Bench": ({"mt_bench": {"judge": "gpt-4"}}, ("evaluate_mt_bench", "", False), 8, "mt_bench.judge"),
+    "a GPU": ({"device": "gpu"}, ("train_policy", "", True), 0, "shows no NVIDIA GPU"),
+    "a GPU for each shard": ({"device": "gpu", "responses": {"shards": 8}}, ("generate_responses", "", True), 2, "responses.shards is 8, one GPU each, but this machine shows 2"),
+    "a run's GPU for each shard": ({"runs": {"a": {"responses": {"shards": 3}}}}, ("generate_responses", "a", True), 2, "runs.a.responses.shards is 3"),
+    "a token": ({"push_to_hub": "me/a-{t}"}, ("push_policy", "", False), 8, "export HF_TOKEN"),
+}
+
+
+@pytest.mark.parametrize(("config", "job", "gpus", "said"), NEEDED.values(), ids=NEEDED)
+def test_what_jobs_to_come_need_is_one_line(config, job, gpus, said, monkeypatch):
+    for name in ("OPENAI_API_KEY", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    runs = resolve(config)
+    with pytest.raises(UserError, match=said) as caught:
+        check_machine(runs, {job}, gpus)
+    assert "\n" not in str(caught.value)
+    check_machine(runs, {("build_pairs", job[1], False)}, gpus)  # other jobs need none of it
+    if job[2]:
+        check_machine(runs, {job}, 8)
+        check_machine(runs, {job}, None)  # on a cluster
+
+
+def test_gpus_are_counted_as_programs_will_see_them(monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda *_: [Path(f"/dev/nvidia{i}") for i in range(4)])
+    for shown, count in (("0,2", 2), ("", 0), ("0,1,2,3,4,5", 4)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        assert gpus_here() == count
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert gpus_here() == 4
 
 
 def test_the_user_s_own_target_is_planned_whole(copy):
@@ -225,10 +315,12 @@ BAD = {
     "missing adapter": ("preference: {model: ./nowhere}", ["preference.model is ./nowhere"]),
     "missing judge": ("alpaca_eval: {judge: ./nowhere}", ["alpaca_eval.judge is ./nowhere"]),
     "missing base policy": ("policy: {model: ./nowhere}", ["policy.model is ./nowhere"]),
-    "judge without a key": ("alpaca_eval: {judge: weighted_alpaca_eval_gpt4_turbo}", ["OPENAI_API_KEY"]),
+    "unknown judge": ("alpaca_eval: {judge: no_such_judge}", ["unknown judge no_such_judge"]),
+    "official reference for other instructions": ("alpaca_eval: {reference: official}", ["alpaca_eval.reference is official", "alpaca_eval.instructions"]),
+    "official difficulties for some": ("alpaca_eval: {instructions: official, difficulty: official, limit: 100}", ["alpaca_eval.difficulty is official", "limit"]),
     "tracker that is not installed": ("train: {report_to: trackio}", ["train.report_to is trackio", "pip install trackio"]),
     "missing MT-Bench questions": ("mt_bench: {data: nowhere}", ["nowhere/question.jsonl is missing"]),
-    "MT-Bench judge without a key": ("mt_bench: {judge: gpt-4-0613}", ["OPENAI_API_KEY", "mt_bench.judge"]),
+    "unknown MT-Bench judge": ("mt_bench: {judge: no_such_judge}", ["unknown judge no_such_judge", "mt_bench.judge"]),
     "missing Open LLM items": ("open_llm: {data: ./nowhere}", ["open_llm.data is ./nowhere"]),
     "difficulties of other instructions": ("alpaca_eval: {difficulty: Snakefile}", ["not AlpacaEval's 805 instructions"]),
     "reference of other instructions": ("alpaca_eval: {reference: other.json}", ["lack the reference's instruction"]),
@@ -249,14 +341,13 @@ def one_error(done: subprocess.CompletedProcess) -> str:
 def test_bad_input_is_found_by_what_the_rules_call_first(text, said, copy, monkeypatch):
     """In this process: rules/common.smk calls these two, and puts what they raise on one line."""
     monkeypatch.chdir(copy)
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     (copy / "other.json").write_text('[{"instruction": "another", "output": "a", "generator": "g"}]')
     with pytest.raises(UserError) as caught:
         check_inputs(resolve(overlaid(text)))
     assert all(word in str(caught.value) for word in said) and "\n" not in str(caught.value), caught.value
 
 
-@pytest.mark.parametrize("name", ["K = 1", "missing prompts file", "judge without a key"])
+@pytest.mark.parametrize("name", ["K = 1", "missing prompts file", "unknown judge"])
 def test_bad_input_is_one_line_before_any_work(name, copy):
     text, said = BAD[name]
     (copy / "bad.yaml").write_text(text)

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import prepare_policy
 import score_reference
 import train_policy
 from sppo import training
-from sppo.artifacts import read_json, record_path
+from sppo.artifacts import read_json, record_path, write_json
+from sppo.cards import header
 from sppo.config import default_of, schema
 from sppo.errors import UserError
 from sppo.logps import pair_batch, response_logps
@@ -47,9 +49,9 @@ class Place:
         write_table(self.pairs, make_pairs(n), "pairs")
         self.score(self.policy, "float32")
 
-    def score(self, policy: Path, precision: str, micro_batch_size: int = 3) -> None:
+    def score(self, policy: Path, precision: str, micro_batch_size: int = 3, lora_rank: int = 0) -> None:
         self.program(score_reference, "--pairs", self.pairs, "--policy", policy, "--precision", precision, "--device", "cpu",
-                     "--micro-batch-size", micro_batch_size, "--output", self.reference)
+                     "--micro-batch-size", micro_batch_size, "--lora-rank", lora_rank, "--output", self.reference)
 
     def train(self, name: str, **options: object) -> dict[str, torch.Tensor]:
         """Weights of the policy that these options train; the defaults here are plain and quick."""
@@ -351,6 +353,42 @@ def test_lora_trains_holds_the_identity_and_gives_a_plain_folder(place):
     assert trained.keys() == start.keys() and moved == {name for name in start if "proj" in name}
     model = load_policy(place.folder / "policy", torch.float32, "cpu")
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_lora_in_bfloat16_holds_frozen_weights_in_it_and_merges_in_float32(place):
+    """The base is rounded, its reference with it; what the adapters learned is not, though it is smaller than bfloat16 resolves."""
+    place.score(place.policy, "bfloat16", lora_rank=4)
+    words = {"precision": "bfloat16", "lora_rank": 4, "gradient_checkpointing": "true", "beta": 0.1, "max_grad_norm": 1.0}
+    trained, start = place.train("policy", learning_rate=1e-3, **words), place.start()
+    assert all(weight.dtype == torch.float32 for weight in trained.values())
+    assert read_json(place.folder / "policy" / "config.json")["dtype"] == "float32"
+    for name, weight in trained.items():
+        rounded = start[name].bfloat16().float()
+        assert torch.equal(weight, rounded) != ("proj" in name)
+        assert (weight - rounded).abs().max() < 2**-8 * rounded.abs().max()
+
+
+def test_model_card_tells_data_method_figures_and_the_base_s_licence(place, tmp_path):
+    """From iteration to iteration, and the same text from the same inputs: the folder's hash covers it."""
+    model, base = tmp_path / "little", place.folder / "iter0" / "policy"
+    shutil.copytree(place.policy, model)
+    (model / "README.md").write_text("---\nlicense: gemma\nlicense_link: https://example.org\ndatasets: [x]\n---\n# Little\n")
+    place.program(prepare_policy, "--model", model, "--output", base)
+    prompts = place.folder / "prompts.parquet"
+    write_json(record_path(prompts), {"stage": "sample", "sha256": "1", "prompts": 10, "commit": "c0ffee", "arguments": {"source": "org/prompts-{t}", "iteration": 2}})
+    write_json(record_path(place.pairs), {"stage": "select", "sha256": "2", "inputs": {str(prompts): "1"}})
+    place.policy = base
+    place.train("first", loss_scale="beta_squared")
+    place.train("again", loss_scale="beta_squared")
+    text = (place.folder / "first" / "README.md").read_text()
+    assert text == (place.folder / "again" / "README.md").read_text() and str(tmp_path) not in text
+    for words in ("10 prompts of org/prompts-2 at c0ffee", "| loss | sppo |", "| beta | 0.001 |", "| pairs | 10 |", "| order_right | ", "little: gemma"):
+        assert words in text, words
+    place.policy = place.folder / "first"
+    place.score(place.policy, "float32")
+    place.train("second")
+    assert header(place.folder / "second") == {"base_model": "little", "library_name": "transformers", "license": "gemma", "license_link": "https://example.org",
+                                               "tags": ["preference-optimization", "sppo"]} == header(place.folder / "first")
 
 
 def test_policy_that_was_not_trained_is_the_one_it_came_from(place):

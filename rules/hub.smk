@@ -1,0 +1,36 @@
+"""Requires: iter{t}/policy and alpaca_eval.json of the main run, push_to_hub. Gives: a repository on the hub, iter{t}/pushed_to_hub.json."""
+
+
+def pushed_policies():
+    """What stands for main's policies on the hub; nothing unless the configuration says so."""
+    return [f"{ROOT}iter{t}/pushed_to_hub.json" for t in range(1, MAIN["iterations"] + 1)] if MAIN["push_to_hub"] else []
+
+
+rule push_policy:
+    """Upload one policy with its card and figures, for `push_to_hub`."""
+    input:
+        policy=f"{ROOT}iter{{t}}/policy",
+        evaluation=f"{ROOT}iter{{t}}/alpaca_eval.json",
+    output:
+        pushed=f"{ROOT}iter{{t}}/pushed_to_hub.json",
+        record=record(f"{ROOT}iter{{t}}/pushed_to_hub.json"),
+    log:
+        f"{LOGS}iter{{t}}/push_policy.log",
+    benchmark:
+        f"{BENCHMARKS}iter{{t}}/push_policy.tsv"
+    conda:
+        "../envs/core.yaml"
+    wildcard_constraints:
+        t=r"[1-9]\d*",
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    params:
+        version=STAGES["push"],
+        repository=lambda wildcards: MAIN["push_to_hub"].replace("{t}", wildcards.t) if MAIN["push_to_hub"] else "",
+    message:
+        "Uploading the policy of iteration {wildcards.t} to the hub"
+    shell:
+        "{PYTHON} src/push_policy.py --policy {input.policy} --evaluation {input.evaluation} --repository {params.repository:q}"
+        " --output {output.pushed} 2>&1 | tee {log}"

@@ -1,0 +1,173 @@
+"""What an iteration costs: tokens, FLOPs, seconds and memory from a model's shape and the configuration. Pure formulas.
+
+Checked in two ways: weights against transformers' own count, and FLOPs against the seconds that records of real runs
+hold (`src/estimate_cost.py --records`). Norms and biases are left out: less than a thousandth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer as its config.json describes it."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    mlp_matrices: int = 3  # gate, up, down
+
+    @property
+    def body(self) -> int:
+        """Weights of the layers."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + self.mlp_matrices * self.hidden * self.intermediate)
+
+    @property
+    def head(self) -> int:
+        """Weights that turn a state into logits."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def weights(self) -> int:
+        return self.body + self.head * (1 if self.tied else 2)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of keys and values of one token, in 16 bits."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
+
+
+def shape_of(config: dict[str, Any]) -> Shape:
+    """The shape in a config.json of the Llama, Mistral or Gemma family."""
+    heads = config["num_attention_heads"]
+    gemma = config.get("model_type", "").startswith("gemma")
+    return Shape(config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"], heads, config.get("num_key_value_heads") or heads,
+                 config.get("head_dim") or config["hidden_size"] // heads, config["vocab_size"], config.get("tie_word_embeddings", gemma))
+
+
+# Of the config.json that each model was published with.
+SHAPES = {
+    "embedded": Shape(30, 576, 1536, 9, 3, 64, 49152, True),
+    "mistralai/Mistral-7B-Instruct-v0.2": Shape(32, 4096, 14336, 32, 8, 128, 32000, False),
+    "meta-llama/Meta-Llama-3-8B-Instruct": Shape(32, 4096, 14336, 32, 8, 128, 128256, False),
+    "google/gemma-2-9b-it": Shape(42, 3584, 14336, 16, 8, 256, 256000, True),
+    "google/gemma-2-27b-it": Shape(46, 4608, 36864, 32, 16, 128, 256000, True),
+}
+PAIRRM = Shape(24, 1024, 4096, 16, 16, 64, 128100, True, mlp_matrices=2)  # DeBERTa-v3-large
+PAIRRM_PROMPT, PAIRRM_RESPONSE = 1224, 412  # tokens that it reads
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a vendor's data sheet says: bfloat16 without sparsity, FLOP/s; bytes; bytes a second."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+GPUS = {
+    "H100": Gpu(989e12, 80 * GB, 3.35e12),
+    "H200": Gpu(989e12, 141 * GB, 4.8e12),
+    "A100": Gpu(312e12, 80 * GB, 2.04e12),
+    "RTX4090": Gpu(165e12, 24 * GB, 1.01e12),
+}
+
+
+@dataclass(frozen=True)
+class Use:
+    """Shares of a GPU's peak that programs reach, and how many sequences are generated side by side at most."""
+
+    training: float
+    forward: float
+    bandwidth: float
+    concurrent: int
+
+
+def forward_flops(shape: Shape, tokens: float, context: float, logits: float) -> float:
+    """Of `tokens` tokens that each look at `context` others, `logits` of them up to the vocabulary."""
+    return 2 * shape.body * tokens + 4 * shape.layers * shape.heads * shape.head_dim * context * tokens + 2 * shape.head * logits
+
+
+def generate_flops(shape: Shape, prompts: float, prompt: float, samples: int, response: float) -> float:
+    """`samples` responses to each prompt, which is read once."""
+    drawn = prompts * samples * response
+    return forward_flops(shape, prompts * prompt, prompt / 2, 0) + forward_flops(shape, drawn, prompt + response / 2, drawn)
+
+
+def score_flops(shape: Shape, pairs: float, prompt: float, response: float) -> float:
+    """Both responses of each pair, each behind its prompt; logits of the responses alone."""
+    return forward_flops(shape, 2 * pairs * (prompt + response), (prompt + response) / 2, 2 * pairs * response)
+
+
+def train_factor(lora: bool, checkpointing: bool) -> int:
+    """Training in forward passes: the backward pass is two, one where weights are frozen; checkpointing adds one."""
+    return 1 + (1 if lora else 2) + (1 if checkpointing else 0)
+
+
+def pairrm_flops(prompts: float, prompt: float, samples: int, response: float) -> float:
+    """All ordered pairs of responses, each read with the prompt."""
+    length = min(prompt, PAIRRM_PROMPT) + 2 * min(response, PAIRRM_RESPONSE)
+    return forward_flops(PAIRRM, prompts * samples * (samples - 1) * length, length, 0)
+
+
+def ranker_flops(shape: Shape, spec: dict[str, Any], prompts: float, prompt: float, samples: int, response: float) -> float:
+    """An embedded preference model: the lower layers of its base, over the prompt once and each answer behind it."""
+    prompt, response = min(prompt, spec["max_prompt_tokens"]), min(response, spec["max_answer_tokens"])
+    return forward_flops(replace(shape, layers=spec["layers"]), prompts * (prompt + samples * response), prompt + response / 2, 0)
+
+
+def concurrent_sequences(shape: Shape, gpu: Gpu, context: float, use: Use) -> int:
+    """Sequences that fit beside the weights in 16 bits, in nine tenths of the memory as vLLM takes them. 0: not even the weights."""
+    return max(0, min(use.concurrent, int((0.9 * gpu.memory - 2 * shape.weights) / (shape.kv_bytes * context))))
+
+
+def decode_seconds(shape: Shape, gpu: Gpu, use: Use, tokens: float, context: float) -> float | None:
+    """Seconds to draw `tokens` tokens: each step reads all weights, and keys and values of every sequence. None if it does not fit."""
+    together = concurrent_sequences(shape, gpu, context, use)
+    if not together:
+        return None
+    read = (2 * shape.weights + together * context * shape.kv_bytes) / (gpu.bandwidth * use.bandwidth)
+    computed = forward_flops(shape, together, context, together) / (gpu.flops * use.forward)
+    return tokens / together * (read + computed)
+
+
+def lora_weights(shape: Shape, rank: int) -> int:
+    """Of adapters on every linear layer but the head."""
+    each_way = shape.hidden * 4 + shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + shape.mlp_matrices * (shape.hidden + shape.intermediate)
+    return shape.layers * rank * each_way
+
+
+def activation_bytes(shape: Shape, sequences: int, prompt: int, response: int, width: int, checkpointing: bool) -> float:
+    """What a backward pass needs of a batch; `width` is the bytes of a computed number.
+
+    A layer keeps its inputs, norms, queries, keys, values and four numbers for each of the MLP's; with checkpointing one layer
+    does, the others their input. Logits stand there as computed and in float32, and as the gradients of both.
+    """
+    tokens = sequences * (prompt + response)
+    layer = 8 * shape.hidden + 2 * shape.head_dim * (shape.heads + shape.kv_heads) + 4 * shape.intermediate
+    kept = layer + shape.layers * shape.hidden if checkpointing else shape.layers * layer
+    return tokens * kept * width + sequences * response * shape.vocabulary * (2 * width + 8)
+
+
+def train_bytes(shape: Shape, gpus: int, micro_batch: int, prompt: int, response: int, lora_rank: int, checkpointing: bool, width: int = 2) -> float:
+    """Peak of one GPU: weights, gradients and RMSProp's squares in float32, divided over the GPUs; with LoRA frozen weights in `width` bytes."""
+    held = width * shape.weights + 12 * lora_weights(shape, lora_rank) if lora_rank else 12 * shape.weights / gpus
+    return held + activation_bytes(shape, 2 * micro_batch, prompt, response, width, checkpointing)
+
+
+def score_bytes(shape: Shape, micro_batch: int, prompt: int, response: int, lora: bool, width: int = 2) -> float:
+    """Peak of the forward pass over pairs: weights in float32, with LoRA in `width` bytes, one layer's states, and logits twice."""
+    tokens = 2 * micro_batch * (prompt + response)
+    logits = 2 * micro_batch * response * shape.vocabulary
+    return (width if lora else 4) * shape.weights + tokens * 4 * shape.intermediate * width + logits * (width + 8)
