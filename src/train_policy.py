@@ -8,12 +8,14 @@ Departs from the paper: only where a flag says so; the defaults are the paper's.
         references in float32 and sums in bfloat16; here master weights and sums are float32 always.
 
 A killed training goes on from its last checkpoint, which lies in `.<policy>.work/` beside the policy
-until the policy is whole.
+until the policy is whole. With --processes above 1 this process starts them, through `accelerate launch`, and waits;
+each of them runs this program, and the first one writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -22,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from sppo.artifacts import STAGES, known_hash, read_json, recorded, write_json, write_text, written_whole
-from sppo.config import add_section
+from sppo.config import add_section, micro_batches
 from sppo.errors import UserError, run, writing
+from sppo.processes import first_alone, is_first, is_launched, launch, meet, one_voice
 from sppo.tables import read_table
 
 
@@ -39,7 +42,13 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
     add_section(parser, "train", skip=("reference_every",))
-    train(parser.parse_args())
+    args = parser.parse_args()
+    micro_batches(vars(args))
+    if args.processes > 1 and not is_launched():
+        launch(vars(args), args.device)
+    else:
+        with one_voice():
+            train(args)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -58,11 +67,13 @@ def train(args: argparse.Namespace) -> None:
     start_torch()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard"))  # the work folder goes when all is done
     device = pick_device(args.device)
+    meet(args.processes, device)
     dtype = compute_dtype(args.precision, device)
     options, inputs = vars(args), [args.pairs, args.current, args.reference, args.policy]
-    with recorded("train", args.output, inputs, options) as facts, recorded("train", args.log, inputs, options):
+    record = recorded if is_first() else lambda *_: contextlib.nullcontext({})
+    with record("train", args.output, inputs, options) as facts, record("train", args.log, inputs, options):
         tokenizer = load_tokenizer(args.policy)
-        model = load_policy(args.policy, torch.float32, device, args.attention)
+        model = load_policy(args.policy, torch.float32, device if args.parallel == "ddp" else None, args.attention)
         model.config.use_cache = False
         work = work_folder(args)
         if args.backend == "trl":
@@ -74,16 +85,29 @@ def train(args: argparse.Namespace) -> None:
         history = [line for line in trainer.state.log_history if "loss" in line]
         if any(line["loss"] != line["loss"] for line in history):
             raise UserError(f"training of {args.output} gave a loss that is not a number; lower train.learning_rate")
-        trained = trainer.model.merge_and_unload() if args.lora_rank else trainer.model
+        trained, weights = whole_policy(trainer, args)
+        if not is_first():
+            return
         trained.config.use_cache = True
         with written_whole(args.output) as temporary:
-            trained.save_pretrained(temporary)
+            trained.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
         write_text(args.log, "".join(json.dumps(line) + "\n" for line in history))
         tokens = sum(len(p["prompt_token_ids"]) * 2 + len(p["chosen_token_ids"]) + len(p["rejected_token_ids"]) for p in pairs)
         facts |= {"pairs": len(pairs), "steps": trainer.state.global_step, "tokens_an_epoch": tokens, "computed_in": str(dtype),
                   "step_0": getattr(trainer, "step_0", None), "final": history[-1]}
         shutil.rmtree(work)
+
+
+def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | None]:
+    """The trained model, LoRA merged into it, and its weights where processes hold parts of them: then the first gets all."""
+    import torch.distributed
+
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if args.parallel != "ddp" else None
+    if torch.distributed.is_initialized():  # for the others' patience has a limit, and the first one has yet to write
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return trainer.model.merge_and_unload() if args.lora_rank else trainer.model, weights
 
 
 def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]:
@@ -98,13 +122,15 @@ def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]
 def work_folder(args: argparse.Namespace) -> Path:
     """Where checkpoints lie: emptied if it belongs to other inputs, settings or stage version."""
     work = args.output.with_name(f".{args.output.name}.work")
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "log", "report_to")}
-    inputs = [known_hash(path) for path in (args.pairs, args.current, args.reference, args.policy)]
-    fingerprint = hashlib.sha256(json.dumps([settings, inputs, STAGES["train"]], sort_keys=True).encode()).hexdigest()
-    label = work / "made_for.json"
-    if work.exists() and not (label.exists() and read_json(label) == fingerprint):
-        shutil.rmtree(work)
-    write_json(label, fingerprint)
+    with first_alone() as here:
+        if here:
+            settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "log", "report_to")}
+            inputs = [known_hash(path) for path in (args.pairs, args.current, args.reference, args.policy)]
+            fingerprint = hashlib.sha256(json.dumps([settings, inputs, STAGES["train"]], sort_keys=True).encode()).hexdigest()
+            label = work / "made_for.json"
+            if work.exists() and not (label.exists() and read_json(label) == fingerprint):
+                shutil.rmtree(work)
+            write_json(label, fingerprint)
     return work
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def check_inputs(runs: dict[str, dict[str, Any]]) -> None:
         here = importlib.util.find_spec("torch")  # not so with conda, where programs run in environments of their own
         if here and tracker != "none" and not importlib.util.find_spec(tracker):
             raise UserError(f"config: {where}train.report_to is {tracker}, which is not installed; run .venv/bin/pip install {tracker}, or set none")
+        if here and run["train"]["parallel"] == "zero3" and not importlib.util.find_spec("deepspeed"):
+            raise UserError(f"config: {where}train.parallel is zero3, but DeepSpeed is not installed; run .venv/bin/pip install deepspeed, or set fsdp2")
+        if run["train"]["machines"] > 1 and not shutil.which("srun"):
+            raise UserError(f"config: {where}train.machines is {run['train']['machines']}, but there is no Slurm here to reach them (no srun on PATH); "
+                            "run on a cluster with profiles/slurm, or set 1")
         if run["iterations"]:
             check_prompts(run, {row["instruction"].strip() for row in instructions})
 
