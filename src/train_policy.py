@@ -103,7 +103,10 @@ def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | No
     """The trained model, LoRA merged into it, and its weights where processes hold parts of them: then the first gets all."""
     import torch.distributed
 
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped) if args.parallel != "ddp" else None
+    weights = None
+    if args.parallel != "ddp":
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # the first one's; tied weights as if they were two
+        weights = {name: weight for name, weight in gathered.items() if name not in trainer.model.all_tied_weights_keys}
     if torch.distributed.is_initialized():  # for the others' patience has a limit, and the first one has yet to write
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -48,7 +48,8 @@ def launch(train: dict[str, Any], device: str) -> None:
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except ChildFailedError as failed:
-        rank, first = failed.get_first_failure()
+        # A UserError comes first, then a kill: others fail because of it.
+        rank, first = min(failed.failures.items(), key=lambda item: (not isinstance(item[1].message, dict), item[1].exitcode))
         if isinstance(first.message, dict):
             raise UserError(first.message["message"].removeprefix("UserError: ")) from None
         if first.exitcode < 0:
@@ -114,7 +115,7 @@ def first_alone() -> Iterator[bool]:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Leave a UserError of a launched process to the launcher, which says the first one once."""
+    """Leave a UserError of a launched process to the launcher, which says the first one once; cut what follows from another's end to a line."""
     try:
         yield
     except UserError as error:
@@ -123,4 +124,11 @@ def one_voice() -> Iterator[None]:
         from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
         ErrorHandler().record_exception(error)
+        sys.exit(1)
+    except RuntimeError as error:
+        from torch.distributed import DistError
+
+        if not (is_launched() and (isinstance(error, DistError) or "by peer" in str(error))):
+            raise
+        print(f"process {os.environ['RANK']} could not reach another: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(1)

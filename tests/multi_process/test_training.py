@@ -8,6 +8,7 @@ import random
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from sppo.tables import write_table
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
-PROGRAM = HERE.parents[1] / "src" / "train_policy.py"
+PROGRAM = HERE / "train_policy_on_cpu.py"
+DIVIDED = ["fsdp2", pytest.param("zero3", marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed"))]
 PLAIN = {"precision": "float32", "device": "cpu", "learning_rate": 1e-5, "beta": 0.01, "optimizer": "sgd", "max_grad_norm": 0.0, "warmup_ratio": 0.0,
          "lr_schedule": "constant", "schedule_total_epochs": 1, "stop_epoch": 1, "batch_size": 8, "micro_batch_size": 8}
 
@@ -51,23 +53,23 @@ class Place:
         subprocess.run([sys.executable, score_reference.__file__, "--pairs", self.folder / "pairs.parquet", "--policy", policy, "--precision", precision,
                         "--device", "cpu", "--micro-batch-size", "3", "--output", self.folder / f"{name or precision}.parquet"], check=True)
 
-    def command(self, name: str, program: Path = PROGRAM, reference: str | None = None, **options: object) -> list[str]:
+    def command(self, name: str, reference: str | None = None, **options: object) -> list[str]:
         options = PLAIN | options
         words = [str(word) for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
         current = self.folder / f"{reference or options['precision']}.parquet"
-        return [sys.executable, str(program), "--pairs", str(self.folder / "pairs.parquet"), "--current", str(current), "--policy", str(self.policy),
+        return [sys.executable, str(PROGRAM), "--pairs", str(self.folder / "pairs.parquet"), "--current", str(current), "--policy", str(self.policy),
                 "--output", str(self.folder / name), "--log", str(self.folder / f"{name}.jsonl"), *words]
 
     def run(self, name: str, environment: dict[str, str] | None = None, **options: object) -> subprocess.CompletedProcess:
         return subprocess.run(self.command(name, **options), env=os.environ | (environment or {}), capture_output=True, text=True, timeout=300)
 
-    def train(self, name: str, environment: dict[str, str] | None = None, **options: object) -> dict[str, torch.Tensor]:
+    def train(self, name: str, **options: object) -> dict[str, torch.Tensor]:
         """Weights of the policy that these options train, in files as Hugging Face writes them."""
-        done = self.run(name, environment, **options)
+        done = self.run(name, **options)
         assert done.returncode == 0, done.stdout + done.stderr
         check_policy(self.folder / name)
         assert read_json(record_path(self.folder / name))["steps"] == len(self.log(name))
-        assert not [path for path in self.folder.iterdir() if path.name.startswith(".")]
+        assert not [path for path in self.folder.iterdir() if path.name.startswith(f".{name}.")]
         return load_file(self.folder / name / "model.safetensors")
 
     def log(self, name: str) -> list[dict]:
@@ -114,20 +116,20 @@ def test_two_processes_train_what_one_does(micro_batch_size, accumulation, place
 
 
 @pytest.mark.parametrize(("micro_batch_size", "accumulation"), [(4, 1), (1, 4)])
-def test_fsdp2_trains_what_one_process_does(micro_batch_size, accumulation, place, alone):
-    name = f"fsdp2_{accumulation}"
-    weights = place.train(name, {"SHARDED": "1"}, program=HERE / "train_policy_on_cpu.py", processes=2, parallel="fsdp2", micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize("parallel", DIVIDED)
+def test_a_divided_policy_is_trained_as_one_process_does(parallel, micro_batch_size, accumulation, place, alone):
+    name = f"{parallel}_{accumulation}"
+    weights = place.train(name, parallel=parallel, processes=2, micro_batch_size=micro_batch_size)
     assert_same(place, alone, name, weights)
     assert type(load_policy(place.folder / name, torch.float32, "cpu")).__name__ == "LlamaForCausalLM"
     assert read_json(place.folder / name / "config.json") | {"use_cache": True} == read_json(place.folder / "alone" / "config.json")
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
 def test_step_0_holds_and_updates_below_bfloat16_arrive_with_float32_masters(parallel, place):
     """bfloat16 computes, with gradient checkpointing: the same log-ratios at step 0 as in one process, and updates far below 2^-8 of a weight."""
     options = {"precision": "bfloat16", "optimizer": "rmsprop", "learning_rate": 1e-6, "gradient_checkpointing": "true"}
-    place.train(f"bf16_{parallel}", {"SHARDED": "1"} if parallel == "fsdp2" else None, program=HERE / "train_policy_on_cpu.py", processes=2,
-                parallel=parallel, micro_batch_size=2, **options)
+    place.train(f"bf16_{parallel}", processes=2, parallel=parallel, micro_batch_size=2, **options)
     trained, start = load_file(place.folder / f"bf16_{parallel}" / "model.safetensors"), place.start()
     step_0 = read_json(record_path(place.folder / f"bf16_{parallel}"))["step_0"]
     assert step_0["log_ratio_per_token"] < 5e-2 and step_0["mean_log_ratio_per_token"] < 1e-2
@@ -136,19 +138,18 @@ def test_step_0_holds_and_updates_below_bfloat16_arrive_with_float32_masters(par
     assert trained[name].dtype == torch.float32 and (step > 0).float().mean() > 0.9 and step.max() < 1e-4
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
 def test_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(parallel, place):
     """Process 1 is killed before the fourth of six steps; RMSProp, so that the optimiser's state counts."""
-    options = {"program": HERE / "train_policy_on_cpu.py", "processes": 2, "parallel": parallel, "batch_size": 2, "micro_batch_size": 1, "checkpoint_steps": 1,
+    options = {"processes": 2, "parallel": parallel, "batch_size": 2, "micro_batch_size": 1, "checkpoint_steps": 1,
                "optimizer": "rmsprop", "learning_rate": 1e-4, "lr_schedule": "linear", "warmup_ratio": 0.3, "schedule_total_epochs": 2}
-    environment = {"SHARDED": "1"} if parallel == "fsdp2" else {}
-    whole = place.train(f"whole_{parallel}", environment, **options)
+    whole = place.train(f"whole_{parallel}", **options)
     name = f"resumed_{parallel}"
-    killed = place.run(name, environment | {"KILL_STEP": "3"}, **options)
+    killed = place.run(name, {"KILL_STEP": "3"}, **options)
     errors = [line for line in killed.stderr.splitlines() if line.startswith("error: ")]
     assert killed.returncode == 1 and len(errors) == 1 and "process 1 of the training was ended by SIGKILL" in errors[0], killed.stderr
     assert not (place.folder / name).exists() and not record_path(place.folder / name).exists()
-    done = place.run(name, environment, **options)
+    done = place.run(name, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     said = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")]
     assert said == ["4", "5", "6"], "it began again, or skipped"

@@ -1,7 +1,7 @@
-"""src/train_policy.py as it is, on processors alone, with what the tests need of it.
+"""src/train_policy.py, with what the tests need of it.
 
-SHARDED     accelerate divides a policy over GPUs only; here it is told that these processes hold some, so that FSDP2 runs over gloo
-KILL_STEP   process 1 is killed before that step
+Accelerate divides a policy over GPUs only; here --parallel fsdp2 and zero3 divide it over processors. With KILL_STEP in the
+environment, process 1 is killed before that step.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from sppo import processes
 from sppo.errors import run
 
 
-def shard_on_cpu() -> None:
-    """FSDP2 without GPUs: the backend is gloo and the device the processor, all else is accelerate's own."""
-    import torch.distributed
+def divide_on_cpu() -> None:
+    """Let accelerate take the processor for a GPU of each process: the backend is gloo, all else is its own."""
     from accelerate.state import DistributedType, PartialState
 
-    if processes.is_launched():
-        torch.distributed.init_process_group("gloo")
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    def not_cpu(self, cpu=False, **more):
+        began(self, cpu=False, **more)
+    began, PartialState.__init__ = PartialState.__init__, not_cpu
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
 def kill_before(step: int) -> None:
@@ -39,10 +39,9 @@ def kill_before(step: int) -> None:
 
 
 if __name__ == "__main__":
-    if "SHARDED" in os.environ:
+    if {"fsdp2", "zero3"} & set(sys.argv):
         processes._check_machine = lambda *_: None
-        if processes.is_launched():
-            shard_on_cpu()
+        divide_on_cpu()
     if "KILL_STEP" in os.environ and os.environ.get("RANK") == "1":
         kill_before(int(os.environ["KILL_STEP"]))
     run(train_policy.main)
