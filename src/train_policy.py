@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.artifacts import STAGES, known_hash, read_json, recorded, write_json, write_text, written_whole
-from sppo.config import add_section, micro_batches
+from sppo.config import add_section, check_processes
 from sppo.errors import UserError, run, writing
 from sppo.processes import first_alone, is_first, is_launched, launch, meet, one_voice
 from sppo.tables import read_table
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--attention", default=None)
     add_section(parser, "train", skip=("reference_every",))
     args = parser.parse_args()
-    micro_batches(vars(args))
+    check_processes(vars(args))
     if args.processes > 1 and not is_launched():
         launch(vars(args), args.device)
     else:

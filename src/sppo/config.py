@@ -118,8 +118,6 @@ def _check_together(config: Config) -> None:
                         "train.sft_weight: 0 and train.label_smoothing: 0, or use train.backend: transformers")
     if train["backend"] == "trl" and train["loss"] == "ipo" and not (train["per_token"] and train["ipo_target"] == 0.5):
         raise UserError("config: TRL's IPO is per token with target 1/(2 beta); set train.per_token: true and train.ipo_target: 0.5")
-    if train["loss"] == "kto_pair" and (train["micro_batch_size"] < train["batch_size"] or train["processes"] > 1):
-        raise UserError("config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size and train.processes: 1")
     least = min(train["beta"]) if isinstance(train["beta"], list) else train["beta"]
     if train["loss"] == "inpo" and train["tau"] > least:
         raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it")
@@ -127,11 +125,16 @@ def _check_together(config: Config) -> None:
         raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither")
     if train["backend"] == "trl" and train["loss_scale"] != "none":
         raise UserError("config: TRL does not scale losses; use train.loss_scale: none or train.backend: transformers")
-    _check_processes(train, config["device"])
+    check_processes(train)
+    if train["parallel"] != "ddp" and config["device"] == "cpu":
+        raise UserError(f"config: train.parallel {train['parallel']} needs GPUs, but device is cpu; set train.parallel: ddp")
 
 
-def _check_processes(train: Config, device: str) -> None:
+def check_processes(train: Config) -> None:
+    """What is trained can be trained by so many processes, else UserError."""
     micro_batches(train)
+    if train["loss"] == "kto_pair" and (train["micro_batch_size"] < train["batch_size"] or train["processes"] > 1):
+        raise UserError("config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size and train.processes: 1")
     if train["processes"] % train["machines"]:
         raise UserError(f"config: train.processes ({train['processes']}) is not a multiple of train.machines ({train['machines']}); change one of them")
     if train["backend"] == "trl" and train["processes"] > 1:
@@ -141,8 +144,6 @@ def _check_processes(train: Config, device: str) -> None:
     if train["processes"] == 1:
         raise UserError(f"config: train.parallel {train['parallel']} divides a policy over processes, but train.processes is 1; raise it, or set "
                         "train.parallel: ddp")
-    if device == "cpu":
-        raise UserError(f"config: train.parallel {train['parallel']} needs GPUs, but device is cpu; set train.parallel: ddp")
     if train["lora_rank"]:
         raise UserError(f"config: train.parallel {train['parallel']} does not go with train.lora_rank, which trains few weights; set train.parallel: ddp")
 

@@ -47,6 +47,8 @@ def launch(train: dict[str, Any], device: str) -> None:
         launch_command(launch_command_parser().parse_args([*map(str, words), *sys.argv]))
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
+    except ConnectionError:
+        raise UserError("another program uses the port where the machines were to meet; set MASTER_PORT to one that is free, the same on each") from None
     except ChildFailedError as failed:
         # A UserError comes first, then a kill: others fail because of it.
         rank, first = min(failed.failures.items(), key=lambda item: (not isinstance(item[1].message, dict), item[1].exitcode))
@@ -72,19 +74,20 @@ def _check_machine(here: int, parallel: str, device: str) -> None:
         raise UserError("train.parallel zero3 needs DeepSpeed, which is not installed; run pip install deepspeed, or set train.parallel: fsdp2")
 
 
-def _meeting_point(machines: int) -> list[str]:
+def _meeting_point(machines: int) -> list[Any]:
     """Flags that say which of the machines this is and where they meet: Slurm knows, or the user says."""
     rank = os.environ.get("NODE_RANK") or os.environ.get("SLURM_NODEID")
     address = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     if rank is None or address is None:
         raise UserError(f"train.machines is {machines}, but nothing says which of them this is; start the training with Slurm's srun, or set "
                         "NODE_RANK (0, 1, ...) and MASTER_ADDR (the address of machine 0) on each")
-    return ["--machine_rank", rank, "--main_process_ip", address, "--main_process_port", os.environ.get("MASTER_PORT", "29500")]
+    port = os.environ.get("MASTER_PORT") or 20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 10000  # two jobs may share a machine
+    return ["--machine_rank", rank, "--main_process_ip", address, "--main_process_port", port]
 
 
 def is_launched() -> bool:
     """Whether this is one of several processes."""
-    return "WORLD_SIZE" in os.environ
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def is_first() -> bool:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -225,13 +226,22 @@ def test_processes_that_another_launcher_started_are_counted(started, wanted, pl
         place.train("policy", processes=wanted)
 
 
-@pytest.mark.parametrize(("options", "said"), [({"parallel": "fsdp2"}, "fsdp2 needs GPUs"), ({"machines": 2}, "NODE_RANK"), ({"batch_size": 5}, "batch_size")])
+@pytest.mark.parametrize(("options", "said"), [({"parallel": "fsdp2"}, "fsdp2 needs GPUs"), ({"machines": 2}, "NODE_RANK"), ({"batch_size": 5}, "batch_size"),
+                                               ({"loss": "kto_pair"}, "kto_pair takes means over a step")])
 def test_what_cannot_be_started_is_one_line_before_any_work(options, said, place, monkeypatch):
     for name in ("NODE_RANK", "SLURM_NODEID", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=said):
         place.train("policy", processes=2, **options)
     assert not (place.folder / ".policy.work").exists()
+
+
+def test_port_that_is_taken_is_one_line(place, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for name, value in {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="MASTER_PORT"):
+            place.train("policy", processes=2, machines=2)
 
 
 # --- schedule ---
