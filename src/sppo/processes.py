@@ -50,8 +50,9 @@ def launch(train: dict[str, Any], device: str) -> None:
     except ConnectionError:
         raise UserError("another program uses the port where the machines were to meet; set MASTER_PORT to one that is free, the same on each") from None
     except ChildFailedError as failed:
-        # A UserError comes first, then a kill: others fail because of it.
-        rank, first = min(failed.failures.items(), key=lambda item: (not isinstance(item[1].message, dict), item[1].exitcode))
+        # What the others end with follows from a UserError or a kill; SIGTERM is how accelerate ends them.
+        rank, first = min(failed.failures.items(), key=lambda item: (not isinstance(item[1].message, dict), item[1].exitcode == -signal.SIGTERM,
+                                                                     item[1].exitcode))
         if isinstance(first.message, dict):
             raise UserError(first.message["message"].removeprefix("UserError: ")) from None
         if first.exitcode < 0:
