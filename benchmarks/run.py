@@ -24,6 +24,7 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
+from sppo.config import default_of, schema
 from sppo.generation import Sampling, TransformersEngine
 from sppo.logps import frozen_logps, pair_length
 from sppo.models import compute_dtype, load_policy, pick_device, prompt_token_ids, start_torch
@@ -89,9 +90,8 @@ def products(engine: TransformersEngine, rows: int) -> float:
 
 def training(policy: Path, pairs: list[dict], engine: TransformersEngine, device: str) -> None:
     """Pairs a second of one epoch: ours in bfloat16 and float32, and TRL's, references not counted."""
-    options = {"loss": "sppo_hard", "beta": 1e-3, "learning_rate": 1e-5, "optimizer": "rmsprop", "lr_schedule": "linear", "warmup_ratio": 0.1,
-               "schedule_total_epochs": 1, "stop_epoch": 1, "batch_size": 8, "micro_batch_size": 4, "max_grad_norm": 1.0, "loss_scale": "none",
-               "lora_rank": 0, "lora_alpha": 16, "gradient_checkpointing": False, "checkpoint_steps": 10_000, "report_to": "none", "tau": 0.0, "gamma": 1.0, "label_smoothing": 0.0, "sft_weight": 0.0}
+    options = {key: default_of(rule, "paper") for key, rule in schema()["properties"]["train"]["properties"].items()}
+    options |= {"loss": "sppo_hard", "learning_rate": 1e-5, "schedule_total_epochs": 1, "batch_size": 8, "micro_batch_size": 4, "checkpoint_steps": 10_000}
     tokens = sum(2 * len(p["prompt_token_ids"]) + len(p["chosen_token_ids"]) + len(p["rejected_token_ids"]) for p in pairs)
     found = {}
     for name, precision in (("ours", "auto"), ("ours", "float32"), ("TRL", "auto"), ("TRL", "float32")):

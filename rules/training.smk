@@ -92,6 +92,12 @@ rule extrapolate_policy:
 ruleorder: extrapolate_policy > train_policy
 
 
+def on_each_machine(wildcards):
+    """What starts a command on all machines of the job that runs it; the program starts the processes of its own."""
+    machines = settings(wildcards)["train"]["machines"]
+    return f"srun --overlap --nodes={machines} --ntasks={machines} --ntasks-per-node=1 " if machines > 1 else ""
+
+
 rule train_policy:
     """Regress the log-ratios of winners and losers onto their targets: the next policy."""
     input:
@@ -117,6 +123,7 @@ rule train_policy:
         gpu=MODEL_GPUS,
     params:
         version=STAGES["train"],
+        on_each_machine=on_each_machine,
         seed=lambda wildcards: settings(wildcards)["seeds"]["train"],
         options=lambda wildcards: flags(of_iteration(settings(wildcards)["train"], int(wildcards.t)), skip=("reference_every",)),
         reference=lambda wildcards, input: flags({"reference": input.reference}) if "reference" in input.keys() else [],
@@ -124,6 +131,7 @@ rule train_policy:
     message:
         "Training the policy of {wildcards.run}iteration {wildcards.t}"
     shell:
+        "{params.on_each_machine}"
         "{PYTHON} src/train_policy.py --pairs {input.pairs} --current {input.current} {params.reference} --policy {input.policy}"
         " --seed {params.seed} --device {MAIN[device]} {params.attention} {params.options:q}"
         " --output {output.policy} --log {output.log} 2>&1 | tee {log}"

@@ -8,12 +8,14 @@ Departs from the paper: only where a flag says so; the defaults are the paper's.
         references in float32 and sums in bfloat16; here master weights and sums are float32 always.
 
 A killed training goes on from its last checkpoint, which lies in `.<policy>.work/` beside the policy
-until the policy is whole.
+until the policy is whole. With --processes above 1 this process starts them, through `accelerate launch`, and waits;
+each of them runs this program, and the first one writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -25,9 +27,10 @@ import numpy as np
 
 from sppo.artifacts import STAGES, known_hash, read_json, recorded, write_json, write_text, written_whole
 from sppo.cards import data_of, model_card, table
-from sppo.config import add_section
+from sppo.config import add_section, check_processes
 from sppo.errors import UserError, run, writing
 from sppo.preference import p_hat_weighted
+from sppo.processes import first_alone, is_first, is_launched, launch, meet, one_voice
 from sppo.tables import read_table
 
 # What the model card tells of the method; the record beside the policy has all.
@@ -47,7 +50,13 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
     add_section(parser, "train", skip=("reference_every",))
-    train(parser.parse_args())
+    args = parser.parse_args()
+    check_processes(vars(args))
+    if args.processes > 1 and not is_launched():
+        launch(vars(args), args.device)
+    else:
+        with one_voice():
+            train(args)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -67,11 +76,13 @@ def train(args: argparse.Namespace) -> None:
     start_torch()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard"))  # the work folder goes when all is done
     device = pick_device(args.device)
+    meet(args.processes, device)
     dtype = compute_dtype(args.precision, device)
     options, inputs = vars(args), [args.pairs, args.current, args.reference, args.policy]
-    with recorded("train", args.output, inputs, options) as facts, recorded("train", args.log, inputs, options):
+    record = recorded if is_first() else lambda *_: contextlib.nullcontext({})
+    with record("train", args.output, inputs, options) as facts, record("train", args.log, inputs, options):
         tokenizer = load_tokenizer(args.policy)
-        model = load_policy(args.policy, weights_dtype(args.lora_rank, dtype), device, args.attention)
+        model = load_policy(args.policy, weights_dtype(args.lora_rank, dtype), device if args.parallel == "ddp" else None, args.attention)
         model.config.use_cache = False
         work = work_folder(args)
         if args.backend == "trl":
@@ -83,10 +94,12 @@ def train(args: argparse.Namespace) -> None:
         history = [line for line in trainer.state.log_history if "loss" in line]
         if any(line["loss"] != line["loss"] for line in history):
             raise UserError(f"training of {args.output} gave a loss that is not a number; lower train.learning_rate")
-        trained = merged(trainer.model) if args.lora_rank else trainer.model
+        trained, weights = whole_policy(trainer, args)
+        if not is_first():
+            return
         trained.config.use_cache = True
         with written_whole(args.output) as temporary:
-            trained.save_pretrained(temporary)
+            trained.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(card(args, len(pairs), trainer.state.global_step, history[-1]), encoding="utf-8")
         write_text(args.log, "".join(json.dumps(line) + "\n" for line in history))
@@ -104,6 +117,20 @@ def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any])
         "Data": data_of(args.pairs),
         "Method": "Self-play preference optimisation: https://arxiv.org/abs/2405.00675\n\n" + table(method | {"pairs": pairs, "steps": steps}),
         "Figures of the last step": table(figures)})
+
+
+def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | None]:
+    """The trained model, LoRA merged into it, and its weights where processes hold parts of them: then the first gets all."""
+    import torch.distributed
+
+    weights = None
+    if args.parallel != "ddp":
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # the first one's; tied weights as if they were two
+        weights = {name: weight for name, weight in gathered.items() if name not in trainer.model.all_tied_weights_keys}
+    if torch.distributed.is_initialized():  # for the others' patience has a limit, and the first one has yet to write
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return merged(trainer.model) if args.lora_rank else trainer.model, weights
 
 
 def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]:
@@ -139,13 +166,15 @@ def against_mixture(pairs: list[dict], share: float) -> list[dict]:
 def work_folder(args: argparse.Namespace) -> Path:
     """Where checkpoints lie: emptied if it belongs to other inputs, settings or stage version."""
     work = args.output.with_name(f".{args.output.name}.work")
-    settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "log", "report_to")}
-    inputs = [known_hash(path) for path in (args.pairs, args.current, args.reference, args.policy)]
-    fingerprint = hashlib.sha256(json.dumps([settings, inputs, STAGES["train"]], sort_keys=True).encode()).hexdigest()
-    label = work / "made_for.json"
-    if work.exists() and not (label.exists() and read_json(label) == fingerprint):
-        shutil.rmtree(work)
-    write_json(label, fingerprint)
+    with first_alone() as here:
+        if here:
+            settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "log", "report_to")}
+            inputs = [known_hash(path) for path in (args.pairs, args.current, args.reference, args.policy)]
+            fingerprint = hashlib.sha256(json.dumps([settings, inputs, STAGES["train"]], sort_keys=True).encode()).hexdigest()
+            label = work / "made_for.json"
+            if work.exists() and not (label.exists() and read_json(label) == fingerprint):
+                shutil.rmtree(work)
+            write_json(label, fingerprint)
     return work
 
 

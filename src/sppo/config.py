@@ -125,8 +125,6 @@ def _check_together(config: Config) -> None:
                         "train.sft_weight: 0 and train.label_smoothing: 0, or use train.backend: transformers")
     if train["backend"] == "trl" and train["loss"] == "ipo" and not (train["per_token"] and train["ipo_target"] == 0.5):
         raise UserError("config: TRL's IPO is per token with target 1/(2 beta); set train.per_token: true and train.ipo_target: 0.5")
-    if train["loss"] == "kto_pair" and train["micro_batch_size"] < train["batch_size"]:
-        raise UserError("config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size")
     least = min(train["beta"]) if isinstance(train["beta"], list) else train["beta"]
     if train["loss"] in ("inpo", "nash_md") and train["tau"] > least:
         raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it")
@@ -136,9 +134,38 @@ def _check_together(config: Config) -> None:
         raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither")
     if train["backend"] == "trl" and train["loss_scale"] != "none":
         raise UserError("config: TRL does not scale losses; use train.loss_scale: none or train.backend: transformers")
-    if train["batch_size"] % train["micro_batch_size"] and train["batch_size"] > train["micro_batch_size"]:
+    check_processes(train)
+    if train["parallel"] != "ddp" and config["device"] == "cpu":
+        raise UserError(f"config: train.parallel {train['parallel']} needs GPUs, but device is cpu; set train.parallel: ddp")
+
+
+def check_processes(train: Config) -> None:
+    """What is trained can be trained by so many processes, else UserError."""
+    micro_batches(train)
+    if train["loss"] == "kto_pair" and (train["micro_batch_size"] < train["batch_size"] or train["processes"] > 1):
+        raise UserError("config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size and train.processes: 1")
+    if train["processes"] % train["machines"]:
+        raise UserError(f"config: train.processes ({train['processes']}) is not a multiple of train.machines ({train['machines']}); change one of them")
+    if train["backend"] == "trl" and train["processes"] > 1:
+        raise UserError("config: TRL's trainer is here to compare with, on one device; set train.processes: 1, or use train.backend: transformers")
+    if train["parallel"] == "ddp":
+        return
+    if train["processes"] == 1:
+        raise UserError(f"config: train.parallel {train['parallel']} divides a policy over processes, but train.processes is 1; raise it, or set "
+                        "train.parallel: ddp")
+    if train["lora_rank"]:
+        raise UserError(f"config: train.parallel {train['parallel']} does not go with train.lora_rank, which trains few weights; set train.parallel: ddp")
+
+
+def micro_batches(train: Config) -> tuple[int, int]:
+    """Pairs in a micro-batch of one process, and its micro-batches in a step: over all processes they make batch_size, else UserError."""
+    share, left = divmod(train["batch_size"], train["processes"])
+    micro = min(train["micro_batch_size"], share)
+    if left or share % micro:
+        times = f" x train.processes ({train['processes']})" if train["processes"] > 1 else ""
         raise UserError(f"config: train.batch_size ({train['batch_size']}) is not a multiple of train.micro_batch_size "
-                        f"({train['micro_batch_size']}); change one of them")
+                        f"({train['micro_batch_size']}){times}; change one of them")
+    return micro, share // micro
 
 
 def _check_name(name: str, where: str) -> None:

@@ -141,8 +141,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(folder: Path, dtype: torch.dtype, device: str, attention: str | None = None) -> PreTrainedModel:
-    """The policy in evaluation mode, with every dropout at 0 so that it is the same function when trained."""
+def load_policy(folder: Path, dtype: torch.dtype, device: str | None, attention: str | None = None) -> PreTrainedModel:
+    """The policy in evaluation mode, with every dropout at 0 so that it is the same function when trained.
+
+    Without a device it stays where it was read, for who divides it over processes.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -156,7 +159,7 @@ def load_policy(folder: Path, dtype: torch.dtype, device: str, attention: str | 
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return model.to(device).eval()
+    return (model.to(device) if device else model).eval()
 
 
 def context_length(folder: Path) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from sppo.prompts import read_gold, read_instructions, read_prompts
 TRAINING_ENVIRONMENT = Path(__file__).resolve().parents[2] / "envs" / "core.yaml"
 # By what is made, the section that names its judge.
 JUDGED = {"alpaca_eval": ("alpaca_eval", alpaca.check_judge), "evaluate_mt_bench": ("mt_bench", mt_bench.check_judge)}
-
 
 
 def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> None:
@@ -64,6 +64,11 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
                             "under pip, or set none")
         if not in_conda and tracker != "none" and not importlib.util.find_spec(tracker):
             raise UserError(f"config: {where}train.report_to is {tracker}, which is not installed; run .venv/bin/pip install {tracker}, or set none")
+        if not in_conda and run["train"]["parallel"] == "zero3" and not importlib.util.find_spec("deepspeed"):
+            raise UserError(f"config: {where}train.parallel is zero3, but DeepSpeed is not installed; run .venv/bin/pip install deepspeed, or set fsdp2")
+        if run["train"]["machines"] > 1 and not shutil.which("srun"):
+            raise UserError(f"config: {where}train.machines is {run['train']['machines']}, but there is no Slurm here to reach them (no srun on PATH); "
+                            "run on a cluster with profiles/slurm, or set 1")
         if run["iterations"]:
             check_prompts(run, held_out)
 

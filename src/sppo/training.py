@@ -1,8 +1,8 @@
 """Training on pairs: our trainer, and TRL's own as the oracle.
 
 Ours is `transformers.Trainer` with three public methods of its own: `compute_loss` (the SPPO family),
-`get_batch_samples` (a step's loss is the mean over its pairs, however they are cut into micro-batches) and
-`create_scheduler` (the schedule may be longer than the training).
+`get_batch_samples` (a step's loss is the mean over its pairs, however they are cut into micro-batches and divided over
+processes) and `create_scheduler` (the schedule may be longer than the training).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from sppo.config import micro_batches
 from sppo.errors import UserError
 from sppo.logps import pair_batch, pair_length, response_logps
 from sppo.losses import TRL_LOSSES, pair_loss
@@ -57,7 +58,13 @@ def collate_pairs(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
     for name in NUMBERS:
         batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
     batch["tokens_chosen"], batch["tokens_rejected"] = batch["response_mask"].sum(1).chunk(2)
+    batch["weight"] = torch.tensor([pair.get("weight", 1.0) for pair in pairs])
     return batch
+
+
+def evened(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """Rows up to a multiple of `size`, the last one repeated with weight 0: processes must make passes of like number, and count no pair twice."""
+    return rows + [rows[-1] | {"weight": 0.0}] * (-len(rows) % size)
 
 
 class PairTrainer(Trainer):
@@ -73,7 +80,7 @@ class PairTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        pairs = torch.tensor(float(sum(len(batch["p_hat_chosen"]) for batch in batches)), device=device)
+        pairs = torch.tensor(float(sum(batch["weight"].sum() for batch in batches)), device=device)
         # The mean over processes that follows the backward pass divides by their number once more.
         return batches, self.accelerator.reduce(pairs, "sum") / self.accelerator.num_processes
 
@@ -81,7 +88,9 @@ class PairTrainer(Trainer):
         return super().create_scheduler(self.schedule_steps, optimizer)
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        logps = response_logps(model, inputs)
+        # The same float32 weights and casts as in the reference pass, also where weights are divided over processes.
+        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=False):
+            logps = response_logps(model, inputs)
         chosen, rejected = logps.chunk(2)
         delta_w, delta_l = chosen - inputs["current_chosen"], rejected - inputs["current_rejected"]
         losses = pair_loss(self.options["loss"], inputs | {"logp_chosen": chosen, "logp_rejected": rejected}, self.options)
@@ -89,18 +98,18 @@ class PairTrainer(Trainer):
             self._check_step_0(losses, delta_w, delta_l, inputs)
         self._count(losses, delta_w, delta_l, inputs)
         scale = self.options["beta"] ** 2 if self.options["loss_scale"] == "beta_squared" else 1.0
-        loss = scale * losses.sum() / (num_items_in_batch if num_items_in_batch is not None else len(losses))
+        loss = scale * (losses * inputs["weight"]).sum() / (num_items_in_batch if num_items_in_batch is not None else inputs["weight"].sum())
         return (loss, logps) if return_outputs else loss
 
     def _check_step_0(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Before the first update the policy is pi_t: log-ratios to it are 0 and the loss has its closed form."""
-        with torch.no_grad():
-            tokens = torch.cat([inputs["tokens_chosen"], inputs["tokens_rejected"]])
-            ratios = torch.cat([delta_w, delta_l])
-            worst, mean = (ratios.abs() / tokens).max().item(), abs((ratios.sum() / tokens.sum()).item())
-            itself = {"logp_chosen": inputs["current_chosen"], "logp_rejected": inputs["current_rejected"]}
-            closed = pair_loss(self.options["loss"], inputs | itself, self.options).mean().item()
-        self.step_0 = {"log_ratio_per_token": worst, "mean_log_ratio_per_token": mean, "loss": losses.mean().item(), "closed_form": closed}
+        """Before the first update the policy is pi_t: log-ratios to it are 0 and the loss has its closed form. On the first pairs of all processes."""
+        itself = {"logp_chosen": inputs["current_chosen"], "logp_rejected": inputs["current_rejected"]}
+        closed = pair_loss(self.options["loss"], inputs | itself, self.options)
+        mine = torch.stack([losses.detach(), closed, delta_w.detach(), delta_l.detach(), inputs["tokens_chosen"], inputs["tokens_rejected"]], dim=1)
+        losses, closed, *columns = self.accelerator.gather(mine).T
+        ratios, tokens = torch.cat(columns[:2]), torch.cat(columns[2:])
+        worst, mean = (ratios.abs() / tokens).max().item(), abs((ratios.sum() / tokens.sum()).item())
+        self.step_0 = {"log_ratio_per_token": worst, "mean_log_ratio_per_token": mean, "loss": losses.mean().item(), "closed_form": closed.mean().item()}
         for what, value, limit in zip(("a log-ratio", "the mean log-ratio"), (worst, mean), IDENTITY_TOLERANCE[self.dtype]):
             if not value < limit:
                 raise UserError(f"step-0 identity: {what} is {value:.3g} nats a token before the first update, at most {limit} is rounding; "
@@ -108,19 +117,19 @@ class PairTrainer(Trainer):
 
     def _count(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
         """Add a micro-batch to the sums that the next log line reports as means over the step's pairs."""
-        sums = {"pairs": len(losses), "tokens": inputs["attention_mask"].sum().item(), "loss": losses.detach().sum().item(),
-                "log_ratio_chosen": delta_w.detach().sum().item(), "log_ratio_rejected": delta_l.detach().sum().item(),
-                "order_right": (delta_w > delta_l).sum().item()}
-        for name, value in sums.items():
-            self._step_sums[name] = self._step_sums.get(name, 0.0) + value
+        weight = inputs["weight"]
+        columns = {"pairs": torch.ones_like(weight), "tokens": sum(inputs["attention_mask"].sum(1).chunk(2)), "loss": losses, "log_ratio_chosen": delta_w,
+                   "log_ratio_rejected": delta_l, "order_right": delta_w > delta_l}
+        for name, column in columns.items():
+            self._step_sums[name] = self._step_sums.get(name, 0.0) + (column.detach() * weight).sum().item()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Our own columns in place of the Trainer's loss: unscaled, means over pairs, nats."""
+        """Our own columns in place of the Trainer's loss: unscaled, means over pairs of all processes, nats."""
         if "loss" in logs and self._step_sums:
-            pairs, now = self._step_sums.pop("pairs"), time.monotonic()
-            tokens = self._step_sums.pop("tokens")
-            logs = {**logs, **{name: value / pairs for name, value in self._step_sums.items()},
-                    "tokens_per_second": tokens / (now - self._step_began)}
+            mine = torch.tensor(list(self._step_sums.values()), dtype=torch.float64, device=self.args.device)
+            sums = dict(zip(self._step_sums, self.accelerator.reduce(mine, "sum").tolist()))
+            pairs, tokens, now = sums.pop("pairs"), sums.pop("tokens"), time.monotonic()
+            logs = {**logs, **{name: value / pairs for name, value in sums.items()}, "tokens_per_second": tokens / (now - self._step_began)}
             self._step_sums, self._step_began = {}, now
         super().log(logs, start_time)
 
@@ -129,24 +138,28 @@ class Say(TrainerCallback):
     """A line a step for the log of a job that nobody watches."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs and "loss" in logs:
+        if logs and "loss" in logs and state.is_world_process_zero:
             ratios = "".join(f", {name.replace('_', '-', 1).replace('_', ' of ')} {logs[name]:+.2f}"
                              for name in ("log_ratio_chosen", "log_ratio_rejected") if name in logs)
             print(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.6g}{ratios}", flush=True)
 
 
-def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, dtype: torch.dtype, device: str, work: Path, seed: int) -> dict[str, Any]:
+def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, device: str, work: Path, seed: int) -> dict[str, Any]:
     """Arguments that our trainer and TRL's share."""
-    micro = min(options["micro_batch_size"], options["batch_size"])
+    micro, accumulated = micro_batches(options)
+    fsdp = options["parallel"] == "fsdp2"
     return {
         "output_dir": str(work), "max_steps": steps, "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": options["batch_size"] // micro, "learning_rate": options["learning_rate"],
+        "gradient_accumulation_steps": accumulated, "learning_rate": options["learning_rate"],
         "optim": options["optimizer"], "lr_scheduler_type": options["lr_schedule"], "weight_decay": 0.0,
         # In steps of the whole schedule, which is longer than the training if stop_epoch ends it early.
         "warmup_steps": math.ceil(options["warmup_ratio"] * schedule_steps), "max_grad_norm": options["max_grad_norm"],
-        "bf16": dtype == torch.bfloat16, "use_cpu": device == "cpu", "seed": seed, "data_seed": seed,
+        "use_cpu": device == "cpu", "seed": seed, "data_seed": seed,
         "train_sampling_strategy": "sequential", "remove_unused_columns": False, "dataloader_pin_memory": device != "cpu",
-        "activation_checkpointing": options["gradient_checkpointing"], "logging_steps": 1, "logging_first_step": True,
+        # FSDP has its own checkpointing, which `accelerate launch` was told of, and would keep whole gradients between micro-batches.
+        "activation_checkpointing": options["gradient_checkpointing"] and not fsdp,
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}}, "ddp_find_unused_parameters": False,
+        "logging_steps": 1, "logging_first_step": True,
         # A training shorter than that leaves nothing to go on from.
         "save_strategy": "steps" if steps > options["checkpoint_steps"] else "no", "save_steps": options["checkpoint_steps"], "save_total_limit": 1,
         "report_to": options["report_to"], "disable_tqdm": True, "run_name": work.parent.name,
@@ -158,16 +171,25 @@ def make_trainer(model: PreTrainedModel, pairs: list[dict[str, Any]], options: d
     """Our trainer for rows of `pairs` that carry all `NUMBERS`."""
     steps, schedule_steps = plan(len(pairs), options)
     order = training_order([pair_length(p) for p in pairs], options["batch_size"], math.ceil(options["stop_epoch"]), seed)
-    arguments = TrainingArguments(**trainer_arguments(options, steps, schedule_steps, dtype, device, work, seed))
-    trainer = PairTrainer(model=with_lora(model, options), args=arguments, train_dataset=[pairs[i] for i in order],
+    arguments = TrainingArguments(**trainer_arguments(options, steps, schedule_steps, device, work, seed))
+    if arguments.deepspeed_plugin:  # DeepSpeed switches an autocast off that it does not know of
+        arguments.deepspeed_plugin.deepspeed_config["torch_autocast"] = {"enabled": dtype == torch.bfloat16, "dtype": "bfloat16",
+                                                                        "lower_precision_safe_modules": []}  # float32 is exchanged
+    rows = [pairs[i] for i in order]
+    if options["processes"] > 1:
+        rows = evened(rows, options["processes"] * arguments.per_device_train_batch_size)
+    trainer = PairTrainer(model=with_lora(model, options), args=arguments, train_dataset=rows,
                           options=options, schedule_steps=schedule_steps, dtype=dtype, callbacks=[Say()])
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
 def make_trl_trainer(model: PreTrainedModel, tokenizer: Any, pairs: list[dict[str, Any]], options: dict[str, Any], dtype: torch.dtype,
-                     device: str, work: Path, seed: int) -> Trainer:
-    """TRL's DPOTrainer on the same token ids in the same order; it computes its own references, which are pi_t."""
+                     device: str, work: Path, seed: int, reference: PreTrainedModel | None = None) -> Trainer:
+    """TRL's DPOTrainer on the same token ids in the same order; it computes its own references, which are pi_t.
+
+    All of them before the first step, or, if it is given pi_t as a second model, as it does by default, those of each step in the step.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -184,9 +206,10 @@ def make_trl_trainer(model: PreTrainedModel, tokenizer: Any, pairs: list[dict[st
     order = training_order([pair_length(p) for p in pairs], options["batch_size"], math.ceil(options["stop_epoch"]), seed)
     rows = [{"prompt_ids": list(pairs[i]["prompt_token_ids"]), "chosen_ids": list(pairs[i]["chosen_token_ids"]),
              "rejected_ids": list(pairs[i]["rejected_token_ids"])} for i in order]
-    arguments = DPOConfig(**trainer_arguments(options, steps, schedule_steps, dtype, device, work, seed) | {"remove_unused_columns": True, "gradient_checkpointing": options["gradient_checkpointing"]},
-                          loss_type=[TRL_LOSSES[options["loss"]]], beta=options["beta"], precompute_ref_log_probs=True, max_length=None)
-    trainer = TokenIdTrainer(model=with_lora(model, options), args=arguments, train_dataset=Dataset.from_list(rows),
+    shared = trainer_arguments(options, steps, schedule_steps, device, work, seed)
+    arguments = DPOConfig(**shared | {"bf16": dtype == torch.bfloat16, "remove_unused_columns": True, "gradient_checkpointing": options["gradient_checkpointing"]},
+                          loss_type=[TRL_LOSSES[options["loss"]]], beta=options["beta"], precompute_ref_log_probs=reference is None, max_length=None)
+    trainer = TokenIdTrainer(model=with_lora(model, options), ref_model=reference, args=arguments, train_dataset=Dataset.from_list(rows),
                              processing_class=tokenizer, callbacks=[Say()])
     trainer.remove_callback(PrinterCallback)
     return trainer

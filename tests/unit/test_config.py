@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from sppo.config import COMPARISON, RESERVED, SELECTION, add_section, default_of, flags, of_iteration, resolve, schema
+from sppo.config import COMPARISON, RESERVED, SELECTION, add_section, default_of, flags, micro_batches, of_iteration, resolve, schema
 from sppo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +97,15 @@ def test_one_key_set_by_hand_wins_over_settings_and_moves_no_other():
     assert one == base
 
 
+@pytest.mark.parametrize(("train", "cut"), [
+    ({"batch_size": 64, "micro_batch_size": 8, "processes": 1}, (8, 8)), ({"batch_size": 64, "micro_batch_size": 8, "processes": 8}, (8, 1)),
+    ({"batch_size": 64, "micro_batch_size": 4, "processes": 8}, (4, 2)), ({"batch_size": 64, "micro_batch_size": 32, "processes": 16}, (4, 1)),
+    ({"batch_size": 8, "micro_batch_size": 64, "processes": 1}, (8, 1))])
+def test_processes_micro_batches_and_accumulation_make_the_batch(train, cut):
+    assert micro_batches(train) == cut
+    assert train["processes"] * cut[0] * cut[1] == train["batch_size"] and resolve({"train": train})
+
+
 def test_run_takes_its_override_then_the_main_run_then_its_own_settings():
     runs = resolve({"train": {"beta": 0.5}, "responses": {"samples": 3}, "runs": {"k2": {"responses": {"samples": 2}, "settings": "repo"}}})
     assert runs["k2"]["responses"]["samples"] == 2 and runs[""]["responses"]["samples"] == 3
@@ -174,6 +183,16 @@ BAD = {
     "extrapolation of nothing": ({"extrapolation": 0.3}, ["extrapolation", "belongs to a run"]),
     "gold without a file": ({"pairs": {"construction": "gold"}}, ["pairs.construction", "pairs.gold"]),
     "an empty list of rates": ({"train": {"learning_rate": []}}, ["train.learning_rate"]),
+    "KTO's means over processes": ({"train": {"loss": "kto_pair", "micro_batch_size": 64, "processes": 2}}, ["kto_pair", "train.processes: 1"]),
+    "processes that do not make a batch": ({"train": {"processes": 6}}, ["train.batch_size (64)", "train.micro_batch_size (8) x train.processes (6)"]),
+    "more processes than pairs": ({"train": {"processes": 128}}, ["train.batch_size (64)", "train.processes (128)"]),
+    "accumulation that does not make a batch": ({"train": {"processes": 4, "micro_batch_size": 3}}, ["train.micro_batch_size (3) x train.processes (4)"]),
+    "processes that do not divide over machines": ({"train": {"processes": 8, "machines": 3}}, ["train.processes (8)", "train.machines (3)"]),
+    "machines without processes": ({"train": {"machines": 2}}, ["train.processes (1)", "train.machines (2)"]),
+    "one process that divides a policy": ({"train": {"parallel": "fsdp2"}}, ["train.parallel fsdp2", "train.processes is 1"]),
+    "FSDP2 on the CPU": ({"device": "cpu", "train": {"parallel": "fsdp2", "processes": 2}}, ["train.parallel fsdp2 needs GPUs"]),
+    "LoRA divided": ({"train": {"parallel": "zero3", "processes": 8, "lora_rank": 8}}, ["train.parallel zero3", "train.lora_rank"]),
+    "TRL in processes": ({"train": {"backend": "trl", "loss": "dpo", "processes": 2}}, ["TRL", "train.processes: 1"]),
     "ragged micro-batches": ({"train": {"batch_size": 10, "micro_batch_size": 4}}, ["train.batch_size", "train.micro_batch_size"]),
 }
 

@@ -319,6 +319,7 @@ BAD = {
     "official reference for other instructions": ("alpaca_eval: {reference: official}", ["alpaca_eval.reference is official", "alpaca_eval.instructions"]),
     "official difficulties for some": ("alpaca_eval: {instructions: official, difficulty: official, limit: 100}", ["alpaca_eval.difficulty is official", "limit"]),
     "tracker that is not installed": ("train: {report_to: trackio}", ["train.report_to is trackio", "pip install trackio"]),
+    "DeepSpeed that is not installed": ("train: {parallel: zero3, processes: 8}", ["train.parallel is zero3", "pip install deepspeed"]),
     "missing MT-Bench questions": ("mt_bench: {data: nowhere}", ["nowhere/question.jsonl is missing"]),
     "unknown MT-Bench judge": ("mt_bench: {judge: no_such_judge}", ["unknown judge no_such_judge", "mt_bench.judge"]),
     "missing Open LLM items": ("open_llm: {data: ./nowhere}", ["open_llm.data is ./nowhere"]),
@@ -345,6 +346,23 @@ def test_bad_input_is_found_by_what_the_rules_call_first(text, said, copy, monke
     with pytest.raises(UserError) as caught:
         check_inputs(resolve(overlaid(text)))
     assert all(word in str(caught.value) for word in said) and "\n" not in str(caught.value), caught.value
+
+
+def test_training_on_two_machines_is_started_on_both_and_refused_without_slurm(copy, tmp_path, monkeypatch):
+    text = "train: {machines: 2, processes: 2}"
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="train.machines is 2.*srun"):
+        check_inputs(resolve(overlaid(text)))
+    (tmp_path / "srun").touch(mode=0o755)
+    check_inputs(resolve(overlaid(text)))
+    (copy / "machines.yaml").write_text(text)
+    monkeypatch.undo()
+    done = dry_run(copy, "--configfile", "machines.yaml", "--printshellcmds", "--", "results/iter1/policy")
+    if shutil.which("srun"):
+        assert re.search(r"srun --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 \S+ src/train_policy\.py ", done.stdout + done.stderr)
+    else:
+        assert "train.machines is 2" in one_error(done)
 
 
 @pytest.mark.parametrize("name", ["K = 1", "missing prompts file", "unknown judge"])

@@ -6,11 +6,14 @@ import json
 import math
 import random
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file
+from torch.utils.data import BatchSampler, SequentialSampler
 
 import prepare_policy
 import score_reference
@@ -23,7 +26,7 @@ from sppo.errors import UserError
 from sppo.logps import pair_batch, response_logps
 from sppo.models import check_policy, compute_dtype, load_policy
 from sppo.tables import read_table, write_table
-from sppo.training import IDENTITY_TOLERANCE, make_trainer, plan, training_order
+from sppo.training import IDENTITY_TOLERANCE, collate_pairs, evened, make_trainer, plan, training_order
 
 DEFAULTS = {key: default_of(rule, "paper") for key, rule in schema()["properties"]["train"]["properties"].items()}
 
@@ -184,6 +187,63 @@ def test_order_holds_every_pair_once_an_epoch_and_steps_do_not_depend_on_micro_b
         step = [lengths[i] for i in order[start:start + 8]]
         assert step == sorted(step, reverse=True)
     assert order == training_order(lengths, 8, 3, seed=1) != training_order(lengths, 8, 3, seed=2)
+
+
+# --- several processes; what they train is in tests/multi_process ---
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_processes_make_the_same_steps_and_count_no_pair_twice(processes, micro):
+    """As accelerate hands batches out: 11 pairs in steps of 8, the second one ragged."""
+    rows = evened([{"pair_id": i} for i in range(11)], processes * micro)
+    batches = list(BatchSampler(SequentialSampler(rows), micro, drop_last=False))
+    shares = [list(BatchSamplerShard(BatchSampler(SequentialSampler(rows), micro, drop_last=False), processes, rank)) for rank in range(processes)]
+    assert {len(share) for share in shares} == {len(batches) // processes}, "a process would wait for ever"
+    accumulated = 8 // micro // processes
+    for step, pairs in enumerate((range(8), range(8, 11))):
+        held = [rows[i] for share in shares for batch in share[step * accumulated:(step + 1) * accumulated] for i in batch]
+        assert sorted(row["pair_id"] for row in held if row.get("weight", 1.0)) == list(pairs)
+
+
+def test_pairs_of_weight_0_change_neither_loss_nor_gradient_nor_log(place):
+    """The last of 10 pairs again, as `evened` repeats it."""
+    rows = [pair | {f"{of}_{side}": -40.0 for of in ("current", "reference") for side in ("chosen", "rejected")} for pair in read_table(place.pairs, "pairs")]
+    found = []
+    for given in (rows, evened(rows, 16)):
+        model = load_policy(place.policy, torch.float32, "cpu")
+        options = DEFAULTS | {"batch_size": 16, "micro_batch_size": 16, "schedule_total_epochs": 1}
+        trainer = make_trainer(model, rows, options, torch.float32, "cpu", place.folder / "work", 0)
+        trainer.step_0 = {}  # these references are of no policy
+        loss = trainer.compute_loss(model, collate_pairs(given))
+        loss.backward()
+        found.append((loss.item(), model.model.norm.weight.grad, dict(trainer._step_sums)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and found[0][2] == pytest.approx(found[1][2], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-4 * found[0][1].abs().max().item())
+
+
+@pytest.mark.parametrize(("started", "wanted"), [("2", 1), ("4", 2)])
+def test_processes_that_another_launcher_started_are_counted(started, wanted, place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", started)
+    with pytest.raises(UserError, match=f"{started} processes were started, but train.processes is {wanted}"):
+        place.train("policy", processes=wanted)
+
+
+@pytest.mark.parametrize(("options", "said"), [({"parallel": "fsdp2"}, "fsdp2 needs GPUs"), ({"machines": 2}, "NODE_RANK"), ({"batch_size": 5}, "batch_size"),
+                                               ({"loss": "kto_pair"}, "kto_pair takes means over a step")])
+def test_what_cannot_be_started_is_one_line_before_any_work(options, said, place, monkeypatch):
+    for name in ("NODE_RANK", "SLURM_NODEID", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=said):
+        place.train("policy", processes=2, **options)
+    assert not (place.folder / ".policy.work").exists()
+
+
+def test_port_that_is_taken_is_one_line(place, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for name, value in {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match="MASTER_PORT"):
+            place.train("policy", processes=2, machines=2)
 
 
 # --- schedule ---
