@@ -1,6 +1,7 @@
 # make demo    installs the pinned environment, runs three SPPO iterations on the embedded model, prints the result
 # make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report
 # make test    installs the pinned environment, runs the tests
+# make test-vllm  makes .cache/vllm with vLLM's CPU build and runs the engine vllm on the embedded policy (a quarter of an hour)
 # make stale   lists artifacts that older code made
 #
 # TORCH_INDEX  PyTorch's package index, such as https://download.pytorch.org/whl/cpu for the small CPU build
@@ -14,7 +15,7 @@ SNAKEMAKE := .venv/bin/snakemake --cores all
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all install test test-slow stale
+.PHONY: demo demo-all install test test-slow test-vllm stale
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -43,6 +44,19 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	@.venv/bin/python -m pytest -q -m slow
+
+test-vllm: .venv/installed .cache/vllm/installed
+	@$(SNAKEMAKE) results/models/SmolLM2-135M-Instruct
+	@.cache/vllm/bin/python -m pytest -q -rs -m slow tests/vllm
+
+.cache/vllm/installed: VLLM_PIP = .cache/vllm/bin/python -m pip install --quiet --disable-pip-version-check
+.cache/vllm/installed: tests/vllm/requirements.txt
+	@echo "Installing vLLM's CPU build into .cache/vllm (3.1 GB)"
+	@$(PYTHON) -m venv .cache/vllm
+	@$(VLLM_PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r tests/vllm/requirements.txt
+	@.cache/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 stale: .venv/installed
 	@.venv/bin/python src/list_stale.py results

@@ -154,6 +154,9 @@ BAD = {
     "extrapolation of nothing": ({"extrapolation": 0.3}, ["extrapolation", "belongs to a run"]),
     "gold without a file": ({"pairs": {"construction": "gold"}}, ["pairs.construction", "pairs.gold"]),
     "an empty list of rates": ({"train": {"learning_rate": []}}, ["train.learning_rate"]),
+    "a model divided by transformers": ({"responses": {"tensor_parallel": 2}}, ["responses.tensor_parallel is 2", "engine: vllm"]),
+    "a run by another engine": ({"runs": {"a": {"responses": {"engine": "vllm"}}}}, ["runs.a", "responses.engine"]),
+    "a run on more GPUs": ({"responses": {"engine": "vllm"}, "runs": {"a": {"responses": {"tensor_parallel": 2}}}}, ["runs.a", "responses.tensor_parallel"]),
     "ragged micro-batches": ({"train": {"batch_size": 10, "micro_batch_size": 4}}, ["train.batch_size", "train.micro_batch_size"]),
 }
 

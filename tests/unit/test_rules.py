@@ -13,7 +13,7 @@ import pytest
 import yaml
 from snakemake.utils import update_config
 
-from sppo.config import resolve, schema
+from sppo.config import ENGINE_KEYS, resolve, schema
 from sppo.errors import UserError
 from sppo.preflight import check_inputs
 
@@ -59,8 +59,8 @@ def test_rule_is_described_logged_measured_and_isolated(rule):
         assert re.search(rf"^    {key}:", body, re.MULTILINE) or (key == "input" and rule in FROM_OUTSIDE), f"no {key}"
     assert re.search(r"^        mem_mb=\d+,$", body, re.MULTILINE) and re.search(r"^        runtime=\d+,$", body, re.MULTILINE)
     assert re.search(r'version=STAGES\["\w+"\],', body), "a raised stage version would not rerun it"
-    environment = re.search(r'conda:\n\s+"(.+)"', body)[1]
-    assert (ROOT / "rules" / environment).is_file()
+    environment = re.search(r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT)\n', body)
+    assert environment and (ROOT / "rules" / (environment[1] or "../envs/core.yaml")).is_file()
     assert '"{PYTHON} src/' in body and "{log}" in body
 
 
@@ -74,7 +74,7 @@ def test_rule_calls_its_program_with_arguments_that_it_has(rule):
     for section in re.findall(r'add_section\(parser, "(\w+)"', source):
         known |= {key.replace("_", "-") for key in schema()["properties"][section]["properties"]}
     if "add_engine(parser)" in source:
-        known |= {"engine", "batch-size", "precision", "seed", "device", "attention"}
+        known |= {key.replace("_", "-") for key in ENGINE_KEYS} | {"seed", "device", "attention"}
     asked = set(re.findall(r"--([a-z-]+) ", body.split("shell:")[1]))
     assert asked and asked <= known, f"{program} has no {asked - known}"
     outputs = re.search(r"^    output:\n((?:        .+\n)+)", body, re.MULTILINE)[1].splitlines()
@@ -274,6 +274,11 @@ def test_bad_input_is_one_line_before_any_work(name, copy):
     (copy / "bad.yaml").write_text(text)
     line = one_error(dry_run(copy, "--configfile", "bad.yaml"))
     assert all(word in line for word in said), line
+
+
+def test_vllm_that_is_not_installed_is_one_line(copy):
+    line = one_error(dry_run(copy, "--config", "responses={engine: vllm}"))
+    assert "responses.engine is vllm, which is not installed here" in line and "--use-conda" in line
 
 
 def test_unknown_key_on_the_command_line_is_one_line(copy):
