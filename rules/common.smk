@@ -14,15 +14,13 @@ sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 from sppo.config import ENGINE_KEYS, flags, of_iteration, resolve
 from sppo.errors import UserError, fail
 from sppo.adapters import adapter_files
-from sppo.preflight import check_engine, check_inputs, deleted_artifacts
+from sppo.preflight import check_inputs, deleted_artifacts
 from sppo.stages import STAGES
 
-IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 try:
     RUNS = resolve(config)
     if workflow.is_main_process:
         check_inputs(RUNS)
-        check_engine(RUNS[""], IN_CONDA)
 except UserError as error:
     fail(str(error))
 
@@ -38,9 +36,10 @@ BASE_POLICY = f"{ROOT}iter0/policy"
 ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and Path("/dev/nvidiactl").exists())
 MODEL_THREADS = 1 if ON_GPU else max(workflow.cores or 1, 1)
 MODEL_GPUS = 1 if ON_GPU else 0
+ENGINE_GPUS = MODEL_GPUS * (MAIN["responses"]["tensor_parallel"] or 1)
+IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 # vLLM wants another transformers than the rest.
 ENGINE_ENVIRONMENT = "../envs/vllm.yaml" if MAIN["responses"]["engine"] == "vllm" else "../envs/core.yaml"
-ENGINE_GPUS = MODEL_GPUS * (MAIN["responses"]["tensor_parallel"] or 1)
 PYTHON = "python" if IN_CONDA else sys.executable
 if sys.stderr.isatty():
     os.environ["SPPO_WATCHED"] = "1"

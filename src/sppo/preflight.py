@@ -60,12 +60,6 @@ def check_inputs(runs: dict[str, dict[str, Any]]) -> None:
             check_prompts(run, {row["instruction"].strip() for row in instructions})
 
 
-def check_engine(main: dict[str, Any], in_conda: bool) -> None:
-    """vLLM is there if it is to generate. With conda, programs run in environments of their own."""
-    if main["responses"]["engine"] == "vllm" and not in_conda and not importlib.util.find_spec("vllm"):
-        raise UserError("config: responses.engine is vllm, which is not installed here; run Snakemake with --use-conda, or set transformers")
-
-
 def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
     """A JSONL source is whole and holds enough prompts for all iterations; a hub source is left to its rule."""
     prompts = run["prompts"]

@@ -62,7 +62,7 @@ class VllmEngine:
         try:
             self.llm = vllm.LLM(
                 model=str(folder), skip_tokenizer_init=True, dtype=str(self.dtype).removeprefix("torch."), tensor_parallel_size=tensor_parallel,
-                enable_prefix_caching=True, enable_lora=False, max_num_seqs=batch_size,
+                enable_prefix_caching=True, enable_lora=False, max_num_seqs=batch_size, use_tqdm_on_load=False,
                 max_model_len=-1,  # what the model takes, or as much of it as fits the GPU
                 generation_config="vllm",  # the model's own must not warp the logits as well
                 enforce_eager=device == "cpu")  # compiling takes longer there than it saves

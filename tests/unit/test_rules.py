@@ -276,11 +276,6 @@ def test_bad_input_is_one_line_before_any_work(name, copy):
     assert all(word in line for word in said), line
 
 
-def test_vllm_that_is_not_installed_is_one_line(copy):
-    line = one_error(dry_run(copy, "--config", "responses={engine: vllm}"))
-    assert "responses.engine is vllm, which is not installed here" in line and "--use-conda" in line
-
-
 def test_unknown_key_on_the_command_line_is_one_line(copy):
     line = one_error(dry_run(copy, "--config", "iteratoins=3"))
     assert "unknown key iteratoins" in line and "did you mean iterations?" in line
