@@ -1,8 +1,9 @@
 """vLLM as the engine of a policy, for GPUs: the contracts of generation.TransformersEngine, another noise.
 
 Imported only when `responses.engine` is vllm. Prompts go in and answers come out as token ids; vLLM never sees text.
-K answers are one request. vLLM 0.32 gives sample k of a request the seed `seed + k` (vllm/v1/engine/parallel_sampling.py)
-and keys a sample's noise by its seed and the token's place alone, so that batches and shards change nothing but rounding.
+K answers are one request. vLLM 0.32 gives sample k of a request the seed `seed + k` (v1/engine/parallel_sampling.py) and
+makes a sample's noise from its seed and the token's place alone: on a GPU by a hash of both (v1/worker/gpu/sample/gumbel.py),
+on a CPU by a generator of the sample's own. So batches and shards change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -61,8 +62,10 @@ class VllmEngine:
         self.dtype = compute_dtype(precision, device)
         try:
             self.llm = vllm.LLM(
-                model=str(folder), skip_tokenizer_init=True, dtype=str(self.dtype).removeprefix("torch."), tensor_parallel_size=tensor_parallel,
+                model=str(folder), dtype=str(self.dtype).removeprefix("torch."), tensor_parallel_size=tensor_parallel,
                 enable_prefix_caching=True, enable_lora=False, max_num_seqs=batch_size, use_tqdm_on_load=False,
+                # The noise of a prompt read in parts is taken back, which vLLM cannot do on a CPU (gpu_model_runner.py: get_offset).
+                enable_chunked_prefill=False if device == "cpu" else None,
                 max_model_len=-1,  # what the model takes, or as much of it as fits the GPU
                 generation_config="vllm",  # the model's own must not warp the logits as well
                 enforce_eager=device == "cpu")  # compiling takes longer there than it saves
