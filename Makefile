@@ -7,6 +7,7 @@
 # make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them (an hour and a half on 2 cores)
 # make compare-all  every run of config/config.yaml; goes on where it stopped
 # make test-slurm  runs the workflow on a real Slurm of one machine, installed by apt-get where it is missing (root, Debian or Ubuntu)
+# make test-vllm  makes .cache/vllm with vLLM's CPU build and runs the engine vllm on the embedded policy (a quarter of an hour)
 # make stale   lists artifacts that older code made
 #
 # TORCH_INDEX  PyTorch's package index, such as https://download.pytorch.org/whl/cpu for the small CPU build
@@ -20,7 +21,7 @@ SNAKEMAKE := .venv/bin/snakemake --cores all
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all compare compare-all install test test-slow test-conda test-slurm test-pairrm estimate stale
+.PHONY: demo demo-all compare compare-all install test test-slow test-conda test-slurm test-pairrm estimate test-vllm stale
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -66,6 +67,19 @@ test-pairrm: .venv/installed
 
 estimate: .venv/installed
 	@.venv/bin/python src/estimate_cost.py --config $(CONFIG) $(FLAGS)
+
+test-vllm: .venv/installed .cache/vllm/installed
+	@$(SNAKEMAKE) results/models/SmolLM2-135M-Instruct
+	@.cache/vllm/bin/python -m pytest -q -rs -m slow tests/vllm
+
+.cache/vllm/installed: VLLM_PIP = .cache/vllm/bin/python -m pip install --quiet --disable-pip-version-check
+.cache/vllm/installed: tests/vllm/requirements.txt
+	@echo "Installing vLLM's CPU build into .cache/vllm (3.1 GB)"
+	@$(PYTHON) -m venv .cache/vllm
+	@$(VLLM_PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r tests/vllm/requirements.txt
+	@.cache/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 stale: .venv/installed
 	@.venv/bin/python src/list_stale.py results

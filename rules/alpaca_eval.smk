@@ -13,7 +13,7 @@ def answer_flags(wildcards):
     """How the evaluation instructions are answered."""
     run = settings(wildcards)
     chosen = {key: run["alpaca_eval"][key] for key in ANSWER_KEYS}
-    engine = {key: run["responses"][key] for key in ("engine", "batch_size", "precision")}
+    engine = {key: run["responses"][key] for key in ENGINE_KEYS}
     return flags(chosen | engine | {"attention": MAIN["policy"]["attention"]})
 
 
@@ -111,14 +111,14 @@ rule answer_instructions:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/{{answers}}.tsv"
     conda:
-        "../envs/core.yaml"
+        ENGINE_ENVIRONMENT
     wildcard_constraints:
         answers="alpaca_eval_outputs|reference_outputs",
     threads: MODEL_THREADS
     resources:
         mem_mb=6000,
         runtime=120,
-        gpu=MODEL_GPUS,
+        gpu=ENGINE_GPUS,
     params:
         version=STAGES["answer"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],

@@ -12,7 +12,7 @@ from snakemake.settings.types import DeploymentMethod
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from sppo.cluster import Asked, check_cluster
-from sppo.config import COMPARISON, flags, of_iteration, resolve
+from sppo.config import COMPARISON, ENGINE_KEYS, flags, of_iteration, resolve
 from sppo.errors import UserError, fail
 from sppo.adapters import adapter_files, is_pairrm
 from sppo.alpaca import DIFFICULTY, OFFICIAL_REFERENCE
@@ -41,6 +41,9 @@ BASE_POLICY = f"{ROOT}iter0/policy"
 ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and Path("/dev/nvidiactl").exists())
 MODEL_THREADS = 1 if ON_GPU else max(workflow.resource_settings.cores or 1, 1)
 MODEL_GPUS = 1 if ON_GPU else 0
+ENGINE_GPUS = MODEL_GPUS * (MAIN["responses"]["tensor_parallel"] or 1)
+# vLLM wants another transformers than the rest.
+ENGINE_ENVIRONMENT = "../envs/vllm.yaml" if MAIN["responses"]["engine"] == "vllm" else "../envs/core.yaml"
 PYTHON = "python" if IN_CONDA else sys.executable
 if sys.stderr.isatty():
     os.environ["SPPO_WATCHED"] = "1"

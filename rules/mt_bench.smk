@@ -19,7 +19,7 @@ def mt_bench_data(wildcards):
 def mt_bench_flags(wildcards):
     """How the questions are answered."""
     run = settings(wildcards)
-    engine = {key: run["responses"][key] for key in ("engine", "batch_size", "precision")}
+    engine = {key: run["responses"][key] for key in ENGINE_KEYS}
     return flags(engine | {"max_new_tokens": run["mt_bench"]["max_new_tokens"], "attention": MAIN["policy"]["attention"]})
 
 
@@ -68,14 +68,14 @@ rule answer_mt_bench:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/{{mt_bench_answers}}.tsv"
     conda:
-        "../envs/core.yaml"
+        ENGINE_ENVIRONMENT
     wildcard_constraints:
         mt_bench_answers="mt_bench_answers|mt_bench_reference_answers",
     threads: MODEL_THREADS
     resources:
         mem_mb=6000,
         runtime=120,
-        gpu=MODEL_GPUS,
+        gpu=ENGINE_GPUS,
     params:
         version=STAGES["answer"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],

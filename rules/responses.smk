@@ -14,12 +14,12 @@ rule generate_responses:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/generate_responses.{{shard}}.tsv"
     conda:
-        "../envs/core.yaml"
+        ENGINE_ENVIRONMENT
     threads: MODEL_THREADS
     resources:
         mem_mb=6000,
         runtime=240,
-        gpu=MODEL_GPUS,
+        gpu=ENGINE_GPUS,
     params:
         version=STAGES["generate"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],

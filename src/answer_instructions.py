@@ -36,7 +36,7 @@ def main() -> None:
     from sppo.generation import Sampling, open_engine, summary
     from sppo.models import context_length, prompt_token_ids, template_hash, start_torch
 
-    start_torch()
+    start_torch(args.tensor_parallel or 1)
     with recorded("answer", args.output, [args.instructions, args.policy], vars(args)) as facts:
         engine = open_engine(args)
         context = context_length(args.policy)

@@ -35,7 +35,7 @@ def main() -> None:
     from sppo.generation import open_engine, summary
     from sppo.models import context_length, start_torch, template_hash
 
-    start_torch()
+    start_torch(args.tensor_parallel or 1)
     with recorded("answer", args.output, [args.data / "question.jsonl", args.policy], vars(args)) as facts:
         engine = open_engine(args)
         chats: dict[str, list[dict[str, str]]] = {str(question["question_id"]): [] for question in questions}

