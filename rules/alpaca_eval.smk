@@ -85,7 +85,7 @@ rule fetch_alpaca_eval:
     benchmark:
         f"{MODELS}benchmarks/alpaca_eval.tsv"
     conda:
-        "../envs/core.yaml"
+        "../envs/eval.yaml"
     threads: 1
     resources:
         mem_mb=500,

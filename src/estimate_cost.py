@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from sppo import estimate
-from sppo.adapters import adapter_folder
+from sppo.adapters import adapter_folder, is_pairrm
 from sppo.artifacts import read_json
 from sppo.config import of_iteration, resolve
 from sppo.errors import UserError, run
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, nargs="*", default=[], help="overlays on config/config.yaml, such as a preset")
     parser.add_argument("--settings", choices=["paper", "repo"], help="in place of the configuration's")
     parser.add_argument("--gpu", choices=list(GPUS), default="H100")
-    parser.add_argument("--gpus", type=int, help="that train one policy together; default: responses.shards")
+    parser.add_argument("--gpus", type=int, help="that train one policy together; default: train.processes")
     parser.add_argument("--peak-tflops", type=float, help="bfloat16, of another GPU")
     parser.add_argument("--memory-gb", type=float, help="of another GPU")
     parser.add_argument("--bandwidth-tb", type=float, help="TB/s, of another GPU")
@@ -66,7 +66,7 @@ def main() -> None:
     gpu = Gpu(args.peak_tflops * 1e12 if args.peak_tflops else gpu.flops, args.memory_gb * GB if args.memory_gb else gpu.memory,
               args.bandwidth_tb * 1e12 if args.bandwidth_tb else gpu.bandwidth)
     use = Use(args.mfu_training, args.mfu_forward, args.bandwidth_share, args.concurrent)
-    args.gpus = args.gpus or config["responses"]["shards"]
+    args.gpus = args.gpus or config["train"]["processes"]
     rows = all_rows(config, shape, gpu, use, args)
     print(f"{config['name'] or 'The default'}, settings {config['settings']}: {config['policy']['model']}, {shape.weights / GB:.2f} billion weights, "
           f"on {args.gpus} x {args.gpu}.\n{as_table(rows, gpu)}\n{summary(rows, config, shape, args)}")
@@ -130,7 +130,7 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
                    decoding and decoding + prefill / (gpu.flops * use.forward), max(memory, 2 * shape.weights + shape.kv_bytes * (longest + most)))
 
     def compared(t: int, stage: str, model: str, asked: int, samples: int, length: int) -> Row:
-        folder = None if model == "llm-blender/PairRM" else adapter_folder(model)
+        folder = None if is_pairrm(model) else adapter_folder(model)
         flops = (estimate.ranker_flops(SHAPES["embedded"], read_json(folder / "ranker.json"), asked, p, samples, length) if folder
                  else estimate.pairrm_flops(asked, p, samples, length))
         read = p + samples * length if folder else samples * (samples - 1) * (p + 2 * length)

@@ -69,7 +69,10 @@ def resolve(written: Config) -> dict[str, Config]:
         for key in SHARED & overrides.keys():
             raise UserError(f"config: {where} cannot override {key}; set it for all runs, or write a preset with a name of its own")
         _check(_set(overrides, rules), rules, where + ".")
-        run = _complete(_set(_merged(main, overrides), rules), rules) | {"first_iteration_from": first}
+        try:
+            run = _complete(_set(_merged(main, overrides), rules), rules) | {"first_iteration_from": first}
+        except UserError as error:  # of keys that go together: the run's own, or main's, which it takes over
+            raise UserError(f"config: {where}: {str(error).removeprefix('config: ')}; or do without the run: {{runs: {{{name}: null}}}}") from None
         if first:
             if own_split := _other_split(runs[""], run):
                 raise UserError(f"config: {where} shares the first iteration with main but sets {own_split} otherwise, so that its prompts "

@@ -111,10 +111,13 @@ def check_machine(runs: dict[str, dict[str, Any]], jobs: set[tuple[str, str, boo
         if gpus == 0:
             raise UserError("config: device is gpu, but this machine shows no NVIDIA GPU; run where there is one or on a cluster (profiles/slurm), or "
                             "set device: cpu")
-        shards = run["responses"]["shards"]
-        if made == "generate_responses" and shards > gpus:
-            raise UserError(f"config: {where}responses.shards is {shards}, one GPU each, but this machine shows {gpus}; set it to {gpus}, or run on "
+        shards, each, processes = run["responses"]["shards"], run["responses"]["tensor_parallel"] or 1, run["train"]["processes"]
+        if made == "generate_responses" and shards * each > gpus:
+            raise UserError(f"config: {where}responses.shards is {shards}, {each if each > 1 else 'one'} GPU each, but this machine shows {gpus}; lower it, or run on "
                             "a cluster (profiles/slurm)")
+        if made == "train_policy" and processes > gpus * run["train"]["machines"]:
+            raise UserError(f"config: {where}train.processes is {processes}, one GPU each, but this machine shows {gpus}; lower it, or run on a cluster "
+                            "(profiles/slurm)")
 
 
 def gpus_here() -> int:

@@ -183,6 +183,8 @@ BAD = {
     "extrapolation of nothing": ({"extrapolation": 0.3}, ["extrapolation", "belongs to a run"]),
     "gold without a file": ({"pairs": {"construction": "gold"}}, ["pairs.construction", "pairs.gold"]),
     "an empty list of rates": ({"train": {"learning_rate": []}}, ["train.learning_rate"]),
+    "a run that cannot take over main's processes": ({"train": {"processes": 2}, "runs": {"a": {"train": {"loss": "kto_pair", "micro_batch_size": 64}}}},
+                                                     ["runs.a: train.loss kto_pair", "{runs: {a: null}}"]),
     "KTO's means over processes": ({"train": {"loss": "kto_pair", "micro_batch_size": 64, "processes": 2}}, ["kto_pair", "train.processes: 1"]),
     "processes that do not make a batch": ({"train": {"processes": 6}}, ["train.batch_size (64)", "train.micro_batch_size (8) x train.processes (6)"]),
     "more processes than pairs": ({"train": {"processes": 128}}, ["train.batch_size (64)", "train.processes (128)"]),
