@@ -74,7 +74,7 @@ test-vllm: .venv/installed .cache/vllm/installed
 
 .cache/vllm/installed: VLLM_PIP = .cache/vllm/bin/python -m pip install --quiet --disable-pip-version-check
 .cache/vllm/installed: tests/vllm/requirements.txt
-	@echo "Installing vLLM's CPU build into .cache/vllm (3.1 GB)"
+	@echo "Installing vLLM's CPU build into .cache/vllm (3.7 GB)"
 	@$(PYTHON) -m venv .cache/vllm
 	@$(VLLM_PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r tests/vllm/requirements.txt
