@@ -71,7 +71,7 @@ def train(args: argparse.Namespace) -> None:
         pairs = against_mixture(pairs, args.tau / args.beta)
     # Only now what takes seconds to import.
     from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, start_torch, weights_dtype
-    from sppo.training import make_trainer, make_trl_trainer, merged
+    from sppo.training import make_trainer, make_trl_trainer
 
     start_torch()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard"))  # the work folder goes when all is done
@@ -122,6 +122,8 @@ def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any])
 def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | None]:
     """The trained model, LoRA merged into it, and its weights where processes hold parts of them: then the first gets all."""
     import torch.distributed
+
+    from sppo.training import merged
 
     weights = None
     if args.parallel != "ddp":
