@@ -41,6 +41,7 @@ BASE_POLICY = f"{ROOT}iter0/policy"
 ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and Path("/dev/nvidiactl").exists())
 MODEL_THREADS = 1 if ON_GPU else max(workflow.resource_settings.cores or 1, 1)
 MODEL_GPUS = 1 if ON_GPU else 0
+TRAINING_GPUS = MODEL_GPUS * max(run["train"]["processes"] // run["train"]["machines"] for run in RUNS.values())
 ENGINE_GPUS = MODEL_GPUS * (MAIN["responses"]["tensor_parallel"] or 1)
 # vLLM wants another transformers than the rest.
 ENGINE_ENVIRONMENT = "../envs/vllm.yaml" if MAIN["responses"]["engine"] == "vllm" else "../envs/core.yaml"

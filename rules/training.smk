@@ -120,7 +120,7 @@ rule train_policy:
     resources:
         mem_mb=7000,
         runtime=720,
-        gpu=MODEL_GPUS,
+        gpu=TRAINING_GPUS,
     params:
         version=STAGES["train"],
         on_each_machine=on_each_machine,

@@ -44,4 +44,3 @@ class LlmBlender:
             logits = self.ranker._full_predict(**{key: value.to(self.device) for key, value in batch.items() if value is not None})["logits"]
             found += list(logits.double().cpu().numpy())
         return found
-

@@ -267,6 +267,8 @@ def _explain(error: jsonschema.ValidationError, rules: Config, where: str) -> st
         return f"{path} is {value!r}, not {wanted}; see config/schema.yaml"
     if error.validator == "enum":
         return f"{path} is {value!r}; it can be {', '.join('null' if v is None else str(v) for v in error.validator_value)}"
+    if error.validator == "pattern" and "description" in error.schema:
+        return f"{path} is {value!r}, which is not of the form that it must have: {error.schema['description']}"
     limits = {"minimum": "at least", "exclusiveMinimum": "greater than", "maximum": "at most"}
     if error.validator in limits:
         return f"{path} is {value}; it must be {limits[error.validator]} {error.validator_value}"

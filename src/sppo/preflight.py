@@ -115,7 +115,7 @@ def check_machine(runs: dict[str, dict[str, Any]], jobs: set[tuple[str, str, boo
         if made == "generate_responses" and shards * each > gpus:
             raise UserError(f"config: {where}responses.shards is {shards}, {each if each > 1 else 'one'} GPU each, but this machine shows {gpus}; lower it, or run on "
                             "a cluster (profiles/slurm)")
-        if made == "train_policy" and processes > gpus * run["train"]["machines"]:
+        if made in ("train_policy", "train_dropped_policy") and processes > gpus * run["train"]["machines"]:
             raise UserError(f"config: {where}train.processes is {processes}, one GPU each, but this machine shows {gpus}; lower it, or run on a cluster "
                             "(profiles/slurm)")
 
