@@ -15,7 +15,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,23 +40,24 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0,
 CONCURRENT = 4  # requests to a server at once
 TIMEOUT = 120  # seconds for one judgment
 RETRIES = 6  # of the openai package, with exponential backoff
+OPENAI_MODELS = ("gpt-", "o1", "o3", "o4")  # what the names of OpenAI's models begin with
 
 
-def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True) -> None:
-    """Raise UserError if the judge cannot work: missing folder, model, address or, if `key`, key. Cheap."""
+def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True, section: str = "mt_bench") -> None:
+    """Raise UserError if the judge of a configuration section cannot work: missing folder, model, address or, if `key`, key. Cheap."""
     folder = adapter_folder(judge)
     if folder:
         if not folder.is_dir():
-            raise UserError(f"judge {judge}: the folder {folder} is missing; train the adapter or correct mt_bench.judge")
+            raise UserError(f"judge {judge}: the folder {folder} is missing; train the adapter or correct {section}.judge")
     elif judge == "openai":
         for key, value in (("judge_model", judge_model), ("judge_base_url", judge_base_url)):
             if not value:
-                raise UserError(f"judge openai needs mt_bench.{key}; set it")
-    elif not judge.startswith(("gpt-", "o1", "o3", "o4")):
+                raise UserError(f"judge openai needs {section}.{key}; set it")
+    elif not judge.startswith(OPENAI_MODELS):
         raise UserError(f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or a model of "
-                        "OpenAI's such as gpt-4-0613 as mt_bench.judge")
+                        f"OpenAI's such as gpt-4-0613 as {section}.judge")
     elif key and not os.environ.get("OPENAI_API_KEY"):
-        raise UserError(f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another mt_bench.judge")
+        raise UserError(f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another {section}.judge")
 
 
 def read_lines(path: Path) -> list[Row]:
@@ -132,8 +133,6 @@ def grade_by_api(questions: list[Row], answers: dict[Any, Row], data: Path, clie
     from fastchat.conversation import get_conv_template
     from fastchat.llm_judge import common, gen_judgment
 
-    from sppo.progress import progress
-
     prompts = common.load_judge_prompts(str(data / "judge_prompts.jsonl"))
     found = sorted(data.glob("reference_answer*.jsonl"))
     references = {row["question_id"]: row for row in read_lines(found[0])} if found else {}
@@ -151,18 +150,25 @@ def grade_by_api(questions: list[Row], answers: dict[Any, Row], data: Path, clie
     common.chat_completion_openai = client
     common.get_conversation_template = lambda _: get_conv_template("chatgpt")
     common.OPENAI_MODEL_LIST = (client.model,)
+    with contextlib.redirect_stdout(io.StringIO()):  # FastChat prints a line for each
+        return concurrently(lambda match: common.play_a_match_single(match, None), matches, "judged answers")
+
+
+def concurrently(ask: Callable[[Any], Any], items: list[Any], what: str) -> list[Any]:
+    """`ask` of every item, some at once; the first error stops what has not begun."""
+    from sppo.progress import progress
+
     with ThreadPoolExecutor(CONCURRENT) as executor:
-        futures = [executor.submit(common.play_a_match_single, match, None) for match in matches]
+        futures = [executor.submit(ask, item) for item in items]
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # FastChat prints a line for each
-                return [future.result() for future in progress(futures, "judged answers")]
+            return [future.result() for future in progress(futures, what)]
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise
 
 
 class Client:
-    """A judge behind an OpenAI-compatible server, with the signature of FastChat's chat_completion_openai.
+    """A judge behind an OpenAI-compatible server; called, it has the signature of FastChat's chat_completion_openai.
 
     Finished judgments are kept in `cache` by model, server and the whole prompt, so that a run goes on where it
     stopped and nothing old is used for another judge, prompt or answer. 429, time-outs and failures of the server
@@ -178,18 +184,21 @@ class Client:
         self.kept = dict(_kept(cache))
 
     def __call__(self, model: str, conversation: Any, temperature: float, max_tokens: int) -> str:
+        return self.ask(conversation.to_openai_api_messages(), temperature, max_tokens)
+
+    def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
+        """The judge's answer to the messages, kept or new."""
         import openai
 
-        messages = conversation.to_openai_api_messages()
-        question = json.dumps([model, self.base_url, temperature, max_tokens, messages])
+        question = json.dumps([self.model, self.base_url, temperature, max_tokens, messages])
         key = hashlib.sha256(question.encode()).hexdigest()
         if key not in self.kept:
             try:
-                answer = self.api.chat.completions.create(model=model, messages=messages, n=1, temperature=temperature, max_tokens=max_tokens)
+                answer = self.api.chat.completions.create(model=self.model, messages=messages, n=1, temperature=temperature, max_tokens=max_tokens)
                 text = answer.choices[0].message.content or ""
             except (openai.OpenAIError, *NO_COMPLETION) as error:
                 message = str(error).replace(self.api.api_key, "(key)")
-                raise UserError(f"judge {self.base_url or model}: {type(error).__name__}: {message}; mend it and run again, finished judgments are kept in "
+                raise UserError(f"judge {self.base_url or self.model}: {type(error).__name__}: {message}; mend it and run again, finished judgments are kept in "
                                 f"{self.cache}") from None
             with self.lock:
                 self.kept[key] = text
