@@ -47,14 +47,16 @@ def main() -> None:
         tokenizer = load_tokenizer(args.policy) if args.source == "chat_template" else None
         groups = []
         for prompt_id, candidates in responses.items():
-            messages = prompts[prompt_id]["messages"]
-            text = messages[-1]["content"] if tokenizer is None else tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True)
-            groups.append((text, [row["text"] for row in candidates]))
+            groups.append((prompt_text(prompts[prompt_id]["messages"], tokenizer), [row["text"] for row in candidates]))
         rows = [{"prompt_id": prompt_id, "sample_ids": [row["sample_id"] for row in candidates], "logits": logits.tolist()}
                 for (prompt_id, candidates), logits in zip(responses.items(), model.all_pair_logits(groups), strict=True)]
         write_table(args.output, rows, "preferences")
         facts |= {"prompts": len(rows), "preference_model": model.name}
+
+
+def prompt_text(messages: list[dict[str, str]], tokenizer) -> str:
+    """What the preference model reads as the prompt: the user's last words, or with a tokenizer the rendered chat template."""
+    return messages[-1]["content"] if tokenizer is None else tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def load_model(args: argparse.Namespace):

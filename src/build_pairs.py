@@ -1,10 +1,15 @@
 """Estimate P-hat from the logits and choose the pairs that are trained on.
 
 Reads   prompts.parquet (its order), all shards of responses/ and preferences/; gold responses (JSONL) and the policy,
-        whose tokenizer reads them, for `--construction gold`; the previous iteration's pairs for `--replay`
+        whose tokenizer reads them, for `--construction gold`; the previous iteration's pairs for `--replay`.
+        For `--construction graded` all shards of grades/ in place of preferences/, and gold responses if there are any
 Writes  pairs.parquet and its record, which counts what was dropped and why
 Paper   2405.00675, section 5.1: P-hat over the K responses; winner and loser by the mean logit; these two are trained on.
         `all`: 2404.03715, Algorithm 1, every two responses. `gold`: 2401.01335, the gold response against one of the policy's.
+        `graded`: 2404.03715, Algorithm 2 (DNO-Prct), every two far enough apart by their grades.
+Departs from 2404.03715 in `graded`: a gold response never loses, where the paper takes all pairs; of older pairs come again those that the
+        previous iteration trained on (`--replay`), so that the share of iteration t - 2 is the square of t - 1's, 9% for 30%, and not 15%. Such pairs
+        have no P-hat, for gold is none of the K: its columns hold grade / 6, that of P(chosen beats rejected) 1, and no loss may read them.
 Departs from the official code: `--probability blender` is its collapse to scores; where all scores are equal it takes
         one response as winner and loser, here such prompts are dropped.
 """
@@ -21,8 +26,9 @@ from typing import Any
 import numpy as np
 
 from sppo.artifacts import recorded
-from sppo.config import COMPARISON, add_section
+from sppo.config import COMPARISON, GRADING, add_section
 from sppo.errors import UserError, run
+from sppo.grades import GOLD, HIGHEST, far_apart
 from sppo.prompts import read_gold
 from sppo.preference import mean_logits, p_hat, win_probabilities, winner_and_loser
 from sppo.tables import read_table, write_table
@@ -32,15 +38,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--responses", type=Path, nargs="+", required=True)
-    parser.add_argument("--preferences", type=Path, nargs="+", required=True)
+    parser.add_argument("--preferences", type=Path, nargs="*", default=[])
+    parser.add_argument("--grades", type=Path, nargs="*", default=[], help="in place of preferences, for --construction graded")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--policy", type=Path, help="whose tokenizer reads gold responses")
     parser.add_argument("--replay-seed", type=int, default=0)
     parser.add_argument("--previous", type=Path, help="the previous iteration's pairs.parquet, for --replay")
     add_section(parser, "preference", skip=COMPARISON)
     add_section(parser, "pairs")
+    add_section(parser, "grades", skip=GRADING)
     args = parser.parse_args()
 
+    graded = args.construction == "graded"
+    judged = args.grades if graded else args.preferences
+    if len(judged) != len(args.responses):
+        raise UserError(f"--construction {args.construction} needs a shard of --{'grades' if graded else 'preferences'} for each of --responses; give all")
     order = [row["prompt_id"] for row in read_table(args.prompts, "prompts")]
     logits = {row["prompt_id"]: row for path in args.preferences for row in read_table(path, "preferences")}
     responses: dict[str, dict[int, dict]] = defaultdict(dict)
@@ -48,15 +60,17 @@ def main() -> None:
         for row in read_table(path, "responses"):
             responses[row["prompt_id"]][row["sample_id"]] = row
     for prompt_id in order:
-        if prompt_id not in logits or logits[prompt_id]["sample_ids"] != sorted(responses.get(prompt_id, ())):
+        if prompt_id not in responses or not graded and (prompt_id not in logits or logits[prompt_id]["sample_ids"] != sorted(responses[prompt_id])):
             raise UserError(f"prompt {prompt_id} lacks responses or preferences; delete {args.responses[0].parent} and "
-                            f"{args.preferences[0].parent} and run again")
-    gold = gold_responses(Path(args.gold), args.policy) if args.construction == "gold" else {}
+                            f"{judged[0].parent} and run again")
+    gold = gold_responses(Path(args.gold), args.policy) if args.gold and args.construction in ("gold", "graded") else {}
+    grades = read_grades(args.grades, responses, gold) if graded else {}
     more = [Path(path) for path in (args.gold, args.previous) if path]
-    with recorded("select", args.output, [args.prompts, *args.responses, *args.preferences, *more], vars(args)) as facts:
+    with recorded("select", args.output, [args.prompts, *args.responses, *judged, *more], vars(args)) as facts:
         found, dropped = [], Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
         for prompt_id in order:
-            for pair in pairs_of(logits[prompt_id], responses[prompt_id], gold.get(prompt_id), args):
+            for pair in (graded_pairs(grades.get(prompt_id, {}), responses[prompt_id], gold.get(prompt_id), args) if graded
+                         else pairs_of(logits[prompt_id], responses[prompt_id], gold.get(prompt_id), args)):
                 if isinstance(pair, str):
                     dropped[pair] += 1
                 else:
@@ -76,7 +90,7 @@ def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:
 
     tokenizer = load_tokenizer(policy)
     stop = stop_token_ids(policy, tokenizer)[0]
-    return {name: {"text": text, "sample_id": -1, "finish_reason": "stop",
+    return {name: {"text": text, "sample_id": GOLD, "finish_reason": "stop",
                    "token_ids": tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids + [stop]}
             for name, text in read_gold(path).items()}
 
@@ -98,6 +112,26 @@ def pairs_of(preferences: dict[str, Any], responses: dict[int, dict], gold: dict
         tie = probabilities[w, l] == 0.5
         kept.append("tie" if tie else made(*ends, (estimates[w], estimates[l], probabilities[w, l]), args))
     return kept
+
+
+def read_grades(paths: list[Path], responses: dict[str, dict[int, dict]], gold: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Grades by prompt and sample_id. UserError if one is of a response that is not there."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in paths:
+        for row in read_table(path, "grades"):
+            prompt_id, sample_id = row["prompt_id"], row["sample_id"]
+            if not (prompt_id in gold if sample_id == GOLD else sample_id in responses.get(prompt_id, {})):
+                raise UserError(f"{path} grades response {sample_id} to prompt {prompt_id}, which is not there; delete it and run again")
+            found[prompt_id][sample_id] = row["grade"]
+    return found
+
+
+def graded_pairs(grades: dict[int, float], responses: dict[int, dict], gold: dict[str, Any] | None, args: argparse.Namespace) -> list[dict[str, Any] | str]:
+    """Pairs of one prompt by grades, or reasons; `no_pair` where no two are far enough apart."""
+    if gold:
+        responses = responses | {GOLD: gold | {"prompt_token_ids": next(iter(responses.values()))["prompt_token_ids"]}}
+    ends = far_apart(grades, args.positive, args.gold_margin, args.own_margin)
+    return [made(responses[w], responses[l], (grades[w] / HIGHEST, grades[l] / HIGHEST, 1.0), args) for w, l in ends] or ["no_pair"]
 
 
 def select(preferences: dict[str, Any], responses: dict[int, dict], args: argparse.Namespace) -> dict[str, Any] | str:

@@ -27,6 +27,10 @@ FIRST_ITERATION = ("prompts", "responses", "preference", "seeds")
 # The section `preference` serves two stages: these keys say how responses are compared, the others how pairs are selected.
 COMPARISON = ("model", "revision", "source", "backend", "precision", "max_prompt_tokens", "max_response_tokens", "truncate_together", "batch_tokens")
 SELECTION = ("probability", "logit_scale", "winner_by", "truncated")
+# So does `grades`: these keys say who grades, the others which pairs grades make.
+GRADING, THRESHOLDS = ("judge", "judge_model", "judge_base_url"), ("positive", "gold_margin", "own_margin")
+# Losses that learn from P-hat, which pairs chosen by grades have none of.
+OF_P_HAT = ("sppo", "sppo_single", "dno", "mmpo", "nash_md", "mpo")
 
 # How a policy is run to answer, whatever it answers.
 ENGINE_KEYS = ("engine", "tensor_parallel", "batch_size", "precision")
@@ -142,8 +146,15 @@ def _check_together(config: Config) -> None:
         raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it")
     if train["loss"] == "nash_md" and (config["pairs"]["construction"] != "all" or config["pairs"]["replay"]):
         raise UserError("config: train.loss nash_md weighs all responses to a prompt against each other; set pairs.construction: all and pairs.replay: 0")
-    if (config["pairs"]["construction"] == "gold") != (config["pairs"]["gold"] is not None):
-        raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither")
+    construction = config["pairs"]["construction"]
+    if construction != "graded" and (construction == "gold") != (config["pairs"]["gold"] is not None):
+        raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither (graded can have one)")
+    if construction == "graded" and train["loss"] in OF_P_HAT:
+        raise UserError(f"config: train.loss {train['loss']} learns from P-hat, which pairs.construction graded does not give; set train.loss: dpo, or another "
+                        "pairs.construction")
+    if construction == "graded" and config["grades"]["judge"] == "preference" and config["preference"]["backend"] != "transformers":
+        raise UserError(f"config: grades.judge preference does not go with preference.backend {config['preference']['backend']}; set preference.backend: "
+                        "transformers, or grades.judge")
     if train["backend"] == "trl" and train["loss_scale"] != "none":
         raise UserError("config: TRL does not scale losses; use train.loss_scale: none or train.backend: transformers")
     check_processes(train)

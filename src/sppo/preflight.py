@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sppo import alpaca, mt_bench
+from sppo import alpaca, grades, mt_bench
 from sppo.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
 from sppo.errors import UserError
 from sppo.hub import check_push
@@ -17,7 +17,8 @@ from sppo.prompts import read_gold, read_instructions, read_prompts
 
 TRAINING_ENVIRONMENT = Path(__file__).resolve().parents[2] / "envs" / "core.yaml"
 # By what is made, the section that names its judge.
-JUDGED = {"alpaca_eval": ("alpaca_eval", alpaca.check_judge), "evaluate_mt_bench": ("mt_bench", mt_bench.check_judge)}
+JUDGED = {"alpaca_eval": ("alpaca_eval", alpaca.check_judge), "evaluate_mt_bench": ("mt_bench", mt_bench.check_judge),
+          "grade_responses": ("grades", grades.check_judge)}
 
 
 def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> None:
@@ -48,7 +49,7 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
                 if not (folder / file).is_file():
                     raise UserError(f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "
                                     "folder that src/train_ranker.py wrote")
-        for section, check in (("alpaca_eval", alpaca.check_judge), ("mt_bench", mt_bench.check_judge)):
+        for section, check in JUDGED.values():
             check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")), key=False)
         if run["mt_bench"]["data"] != "fastchat":
             mt_bench.read_questions(Path(run["mt_bench"]["data"]))

@@ -10,6 +10,7 @@ STAGES = {
     "sample": 1,
     "generate": 1,
     "annotate": 1,
+    "grade": 1,
     "select": 1,
     "reference": 1,
     "train": 1,

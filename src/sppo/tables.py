@@ -38,6 +38,8 @@ TABLES = {
     # logits[i][j] is the logit that response i beats response j, read in the order (i, j).
     "preferences": Table(_columns(prompt_id=pa.string(), sample_ids=_ids,
                                   logits=pa.list_(pa.list_(pa.float64()))), ("prompt_id",)),
+    # From 0 to 6; sample_id -1 is the gold response. A response that the judge gave no score to has no row.
+    "grades": Table(_columns(prompt_id=pa.string(), sample_id=pa.int32(), grade=pa.float64()), ("prompt_id", "sample_id")),
     "pairs": Table(_columns(pair_id=pa.int64(), prompt_id=pa.string(), prompt_token_ids=_ids,
                             chosen=pa.string(), chosen_token_ids=_ids, chosen_sample_id=pa.int32(),
                             rejected=pa.string(), rejected_token_ids=_ids, rejected_sample_id=pa.int32(),

@@ -22,6 +22,7 @@ ROWS = {
     "responses": [{"prompt_id": "p0", "sample_id": i, "seed": 2**64 - 1 - i, "prompt_token_ids": [1], "token_ids": [5, 2], "text": "a\0b",
                    "finish_reason": "stop"} for i in range(3)],
     "preferences": [{"prompt_id": f"p{i}", "sample_ids": [0, 1], "logits": [[0.0, 1e-300], [-1 / 3, 0.0]]} for i in range(3)],
+    "grades": [{"prompt_id": "p0", "sample_id": i - 1, "grade": 6 - i / 3} for i in range(3)],
     "pairs": [{"pair_id": i, "prompt_id": "p0", "prompt_token_ids": [1], "chosen": "a", "chosen_token_ids": [5], "chosen_sample_id": 0,
                "rejected": "", "rejected_token_ids": [], "rejected_sample_id": 4, "p_hat_chosen": 0.9, "p_hat_rejected": 0.1,
                "p_chosen_beats_rejected": 1 / 3} for i in range(3)],

@@ -182,6 +182,13 @@ BAD = {
     "pi_t with a negative weight": ({"train": {"loss": "inpo", "beta": 0.01, "tau": 0.02}}, ["train.tau", "train.beta"]),
     "extrapolation of nothing": ({"extrapolation": 0.3}, ["extrapolation", "belongs to a run"]),
     "gold without a file": ({"pairs": {"construction": "gold"}}, ["pairs.construction", "pairs.gold"]),
+    "a file of gold responses for the ends of K": ({"pairs": {"gold": "gold.jsonl"}}, ["pairs.construction", "pairs.gold"]),
+    "grades for a loss that learns from P-hat": ({"pairs": {"construction": "graded"}}, ["train.loss sppo", "P-hat", "pairs.construction graded"]),
+    "grades for DNO's soft labels in a run": ({"runs": {"a": {"pairs": {"construction": "graded"}, "train": {"loss": "dno"}}}},
+                                              ["runs.a", "train.loss dno", "pairs.construction graded"]),
+    "grades by llm-blender": ({"pairs": {"construction": "graded"}, "train": {"loss": "dpo"}, "preference": {"backend": "llm_blender"}},
+                              ["grades.judge preference", "preference.backend llm_blender"]),
+    "grades without a margin": ({"grades": {"own_margin": 0}}, ["grades.own_margin is 0", "greater than 0"]),
     "an empty list of rates": ({"train": {"learning_rate": []}}, ["train.learning_rate"]),
     "a run that cannot take over main's processes": ({"train": {"processes": 2}, "runs": {"a": {"train": {"loss": "kto_pair", "micro_batch_size": 64}}}},
                                                      ["runs.a: train.loss kto_pair", "{runs: {a: null}}"]),
@@ -264,6 +271,13 @@ def test_flags_give_a_program_the_section_back(section, settings):
     words = flags(values)
     assert all(isinstance(word, str) for word in words)
     assert vars(parser.parse_args(words)) == values
+
+
+def test_graded_pairs_go_with_or_without_gold_responses():
+    for gold in (None, "gold.jsonl"):
+        run = resolve({"pairs": {"construction": "graded", "gold": gold}, "train": {"loss": "dpo"}})[""]
+        assert (run["pairs"]["gold"], run["grades"]) == (gold, {"judge": "preference", "judge_model": None, "judge_base_url": None, "positive": 5,
+                                                                "gold_margin": 2, "own_margin": 1})
 
 
 def test_a_list_gives_one_value_an_iteration_and_the_last_for_all_after():
