@@ -94,7 +94,8 @@ rule build_pairs:
     input:
         prompts=lambda wildcards: sampled(wildcards, "prompts.parquet"),
         responses=lambda wildcards: shards(wildcards, "responses"),
-        preferences=lambda wildcards: shards(wildcards, "preferences"),
+        preferences=lambda wildcards: [] if grade_files(wildcards) else shards(wildcards, "preferences"),
+        grades=lambda wildcards: grade_files(wildcards),
         previous=previous_pairs,
         gold=lambda wildcards: settings(wildcards)["pairs"]["gold"] or [],
         policy=lambda wildcards: current_policy(wildcards) if settings(wildcards)["pairs"]["gold"] else [],
@@ -116,9 +117,9 @@ rule build_pairs:
         options=section_flags("preference", skip=COMPARISON),
         construction=section_flags("pairs"),
         more=lambda wildcards, input: flags({"policy": input.policy or None, "previous": input.previous or None,
-                                             "replay_seed": settings(wildcards)["seeds"]["data"]}),
+                                             "replay_seed": settings(wildcards)["seeds"]["data"]}) + thresholds(wildcards),
     message:
         "Building the pairs of {wildcards.run}iteration {wildcards.t}"
     shell:
         "{PYTHON} src/build_pairs.py --prompts {input.prompts} --responses {input.responses} --preferences {input.preferences}"
-        " {params.options:q} {params.construction:q} {params.more:q} --output {output.pairs} 2>&1 | tee {log}"
+        " --grades {input.grades} {params.options:q} {params.construction:q} {params.more:q} --output {output.pairs} 2>&1 | tee {log}"

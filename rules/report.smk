@@ -99,7 +99,7 @@ rule tabulate_evaluations:
 
 
 SHARDS = range(max(run["responses"]["shards"] for run in RUNS.values()))
-COSTS = [*(f"{folder}/{shard}.parquet" for folder in ("responses", "preferences") for shard in SHARDS), "pairs.parquet",
+COSTS = [*(f"{folder}/{shard}.parquet" for folder in ("responses", "preferences", "grades") for shard in SHARDS), "pairs.parquet",
          "logps/current.parquet", "logps/reference.parquet", "policy"]
 
 

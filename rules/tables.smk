@@ -28,15 +28,13 @@ def of_every_iteration(artifact):
 
 def records_of_every_iteration(wildcards):
     """Records whose seconds add up to an iteration's minutes."""
-    run, first = wildcards.run, settings(wildcards)["first_iteration_from"]
+    run = wildcards.run
     made = [f"{ROOT}{run if t else base_of(wildcards)}iter{t}/{name}" for t in iterations(wildcards) for name in ("alpaca_eval_outputs.json", "alpaca_eval.json")]
     for t in range(1, settings(wildcards)["iterations"] + 1):
         if settings(wildcards)["extrapolation"] is not None:
             made.append(f"{ROOT}{run}iter{t}/policy")
             continue
-        sampling = ROOT if t == 1 and first == "main" else f"{ROOT}{run}"
-        for folder in ("responses", "preferences"):
-            made += [f"{sampling}iter{t}/{folder}/{shard}.parquet" for shard in range(settings(wildcards)["responses"]["shards"])]
+        made += shards(wildcards, "responses", t) + (grade_files(wildcards, t) or shards(wildcards, "preferences", t))
         made += [f"{ROOT}{run}iter{t}/{name}" for name in ("pairs.parquet", "logps/current.parquet", "policy")]
     return [record(artifact) for artifact in made]
 

@@ -1,7 +1,7 @@
 """The methods beside each other: what each run's iterates won, and what they cost.
 
-Reads   alpaca_eval.json, ranker_estimate.json and the records of responses, preferences, pairs, logps and policies, of whatever runs
-        and iterations are there
+Reads   alpaca_eval.json, ranker_estimate.json and the records of responses, preferences or grades, pairs, logps and policies, of whatever
+        runs and iterations are there
 Writes  the table as .csv, .md, .tex and .html; the figure as .png and .svg; a record each
 Rates are per cent against the base, brackets 95% intervals, lengths in characters. Minutes and tokens are those of making the policy,
 evaluation apart; a run that shares main's first responses and preferences counts them as its own. The line above the table says of
@@ -77,8 +77,9 @@ def costs(found: Evaluations, place: tuple[str, int]) -> list[str]:
 
 
 def sampling(found: Evaluations, pairs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of the responses and preferences that the pairs were built of, whichever run made them."""
-    made = {record["artifact"]: record for contents in found.values() for name, record in contents.items() if name.startswith(("responses/", "preferences/"))}
+    """Records of the responses and preferences or grades that the pairs were built of, whichever run made them."""
+    folders = ("responses/", "preferences/", "grades/")
+    made = {record["artifact"]: record for contents in found.values() for name, record in contents.items() if name.startswith(folders)}
     return [made[path] for path in pairs.get("inputs", {}) if path in made]
 
 

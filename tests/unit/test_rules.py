@@ -184,7 +184,7 @@ def test_a_preset_at_paper_scale_leaves_nothing_of_the_embedded_default(name, se
                 assert run[section][key] == default_of(inner, settings), f"{section}.{key}"
     assert (run["iterations"], run["train"]["batch_size"], run["train"]["stop_epoch"]) == (3, 64, 1)
     assert (run["responses"]["samples"], run["responses"]["engine"], run["preference"]["model"]) == (5, "vllm", "llm-blender/PairRM")
-    assert "spin" not in resolve(overlaid(text))
+    assert not {"spin", "dno_prct"} & resolve(overlaid(text)).keys()
 
 
 def test_alpaca_eval_s_own_files_are_fetched_where_official_is_asked_for(copy):
@@ -225,6 +225,8 @@ def test_a_real_run_asks_for_gpus_first(copy):
 NEEDED = {
     "a key": ({"alpaca_eval": {"judge": "weighted_alpaca_eval_gpt4_turbo"}}, ("alpaca_eval", "", False), 8, "export OPENAI_API_KEY"),
     "a key for MT-Bench": ({"mt_bench": {"judge": "gpt-4"}}, ("evaluate_mt_bench", "", False), 8, "mt_bench.judge"),
+    "a key for grades": ({"runs": {"a": {"pairs": {"construction": "graded"}, "train": {"loss": "dpo"}, "grades": {"judge": "gpt-4"}}}},
+                         ("grade_responses", "a", False), 8, "export OPENAI_API_KEY.*grades.judge"),
     "a GPU": ({"device": "gpu"}, ("train_policy", "", True), 0, "shows no NVIDIA GPU"),
     "a GPU for each shard": ({"device": "gpu", "responses": {"shards": 8}}, ("generate_responses", "", True), 2, "responses.shards is 8, one GPU each, but this machine shows 2"),
     "a run's GPU for each shard": ({"runs": {"a": {"responses": {"shards": 3}}}}, ("generate_responses", "a", True), 2, "runs.a.responses.shards is 3"),
@@ -277,6 +279,19 @@ def test_methods_refer_to_the_base_the_previous_iterate_or_a_magnet(copy):
         assert found == scored, run
 
 
+def test_pairs_are_chosen_by_grades_in_place_of_preferences_where_a_run_says_so(copy):
+    done = dry_run(copy, "results/dno_prct/summary.md", "--printshellcmds")
+    planned, text = jobs(done), done.stdout + done.stderr
+    assert planned["grade_responses"] == planned["generate_responses"] == planned["build_pairs"] == 3 and "annotate_preferences" not in planned
+    assert "--grades results/dno_prct/iter2/grades/0.parquet" in text and "--previous results/dno_prct/iter1/pairs.parquet" in text
+    assert re.search(r"grade_responses\.py .*--gold data/gold\.jsonl .*--judge preference --model ranker .*--probability pairwise", text)
+    (copy / "graded.yaml").write_text("runs: {dpo: {pairs: {construction: graded}, grades: {judge: openai, judge_model: m, judge_base_url: http://localhost/v1}}}")
+    done = dry_run(copy, "results/dpo/iter1/pairs.parquet", "--configfile", "graded.yaml", "--printshellcmds")
+    text = done.stdout + done.stderr  # main's responses, the run's own grades
+    assert re.search(r"grade_responses\.py .*--responses results/iter1/responses/0\.parquet .*--judge openai .*--output results/dpo/iter1/grades/0\.parquet", text)
+    assert "data/ranker" not in text and "annotate_preferences" not in jobs(done)
+
+
 def test_a_run_that_evaluates_otherwise_has_a_base_of_its_own(copy):
     (copy / "mine.yaml").write_text("runs: {a: {alpaca_eval: {limit: 50}}}")
     made = evaluated(dry_run(copy, "results/a/summary.md", "--configfile", "mine.yaml"))
@@ -322,6 +337,9 @@ BAD = {
     "DeepSpeed that is not installed": ("{train: {parallel: zero3, processes: 8}, runs: {kto_pair: null}}", ["train.parallel is zero3", "pip install deepspeed"]),
     "missing MT-Bench questions": ("mt_bench: {data: nowhere}", ["nowhere/question.jsonl is missing"]),
     "unknown MT-Bench judge": ("mt_bench: {judge: no_such_judge}", ["unknown judge no_such_judge", "mt_bench.judge"]),
+    "unknown judge of grades": ("grades: {judge: no_such_judge}", ["unknown judge no_such_judge", "grades.judge"]),
+    "judge of grades without a model": ("runs: {dno_prct: {grades: {judge: openai}}}", ["grades.judge_model"]),
+    "missing gold responses": ("runs: {dno_prct: {pairs: {gold: data/nowhere.jsonl}}}", ["data/nowhere.jsonl is missing", "pairs.gold"]),
     "missing Open LLM items": ("open_llm: {data: ./nowhere}", ["open_llm.data is ./nowhere"]),
     "difficulties of other instructions": ("alpaca_eval: {difficulty: Snakefile}", ["not AlpacaEval's 805 instructions"]),
     "reference of other instructions": ("alpaca_eval: {reference: other.json}", ["lack the reference's instruction"]),

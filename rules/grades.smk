@@ -1,0 +1,49 @@
+"""Requires: iter{t}/responses/, a preference model or a judge behind an API. Gives: iter{t}/grades/{shard}.parquet, for pairs.construction graded."""
+
+
+def grader(wildcards):
+    """Who grades; the run's preference model with what it reads and how its logits become probabilities."""
+    run = settings(wildcards)
+    chosen = flags({key: run["grades"][key] for key in GRADING})
+    if run["grades"]["judge"] != "preference":
+        return chosen
+    return chosen + comparison_flags(wildcards) + flags({key: run["preference"][key] for key in ("probability", "logit_scale")})
+
+
+def thresholds(wildcards):
+    """Which pairs grades make, where they make any."""
+    run = settings(wildcards)
+    return flags({key: run["grades"][key] for key in THRESHOLDS}) if run["pairs"]["construction"] == "graded" else []
+
+
+rule grade_responses:
+    """A grade from 0 to 6 of every response and of the gold one: by the preference model, or a rubric behind an API."""
+    input:
+        prompts=lambda wildcards: sampled(wildcards, "prompts.parquet"),
+        responses=lambda wildcards: sampled(wildcards, f"responses/{wildcards.shard}.parquet"),
+        gold=lambda wildcards: settings(wildcards)["pairs"]["gold"] or [],
+        policy=BASE_POLICY,
+        ranker_base=lambda wildcards: ranker_base(wildcards.run) if settings(wildcards)["grades"]["judge"] == "preference" else [],
+        model=lambda wildcards: preference_model_files(wildcards.run) if settings(wildcards)["grades"]["judge"] == "preference" else [],
+    output:
+        grades=at("grades/{shard}.parquet"),
+        record=record(at("grades/{shard}.parquet")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/grade_responses.{{shard}}.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/grade_responses.{{shard}}.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=8000,
+        runtime=240,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["grade"],
+        options=grader,
+    message:
+        "Grading responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
+    shell:
+        "{PYTHON} src/grade_responses.py --prompts {input.prompts} --responses {input.responses} --gold {input.gold} --policy {input.policy}"
+        " --ranker-base {input.ranker_base} --device {MAIN[device]} {params.options:q} --output {output.grades} 2>&1 | tee {log}"
