@@ -22,8 +22,8 @@ from sppo.adapters import adapter_files
 from sppo.artifacts import recorded
 from sppo.config import THRESHOLDS, add_section
 from sppo.errors import UserError, run
-from sppo.grades import GOLD, HIGHEST, check_judge, loops, read_score, rubric
-from sppo.mt_bench import Client, concurrently
+from sppo.grades import GOLD, HIGHEST, loops, read_score, rubric
+from sppo.mt_bench import Client, check_grader, concurrently
 from sppo.preference import p_hat, win_probabilities
 from sppo.prompts import read_gold
 from sppo.tables import read_table, write_table
@@ -46,7 +46,7 @@ def main() -> None:
     add_section(parser, "grades", skip=THRESHOLDS)
     args = parser.parse_args()
 
-    check_judge(args.judge, args.judge_model, args.judge_base_url)
+    check_grader(args.judge, args.judge_model, args.judge_base_url)
     messages = {row["prompt_id"]: row["messages"] for row in read_table(args.prompts, "prompts")}
     pools: Pools = defaultdict(dict)
     for row in read_table(args.responses, "responses"):

@@ -60,6 +60,16 @@ def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None,
         raise UserError(f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another {section}.judge")
 
 
+def check_grader(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True) -> None:
+    """The same for the section `grades`, whose judge grades one response alone: the run's preference model or one behind an API."""
+    if judge == "preference":
+        return
+    if judge != "openai" and not judge.startswith(OPENAI_MODELS):
+        raise UserError(f"unknown judge {judge}; take preference (the run's preference model), openai, or a model of OpenAI's such as gpt-4-0613 "
+                        "as grades.judge")
+    check_judge(judge, judge_model, judge_base_url, key, section="grades")
+
+
 def read_lines(path: Path) -> list[Row]:
     """JSON lines with a question_id each. A broken line, a missing and a repeated id are a UserError that names the line."""
     try:

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sppo import alpaca, grades, mt_bench
+from sppo import alpaca, mt_bench
 from sppo.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
 from sppo.errors import UserError
 from sppo.hub import check_push
@@ -18,7 +18,7 @@ from sppo.prompts import read_gold, read_instructions, read_prompts
 TRAINING_ENVIRONMENT = Path(__file__).resolve().parents[2] / "envs" / "core.yaml"
 # By what is made, the section that names its judge.
 JUDGED = {"alpaca_eval": ("alpaca_eval", alpaca.check_judge), "evaluate_mt_bench": ("mt_bench", mt_bench.check_judge),
-          "grade_responses": ("grades", grades.check_judge)}
+          "grade_responses": ("grades", mt_bench.check_grader)}
 
 
 def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> None:

@@ -12,7 +12,8 @@ import build_pairs
 import grade_responses
 from sppo.artifacts import read_json
 from sppo.errors import UserError
-from sppo.grades import GOLD, check_judge, far_apart, loops, read_score, rubric
+from sppo.grades import GOLD, far_apart, loops, read_score, rubric
+from sppo.mt_bench import check_grader
 from sppo.tables import read_table, write_table
 from test_mt_bench import KEY, Server
 
@@ -77,9 +78,9 @@ def test_judges_are_checked_before_work(monkeypatch):
                                        ("gpt-4-0613", None, None, "OPENAI_API_KEY.*grades.judge"), ("claude", None, None, "unknown judge claude.*grades.judge"),
                                        ("ranker", None, None, "unknown judge ranker; take preference")):
         with pytest.raises(UserError, match=message):
-            check_judge(judge, model, url)
-    check_judge("preference", None, None)
-    check_judge("gpt-4-0613", None, None, key=False)
+            check_grader(judge, model, url)
+    check_grader("preference", None, None)
+    check_grader("gpt-4-0613", None, None, key=False)
 
 
 # --- the programs ---
