@@ -120,7 +120,7 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
     prompts, k, p = prompts_of_an_iteration(config, args.prompts), responses["samples"], args.prompt_tokens
     r, longest = min(args.response_tokens, responses["max_new_tokens"]), config["prompts"]["max_tokens"] or args.longest_prompt
     n, answer = instructions_of(evaluation), min(args.response_tokens, evaluation["max_new_tokens"])
-    pairs = prompts * k * (k - 1) // 2 if config["pairs"]["construction"] == "all" else prompts
+    pairs = (prompts * k * (k - 1) // 2 if config["pairs"]["construction"] == "all" else prompts) * (2 if config["pairs"]["goals"] else 1)
 
     def drawn(t: int, stage: str, asked: int, samples: int, length: int, most: int) -> Row:
         prefill = estimate.forward_flops(shape, asked * p, p / 2, 0)

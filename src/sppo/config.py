@@ -27,6 +27,8 @@ FIRST_ITERATION = ("prompts", "responses", "preference", "seeds")
 # The section `preference` serves two stages: these keys say how responses are compared, the others how pairs are selected.
 COMPARISON = ("model", "revision", "source", "backend", "precision", "max_prompt_tokens", "max_response_tokens", "truncate_together", "batch_tokens")
 SELECTION = ("probability", "logit_scale", "winner_by", "truncated")
+# And these of the section `pairs` say how rules are chained.
+CHAINING = ("implicit", "replay_from")
 
 # How a policy is run to answer, whatever it answers.
 ENGINE_KEYS = ("engine", "tensor_parallel", "batch_size", "precision")
@@ -142,6 +144,10 @@ def _check_together(config: Config) -> None:
         raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it")
     if train["loss"] == "nash_md" and (config["pairs"]["construction"] != "all" or config["pairs"]["replay"]):
         raise UserError("config: train.loss nash_md weighs all responses to a prompt against each other; set pairs.construction: all and pairs.replay: 0")
+    if config["pairs"]["goals"] and train["loss"] not in ("dpo", "hinge", "ipo", "kto_pair", "simpo"):
+        raise UserError(f"config: pairs.goals turns pairs round, which train.loss {train['loss']} does not know; set train.loss: dpo, hinge, ipo, kto_pair or simpo")
+    if config["pairs"]["even_lengths"] and (config["pairs"]["construction"], config["preference"]["winner_by"]) != ("extremes", "logit"):
+        raise UserError("config: pairs.even_lengths evens out the ends of the mean logit; set pairs.construction: extremes and preference.winner_by: logit")
     if (config["pairs"]["construction"] == "gold") != (config["pairs"]["gold"] is not None):
         raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither")
     if train["backend"] == "trl" and train["loss_scale"] != "none":

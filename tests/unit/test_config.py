@@ -182,6 +182,8 @@ BAD = {
     "pi_t with a negative weight": ({"train": {"loss": "inpo", "beta": 0.01, "tau": 0.02}}, ["train.tau", "train.beta"]),
     "extrapolation of nothing": ({"extrapolation": 0.3}, ["extrapolation", "belongs to a run"]),
     "gold without a file": ({"pairs": {"construction": "gold"}}, ["pairs.construction", "pairs.gold"]),
+    "pairs turned round for a loss of win rates": ({"pairs": {"goals": True}}, ["pairs.goals", "train.loss sppo"]),
+    "even lengths of every two": ({"pairs": {"even_lengths": True, "construction": "all"}}, ["pairs.even_lengths", "pairs.construction: extremes"]),
     "an empty list of rates": ({"train": {"learning_rate": []}}, ["train.learning_rate"]),
     "a run that cannot take over main's processes": ({"train": {"processes": 2}, "runs": {"a": {"train": {"loss": "kto_pair", "micro_batch_size": 64}}}},
                                                      ["runs.a: train.loss kto_pair", "{runs: {a: null}}"]),
