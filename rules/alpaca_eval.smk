@@ -125,12 +125,13 @@ rule answer_instructions:
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
         options=answer_flags,
+        best_grade=lambda wildcards: best_grade(wildcards, wildcards.t),
     message:
         "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t}, {wildcards.answers}"
     shell:
         "{PYTHON} src/answer_instructions.py --instructions {input.instructions:q} --policy {input.policy}"
         " --generator {params.generator} --noise {params.noise} --seed {params.seed} --device {MAIN[device]} {params.options:q}"
-        " --output {output.outputs} 2>&1 | tee {log}"
+        " {params.best_grade} --output {output.outputs} 2>&1 | tee {log}"
 
 
 rule judge_outputs:

@@ -12,7 +12,7 @@ from snakemake.settings.types import DeploymentMethod
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from sppo.cluster import Asked, check_cluster
-from sppo.config import COMPARISON, ENGINE_KEYS, GRADING, THRESHOLDS, flags, of_iteration, resolve
+from sppo.config import CHAINING, COMPARISON, ENGINE_KEYS, GRADING, THRESHOLDS, flags, of_iteration, resolve
 from sppo.errors import UserError, fail
 from sppo.adapters import adapter_files, is_pairrm
 from sppo.alpaca import DIFFICULTY, OFFICIAL_REFERENCE
@@ -114,16 +114,14 @@ def shards(wildcards, folder, t=None):
     return [sampled(wildcards, f"{folder}/{shard}.parquet", t) for shard in range(settings(wildcards)["responses"]["shards"])]
 
 
-def grade_files(wildcards, t=None):
-    """All shards of a run's own grades, by which its pairs are chosen; none where they are chosen by preferences."""
-    run = settings(wildcards)
-    folder = f"{ROOT}{wildcards.run}iter{t or wildcards.t}/grades"
-    return [f"{folder}/{shard}.parquet" for shard in range(run["responses"]["shards"])] if run["pairs"]["construction"] == "graded" else []
-
-
 def section_flags(name, skip=()):
     """Parameter function: the flags of one configuration section of the job's run."""
     return lambda wildcards: flags(settings(wildcards)[name], skip)
+
+
+def best_grade(wildcards, t):
+    """The flag that asks the policy after iteration t for its best, where it has learned to be asked."""
+    return "--best-grade" if settings(wildcards)["pairs"]["goals"] and int(t) > 0 else ""
 
 
 def preference_model(run):

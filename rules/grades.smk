@@ -1,6 +1,13 @@
 """Requires: iter{t}/responses/, a preference model or a judge behind an API. Gives: iter{t}/grades/{shard}.parquet, for pairs.construction graded."""
 
 
+def grade_files(wildcards, t=None):
+    """All shards of a run's own grades, by which its pairs are chosen; none where they are chosen by preferences."""
+    run = settings(wildcards)
+    folder = f"{ROOT}{wildcards.run}iter{t or wildcards.t}/grades"
+    return [f"{folder}/{shard}.parquet" for shard in range(run["responses"]["shards"])] if run["pairs"]["construction"] == "graded" else []
+
+
 def grader(wildcards):
     """Who grades; the run's preference model with what it reads and how its logits become probabilities."""
     run = settings(wildcards)

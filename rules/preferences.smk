@@ -68,6 +68,45 @@ rule annotate_preferences:
         " --output {output.preferences} 2>&1 | tee {log}"
 
 
+rule annotate_implicitly:
+    """All K x K logits of each prompt by the implicit reward of pi_t against the iterate before it."""
+    input:
+        prompts=at("prompts.parquet"),
+        responses=at("responses/{shard}.parquet"),
+        policy=current_policy,
+        before=lambda wildcards: policy(wildcards.run, int(wildcards.t) - 2),
+    output:
+        preferences=at("preferences/{shard}.parquet"),
+        record=record(at("preferences/{shard}.parquet")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/annotate_implicitly.{{shard}}.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/annotate_implicitly.{{shard}}.tsv"
+    wildcard_constraints:
+        run="|".join(f"{name}/" if name else "" for name, run in RUNS.items() if run["pairs"]["implicit"]) or "(?!)",
+        t=r"(?!1/)\d+",
+    conda:
+        "../envs/core.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=6000,
+        runtime=120,
+        gpu=MODEL_GPUS,
+    params:
+        version=STAGES["annotate"],
+        beta=lambda wildcards: of_iteration(settings(wildcards)["train"], int(wildcards.t) - 1)["beta"],
+        options=lambda wildcards: flags({key: settings(wildcards)["train"][key] for key in ("micro_batch_size", "precision")}),
+        attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
+    message:
+        "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}, by the policy's own reward"
+    shell:
+        "{PYTHON} src/annotate_implicitly.py --prompts {input.prompts} --responses {input.responses} --policy {input.policy}"
+        " --before {input.before} --beta {params.beta} --device {MAIN[device]} {params.attention} {params.options:q}"
+        " --output {output.preferences} 2>&1 | tee {log}"
+
+
+ruleorder: annotate_implicitly > annotate_preferences
+
 # llm-blender knows transformers 4 alone and so has an environment of its own.
 BLENDING = [name for name, run in RUNS.items() if run["preference"]["backend"] == "llm_blender"]
 if BLENDING:
@@ -80,13 +119,13 @@ if BLENDING:
         wildcard_constraints:
             run="|".join(f"{name}/" if name else "" for name in BLENDING),
 
-    ruleorder: annotate_with_llm_blender > annotate_preferences
+    ruleorder: annotate_implicitly > annotate_with_llm_blender > annotate_preferences
 
 
 def previous_pairs(wildcards):
-    """The previous iteration's pairs, where some of them are trained on again."""
-    t = int(wildcards.t)
-    return f"{ROOT}{wildcards.run}iter{t - 1}/pairs.parquet" if settings(wildcards)["pairs"]["replay"] and t > 1 else []
+    """An earlier iteration's pairs, where some of them are trained on again."""
+    t, chosen = int(wildcards.t), settings(wildcards)["pairs"]
+    return f"{ROOT}{wildcards.run}iter{1 if chosen['replay_from'] == 'first' else t - 1}/pairs.parquet" if chosen["replay"] and t > 1 else []
 
 
 rule build_pairs:
@@ -98,7 +137,7 @@ rule build_pairs:
         grades=lambda wildcards: grade_files(wildcards),
         previous=previous_pairs,
         gold=lambda wildcards: settings(wildcards)["pairs"]["gold"] or [],
-        policy=lambda wildcards: current_policy(wildcards) if settings(wildcards)["pairs"]["gold"] else [],
+        policy=lambda wildcards: current_policy(wildcards) if settings(wildcards)["pairs"]["gold"] or settings(wildcards)["pairs"]["goals"] else [],
     output:
         pairs=at("pairs.parquet"),
         record=record(at("pairs.parquet")),
@@ -115,7 +154,7 @@ rule build_pairs:
     params:
         version=STAGES["select"],
         options=section_flags("preference", skip=COMPARISON),
-        construction=section_flags("pairs"),
+        construction=section_flags("pairs", skip=CHAINING),
         more=lambda wildcards, input: flags({"policy": input.policy or None, "previous": input.previous or None,
                                              "replay_seed": settings(wildcards)["seeds"]["data"]}) + thresholds(wildcards),
     message:

@@ -32,9 +32,10 @@ rule sample_prompts:
         room=lambda wildcards: settings(wildcards)["responses"]["max_new_tokens"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         options=section_flags("prompts"),
+        best_grade=lambda wildcards: best_grade(wildcards, int(wildcards.t) - 1),
     message:
         "Drawing the prompts of {wildcards.run}iteration {wildcards.t}"
     shell:
         "{PYTHON} src/sample_prompts.py --iteration {wildcards.t} --iterations {params.iterations} --seed {params.seed}"
-        " --held-out {input.held_out:q} --policy {input.policy} --response-tokens {params.room} {params.options:q}"
+        " --held-out {input.held_out:q} --policy {input.policy} --response-tokens {params.room} {params.options:q} {params.best_grade}"
         " --output {output.prompts} 2>&1 | tee {log}"

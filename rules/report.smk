@@ -61,12 +61,13 @@ rule build_response_browser:
     params:
         version=STAGES["tabulate"],
         options=section_flags("preference", skip=COMPARISON),
+        construction=section_flags("pairs", skip=CHAINING),
     message:
         "Building {wildcards.run}response browser"
     shell:
         "{PYTHON} src/build_response_browser.py --prompts {input.prompts} --responses {input.responses} --preferences {input.preferences}"
         " --pairs {input.pairs} --answers {input.answers} --annotations {input.annotations} --instructions {input.instructions:q}"
-        " {params.options:q} --output {output.page} 2>&1 | tee {log}"
+        " {params.options:q} {params.construction:q} --output {output.page} 2>&1 | tee {log}"
 
 
 rule tabulate_evaluations:

@@ -14,7 +14,7 @@ from pathlib import Path
 from sppo.artifacts import recorded, write_json
 from sppo.config import add_engine
 from sppo.errors import UserError, run
-from sppo.prompts import read_instructions
+from sppo.prompts import BEST_GRADE, read_instructions, with_goal
 
 
 def main() -> None:
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--noise", required=True, help="name of the noise; policies that share it share their noise")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=1, help="answers to each instruction")
+    parser.add_argument("--best-grade", action="store_true", help="a reward-conditioned policy is asked for its best")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--max-new-tokens", type=int, default=2048)
@@ -42,7 +43,8 @@ def main() -> None:
         context = context_length(args.policy)
         prompts = []
         for number, row in enumerate(instructions):
-            ids = prompt_token_ids(engine.tokenizer, [{"role": "user", "content": row["instruction"]}])
+            messages = [{"role": "user", "content": row["instruction"]}]
+            ids = prompt_token_ids(engine.tokenizer, with_goal(messages, BEST_GRADE) if args.best_grade else messages)
             if context and len(ids) + args.max_new_tokens > context:
                 raise UserError(f"instruction {number} of {args.instructions} has {len(ids)} tokens and does not fit the policy's "
                                 f"context of {context} with alpaca_eval.max_new_tokens = {args.max_new_tokens}; lower that")

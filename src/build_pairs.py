@@ -1,11 +1,12 @@
 """Estimate P-hat from the logits and choose the pairs that are trained on.
 
 Reads   prompts.parquet (its order), all shards of responses/ and preferences/; gold responses (JSONL) and the policy,
-        whose tokenizer reads them, for `--construction gold`; the previous iteration's pairs for `--replay`.
+        whose tokenizer reads them, for `--construction gold`; an earlier iteration's pairs for `--replay`.
         For `--construction graded` all shards of grades/ in place of preferences/, and gold responses if there are any
 Writes  pairs.parquet and its record, which counts what was dropped and why
 Paper   2405.00675, section 5.1: P-hat over the K responses; winner and loser by the mean logit; these two are trained on.
         `all`: 2404.03715, Algorithm 1, every two responses. `gold`: 2401.01335, the gold response against one of the policy's.
+        `--even-lengths`: DICE, 2406.09760. `--goals`: RA-DPO, 2410.08067, with grades 1 + 9 P-hat in place of a reward model's.
         `graded`: 2404.03715, Algorithm 2 (DNO-Prct), every two far enough apart by their grades.
 Departs from 2404.03715 in `graded`: a gold response never loses, where the paper takes all pairs; of older pairs come again those that the
         previous iteration trained on (`--replay`), so that the share of iteration t - 2 is the square of t - 1's, 9% for 30%, and not 15%. Such pairs
@@ -26,11 +27,11 @@ from typing import Any
 import numpy as np
 
 from sppo.artifacts import recorded
-from sppo.config import COMPARISON, GRADING, add_section
+from sppo.config import CHAINING, COMPARISON, GRADING, add_section
 from sppo.errors import UserError, run
-from sppo.grades import GOLD, HIGHEST, far_apart
-from sppo.prompts import read_gold
-from sppo.preference import mean_logits, p_hat, win_probabilities, winner_and_loser
+from sppo.grades import GOLD, HIGHEST, far_apart, read_grades
+from sppo.preference import even_length_penalty, mean_logits, p_hat, win_probabilities, winner_and_loser
+from sppo.prompts import read_gold, with_goal
 from sppo.tables import read_table, write_table
 
 
@@ -41,11 +42,11 @@ def main() -> None:
     parser.add_argument("--preferences", type=Path, nargs="*", default=[])
     parser.add_argument("--grades", type=Path, nargs="*", default=[], help="in place of preferences, for --construction graded")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--policy", type=Path, help="whose tokenizer reads gold responses")
+    parser.add_argument("--policy", type=Path, help="whose tokenizer reads gold responses and goals")
     parser.add_argument("--replay-seed", type=int, default=0)
-    parser.add_argument("--previous", type=Path, help="the previous iteration's pairs.parquet, for --replay")
+    parser.add_argument("--previous", type=Path, help="an earlier iteration's pairs.parquet, for --replay")
     add_section(parser, "preference", skip=COMPARISON)
-    add_section(parser, "pairs")
+    add_section(parser, "pairs", skip=CHAINING)
     add_section(parser, "grades", skip=GRADING)
     args = parser.parse_args()
 
@@ -53,7 +54,8 @@ def main() -> None:
     judged = args.grades if graded else args.preferences
     if len(judged) != len(args.responses):
         raise UserError(f"--construction {args.construction} needs a shard of --{'grades' if graded else 'preferences'} for each of --responses; give all")
-    order = [row["prompt_id"] for row in read_table(args.prompts, "prompts")]
+    messages = {row["prompt_id"]: row["messages"] for row in read_table(args.prompts, "prompts")}
+    order = list(messages)
     logits = {row["prompt_id"]: row for path in args.preferences for row in read_table(path, "preferences")}
     responses: dict[str, dict[int, dict]] = defaultdict(dict)
     for path in args.responses:
@@ -67,6 +69,8 @@ def main() -> None:
     grades = read_grades(args.grades, responses, gold) if graded else {}
     more = [Path(path) for path in (args.gold, args.previous) if path]
     with recorded("select", args.output, [args.prompts, *args.responses, *judged, *more], vars(args)) as facts:
+        if args.even_lengths:
+            facts["length_penalty"] = even_out_lengths(logits, responses)
         found, dropped = [], Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
         for prompt_id in order:
             for pair in (graded_pairs(grades.get(prompt_id, {}), responses[prompt_id], gold.get(prompt_id), args) if graded
@@ -75,6 +79,8 @@ def main() -> None:
                     dropped[pair] += 1
                 else:
                     found.append({"prompt_id": prompt_id, **pair})
+        if args.goals:
+            found = twice_with_goals(found, messages, args.policy)
         new = len(found)
         if args.previous:
             before = read_table(args.previous, "pairs")
@@ -95,6 +101,31 @@ def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:
             for name, text in read_gold(path).items()}
 
 
+def even_out_lengths(logits: dict[str, dict[str, Any]], responses: dict[str, dict[int, dict]]) -> float:
+    """Take the penalty for length, in characters, from all logits; returns it."""
+    lengths = {name: np.array([float(len(responses[name][sample]["text"])) for sample in row["sample_ids"]]) for name, row in logits.items()}
+    # Half, for both orders of a pair are in it, and the penalty is taken from each.
+    alpha = even_length_penalty([mean_logits(np.array(row["logits"])) / 2 for row in logits.values()], list(lengths.values()))
+    for name, row in logits.items():
+        row["logits"] = np.array(row["logits"]) - alpha * (lengths[name][:, None] - lengths[name])
+    return alpha
+
+
+def twice_with_goals(pairs: list[dict[str, Any]], messages: dict[str, list], policy: Path) -> list[dict[str, Any]]:
+    """Each pair with the prompt asking for the winner's grade, and turned round with the prompt asking for the loser's."""
+    from sppo.models import load_tokenizer, prompt_token_ids
+
+    tokenizer, found = load_tokenizer(policy), []
+    for pair in pairs:
+        turned = pair | {"p_chosen_beats_rejected": 1 - pair["p_chosen_beats_rejected"]}
+        for name in ("{}", "{}_token_ids", "{}_sample_id", "p_hat_{}"):
+            turned |= {name.format("chosen"): pair[name.format("rejected")], name.format("rejected"): pair[name.format("chosen")]}
+        for row in (pair, turned):
+            goal = with_goal(messages[pair["prompt_id"]], round(1 + 9 * row["p_hat_chosen"], 1))
+            found.append(row | {"prompt_token_ids": prompt_token_ids(tokenizer, goal)})
+    return found
+
+
 def pairs_of(preferences: dict[str, Any], responses: dict[int, dict], gold: dict[str, Any] | None, args: argparse.Namespace) -> list[dict[str, Any] | str]:
     """Pairs of one prompt, and a reason for each that was dropped."""
     if args.construction == "extremes":
@@ -112,18 +143,6 @@ def pairs_of(preferences: dict[str, Any], responses: dict[int, dict], gold: dict
         tie = probabilities[w, l] == 0.5
         kept.append("tie" if tie else made(*ends, (estimates[w], estimates[l], probabilities[w, l]), args))
     return kept
-
-
-def read_grades(paths: list[Path], responses: dict[str, dict[int, dict]], gold: dict[str, Any]) -> dict[str, dict[int, float]]:
-    """Grades by prompt and sample_id. UserError if one is of a response that is not there."""
-    found: dict[str, dict[int, float]] = defaultdict(dict)
-    for path in paths:
-        for row in read_table(path, "grades"):
-            prompt_id, sample_id = row["prompt_id"], row["sample_id"]
-            if not (prompt_id in gold if sample_id == GOLD else sample_id in responses.get(prompt_id, {})):
-                raise UserError(f"{path} grades response {sample_id} to prompt {prompt_id}, which is not there; delete it and run again")
-            found[prompt_id][sample_id] = row["grade"]
-    return found
 
 
 def graded_pairs(grades: dict[int, float], responses: dict[int, dict], gold: dict[str, Any] | None, args: argparse.Namespace) -> list[dict[str, Any] | str]:

@@ -3,7 +3,7 @@
 Reads   prompts.parquet, responses/, preferences/ and pairs.parquet of the iterations trained; alpaca_eval_outputs.json and
         alpaca_eval_annotations.json of all iterations, the base's (iter0) among them; the evaluation instructions
 Writes  a self-contained .html that needs neither server nor network, and its record
-The iteration is read from the paths (.../iter{t}/...). P, winner and loser are build_pairs.py's own: the flags of [preference]
+The iteration is read from the paths (.../iter{t}/...). P, winner and loser are build_pairs.py's own: the flags of [preference] and [pairs]
 must be those of the run, and pairs.parquet is checked against them.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from build_pairs import select
 from sppo.alpaca import read_outputs
 from sppo.artifacts import file_hash, iteration, read_json, recorded, write_text
-from sppo.config import COMPARISON, add_section
+from sppo.config import CHAINING, COMPARISON, add_section
 from sppo.errors import UserError, run
 from sppo.preference import p_hat, win_probabilities
 from sppo.prompts import read_instructions
@@ -42,8 +42,11 @@ def main() -> None:
     parser.add_argument("--instructions", type=Path, required=True, help="evaluation instructions with their categories")
     parser.add_argument("--output", type=Path, required=True, help="the page, .html")
     add_section(parser, "preference", skip=COMPARISON)
-    parser.set_defaults(margin=0.0)
+    add_section(parser, "pairs", skip=CHAINING)
     args = parser.parse_args()
+    if args.construction != "extremes" or args.even_lengths or args.goals or args.replay:
+        raise UserError("the response browser shows runs that are trained on the best and the worst response of each prompt, and nothing else; this run has "
+                        "pairs.construction, even_lengths, goals or replay set")
 
     inputs = [*args.prompts, *args.responses, *args.preferences, *args.pairs, *args.answers, *args.annotations, args.instructions]
     with recorded("tabulate", args.output, inputs, vars(args)) as facts:

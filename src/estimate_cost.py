@@ -121,6 +121,7 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
     r, longest = min(args.response_tokens, responses["max_new_tokens"]), config["prompts"]["max_tokens"] or args.longest_prompt
     n, answer = instructions_of(evaluation), min(args.response_tokens, evaluation["max_new_tokens"])
     pairs = prompts * {"all": k * (k - 1) // 2, "graded": k * (k + 1) // 2}.get(config["pairs"]["construction"], 1)  # of graded ones at most
+    pairs *= 2 if config["pairs"]["goals"] else 1
 
     def drawn(t: int, stage: str, asked: int, samples: int, length: int, most: int) -> Row:
         prefill = estimate.forward_flops(shape, asked * p, p / 2, 0)

@@ -16,7 +16,7 @@ from typing import Any
 from sppo.artifacts import recorded
 from sppo.config import add_section
 from sppo.errors import UserError, run
-from sppo.prompts import read_instructions, read_prompts
+from sppo.prompts import BEST_GRADE, read_instructions, read_prompts, with_goal
 from sppo.tables import write_table
 
 
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True, help="evaluation instructions; none of them is drawn")
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--response-tokens", type=int, required=True, help="room to leave for a response")
+    parser.add_argument("--best-grade", action="store_true", help="a reward-conditioned policy is asked for its best")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     add_section(parser, "prompts")
@@ -79,7 +80,7 @@ def with_token_ids(prompts: list[dict[str, Any]], source: str, args: argparse.Na
         if any(token in message["content"] for message in prompt["messages"] for token in special):
             dropped["holds_special_tokens"] += 1
             continue
-        ids = prompt_token_ids(tokenizer, prompt["messages"])
+        ids = prompt_token_ids(tokenizer, with_goal(prompt["messages"], BEST_GRADE) if args.best_grade else prompt["messages"])
         if args.max_tokens and len(ids) > args.max_tokens:
             dropped["longer_than_max_tokens"] += 1
             continue

@@ -27,10 +27,12 @@ FIRST_ITERATION = ("prompts", "responses", "preference", "seeds")
 # The section `preference` serves two stages: these keys say how responses are compared, the others how pairs are selected.
 COMPARISON = ("model", "revision", "source", "backend", "precision", "max_prompt_tokens", "max_response_tokens", "truncate_together", "batch_tokens")
 SELECTION = ("probability", "logit_scale", "winner_by", "truncated")
-# So does `grades`: these keys say who grades, the others which pairs grades make.
+# The section `grades` too: these keys say who grades, the others which pairs grades make.
 GRADING, THRESHOLDS = ("judge", "judge_model", "judge_base_url"), ("positive", "gold_margin", "own_margin")
 # Losses that learn from P-hat, which pairs chosen by grades have none of.
 OF_P_HAT = ("sppo", "sppo_single", "dno", "mmpo", "nash_md", "mpo")
+# These of the section `pairs` say how rules are chained.
+CHAINING = ("implicit", "replay_from")
 
 # How a policy is run to answer, whatever it answers.
 ENGINE_KEYS = ("engine", "tensor_parallel", "batch_size", "precision")
@@ -146,20 +148,33 @@ def _check_together(config: Config) -> None:
         raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it")
     if train["loss"] == "nash_md" and (config["pairs"]["construction"] != "all" or config["pairs"]["replay"]):
         raise UserError("config: train.loss nash_md weighs all responses to a prompt against each other; set pairs.construction: all and pairs.replay: 0")
-    construction = config["pairs"]["construction"]
-    if construction != "graded" and (construction == "gold") != (config["pairs"]["gold"] is not None):
+    if config["pairs"]["goals"] and train["loss"] not in ("dpo", "hinge", "ipo", "kto_pair", "simpo"):
+        raise UserError(f"config: pairs.goals turns pairs round, which train.loss {train['loss']} does not know; set train.loss: dpo, hinge, ipo, kto_pair or simpo")
+    if config["pairs"]["even_lengths"] and (config["pairs"]["construction"], config["preference"]["winner_by"]) != ("extremes", "logit"):
+        raise UserError("config: pairs.even_lengths evens out the ends of the mean logit; set pairs.construction: extremes and preference.winner_by: logit")
+    if config["pairs"]["construction"] == "graded":
+        _check_graded(config)
+    elif (config["pairs"]["construction"] == "gold") != (config["pairs"]["gold"] is not None):
         raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither (graded can have one)")
-    if construction == "graded" and train["loss"] in OF_P_HAT:
-        raise UserError(f"config: train.loss {train['loss']} learns from P-hat, which pairs.construction graded does not give; set train.loss: dpo, or another "
-                        "pairs.construction")
-    if construction == "graded" and config["grades"]["judge"] == "preference" and config["preference"]["backend"] != "transformers":
-        raise UserError(f"config: grades.judge preference does not go with preference.backend {config['preference']['backend']}; set preference.backend: "
-                        "transformers, or grades.judge")
     if train["backend"] == "trl" and train["loss_scale"] != "none":
         raise UserError("config: TRL does not scale losses; use train.loss_scale: none or train.backend: transformers")
     check_processes(train)
     if train["parallel"] != "ddp" and config["device"] == "cpu":
         raise UserError(f"config: train.parallel {train['parallel']} needs GPUs, but device is cpu; set train.parallel: ddp")
+
+
+def _check_graded(config: Config) -> None:
+    """What goes with pairs that are chosen by grades, else UserError."""
+    loss, backend = config["train"]["loss"], config["preference"]["backend"]
+    if loss in OF_P_HAT:
+        raise UserError(f"config: train.loss {loss} learns from P-hat, which pairs.construction graded does not give; set train.loss: dpo, or another "
+                        "pairs.construction")
+    for key in ("goals", "implicit"):
+        if config["pairs"][key]:
+            raise UserError(f"config: pairs.{key} is made of preferences, which pairs.construction graded does without; set pairs.{key}: false, or another "
+                            "pairs.construction")
+    if config["grades"]["judge"] == "preference" and backend != "transformers":
+        raise UserError(f"config: grades.judge preference does not go with preference.backend {backend}; set preference.backend: transformers, or grades.judge")
 
 
 def check_processes(train: Config) -> None:

@@ -1,9 +1,14 @@
-"""Grades of DNO-Prct (arXiv 2404.03715, Algorithm 2): the rubric, the score in a judge's answer, loops, and the pairs that grades make. Pure functions."""
+"""Grades of DNO-Prct (arXiv 2404.03715, Algorithm 2): the rubric, the score in a judge's answer, loops, and the pairs that grades make."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from sppo.errors import UserError
+from sppo.tables import read_table
 
 HIGHEST = 6
 GOLD = -1  # the gold response's sample_id
@@ -65,3 +70,15 @@ def far_apart(grades: dict[int, float], positive: float, gold_margin: float, own
     """
     return [(w, l) for w in sorted(grades) for l in sorted(grades)
             if l not in (w, GOLD) and grades[w] >= positive and grades[w] - grades[l] >= (gold_margin if w == GOLD else own_margin)]
+
+
+def read_grades(paths: list[Path], responses: dict[str, dict[int, dict]], gold: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Grades by prompt and sample_id. UserError if one is of a response that is not there."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in paths:
+        for row in read_table(path, "grades"):
+            prompt_id, sample_id = row["prompt_id"], row["sample_id"]
+            if not (prompt_id in gold if sample_id == GOLD else sample_id in responses.get(prompt_id, {})):
+                raise UserError(f"{path} grades response {sample_id} to prompt {prompt_id}, which is not there; delete it and run again")
+            found[prompt_id][sample_id] = row["grade"]
+    return found

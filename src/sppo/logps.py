@@ -47,15 +47,31 @@ def pair_length(pair: dict) -> int:
     return len(pair["prompt_token_ids"]) + max(len(pair["chosen_token_ids"]), len(pair["rejected_token_ids"]))
 
 
+def _batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Indices in batches of like lengths."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+
 def frozen_logps(model: nn.Module, pairs: list[dict], dtype: torch.dtype, device: str, micro_batch_size: int) -> list[dict]:
     """Rows of the table `logps` under a frozen model, batched by length, in the order of `pairs`."""
-    order = sorted(range(len(pairs)), key=lambda i: pair_length(pairs[i]))
-    batches = [order[i:i + micro_batch_size] for i in range(0, len(order), micro_batch_size)]
     rows: dict[int, dict] = {}
     with torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        for batch in progress(batches, "reference log-probabilities"):
+        for batch in progress(_batches([pair_length(pair) for pair in pairs], micro_batch_size), "reference log-probabilities"):
             chosen = [pairs[i] for i in batch]
             logps = response_logps(model, {k: v.to(device) for k, v in pair_batch(chosen).items()}).tolist()
             for n, i in enumerate(batch):
                 rows[i] = {"pair_id": pairs[i]["pair_id"], "chosen_logp": logps[n], "rejected_logp": logps[n + len(batch)]}
     return [rows[i] for i in range(len(pairs))]
+
+
+def frozen_response_logps(model: nn.Module, responses: list[dict], dtype: torch.dtype, device: str, batch_size: int) -> list[float]:
+    """log pi(y|x), nats, of rows of the table `responses` under a frozen model, batched by length, in their order."""
+    logps = [0.0] * len(responses)
+    lengths = [len(row["prompt_token_ids"]) + len(row["token_ids"]) for row in responses]
+    with torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for batch in progress(_batches(lengths, batch_size), "log-probabilities of responses"):
+            rows = collate([responses[i]["prompt_token_ids"] for i in batch], [responses[i]["token_ids"] for i in batch])
+            for i, logp in zip(batch, response_logps(model, {k: v.to(device) for k, v in rows.items()}).tolist(), strict=True):
+                logps[i] = logp
+    return logps

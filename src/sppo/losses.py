@@ -116,16 +116,23 @@ LOSSES: dict[str, Callable[[SimpleNamespace, dict[str, Any]], Tensor]] = {
 
 
 def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
-    """The loss called `name`, shape (B,), plus `sft_weight` times the winner's negative log-likelihood per token (RPO, 2404.19733).
+    """The loss called `name`, shape (B,), plus two terms that any loss can have:
+
+    `sft_weight` times the winner's negative log-likelihood per token (RPO, 2404.19733), and `optimism` times beta times
+    the mean of delta_w and delta_l (SELM, 2405.19332). SELM has there the log-ratio of one more response that pi_t gave; over every two of
+    K responses our mean is that of K such responses, and no third sequence is computed.
 
     `pair` holds, each (B,): logp_, current_ (under pi_t), reference_ (under pi_ref) and tokens_ of chosen and rejected,
     p_hat_chosen, p_hat_rejected, p_chosen_beats_rejected. `options` is the configuration section `train`.
     """
     if name not in LOSSES:
         raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")
-    loss = LOSSES[name](_terms(pair, options), options)
+    x = _terms(pair, options)
+    loss = LOSSES[name](x, options)
     if options["sft_weight"]:
-        loss = loss - options["sft_weight"] * pair["logp_chosen"] / pair["tokens_chosen"]
+        loss = loss - options["sft_weight"] * x.logp_w / x.tokens_w
+    if options["optimism"]:
+        loss = loss + options["optimism"] * options["beta"] * 0.5 * (x.delta_w + x.delta_l)
     return loss
 
 

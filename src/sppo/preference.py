@@ -6,6 +6,8 @@ model read them, in the order (i, j); its diagonal is ignored. SPPO is arXiv 240
 
 from __future__ import annotations
 
+import bisect
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -67,6 +69,25 @@ def p_hat_weighted(probabilities: Array, log_weights: Array) -> Array:
     """
     weights = np.exp(log_weights - np.max(log_weights))
     return np.asarray(probabilities, dtype=np.float64) @ (weights / weights.sum())
+
+
+def even_length_penalty(scores: list[Array], lengths: list[Array]) -> float:
+    """alpha >= 0 with which the ends of scores - alpha lengths differ least in length on average over prompts; each entry (K,).
+
+    DICE, 2406.09760, which tries alpha in steps of 0.001. The mean difference falls with alpha, in steps where two responses of a
+    prompt change places, so that bisection over these finds it exactly. 0 if winners are no longer than losers without it.
+    """
+    def difference(alpha: float) -> float:
+        ends = [(length[(score - alpha * length).argmax()], length[(score - alpha * length).argmin()])
+                for score, length in zip(scores, lengths, strict=True)]
+        return float(np.mean([winner - loser for winner, loser in ends]))
+
+    places = np.concatenate([((s[:, None] - s)[longer] / (n[:, None] - n)[longer]) for s, n in zip(scores, lengths, strict=True)
+                             for longer in [n[:, None] > n]])
+    places = np.unique(places[places > 0])
+    alphas = [0.0, *(places[:-1] + places[1:]) / 2, *(2 * places[-1:])]  # one in each step
+    first = bisect.bisect_left(alphas, 0, key=lambda alpha: -difference(alpha))  # where winners are no longer than losers
+    return float(min(alphas[max(first - 1, 0):first + 1], key=lambda alpha: abs(difference(alpha))))
 
 
 def winner_and_loser(scores: Array) -> tuple[int, int] | None:

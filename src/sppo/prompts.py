@@ -12,6 +12,7 @@ from sppo.hub import hub_failure, hub_token
 from sppo.models import HUB_ID
 
 Prompt = dict[str, Any]  # id, category, messages
+BEST_GRADE = 10  # what a reward-conditioned policy is asked for when it is sampled or evaluated
 
 
 def read_prompts(source: str, revision: str | None, split: str, field: str) -> tuple[list[Prompt], str | None]:
@@ -39,6 +40,13 @@ def read_prompts(source: str, revision: str | None, split: str, field: str) -> t
     if not prompts:
         raise UserError(f"{source} has no prompts; give a file with one JSON object a line")
     return prompts, commit
+
+
+def with_goal(messages: list[dict[str, str]], grade: float) -> list[dict[str, str]]:
+    """The chat with its first message asking for an answer of this grade, 1 to 10 (RA-DPO, 2410.08067; the wording is ours)."""
+    first, *rest = messages
+    wish = f"Write an answer whose overall quality is {grade:g} on a scale from 1 (worst) to 10 (best).\n\n"
+    return [first | {"content": wish + first["content"]}, *rest]
 
 
 def read_gold(path: Path) -> dict[str, str]:

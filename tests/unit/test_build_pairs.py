@@ -116,6 +116,33 @@ def test_replayed_pairs_come_after_the_new_ones(build, tmp_path):
     assert build({"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay", "0.5")[0] == pairs  # the same draw
 
 
+def test_even_lengths_take_a_penalty_from_all_logits(build):
+    """Without it the longest response wins; r = (3, 2, 0) less alpha times (30, 10, 12) characters makes the second win."""
+    texts, r = ["x" * 30, "y" * 10, "z" * 12], np.array([3.0, 2.0, 0.0])
+    case = {"a": (texts, r[:, None] - r, STOPPED)}
+    assert build(case)[0][0]["chosen"] == texts[0]
+    pairs, record = build(case, "--even-lengths", "true")
+    assert (pairs[0]["chosen"], pairs[0]["rejected"]) == (texts[1], texts[2])
+    alpha = record["length_penalty"]
+    assert 0.05 < alpha < 1 / 6  # above, the first would become the loser; below 1/20 it wins
+    left = (r - alpha * np.array([30, 10, 12]))[:, None] - (r - alpha * np.array([30, 10, 12]))
+    assert pairs[0]["p_hat_chosen"] == pytest.approx((1 / (1 + np.exp(-left))).mean(1)[1], abs=1e-12)
+
+
+def test_goals_train_every_pair_both_ways(build, tiny_policy):
+    from sppo.models import load_tokenizer
+
+    plain, = build({"a": (["x", "y", "z"], SKEW, STOPPED)})[0]
+    good, bad = build({"a": (["x", "y", "z"], SKEW, STOPPED)}, "--goals", "true", "--policy", tiny_policy)[0]
+    assert (good["chosen"], good["rejected"], bad["chosen"], bad["rejected"]) == ("x", "z", "z", "x")
+    assert bad["chosen_token_ids"] == plain["rejected_token_ids"] and bad["rejected_sample_id"] == plain["chosen_sample_id"]
+    assert bad["p_chosen_beats_rejected"] == pytest.approx(1 - good["p_chosen_beats_rejected"]) and good["pair_id"] != bad["pair_id"]
+    for row in (good, bad):
+        text = load_tokenizer(tiny_policy).decode(row["prompt_token_ids"])
+        assert f"quality is {round(1 + 9 * row['p_hat_chosen'], 1):g} on" in text and text.count("<|im_start|>user") == 1
+    assert good["p_hat_chosen"] == plain["p_hat_chosen"] == bad["p_hat_rejected"] > 0.5 > bad["p_hat_chosen"]
+
+
 @pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ('{"id": "b"}', "line 2 is not an object with id and response"),
                                                ('{"id": "a", "response": "again"}', "line 2: id a is there twice")])
 def test_broken_gold_is_named(build, tmp_path, line, message, tiny_policy):

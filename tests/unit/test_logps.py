@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from sppo.logps import collate, frozen_logps, pair_batch, pair_length, response_logps
+from sppo.logps import collate, frozen_logps, frozen_response_logps, pair_batch, pair_length, response_logps
 from sppo.models import load_policy
 
 EOS = 2  # and the tokenizer's pad
@@ -120,6 +120,12 @@ def test_frozen_logps_keep_the_order_of_the_pairs(size, model, sequences, loop):
     for side in ("chosen", "rejected"):
         expected = [loop(pair["prompt_token_ids"], pair[f"{side}_token_ids"]) for pair in pairs]
         assert [row[f"{side}_logp"] for row in rows] == pytest.approx(expected, abs=1e-4, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_frozen_logps_of_responses_keep_their_order(size, model, sequences, by_hand):
+    rows = [{"prompt_token_ids": prompt, "token_ids": response} for prompt, response in zip(*sequences, strict=True)]
+    assert frozen_response_logps(model, rows, torch.float32, "cpu", size) == pytest.approx(by_hand, abs=1e-4, rel=1e-6)
 
 
 def test_frozen_logps_in_bfloat16_are_near_and_summed_in_float32(model, sequences, by_hand):

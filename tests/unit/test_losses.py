@@ -19,7 +19,7 @@ GOLDEN = dict(logp_chosen=-50.0, logp_rejected=-61.0, reference_chosen=-52.0, re
               current_rejected=-60.5, tokens_chosen=20.0, tokens_rejected=25.0, p_hat_chosen=0.8, p_hat_rejected=0.2, p_chosen_beats_rejected=0.9)
 # Losses with the options that the checks below give them.
 CASES = {name: {} for name in LOSSES} | {
-    "dpo": {"label_smoothing": 0.1, "sft_weight": 0.005}, "ipo": {"per_token": True, "ipo_target": 1.0}, "simpo": {"gamma": 1.5},
+    "dpo": {"label_smoothing": 0.1, "sft_weight": 0.005}, "ipo": {"per_token": True, "ipo_target": 1.0}, "simpo": {"gamma": 1.5}, "hinge": {"optimism": 0.01},
     "mmpo": {"gamma": 3.0}, "inpo": {"tau": 0.03}, "nash_md": {"tau": 0.0005}, "mpo": {"tau": 0.3}}
 
 
@@ -32,7 +32,7 @@ def sigmoid(x: float) -> float:
 
 
 def by_hand(name: str, rows: list[dict[str, float]], beta: float, tau=0.0, gamma=1.0, label_smoothing=0.0, ipo_target=0.5, per_token=False,
-            sft_weight=0.0) -> list[float]:
+            sft_weight=0.0, optimism=0.0) -> list[float]:
     """Pairs in plain Python, from the formulas of the specification and not from ours."""
     losses = []
     ratio_w = [row["logp_chosen"] - row["reference_chosen"] for row in rows]
@@ -67,7 +67,7 @@ def by_hand(name: str, rows: list[dict[str, float]], beta: float, tau=0.0, gamma
             loss = (h - mixture - (pw - pl) / beta) ** 2
         elif name == "mpo":
             loss = ((1 + eta * tau) * h - prev - eta * tau * ref - eta * (pw - pl)) ** 2
-        losses.append(loss + sft_weight * -row["logp_chosen"] / row["tokens_chosen"])
+        losses.append(loss + sft_weight * -row["logp_chosen"] / row["tokens_chosen"] + optimism * beta * (w + l) / 2)
     return losses
 
 

@@ -316,3 +316,27 @@ def test_llm_blender_without_conda_is_one_line_before_any_work(folders, tmp_path
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [
         "error: config: preference.backend is llm_blender, which needs an environment of its own; run with --use-conda, or set transformers"]
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_the_workflow_trains_on_what_it_prefers(folders, tiny_policy, copy_repository, tmp_path):
+    """One iteration and its evaluation in small, from the prompts to the win rate."""
+    folder = copy_repository(tmp_path)
+    config = [f"policy={{model: {tiny_policy}}}", f"preference={{model: {folders['hf']}, batch_tokens: 512}}", "iterations=1"]
+    done = subprocess.run([sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", "tests/workflow/config.yaml", "--config", *config,
+                           "--", "results/tiny/iter1/alpaca_eval.json", "results/tiny/iter1/ranker_estimate.json"],
+                          cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    root = folder / "results/tiny"
+    texts: dict[str, dict[int, str]] = {}
+    for row in (row for shard in (0, 1) for row in read_table(root / f"iter1/responses/{shard}.parquet", "responses")):
+        texts.setdefault(row["prompt_id"], {})[row["sample_id"]] = row["text"]
+    asked = {row["prompt_id"]: row["messages"][-1]["content"] for row in read_table(root / "iter1/prompts.parquet", "prompts")}
+    model = PairRM(folders["hf"])
+    pairs = read_table(root / "iter1/pairs.parquet", "pairs")
+    assert pairs and read_json(record_path(root / "iter1/policy"))["pairs"] == len(pairs)
+    for pair in pairs:
+        mine = texts[pair["prompt_id"]]
+        estimates = win_probabilities(model.pair_logits(asked[pair["prompt_id"]], [mine[k] for k in sorted(mine)])).mean(axis=1)
+        assert (pair["p_hat_chosen"], pair["p_hat_rejected"]) == pytest.approx((estimates[pair["chosen_sample_id"]], estimates[pair["rejected_sample_id"]]), abs=1e-4)
+    assert read_json(root / "iter1/ranker_estimate.json")["judge"] == "results/tiny/iter0/preference_model"

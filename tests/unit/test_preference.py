@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sppo.preference import mean_logits, p_hat, p_hat_weighted, win_probabilities, winner_and_loser
+from sppo.preference import even_length_penalty, mean_logits, p_hat, p_hat_weighted, win_probabilities, winner_and_loser
 
 # ../shared/spec/golden.json, block phat.
 L = np.array([[0.0, 1.2, -0.3, 2.0, 0.7], [-0.8, 0.0, 0.5, 0.1, -1.0], [0.6, -0.2, 0.0, 1.4, 0.3],
@@ -128,3 +128,22 @@ def test_weights_make_the_samples_of_one_policy_speak_for_another():
     estimate = p_hat_weighted(P[np.ix_(np.arange(6), sample)], np.log(other / pi)[sample] + 700.0)
     assert np.abs(estimate - P @ other).max() < 0.02 < np.abs(P @ pi - P @ other).max()
     assert p_hat_weighted(P, np.zeros(6)) == pytest.approx(p_hat(P))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_length_penalty_is_the_best_of_a_fine_grid(seed):
+    draw = np.random.default_rng(seed)
+    lengths = [draw.integers(1, 400, size=k).astype(float) for k in (5, 5, 4, 2)]
+    scores = [0.01 * n + draw.normal(size=len(n)) for n in lengths]  # longer is better, as a rule
+
+    def difference(alpha: float) -> float:
+        ends = [(max(zip(s - alpha * n, n))[1], min(zip(s - alpha * n, n))[1]) for s, n in zip(scores, lengths, strict=True)]
+        return abs(float(np.mean([winner - loser for winner, loser in ends])))
+
+    alpha = even_length_penalty(scores, lengths)
+    assert alpha > 0 and difference(alpha) <= min(map(difference, np.linspace(0, 0.1, 2001))) + 1e-9
+
+
+def test_no_length_penalty_where_winners_are_short_or_lengths_all_equal():
+    assert even_length_penalty([np.array([2.0, 1.0])], [np.array([10.0, 20.0])]) == 0
+    assert even_length_penalty([np.array([2.0, 1.0])], [np.array([20.0, 20.0])]) == 0

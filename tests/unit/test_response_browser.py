@@ -143,6 +143,9 @@ def test_flags_are_those_of_the_pairs(build):
     for flags in (("--logit-scale", "1.0"), ("--probability", "blender"), ("--truncated", "drop")):
         with pytest.raises(UserError, match=r"pairs.parquet holds another pair for prompt . .* build_pairs.py"):
             build(*flags)
+    for flags in (("--construction", "all"), ("--goals", "true"), ("--replay", "0.5")):
+        with pytest.raises(UserError, match="best and the worst response of each prompt"):
+            build(*flags)
 
 
 def test_files_that_do_not_belong_together_are_one_line(root, build):

@@ -292,6 +292,23 @@ def test_pairs_are_chosen_by_grades_in_place_of_preferences_where_a_run_says_so(
     assert "data/ranker" not in text and "annotate_preferences" not in jobs(done)
 
 
+def test_dice_compares_by_its_own_reward_after_the_first_iteration(copy):
+    """The first comparison is main's, by the ranker; the others are of pi_t with the iterate before it; replayed pairs are the first."""
+    done = dry_run(copy, "results/dice/iter3/policy", "--printshellcmds")
+    assert jobs(done)["annotate_preferences"] == 1 and jobs(done)["annotate_implicitly"] == 2
+    text = done.stdout + done.stderr
+    assert "--policy results/dice/iter1/policy --before results/iter0/policy" in text
+    assert "--policy results/dice/iter2/policy --before results/dice/iter1/policy" in text
+    assert text.count("--previous results/dice/iter1/pairs.parquet") == 2
+
+
+def test_a_reward_conditioned_policy_is_asked_for_its_best_when_it_has_learned_to(copy):
+    done = dry_run(copy, "results/ra_dpo/iter2/alpaca_eval.json", "--printshellcmds")
+    asked = [line for line in (done.stdout + done.stderr).splitlines() if "--best-grade" in line]
+    assert len(asked) == 2 and any("sample_prompts.py --iteration 2" in line for line in asked)
+    assert any("results/ra_dpo/iter2/alpaca_eval_outputs.json" in line for line in asked)
+
+
 def test_a_run_that_evaluates_otherwise_has_a_base_of_its_own(copy):
     (copy / "mine.yaml").write_text("runs: {a: {alpaca_eval: {limit: 50}}}")
     made = evaluated(dry_run(copy, "results/a/summary.md", "--configfile", "mine.yaml"))

@@ -214,3 +214,22 @@ def test_another_shard_count_gives_the_same_tokens_and_preferences(clone):
     for prompt_id, other in tables(1)[1].items():
         assert np.abs(win_probabilities(other) - win_probabilities(logits[prompt_id])).max() < 1e-4
         assert winner_and_loser(mean_logits(other)) == winner_and_loser(mean_logits(logits[prompt_id]))
+
+
+@pytest.mark.slow
+def test_runs_with_data_of_their_own_are_trained_and_evaluated(clone):
+    """DICE, RA-DPO and SELM of the shipped configuration, in small: two iterations and their answers."""
+    runs = ("dice", "ra_dpo", "selm")
+    snakemake(clone, *(f"results/tiny/{run}/iter2/alpaca_eval.json" for run in runs))
+
+    root = clone[0] / "results/tiny"
+    pairs = {run: read_table(root / run / "iter2/pairs.parquet", "pairs") for run in runs}
+    first = read_table(root / "dice/iter1/pairs.parquet", "pairs")
+    assert [pair["chosen"] for pair in sorted(pairs["dice"][-len(first):], key=lambda pair: pair["prompt_id"])] == [
+        pair["chosen"] for pair in sorted(first, key=lambda pair: pair["prompt_id"])]
+    rewards = json.loads((root / "dice/iter2/preferences/0.parquet.record.json").read_text())
+    assert rewards["preference_model"].endswith("log results/tiny/dice/iter1/policy/results/tiny/iter0/policy")
+    assert len(pairs["ra_dpo"]) % 2 == 0 and all(a["chosen"] == b["rejected"] for a, b in zip(pairs["ra_dpo"][::2], pairs["ra_dpo"][1::2]))
+    asked, answered = (read_table(root / f"{run}/iter2/prompts.parquet", "prompts") for run in ("ra_dpo", "selm"))
+    assert [row["messages"] for row in asked] == [row["messages"] for row in answered]
+    assert all(len(a["prompt_token_ids"]) > len(b["prompt_token_ids"]) for a, b in zip(asked, answered))
