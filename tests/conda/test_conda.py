@@ -25,6 +25,7 @@ ALL = [SUMMARY, "theory", *(f"results/tiny/{name}" for name in (
     "iter1/mt_bench.json", "iter1/open_llm.json", "iter1/best_of_n.svg", "figures/training.svg", "response_browser.html", "expo/iter1/policy"))]
 OF_WHAT_IS_THERE = ["paper_tables", *(f"results/tiny/{name}" for name in (
     "tables/evaluations.html", "tables/methods.html", "figures/pairwise_judge.svg"))]
+DATA_OF_THEIR_OWN = ["results/tiny/dice/iter2/preferences/0.parquet", "results/tiny/dno_prct/iter1/pairs.parquet"]
 NOT_RUN = {"fetch_mt_bench", "fetch_alpaca_eval", "push_policy", "preference_model"}  # they ask the network
 TELLS_THE_TIME = {"tiny/summary.md", "tiny/iter1/train_log.jsonl"}
 
@@ -66,7 +67,7 @@ def with_conda(tmp_path_factory, copy_repository, tiny_policy, conda):
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('numpy of the user, not of the environment')")
     try:
-        for targets in (ALL, OF_WHAT_IS_THERE):
+        for targets in (ALL, OF_WHAT_IS_THERE, DATA_OF_THEIR_OWN):
             make(targets, folder, tiny_policy, "--use-conda", PATH=f"{conda}:{os.environ['PATH']}", PYTHONUSERBASE=str(user))
         yield folder
     finally:
