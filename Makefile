@@ -4,7 +4,7 @@
 # make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
 # make test-pairrm  PairRM against llm-blender itself, in an environment of its own below .cache/
 # make estimate CONFIG=config/presets/mistral-7b.yaml   what it will cost: GPU-hours, memory, disk, dollars; FLAGS="--gpu A100 --price 2"
-# make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them (an hour and a half on 2 cores)
+# make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them (an hour on 2 cores after the demo)
 # make compare-all  every run of config/config.yaml; goes on where it stopped
 # make test-slurm  runs the workflow on a real Slurm of one machine, installed by apt-get where it is missing (root, Debian or Ubuntu)
 # make test-vllm  makes .cache/vllm with vLLM's CPU build and runs the engine vllm on the embedded policy (a quarter of an hour)

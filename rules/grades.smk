@@ -8,6 +8,11 @@ def grade_files(wildcards, t=None):
     return [f"{folder}/{shard}.parquet" for shard in range(run["responses"]["shards"])] if run["pairs"]["construction"] == "graded" else []
 
 
+def preference_shards(wildcards, t=None):
+    """All shards of the preferences by which a run's pairs are chosen; none where grades or gold responses choose them."""
+    return shards(wildcards, "preferences", t) if settings(wildcards)["pairs"]["construction"] in ("extremes", "all") else []
+
+
 def grader(wildcards):
     """Who grades; the run's preference model with what it reads and how its logits become probabilities."""
     run = settings(wildcards)

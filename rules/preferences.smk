@@ -68,6 +68,9 @@ rule annotate_preferences:
         " --output {output.preferences} 2>&1 | tee {log}"
 
 
+BY_THEMSELVES = [name for name, run in RUNS.items() if run["pairs"]["implicit"]]
+
+
 rule annotate_implicitly:
     """All K x K logits of each prompt by the implicit reward of pi_t against the iterate before it."""
     input:
@@ -83,7 +86,7 @@ rule annotate_implicitly:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/annotate_implicitly.{{shard}}.tsv"
     wildcard_constraints:
-        run="|".join(f"{name}/" if name else "" for name, run in RUNS.items() if run["pairs"]["implicit"]) or "(?!)",
+        run="|".join(f"{name}/" if name else "" for name in BY_THEMSELVES) if BY_THEMSELVES else "(?!)",
         t=r"(?!1/)\d+",
     conda:
         "../envs/core.yaml"
@@ -95,7 +98,7 @@ rule annotate_implicitly:
     params:
         version=STAGES["annotate"],
         beta=lambda wildcards: of_iteration(settings(wildcards)["train"], int(wildcards.t) - 1)["beta"],
-        options=lambda wildcards: flags({key: settings(wildcards)["train"][key] for key in ("micro_batch_size", "precision")}),
+        options=lambda wildcards: scoring_flags(wildcards),
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}, by the policy's own reward"
@@ -133,7 +136,7 @@ rule build_pairs:
     input:
         prompts=lambda wildcards: sampled(wildcards, "prompts.parquet"),
         responses=lambda wildcards: shards(wildcards, "responses"),
-        preferences=lambda wildcards: [] if grade_files(wildcards) else shards(wildcards, "preferences"),
+        preferences=lambda wildcards: preference_shards(wildcards),
         grades=lambda wildcards: grade_files(wildcards),
         previous=previous_pairs,
         gold=lambda wildcards: settings(wildcards)["pairs"]["gold"] or [],

@@ -34,7 +34,7 @@ def records_of_every_iteration(wildcards):
         if settings(wildcards)["extrapolation"] is not None:
             made.append(f"{ROOT}{run}iter{t}/policy")
             continue
-        made += shards(wildcards, "responses", t) + (grade_files(wildcards, t) or shards(wildcards, "preferences", t))
+        made += shards(wildcards, "responses", t) + grade_files(wildcards, t) + preference_shards(wildcards, t)
         made += [f"{ROOT}{run}iter{t}/{name}" for name in ("pairs.parquet", "logps/current.parquet", "policy")]
     return [record(artifact) for artifact in made]
 

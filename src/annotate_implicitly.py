@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--beta", type=float, required=True, help="of the training that gave pi_t")
     parser.add_argument("--micro-batch-size", type=int, default=8, help="pairs in one forward pass: twice as many responses")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
+    parser.add_argument("--lora-rank", type=int, default=0, help="the same as in training: LoRA keeps the weights in that precision")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
     args = parser.parse_args()
@@ -45,7 +46,7 @@ def main() -> None:
     with recorded("annotate", args.output, [args.prompts, args.responses, args.policy, args.before], vars(args)) as facts:
         logps = []
         for folder in (args.policy, args.before):  # one at a time: they need not fit beside each other
-            model = load_policy(folder, weights_dtype(0, dtype), device, args.attention)
+            model = load_policy(folder, weights_dtype(args.lora_rank, dtype), device, args.attention)
             logps.append(np.array(frozen_response_logps(model, responses, dtype, device, 2 * args.micro_batch_size)))
             del model
         of_prompt: dict[str, list[tuple[int, float]]] = {}

@@ -6,7 +6,7 @@ Reads   prompts.parquet (its order), all shards of responses/ and preferences/; 
 Writes  pairs.parquet and its record, which counts what was dropped and why
 Paper   2405.00675, section 5.1: P-hat over the K responses; winner and loser by the mean logit; these two are trained on.
         `all`: 2404.03715, Algorithm 1, every two responses. `gold`: 2401.01335, the gold response against one of the policy's.
-        `--even-lengths`: DICE, 2406.09760. `--goals`: RA-DPO, 2410.08067, with grades 1 + 9 P-hat in place of a reward model's.
+        `--even-lengths`: DICE, 2406.09760. `--goals`: RA-DPO, 2410.08067, with P-hat in place of a reward model's grades.
         `graded`: 2404.03715, Algorithm 2 (DNO-Prct), every two far enough apart by their grades.
 Departs from 2404.03715 in `graded`: a gold response never loses, where the paper takes all pairs; of older pairs come again those that the
         previous iteration trained on (`--replay`), so that the share of iteration t - 2 is the square of t - 1's, 9% for 30%, and not 15%. Such pairs
@@ -18,7 +18,6 @@ Departs from the official code: `--probability blender` is its collapse to score
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -29,8 +28,9 @@ import numpy as np
 from sppo.artifacts import recorded
 from sppo.config import CHAINING, COMPARISON, GRADING, add_section
 from sppo.errors import UserError, run
-from sppo.grades import GOLD, HIGHEST, far_apart, read_grades
-from sppo.preference import even_length_penalty, mean_logits, p_hat, win_probabilities, winner_and_loser
+from sppo.grades import GOLD, read_grades
+from sppo.pairs import every_two, gold_pair, graded_pairs, select
+from sppo.preference import even_length_penalty, mean_logits
 from sppo.prompts import read_gold, with_goal
 from sppo.tables import read_table, write_table
 
@@ -50,21 +50,22 @@ def main() -> None:
     add_section(parser, "grades", skip=GRADING)
     args = parser.parse_args()
 
-    graded = args.construction == "graded"
-    judged = args.grades if graded else args.preferences
-    if len(judged) != len(args.responses):
-        raise UserError(f"--construction {args.construction} needs a shard of --{'grades' if graded else 'preferences'} for each of --responses; give all")
+    graded, by = args.construction == "graded", {"graded": "grades", "gold": None}.get(args.construction, "preferences")
+    judged = getattr(args, by) if by else []
+    if by and len(judged) != len(args.responses):
+        raise UserError(f"--construction {args.construction} needs a shard of --{by} for each of --responses; give all")
     messages = {row["prompt_id"]: row["messages"] for row in read_table(args.prompts, "prompts")}
     order = list(messages)
-    logits = {row["prompt_id"]: row for path in args.preferences for row in read_table(path, "preferences")}
+    logits = {row["prompt_id"]: row for path in judged for row in read_table(path, by)} if by == "preferences" else {}
     responses: dict[str, dict[int, dict]] = defaultdict(dict)
     for path in args.responses:
         for row in read_table(path, "responses"):
             responses[row["prompt_id"]][row["sample_id"]] = row
     for prompt_id in order:
-        if prompt_id not in responses or not graded and (prompt_id not in logits or logits[prompt_id]["sample_ids"] != sorted(responses[prompt_id])):
+        compared = logits.get(prompt_id, {}).get("sample_ids") == sorted(responses.get(prompt_id, ()))
+        if prompt_id not in responses or by == "preferences" and not compared:
             raise UserError(f"prompt {prompt_id} lacks responses or preferences; delete {args.responses[0].parent} and "
-                            f"{judged[0].parent} and run again")
+                            f"{(judged or args.responses)[0].parent} and run again")
     gold = gold_responses(Path(args.gold), args.policy) if args.gold and args.construction in ("gold", "graded") else {}
     grades = read_grades(args.grades, responses, gold) if graded else {}
     more = [Path(path) for path in (args.gold, args.previous) if path]
@@ -73,14 +74,15 @@ def main() -> None:
             facts["length_penalty"] = even_out_lengths(logits, responses)
         found, dropped = [], Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
         for prompt_id in order:
-            for pair in (graded_pairs(grades.get(prompt_id, {}), responses[prompt_id], gold.get(prompt_id), args) if graded
-                         else pairs_of(logits[prompt_id], responses[prompt_id], gold.get(prompt_id), args)):
+            own, other = responses[prompt_id], gold.get(prompt_id)
+            for pair in (graded_pairs(grades.get(prompt_id, {}), own, other, args) if graded else [gold_pair(own, other, args)] if by is None
+                         else [select(logits[prompt_id], own, args)] if args.construction == "extremes" else every_two(logits[prompt_id], own, args)):
                 if isinstance(pair, str):
                     dropped[pair] += 1
                 else:
                     found.append({"prompt_id": prompt_id, **pair})
         if args.goals:
-            found = twice_with_goals(found, messages, args.policy)
+            found, dropped["same_grade"] = twice_with_goals(found, logits, messages, args.policy)
         new = len(found)
         if args.previous:
             before = read_table(args.previous, "pairs")
@@ -111,74 +113,26 @@ def even_out_lengths(logits: dict[str, dict[str, Any]], responses: dict[str, dic
     return alpha
 
 
-def twice_with_goals(pairs: list[dict[str, Any]], messages: dict[str, list], policy: Path) -> list[dict[str, Any]]:
-    """Each pair with the prompt asking for the winner's grade, and turned round with the prompt asking for the loser's."""
+def twice_with_goals(pairs: list[dict[str, Any]], logits: dict[str, dict], messages: dict[str, list], policy: Path) -> tuple[list[dict[str, Any]], int]:
+    """Each pair with the prompt asking for the winner's grade, and turned round with the prompt asking for the loser's; and how many had one grade.
+
+    A grade is 1 + 9 P-hat over the K - 1 others, so that one that surely beats them all has a 10.
+    """
     from sppo.models import load_tokenizer, prompt_token_ids
 
-    tokenizer, found = load_tokenizer(policy), []
+    tokenizer, found, same = load_tokenizer(policy), [], 0
     for pair in pairs:
+        k = len(logits[pair["prompt_id"]]["sample_ids"])
+        grades = [round(1 + 9 * (k * pair[f"p_hat_{end}"] - 0.5) / (k - 1), 1) for end in ("chosen", "rejected")]
+        if grades[0] == grades[1]:
+            same += 1
+            continue
         turned = pair | {"p_chosen_beats_rejected": 1 - pair["p_chosen_beats_rejected"]}
         for name in ("{}", "{}_token_ids", "{}_sample_id", "p_hat_{}"):
             turned |= {name.format("chosen"): pair[name.format("rejected")], name.format("rejected"): pair[name.format("chosen")]}
-        for row in (pair, turned):
-            goal = with_goal(messages[pair["prompt_id"]], round(1 + 9 * row["p_hat_chosen"], 1))
-            found.append(row | {"prompt_token_ids": prompt_token_ids(tokenizer, goal)})
-    return found
-
-
-def pairs_of(preferences: dict[str, Any], responses: dict[int, dict], gold: dict[str, Any] | None, args: argparse.Namespace) -> list[dict[str, Any] | str]:
-    """Pairs of one prompt, and a reason for each that was dropped."""
-    if args.construction == "extremes":
-        return [select(preferences, responses, args)]
-    if args.construction == "gold":
-        own = responses[preferences["sample_ids"][0]]
-        prompt = {"prompt_token_ids": own["prompt_token_ids"]}
-        return ["no_gold" if gold is None else made(gold | prompt, own, (1.0, 0.0, 1.0), args)]
-    probabilities = win_probabilities(np.array(preferences["logits"]), args.probability, args.logit_scale)
-    estimates = p_hat(probabilities)
-    kept = []
-    for i, j in itertools.combinations(range(len(estimates)), 2):
-        w, l = (i, j) if probabilities[i, j] > 0.5 else (j, i)
-        ends = [responses[preferences["sample_ids"][k]] for k in (w, l)]
-        tie = probabilities[w, l] == 0.5
-        kept.append("tie" if tie else made(*ends, (estimates[w], estimates[l], probabilities[w, l]), args))
-    return kept
-
-
-def graded_pairs(grades: dict[int, float], responses: dict[int, dict], gold: dict[str, Any] | None, args: argparse.Namespace) -> list[dict[str, Any] | str]:
-    """Pairs of one prompt by grades, or reasons; `no_pair` where no two are far enough apart."""
-    if gold:
-        responses = responses | {GOLD: gold | {"prompt_token_ids": next(iter(responses.values()))["prompt_token_ids"]}}
-    ends = far_apart(grades, args.positive, args.gold_margin, args.own_margin)
-    return [made(responses[w], responses[l], (grades[w] / HIGHEST, grades[l] / HIGHEST, 1.0), args) for w, l in ends] or ["no_pair"]
-
-
-def select(preferences: dict[str, Any], responses: dict[int, dict], args: argparse.Namespace) -> dict[str, Any] | str:
-    """The pair of one prompt, or the reason why it has none."""
-    probabilities = win_probabilities(np.array(preferences["logits"]), args.probability, args.logit_scale)
-    estimates = p_hat(probabilities)
-    ends = winner_and_loser(mean_logits(np.array(preferences["logits"])) if args.winner_by == "logit" else estimates)
-    if ends is None:
-        return "tie"
-    w, l = ends
-    chosen, rejected = (responses[preferences["sample_ids"][i]] for i in ends)
-    return made(chosen, rejected, (estimates[w], estimates[l], probabilities[w, l]), args)
-
-
-def made(chosen: dict[str, Any], rejected: dict[str, Any], numbers: tuple[float, float, float], args: argparse.Namespace) -> dict[str, Any] | str:
-    """A pair with P-hat of both and P(chosen beats rejected), or the reason why it is none."""
-    if chosen["text"] == rejected["text"]:
-        return "identical"
-    if not chosen["text"].strip() or not rejected["text"].strip():
-        return "empty"
-    if args.truncated == "drop" and "length" in (chosen["finish_reason"], rejected["finish_reason"]):
-        return "truncated"
-    if numbers[0] - numbers[1] < args.margin:
-        return "margin"
-    return {"prompt_token_ids": chosen["prompt_token_ids"],
-            "chosen": chosen["text"], "chosen_token_ids": chosen["token_ids"], "chosen_sample_id": chosen["sample_id"],
-            "rejected": rejected["text"], "rejected_token_ids": rejected["token_ids"], "rejected_sample_id": rejected["sample_id"],
-            "p_hat_chosen": numbers[0], "p_hat_rejected": numbers[1], "p_chosen_beats_rejected": numbers[2]}
+        for row, grade in zip((pair, turned), grades, strict=True):
+            found.append(row | {"prompt_token_ids": prompt_token_ids(tokenizer, with_goal(messages[pair["prompt_id"]], grade))})
+    return found, same
 
 
 def statistics(pairs: list[dict[str, Any]]) -> dict[str, float]:

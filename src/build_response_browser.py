@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from build_pairs import select
 from sppo.alpaca import read_outputs
 from sppo.artifacts import file_hash, iteration, read_json, recorded, write_text
 from sppo.config import CHAINING, COMPARISON, add_section
 from sppo.errors import UserError, run
+from sppo.pairs import select
 from sppo.preference import p_hat, win_probabilities
 from sppo.prompts import read_instructions
 from sppo.tables import read_table

@@ -56,7 +56,8 @@ def of_iteration(folder: Path, shape: Shape) -> list[Measured]:
         prompt, response = mean(rows, "prompt_token_ids"), mean(rows, "token_ids")
         found.append(measured(path, record, estimate.generate_flops(shape, prompts, prompt, samples, response)))
         compared = folder / "preferences" / path.name
-        if compared.is_file() and (adapter := adapter_folder(recorded(compared)["arguments"]["model"])) and (adapter / "ranker.json").is_file():
+        model = recorded(compared)["arguments"].get("model") if compared.is_file() else None  # none where the policy's own reward compares
+        if model and (adapter := adapter_folder(model)) and (adapter / "ranker.json").is_file():
             spec = read_json(adapter / "ranker.json")
             flops = estimate.ranker_flops(estimate.SHAPES["embedded"], spec, prompts, prompt, samples, response)
             found.append(measured(compared, recorded(compared), flops))

@@ -34,8 +34,8 @@ from sppo.processes import first_alone, is_first, is_launched, launch, meet, one
 from sppo.tables import read_table
 
 # What the model card tells of the method; the record beside the policy has all.
-METHOD = ("loss", "beta", "tau", "learning_rate", "optimizer", "lr_schedule", "warmup_ratio", "schedule_total_epochs", "stop_epoch", "batch_size",
-          "max_grad_norm", "loss_scale", "lora_rank", "seed")
+METHOD = ("loss", "beta", "tau", "gamma", "label_smoothing", "ipo_target", "per_token", "sft_weight", "optimism", "learning_rate", "optimizer",
+          "lr_schedule", "warmup_ratio", "schedule_total_epochs", "stop_epoch", "batch_size", "max_grad_norm", "loss_scale", "lora_rank", "seed")
 
 
 def main() -> None:

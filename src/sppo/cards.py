@@ -52,10 +52,16 @@ def data_of(pairs: Path) -> str:
         drawn = made["generate"]["arguments"]
         lines.append(f"* {drawn['samples']} responses to each of the policy it was trained from, at temperature {drawn['temperature']}, "
                      f"top-p {drawn['top_p']}, at most {drawn['max_new_tokens']} tokens")
+    if "grade" in made:
+        judge = made["grade"]["arguments"]["judge"]
+        lines.append(f"* graded by {'the preference model' if judge == 'preference' else judge}")
     if "annotate" in made:
-        model = made["annotate"]["arguments"]["model"]
-        model = _record(model).get("arguments", {}).get("model", model)  # one that was put in its place has a record of where it came from
-        lines.append(f"* compared by the preference model {_name(model)}")
+        model = made["annotate"]["arguments"].get("model")
+        if model:
+            model = _record(model).get("arguments", {}).get("model", model)  # one that was put in its place has a record of where it came from
+            lines.append(f"* compared by the preference model {_name(model)}")
+        else:
+            lines.append(f"* compared by the policy's own reward, {made['annotate']['arguments']['beta']:g} log(pi_t / pi_t-1)")
     return "\n".join(lines) or "No record of the pairs was found."
 
 

@@ -138,16 +138,24 @@ def _check_together(config: Config) -> None:
                         f"({train['schedule_total_epochs']}); lower the one or raise the other")
     if train["backend"] == "trl" and train["loss"] not in ("sppo_hard", "dpo", "hinge", "ipo"):
         raise UserError(f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or train.backend: transformers")
-    if train["backend"] == "trl" and (train["reference_every"] != 1 or train["sft_weight"] or train["label_smoothing"]):
+    if train["backend"] == "trl" and (train["reference_every"] != 1 or train["sft_weight"] or train["optimism"] or train["label_smoothing"]):
         raise UserError("config: TRL's trainer here refers to the previous iterate, adds no term and smooths no labels; set train.reference_every: 1, "
-                        "train.sft_weight: 0 and train.label_smoothing: 0, or use train.backend: transformers")
+                        "train.sft_weight, optimism and label_smoothing: 0, or use train.backend: transformers")
     if train["backend"] == "trl" and train["loss"] == "ipo" and not (train["per_token"] and train["ipo_target"] == 0.5):
         raise UserError("config: TRL's IPO is per token with target 1/(2 beta); set train.per_token: true and train.ipo_target: 0.5")
     least = min(train["beta"]) if isinstance(train["beta"], list) else train["beta"]
     if train["loss"] in ("inpo", "nash_md") and train["tau"] > least:
         raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it")
-    if train["loss"] == "nash_md" and (config["pairs"]["construction"] != "all" or config["pairs"]["replay"]):
-        raise UserError("config: train.loss nash_md weighs all responses to a prompt against each other; set pairs.construction: all and pairs.replay: 0")
+    if train["loss"] == "nash_md" and (config["pairs"]["construction"] != "all" or config["pairs"]["replay"] or config["pairs"]["margin"]):
+        raise UserError("config: train.loss nash_md weighs all responses to a prompt against each other; set pairs.construction: all, pairs.replay: 0 and "
+                        "pairs.margin: 0")
+    if config["pairs"]["implicit"] and (train["reference_every"] != 1 or train["loss"] == "simpo"):
+        raise UserError("config: pairs.implicit compares by beta log(pi_t / pi_t-1), which training has made a reward only against the previous iterate; set "
+                        "train.reference_every: 1 and another train.loss than simpo")
+    for key in ("goals", "implicit"):
+        if config["pairs"][key] and config["pairs"]["construction"] not in ("extremes", "all"):
+            raise UserError(f"config: pairs.{key} is made of preferences, which pairs.construction {config['pairs']['construction']} does without; set "
+                            f"pairs.{key}: false, or pairs.construction: extremes or all")
     if config["pairs"]["goals"] and train["loss"] not in ("dpo", "hinge", "ipo", "kto_pair", "simpo"):
         raise UserError(f"config: pairs.goals turns pairs round, which train.loss {train['loss']} does not know; set train.loss: dpo, hinge, ipo, kto_pair or simpo")
     if config["pairs"]["even_lengths"] and (config["pairs"]["construction"], config["preference"]["winner_by"]) != ("extremes", "logit"):
@@ -169,10 +177,6 @@ def _check_graded(config: Config) -> None:
     if loss in OF_P_HAT:
         raise UserError(f"config: train.loss {loss} learns from P-hat, which pairs.construction graded does not give; set train.loss: dpo, or another "
                         "pairs.construction")
-    for key in ("goals", "implicit"):
-        if config["pairs"][key]:
-            raise UserError(f"config: pairs.{key} is made of preferences, which pairs.construction graded does without; set pairs.{key}: false, or another "
-                            "pairs.construction")
     if config["grades"]["judge"] == "preference" and backend != "transformers":
         raise UserError(f"config: grades.judge preference does not go with preference.backend {backend}; set preference.backend: transformers, or grades.judge")
 

@@ -139,8 +139,23 @@ def test_goals_train_every_pair_both_ways(build, tiny_policy):
     assert bad["p_chosen_beats_rejected"] == pytest.approx(1 - good["p_chosen_beats_rejected"]) and good["pair_id"] != bad["pair_id"]
     for row in (good, bad):
         text = load_tokenizer(tiny_policy).decode(row["prompt_token_ids"])
-        assert f"quality is {round(1 + 9 * row['p_hat_chosen'], 1):g} on" in text and text.count("<|im_start|>user") == 1
+        grade = 1 + 9 * (3 * row["p_hat_chosen"] - 0.5) / 2  # P-hat over the two others
+        assert f"quality is {round(grade, 1):g} on" in text and text.count("<|im_start|>user") == 1
     assert good["p_hat_chosen"] == plain["p_hat_chosen"] == bad["p_hat_rejected"] > 0.5 > bad["p_hat_chosen"]
+
+
+def test_goals_drop_pairs_of_one_grade(build, tiny_policy):
+    """The prompt would ask for the one and for the other."""
+    pairs, record = build({"near": (["x", "y", "z"], SKEW / 1000, STOPPED), "far": (["x", "y", "z"], SKEW, STOPPED)}, "--goals", "true", "--policy", tiny_policy)
+    assert [pair["prompt_id"] for pair in pairs] == ["far", "far"] and record["dropped"]["same_grade"] == 1
+
+
+def test_a_winner_with_the_lower_win_rate_makes_a_pair_too(build):
+    """y beats x head to head, but z beats y and loses to x: P-hat has them the other way round, and DNO's label follows it."""
+    cycle = np.array([[0, -0.5, 3], [0.5, 0, -3], [-3, 3, 0]])
+    pairs, record = build({"a": (["x", "y", "z"], cycle, STOPPED)}, "--construction", "all")
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("y", "x"), ("x", "z"), ("z", "y")] and "margin" not in record["dropped"]
+    assert pairs[0]["p_hat_chosen"] < 0.5 < pairs[0]["p_hat_rejected"]
 
 
 @pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ('{"id": "b"}', "line 2 is not an object with id and response"),

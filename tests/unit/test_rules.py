@@ -302,6 +302,16 @@ def test_dice_compares_by_its_own_reward_after_the_first_iteration(copy):
     assert text.count("--previous results/dice/iter1/pairs.parquet") == 2
 
 
+def test_main_may_compare_by_its_own_reward(copy):
+    (copy / "own.yaml").write_text("name: own\npairs: {implicit: true}\ntrain: {loss: dpo}\nruns: {k2: null, nash_md: null, dno_prct: null, spin: null}\n")
+    planned = jobs(dry_run(copy, "--configfile", "own.yaml", "--", "results/own/iter3/policy"))
+    assert (planned["annotate_preferences"], planned["annotate_implicitly"]) == (1, 2)
+
+
+def test_gold_responses_need_no_comparisons(copy):
+    assert not {"annotate_preferences", "grade_responses"} & jobs(dry_run(copy, "results/spin/iter3/policy")).keys()
+
+
 def test_a_reward_conditioned_policy_is_asked_for_its_best_when_it_has_learned_to(copy):
     done = dry_run(copy, "results/ra_dpo/iter2/alpaca_eval.json", "--printshellcmds")
     asked = [line for line in (done.stdout + done.stderr).splitlines() if "--best-grade" in line]
