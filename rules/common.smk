@@ -56,8 +56,13 @@ for each in RUNS.values():
     each["alpaca_eval"] |= {key: file for key, file in fetched.items() if each["alpaca_eval"][key] == "official"}
 
 
+def any_of(runs):
+    """Pattern of the wildcard `run` for these alone. In brackets, for Snakemake takes an empty pattern, main's, for none at all."""
+    return "(" + "|".join(f"{name}/" if name else "" for name in runs) + ")" if runs else "(?!)"
+
+
 wildcard_constraints:
-    run="(" + "|".join(f"{name}/" if name else "" for name in RUNS) + ")",
+    run=any_of(RUNS),
     t=r"\d+",
     shard=r"\d+",
 

@@ -86,7 +86,7 @@ rule annotate_implicitly:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/annotate_implicitly.{{shard}}.tsv"
     wildcard_constraints:
-        run="|".join(f"{name}/" if name else "" for name in BY_THEMSELVES) if BY_THEMSELVES else "(?!)",
+        run=any_of(BY_THEMSELVES),
         t=r"(?!1/)\d+",
     conda:
         "../envs/core.yaml"
@@ -98,7 +98,7 @@ rule annotate_implicitly:
     params:
         version=STAGES["annotate"],
         beta=lambda wildcards: of_iteration(settings(wildcards)["train"], int(wildcards.t) - 1)["beta"],
-        options=lambda wildcards: scoring_flags(wildcards),
+        options=lambda wildcards: scoring_flags(wildcards),  # of a file that is read later
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}, by the policy's own reward"
@@ -120,7 +120,7 @@ if BLENDING:
         conda:
             "../envs/llm_blender.yaml"
         wildcard_constraints:
-            run="|".join(f"{name}/" if name else "" for name in BLENDING),
+            run=any_of(BLENDING),
 
     ruleorder: annotate_implicitly > annotate_with_llm_blender > annotate_preferences
 

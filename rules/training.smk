@@ -72,7 +72,7 @@ rule extrapolate_policy:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/extrapolate_policy.tsv"
     wildcard_constraints:
-        run="|".join(f"{name}/" for name in EXTRAPOLATED) or "(?!)",
+        run=any_of(EXTRAPOLATED),
     conda:
         "../envs/core.yaml"
     threads: 1

@@ -303,7 +303,8 @@ def test_dice_compares_by_its_own_reward_after_the_first_iteration(copy):
 
 
 def test_main_may_compare_by_its_own_reward(copy):
-    (copy / "own.yaml").write_text("name: own\npairs: {implicit: true}\ntrain: {loss: dpo}\nruns: {k2: null, nash_md: null, dno_prct: null, spin: null}\n")
+    shipped = yaml.safe_load((copy / "config/config.yaml").read_text())["runs"]
+    (copy / "own.yaml").write_text(yaml.safe_dump({"name": "own", "pairs": {"implicit": True}, "train": {"loss": "dpo"}, "runs": dict.fromkeys(shipped)}))
     planned = jobs(dry_run(copy, "--configfile", "own.yaml", "--", "results/own/iter3/policy"))
     assert (planned["annotate_preferences"], planned["annotate_implicitly"]) == (1, 2)
 
