@@ -29,7 +29,7 @@ from sppo.artifacts import recorded
 from sppo.config import CHAINING, COMPARISON, GRADING, add_section
 from sppo.errors import UserError, run
 from sppo.grades import GOLD, read_grades
-from sppo.pairs import every_two, gold_pair, graded_pairs, select
+from sppo.pairs import pairs_of
 from sppo.preference import even_length_penalty, mean_logits
 from sppo.prompts import read_gold, with_goal
 from sppo.tables import read_table, write_table
@@ -50,7 +50,7 @@ def main() -> None:
     add_section(parser, "grades", skip=GRADING)
     args = parser.parse_args()
 
-    graded, by = args.construction == "graded", {"graded": "grades", "gold": None}.get(args.construction, "preferences")
+    by = {"graded": "grades", "gold": None}.get(args.construction, "preferences")
     judged = getattr(args, by) if by else []
     if by and len(judged) != len(args.responses):
         raise UserError(f"--construction {args.construction} needs a shard of --{by} for each of --responses; give all")
@@ -67,16 +67,14 @@ def main() -> None:
             raise UserError(f"prompt {prompt_id} lacks responses or preferences; delete {args.responses[0].parent} and "
                             f"{(judged or args.responses)[0].parent} and run again")
     gold = gold_responses(Path(args.gold), args.policy) if args.gold and args.construction in ("gold", "graded") else {}
-    grades = read_grades(args.grades, responses, gold) if graded else {}
+    grades = read_grades(judged, responses, gold) if by == "grades" else {}
     more = [Path(path) for path in (args.gold, args.previous) if path]
     with recorded("select", args.output, [args.prompts, *args.responses, *judged, *more], vars(args)) as facts:
         if args.even_lengths:
             facts["length_penalty"] = even_out_lengths(logits, responses)
         found, dropped = [], Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
         for prompt_id in order:
-            own, other = responses[prompt_id], gold.get(prompt_id)
-            for pair in (graded_pairs(grades.get(prompt_id, {}), own, other, args) if graded else [gold_pair(own, other, args)] if by is None
-                         else [select(logits[prompt_id], own, args)] if args.construction == "extremes" else every_two(logits[prompt_id], own, args)):
+            for pair in pairs_of(responses[prompt_id], logits.get(prompt_id), grades.get(prompt_id, {}), gold.get(prompt_id), args):
                 if isinstance(pair, str):
                     dropped[pair] += 1
                 else:

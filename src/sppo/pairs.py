@@ -18,13 +18,22 @@ from sppo.preference import mean_logits, p_hat, win_probabilities, winner_and_lo
 Row = dict[str, Any]
 
 
-def gold_pair(responses: dict[int, dict], gold: Row | None, args: argparse.Namespace) -> Row | str:
+def pairs_of(responses: dict[int, Row], preferences: Row | None, grades: dict[int, float], gold: Row | None, args: argparse.Namespace) -> list[Row | str]:
+    """Pairs of one prompt as `args.construction` makes them, and a reason for each that was dropped."""
+    if args.construction == "graded":
+        return graded_pairs(grades, responses, gold, args)
+    if args.construction == "gold":
+        return [gold_pair(responses, gold, args)]
+    return every_two(preferences, responses, args) if args.construction == "all" else [select(preferences, responses, args)]
+
+
+def gold_pair(responses: dict[int, Row], gold: Row | None, args: argparse.Namespace) -> Row | str:
     """The gold response against the policy's first, or the reason why not."""
     own = responses[min(responses)]
     return "no_gold" if gold is None else made(gold | {"prompt_token_ids": own["prompt_token_ids"]}, own, (1.0, 0.0, 1.0), args)
 
 
-def every_two(preferences: Row, responses: dict[int, dict], args: argparse.Namespace) -> list[Row | str]:
+def every_two(preferences: Row, responses: dict[int, Row], args: argparse.Namespace) -> list[Row | str]:
     """All pairs of one prompt, who wins by P(y beats y'), and a reason for each that was dropped."""
     probabilities = win_probabilities(np.array(preferences["logits"]), args.probability, args.logit_scale)
     estimates = p_hat(probabilities)
@@ -37,7 +46,7 @@ def every_two(preferences: Row, responses: dict[int, dict], args: argparse.Names
     return kept
 
 
-def graded_pairs(grades: dict[int, float], responses: dict[int, dict], gold: Row | None, args: argparse.Namespace) -> list[Row | str]:
+def graded_pairs(grades: dict[int, float], responses: dict[int, Row], gold: Row | None, args: argparse.Namespace) -> list[Row | str]:
     """Pairs of one prompt by grades, or reasons; `no_pair` where no two are far enough apart."""
     if gold:
         responses = responses | {GOLD: gold | {"prompt_token_ids": next(iter(responses.values()))["prompt_token_ids"]}}
@@ -45,7 +54,7 @@ def graded_pairs(grades: dict[int, float], responses: dict[int, dict], gold: Row
     return [made(responses[w], responses[l], (grades[w] / HIGHEST, grades[l] / HIGHEST, 1.0), args) for w, l in ends] or ["no_pair"]
 
 
-def select(preferences: Row, responses: dict[int, dict], args: argparse.Namespace) -> Row | str:
+def select(preferences: Row, responses: dict[int, Row], args: argparse.Namespace) -> Row | str:
     """The pair of one prompt, or the reason why it has none."""
     probabilities = win_probabilities(np.array(preferences["logits"]), args.probability, args.logit_scale)
     estimates = p_hat(probabilities)
