@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -113,9 +114,19 @@ def running(folder: Path, accounting: bool) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        _end_what_is_left(folder)
         for link in links:
             if _ours(link):
                 link.unlink()
+
+
+def _end_what_is_left(folder: Path) -> None:
+    """Kill what jobs of this Slurm have left behind: without control groups it loses sight of a cancelled job that does not end by itself."""
+    mark = f"SLURM_CONF={folder}/slurm.conf".encode()
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if mark in environment.read_bytes().split(b"\0"):
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def _configure(folder: Path, accounting: bool) -> None:
