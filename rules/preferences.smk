@@ -110,6 +110,7 @@ rule annotate_implicitly:
 
 ruleorder: annotate_implicitly > annotate_preferences
 
+
 # llm-blender knows transformers 4 alone and so has an environment of its own.
 BLENDING = [name for name, run in RUNS.items() if run["preference"]["backend"] == "llm_blender"]
 if BLENDING:

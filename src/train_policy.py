@@ -147,7 +147,7 @@ def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]
 def against_mixture(pairs: list[dict], share: float) -> list[dict]:
     """Pairs with P-hat against Nash-MD's mixture pi_t^(1 - share) pi_ref^share in place of pi_t.
 
-    Needs every two responses of a prompt; those that are no pair were ties.
+    Needs every two responses of a prompt; two that are no pair were a tie, or one text.
     """
     prompts: dict[str, list[dict]] = {}
     for pair in pairs:

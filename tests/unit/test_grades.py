@@ -15,7 +15,7 @@ from sppo.errors import UserError
 from sppo.grades import GOLD, far_apart, loops, read_score, rubric
 from sppo.mt_bench import check_grader
 from sppo.tables import read_table, write_table
-from test_mt_bench import KEY, Server
+from test_mt_bench import KEY, server  # noqa: F401, server is a fixture
 
 PROMPTS = {"a": "What is tea?", "b": "What is rye?"}
 TEXTS = {"a": ["A plant and a drink.", "No idea.", "tea is tea is tea is " * 9], "b": ["A grain.", "A grain, sown in autumn.", "Rye."]}
@@ -130,14 +130,6 @@ def test_the_preference_model_s_grade_is_six_p_hat_in_the_pool_with_gold(grade, 
     record = read_json(files / "grades/0.parquet.record.json")
     assert (record["graded"], record["ungraded"], record["looping"], record["gold"], record["grader"]) == (7, 0, 1, 1, "longer")
     assert str(files / "gold.jsonl") in record["inputs"]
-
-
-@pytest.fixture
-def server():
-    started = Server()
-    yield started
-    started.shutdown()
-    started.server_close()
 
 
 @pytest.fixture
