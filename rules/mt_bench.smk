@@ -83,11 +83,12 @@ rule answer_mt_bench:
         noise=lambda wildcards: MT_BENCH_NOISE[wildcards.mt_bench_answers],
         name=policy_name,
         options=mt_bench_flags,
+        best_grade=lambda wildcards: best_grade(wildcards, wildcards.t),
     message:
         "Answering MT-Bench: {wildcards.run}iteration {wildcards.t}, {wildcards.mt_bench_answers}"
     shell:
         "{PYTHON} src/answer_mt_bench.py --data {params.data:q} --policy {input.policy} --model-id {params.name} --noise {params.noise}"
-        " --seed {params.seed} --device {MAIN[device]} {params.options:q} --output {output.answers} 2>&1 | tee {log}"
+        " --seed {params.seed} --device {MAIN[device]} {params.options:q} {params.best_grade} --output {output.answers} 2>&1 | tee {log}"
 
 
 rule evaluate_mt_bench:

@@ -18,6 +18,7 @@ from sppo.artifacts import recorded, write_text
 from sppo.config import add_engine
 from sppo.errors import UserError, run
 from sppo.mt_bench import TEMPERATURES, read_questions
+from sppo.prompts import BEST_GRADE, with_goal
 
 
 def main() -> None:
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--model-id", required=True, help="name of the policy in the answers")
     parser.add_argument("--noise", required=True, help="name of the noise; policies that share it share their noise")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--best-grade", action="store_true", help="a reward-conditioned policy is asked for its best")
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     add_engine(parser)
     args = parser.parse_args()
@@ -60,7 +62,8 @@ def answer_turn(engine: Any, questions: list[dict[str, Any]], chats: dict[str, l
         for question in questions:
             if TEMPERATURES[question["category"]] != temperature:
                 continue
-            ids = prompt_token_ids(engine.tokenizer, chats[str(question["question_id"])])
+            chat = chats[str(question["question_id"])]
+            ids = prompt_token_ids(engine.tokenizer, with_goal(chat, BEST_GRADE) if args.best_grade else chat)
             if context and len(ids) + args.max_new_tokens > context:
                 raise UserError(f"question {question['question_id']} of {args.data} has {len(ids)} tokens with what came before and does not fit "
                                 f"the policy's context of {context} with mt_bench.max_new_tokens = {args.max_new_tokens}; lower that")

@@ -18,7 +18,7 @@ pytest.importorskip("fastchat.llm_judge.gen_judgment", reason="FastChat is not i
 import answer_mt_bench
 import evaluate_mt_bench
 import fetch_mt_bench
-from sppo import mt_bench
+from sppo import models, mt_bench
 from sppo.artifacts import read_json
 from sppo.errors import UserError
 
@@ -242,6 +242,18 @@ def test_answers_have_two_turns_and_equal_seeds_give_equal_files(program, tiny_p
     with pytest.raises(UserError, match="mt_bench.max_new_tokens = 500"):
         program(answer_mt_bench, "--data", data, "--policy", tiny_policy, "--model-id", "tiny", "--noise", "n", "--max-new-tokens", 500,
                 "--output", tmp_path / "c.jsonl")
+
+
+def test_a_reward_conditioned_policy_is_asked_for_its_best_in_both_turns(program, tiny_policy, tmp_path, monkeypatch):
+    question = {"question_id": 1, "category": "math", "turns": ["Add one and one.", "And once more."]}
+    (tmp_path / "question.jsonl").write_text(json.dumps(question) + "\n")
+    asked, tokens_of = [], models.prompt_token_ids
+    monkeypatch.setattr(models, "prompt_token_ids", lambda tokenizer, chat: asked.append(chat) or tokens_of(tokenizer, chat))
+    program(answer_mt_bench, "--data", tmp_path, "--policy", tiny_policy, "--model-id", "tiny", "--noise", "n", "--max-new-tokens", 4,
+            "--best-grade", "--output", tmp_path / "a.jsonl")
+
+    first, second = ([message["content"] for message in chat if message["role"] == "user"] for chat in asked)
+    assert first[0] == second[0] and "quality is 10" in first[0] and first[0].endswith("Add one and one.") and second[1] == "And once more."
 
 
 @pytest.mark.parametrize(("line", "message"), [

@@ -314,10 +314,10 @@ def test_gold_responses_need_no_comparisons(copy):
 
 
 def test_a_reward_conditioned_policy_is_asked_for_its_best_when_it_has_learned_to(copy):
-    done = dry_run(copy, "results/ra_dpo/iter2/alpaca_eval.json", "--printshellcmds")
+    done = dry_run(copy, "results/ra_dpo/iter2/alpaca_eval.json", "results/ra_dpo/iter1/mt_bench.json", "--printshellcmds")
     asked = [line for line in (done.stdout + done.stderr).splitlines() if "--best-grade" in line]
-    assert len(asked) == 2 and any("sample_prompts.py --iteration 2" in line for line in asked)
-    assert any("results/ra_dpo/iter2/alpaca_eval_outputs.json" in line for line in asked)
+    assert len(asked) == 3 and any("sample_prompts.py --iteration 2" in line for line in asked)
+    assert all(any(f"results/ra_dpo/{file}" in line for line in asked) for file in ("iter2/alpaca_eval_outputs.json", "iter1/mt_bench_answers.jsonl"))
 
 
 def test_a_run_that_evaluates_otherwise_has_a_base_of_its_own(copy):
