@@ -1,6 +1,7 @@
 # make demo    installs the pinned environment, runs three SPPO iterations on the embedded model, prints the result
 # make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report
 # make test    installs the pinned environment, runs the tests
+# make test-unit  the fast ones of them, without the workflow
 # make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
 # make test-pairrm  PairRM against llm-blender itself, in an environment of its own below .cache/
 # make estimate CONFIG=config/presets/mistral-7b.yaml   what it will cost: GPU-hours, memory, disk, dollars; FLAGS="--gpu A100 --price 2"
@@ -17,11 +18,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 SNAKEMAKE := .venv/bin/snakemake --cores all
+# A file of tests is one worker's. The workflow begins, for it takes longest.
+PYTEST_PARALLEL := .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all compare compare-all install test test-slow test-conda test-slurm test-pairrm estimate test-vllm stale
+.PHONY: demo demo-all compare compare-all install test test-unit test-slow test-conda test-slurm test-pairrm estimate test-vllm stale
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -51,7 +54,10 @@ install: .venv/installed
 	@touch $@
 
 test: .venv/installed
-	@.venv/bin/python -m pytest -q
+	@$(PYTEST_PARALLEL) tests/workflow tests/unit tests/benchmarks
+
+test-unit: .venv/installed
+	@$(PYTEST_PARALLEL) tests/unit
 
 test-slow: .venv/installed
 	@.venv/bin/python -m pytest -q -m slow

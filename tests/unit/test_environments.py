@@ -68,7 +68,7 @@ def test_all_that_the_one_environment_has_is_in_core_or_eval():
     script = (ROOT / "envs/core.post-deploy.sh").read_text(encoding="utf-8")
     after = set(re.findall(r"^python -m pip install --no-deps (.+)$", script, re.MULTILINE))
     assert after == {line for line in (ROOT / "requirements-no-deps.txt").read_text(encoding="utf-8").splitlines() if not line.startswith("#")}
-    assert core | evaluation | set(map(name_of, after)) == pins().keys() - {"snakemake", "pytest"}
+    assert core | evaluation | set(map(name_of, after)) == pins().keys() - {"snakemake", "pytest", "pytest-xdist"}
 
 
 # --- every program finds what it imports ---
