@@ -6,12 +6,19 @@ def prompt_file(wildcards):
     return source if Path(source).is_file() else []
 
 
+def earlier_prompts(wildcards):
+    """The prompts of the iterations before, where each has a source of its own; portions of one source are disjoint by themselves."""
+    one_each = "{t}" in settings(wildcards)["prompts"]["source"]
+    return [sampled(wildcards, "prompts.parquet", t) for t in range(1, int(wildcards.t))] if one_each else []
+
+
 rule sample_prompts:
     """Draw one iteration's prompts, disjoint from the other iterations' and from the evaluation's."""
     input:
         source=prompt_file,
         held_out=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],
         policy=BASE_POLICY,
+        earlier=earlier_prompts,
     output:
         prompts=at("prompts.parquet"),
         record=record(at("prompts.parquet")),
@@ -37,5 +44,5 @@ rule sample_prompts:
         "Drawing the prompts of {wildcards.run}iteration {wildcards.t}"
     shell:
         "{PYTHON} src/sample_prompts.py --iteration {wildcards.t} --iterations {params.iterations} --seed {params.seed}"
-        " --held-out {input.held_out:q} --policy {input.policy} --response-tokens {params.room} {params.options:q} {params.best_grade}"
-        " --output {output.prompts} 2>&1 | tee {log}"
+        " --held-out {input.held_out:q} --earlier {input.earlier} --policy {input.policy} --response-tokens {params.room}"
+        " {params.options:q} {params.best_grade} --output {output.prompts} 2>&1 | tee {log}"

@@ -1,9 +1,11 @@
 """Draw one iteration's prompts.
 
-Reads   a JSONL file or a hub data set, the evaluation instructions (set aside first), the base policy's tokenizer
+Reads   a JSONL file or a hub data set, the evaluation instructions (set aside first), the base policy's tokenizer; where each
+        iteration has a source of its own, the prompts of those before it
 Writes  prompts.parquet and its record
 Paper   2405.00675, Algorithm 1 line 3: three disjoint portions, one an iteration.
-Departs from the official code: the held-out prompts are disjoint from training; theirs are 500 rows of it.
+Departs from the official code: the held-out prompts are disjoint from training; theirs are 500 rows of it. A prompt that stands twice
+        is taken once.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from sppo.artifacts import recorded
 from sppo.config import add_section
 from sppo.errors import UserError, run
 from sppo.prompts import BEST_GRADE, read_instructions, read_prompts, with_goal
-from sppo.tables import write_table
+from sppo.tables import read_table, write_table
 
 
 def main() -> None:
@@ -25,6 +27,7 @@ def main() -> None:
     parser.add_argument("--iteration", type=int, required=True)
     parser.add_argument("--iterations", type=int, required=True)
     parser.add_argument("--held-out", type=Path, required=True, help="evaluation instructions; none of them is drawn")
+    parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="prompts.parquet of earlier iterations, which are not drawn again")
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--response-tokens", type=int, required=True, help="room to leave for a response")
     parser.add_argument("--best-grade", action="store_true", help="a reward-conditioned policy is asked for its best")
@@ -36,16 +39,17 @@ def main() -> None:
     source = args.source.replace("{t}", str(args.iteration))
     prompts, commit = read_prompts(source, revision_of(args.revision, args.iteration), args.split, args.field)
     held_out = {row["instruction"].strip() for row in read_instructions(args.held_out)}
-    free = [prompt for prompt in prompts if prompt["messages"][-1]["content"].strip() not in held_out]
-    inputs = [args.held_out, args.policy] + ([Path(source)] if Path(source).is_file() else [])
+    set_apart = [prompt for prompt in prompts if prompt["messages"][-1]["content"].strip() not in held_out]
+    free = without_repetitions(set_apart, {said(row["messages"]) for path in args.earlier for row in read_table(path, "prompts")})
+    inputs = [args.held_out, args.policy, *args.earlier] + ([Path(source)] if Path(source).is_file() else [])
     with recorded("sample", args.output, inputs, vars(args)) as facts:
         one_source_each = source != args.source
         drawn = portion(free, args.per_iteration, 1 if one_source_each else args.iteration,
                         1 if one_source_each else args.iterations, args.seed, source)
         rows, dropped = with_token_ids(drawn, source, args)
         write_table(args.output, rows, "prompts")
-        facts |= {"prompts": len(rows), "available": len(free), "set_aside": len(prompts) - len(free),
-                  "dropped": dropped, "commit": commit}
+        facts |= {"prompts": len(rows), "available": len(free), "set_aside": len(prompts) - len(set_apart),
+                  "repeated": len(set_apart) - len(free), "dropped": dropped, "commit": commit}
 
 
 def revision_of(revisions: str | None, t: int) -> str | None:
@@ -54,6 +58,17 @@ def revision_of(revisions: str | None, t: int) -> str | None:
     if len(commits) > 1 and t > len(commits):
         raise UserError(f"prompts.revision names {len(commits)} commits, and this is iteration {t}; name one an iteration")
     return (commits[0] if len(commits) == 1 else commits[t - 1]) or None
+
+
+def said(messages: list[dict[str, str]]) -> tuple[str, ...]:
+    """What makes two prompts the same one: who says what, white space around it apart."""
+    return tuple(f"{message['role']}: {message['content'].strip()}" for message in messages)
+
+
+def without_repetitions(prompts: list[dict[str, Any]], earlier: set[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """The prompts that neither `earlier` holds nor a prompt before them is."""
+    first = {said(prompt["messages"]): prompt for prompt in reversed(prompts)}
+    return [prompt for prompt in prompts if first[said(prompt["messages"])] is prompt and said(prompt["messages"]) not in earlier]
 
 
 def portion(prompts: list[dict[str, Any]], size: int | None, t: int, parts: int, seed: int, source: str) -> list[dict[str, Any]]:

@@ -139,6 +139,16 @@ def test_held_out_prompts_are_never_drawn_and_all_others_once(sample):
     assert len(drawn) == len(set(drawn)) == 18 and not set(drawn) & set(held_out)
 
 
+def test_no_prompt_is_drawn_twice_or_in_two_iterations_with_a_source_each(sample, tmp_path):
+    other_words = [{"id": f"again{i}", "instruction": f" Question {i}? "} for i in range(4)]
+    table, record = sample(rows(9) + other_words, "--source", jsonl(tmp_path / "p1.jsonl", *rows(9), *other_words).parent / "p{t}.jsonl")
+    assert len(table) == record["available"] == 9 and (record["repeated"], record["set_aside"]) == (4, 0)
+    earlier = shutil.copy(tmp_path / "out.parquet", tmp_path / "first.parquet")
+    jsonl(tmp_path / "p2.jsonl", *rows(12))
+    table, record = sample([], "--source", tmp_path / "p{t}.jsonl", "--earlier", earlier, t=2)
+    assert {row["messages"][0]["content"] for row in table} == {f"Question {i}?" for i in (9, 10, 11)} and record["repeated"] == 9
+
+
 def test_token_ids_are_the_template_s(sample, tiny_policy):
     tokenizer = load_tokenizer(tiny_policy)
     for row in sample(rows(6))[0]:

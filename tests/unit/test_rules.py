@@ -193,7 +193,8 @@ def test_alpaca_eval_s_own_files_are_fetched_where_official_is_asked_for(copy):
     done = dry_run(copy, *words, "results/mistral-7b/iter0/alpaca_eval.json")
     planned = jobs(done)
     assert planned["fetch_alpaca_eval"] == planned["answer_instructions"] == planned["judge_outputs"] == 1 and "train_policy" not in planned
-    assert jobs(dry_run(copy, *words, "results/mistral-7b/iter2/prompts.parquet")).keys() >= {"fetch_alpaca_eval", "sample_prompts"}
+    planned = jobs(dry_run(copy, *words, "results/mistral-7b/iter2/prompts.parquet"))
+    assert planned["fetch_alpaca_eval"] == 1 and planned["sample_prompts"] == 2  # a source each, so the second is drawn aside from the first
     assert "fetch_alpaca_eval" not in jobs(dry_run(copy))
 
 
