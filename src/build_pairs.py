@@ -1,16 +1,18 @@
 """Estimate P-hat from the logits and choose the pairs that are trained on.
 
 Reads   prompts.parquet (its order), all shards of responses/ and preferences/; gold responses (JSONL) and the policy,
-        whose tokenizer reads them, for `--construction gold`; an earlier iteration's pairs for `--replay`.
+        whose tokenizer reads them, for `--construction gold`; an earlier iteration's pairs and their record for `--replay`.
         For `--construction graded` all shards of grades/ in place of preferences/, and gold responses if there are any
 Writes  pairs.parquet and its record, which counts what was dropped and why
 Paper   2405.00675, section 5.1: P-hat over the K responses; winner and loser by the mean logit; these two are trained on.
         `all`: 2404.03715, Algorithm 1, every two responses. `gold`: 2401.01335, the gold response against one of the policy's.
         `--even-lengths`: DICE, 2406.09760. `--goals`: RA-DPO, 2410.08067, with P-hat in place of a reward model's grades.
         `graded`: 2404.03715, Algorithm 2 (DNO-Prct), every two far enough apart by their grades.
-Departs from 2404.03715 in `graded`: a gold response never loses, where the paper takes all pairs; of older pairs come again those that the
-        previous iteration trained on (`--replay`), so that the share of iteration t - 2 is the square of t - 1's, 9% for 30%, and not 15%. Such pairs
-        have no P-hat, for gold is none of the K: its columns hold grade / 6, that of P(chosen beats rejected) 1, and no loss may read them.
+Departs from 2404.03715 in `graded`: a gold response never loses, where the paper takes all pairs.
+        Pairs of `graded` and `gold` have no P-hat, for gold is none of the K: its columns hold grade / 6, or 1 and 0, that of P(chosen beats
+        rejected) 1, and no loss may read them.
+Departs from INPO, 2407.00617: winner and loser are the ends of the mean logit, not of a tournament, and stay a pair where the loser beats the
+        winner in the comparison of these two, which cyclic preferences allow.
 Departs from the official code: `--probability blender` is its collapse to scores; where all scores are equal it takes
         one response as winner and loser, here such prompts are dropped.
 """
@@ -25,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from sppo.artifacts import recorded
+from sppo.artifacts import read_json, record_path, recorded
 from sppo.config import CHAINING, COMPARISON, GRADING, add_section
 from sppo.errors import UserError, run
 from sppo.grades import GOLD, read_grades
@@ -83,11 +85,17 @@ def main() -> None:
             found, dropped["same_grade"] = twice_with_goals(found, logits, messages, args.policy)
         new = len(found)
         if args.previous:
-            before = read_table(args.previous, "pairs")
-            found += random.Random(args.replay_seed).sample(before, round(args.replay * len(before)))
+            found += replayed(args.previous, args.replay, args.replay_older, args.replay_seed)
         pairs = [row | {"pair_id": number} for number, row in enumerate(found)]
         write_table(args.output, pairs, "pairs")
         facts |= {"prompts": len(order), "pairs": len(pairs), "replayed": len(pairs) - new, "dropped": dict(dropped), **statistics(pairs)}
+
+
+def replayed(path: Path, share: float, share_of_older: float, seed: int) -> list[dict[str, Any]]:
+    """Pairs of an earlier iteration, drawn at random: a share of those that it made, which come first, and one of those that it had replayed itself."""
+    pairs, draw = read_table(path, "pairs"), random.Random(seed)
+    made = len(pairs) - read_json(record_path(path))["replayed"]
+    return [pair for some, of_them in ((pairs[:made], share), (pairs[made:], share_of_older)) for pair in draw.sample(some, round(of_them * len(some)))]
 
 
 def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ STAGES = {
     "generate": 1,
     "annotate": 1,
     "grade": 1,
-    "select": 2,
+    "select": 3,
     "reference": 1,
     "train": 1,
     "answer": 1,

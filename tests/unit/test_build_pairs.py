@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import build_pairs
+from sppo.artifacts import record_path
 from sppo.errors import UserError
 from sppo.tables import read_table, write_table
 
@@ -35,6 +38,14 @@ def build(tmp_path, program):
 
 
 STOPPED = ["stop"] * 3
+
+
+def kept(folder: Path, name: str) -> Path:
+    """The pairs that were just built, out of the way of the next, with their record."""
+    path = folder / f"{name}.parquet"
+    (folder / "pairs.parquet").rename(path)
+    record_path(folder / "pairs.parquet").rename(record_path(path))
+    return path
 
 
 def test_winner_loser_and_estimates(build):
@@ -108,12 +119,22 @@ def test_gold_against_the_policy_s_first_response(build, tiny_policy, tmp_path):
 def test_replayed_pairs_come_after_the_new_ones(build, tmp_path):
     many = {name: (["x", "y", "z"], SKEW, STOPPED) for name in "abcdefgh"}
     build(many)
-    before = tmp_path / "before.parquet"
-    (tmp_path / "pairs.parquet").rename(before)
+    before = kept(tmp_path, "before")
     pairs, record = build({"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay", "0.5")
     assert [pair["pair_id"] for pair in pairs] == list(range(5)) and pairs[0]["prompt_id"] == "new" and record["replayed"] == 4
     assert len({pair["prompt_id"] for pair in pairs}) == 5
     assert build({"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay", "0.5")[0] == pairs  # the same draw
+
+
+@pytest.mark.parametrize(("flags", "counts"), [((), {"third": 2, "second": 4}),  # SPIN: new ones and the previous iteration's
+                                               (("--replay-older", "0.5"), {"third": 2, "second": 4, "first": 3})])
+def test_what_was_replayed_before_is_no_pair_of_the_previous_iteration(build, tmp_path, flags, counts):
+    build({f"first{n}": (["x", "y", "z"], SKEW, STOPPED) for n in range(6)})
+    first = kept(tmp_path, "first")
+    build({f"second{n}": (["x", "y", "z"], SKEW, STOPPED) for n in range(4)}, "--previous", first, "--replay", "1")
+    second = kept(tmp_path, "second")
+    pairs, record = build({f"third{n}": (["x", "y", "z"], SKEW, STOPPED) for n in range(2)}, "--previous", second, "--replay", "1", *flags)
+    assert Counter(pair["prompt_id"][:-1] for pair in pairs) == counts and record["replayed"] == len(pairs) - 2
 
 
 def test_even_lengths_take_a_penalty_from_all_logits(build):

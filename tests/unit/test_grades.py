@@ -195,7 +195,8 @@ def test_graded_pairs_carry_grades_in_place_of_p_hat(build, files):
 
 def test_graded_pairs_are_replayed(build, files):
     first, _ = build({("a", GOLD): 6, ("a", 0): 5, ("a", 1): 3, ("a", 2): 0})
-    (files / "pairs.parquet").rename(files / "before.parquet")
+    for name in ("pairs.parquet", "pairs.parquet.record.json"):
+        (files / name).rename(files / name.replace("pairs", "before"))
     pairs, record = build({("b", 0): 6, ("b", 1): 3}, "--previous", files / "before.parquet", "--replay", 0.3)
     assert record["replayed"] == 1 and pairs[0]["prompt_id"] == "b" and pairs[1]["chosen"] in {pair["chosen"] for pair in first}
 
