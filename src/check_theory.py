@@ -21,7 +21,7 @@ from sppo.artifacts import recorded, write_json
 from sppo.errors import UserError, run
 from sppo.games import Game, duality_gap, kl, play
 from sppo.preference import mean_logits, p_hat, win_probabilities
-from sppo.theory import ETAS, HORIZONS, Claim, divergences, laws
+from sppo.theory import ETAS, HORIZONS, Claim, divergences, laws, tell
 
 P, START = g.GAMES["comal3"].P, g.GAMES["comal3"].start
 STAR = g.nash(P)
@@ -36,10 +36,7 @@ def main() -> None:
         checks = laws_on({args.game.stem: read_game(args.game)}) if args.game else all_checks()
         facts["hold"] = sum(one["holds"] for one in checks)
         write_json(args.output, checks)
-    for one in checks:
-        if not one["holds"]:
-            print(f"does not hold: {one['number']}. {one['claim']}: {one['value']:.6g}, not {one['relation']} {one['expected']:.6g}")
-    print(f"{facts['hold']} of {len(checks)} checks hold: {args.output}")
+    tell(checks, args.output)
 
 
 def read_game(path: Path) -> Game:
@@ -64,7 +61,8 @@ def laws_on(games: dict[str, Game]) -> list[dict[str, Any]]:
     for name, game in games.items():
         for law in laws(game):
             tried.setdefault(law[1], []).append((law, name))
-    return [check(*max(same, key=lambda one: one[0][2])[0], ", ".join(name for _, name in same)) for same in tried.values()]
+    # Not a number is the worst of all, and compares with nothing.
+    return [check(*max(same, key=lambda one: np.nan_to_num(one[0][2], nan=np.inf))[0], ", ".join(name for _, name in same)) for same in tried.values()]
 
 
 def check(number: int, claim: str, value: float, relation: str, expected: str, games: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any
 from sppo.adapters import adapter_files, adapter_folder
 from sppo.alpaca import OFFICIAL_DIFFICULTY, Judge, check_judge, check_order, evaluate, length_model, metrics, paired, read_outputs
 from sppo.artifacts import file_hash, recorded, write_json
+from sppo.config import at_least
 from sppo.errors import UserError, run
 from sppo.models import pick_device
 from sppo.ranker_data import instruction_hash
@@ -40,8 +41,8 @@ def main() -> None:
     parser.add_argument("--judge-model", help="model name for openai")
     parser.add_argument("--judge-base-url", help="address of the server for openai, such as http://localhost:8000/v1")
     parser.add_argument("--difficulty", default="none", help="df_gamed.csv for the 805 instructions, or none")
-    parser.add_argument("--bootstrap", type=_count, default=10000, help="resamples for the win rate's interval; 0 for none")
-    parser.add_argument("--length-controlled-bootstrap", type=_count, default=300, help="refits for LC's interval; 0 for none")
+    parser.add_argument("--bootstrap", type=at_least(0), default=10000, help="resamples for the win rate's interval; 0 for none")
+    parser.add_argument("--length-controlled-bootstrap", type=at_least(0), default=300, help="refits for LC's interval; 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--threads", type=int, default=1, help="processes that refit LC")
     parser.add_argument("--policy", help="what the policy is, for the result; its generator name if not given")
@@ -125,13 +126,6 @@ def _plain(value: Any) -> Any:
     """A JSON value: numpy scalars unpacked, NaN (the package's missing value) as null."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("not a number of resamples")
-    return number
 
 
 def _json_object(text: str) -> dict[str, Any]:

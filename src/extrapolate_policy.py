@@ -37,7 +37,7 @@ def main() -> None:
             model.save_pretrained(temporary)
             load_tokenizer(args.aligned).save_pretrained(temporary)
             text = f"theta_aligned + {args.alpha:g} (theta_aligned - theta_base) for every weight, without training: https://arxiv.org/abs/2404.16792"
-            (temporary / "README.md").write_text(model_card(args.aligned, "A policy of ExPO", {"Method": text}), encoding="utf-8")
+            (temporary / "README.md").write_text(model_card(args.aligned, "A policy of ExPO", {"Method": text}, tag="expo"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,10 +24,12 @@ import numpy as np
 from check_theory import check
 from sppo import games as g
 from sppo.artifacts import recorded, write_json, write_text
+from sppo.config import at_least
 from sppo.errors import run
 from sppo.figures import pyplot, save
 from sppo.markup import csv_table
 from sppo.progress import progress
+from sppo.theory import tell
 
 LETTERS, LENGTH, ETA, ITERATIONS, K = 3, 2, 1.0, 3, 5
 GAME = g.random_game(LETTERS**LENGTH, seed=0)
@@ -37,8 +39,8 @@ NUMBER = 18  # among the checks
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=50, help="prompts to which K responses are sampled (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=10, help="runs whose spread gives the standard error (default: %(default)s)")
+    parser.add_argument("--prompts", type=at_least(1), default=50, help="prompts to which K responses are sampled (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least(2), default=10, help="runs whose spread gives the standard error (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="trained_policies.json; the other files go beside it")
     args = parser.parse_args()
     files = [args.output, *(args.output.with_suffix(f".{form}") for form in ("csv", "png", "svg"))]
@@ -50,6 +52,7 @@ def main() -> None:
         write_json(args.output, {"shows": shows, "checks": checks})
         write_text(files[1], csv_table(["policy", "way", "seed", "iteration", *(f"pi {n}" for n in range(len(GAME.P)))], rows(iterates)))
         save(figure(iterates), files[2:])
+    tell(checks, args.output)
 
 
 def all_ways(name: str, prompts: int, seeds: int) -> dict[str, np.ndarray]:

@@ -4,8 +4,8 @@ Reads   pairs.parquet, logps/current.parquet (log-probabilities of them under pi
         policy logps/reference.parquet, the policy to start from
 Writes  policy/ (a Hugging Face folder, float32), train_log.jsonl, a record beside each
 Paper   2405.00675, Algorithm 1 line 6, eq. (4.6)
-Departs from the paper: only where a flag says so; the defaults are the paper's. The official code has no
-        references in float32 and sums in bfloat16; here master weights and sums are float32 always.
+Departs from the paper: only where a flag says so; the defaults are the paper's. Master weights, references and sums are
+        float32, whatever the forward pass computes in.
 
 A killed training goes on from its last checkpoint, which lies in `.<policy>.work/` beside the policy
 until the policy is whole. With --processes above 1 this process starts them, through `accelerate launch`, and waits;
@@ -27,7 +27,7 @@ import numpy as np
 
 from sppo.artifacts import STAGES, known_hash, read_json, recorded, write_json, write_text, written_whole
 from sppo.cards import data_of, model_card, table
-from sppo.config import add_section, check_processes
+from sppo.config import add_section, check_training
 from sppo.errors import UserError, run, writing
 from sppo.preference import p_hat_weighted
 from sppo.processes import first_alone, is_first, is_launched, launch, meet, one_voice
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--attention", default=None)
     add_section(parser, "train", skip=("reference_every",))
     args = parser.parse_args()
-    check_processes(vars(args))
+    check_training(vars(args))
     if args.processes > 1 and not is_launched():
         launch(vars(args), args.device)
     else:
@@ -113,10 +113,14 @@ def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any])
     """The policy's model card, of what is known when it is trained."""
     method = {key: value for key, value in vars(args).items() if key in METHOD and value is not None}
     figures = {key: last[key] for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "order_right") if key in last}
-    return model_card(args.policy, f"A policy of self-play preference optimisation, loss {args.loss}", {
+    words = "Self-play preference optimisation" if args.loss.startswith("sppo") else f"The loss `{args.loss}` (src/sppo/losses.py names its paper) in the workflow of SPPO"
+    words += ", https://arxiv.org/abs/2405.00675"
+    if args.loss != "simpo":
+        words += f"; log-ratios refer to {'the' if args.reference == args.current else 'an older policy than the'} policy it was trained from"
+    return model_card(args.policy, f"A policy of iterative preference optimisation, loss {args.loss}", {
         "Data": data_of(args.pairs),
-        "Method": "Self-play preference optimisation: https://arxiv.org/abs/2405.00675\n\n" + table(method | {"pairs": pairs, "steps": steps}),
-        "Figures of the last step": table(figures)})
+        "Method": f"{words}.\n\n" + table(method | {"pairs": pairs, "steps": steps}),
+        "Figures of the last step": table(figures)}, tag=args.loss)
 
 
 def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | None]:

@@ -9,6 +9,8 @@ import yaml
 
 from sppo.artifacts import read_json, record_path
 
+CONSTRUCTIONS = {"extremes": "the best and the worst response of each prompt", "all": "every two responses of each prompt",
+                 "gold": "a gold response against the policy's", "graded": "every two far enough apart by grade"}
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -25,12 +27,12 @@ def header(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def model_card(start: Path, title: str, sections: dict[str, str]) -> str:
+def model_card(start: Path, title: str, sections: dict[str, str], tag: str) -> str:
     """A card for what was trained from the policy in `start`: header, title, what it comes from, the sections, the licence of the base."""
     before, record = header(start), _record(start)
     first = record.get("stage") == "policy_source"  # else the policy is one of ours, whose card names its base
     base = _name(record["arguments"]["model"]) if first else before.get("base_model", "a model without a record")
-    metadata = {"base_model": base, "library_name": "transformers", "tags": ["preference-optimization", "sppo"],
+    metadata = {"base_model": base, "library_name": "transformers", "tags": ["preference-optimization", tag],
                 **{key: before[key] for key in LICENCE_KEYS if key in before}}
     named = metadata.get("license_name") or metadata.get("license") or "its card names none"
     commit = f" at {record['commit']}" if record.get("commit") else ""
@@ -41,7 +43,8 @@ def model_card(start: Path, title: str, sections: dict[str, str]) -> str:
 
 def data_of(pairs: Path) -> str:
     """Where the pairs come from, as far as their records and those of their inputs say."""
-    made = {record.get("stage"): record for record in (_record(path) for path in _record(pairs).get("inputs", {}))}
+    chosen = _record(pairs)
+    made = {record.get("stage"): record for record in (_record(path) for path in chosen.get("inputs", {}))}
     lines = []
     if "sample" in made:
         record = made["sample"]
@@ -62,6 +65,10 @@ def data_of(pairs: Path) -> str:
             lines.append(f"* compared by the preference model {_name(model)}")
         else:
             lines.append(f"* compared by the policy's own reward, {made['annotate']['arguments']['beta']:g} log(pi_t / pi_t-1)")
+    if "arguments" in chosen:
+        more = {"even_lengths": ", less a penalty for length", "goals": ", both ways round with the grade asked for"}
+        lines.append(f"* in pairs: {CONSTRUCTIONS[chosen['arguments']['construction']]}" + "".join(words for key, words in more.items() if chosen["arguments"][key])
+                     + (f"; {chosen['replayed']} pairs of an earlier iteration again" if chosen["replayed"] else ""))
     return "\n".join(lines) or "No record of the pairs was found."
 
 

@@ -10,6 +10,7 @@ import argparse
 import copy
 import difflib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ COMPARISON = ("model", "revision", "source", "backend", "precision", "max_prompt
 SELECTION = ("probability", "logit_scale", "winner_by", "truncated")
 # The section `grades` too: these keys say who grades, the others which pairs grades make.
 GRADING, THRESHOLDS = ("judge", "judge_model", "judge_base_url"), ("positive", "gold_margin", "own_margin")
-# Losses that learn from P-hat, which pairs chosen by grades have none of.
+# Losses that learn from P-hat or P(winner beats loser), which pairs of gold responses and of grades have none of.
 OF_P_HAT = ("sppo", "sppo_single", "dno", "mmpo", "nash_md", "mpo")
+# TRL's names of the losses that it has; its IPO is the one per token with target 1/(2 beta).
+TRL_LOSSES = {"sppo_hard": "sppo_hard", "dpo": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
 # These of the section `pairs` say how rules are chained.
 CHAINING = ("implicit", "replay_from")
 
@@ -136,8 +139,6 @@ def _check_together(config: Config) -> None:
     if train["stop_epoch"] > train["schedule_total_epochs"]:
         raise UserError(f"config: train.stop_epoch ({train['stop_epoch']}) is after train.schedule_total_epochs "
                         f"({train['schedule_total_epochs']}); lower the one or raise the other")
-    if train["backend"] == "trl" and train["loss"] not in ("sppo_hard", "dpo", "hinge", "ipo"):
-        raise UserError(f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or train.backend: transformers")
     if train["backend"] == "trl" and (train["reference_every"] != 1 or train["sft_weight"] or train["optimism"] or train["label_smoothing"]):
         raise UserError("config: TRL's trainer here refers to the previous iterate, adds no term and smooths no labels; set train.reference_every: 1, "
                         "train.sft_weight, optimism and label_smoothing: 0, or use train.backend: transformers")
@@ -149,6 +150,9 @@ def _check_together(config: Config) -> None:
     if train["loss"] == "nash_md" and (config["pairs"]["construction"] != "all" or config["pairs"]["replay"] or config["pairs"]["margin"]):
         raise UserError("config: train.loss nash_md weighs all responses to a prompt against each other; set pairs.construction: all, pairs.replay: 0 and "
                         "pairs.margin: 0")
+    if train["loss"] in ("inpo", "nash_md") and (train["tau"] == 0 or train["reference_every"] == 1):
+        raise UserError(f"config: train.loss {train['loss']} is held near a policy other than pi_t, which needs train.tau above 0 and train.reference_every: "
+                        "null (the base), or above 1")
     if config["pairs"]["implicit"] and (train["reference_every"] != 1 or train["loss"] == "simpo"):
         raise UserError("config: pairs.implicit compares by beta log(pi_t / pi_t-1), which training has made a reward only against the previous iterate; set "
                         "train.reference_every: 1 and another train.loss than simpo")
@@ -160,29 +164,26 @@ def _check_together(config: Config) -> None:
         raise UserError(f"config: pairs.goals turns pairs round, which train.loss {train['loss']} does not know; set train.loss: dpo, hinge, ipo, kto_pair or simpo")
     if config["pairs"]["even_lengths"] and (config["pairs"]["construction"], config["preference"]["winner_by"]) != ("extremes", "logit"):
         raise UserError("config: pairs.even_lengths evens out the ends of the mean logit; set pairs.construction: extremes and preference.winner_by: logit")
+    if config["pairs"]["construction"] in ("gold", "graded") and train["loss"] in OF_P_HAT:
+        raise UserError(f"config: train.loss {train['loss']} learns from P-hat, which pairs.construction {config['pairs']['construction']} does not give; set "
+                        "train.loss: dpo, or another pairs.construction")
     if config["pairs"]["construction"] == "graded":
-        _check_graded(config)
+        if config["grades"]["judge"] == "preference" and (backend := config["preference"]["backend"]) != "transformers":
+            raise UserError(f"config: grades.judge preference does not go with preference.backend {backend}; set preference.backend: transformers, or "
+                            "grades.judge")
     elif (config["pairs"]["construction"] == "gold") != (config["pairs"]["gold"] is not None):
         raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither (graded can have one)")
     if train["backend"] == "trl" and train["loss_scale"] != "none":
         raise UserError("config: TRL does not scale losses; use train.loss_scale: none or train.backend: transformers")
-    check_processes(train)
+    check_training(train)
     if train["parallel"] != "ddp" and config["device"] == "cpu":
         raise UserError(f"config: train.parallel {train['parallel']} needs GPUs, but device is cpu; set train.parallel: ddp")
 
 
-def _check_graded(config: Config) -> None:
-    """What goes with pairs that are chosen by grades, else UserError."""
-    loss, backend = config["train"]["loss"], config["preference"]["backend"]
-    if loss in OF_P_HAT:
-        raise UserError(f"config: train.loss {loss} learns from P-hat, which pairs.construction graded does not give; set train.loss: dpo, or another "
-                        "pairs.construction")
-    if config["grades"]["judge"] == "preference" and backend != "transformers":
-        raise UserError(f"config: grades.judge preference does not go with preference.backend {backend}; set preference.backend: transformers, or grades.judge")
-
-
-def check_processes(train: Config) -> None:
-    """What is trained can be trained by so many processes, else UserError."""
+def check_training(train: Config) -> None:
+    """This trainer has the loss, and it can be trained by so many processes, else UserError."""
+    if train["backend"] == "trl" and train["loss"] not in TRL_LOSSES:
+        raise UserError(f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or train.backend: transformers")
     micro_batches(train)
     if train["loss"] == "kto_pair" and (train["micro_batch_size"] < train["batch_size"] or train["processes"] > 1):
         raise UserError("config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size and train.processes: 1")
@@ -327,6 +328,15 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A flag's type: a whole number that is not smaller."""
+    def count(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
+        return int(text)
+    return count
 
 
 def _boolean(text: str) -> bool:

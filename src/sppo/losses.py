@@ -3,7 +3,7 @@
 Symbols: `delta_w` and `delta_l` are log pi_theta(y|x) / pi_ref(y|x) of winner and loser, summed over response tokens,
 in nats, where pi_ref is what the method refers to (for SPPO pi_t, the policy at the start of the iteration); `h`, `h_t`
 and `h_ref` are log y_w - log y_l under pi_theta, pi_t and pi_ref; `p_hat_w` and `p_hat_l` are P-hat(y beats pi_t);
-`p_wl` is P(winner beats loser). For SPPO and MPO beta = 1 / eta of their papers; for INPO and DNO beta is their eta.
+`p_wl` is P(winner beats loser). For SPPO, MPO and Nash-MD beta = 1 / eta of their papers; for INPO and DNO beta is their eta.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 Pair = dict[str, Tensor]
-# TRL's names of those that it has; its IPO is the one per token with target 1/(2 beta).
-TRL_LOSSES = {"sppo_hard": "sppo_hard", "dpo": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
 
 
 def sppo(delta_w: Tensor, delta_l: Tensor, p_hat_w: Tensor, p_hat_l: Tensor, beta: float) -> Tensor:

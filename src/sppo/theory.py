@@ -1,4 +1,4 @@
-"""What the theory of these methods claims of every game: identities, fixed points, bounds.
+"""What the theory of these methods claims of every game: identities, fixed points, bounds; and how it is told what holds.
 
 A claim is (number, words, value, relation, expected); the numbers are those of TOPICS. KL(p, q) = E_p log p/q.
 An error or an excess is compared with what rounding allows, a value with a bound as their ratio, which must not exceed 1.
@@ -7,6 +7,8 @@ An error or an excess is compared with what rounding allows, a value with a boun
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -151,3 +153,11 @@ def self_improvement(game: Game, T: int) -> Series:
     return {"t": np.arange(1, T + 1), "beats_predecessor": (pi[1:] * (pi[:-1] @ game.P.T)).sum(axis=1),
             "identity": np.array([0.5 + kl(a, b) + kl(b, a) for a, b in zip(pi, pi[1:])]),
             "beats_first": pi[1:] @ game.P @ pi[0], "gap": gaps(game, pi[1:])}
+
+
+def tell(checks: list[dict[str, Any]], path: Path) -> None:
+    """Say which checks do not hold, and how many do."""
+    for one in checks:
+        if not one["holds"]:
+            print(f"does not hold: {one['number']}. {one['claim']}: {one['value']:.6g}, not {one['relation']} {one['expected']:.6g}")
+    print(f"{sum(one['holds'] for one in checks)} of {len(checks)} checks hold: {path}")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from sppo.config import micro_batches
+from sppo.config import TRL_LOSSES, micro_batches
 from sppo.errors import UserError
 from sppo.logps import pair_batch, pair_length, response_logps
-from sppo.losses import TRL_LOSSES, pair_loss
+from sppo.losses import pair_loss
 
 # Log-ratios before the first step, nats a token: rounding alone. In bfloat16 a token's log-probability is good to
 # about 1e-2, and other padding than in the reference pass draws these errors anew; over a batch they nearly cancel,
@@ -102,7 +102,7 @@ class PairTrainer(Trainer):
         return (loss, logps) if return_outputs else loss
 
     def _check_step_0(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Before the first update the policy is pi_t: log-ratios to it are 0 and the loss has its closed form. On the first pairs of all processes."""
+        """Before the first update the policy is pi_t: log-ratios to it are 0, else UserError, and the loss, recorded beside it, its closed form. On the first pairs of all processes."""
         itself = {"logp_chosen": inputs["current_chosen"], "logp_rejected": inputs["current_rejected"]}
         closed = pair_loss(self.options["loss"], inputs | itself, self.options)
         mine = torch.stack([losses.detach(), closed, delta_w.detach(), delta_l.detach(), inputs["tokens_chosen"], inputs["tokens_rejected"]], dim=1)

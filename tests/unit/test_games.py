@@ -60,6 +60,20 @@ def test_printed_numbers_are_those_expected(number, checks):
     assert [one["expected"] for one in checks if one["number"] == number and one["relation"] == "="] == PRINTED[number]
 
 
+def test_printed_bounds_on_the_average_of_multiplicative_weights():
+    """methods.md 2.2, items 2 and 3: for T = 2000, and for the best eta of each T."""
+    assert [round(g.mwu_bound(START, eta, 2000), 4) for eta in (0.05, 0.3, 1.0)] == [0.0447, 0.0804, 0.2516]
+    best = [g.mwu_bound(START, g.mwu_step(START, T), T) for T in (100, 400, 1600, 6400, 25600)]
+    assert best == pytest.approx([0.179, 0.0897, 0.0449, 0.0224, 0.0112], abs=5e-4)
+    assert best == pytest.approx([math.sqrt(2 * math.log(1 / 0.2) / T) for T in (100, 400, 1600, 6400, 25600)])
+
+
+def test_law_whose_value_is_no_number_on_one_game_does_not_pass_by_the_others(monkeypatch):
+    values = iter([0.1, float("nan"), 0.2])
+    monkeypatch.setattr(check_theory, "laws", lambda game: [(1, "a law", next(values), "<=", "1")])
+    assert [one["holds"] for one in check_theory.laws_on({name: RANDOM[0] for name in "abc"})] == [False]
+
+
 def loop_gap(P, pi):
     n = len(pi)
     return 2 * (max(sum(P[i][j] * pi[j] for j in range(n)) for i in range(n)) - 0.5)

@@ -332,6 +332,21 @@ def test_log_ratios_refer_to_the_reference_and_the_identity_to_the_start(place, 
         assert (step_0["loss"] == pytest.approx(math.log(2), rel=1e-4)) == (not reference)
 
 
+@pytest.mark.parametrize("options", [{"loss": "hinge"}, {"loss": "kto_pair"}, {"loss": "simpo", "beta": 2.0, "gamma": 1.0}, {"loss": "dno"}, {"loss": "mmpo", "gamma": 4.0},
+                                     {"loss": "inpo", "tau": 0.03}, {"loss": "mpo", "tau": 0.03}, {"loss": "nash_md", "tau": 0.03},
+                                     {"loss": "dpo", "sft_weight": 1.0, "optimism": 0.1}], ids=lambda options: options["loss"])
+def test_every_other_loss_starts_at_its_closed_form_and_falls(place, tmp_path, options):
+    """Ten times over the same pairs, which a policy can learn; pi_ref is another policy than pi_t."""
+    references = {row["pair_id"]: row for row in read_table(place.reference, "logps")}
+    other = [row | {"chosen_logp": row["chosen_logp"] - 1.5, "rejected_logp": row["rejected_logp"] + 0.5} for row in references.values()]
+    write_table(tmp_path / "other.parquet", other, "logps")
+    place.train("policy", reference=tmp_path / "other.parquet", batch_size=10, micro_batch_size=10, stop_epoch=10, schedule_total_epochs=10,
+                learning_rate=1e-5, optimizer="adamw_torch", **{"beta": 0.1} | options)
+    step_0, losses = read_json(record_path(place.folder / "policy"))["step_0"], [line["loss"] for line in place.log("policy")]
+    assert step_0["log_ratio_per_token"] < 1e-3 and losses[0] == pytest.approx(step_0["closed_form"], rel=1e-3, abs=1e-3)
+    assert losses[-1] < losses[0]
+
+
 def test_nash_md_s_opponent_is_the_mixture_estimated_from_all_responses():
     """Three responses a, b, c; b and c tie, so they are no pair. All weight on c, then none moved."""
     def pair(w, l, p, ratio_w, ratio_l):
@@ -436,19 +451,24 @@ def test_model_card_tells_data_method_figures_and_the_base_s_licence(place, tmp_
     place.program(prepare_policy, "--model", model, "--output", base)
     prompts = place.folder / "prompts.parquet"
     write_json(record_path(prompts), {"stage": "sample", "sha256": "1", "prompts": 10, "commit": "c0ffee", "arguments": {"source": "org/prompts-{t}", "iteration": 2}})
-    write_json(record_path(place.pairs), {"stage": "select", "sha256": "2", "inputs": {str(prompts): "1"}})
+    write_json(record_path(place.pairs), {"stage": "select", "sha256": "2", "inputs": {str(prompts): "1"}, "replayed": 4,
+                                          "arguments": {"construction": "all", "even_lengths": False, "goals": True}})
     place.policy = base
     place.train("first", loss_scale="beta_squared")
     place.train("again", loss_scale="beta_squared")
     text = (place.folder / "first" / "README.md").read_text()
     assert text == (place.folder / "again" / "README.md").read_text() and str(tmp_path) not in text
-    for words in ("10 prompts of org/prompts-2 at c0ffee", "| loss | sppo |", "| beta | 0.001 |", "| pairs | 10 |", "| order_right | ", "little: gemma"):
+    for words in ("10 prompts of org/prompts-2 at c0ffee", "every two responses of each prompt, both ways round", "; 4 pairs of an earlier",
+                  "refer to the policy it was trained from", "| loss | sppo |", "| beta | 0.001 |", "| pairs | 10 |", "| order_right | ", "little: gemma"):
         assert words in text, words
     place.policy = place.folder / "first"
     place.score(place.policy, "float32")
-    place.train("second")
-    assert header(place.folder / "second") == {"base_model": "little", "library_name": "transformers", "license": "gemma", "license_link": "https://example.org",
-                                               "tags": ["preference-optimization", "sppo"]} == header(place.folder / "first")
+    shutil.copy(place.reference, place.folder / "older.parquet")
+    place.train("second", loss="dpo", reference=place.folder / "older.parquet")
+    assert "the loss `dpo`" in (text := (place.folder / "second" / "README.md").read_text()).lower() and "refer to an older policy than" in text
+    own = {"base_model": "little", "library_name": "transformers", "license": "gemma", "license_link": "https://example.org"}
+    assert header(place.folder / "first") == own | {"tags": ["preference-optimization", "sppo"]}
+    assert header(place.folder / "second") == own | {"tags": ["preference-optimization", "dpo"]}
 
 
 def test_policy_that_was_not_trained_is_the_one_it_came_from(place):
