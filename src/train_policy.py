@@ -113,8 +113,8 @@ def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any])
     """The policy's model card, of what is known when it is trained."""
     method = {key: value for key, value in vars(args).items() if key in METHOD and value is not None}
     figures = {key: last[key] for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "order_right") if key in last}
-    words = "Self-play preference optimisation" if args.loss.startswith("sppo") else f"The loss `{args.loss}` (src/sppo/losses.py names its paper) in the workflow of SPPO"
-    words += ", https://arxiv.org/abs/2405.00675"
+    other = f"The loss `{args.loss}`, whose paper src/sppo/losses.py names, in the workflow of SPPO"
+    words = ("Self-play preference optimisation" if args.loss.startswith("sppo") else other) + ", https://arxiv.org/abs/2405.00675"
     if args.loss != "simpo":
         words += f"; log-ratios refer to {'the' if args.reference == args.current else 'an older policy than the'} policy it was trained from"
     return model_card(args.policy, f"A policy of iterative preference optimisation, loss {args.loss}", {

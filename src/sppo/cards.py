@@ -66,9 +66,10 @@ def data_of(pairs: Path) -> str:
         else:
             lines.append(f"* compared by the policy's own reward, {made['annotate']['arguments']['beta']:g} log(pi_t / pi_t-1)")
     if "arguments" in chosen:
-        more = {"even_lengths": ", less a penalty for length", "goals": ", both ways round with the grade asked for"}
-        lines.append(f"* in pairs: {CONSTRUCTIONS[chosen['arguments']['construction']]}" + "".join(words for key, words in more.items() if chosen["arguments"][key])
-                     + (f"; {chosen['replayed']} pairs of an earlier iteration again" if chosen["replayed"] else ""))
+        options = chosen["arguments"]
+        lines.append(f"* in pairs: {CONSTRUCTIONS[options['construction']]}" + ", less a penalty for length" * options["even_lengths"]
+                     + ", both ways round with the grade asked for" * options["goals"]
+                     + f"; {chosen['replayed']} pairs of an earlier iteration again" * (chosen["replayed"] > 0))
     return "\n".join(lines) or "No record of the pairs was found."
 
 

@@ -102,7 +102,10 @@ class PairTrainer(Trainer):
         return (loss, logps) if return_outputs else loss
 
     def _check_step_0(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Before the first update the policy is pi_t: log-ratios to it are 0, else UserError, and the loss, recorded beside it, its closed form. On the first pairs of all processes."""
+        """Before the first update the policy is pi_t: log-ratios to it are 0, else UserError.
+
+        On the first pairs of all processes. The loss and its closed form are recorded beside each other.
+        """
         itself = {"logp_chosen": inputs["current_chosen"], "logp_rejected": inputs["current_rejected"]}
         closed = pair_loss(self.options["loss"], inputs | itself, self.options)
         mine = torch.stack([losses.detach(), closed, delta_w.detach(), delta_l.detach(), inputs["tokens_chosen"], inputs["tokens_rejected"]], dim=1)

@@ -332,9 +332,9 @@ def test_log_ratios_refer_to_the_reference_and_the_identity_to_the_start(place, 
         assert (step_0["loss"] == pytest.approx(math.log(2), rel=1e-4)) == (not reference)
 
 
-@pytest.mark.parametrize("options", [{"loss": "hinge"}, {"loss": "kto_pair"}, {"loss": "simpo", "beta": 2.0, "gamma": 1.0}, {"loss": "dno"}, {"loss": "mmpo", "gamma": 4.0},
-                                     {"loss": "inpo", "tau": 0.03}, {"loss": "mpo", "tau": 0.03}, {"loss": "nash_md", "tau": 0.03},
-                                     {"loss": "dpo", "sft_weight": 1.0, "optimism": 0.1}], ids=lambda options: options["loss"])
+@pytest.mark.parametrize("options", [
+    {"loss": "hinge"}, {"loss": "kto_pair"}, {"loss": "simpo", "beta": 2.0, "gamma": 1.0}, {"loss": "dno"}, {"loss": "mmpo", "gamma": 4.0}, {"loss": "inpo", "tau": 0.03},
+    {"loss": "mpo", "tau": 0.03}, {"loss": "nash_md", "tau": 0.03}, {"loss": "dpo", "sft_weight": 1.0, "optimism": 0.1}], ids=lambda options: options["loss"])
 def test_every_other_loss_starts_at_its_closed_form_and_falls(place, tmp_path, options):
     """Ten times over the same pairs, which a policy can learn; pi_ref is another policy than pi_t."""
     references = {row["pair_id"]: row for row in read_table(place.reference, "logps")}
