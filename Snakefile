@@ -37,6 +37,13 @@ localrules:
     compare,
     compare_all,
     theory,
+    # What asks the network, which the nodes of a cluster may lack.
+    base_policy,
+    preference_model,
+    sample_prompts,
+    fetch_alpaca_eval,
+    fetch_mt_bench,
+    push_policy,
 
 
 rule all:

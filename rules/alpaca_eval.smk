@@ -158,7 +158,7 @@ rule judge_outputs:
     resources:
         mem_mb=4000,
         runtime=120,
-        gpu=MODEL_GPUS,
+        gpu=gpus_if(judge_files),
     params:
         version=STAGES["judge"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],

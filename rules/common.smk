@@ -43,6 +43,11 @@ MODEL_THREADS = 1 if ON_GPU else max(workflow.resource_settings.cores or 1, 1)
 MODEL_GPUS = 1 if ON_GPU else 0
 TRAINING_GPUS = MODEL_GPUS * max(run["train"]["processes"] // run["train"]["machines"] for run in RUNS.values())
 ENGINE_GPUS = MODEL_GPUS * (MAIN["responses"]["tensor_parallel"] or 1)
+# What the configuration makes a rule's jobs use on a cluster, over all nodes, where its profile says what they get.
+GPUS_USED = {} if MAIN["device"] == "cpu" else {
+    **dict.fromkeys(("generate_responses", "answer_instructions", "answer_instructions_n_times", "answer_mt_bench"), MAIN["responses"]["tensor_parallel"] or 1),
+    **dict.fromkeys(("train_policy", "train_dropped_policy"), max(run["train"]["processes"] for run in RUNS.values())),
+}
 # vLLM wants another transformers than the rest.
 ENGINE_ENVIRONMENT = "../envs/vllm.yaml" if MAIN["responses"]["engine"] == "vllm" else "../envs/core.yaml"
 PYTHON = "python" if IN_CONDA else sys.executable
@@ -129,21 +134,9 @@ def best_grade(wildcards, t):
     return "--best-grade" if settings(wildcards)["pairs"]["goals"] and int(t) > 0 else ""
 
 
-def preference_model(run):
-    """The preference model of a run as programs take it: its name, or the folder that PairRM is put into, one for all runs with the same."""
-    chosen, of_main = ({key: RUNS[name]["preference"][key] for key in ("model", "revision", "backend")} for name in (run.rstrip("/"), ""))
-    return f"{ROOT}{'' if chosen == of_main else run}iter0/preference_model" if is_pairrm(chosen["model"]) else chosen["model"]
-
-
-def preference_model_files(run):
-    """What that lies in, so that a new one compares anew."""
-    model = preference_model(run)
-    return [model] if is_pairrm(RUNS[run.rstrip("/")]["preference"]["model"]) else adapter_files(model)
-
-
-def ranker_base(run):
-    """What the preference model of a run sits on, where it is an embedded one."""
-    return [] if is_pairrm(RUNS[run.rstrip("/")]["preference"]["model"]) else EMBEDDED_POLICY
+def gpus_if(needed):
+    """GPUs of a job that runs a model itself only where `needed`, a function of its wildcards, says so; None is a job of which nothing is known."""
+    return lambda wildcards: MODEL_GPUS if wildcards is None or needed(wildcards) else 0
 
 
 def asked_of_cluster(rule, attempts):
@@ -152,7 +145,7 @@ def asked_of_cluster(rule, attempts):
         resource = rule.resources.get(name)
         return resource and resource.evaluate(None, input=[], attempt=attempts, threads=1, rulename=rule.name, async_run=None).value
     partition, account = (str(value(name) or "") for name in ("slurm_partition", "slurm_account"))  # YAML reads 12345 as a number
-    return Asked(rule.name, partition, account, value("runtime"), value("gpu") or 0)
+    return Asked(rule.name, partition, account, value("runtime"), value("gpu") or 0, GPUS_USED.get(rule.name, 0))
 
 
 class Checked(type(workflow)):

@@ -13,11 +13,16 @@ def preference_shards(wildcards, t=None):
     return shards(wildcards, "preferences", t) if settings(wildcards)["pairs"]["construction"] in ("extremes", "all") else []
 
 
+def by_preference(wildcards):
+    """Whether the run's own preference model grades, and no judge behind an API."""
+    return settings(wildcards)["grades"]["judge"] == "preference"
+
+
 def grader(wildcards):
     """Who grades; the run's preference model with what it reads and how its logits become probabilities."""
     run = settings(wildcards)
     chosen = flags({key: run["grades"][key] for key in GRADING})
-    if run["grades"]["judge"] != "preference":
+    if not by_preference(wildcards):
         return chosen
     return chosen + comparison_flags(wildcards) + flags({key: run["preference"][key] for key in ("probability", "logit_scale")})
 
@@ -35,8 +40,8 @@ rule grade_responses:
         responses=lambda wildcards: sampled(wildcards, f"responses/{wildcards.shard}.parquet"),
         gold=lambda wildcards: settings(wildcards)["pairs"]["gold"] or [],
         policy=BASE_POLICY,
-        ranker_base=lambda wildcards: ranker_base(wildcards.run) if settings(wildcards)["grades"]["judge"] == "preference" else [],
-        model=lambda wildcards: preference_model_files(wildcards.run) if settings(wildcards)["grades"]["judge"] == "preference" else [],
+        ranker_base=lambda wildcards: ranker_base(wildcards.run) if by_preference(wildcards) else [],
+        model=lambda wildcards: preference_model_files(wildcards.run) if by_preference(wildcards) else [],
     output:
         grades=at("grades/{shard}.parquet"),
         record=record(at("grades/{shard}.parquet")),
@@ -50,7 +55,7 @@ rule grade_responses:
     resources:
         mem_mb=8000,
         runtime=240,
-        gpu=MODEL_GPUS,
+        gpu=gpus_if(by_preference),
     params:
         version=STAGES["grade"],
         options=grader,

@@ -112,7 +112,7 @@ rule evaluate_mt_bench:
     resources:
         mem_mb=4000,
         runtime=240,
-        gpu=MODEL_GPUS,
+        gpu=gpus_if(mt_bench_judge),
     params:
         version=STAGES["mt_bench"],
         data=mt_bench_folder,

@@ -1,6 +1,23 @@
 """Requires: iter{t}/responses/, a preference model. Gives: iter0/preference_model (PairRM), iter{t}/preferences/{shard}.parquet, iter{t}/pairs.parquet."""
 
 
+def preference_model(run):
+    """The preference model of a run as programs take it: its name, or the folder that PairRM is put into, one for all runs with the same."""
+    chosen, of_main = ({key: RUNS[name]["preference"][key] for key in ("model", "revision", "backend")} for name in (run.rstrip("/"), ""))
+    return f"{ROOT}{'' if chosen == of_main else run}iter0/preference_model" if is_pairrm(chosen["model"]) else chosen["model"]
+
+
+def preference_model_files(run):
+    """What that lies in, so that a new one compares anew."""
+    model = preference_model(run)
+    return [model] if is_pairrm(RUNS[run.rstrip("/")]["preference"]["model"]) else adapter_files(model)
+
+
+def ranker_base(run):
+    """What the preference model of a run sits on, where it is an embedded one."""
+    return [] if is_pairrm(RUNS[run.rstrip("/")]["preference"]["model"]) else EMBEDDED_POLICY
+
+
 def comparison_flags(wildcards):
     """The preference model and what it reads; the embedded ones have nothing else to set."""
     chosen = settings(wildcards)["preference"]

@@ -52,7 +52,6 @@ def main() -> None:
     parser.add_argument("--mfu-training", type=float, default=0.35, help="assumed share of the peak FLOP/s in training (default: %(default)s)")
     parser.add_argument("--mfu-forward", type=float, default=0.4, help="the same in forward passes (default: %(default)s)")
     parser.add_argument("--bandwidth-share", type=float, default=0.6, help="assumed share of the bandwidth in generation (default: %(default)s)")
-    parser.add_argument("--concurrent", type=int, default=256, help="sequences generated side by side on a GPU, at most (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=20000, help="in one iteration, where the source is on the hub (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=200, help="assumed mean (default: %(default)s)")
     parser.add_argument("--response-tokens", type=int, default=450, help="assumed mean, if max_new_tokens allows (default: %(default)s)")
@@ -65,7 +64,7 @@ def main() -> None:
     shape, gpu = shape_of_policy(config["policy"]), GPUS[args.gpu]
     gpu = Gpu(args.peak_tflops * 1e12 if args.peak_tflops else gpu.flops, args.memory_gb * GB if args.memory_gb else gpu.memory,
               args.bandwidth_tb * 1e12 if args.bandwidth_tb else gpu.bandwidth)
-    use = Use(args.mfu_training, args.mfu_forward, args.bandwidth_share, args.concurrent)
+    use = Use(args.mfu_training, args.mfu_forward, args.bandwidth_share, config["responses"]["batch_size"])
     args.gpus = args.gpus or config["train"]["processes"]
     rows = all_rows(config, shape, gpu, use, args)
     print(f"{config['name'] or 'The default'}, settings {config['settings']}: {config['policy']['model']}, {shape.weights / GB:.2f} billion weights, "

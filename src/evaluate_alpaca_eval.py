@@ -60,7 +60,7 @@ def main() -> None:
     cache = args.output.parent / ".judgments"
     with (recorded("judge", args.output, inputs, vars(args)),
           length_model(len(reference), difficulty) as (formula, file)):
-        judge = Judge(args.judge, args.judge_model, args.judge_base_url, args.judge_base, pick_device(args.device))
+        judge = Judge(args.judge, args.judge_model, args.judge_base_url, args.judge_base, pick_device(args.device) if adapter else "cpu")
         seen = instructions_of_training(adapter, reference) if adapter else 0
         if seen:
             print(f"warning: {args.judge} was trained on {seen} of these {len(reference)} instructions", file=sys.stderr)

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with question.jsonl, judge_prompts.jsonl, reference_answer*.jsonl")
     parser.add_argument("--answers", type=Path, required=True, help="the policy's answers")
     parser.add_argument("--reference", type=Path, help="the base policy's answers, for an embedded judge")
-    parser.add_argument("--judge", required=True, help="judge, ranker, an adapter folder, openai, or a model of OpenAI's such as gpt-4-0613")
+    parser.add_argument("--judge", required=True, help="judge, ranker, an adapter folder, openai, or a model of OpenAI's such as gpt-6-luna")
     parser.add_argument("--judge-base", type=Path, help="Hugging Face folder of the embedded judge's base")
     parser.add_argument("--judge-model", help="model name for openai")
     parser.add_argument("--judge-base-url", help="address of the server for openai, such as http://localhost:8000/v1")

@@ -87,13 +87,14 @@ def compared(line: dict[str, str], results: Path, same_base: bool) -> dict[str, 
 def comparable(found: dict[str, Any], artifact: str, same_base: bool) -> str:
     """`yes`, or what differs from the source's setup."""
     reasons = [] if same_base else ["other base model"]
+    judge = found.get("judge_details", {}).get("model") or found.get("judge")  # `openai` says only where it is asked
     if artifact.endswith("alpaca_eval.json"):
         if found.get("judge") != "weighted_alpaca_eval_gpt4_turbo":
-            reasons.append(f"judged by {found.get('judge')}")
+            reasons.append(f"judged by {judge}")
         if found.get("reference") != "gpt4_1106_preview":
             reasons.append(f"against {found.get('reference')}")
     if artifact == "mt_bench.json" and not found.get("comparable_with_published"):
-        reasons.append(f"judged by {found.get('judge')}")
+        reasons.append(f"judged by {judge}")
     if artifact.endswith("alpaca_eval.json") and found.get("n_total") != 805:
         reasons.append(f"{found.get('n_total')} other instructions")
     if artifact == "mt_bench.json" and not found.get("official_questions"):

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppo.adapters import EMBEDDED, adapter_files, adapter_folder
+from sppo.api import request_forms
 from sppo.artifacts import ROOT, file_hash, known_hash, read_json
 from sppo.errors import UserError
 
@@ -122,9 +123,9 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
                 "model": load_preference_model(judge.name, judge.base, judge.device)}, facts
     config, facts = judge.name, {"annotators_config": judge.name}
     if judge.name == "openai":
-        logprobs = _gives_logprobs(judge.model, judge.base_url)
-        config = _server_config(folder / "server" / "configs.yaml", judge.model, judge.base_url, logprobs)
-        facts = {"model": judge.model, "base_url": judge.base_url, "reads": "logprobs" if logprobs else "text"}
+        request = _accepted_request(judge.model, judge.base_url)
+        config = _server_config(folder / "server" / "configs.yaml", judge.model, judge.base_url, request)
+        facts = {"model": judge.model, "base_url": judge.base_url, "reads": "logprobs" if "logprobs" in request else "text", "request": request}
     # A changed prompt, parser, model or server must not take old judgments.
     name = hashlib.sha256(f"{judge.base_url}\0{_settings_of(config)}".encode()).hexdigest()[:16]
     # The package writes its cache after every chunk: at most 20 judgments are lost to a failure.
@@ -154,22 +155,29 @@ def _settings_of(config: str) -> str:
     return "\0".join([text, *(prompt.read_text(encoding="utf-8") for prompt in prompts)])
 
 
-def _gives_logprobs(model: str, base_url: str) -> bool:
-    """Ask the server for one token. Also proves, before any judgment is paid for, that it answers."""
+def _accepted_request(model: str, base_url: str) -> Record:
+    """The request that the server takes, the first of its kind that it answers with log-probabilities, else one for text.
+
+    Also proves, before any judgment is paid for, that the server answers.
+    """
     import openai
 
-    try:
-        answer = openai.OpenAI(base_url=base_url).chat.completions.create(
-            model=model, messages=[{"role": "user", "content": "Answer with the letter m."}], max_tokens=1,
-            logprobs=True, top_logprobs=5)
-    except (openai.BadRequestError, openai.UnprocessableEntityError):
-        return False  # this is how servers without log-probabilities refuse them
-    found = answer.choices[0].logprobs
-    return bool(found and found.content and found.content[0].top_logprobs)
+    client, refusal = openai.OpenAI(base_url=base_url), None
+    with_logprobs = request_forms(1, temperature=1, top_p=1.0, logprobs=True, top_logprobs=5)
+    for request in [form for form in with_logprobs if form] + request_forms(8, temperature=0, top_p=1.0):
+        try:
+            answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Answer with the letter m."}], **request)
+        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            refusal = error
+            continue
+        found = answer.choices[0].logprobs
+        if "logprobs" not in request or (found and found.content and found.content[0].top_logprobs):
+            return request
+    raise refusal
 
 
-def _server_config(path: Path, model: str, base_url: str, logprobs: bool) -> str:
-    """Write an annotators_config for an OpenAI-compatible server; returns its path.
+def _server_config(path: Path, model: str, base_url: str, request: Record) -> str:
+    """Write an annotators_config for an OpenAI-compatible server that takes `request`; returns its path.
 
     Prompt, and parser of log-probabilities, are those of weighted_alpaca_eval_gpt4_turbo; without
     log-probabilities the answer's first letter counts. The key stays in the environment.
@@ -180,17 +188,15 @@ def _server_config(path: Path, model: str, base_url: str, logprobs: bool) -> str
     settings: Record = {
         "prompt_template": str(EVALUATORS_CONFIG_DIR / "alpaca_eval_clf_gpt4_turbo" / "alpaca_eval_clf.txt"),
         "fn_completions": "openai_completions",
-        # The package takes any model with "instruct" in its name for one without a chat interface.
-        "completions_kwargs": {"model_name": model, "openai_api_base": base_url, "client_config_path": "",
-                               "requires_chatml": True, "price_per_token": 0.0},
+        # The package takes any model with "instruct" in its name for one without a chat interface, and sends what is not None.
+        "completions_kwargs": {"model_name": model, "openai_api_base": base_url, "client_config_path": "", "requires_chatml": True,
+                               "price_per_token": 0.0, "max_tokens": None, "temperature": None, "top_p": None} | request,
         "batch_size": 1,
     }
-    if logprobs:
-        settings["completions_kwargs"] |= {"max_tokens": 1, "temperature": 1, "logprobs": True, "top_logprobs": 5}
+    if "logprobs" in request:
         settings |= {"fn_completion_parser": "logprob_parser", "completion_key": "completions_all",
                      "completion_parser_kwargs": {"numerator_token": "m", "denominator_tokens": ["m", "M"], "is_binarize": False}}
     else:
-        settings["completions_kwargs"] |= {"max_tokens": 8, "temperature": 0}
         settings |= {"fn_completion_parser": "regex_parser",
                      "completion_parser_kwargs": {"outputs_to_match": {1: r"\A\W*m\b", 2: r"\A\W*M\b"}}}
     path.parent.mkdir(parents=True, exist_ok=True)

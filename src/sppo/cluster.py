@@ -17,13 +17,17 @@ PROFILE = "profiles/slurm/config.yaml"
 
 @dataclass(frozen=True)
 class Asked:
-    """What the jobs of one rule ask of the cluster; `minutes` of the last attempt; no partition or account is ""."""
+    """What the jobs of one rule ask of the cluster; `minutes` of the last attempt; no partition or account is "".
+
+    gpus: those of the whole job, over all its nodes; gpus_needed: those that the configuration makes it use.
+    """
 
     rule: str
     partition: str
     account: str
     minutes: int | None
     gpus: int = 0
+    gpus_needed: int = 0
 
 
 def check_cluster(asked: Iterable[Asked], status_command: str | None, most_gpus: int | None = None) -> None:
@@ -40,6 +44,9 @@ def check_cluster(asked: Iterable[Asked], status_command: str | None, most_gpus:
             raise UserError(f"slurm_account is {job.account}, but this cluster keeps no accounts; delete the line from {PROFILE}")
         if accounts and job.account and job.account.lower() not in accounts:
             raise UserError(f"slurm_account is {job.account}, but {getpass.getuser()} may use {', '.join(sorted(accounts))}; edit {PROFILE}")
+        if job.gpus < job.gpus_needed:
+            raise UserError(f"{job.rule} needs {job.gpus_needed} GPUs (responses.tensor_parallel, train.processes), and {PROFILE} gives it {job.gpus}; "
+                            "edit gpu there")
         if most_gpus is not None and job.gpus > most_gpus:
             raise UserError(f"{job.rule} asks for {job.gpus} GPUs, but no more than {most_gpus} may be in use at a time; give --workflow-profile "
                             "profiles/slurm, for --profile leaves profiles/default in force, or a larger --resources gpu")

@@ -53,10 +53,15 @@ def _batches(lengths: list[int], size: int) -> list[list[int]]:
     return [order[i:i + size] for i in range(0, len(order), size)]
 
 
+def forward_precision(device: str, dtype: torch.dtype) -> torch.autocast:
+    """Float32 weights computed with in `dtype`, the same casts in every pass; uncached, for a cast of all weights takes 2 bytes each until it ends."""
+    return torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False)
+
+
 def frozen_logps(model: nn.Module, pairs: list[dict], dtype: torch.dtype, device: str, micro_batch_size: int) -> list[dict]:
     """Rows of the table `logps` under a frozen model, batched by length, in the order of `pairs`."""
     rows: dict[int, dict] = {}
-    with torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.inference_mode(), forward_precision(device, dtype):
         for batch in progress(_batches([pair_length(pair) for pair in pairs], micro_batch_size), "reference log-probabilities"):
             chosen = [pairs[i] for i in batch]
             logps = response_logps(model, {k: v.to(device) for k, v in pair_batch(chosen).items()}).tolist()
@@ -69,7 +74,7 @@ def frozen_response_logps(model: nn.Module, responses: list[dict], dtype: torch.
     """log pi(y|x), nats, of rows of the table `responses` under a frozen model, batched by length, in their order."""
     logps = [0.0] * len(responses)
     lengths = [len(row["prompt_token_ids"]) + len(row["token_ids"]) for row in responses]
-    with torch.inference_mode(), torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with torch.inference_mode(), forward_precision(device, dtype):
         for batch in progress(_batches(lengths, batch_size), "log-probabilities of responses"):
             rows = collate([responses[i]["prompt_token_ids"] for i in batch], [responses[i]["token_ids"] for i in batch])
             for i, logp in zip(batch, response_logps(model, {k: v.to(device) for k, v in rows.items()}).tolist(), strict=True):

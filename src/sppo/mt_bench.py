@@ -22,6 +22,7 @@ from typing import Any
 
 from sppo.adapters import EMBEDDED, adapter_folder
 from sppo.alpaca import NO_COMPLETION
+from sppo.api import OPENAI_MODELS, request_forms
 from sppo.artifacts import file_hash
 from sppo.errors import UserError
 
@@ -40,7 +41,6 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0,
 CONCURRENT = 4  # requests to a server at once
 TIMEOUT = 120  # seconds for one judgment
 RETRIES = 6  # of the openai package, with exponential backoff
-OPENAI_MODELS = ("gpt-", "o1", "o3", "o4")  # what the names of OpenAI's models begin with
 
 
 def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True, section: str = "mt_bench") -> None:
@@ -55,7 +55,7 @@ def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None,
                 raise UserError(f"judge openai needs {section}.{key}; set it")
     elif not judge.startswith(OPENAI_MODELS):
         raise UserError(f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or a model of "
-                        f"OpenAI's such as gpt-4-0613 as {section}.judge")
+                        f"OpenAI's such as gpt-6-luna as {section}.judge")
     elif key and not os.environ.get("OPENAI_API_KEY"):
         raise UserError(f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another {section}.judge")
 
@@ -65,7 +65,7 @@ def check_grader(judge: str, judge_model: str | None, judge_base_url: str | None
     if judge == "preference":
         return
     if judge != "openai" and not judge.startswith(OPENAI_MODELS):
-        raise UserError(f"unknown judge {judge}; take preference (the run's preference model), openai, or a model of OpenAI's such as gpt-4-0613 "
+        raise UserError(f"unknown judge {judge}; take preference (the run's preference model), openai, or a model of OpenAI's such as gpt-6-luna "
                         "as grades.judge")
     check_judge(judge, judge_model, judge_base_url, key, section="grades")
 
@@ -191,6 +191,7 @@ class Client:
         key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if base_url else None)  # a local server wants none, the package does
         self.api = openai.OpenAI(base_url=base_url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
         self.model, self.base_url, self.cache, self.lock = model, base_url, cache, threading.Lock()
+        self.form = 0  # of `request_forms`, the one that the server takes
         self.kept = dict(_kept(cache))
 
     def __call__(self, model: str, conversation: Any, temperature: float, max_tokens: int) -> str:
@@ -204,8 +205,7 @@ class Client:
         key = hashlib.sha256(question.encode()).hexdigest()
         if key not in self.kept:
             try:
-                answer = self.api.chat.completions.create(model=self.model, messages=messages, n=1, temperature=temperature, max_tokens=max_tokens)
-                text = answer.choices[0].message.content or ""
+                text = self._answer(messages, request_forms(max_tokens, temperature=temperature))
             except (openai.OpenAIError, *NO_COMPLETION) as error:
                 message = str(error).replace(self.api.api_key, "(key)")
                 raise UserError(f"judge {self.base_url or self.model}: {type(error).__name__}: {message}; mend it and run again, finished judgments are kept in "
@@ -216,6 +216,21 @@ class Client:
                 with self.cache.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps([key, self.kept[key]]) + "\n")
         return self.kept[key]
+
+    def _answer(self, messages: list[dict[str, str]], forms: list[dict[str, Any]]) -> str:
+        """The server's answer in the first form of the request that it takes, from now on the only one."""
+        import openai
+
+        form = self.form
+        while True:
+            try:
+                answer = self.api.chat.completions.create(model=self.model, messages=messages, **forms[form])
+                self.form = form
+                return answer.choices[0].message.content or ""
+            except openai.BadRequestError as error:
+                if form + 1 == len(forms) or error.code not in ("unsupported_parameter", "unsupported_value"):
+                    raise
+                form += 1
 
 
 def _kept(cache: Path) -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sppo import alpaca, mt_bench
 from sppo.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
+from sppo.api import check_served
 from sppo.errors import UserError
 from sppo.hub import check_push
 from sppo.prompts import read_gold, read_instructions, read_prompts
@@ -95,7 +96,7 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
 
 
 def check_machine(runs: dict[str, dict[str, Any]], jobs: set[tuple[str, str, bool]], gpus: int | None) -> None:
-    """What the jobs to come need and a dry run does not: keys of judges, the hub's token, and GPUs.
+    """What the jobs to come need and a dry run does not: keys and models of judges, the hub's token, and GPUs.
 
     jobs: of each one what it makes (its verdict, else its rule), its run, and whether it takes a GPU. gpus: how many this
     machine has, None if the jobs run elsewhere. Raises `UserError` naming the first that is missing.
@@ -106,7 +107,9 @@ def check_machine(runs: dict[str, dict[str, Any]], jobs: set[tuple[str, str, boo
             check_push()
         if made in JUDGED:
             section, check = JUDGED[made]
-            check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")))
+            judge = [run[section][key] for key in ("judge", "judge_model", "judge_base_url")]
+            check(*judge)
+            check_served(*judge, f"{where}{section}")
         if not on_gpu or gpus is None:
             continue
         if gpus == 0:

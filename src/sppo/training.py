@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from sppo.config import TRL_LOSSES, micro_batches
 from sppo.errors import UserError
-from sppo.logps import pair_batch, pair_length, response_logps
+from sppo.logps import forward_precision, pair_batch, pair_length, response_logps
 from sppo.losses import pair_loss
 
 # Log-ratios before the first step, nats a token: rounding alone. In bfloat16 a token's log-probability is good to
@@ -89,7 +89,7 @@ class PairTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         # The same float32 weights and casts as in the reference pass, also where weights are divided over processes.
-        with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16, cache_enabled=False):
+        with forward_precision(inputs["input_ids"].device.type, self.dtype):
             logps = response_logps(model, inputs)
         chosen, rejected = logps.chunk(2)
         delta_w, delta_l = chosen - inputs["current_chosen"], rejected - inputs["current_rejected"]

@@ -107,7 +107,7 @@ def one_error(output: str) -> str:
 
 
 def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
-    target = "results/tiny/iter1/prompts.parquet"
+    target = "results/tiny/iter1/responses/0.parquet"
     with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=False):
         assert "take the # from slurm-status-command" in one_error(run(clone, target, status=1))
         with_account = {"# slurm-status-command": "slurm-status-command"} | EDITED
@@ -115,7 +115,7 @@ def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
 
         run(clone, target, edits=WITHOUT_ACCOUNTING)
 
-        assert [job["JobState"] for job in jobs("sample_prompts")] == ["COMPLETED"]
+        assert [job["JobState"] for job in jobs("generate_responses")] == ["COMPLETED"]
     assert (clone[0] / target).is_file()
 
 

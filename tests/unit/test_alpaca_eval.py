@@ -252,6 +252,10 @@ class Handler(BaseHTTPRequestHandler):
         key = self.headers["Authorization"].split()[-1]
         if self.server.status != 200:
             return self.reply(self.server.status, {"error": {"message": f"bad key {key}"}})
+        if "max_tokens" in request and self.server.logprobs in ("after reasoning", "if told not to reason"):
+            return self.reply(400, {"error": {"message": "use max_completion_tokens", "code": "unsupported_parameter", "param": "max_tokens"}})
+        if {"temperature", "top_p", "logprobs", "reasoning_effort"} & request.keys() and self.server.logprobs == "after reasoning":
+            return self.reply(400, {"error": {"message": "temperature does not support 0", "code": "unsupported_value", "param": "temperature"}})
         if request.get("logprobs") and self.server.logprobs == "refused":
             return self.reply(400, {"error": {"message": "logprobs are not supported"}})
         text = request["messages"][-1]["content"]
@@ -266,7 +270,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.broken and self.server.broken in text:
             letter = "?"
         content = None
-        if request.get("logprobs") and self.server.logprobs == "given":
+        if request.get("logprobs") and self.server.logprobs in ("given", "if told not to reason"):
             odds = [(letter, 0.8), ("M" if letter == "m" else "m", 0.2)] if letter != "?" else [("?", 1.0)]
             tops = [{"token": token, "logprob": float(np.log(p)), "bytes": None} for token, p in odds]
             content = {"content": [tops[0] | {"top_logprobs": tops}]}
@@ -303,14 +307,21 @@ def serve():
         server.server_close()
 
 
-@pytest.mark.parametrize(("logprobs", "rate"), [("given", 80), ("ignored", 100), ("refused", 100)])
-def test_openai_compatible_server(call, serve, monkeypatch, tmp_path, capfd, logprobs, rate):
+READING = {"temperature": 1, "top_p": 1.0, "logprobs": True, "top_logprobs": 5}
+
+
+@pytest.mark.parametrize(("logprobs", "rate", "request_"), [
+    ("given", 80, {"max_tokens": 1} | READING), ("if told not to reason", 80, {"max_completion_tokens": 1, "reasoning_effort": "none"} | READING),
+    ("ignored", 100, {"max_tokens": 8, "temperature": 0, "top_p": 1.0}), ("refused", 100, {"max_tokens": 8, "temperature": 0, "top_p": 1.0}),
+    ("after reasoning", 100, {})])
+def test_openai_compatible_server(call, serve, monkeypatch, tmp_path, capfd, logprobs, rate, request_):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(logprobs)
     # A model with "instruct" in its name is still asked through the chat interface.
     result = call(outputs("policy", seed=1), outputs("base"), "--judge-model", "tiny-instruct", "--judge-base-url", server.url, judge="openai")
     assert result["win_rate"] == pytest.approx(rate) and result["n_total"] == server.judged == 30
-    assert result["judge_details"] == {"model": "tiny-instruct", "base_url": server.url, "reads": "logprobs" if rate == 80 else "text"}
+    assert result["judge_details"] == {"model": "tiny-instruct", "base_url": server.url, "reads": "logprobs" if rate == 80 else "text",
+                                       "request": request_}
     # The package swaps the order at random, and the win rate does not show it.
     assert server.letters == {"m", "M"}
     assert server.keys == {f"Bearer {KEY}"}

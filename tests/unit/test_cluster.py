@@ -55,6 +55,13 @@ def test_a_limit_on_gpus_below_what_one_job_asks_for(answers):
         check_cluster([training], "sacct", most_gpus=1)
 
 
+def test_fewer_gpus_than_the_configuration_uses(answers):
+    answers(TWO)
+    check_cluster([Asked("train_policy", "gpu", "physics", 1, gpus=8, gpus_needed=8)], "sacct")
+    with pytest.raises(UserError, match="generate_responses needs 2 GPUs .*tensor_parallel.* profiles/slurm/config.yaml gives it 1; edit gpu there"):
+        check_cluster([Asked("generate_responses", "gpu", "physics", 1, gpus=1, gpus_needed=2)], "sacct")
+
+
 def test_no_partition_where_there_is_no_default_one(answers):
     answers("gpu|1-00:00:00\\nshort|30:00\\n")
     with pytest.raises(UserError, match="no slurm_partition is given, and this cluster has no default one but gpu, short"):

@@ -129,7 +129,7 @@ def test_prices_make_dollars_and_iterations_none_cost_no_training(program, capsy
     whole, evaluated = (printed(program, capsys, monkeypatch, *words[:2], *more, *words[2:]) for more in ((), (tmp_path / "zero.yaml",)))
     hours, dollars = float(whole.split("GPU-hours: ")[1].split(",")[0]), float(whole.split("; $")[1].split(" ")[0].replace(",", ""))
     assert dollars == pytest.approx(2 * hours, abs=1)
-    assert "asks weighted_alpaca_eval_gpt4_turbo 3,220 times" in whole and "asks weighted_alpaca_eval_gpt4_turbo 805 times" in evaluated
+    assert "asks gpt-6-luna 3,220 times" in whole and "asks gpt-6-luna 805 times" in evaluated
     assert {row[1] for row in rows_of(evaluated)} == {"answer", "ranker_estimate"}
 
 

@@ -62,7 +62,8 @@ def test_ours_stand_beside_the_published(monkeypatch, tmp_path):
     for folder, content in (("iter3", {"win_rate": 30.5, "length_controlled_winrate": 29.0, "n_total": 805,
                                        "judge": "weighted_alpaca_eval_gpt4_turbo", "reference": "gpt4_1106_preview", "avg_length": 2000}),
                             ("dpo/iter1", {"win_rate": 20.0, "length_controlled_winrate": 21.0, "n_total": 100,
-                                           "judge": "judge", "reference": "sppo/iter0-reference", "avg_length": 1000})):
+                                           "judge": "openai", "judge_details": {"model": "gpt-6-luna"},
+                                           "reference": "sppo/iter0-reference", "avg_length": 1000})):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "alpaca_eval.json").write_text(json.dumps(content))
     rows = {(row["row"], row["metric"]): row for row in make(monkeypatch, tmp_path)}
@@ -70,7 +71,7 @@ def test_ours_stand_beside_the_published(monkeypatch, tmp_path):
     assert (ours["published"], ours["ours"], ours["difference"], ours["comparable"]) == ("31.02", "30.50", "-0.52", "yes")
     assert rows["Mistral-7B-SPPO Iter3", "avg_length"]["ours"] == "2000"
     other = next(row for row in rows.values() if row["ours"] == "20.00")
-    assert "DPO" in other["row"] and other["comparable"] == "judged by judge, against sppo/iter0-reference, 100 other instructions"
+    assert "DPO" in other["row"] and other["comparable"] == "judged by gpt-6-luna, against sppo/iter0-reference, 100 other instructions"
     none = rows["Mistral-7B-SPPO Iter1", "win_rate"]
     assert none["ours"] == none["difference"] == none["comparable"] == "-"
     assert "other base model" in {row["comparable"].split(",")[0] for row in make(monkeypatch, tmp_path, "SmolLM2-135M-Instruct")}

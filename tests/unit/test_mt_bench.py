@@ -34,6 +34,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.plan, self.prompts, self.dead_after, self.lock = [], [], None, threading.Lock()
+        self.refused, self.requests = {}, []  # parameters that a 400 names with its code; parameters of all other requests
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -41,7 +42,10 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        for name in self.server.refused.keys() & request.keys():
+            return self.reply(400, {"error": {"message": f"{name} is not supported", "param": name, "code": self.server.refused[name]}})
         with self.server.lock:
+            self.server.requests.append({key: value for key, value in request.items() if key not in ("model", "messages")})
             turn = self.server.plan.pop() if self.server.plan else "Fine. Rating: [[7]]"
             if self.server.dead_after is not None and len(self.server.prompts) >= self.server.dead_after:
                 turn = 401
@@ -147,6 +151,23 @@ def test_nonsense_is_counted_and_left_out_of_the_mean(grade, server):
 
     assert (result["n"], result["failures"]) == (63, 1)
     assert result["average"] == pytest.approx((10 + 3 + 61 * 7) / 63)
+
+
+@pytest.mark.parametrize(("refused", "taken"), [
+    ({}, {"max_tokens": 2048, "temperature": 0}),
+    ({"max_tokens": "unsupported_parameter"}, {"max_completion_tokens": 2048, "reasoning_effort": "none", "temperature": 0}),
+    ({"max_tokens": "unsupported_parameter", "temperature": "unsupported_value"}, {})])
+def test_a_request_takes_the_form_that_the_server_wants(grade, server, refused, taken):
+    server.refused = refused
+
+    assert grade()["n"] == 64 and server.requests == [taken] * 64
+
+
+def test_another_refusal_changes_nothing(grade, server):
+    server.refused = {"max_tokens": "context_length_exceeded"}
+    with pytest.raises(UserError, match="max_tokens is not supported"):
+        grade()
+    assert server.requests == []
 
 
 def test_a_dead_judge_costs_no_finished_judgment_and_hides_the_key(grade, server, tmp_path):

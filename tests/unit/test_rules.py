@@ -114,7 +114,7 @@ def test_the_slurm_profile_sizes_every_rule_and_gives_gpus_to_those_that_can_use
     derived = re.findall(r"^\s*use rule (\w+) as (\w+) with:", "".join(file.read_text(encoding="utf-8") for file in RULE_FILES), re.MULTILINE)
     text |= {name: text[base] for base, name in derived}
     assert sized.keys() == text.keys()
-    assert {name for name, asked in sized.items() if "gpu" in asked} == {name for name, body in text.items() if re.search(r"gpu=\w+_GPUS", body)}
+    assert {name for name, asked in sized.items() if "gpu" in asked} == {name for name, body in text.items() if re.search(r"gpu=(\w+_GPUS|gpus_if)", body)}
     assert all("attempt" in asked[key] for asked in sized.values() for key in ("mem_mb", "runtime"))
 
 
@@ -222,6 +222,23 @@ def test_a_real_run_asks_for_gpus_first(copy):
     assert "device is gpu, but this machine shows no NVIDIA GPU" in one_error(done)
     assert not (copy / "results" / "single-gpu").exists()
     shutil.rmtree(copy / "results", ignore_errors=True)
+
+
+def test_a_judge_behind_an_api_runs_without_a_gpu(copy, monkeypatch):
+    """What a cluster's nodes answered is judged on its login node, with the same configuration."""
+    if gpus_here():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    for file in ("models/alpaca_eval/alpaca_eval_gpt4_baseline.json", "models/alpaca_eval/df_gamed.csv", "single-gpu/iter0/alpaca_eval_outputs.json"):
+        file = copy / "results" / file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for name in (file.name, f"{file.name}.record.json"):
+            file.with_name(name).write_text("{}")
+    done = subprocess.run([*SNAKEMAKE, "--configfile", "config/presets/single-gpu.yaml", "--", "results/single-gpu/iter0/alpaca_eval.json"],
+                          cwd=copy, capture_output=True, text=True)
+    shutil.rmtree(copy / "results")
+    assert "alpaca_eval_gpt4_baseline.json is not a list of outputs" in done.stdout + done.stderr  # judged, as far as these go
 
 
 NEEDED = {

@@ -1,0 +1,53 @@
+"""What servers with OpenAI's interface want of a request, and whether OpenAI still has a model. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+
+from sppo.errors import UserError
+
+OPENAI = "https://api.openai.com/v1"
+OPENAI_MODELS = ("gpt-", "o1", "o3", "o4")  # what the names of OpenAI's models begin with
+# The model behind an annotators_config of alpaca-eval, of those that the documentation names.
+ANNOTATORS = {"weighted_alpaca_eval_gpt4_turbo": "gpt-4-1106-preview"}
+
+
+def request_forms(max_tokens: int, **sampling: Any) -> list[dict[str, Any]]:
+    """Arguments of one chat completion, in the order in which they are tried until a server takes them.
+
+    First as most servers want them; then as OpenAI's models from GPT-5 on, which must be told not to reason before they
+    let anybody choose a temperature or read log-probabilities; then for models that always reason, and choose themselves.
+    """
+    return [{"max_tokens": max_tokens, **sampling}, {"max_completion_tokens": max_tokens, "reasoning_effort": "none", **sampling}, {}]
+
+
+def check_served(judge: str, judge_model: str | None, judge_base_url: str | None, where: str) -> None:
+    """Raise UserError if the judge of the configuration section `where` is OpenAI's, and OpenAI does not have that model or refuses the key.
+
+    Asked before hours of work, for models are shut down. What else comes back, or nothing, says nothing: jobs may have the
+    network that this machine lacks, and another server may not be up yet.
+    """
+    if judge == "openai":
+        model = judge_model if (judge_base_url or "").startswith(OPENAI) else None
+    else:
+        model = ANNOTATORS.get(judge, judge if judge.startswith(OPENAI_MODELS) else None)
+    if model is None or {"OPENAI_BASE_URL", "OPENAI_API_BASE"} & os.environ.keys():
+        return
+    key = os.environ.get("OPENAI_API_KEY")
+    if not key:
+        raise UserError(f"judge {model} needs a key; export OPENAI_API_KEY, or choose another {where}.judge")
+    request = urllib.request.Request(f"{OPENAI}/models/{model}", headers={"Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10):
+            pass
+    except urllib.error.HTTPError as error:
+        if error.code == 401:
+            raise UserError("OpenAI refuses the key in OPENAI_API_KEY; export a valid one") from None
+        if error.code == 404:
+            raise UserError(f"{where}.judge is {judge}, but OpenAI has no {model} for this key, or no longer; name another, as in "
+                            f"{where}: {{judge: openai, judge_model: gpt-6-luna, judge_base_url: {OPENAI}}}") from None
+    except OSError:
+        pass
