@@ -24,8 +24,9 @@ from sppo.losses import pair_loss
 
 # Log-ratios before the first step, nats a token: rounding alone. In bfloat16 a token's log-probability is good to
 # about 1e-2, and other padding than in the reference pass draws these errors anew; over a batch they nearly cancel,
-# while those of another policy add up. Of one response, and of the batch's mean:
-IDENTITY_TOLERANCE = {torch.float32: (1e-3, 1e-4), torch.bfloat16: (5e-2, 1e-2)}
+# while those of another policy add up. A logit of 16 or more is good to an eighth, so a response of a few tokens has nothing to
+# cancel with, and counts as one of eight. Of one response, of the batch's mean, and the fewest tokens that a response counts as:
+IDENTITY_TOLERANCE = {torch.float32: (1e-3, 1e-4, 1), torch.bfloat16: (5e-2, 1e-2, 8)}
 
 # Of each pair: the preference model's estimates, and log-probabilities under pi_t and the method's reference.
 NUMBERS = ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected", "current_chosen", "current_rejected", "reference_chosen", "reference_rejected")
@@ -111,9 +112,10 @@ class PairTrainer(Trainer):
         mine = torch.stack([losses.detach(), closed, delta_w.detach(), delta_l.detach(), inputs["tokens_chosen"], inputs["tokens_rejected"]], dim=1)
         losses, closed, *columns = self.accelerator.gather(mine).T
         ratios, tokens = torch.cat(columns[:2]), torch.cat(columns[2:])
-        worst, mean = (ratios.abs() / tokens).max().item(), abs((ratios.sum() / tokens.sum()).item())
+        of_response, of_mean, fewest = IDENTITY_TOLERANCE[self.dtype]
+        worst, mean = (ratios.abs() / tokens.clamp(min=fewest)).max().item(), abs((ratios.sum() / tokens.sum()).item())
         self.step_0 = {"log_ratio_per_token": worst, "mean_log_ratio_per_token": mean, "loss": losses.mean().item(), "closed_form": closed.mean().item()}
-        for what, value, limit in zip(("a log-ratio", "the mean log-ratio"), (worst, mean), IDENTITY_TOLERANCE[self.dtype]):
+        for what, value, limit in (("a log-ratio", worst, of_response), ("the mean log-ratio", mean, of_mean)):
             if not value < limit:
                 raise UserError(f"step-0 identity: {what} is {value:.3g} nats a token before the first update, at most {limit} is rounding; "
                                 "the reference log-probabilities belong to another policy: delete them and run again")

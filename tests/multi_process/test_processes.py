@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import score_reference
 from sppo.artifacts import read_json, record_path
-from sppo.models import check_policy, load_policy
+from sppo.models import check_policy, load_policy, load_tokenizer
 from sppo.tables import write_table
 
 pytestmark = pytest.mark.slow
@@ -123,6 +123,22 @@ def test_a_divided_policy_is_trained_as_one_process_does(parallel, micro_batch_s
     assert_same(place, alone, name, weights)
     assert type(load_policy(place.folder / name, torch.float32, "cpu")).__name__ == "LlamaForCausalLM"
     assert read_json(place.folder / name / "config.json") | {"use_cache": True} == read_json(place.folder / "alone" / "config.json")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
+def test_an_output_layer_of_its_own(parallel, tmp_path, tiny_policy):
+    """As Mistral and Llama-3 have it, where the embedded policy has the embeddings' weights in both places."""
+    policy = load_policy(tiny_policy, torch.float32, "cpu")
+    policy.config.tie_word_embeddings = False
+    policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.detach().flip(1).clone())
+    policy.save_pretrained(tmp_path / "start")
+    load_tokenizer(tiny_policy).save_pretrained(tmp_path / "start")
+    place = Place(tmp_path, tmp_path / "start")
+
+    alone = place.train("alone")
+
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= alone.keys() and distance(alone, place.start()) > 0
+    assert_same(place, alone, parallel, place.train(parallel, parallel=parallel, processes=2, micro_batch_size=4))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])

@@ -8,6 +8,7 @@ import random
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +112,23 @@ def test_identity_holds_through_the_cached_reference_with_other_batches(precisio
     step_0 = read_json(record_path(place.folder / "policy"))["step_0"]
     assert step_0["log_ratio_per_token"] < tolerance and step_0["mean_log_ratio_per_token"] < tolerance / 5
     assert step_0["loss"] == pytest.approx(step_0["closed_form"], rel=1e-3 if precision == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize(("dtype", "tokens", "rounding", "wrong"), [
+    (torch.float32, 1.0, 9e-4, 1.1e-3), (torch.float32, 100.0, 9e-2, 0.11), (torch.bfloat16, 1.0, 0.39, 0.41), (torch.bfloat16, 100.0, 4.9, 5.1)])
+def test_rounding_of_a_short_response_is_no_other_policy(dtype, tokens, rounding, wrong, monkeypatch):
+    """One response of `tokens` tokens is off by so many nats, and 99 others of 100 tokens by nothing."""
+    monkeypatch.setattr(training, "pair_loss", lambda *_: torch.zeros(50))
+
+    def check(nats):
+        ratios, nothing, lengths = torch.zeros(50), torch.zeros(50), torch.full((50,), 100.0)
+        inputs = {"current_chosen": nothing, "current_rejected": nothing, "tokens_chosen": lengths.clone(), "tokens_rejected": lengths}
+        ratios[7], inputs["tokens_chosen"][7] = nats, tokens
+        trainer = SimpleNamespace(options={"loss": "sppo"}, dtype=dtype, accelerator=SimpleNamespace(gather=lambda rows: rows))
+        training.PairTrainer._check_step_0(trainer, nothing, ratios, nothing, inputs)
+    check(rounding)
+    with pytest.raises(UserError, match="step-0 identity: a log-ratio"):
+        check(wrong)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
