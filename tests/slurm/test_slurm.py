@@ -88,7 +88,7 @@ def started(clone, program: str) -> list[dict]:
 def jobs(rule: str) -> list[dict[str, str]]:
     """Slurm's own account of every job of a rule, as `scontrol show job` has it, in the order of submission."""
     fields = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in slurm("scontrol", "--oneliner", "show", "jobs").splitlines()]
-    return sorted((job for job in fields if job.get("Comment", "").startswith(f"rule_{rule}_")), key=lambda job: int(job["JobId"]))
+    return sorted((job for job in fields if (job.get("Comment", "") + "_").startswith(f"rule_{rule}_")), key=lambda job: int(job["JobId"]))
 
 
 def until(holds: Callable[[], object], process: subprocess.Popen | None = None):
@@ -107,7 +107,7 @@ def one_error(output: str) -> str:
 
 
 def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
-    target = "results/tiny/iter1/responses/0.parquet"
+    target = "results/tiny/tables/all.md"
     with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=False):
         assert "take the # from slurm-status-command" in one_error(run(clone, target, status=1))
         with_account = {"# slurm-status-command": "slurm-status-command"} | EDITED
@@ -115,7 +115,7 @@ def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
 
         run(clone, target, edits=WITHOUT_ACCOUNTING)
 
-        assert [job["JobState"] for job in jobs("generate_responses")] == ["COMPLETED"]
+        assert [job["JobState"] for job in jobs("paper_tables")] == ["COMPLETED"]
     assert (clone[0] / target).is_file()
 
 
