@@ -47,7 +47,7 @@ def check_served(judge: str, judge_model: str | None, judge_base_url: str | None
         if error.code == 401:
             raise UserError("OpenAI refuses the key in OPENAI_API_KEY; export a valid one") from None
         if error.code == 404:
-            raise UserError(f"{where}.judge is {judge}, but OpenAI has no {model} for this key, or no longer; name another, as in "
-                            f"{where}: {{judge: openai, judge_model: gpt-6-luna, judge_base_url: {OPENAI}}}") from None
+            raise UserError(f"{where}.judge is {judge}, but OpenAI has no {model} for this key, or no longer; name another as "
+                            f"{where}.judge_model, with judge: openai and judge_base_url: {OPENAI}") from None
     except OSError:
         pass
