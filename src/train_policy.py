@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -71,7 +72,8 @@ def train(args: argparse.Namespace) -> None:
         pairs = against_mixture(pairs, args.tau / args.beta)
     # Only now what takes seconds to import.
     from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, start_torch, weights_dtype
-    from sppo.training import make_trainer, make_trl_trainer
+    from sppo import training
+    import torch
 
     start_torch()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard"))  # the work folder goes when all is done
@@ -86,14 +88,15 @@ def train(args: argparse.Namespace) -> None:
         model.config.use_cache = False
         work = work_folder(args)
         if args.backend == "trl":
-            trainer: Any = make_trl_trainer(model, tokenizer, pairs, options, dtype, device, work, args.seed)
+            trainer: Any = training.make_trl_trainer(model, tokenizer, pairs, options, dtype, device, work, args.seed)
         else:
-            trainer = make_trainer(model, pairs, options, dtype, device, work, args.seed)
+            trainer = training.make_trainer(model, pairs, options, dtype, device, work, args.seed)
         with writing(work):
             trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(work)) else None)
         history = [line for line in trainer.state.log_history if "loss" in line]
-        if any(line["loss"] != line["loss"] for line in history):
-            raise UserError(f"training of {args.output} gave a loss that is not a number; lower train.learning_rate")
+        if not all(math.isfinite(line[key]) for line in history for key in ("loss", "grad_norm") if key in line):
+            raise UserError(f"training of {args.output} gave a loss or gradient that is not a number; lower train.learning_rate")
+        kept = training.check_kept_update(trainer.model) if args.lora_rank and dtype == torch.bfloat16 and is_first() else None
         trained, weights = whole_policy(trainer, args)
         if not is_first():
             return
@@ -106,6 +109,7 @@ def train(args: argparse.Namespace) -> None:
         tokens = sum(len(p["prompt_token_ids"]) * 2 + len(p["chosen_token_ids"]) + len(p["rejected_token_ids"]) for p in pairs)
         facts |= {"pairs": len(pairs), "steps": trainer.state.global_step, "tokens_an_epoch": tokens, "computed_in": str(dtype),
                   "step_0": getattr(trainer, "step_0", None), "final": history[-1]}
+        facts |= {"lora_update_left_in_bfloat16": kept} if kept is not None else {}
         shutil.rmtree(work)
 
 

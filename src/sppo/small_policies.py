@@ -25,14 +25,18 @@ PROMPT = [0, 1]  # two unlike tokens: after [0], a first letter 0 would look to 
 
 
 class SoftmaxTable(nn.Module):
-    """One logit a response, each of one letter: pi = softmax(logits)."""
+    """One logit a response, each of one letter: pi = softmax(logits). A head alone, on a state of 1."""
 
     def __init__(self, pi: Array) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.tensor(np.log(pi), dtype=torch.float32))
+        self.head = nn.Linear(1, len(pi), bias=False)
+        self.head.weight.data = torch.tensor(np.log(pi), dtype=torch.float32)[:, None]
 
-    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.logits.expand(len(input_ids), logits_to_keep or input_ids.shape[1], -1))
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(torch.ones(*input_ids.shape, 1)))
 
 
 def tiny_transformer(letters: int, seed: int) -> nn.Module:

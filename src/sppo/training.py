@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from sppo.config import TRL_LOSSES, micro_batches
 from sppo.errors import UserError
-from sppo.logps import forward_precision, pair_batch, pair_length, response_logps
+from sppo.logps import check_finite, forward_precision, pair_batch, pair_length, response_logps
 from sppo.losses import pair_loss
 
 # Log-ratios before the first step, nats a token: rounding alone. In bfloat16 a token's log-probability is good to
@@ -59,13 +59,25 @@ def collate_pairs(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
     for name in NUMBERS:
         batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
     batch["tokens_chosen"], batch["tokens_rejected"] = batch["response_mask"].sum(1).chunk(2)
+    batch["sequence_tokens"] = torch.tensor([sequence_tokens(pair) for pair in pairs])
+    batch["pair_id"] = torch.tensor([pair["pair_id"] for pair in pairs])
     batch["weight"] = torch.tensor([pair.get("weight", 1.0) for pair in pairs])
     return batch
+
+
+def sequence_tokens(pair: dict[str, Any]) -> int:
+    """Tokens of both sequences of a pair, each with the prompt."""
+    responses = len(pair["chosen_token_ids"]) + len(pair["rejected_token_ids"])
+    return 2 * len(pair["prompt_token_ids"]) + responses
 
 
 def evened(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """Rows up to a multiple of `size`, the last one repeated with weight 0: processes must make passes of like number, and count no pair twice."""
     return rows + [rows[-1] | {"weight": 0.0}] * (-len(rows) % size)
+
+
+# What a log line tells as means over the step's pairs.
+MEANS = ("loss", "log_ratio_chosen", "log_ratio_rejected", "order_right")
 
 
 class PairTrainer(Trainer):
@@ -75,7 +87,7 @@ class PairTrainer(Trainer):
         super().__init__(*args, data_collator=collate_pairs, **kwargs)
         self.options, self.schedule_steps, self.dtype = options, schedule_steps, dtype
         self.model_accepts_loss_kwargs = True  # the loss is divided by the step's pairs, in compute_loss
-        self._step_sums: dict[str, float] = {}
+        self._step_rows: list[Tensor] = []  # of each micro-batch since the last log line: (B, COLUMNS)
         self._step_began = time.monotonic()
         self.step_0: dict[str, float] | None = None
 
@@ -121,22 +133,36 @@ class PairTrainer(Trainer):
                                 "the reference log-probabilities belong to another policy: delete them and run again")
 
     def _count(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Add a micro-batch to the sums that the next log line reports as means over the step's pairs."""
-        weight = inputs["weight"]
-        columns = {"pairs": torch.ones_like(weight), "tokens": sum(inputs["attention_mask"].sum(1).chunk(2)), "loss": losses, "log_ratio_chosen": delta_w,
-                   "log_ratio_rejected": delta_l, "order_right": delta_w > delta_l}
-        for name, column in columns.items():
-            self._step_sums[name] = self._step_sums.get(name, 0.0) + (column.detach() * weight).sum().item()
+        """Keep a micro-batch for the next log line. On its device: reading numbers would make a GPU wait."""
+        columns = (inputs["pair_id"], inputs["weight"], inputs["sequence_tokens"], losses, delta_w, delta_l, delta_w > delta_l)
+        self._step_rows.append(torch.stack([column.detach().double() for column in columns], dim=1))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Our own columns in place of the Trainer's loss: unscaled, means over pairs of all processes, nats."""
-        if "loss" in logs and self._step_sums:
-            mine = torch.tensor(list(self._step_sums.values()), dtype=torch.float64, device=self.args.device)
-            sums = dict(zip(self._step_sums, self.accelerator.reduce(mine, "sum").tolist()))
-            pairs, tokens, now = sums.pop("pairs"), sums.pop("tokens"), time.monotonic()
-            logs = {**logs, **{name: value / pairs for name, value in sums.items()}, "tokens_per_second": tokens / (now - self._step_began)}
-            self._step_sums, self._step_began = {}, now
+        """Our own columns in place of the Trainer's loss: unscaled, means over pairs of all processes, nats.
+
+        A loss, log-ratio or gradient norm that is not a finite number is a UserError that names step and
+        pairs. It comes before the step's checkpoint is written.
+        """
+        if "loss" in logs and self._step_rows:
+            rows = torch.cat(self._step_rows)
+            self._check_numbers(rows, logs.get("grad_norm"))
+            weight = rows[:, 1:2]
+            sums = torch.cat([weight.sum(0), (weight * rows[:, 2:]).sum(0)])
+            pairs, tokens, *totals = self.accelerator.reduce(sums, "sum").tolist()
+            now = time.monotonic()
+            means = {name: total / pairs for name, total in zip(MEANS, totals, strict=True)}
+            logs = {**logs, **means, "tokens_per_second": tokens / (now - self._step_began)}
+            self._step_rows, self._step_began = [], now
         super().log(logs, start_time)
+
+    def _check_numbers(self, rows: Tensor, gradient_norm: float | None) -> None:
+        where = f"step {self.state.global_step}"
+        names = [f"pair {int(pair_id)} in {where}" for pair_id in rows[:, 0].tolist()]
+        check_finite(rows[:, 3], names, "loss")
+        if gradient_norm is not None and not math.isfinite(gradient_norm):
+            pairs = ", ".join(str(int(pair_id)) for pair_id in rows[:, 0].tolist())
+            raise UserError(f"the gradient norm of {where} (pairs {pairs}) is {gradient_norm}; lower train.learning_rate, set "
+                            "train.loss_scale: beta_squared, or train.precision: float32")
 
 
 class Say(TrainerCallback):
@@ -233,3 +259,34 @@ def with_lora(model: PreTrainedModel, options: dict[str, Any]) -> Any:
 def merged(model: Any) -> PreTrainedModel:
     """The policy with its adapters added to the weights: in float32, for bfloat16 would round most of them away, and on the CPU, which has room."""
     return model.to("cpu").float().merge_and_unload()
+
+
+def share_kept_in_bfloat16(model: Any) -> float:
+    """How much of what LoRA adapters learned is left when the merged policy is read in bfloat16, 0 to 1.
+
+    The projection of the rounded update on the update, over all adapted weights. bfloat16 resolves 1/256
+    of a weight: of an update 2,000 times smaller than its weights about a quarter is left.
+    """
+    kept = whole = 0.0
+    for module in model.modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        update = module.get_delta_weight("default").detach().float()
+        weight = module.get_base_layer().weight.detach().float()
+        left = (weight + update).bfloat16().float() - weight.bfloat16().float()
+        kept += (left * update).sum().item()
+        whole += update.square().sum().item()
+    return kept / whole if whole else 1.0
+
+
+def check_kept_update(model: Any) -> float:
+    """`share_kept_in_bfloat16`, printed; less than a half is a UserError.
+
+    The next iteration, vLLM and the reference read a LoRA policy in bfloat16.
+    """
+    share = share_kept_in_bfloat16(model)
+    print(f"LoRA: {share:.0%} of the update is left where the policy is read in bfloat16", flush=True)
+    if share < 0.5:
+        raise UserError(f"only {share:.0%} of what LoRA learned is left where the policy is read in bfloat16, as the next iteration does; "
+                        "raise train.learning_rate, set train.precision: float32, or train all weights with train.lora_rank: 0")
+    return share

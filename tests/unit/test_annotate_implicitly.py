@@ -49,19 +49,20 @@ def response(prompt_id: str, sample: int, *tokens: int) -> dict:
 RESPONSES = [response("a", 0, 7, 8, 2), response("a", 1, 9, 2), response("b", 0, 7, 2), response("b", 1, 30, 31, 32, 33, 2), response("b", 2, 2)]
 
 
-def test_logits_are_differences_of_rewards(annotate, policies, tmp_path):
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2e-5), ("bfloat16", 1e-2)])
+def test_logits_are_differences_of_rewards(precision, tolerance, annotate, policies, tmp_path):
     def logp(folder, tokens: list[int]) -> float:
         with torch.inference_mode():
             logits = load_policy(folder, torch.float64, "cpu")(torch.tensor([[5, 6, *tokens]])).logits[0]
         return sum(torch.log_softmax(logits[1 + place], 0)[token].item() for place, token in enumerate(tokens))
 
     before, policy = policies
-    rows = annotate(RESPONSES, "--micro-batch-size", "1")
+    rows = annotate(RESPONSES, "--micro-batch-size", "1", "--precision", precision)
     assert [(row["prompt_id"], row["sample_ids"]) for row in rows] == [("a", [0, 1]), ("b", [0, 1, 2])]
     for row in rows:
         r = [0.1 * (logp(policy, one["token_ids"]) - logp(before, one["token_ids"])) for one in RESPONSES if one["prompt_id"] == row["prompt_id"]]
-        np.testing.assert_allclose(row["logits"], np.subtract.outer(r, r), atol=2e-5)
-        assert np.abs(row["logits"]).max() > 1e-3
+        np.testing.assert_allclose(row["logits"], np.subtract.outer(r, r), atol=tolerance)
+        assert np.abs(row["logits"]).max() > 2 * tolerance
     assert read_json(record_path(tmp_path / "out.parquet"))["prompts"] == 2
 
 

@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from sppo.logps import collate, frozen_logps, frozen_response_logps, pair_batch, pair_length, response_logps
+from sppo.errors import UserError
+from sppo.logps import collate, forward_precision, frozen_logps, frozen_response_logps, pair_batch, pair_length, response_logps
 from sppo.models import load_policy
 
 EOS = 2  # and the tokenizer's pad
@@ -84,12 +85,11 @@ def test_a_response_of_eos_alone_and_eos_at_the_end_count(model, sequences, by_h
     assert longer < shorter - 1e-3
 
 
-def test_collate_pads_prompts_left_and_responses_right_with_masks_from_lengths():
+def test_collate_pads_right_with_masks_from_lengths():
     batch = collate([[11, 12], [13]], [[21], [EOS, 22, EOS]])
-    assert batch["input_ids"].tolist() == [[11, 12, 21, 0, 0], [0, 13, EOS, 22, EOS]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]]
-    assert batch["response_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
-    assert batch["position_ids"][0, :3].tolist() == [0, 1, 2] and batch["position_ids"][1, 1:].tolist() == [0, 1, 2, 3]
+    assert batch["input_ids"].tolist() == [[11, 12, 21, 0], [13, EOS, 22, EOS]]
+    assert batch["response_mask"].tolist() == [[False, False, True, False], [False, True, True, True]]
+    assert batch.keys() == {"input_ids", "response_mask"}, "a mask of attention would cost cuDNN's backward"
 
 
 def make_pairs(sequences) -> list[dict]:
@@ -104,8 +104,9 @@ def test_pair_batch_holds_all_chosen_then_all_rejected(sequences):
     wanted = [p[f"{side}_token_ids"] for side in ("chosen", "rejected") for p in pairs]
     prompts = [p["prompt_token_ids"] for p in pairs] * 2
     for row, (prompt, response) in enumerate(zip(prompts, wanted, strict=True)):
-        kept = batch["input_ids"][row][batch["attention_mask"][row] == 1].tolist()
-        assert kept == prompt + response and batch["response_mask"][row].sum() == len(response)
+        ids, mask = batch["input_ids"][row], batch["response_mask"][row]
+        assert ids[:len(prompt) + len(response)].tolist() == prompt + response
+        assert ids[mask].tolist() == response
 
 
 def test_pair_length_is_that_of_its_longer_sequence():
@@ -124,7 +125,7 @@ def test_frozen_logps_keep_the_order_of_the_pairs(size, model, sequences, loop):
 
 @pytest.mark.parametrize("size", [1, 5, 100])
 def test_frozen_logps_of_responses_keep_their_order(size, model, sequences, by_hand):
-    rows = [{"prompt_token_ids": prompt, "token_ids": response} for prompt, response in zip(*sequences, strict=True)]
+    rows = [{"prompt_id": "p", "sample_id": 0, "prompt_token_ids": prompt, "token_ids": response} for prompt, response in zip(*sequences, strict=True)]
     assert frozen_response_logps(model, rows, torch.float32, "cpu", size) == pytest.approx(by_hand, abs=1e-4, rel=1e-6)
 
 
@@ -135,3 +136,60 @@ def test_frozen_logps_in_bfloat16_are_near_and_summed_in_float32(model, sequence
     assert 0 < max(errors) < 0.1
     # A sum kept in bfloat16 would have 8 bits.
     assert any(row["chosen_logp"] != torch.tensor(row["chosen_logp"]).bfloat16().item() for row in rows)
+
+
+# --- the head ---
+
+def large_logits(folder, scale: float):
+    """The tiny policy with logits far above 16, where bfloat16 has steps of an eighth and more."""
+    model = load_policy(folder, torch.float32, "cpu")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(scale)
+    return model
+
+
+def test_bfloat16_states_give_float32_logits(tiny_policy, sequences):
+    """One response of one token: its log-probability is on no grid of bfloat16's steps."""
+    model, (prompts, _) = large_logits(tiny_policy, 20.0), sequences
+    batch = collate(prompts, [[7]] * len(prompts))
+    with torch.inference_mode(), forward_precision("cpu", torch.bfloat16):
+        logps = response_logps(model, batch)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        logits = model(batch["input_ids"]).logits[torch.arange(len(prompts)), last].float()
+    rounded = logits[:, 7] - logits.logsumexp(-1)
+    assert logits.abs().max() > 16 and logps.dtype == torch.float32
+    assert (logps - rounded).abs().max() > 1e-2
+    exact = []
+    with torch.inference_mode(), forward_precision("cpu", torch.bfloat16):
+        states = model.model(batch["input_ids"]).last_hidden_state[torch.arange(len(prompts)), last]
+    for state in states.bfloat16().double():
+        row = model.lm_head.weight.bfloat16().double() @ state
+        exact.append((row[7] - row.logsumexp(-1)).item())
+    assert logps.tolist() == pytest.approx(exact, abs=1e-3)
+
+
+def test_gradients_through_the_head_are_those_of_bfloat16(tiny_policy, sequences):
+    """Against autograd through logits of the whole batch in float64, in bfloat16's accuracy."""
+    prompts, responses = sequences
+    batch = collate(prompts[:4], responses[:4])
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        model = load_policy(tiny_policy, torch.float32 if dtype == torch.bfloat16 else dtype, "cpu")
+        with forward_precision("cpu", dtype):
+            response_logps(model, batch).sum().backward()
+        found.append(torch.cat([weight.grad.flatten().double() for weight in model.parameters()]))
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999
+
+
+def test_the_model_s_own_head_is_back_after_a_pass(model, sequences):
+    in_batches(model, *sequences, [0, 1], 2)
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_log_probability_that_is_no_number_names_its_pair(tiny_policy, sequences):
+    model = load_policy(tiny_policy, torch.float32, "cpu")
+    model.model.embed_tokens.register_forward_hook(lambda _, ids, states: states.masked_fill((ids[0] == 5)[..., None], torch.nan))
+    pairs = make_pairs(sequences)
+    pairs[3]["prompt_token_ids"] = [5]
+    with pytest.raises(UserError, match="log-probability under the frozen policy of pair 30 is nan"):
+        frozen_logps(model, pairs, torch.float32, "cpu", 4)

@@ -234,7 +234,9 @@ def test_pairs_of_weight_0_change_neither_loss_nor_gradient_nor_log(place):
         trainer.step_0 = {}  # these references are of no policy
         loss = trainer.compute_loss(model, collate_pairs(given))
         loss.backward()
-        found.append((loss.item(), model.model.norm.weight.grad, dict(trainer._step_sums)))
+        (counted,) = trainer._step_rows
+        sums = (counted[:, 1:2] * counted[:, 2:]).sum(0).tolist()
+        found.append((loss.item(), model.model.norm.weight.grad, sums))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5) and found[0][2] == pytest.approx(found[1][2], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-4 * found[0][1].abs().max().item())
 
@@ -448,8 +450,9 @@ def test_lora_trains_holds_the_identity_and_gives_a_plain_folder(place):
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
-def test_lora_in_bfloat16_holds_frozen_weights_in_it_and_merges_in_float32(place):
+def test_lora_in_bfloat16_holds_frozen_weights_in_it_and_merges_in_float32(place, monkeypatch):
     """The base is rounded, its reference with it; what the adapters learned is not, though it is smaller than bfloat16 resolves."""
+    monkeypatch.setattr(training, "check_kept_update", training.share_kept_in_bfloat16)
     place.score(place.policy, "bfloat16", lora_rank=4)
     words = {"precision": "bfloat16", "lora_rank": 4, "gradient_checkpointing": "true", "beta": 0.1, "max_grad_norm": 1.0}
     trained, start = place.train("policy", learning_rate=1e-3, **words), place.start()
@@ -459,6 +462,31 @@ def test_lora_in_bfloat16_holds_frozen_weights_in_it_and_merges_in_float32(place
         rounded = start[name].bfloat16().float()
         assert torch.equal(weight, rounded) != ("proj" in name)
         assert (weight - rounded).abs().max() < 2**-8 * rounded.abs().max()
+
+
+@pytest.mark.parametrize(("size", "left"), [(1e-5, 0.28), (3e-5, 0.69), (1e-4, 0.99)])
+def test_share_of_a_lora_update_that_bfloat16_keeps(size, left):
+    """Against a simulation: weights of standard deviation 0.02, updates of `size`."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1000, 1000, bias=False))
+    model[0].weight.data.normal_(std=0.02).copy_(model[0].weight.bfloat16())
+    model = get_peft_model(model, LoraConfig(r=64, lora_alpha=64, target_modules=["0"]))
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data.normal_(std=math.sqrt(size) / 64**0.25)
+    assert training.share_kept_in_bfloat16(model) == pytest.approx(left, abs=0.03)
+
+
+def test_lora_update_that_bfloat16_would_drop_is_refused(place, capsys):
+    place.score(place.policy, "bfloat16", lora_rank=4)
+    words = {"precision": "bfloat16", "lora_rank": 4, "beta": 0.1, "max_grad_norm": 1.0}
+    with pytest.raises(UserError, match=r"only \d+% of what LoRA learned is left.*raise train.learning_rate"):
+        place.train("policy", learning_rate=1e-3, **words)
+    assert not (place.folder / "policy").exists() and "of the update is left" in capsys.readouterr().out
+    place.train("policy", learning_rate=1.0, **words)
+    assert read_json(record_path(place.folder / "policy"))["lora_update_left_in_bfloat16"] > 0.5
 
 
 def test_model_card_tells_data_method_figures_and_the_base_s_licence(place, tmp_path):
@@ -530,9 +558,17 @@ def test_gradient_checkpointing_changes_no_weight(place):
 
 
 def test_loss_that_is_no_number_is_refused_and_no_policy_is_written(place):
-    with pytest.raises(UserError, match="not a number.*learning_rate"):
-        place.train("policy", learning_rate=1e30, batch_size=2, micro_batch_size=2, beta=1e-3)
+    with pytest.raises(UserError, match=r"(loss of pair \d in step 2|gradient norm of step \d \(pairs \d, \d\)) is (nan|inf).*learning_rate|precision"):
+        place.train("policy", learning_rate=1e30, batch_size=2, micro_batch_size=2, beta=1e-3, checkpoint_steps=1)
     assert not (place.folder / "policy").exists()
+
+
+def test_infinite_gradient_norm_stops_before_the_step_is_kept(place, monkeypatch):
+    """Without clipping, where nothing else would notice."""
+    monkeypatch.setattr(training.PairTrainer, "_get_grad_norm", lambda *_, **__: math.inf)
+    with pytest.raises(UserError, match=r"gradient norm of step 1 \(pairs \d+, \d+\) is inf; lower train.learning_rate"):
+        place.train("policy", batch_size=2, micro_batch_size=1, checkpoint_steps=1, max_grad_norm=0)
+    assert not list((place.folder / ".policy.work").glob("checkpoint-*"))
 
 
 def test_record_counts_pairs_steps_and_tokens(place):
