@@ -63,7 +63,7 @@ def test_rule_is_described_logged_measured_and_isolated(rule):
     assert re.search(r'version=STAGES\["\w+"\],', body), "a raised stage version would not rerun it"
     environment = re.search(r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT)\n', body)
     assert environment and (ROOT / "rules" / (environment[1] or "../envs/core.yaml")).is_file()
-    assert '"{PYTHON} src/' in body and "{log}" in body
+    assert '"{PYTHON} src/' in body and "{log:q}" in body
 
 
 @pytest.mark.parametrize("rule", rules())
@@ -376,7 +376,7 @@ BAD = {
     "limit beyond the end": ("alpaca_eval: {limit: 100000}", ["alpaca_eval.limit is 100000"]),
     "missing adapter": ("preference: {model: ./nowhere}", ["preference.model is ./nowhere"]),
     "missing judge": ("alpaca_eval: {judge: ./nowhere}", ["alpaca_eval.judge is ./nowhere"]),
-    "missing base policy": ("policy: {model: ./nowhere}", ["policy.model is ./nowhere"]),
+    "missing base policy": ("policy: {model: ./nowhere}", ["policy.model is './nowhere'"]),
     "unknown judge": ("alpaca_eval: {judge: no_such_judge}", ["unknown judge no_such_judge"]),
     "official reference for other instructions": ("alpaca_eval: {reference: official}", ["alpaca_eval.reference is official", "alpaca_eval.instructions"]),
     "official difficulties for some": ("alpaca_eval: {instructions: official, difficulty: official, limit: 100}", ["alpaca_eval.difficulty is official", "limit"]),
