@@ -14,8 +14,8 @@ from snakemake.settings.types import DeploymentMethod
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from sppo.cluster import Asked, check_cluster
-from sppo.config import (CHAINING, COMPARISON, ENGINE_KEYS, GRADING, THRESHOLDS, flags, of_iteration,
-                         resolve, without_effect)
+from sppo.config import CHAINING, COMPARISON, ENGINE_KEYS, GRADING, THRESHOLDS
+from sppo.config import flags, of_iteration, resolve, without_effect
 from sppo.config_files import check_files, files_hint
 from sppo.errors import UserError, explained, fail
 from sppo.adapters import adapter_files, is_pairrm
@@ -197,8 +197,8 @@ class Checked(type(workflow)):
     def execute(self, executor_plugin, executor_settings, **others):
         if executor_plugin.name == "slurm":
             if re.search(r"[\s'\"$`\\;&|<>()*?!#]", os.getcwd()):
-                fail(f"Slurm's executor does not quote this folder's name, {os.getcwd()}; move the checkout "
-                     "to a path without blanks and characters of the shell")
+                fail(f"Slurm's executor does not quote the path of this folder, {os.getcwd()}; move"
+                     " it to a path without blanks and characters of the shell")
             os.environ.pop("SPPO_WATCHED", None)  # jobs take over the environment, and nobody sits before their logs
             asked = [asked_of_cluster(rule, self.execution_settings.retries + 1) for rule in self.rules if not rule.norun]
             most = self.resource_settings.resources.get("gpu")

@@ -25,7 +25,7 @@ rule embedded_policy:
 
 
 def base_source(wildcards):
-    """What the base policy is made of: other weights or another template make it anew. Not of a hub id."""
+    """What the base policy is made of, so that other weights make it anew; nothing for a hub id."""
     model = MAIN["policy"]["model"]
     return EMBEDDED_POLICY if model == "embedded" else model_files(model)
 

@@ -69,7 +69,8 @@ def resolve(written: Config) -> dict[str, Config]:
     _check_name(written.get("name", ""), "name")
     if written.get("name", "") in written.get("runs", {}):
         raise UserError(f"config: name is {written['name']}, the name of a run, and both would write to results/{written['name']}/; choose another")
-    main = _paths_written_out({key: value for key, value in written.items() if key != "runs"}, rules, "")
+    of_main = {key: value for key, value in written.items() if key != "runs"}
+    main = _paths_written_out(of_main, rules, "")
     runs = {"": _complete(main, rules) | {"first_iteration_from": None}}
     if runs[""]["extrapolation"] is not None:
         raise UserError("config: extrapolation carries main's policies on, so it belongs to a run, as runs: {expo: {extrapolation: 0.3}}")
@@ -88,8 +89,10 @@ def resolve(written: Config) -> dict[str, Config]:
             run = _complete(_set(_merged(main, overrides), rules), rules) | {"first_iteration_from": first}
         except UserError as error:  # of keys that go together: the run's own, or main's, which it takes over
             reason = str(error).removeprefix("config: ")
-            raise UserError(f"config: {where}: {reason}; or do without this run of the configuration: "
-                            f"{{runs: {{{name}: null}}}}") from None
+            raise UserError(
+                f"config: {where}: {reason}; or do without this run of the configuration: "
+                f"{{runs: {{{name}: null}}}}"
+            ) from None
         if first:
             if own_split := _other_split(runs[""], run):
                 raise UserError(f"config: {where} shares the first iteration with main but sets {own_split} otherwise, so that its prompts "
@@ -110,10 +113,10 @@ def resolve(written: Config) -> dict[str, Config]:
 
 
 def without_effect(written: Config, runs: dict[str, Config]) -> list[str]:
-    """One line for each key that the user wrote and that changes nothing, by the schema's `x-only-with`.
+    """One line for each key that was written and has no effect, by the schema's `x-only-with`.
 
-    written: what `resolve` took; runs: what it returned. A key is looked at only in the run in which
-    it was written; of a key of main the line names the runs that take it over and use it.
+    written: what `resolve` took; runs: what it returned. A key is looked at only in the run in
+    which it was written; of a key of main the line names the runs that take it over and use it.
     """
     rules, lines = schema(), []
     for name, run in runs.items():
@@ -123,16 +126,17 @@ def without_effect(written: Config, runs: dict[str, Config]) -> list[str]:
             if not reason:
                 continue
             lines.append(f"config: {f'runs.{name}.' if name else ''}{key} has no effect {reason}")
-            users = [] if name else [other for other, overrides in written.get("runs", {}).items()
-                                     if other in runs and not _is_set(overrides, key)
-                                     and not _unmet(needs, runs[other])]
+            if name:
+                continue
+            users = [other for other, overrides in written.get("runs", {}).items() if other in runs
+                     and not _is_set(overrides, key) and not _unmet(needs, runs[other])]
             if users:
                 lines[-1] += f"; runs that use it: {', '.join(users)}"
     return lines
 
 
 def _conditional_keys(written: Config, rules: Config) -> list[tuple[str, Config]]:
-    """Dotted name and needs of each key that is written and that, or whose section, has `x-only-with`."""
+    """Dotted name and needs of each written key that has `x-only-with`, or whose section has it."""
     found = []
     for section, keys in written.items():
         rule = rules["properties"].get(section, {})
@@ -151,7 +155,7 @@ def _is_set(written: Config, dotted: str) -> bool:
 
 
 def _unmet(needs: Config, run: Config) -> str:
-    """Why a key has no effect in a run, by the first of its needs that is not met; "" if all are."""
+    """Why a key has no effect in a run, by the first of its needs that is unmet; "" if none is."""
     for dotted, rule in needs.items():
         value: Any = run
         for name in dotted.split("."):
@@ -175,13 +179,17 @@ def _paths_written_out(written: Config, rules: Config, where: str) -> Config:
         if isinstance(value, str) and rule.get("x-path"):
             value = os.path.expanduser(value)
             if value.startswith("~"):
-                raise UserError(f"config: {where}{key} is {_shown(value)}, but this machine knows no such "
-                                "user; write the path out")
+                raise UserError(
+                    f"config: {where}{key} is {_shown(value)}, but this machine knows no such "
+                    "user; write the path out"
+                )
         if isinstance(value, str):
             fixed = value.replace("{t}", "") if rule.get("x-iteration") else value
             if "{" in fixed or "}" in fixed:
-                raise UserError(f"config: {where}{key} is {_shown(value)}, and Snakemake takes braces for a "
-                                "wildcard; rename it without them")
+                raise UserError(
+                    f"config: {where}{key} is {_shown(value)}, and Snakemake takes braces for a "
+                    "wildcard; rename it without them"
+                )
         result[key] = value
     return result
 
@@ -218,8 +226,10 @@ def _check_together(config: Config) -> None:
     train = config["train"]
     shards, prompts = config["responses"]["shards"], config["prompts"]["per_iteration"]
     if prompts is not None and shards > prompts:
-        raise UserError(f"config: responses.shards is {shards}, but prompts.per_iteration is {prompts}, and "
-                        "each shard needs a prompt; lower responses.shards")
+        raise UserError(
+            f"config: responses.shards is {shards}, but prompts.per_iteration is {prompts}, and "
+            "each shard needs a prompt; lower responses.shards"
+        )
     for section in ("alpaca_eval", "mt_bench", "grades"):
         if config[section]["judge_base_url"] is not None:
             check_address(config[section]["judge_base_url"], f"{section}.judge_base_url")
@@ -293,10 +303,12 @@ def check_training(train: Config) -> None:
 
 
 def check_address(address: str, key: str) -> None:
-    """The address that the configuration has at `key` is one of a server, without a password; else UserError."""
+    """The address at `key` is one of a server and holds no password; else UserError."""
     if re.search(r"//[^/?#]*@", address):  # the line does not show it: logs are kept
-        raise UserError(f"config: {key} holds a user name or password, which results and logs would keep; "
-                        "take it out of the address, and export the key as OPENAI_API_KEY")
+        raise UserError(
+            f"config: {key} holds a user name or password, which results and logs would keep; "
+            "take it out of the address, and export the key as OPENAI_API_KEY"
+        )
     try:
         parts = urllib.parse.urlsplit(address)
         host, port = parts.hostname, parts.port
@@ -304,8 +316,10 @@ def check_address(address: str, key: str) -> None:
         host, port = None, None
     blank = re.search(r"[\s\x00-\x1f]", address)
     if blank or not host or port == 0 or parts.scheme not in ("http", "https"):
-        raise UserError(f"config: {key} is {_shown(address)}, which is no address of a server; give one such "
-                        "as http://localhost:8000/v1")
+        raise UserError(
+            f"config: {key} is {_shown(address)}, which is no address of a server; give one such "
+            "as http://localhost:8000/v1"
+        )
 
 
 def micro_batches(train: Config) -> tuple[int, int]:
@@ -409,7 +423,7 @@ def _explain(error: jsonschema.ValidationError, rules: Config, where: str) -> st
         wanted = error.validator_value if isinstance(error.validator_value, str) else " or ".join(error.validator_value)
         return f"{path} is {_shown(value)}, not {wanted}; see config/schema.yaml"
     if error.validator == "enum":
-        choices = ", ".join("null" if value is None else str(value) for value in error.validator_value)
+        choices = ", ".join("null" if one is None else str(one) for one in error.validator_value)
         return f"{path} is {_shown(value)}; it can be {choices}"
     if error.validator in ("pattern", "maxLength") and "description" in error.schema:
         form = error.schema["description"]

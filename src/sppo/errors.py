@@ -17,8 +17,8 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a program's `main` and end the process.
 
-    A `UserError`, and what `explained` knows of files and of the machine, become one line on stderr and
-    exit status 1; everything else is a bug of ours and keeps its traceback.
+    A `UserError`, and what `explained` knows of files and of the machine, become one line on stderr
+    and exit status 1; everything else is a bug of ours and keeps its traceback.
     """
     try:
         main()
@@ -30,7 +30,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 # What the system says of a file, and what to do. Without the file's name it may be a bug of ours.
-NO_PERMISSION = "may not be read or written by this user; change its permissions, or those of its folder"
+NO_PERMISSION = "may not be read or written by you; change its permissions, or those of its folder"
 OF_FILES = {
     errno.ENOENT: "is missing; make it or correct the path",
     errno.EACCES: NO_PERMISSION,
@@ -44,7 +44,7 @@ OF_FILES = {
 
 
 def explained(error: BaseException) -> str | None:
-    """The one line for an error that is the user's or the machine's; None for what may be our bug."""
+    """The line for an error of the user's or the machine's; None for what may be a bug of ours."""
     number, named = getattr(error, "errno", None), getattr(error, "filename", None)
     if isinstance(error, UserError):
         return str(error)
@@ -52,9 +52,11 @@ def explained(error: BaseException) -> str | None:
         return disk_full(named or "temporary files")
     if is_too_large(error):
         return too_large(named or "a file")
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or "DefaultCPUAllocator" in str(error):
-        return ("there is not enough memory; close other programs, raise the limit (ulimit -v, or mem_mb "
-                "on a cluster), or lower batch sizes")
+    if is_out_of_memory(error):
+        return (
+            "there is not enough memory; close other programs, raise the limit (ulimit -v, or"
+            " mem_mb on a cluster), or lower batch sizes"
+        )
     if isinstance(error, OSError) and number in OF_FILES and isinstance(named, (str, bytes)):
         name = os.fsdecode(named)
         return f"{name if len(name) <= 200 else name[:197] + '...'} {OF_FILES[number]}"
@@ -73,8 +75,15 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that there is no more memory; PyTorch has words of its own."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return "DefaultCPUAllocator" in str(error)
+
+
 def is_too_large(error: BaseException) -> bool:
-    """Whether the error says that a file would outgrow the limit of the shell or of the file system."""
+    """Whether the error says that a file would outgrow the shell's or the file system's limit."""
     return getattr(error, "errno", None) == errno.EFBIG or "os error 27)" in str(error)
 
 
@@ -100,4 +109,4 @@ def disk_full(path: str | os.PathLike) -> str:
 
 def too_large(path: str | os.PathLike) -> str:
     """The one line for a file that may not grow any more."""
-    return f"{path} would be larger than files may be here; raise the limit (ulimit -f) and run again"
+    return f"{path} would be larger than files may be; raise the limit (ulimit -f) and run again"

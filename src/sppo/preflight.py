@@ -81,7 +81,7 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
 
 
 def check_base(policy: dict[str, Any]) -> None:
-    """policy.model is `embedded`, a whole model folder, or a name as the hub has them; else UserError."""
+    """policy.model is `embedded`, a whole model folder, or a name for the hub; else UserError."""
     model = policy["model"]
     if model == "embedded":
         return
@@ -89,11 +89,15 @@ def check_base(policy: dict[str, Any]) -> None:
         check_policy(Path(model), made_here=False)
         return
     if Path(model).is_file():
-        raise UserError(f"config: policy.model is {model}, which is a file; give the folder that holds it, "
-                        "a model's with config.json")
+        raise UserError(
+            f"config: policy.model is {model}, which is a file; give the folder that holds it, "
+            "a model's with config.json"
+        )
     if not HUB_ID.fullmatch(model):
-        raise UserError(f"config: policy.model is {model!r}, which is neither a folder nor a hub id such as "
-                        "org/model; correct it, or take `embedded`")
+        raise UserError(
+            f"config: policy.model is {model!r}, which is neither a folder nor a hub id such as "
+            "org/model; correct it, or take `embedded`"
+        )
     check_no_typo("policy", "model", policy)
 
 
@@ -104,9 +108,11 @@ def check_no_typo(section: str, key: str, chosen: dict[str, Any]) -> None:
     by_name = {Path(file).stem: file for file in here} | {file: file for file in here}
     near = difflib.get_close_matches(name.name, by_name, 1, 0.8)
     if near and not chosen["revision"]:
-        raise UserError(f"config: {section}.{key} is {name}, which is not here, but {by_name[near[0]]} is, in "
-                        f"{name.parent}; correct the path, or, if {name} on the hub is meant, name its commit "
-                        f"as {section}.revision")
+        raise UserError(
+            f"config: {section}.{key} is {name}, which is not here, but {by_name[near[0]]} is, in "
+            f"{name.parent}; correct the path, or, if {name} on the hub is meant, name its commit "
+            f"as {section}.revision"
+        )
 
 
 def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
@@ -123,8 +129,10 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
     file = Path(evaluation["instructions"])
     instructions, asked = read_instructions(file), read_instructions(file, evaluation["limit"])
     if len(asked) < FEWEST_INSTRUCTIONS:
-        raise UserError(f"config: {where}alpaca_eval.instructions is {file}, which has {len(asked)} "
-                        f"instructions; the length-controlled metric needs {FEWEST_INSTRUCTIONS}, so give more")
+        raise UserError(
+            f"config: {where}alpaca_eval.instructions is {file}, which has {len(asked)} "
+            f"instructions; the length-controlled metric needs {FEWEST_INSTRUCTIONS}, so give more"
+        )
     if evaluation["reference"] != "base":
         alpaca.paired([row | {"generator": "policy"} for row in asked], alpaca.read_outputs(Path(evaluation["reference"])))
     if evaluation["difficulty"]:
@@ -132,12 +140,16 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
     return {row["instruction"].strip() for row in instructions}
 
 
-def check_machine(runs: dict[str, dict[str, Any]], jobs: set[tuple[str, str, bool]],
-                  gpus: int | None, in_conda: bool = False) -> None:
-    """What jobs need and a dry run does not: keys and models of judges, the hub's token, GPUs, vLLM.
+def check_machine(
+    runs: dict[str, dict[str, Any]],
+    jobs: set[tuple[str, str, bool]],
+    gpus: int | None,
+    in_conda: bool = False,
+) -> None:
+    """What jobs need and a dry run does not: judges' keys and models, the hub's token, GPUs, vLLM.
 
-    jobs: of each one to come what it makes (its verdict, else its rule), its run, and whether it takes
-    a GPU. gpus: how many this machine has, None if the jobs run elsewhere. in_conda: as in
+    jobs: of each one to come what it makes (its verdict, else its rule), its run, and whether it
+    takes a GPU. gpus: how many this machine has, None if the jobs run elsewhere. in_conda: as in
     `check_inputs`. Raises `UserError` naming the first that is missing.
     """
     for made, name, on_gpu in sorted(jobs):
@@ -161,11 +173,13 @@ def check_machine(runs: dict[str, dict[str, Any]], jobs: set[tuple[str, str, boo
         if made in ("train_policy", "train_dropped_policy") and processes > gpus * run["train"]["machines"]:
             raise UserError(f"config: {where}train.processes is {processes}, one GPU each, but this machine shows {gpus}; lower it, or run on a cluster "
                             "(profiles/slurm)")
-    # After the GPUs, because an environment is of no use without one. Importing it would take seconds.
-    with_vllm = any(made in GENERATING and runs[name]["responses"]["engine"] == "vllm" for made, name, _ in jobs)
-    if with_vllm and not in_conda and not importlib.util.find_spec("vllm"):
-        raise UserError("config: responses.engine is vllm, which is not installed here; run snakemake with "
-                        "--use-conda, which makes an environment that has it, or set transformers")
+    # After the GPUs, because an environment is of no use without one.
+    engines = {runs[name]["responses"]["engine"] for made, name, _ in jobs if made in GENERATING}
+    if "vllm" in engines and not in_conda and not importlib.util.find_spec("vllm"):
+        raise UserError(
+            "config: responses.engine is vllm, which is not installed here; run snakemake with "
+            "--use-conda, which makes an environment that has it, or set transformers"
+        )
 
 
 def gpus_here() -> int:
@@ -181,12 +195,16 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
     source = prompts["source"]
     for each in sorted({source.replace("{t}", str(t)) for t in range(1, run["iterations"] + 1)}):
         if Path(each).is_dir():
-            raise UserError(f"config: prompts.source is {each}, which is a folder; give a JSONL file in it")
+            raise UserError(
+                f"config: prompts.source is {each}, which is a folder; give a JSONL file in it"
+            )
         if Path(each).is_file():
             continue
         if not HUB_ID.fullmatch(each) or each.endswith((".jsonl", ".json")):
-            raise UserError(f"config: prompts.source is {each!r}, which is neither a file nor a hub data set "
-                            "such as org/name; correct the path")
+            raise UserError(
+                f"config: prompts.source is {each!r}, which is neither a file nor a hub data set "
+                "such as org/name; correct the path"
+            )
         check_no_typo("prompts", "source", prompts | {"source": each})
     if "{t}" in source or not Path(source).is_file():
         return
@@ -198,8 +216,10 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
                         f"iterations, {wanted} in all, but {source} has {free} outside the evaluation set; lower it or give more prompts")
     each_has = prompts["per_iteration"] or free // run["iterations"]
     if run["responses"]["shards"] > each_has:
-        raise UserError(f"config: responses.shards is {run['responses']['shards']}, but an iteration has "
-                        f"{each_has} prompts, and each shard needs one; lower it")
+        raise UserError(
+            f"config: responses.shards is {run['responses']['shards']}, but an iteration has "
+            f"{each_has} prompts, and each shard needs one; lower it"
+        )
 
 
 def deleted_artifacts(root: Path, keep_policies: bool) -> list[str]:

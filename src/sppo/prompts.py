@@ -81,8 +81,10 @@ def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]
         rows = load_dataset(str(folder), split=split).to_list()
     except Exception as error:  # the hub client and datasets raise many types; each is a matter of name, network or access
         at = f" at revision {revision}" if revision else ""
-        raise UserError(f"cannot get data set {source}{at}, split {split}, from the hub {hub_failure(error)}, "
-                        f"or give a JSONL file; there is no file {source} here either") from error
+        raise UserError(
+            f"cannot get data set {source}{at}, split {split}, from the hub {hub_failure(error)}, "
+            f"or give a JSONL file; there is no file {source} here either"
+        ) from error
     return rows, folder.name
 
 
@@ -119,8 +121,10 @@ def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, An
         if not row["instruction"].strip():
             raise UserError(f"{path}: instruction {number} is blank; remove it")
         if any("\ud800" <= character <= "\udfff" for character in row["instruction"]):
-            raise UserError(f"{path}: instruction {number} has half of a surrogate pair, which is no "
-                            "character; correct it")
+            raise UserError(
+                f"{path}: instruction {number} has half of a surrogate pair, which is no "
+                "character; correct it"
+            )
         if row["instruction"] in seen:
             raise UserError(f"{path} has an instruction twice: {row['instruction'][:60]!r}; remove one")
         seen.add(row["instruction"])

@@ -405,36 +405,54 @@ BAD = {
     "reference of other instructions": ("alpaca_eval: {reference: other.json}", ["lack the reference's instruction"]),
     "file of the run is missing": ("runs: {a: {prompts: {source: data/nowhere.jsonl}}}", ["data/nowhere.jsonl"]),
     "a section that is null": ("train:", ["train is None"]),
-    "four instructions": ("alpaca_eval: {instructions: four.json, limit: null}", ["four.json, which has 4 instructions", "needs 5"]),
-    "no instructions": ("alpaca_eval: {instructions: none.json, limit: null}", ["none.json has no instructions"]),
-    "a blank instruction": ("alpaca_eval: {instructions: blank.json, limit: null}", ["blank.json: instruction 2 is blank"]),
-    "half a character": ("alpaca_eval: {instructions: surrogate.json, limit: null}", ["surrogate.json: instruction 1", "surrogate"]),
+    "four instructions": ("alpaca_eval: {instructions: four.json, limit: null}",
+        ["four.json, which has 4 instructions", "needs 5"]),
+    "no instructions": ("alpaca_eval: {instructions: none.json, limit: null}",
+        ["none.json has no instructions"]),
+    "a blank instruction": ("alpaca_eval: {instructions: blank.json, limit: null}",
+        ["blank.json: instruction 2 is blank"]),
+    "half a character": ("alpaca_eval: {instructions: surrogate.json, limit: null}",
+        ["surrogate.json: instruction 1", "surrogate"]),
     "a folder as instructions": ("alpaca_eval: {instructions: data}", ["data is a folder"]),
-    "a loop of links as instructions": ("alpaca_eval: {instructions: loop}", ["loop is a link that leads back to itself"]),
-    "a long path as instructions": (f"alpaca_eval: {{instructions: {'x/' * 2500}y}}", ["is longer than"]),
+    "a loop of links as instructions": ("alpaca_eval: {instructions: loop}",
+        ["loop is a link that leads back to itself"]),
+    "a long path as instructions": (f"alpaca_eval: {{instructions: {'x/' * 2500}y}}",
+        ["is longer than"]),
     "an empty folder as the policy": ("policy: {model: empty}", ["empty has no config.json"]),
-    "a file as the policy": ("policy: {model: four.json}", ["policy.model is four.json, which is a file"]),
-    "a blank in the policy's name": ("policy: {model: a b}", ["policy.model is 'a b'", "org/model"]),
-    "an address as the policy": ("policy: {model: 'https://huggingface.co/org/model'}", ["policy.model is 'https", "org/model"]),
+    "a file as the policy": ("policy: {model: four.json}",
+        ["policy.model is four.json, which is a file"]),
+    "a blank in the policy's name": ("policy: {model: a b}",
+        ["policy.model is 'a b'", "org/model"]),
+    "an address as the policy": ("policy: {model: 'https://huggingface.co/org/model'}",
+        ["policy.model is 'https", "org/model"]),
     "nothing as the policy": ("policy: {model: '  '}", ["policy.model is '  '"]),
     "a flag as the policy": ("policy: {model: -x/y}", ["policy.model is '-x/y'"]),
     "a long name as the policy": (f"policy: {{model: {'x' * 5000}}}", ["is longer than"]),
     "a loop of links as the policy": ("policy: {model: ./loop}", ["policy.model is './loop'"]),
-    "a typo in the policy's folder": ("policy: {model: data/rankr}", ["data/rankr", "ranker is, in data", "policy.revision"]),
-    "a typo in the prompts' file": ("prompts: {source: data/promts}", ["data/promts", "prompts.jsonl is, in data", "prompts.revision"]),
-    "a folder of prompts": ("prompts: {source: data/mt_bench}", ["prompts.source is data/mt_bench, which is a folder"]),
-    "prompts of one iteration": ("prompts: {source: 'one/p{t}.jsonl', per_iteration: null}", ["prompts.source is 'one/p2.jsonl'"]),
+    "a typo in the policy's folder": ("policy: {model: data/rankr}",
+        ["data/rankr", "ranker is, in data", "policy.revision"]),
+    "a typo in the prompts' file": ("prompts: {source: data/promts}",
+        ["data/promts", "prompts.jsonl is, in data", "prompts.revision"]),
+    "a folder of prompts": ("prompts: {source: data/mt_bench}",
+        ["prompts.source is data/mt_bench, which is a folder"]),
+    "prompts of one iteration": ("prompts: {source: 'one/p{t}.jsonl', per_iteration: null}",
+        ["prompts.source is 'one/p2.jsonl'"]),
     "a loop of links as prompts": ("prompts: {source: ./loop}", ["prompts.source is './loop'"]),
-    "more shards than the file has prompts": ("{prompts: {source: few.jsonl, per_iteration: null}, responses: {shards: 3}, runs: {spin: null, dno_prct: null}}",
-                                              ["responses.shards is 3", "2 prompts"]),
+    "more shards than the file has prompts": (
+        "{prompts: {source: few.jsonl, per_iteration: null}, responses: {shards: 3}, "
+        "runs: {spin: null, dno_prct: null}}",
+        ["responses.shards is 3", "2 prompts"]),
     "a loop of links as Open LLM items": ("open_llm: {data: loop}", ["open_llm.data is loop"]),
     "a folder as gold": ("runs: {spin: {pairs: {gold: data}}}", ["data"]),
 }
 FILES = {
     "other.json": '[{"instruction": "another", "output": "a", "generator": "g"}]',
-    "four.json": "[" + ", ".join(f'{{"instruction": "{n}"}}' for n in range(4)) + "]", "none.json": "[]",
-    "blank.json": '[{"instruction": "a"}, {"instruction": " "}]', "surrogate.json": '[{"instruction": "a\\ud800"}]',
-    "few.jsonl": "".join(f'{{"id": "{n}", "instruction": "say {n}"}}\n' for n in range(6)), "one/p1.jsonl": '{"instruction": "say"}\n',
+    "four.json": "[" + ", ".join(f'{{"instruction": "{n}"}}' for n in range(4)) + "]",
+    "none.json": "[]",
+    "blank.json": '[{"instruction": "a"}, {"instruction": " "}]',
+    "surrogate.json": '[{"instruction": "a\\ud800"}]',
+    "few.jsonl": "".join(f'{{"id": "{n}", "instruction": "say {n}"}}\n' for n in range(6)),
+    "one/p1.jsonl": '{"instruction": "say"}\n',
 }
 
 
@@ -489,15 +507,26 @@ def test_bad_input_is_one_line_before_any_work(name, copy):
 
 def test_hub_id_with_a_commit_is_no_typo_of_a_folder_here(copy, monkeypatch):
     monkeypatch.chdir(copy)
-    check_inputs(resolve(overlaid("{policy: {model: data/rankr, revision: abc}, prompts: {source: data/promts, revision: abc}}")))
+    check_inputs(
+        resolve(
+            overlaid(
+                "{policy: {model: data/rankr, revision: abc}, prompts: {source: data/promts,"
+                " revision: abc}}"
+            )
+        )
+    )
 
 
 SOURCES = {
-    "a key twice": (b"train:\n  beta: 1\niterations: 1\ntrain: {tau: 1}\n", ["odd.yaml", "train twice", "lines 1 and 4"]),
-    "a key twice in a run": (b"runs:\n  a:\n    train:\n      beta: 1\n      beta: 2\n", ["beta twice", "lines 4 and 5"]),
-    "a key twice in JSON": (b'{"train": {"beta": 1},\n "train": {}}', ["train twice", "lines 1 and 2"]),
+    "a key twice": (b"train:\n  beta: 1\niterations: 1\ntrain: {tau: 1}\n",
+        ["odd.yaml", "train twice", "lines 1 and 4"]),
+    "a key twice in a run": (b"runs:\n  a:\n    train:\n      beta: 1\n      beta: 2\n",
+        ["beta twice", "lines 4 and 5"]),
+    "a key twice in JSON": (b'{"train": {"beta": 1},\n "train": {}}',
+        ["train twice", "lines 1 and 2"]),
     "another encoding": ("name: x  # é".encode("latin-1"), ["odd.yaml is not in UTF-8"]),
-    "an anchor that holds itself": (b"train: &a\n  beta: *a\n", ["odd.yaml line 1", "holds itself"]),
+    "an anchor that holds itself": (b"train: &a\n  beta: *a\n",
+        ["odd.yaml line 1", "holds itself"]),
     "no YAML": (b"train: [", ["odd.yaml is not a configuration in YAML"]),
     "missing": (None, ["odd.yaml is missing"]),
 }
@@ -514,7 +543,11 @@ def test_file_that_a_loader_would_misread_is_one_line(content, said, tmp_path, m
     assert all(word in line for word in said), line
 
 
-@pytest.mark.parametrize("file", [ROOT / "config" / "config.yaml", *PRESETS, ROOT / "tests" / "workflow" / "config.yaml"], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [ROOT / "config" / "config.yaml", *PRESETS, ROOT / "tests" / "workflow" / "config.yaml"],
+    ids=lambda file: file.stem,
+)
 def test_shipped_file_is_read_as_it_stands(file):
     check_files([file])
 
@@ -522,22 +555,32 @@ def test_shipped_file_is_read_as_it_stands(file):
 def test_files_that_were_read_are_checked_and_named(copy):
     """A key that stands twice, and a target that --configfile took for a file."""
     (copy / "odd.yaml").write_text("train: {beta: 1}\ntrain: {tau: 1}\n")
-    assert "odd.yaml has the key train twice" in one_error(dry_run(copy, "--configfile", "odd.yaml"))
+    assert "odd.yaml has the key train twice" in one_error(
+        dry_run(copy, "--configfile", "odd.yaml")
+    )
     (copy / "odd.yaml").write_text("train: {tau: 1}\n")
     (copy / "made.json").write_text('{"win_rate": 1}')
     line = one_error(dry_run(copy, "--configfile", "odd.yaml", "made.json"))
-    assert "unknown key win_rate" in line and "config/config.yaml, odd.yaml, made.json; put -- before targets" in line
+    assert (
+        "unknown key win_rate" in line
+        and "config/config.yaml, odd.yaml, made.json; put -- before targets" in line
+    )
 
 
 def test_key_without_effect_is_a_warning_at_the_start(copy):
     (copy / "odd.yaml").write_text("train: {tau: 1}\n")
     done = dry_run(copy, "--configfile", "odd.yaml")
-    assert done.returncode == 0 and "warning: config: train.tau has no effect where train.loss is sppo\n" in done.stderr
+    assert (
+        done.returncode == 0
+        and "warning: config: train.tau has no effect where train.loss is sppo\n" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("words", [(), ("--directory", ".")])
 def test_run_from_another_folder_is_one_line(words, copy, tmp_path):
-    assert f"run in it: cd {copy}" in one_error(dry_run(tmp_path, "-s", str(copy / "Snakefile"), *words))
+    assert f"run in it: cd {copy}" in one_error(
+        dry_run(tmp_path, "-s", str(copy / "Snakefile"), *words)
+    )
 
 
 def test_base_policy_is_made_anew_when_a_file_in_its_folder_was_replaced(copy, tiny_policy):
@@ -561,7 +604,7 @@ def test_base_policy_is_made_anew_when_a_file_in_its_folder_was_replaced(copy, t
 
 @pytest.mark.parametrize("rule", rules())
 def test_rule_quotes_what_its_command_names(rule):
-    """Files of the user's may have blanks in their names; what stands unquoted holds several words, or names that cannot have any."""
+    """A user's files may have blanks in their names. Unquoted are only several words in one."""
     command = rules()[rule].split("shell:")[1]
     unquoted = set(re.findall(r"\{((?:input|output|params|log)[.\w]*)\}", command))
     assert unquoted <= {"params.on_each_machine", "params.best_grade"}
