@@ -4,7 +4,6 @@ No other file spells `results/`. Artifacts lie under results/[name/][run/]iter{t
 """
 
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -21,7 +20,8 @@ from sppo.errors import UserError, explained, fail
 from sppo.adapters import adapter_files, is_pairrm
 from sppo.alpaca import DIFFICULTY, OFFICIAL_REFERENCE
 from sppo.models import HUB_FILES
-from sppo.preflight import check_inputs, check_machine, deleted_artifacts, gpus_here
+from sppo.preflight import check_folder_for_slurm, check_inputs, check_machine
+from sppo.preflight import deleted_artifacts, gpus_here
 from sppo.stages import STAGES
 
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
@@ -196,13 +196,11 @@ class Checked(type(workflow)):
 
     def execute(self, executor_plugin, executor_settings, **others):
         if executor_plugin.name == "slurm":
-            if re.search(r"[\s'\"$`\\;&|<>()*?!#]", os.getcwd()):
-                fail(f"Slurm's executor does not quote the path of this folder, {os.getcwd()}; move"
-                     " it to a path without blanks and characters of the shell")
             os.environ.pop("SPPO_WATCHED", None)  # jobs take over the environment, and nobody sits before their logs
             asked = [asked_of_cluster(rule, self.execution_settings.retries + 1) for rule in self.rules if not rule.norun]
             most = self.resource_settings.resources.get("gpu")
             try:
+                check_folder_for_slurm(os.getcwd())
                 check_cluster(asked, executor_settings.status_command, most and most.value)
             except UserError as error:
                 fail(str(error))

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,15 @@ def check_machine(
         raise UserError(
             "config: responses.engine is vllm, which is not installed here; run snakemake with "
             "--use-conda, which makes an environment that has it, or set transformers"
+        )
+
+
+def check_folder_for_slurm(folder: str) -> None:
+    """Snakemake's Slurm executor can submit jobs from this folder, else UserError: it quotes no path."""
+    if re.search(r"[\s'\"$`\\;&|<>()*?!#]", folder):
+        raise UserError(
+            f"Snakemake's Slurm executor does not quote the path of this folder, {folder}; move the"
+            " checkout to a path without blanks and characters of the shell"
         )
 
 

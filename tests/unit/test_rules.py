@@ -17,7 +17,7 @@ from snakemake.utils import update_config
 from sppo.config_files import check_files
 from sppo.config import ENGINE_KEYS, default_of, resolve, schema
 from sppo.errors import UserError, explained
-from sppo.preflight import check_inputs, check_machine, gpus_here
+from sppo.preflight import check_folder_for_slurm, check_inputs, check_machine, gpus_here
 
 ROOT = Path(__file__).resolve().parents[2]
 RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
@@ -278,6 +278,13 @@ def test_vllm_that_is_not_installed_is_one_line_before_the_first_job(monkeypatch
     check_machine(resolve({}), jobs, 8)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     check_machine(runs, jobs, 8)
+
+
+@pytest.mark.parametrize("folder", ["/home/me/my work", "/home/me/it's", "/home/$USER/x"])
+def test_slurm_is_refused_where_its_executor_would_divide_the_path(folder):
+    with pytest.raises(UserError, match="Slurm executor.*move the checkout"):
+        check_folder_for_slurm(folder)
+    check_folder_for_slurm("/home/müller/my-work_1.0/sppo")
 
 
 def test_gpus_are_counted_as_programs_will_see_them(monkeypatch):
