@@ -184,7 +184,7 @@ def check_machine(
 
 
 def check_folder_for_slurm(folder: str) -> None:
-    """Snakemake's Slurm executor can submit jobs from this folder, else UserError: it quotes no path."""
+    """Snakemake's Slurm executor, which quotes no path, can work in this folder; else UserError."""
     if re.search(r"[\s'\"$`\\;&|<>()*?!#]", folder):
         raise UserError(
             f"Snakemake's Slurm executor does not quote the path of this folder, {folder}; move the"
