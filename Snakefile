@@ -6,11 +6,10 @@ prompts -> responses -> preferences -> pairs -> reference log-probs -> policy, o
 evaluations hung off every policy. One file in rules/ a stage; one small program in src/ a rule.
 """
 
-configfile: "config/config.yaml"
 report: "rules/captions/workflow.rst"
 
 
-include: "rules/common.smk"
+include: "rules/common.smk"  # reads the configuration
 include: "rules/policies.smk"
 include: "rules/prompts.smk"
 include: "rules/responses.smk"

@@ -95,7 +95,8 @@ rule fetch_alpaca_eval:
     message:
         "Fetching AlpacaEval's instructions and reference outputs from the hub"
     shell:
-        "{PYTHON} src/fetch_alpaca_eval.py --reference {output.reference} --difficulty {output.difficulty} 2>&1 | tee {log}"
+        "{PYTHON} src/fetch_alpaca_eval.py --reference {output.reference:q}"
+        " --difficulty {output.difficulty:q} 2>&1 | tee {log:q}"
 
 
 rule answer_instructions:
@@ -129,9 +130,10 @@ rule answer_instructions:
     message:
         "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t}, {wildcards.answers}"
     shell:
-        "{PYTHON} src/answer_instructions.py --instructions {input.instructions:q} --policy {input.policy}"
-        " --generator {params.generator} --noise {params.noise} --seed {params.seed} --device {MAIN[device]} {params.options:q}"
-        " {params.best_grade} --output {output.outputs} 2>&1 | tee {log}"
+        "{PYTHON} src/answer_instructions.py --instructions {input.instructions:q}"
+        " --policy {input.policy:q} --generator {params.generator:q} --noise {params.noise:q}"
+        " --seed {params.seed:q} --device {MAIN[device]} {params.options:q} {params.best_grade}"
+        " --output {output.outputs:q} 2>&1 | tee {log:q}"
 
 
 rule judge_outputs:
@@ -168,6 +170,8 @@ rule judge_outputs:
     message:
         "Judging {wildcards.run}iteration {wildcards.t}: {wildcards.verdict}"
     shell:
-        "{PYTHON} src/evaluate_alpaca_eval.py --outputs {input.outputs} --reference {input.reference:q} --judge-base {EMBEDDED_POLICY}"
-        " --policy {params.policy} --decoding {params.decoding:q} --seed {params.seed} --device {MAIN[device]} --threads {threads}"
-        " {params.options:q} --annotations {output.annotations} --output {output.result} 2>&1 | tee {log}"
+        "{PYTHON} src/evaluate_alpaca_eval.py --outputs {input.outputs:q}"
+        " --reference {input.reference:q} --judge-base {EMBEDDED_POLICY} --policy {params.policy:q}"
+        " --decoding {params.decoding:q} --seed {params.seed:q} --device {MAIN[device]}"
+        " --threads {threads} {params.options:q} --annotations {output.annotations:q}"
+        " --output {output.result:q} 2>&1 | tee {log:q}"

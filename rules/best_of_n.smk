@@ -50,8 +50,10 @@ rule pick_best_of_n:
     message:
         "Picking the best of {wildcards.n} answers: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/pick_best_of_n.py --answers {input.answers} --n {wildcards.n} --model {params.model:q} --ranker-base {input.ranker_base}"
-        " --generator {params.generator} --device {MAIN[device]} --output {output.outputs} 2>&1 | tee {log}"
+        "{PYTHON} src/pick_best_of_n.py --answers {input.answers:q} --n {wildcards.n}"
+        " --model {params.model:q} --ranker-base {input.ranker_base:q}"
+        " --generator {params.generator:q} --device {MAIN[device]} --output {output.outputs:q}"
+        " 2>&1 | tee {log:q}"
 
 
 use rule judge_outputs as judge_best_of_n with:
@@ -111,4 +113,5 @@ rule plot_best_of_n:
     message:
         "Plotting best of n: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/plot_best_of_n.py --alpaca-eval {input} --output {output.csv} --plot {output.png} 2>&1 | tee {log}"
+        "{PYTHON} src/plot_best_of_n.py --alpaca-eval {input:q} --output {output.csv:q}"
+        " --plot {output.png:q} 2>&1 | tee {log:q}"

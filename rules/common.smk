@@ -4,6 +4,7 @@ No other file spells `results/`. Artifacts lie under results/[name/][run/]iter{t
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,22 +13,48 @@ from snakemake.settings.types import DeploymentMethod
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from sppo.cluster import Asked, check_cluster
-from sppo.config import CHAINING, COMPARISON, ENGINE_KEYS, GRADING, THRESHOLDS, flags, of_iteration, resolve
-from sppo.errors import UserError, fail
+from sppo.config import CHAINING, COMPARISON, ENGINE_KEYS, GRADING, THRESHOLDS
+from sppo.config import flags, of_iteration, resolve, without_effect
+from sppo.config_files import check_files, files_hint
+from sppo.errors import UserError, explained, fail
 from sppo.adapters import adapter_files, is_pairrm
 from sppo.alpaca import DIFFICULTY, OFFICIAL_REFERENCE
-from sppo.preflight import check_inputs, check_machine, deleted_artifacts, gpus_here
+from sppo.models import HUB_FILES
+from sppo.preflight import check_folder_for_slurm, check_inputs, check_machine
+from sppo.preflight import deleted_artifacts, gpus_here
 from sppo.stages import STAGES
 
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 if IN_CONDA:
     os.environ["PYTHONNOUSERSITE"] = "1"  # a user's ~/.local would stand before the environment's own packages
+if workflow.is_main_process and not os.path.samefile(workflow.basedir, os.getcwd()):
+    fail("the workflow's paths begin in the Snakefile's folder; run in it: "
+         f"cd {shlex.quote(str(workflow.basedir))}")
+
+CONFIG_FILES = [Path("config/config.yaml").absolute(), *workflow.overwrite_configfiles]
+try:
+    if workflow.is_main_process:
+        check_files(CONFIG_FILES)
+except Exception as error:
+    fail(explained(error) or str(error))
+
+
+configfile: "config/config.yaml"
+
+
 try:
     RUNS = resolve(config)
-    if workflow.is_main_process:
-        check_inputs(RUNS, IN_CONDA)
 except UserError as error:
-    fail(str(error))
+    fail(str(error) + files_hint(CONFIG_FILES))
+if workflow.is_main_process:
+    try:
+        check_inputs(RUNS, IN_CONDA)
+    except Exception as error:
+        if explained(error) is None:
+            raise
+        fail(explained(error))
+    for line in without_effect(config, RUNS):
+        print(f"warning: {line}", file=sys.stderr)
 
 MAIN = RUNS[""]
 ROOT = f"results/{MAIN['name']}/" if MAIN["name"] else "results/"
@@ -50,7 +77,8 @@ GPUS_USED = {} if MAIN["device"] == "cpu" else {
 }
 # vLLM wants another transformers than the rest.
 ENGINE_ENVIRONMENT = "../envs/vllm.yaml" if MAIN["responses"]["engine"] == "vllm" else "../envs/core.yaml"
-PYTHON = "python" if IN_CONDA else sys.executable
+# Shell commands take it as it is; all else that they name they quote themselves, with :q.
+PYTHON = "python" if IN_CONDA else shlex.quote(sys.executable)
 if sys.stderr.isatty():
     os.environ["SPPO_WATCHED"] = "1"
 
@@ -112,6 +140,11 @@ def files_of(folder):
     return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
 
 
+def model_files(folder):
+    """Files of a model's folder that are taken over; none if it is a name such as a hub id."""
+    return sorted({str(path) for pattern in HUB_FILES for path in Path(folder).glob(pattern)})
+
+
 def sampled(wildcards, artifact, t=None):
     """An artifact up to the preferences, of iteration t or the job's own: main's where a run shares its first iteration."""
     t = str(t or wildcards.t)
@@ -167,6 +200,7 @@ class Checked(type(workflow)):
             asked = [asked_of_cluster(rule, self.execution_settings.retries + 1) for rule in self.rules if not rule.norun]
             most = self.resource_settings.resources.get("gpu")
             try:
+                check_folder_for_slurm(os.getcwd())
                 check_cluster(asked, executor_settings.status_command, most and most.value)
             except UserError as error:
                 fail(str(error))
@@ -183,6 +217,6 @@ onstart:
         to_come = {(job.wildcards.get("verdict", job.rule.name), job.wildcards.get("run", "").rstrip("/"), bool(job.resources.get("gpu")))
                    for job in workflow.dag.needrun_jobs()}
         try:
-            check_machine(RUNS, to_come, gpus_here() if workflow.local_exec else None)
+            check_machine(RUNS, to_come, gpus_here() if workflow.local_exec else None, IN_CONDA)
         except UserError as error:
             fail(str(error))

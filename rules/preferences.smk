@@ -28,7 +28,7 @@ def comparison_flags(wildcards):
 rule preference_model:
     """PairRM in its place: links to a local folder or to the hub's files at a pinned revision. Refused here, not after sampling."""
     input:
-        lambda wildcards: files_of(Path(settings(wildcards)["preference"]["model"]).expanduser()),
+        lambda wildcards: model_files(settings(wildcards)["preference"]["model"]),
     output:
         model=directory(f"{ROOT}{{run}}iter0/preference_model"),
         record=record(f"{ROOT}{{run}}iter0/preference_model"),
@@ -49,7 +49,8 @@ rule preference_model:
     message:
         "Putting PairRM into {output.model}"
     shell:
-        "{PYTHON} src/prepare_preference_model.py {params.options:q} --output {output.model} 2>&1 | tee {log}"
+        "{PYTHON} src/prepare_preference_model.py {params.options:q} --output {output.model:q}"
+        " 2>&1 | tee {log:q}"
 
 
 rule annotate_preferences:
@@ -80,9 +81,10 @@ rule annotate_preferences:
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} src/annotate_preferences.py --prompts {input.prompts} --responses {input.responses} --policy {input.policy}"
-        " --ranker-base {input.ranker_base} --device {MAIN[device]} {params.options:q}"
-        " --output {output.preferences} 2>&1 | tee {log}"
+        "{PYTHON} src/annotate_preferences.py --prompts {input.prompts:q}"
+        " --responses {input.responses:q} --policy {input.policy:q}"
+        " --ranker-base {input.ranker_base:q} --device {MAIN[device]} {params.options:q}"
+        " --output {output.preferences:q} 2>&1 | tee {log:q}"
 
 
 BY_THEMSELVES = [name for name, run in RUNS.items() if run["pairs"]["implicit"]]
@@ -120,9 +122,10 @@ rule annotate_implicitly:
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}, by the policy's own reward"
     shell:
-        "{PYTHON} src/annotate_implicitly.py --prompts {input.prompts} --responses {input.responses} --policy {input.policy}"
-        " --before {input.before} --beta {params.beta} --device {MAIN[device]} {params.attention} {params.options:q}"
-        " --output {output.preferences} 2>&1 | tee {log}"
+        "{PYTHON} src/annotate_implicitly.py --prompts {input.prompts:q}"
+        " --responses {input.responses:q} --policy {input.policy:q} --before {input.before:q}"
+        " --beta {params.beta:q} --device {MAIN[device]} {params.attention:q} {params.options:q}"
+        " --output {output.preferences:q} 2>&1 | tee {log:q}"
 
 
 ruleorder: annotate_implicitly > annotate_preferences
@@ -181,5 +184,6 @@ rule build_pairs:
     message:
         "Building the pairs of {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/build_pairs.py --prompts {input.prompts} --responses {input.responses} --preferences {input.preferences}"
-        " --grades {input.grades} {params.options:q} {params.construction:q} {params.more:q} --output {output.pairs} 2>&1 | tee {log}"
+        "{PYTHON} src/build_pairs.py --prompts {input.prompts:q} --responses {input.responses:q}"
+        " --preferences {input.preferences:q} --grades {input.grades:q} {params.options:q}"
+        " {params.construction:q} {params.more:q} --output {output.pairs:q} 2>&1 | tee {log:q}"

@@ -31,7 +31,8 @@ rule plot_training:
     message:
         "Plotting {wildcards.run}training curves"
     shell:
-        "{PYTHON} src/plot_training.py --logs {input.logs} --plot {output.png} 2>&1 | tee {log}"
+        "{PYTHON} src/plot_training.py --logs {input.logs:q} --plot {output.png:q}"
+        " 2>&1 | tee {log:q}"
 
 
 rule build_response_browser:
@@ -65,9 +66,11 @@ rule build_response_browser:
     message:
         "Building {wildcards.run}response browser"
     shell:
-        "{PYTHON} src/build_response_browser.py --prompts {input.prompts} --responses {input.responses} --preferences {input.preferences}"
-        " --pairs {input.pairs} --answers {input.answers} --annotations {input.annotations} --instructions {input.instructions:q}"
-        " {params.options:q} {params.construction:q} --output {output.page} 2>&1 | tee {log}"
+        "{PYTHON} src/build_response_browser.py --prompts {input.prompts:q}"
+        " --responses {input.responses:q} --preferences {input.preferences:q}"
+        " --pairs {input.pairs:q} --answers {input.answers:q} --annotations {input.annotations:q}"
+        " --instructions {input.instructions:q} {params.options:q} {params.construction:q}"
+        " --output {output.page:q} 2>&1 | tee {log:q}"
 
 
 rule tabulate_evaluations:
@@ -96,7 +99,8 @@ rule tabulate_evaluations:
     message:
         "Setting all evaluations beside each other"
     shell:
-        "{PYTHON} src/tabulate_evaluations.py --results {ROOT:q} --files {input.files} --output {output.md} 2>&1 | tee {log}"
+        "{PYTHON} src/tabulate_evaluations.py --results {ROOT:q} --files {input.files:q}"
+        " --output {output.md:q} 2>&1 | tee {log:q}"
 
 
 SHARDS = range(max(run["responses"]["shards"] for run in RUNS.values()))
@@ -134,4 +138,5 @@ rule tabulate_methods:
     message:
         "Setting the methods beside each other"
     shell:
-        "{PYTHON} src/tabulate_methods.py --results {ROOT:q} --files {input.files} --output {output.md} --plot {output.png} 2>&1 | tee {log}"
+        "{PYTHON} src/tabulate_methods.py --results {ROOT:q} --files {input.files:q}"
+        " --output {output.md:q} --plot {output.png:q} 2>&1 | tee {log:q}"

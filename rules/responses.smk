@@ -28,6 +28,7 @@ rule generate_responses:
     message:
         "Generating responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} src/generate_responses.py --prompts {input.prompts} --policy {input.policy} --iteration {wildcards.t}"
-        " --shard {wildcards.shard} --seed {params.seed} --device {MAIN[device]} {params.attention} {params.options:q}"
-        " --output {output.responses} 2>&1 | tee {log}"
+        "{PYTHON} src/generate_responses.py --prompts {input.prompts:q} --policy {input.policy:q}"
+        " --iteration {wildcards.t} --shard {wildcards.shard} --seed {params.seed:q}"
+        " --device {MAIN[device]} {params.attention:q} {params.options:q}"
+        " --output {output.responses:q} 2>&1 | tee {log:q}"

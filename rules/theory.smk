@@ -33,7 +33,7 @@ rule check_theory:
     message:
         "Checking the theory on games that can be solved exactly"
     shell:
-        "{PYTHON} src/check_theory.py --output {output.checks} 2>&1 | tee {log}"
+        "{PYTHON} src/check_theory.py --output {output.checks:q} 2>&1 | tee {log:q}"
 
 
 rule train_on_games:
@@ -62,7 +62,7 @@ rule train_on_games:
     message:
         "Training small policies beside the exact update"
     shell:
-        "{PYTHON} src/train_on_games.py --output {output.json} 2>&1 | tee {log}"
+        "{PYTHON} src/train_on_games.py --output {output.json:q} 2>&1 | tee {log:q}"
 
 
 rule plot_theory:
@@ -92,4 +92,5 @@ rule plot_theory:
     message:
         "Plotting what each method does on games that can be solved exactly"
     shell:
-        "{PYTHON} src/plot_theory.py --checks {input.checks} --trained {input.trained} --output {output.page} 2>&1 | tee {log}"
+        "{PYTHON} src/plot_theory.py --checks {input.checks:q} --trained {input.trained:q}"
+        " --output {output.page:q} 2>&1 | tee {log:q}"

@@ -52,8 +52,9 @@ rule score_reference:
     message:
         "Scoring the pairs of {wildcards.run}iteration {wildcards.t} under the {wildcards.frozen} policy"
     shell:
-        "{PYTHON} src/score_reference.py --pairs {input.pairs} --policy {input.policy} --device {MAIN[device]} {params.attention}"
-        " {params.options:q} --output {output.logps} 2>&1 | tee {log}"
+        "{PYTHON} src/score_reference.py --pairs {input.pairs:q} --policy {input.policy:q}"
+        " --device {MAIN[device]} {params.attention:q} {params.options:q} --output {output.logps:q}"
+        " 2>&1 | tee {log:q}"
 
 
 EXTRAPOLATED = [name for name, run in RUNS.items() if run["extrapolation"] is not None]
@@ -85,8 +86,8 @@ rule extrapolate_policy:
     message:
         "Extrapolating the policy of {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/extrapolate_policy.py --base {input.base} --aligned {input.aligned} --alpha {params.alpha}"
-        " --output {output.policy} 2>&1 | tee {log}"
+        "{PYTHON} src/extrapolate_policy.py --base {input.base:q} --aligned {input.aligned:q}"
+        " --alpha {params.alpha:q} --output {output.policy:q} 2>&1 | tee {log:q}"
 
 
 ruleorder: extrapolate_policy > train_policy
@@ -132,9 +133,10 @@ rule train_policy:
         "Training the policy of {wildcards.run}iteration {wildcards.t}"
     shell:
         "{params.on_each_machine}"
-        "{PYTHON} src/train_policy.py --pairs {input.pairs} --current {input.current} {params.reference} --policy {input.policy}"
-        " --seed {params.seed} --device {MAIN[device]} {params.attention} {params.options:q}"
-        " --output {output.policy} --log {output.log} 2>&1 | tee {log}"
+        "{PYTHON} src/train_policy.py --pairs {input.pairs:q} --current {input.current:q}"
+        " {params.reference:q} --policy {input.policy:q} --seed {params.seed:q}"
+        " --device {MAIN[device]} {params.attention:q} {params.options:q}"
+        " --output {output.policy:q} --log {output.log:q} 2>&1 | tee {log:q}"
 
 
 # Without keep_policies all but the last are dropped once the next iteration and the evaluations have used them.

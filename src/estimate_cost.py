@@ -19,6 +19,7 @@ from sppo import estimate
 from sppo.adapters import adapter_folder, is_pairrm
 from sppo.artifacts import read_json
 from sppo.config import of_iteration, resolve
+from sppo.config_files import check_files
 from sppo.errors import UserError, run
 from sppo.estimate import GB, GPUS, SHAPES, Gpu, Shape, Use
 
@@ -79,6 +80,7 @@ def configuration(overlays: list[Path], settings: str | None) -> dict[str, Any]:
     for file in (Path(__file__).resolve().parents[1] / "config" / "config.yaml", *overlays):
         if not file.is_file():
             raise UserError(f"{file} is missing; correct CONFIG, such as CONFIG=config/presets/mistral-7b.yaml")
+        check_files([file])
         try:
             update_config(merged, yaml.safe_load(file.read_text(encoding="utf-8")) or {})
         except (yaml.YAMLError, AttributeError, TypeError) as error:

@@ -10,6 +10,9 @@ import argparse
 import copy
 import difflib
 import math
+import os
+import re
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,9 @@ import yaml
 from sppo.errors import UserError
 
 SCHEMA_FILE = Path(__file__).resolve().parents[2] / "config" / "schema.yaml"
-RESERVED = {"tables", "figures", "theory", "report", "models", "logs", "benchmarks"}
+# Names of folders and files under results/, of the main run, and of the experiment without a name.
+RESERVED = {"tables", "figures", "theory", "report", "models", "logs", "benchmarks", "summary.md",
+            "report.html", "response_browser.html", "main", "all", "sppo"}
 # What a run may not override: these decide where things lie, or are shared by all runs.
 SHARED = {"name", "runs", "policy", "device", "keep_policies", "push_to_hub"}
 # What two runs must agree on to share the first iteration's responses and preferences.
@@ -64,7 +69,8 @@ def resolve(written: Config) -> dict[str, Config]:
     _check_name(written.get("name", ""), "name")
     if written.get("name", "") in written.get("runs", {}):
         raise UserError(f"config: name is {written['name']}, the name of a run, and both would write to results/{written['name']}/; choose another")
-    main = {key: value for key, value in written.items() if key != "runs"}
+    of_main = {key: value for key, value in written.items() if key != "runs"}
+    main = _paths_written_out(of_main, rules, "")
     runs = {"": _complete(main, rules) | {"first_iteration_from": None}}
     if runs[""]["extrapolation"] is not None:
         raise UserError("config: extrapolation carries main's policies on, so it belongs to a run, as runs: {expo: {extrapolation: 0.3}}")
@@ -78,10 +84,15 @@ def resolve(written: Config) -> dict[str, Config]:
         for key in SHARED & overrides.keys():
             raise UserError(f"config: {where} cannot override {key}; set it for all runs, or write a preset with a name of its own")
         _check(_set(overrides, rules), rules, where + ".")
+        overrides = _paths_written_out(overrides, rules, where + ".")
         try:
             run = _complete(_set(_merged(main, overrides), rules), rules) | {"first_iteration_from": first}
         except UserError as error:  # of keys that go together: the run's own, or main's, which it takes over
-            raise UserError(f"config: {where}: {str(error).removeprefix('config: ')}; or do without the run: {{runs: {{{name}: null}}}}") from None
+            reason = str(error).removeprefix("config: ")
+            raise UserError(
+                f"config: {where}: {reason}; or do without this run of the configuration: "
+                f"{{runs: {{{name}: null}}}}"
+            ) from None
         if first:
             if own_split := _other_split(runs[""], run):
                 raise UserError(f"config: {where} shares the first iteration with main but sets {own_split} otherwise, so that its prompts "
@@ -99,6 +110,88 @@ def resolve(written: Config) -> dict[str, Config]:
                 raise UserError(f"config: {where} cannot override responses.{key}; set it for all runs, or write a preset with a name of its own")
         runs[name] = run
     return runs
+
+
+def without_effect(written: Config, runs: dict[str, Config]) -> list[str]:
+    """One line for each key that was written and has no effect, by the schema's `x-only-with`.
+
+    written: what `resolve` took; runs: what it returned. A key is looked at only in the run in
+    which it was written; of a key of main the line names the runs that take it over and use it.
+    """
+    rules, lines = schema(), []
+    for name, run in runs.items():
+        own = written["runs"][name] if name else written
+        for key, needs in _conditional_keys(own, rules):
+            reason = _unmet(needs, run)
+            if not reason:
+                continue
+            lines.append(f"config: {f'runs.{name}.' if name else ''}{key} has no effect {reason}")
+            if name:
+                continue
+            users = [other for other, overrides in written.get("runs", {}).items() if other in runs
+                     and not _is_set(overrides, key) and not _unmet(needs, runs[other])]
+            if users:
+                lines[-1] += f"; runs that use it: {', '.join(users)}"
+    return lines
+
+
+def _conditional_keys(written: Config, rules: Config) -> list[tuple[str, Config]]:
+    """Dotted name and needs of each written key that has `x-only-with`, or whose section has it."""
+    found = []
+    for section, keys in written.items():
+        rule = rules["properties"].get(section, {})
+        if not isinstance(keys, dict) or "properties" not in rule:
+            continue
+        for key, value in keys.items():
+            needs = rule.get("x-only-with", {}) | rule["properties"][key].get("x-only-with", {})
+            if needs and value is not None:
+                found.append((f"{section}.{key}", needs))
+    return found
+
+
+def _is_set(written: Config, dotted: str) -> bool:
+    section, key = dotted.split(".")
+    return (written.get(section) or {}).get(key) is not None
+
+
+def _unmet(needs: Config, run: Config) -> str:
+    """Why a key has no effect in a run, by the first of its needs that is unmet; "" if none is."""
+    for dotted, rule in needs.items():
+        value: Any = run
+        for name in dotted.split("."):
+            value = value[name]
+        if not _Validator(rule).is_valid(value):
+            return f"where {dotted} is {'null' if value is None else value}"
+    return ""
+
+
+def _paths_written_out(written: Config, rules: Config, where: str) -> Config:
+    """`written` with the home folder in place of ~ in every path, so that all see the same file.
+
+    Raises `UserError` for the ~ of a user whom this machine does not know, and for braces, which
+    Snakemake would take for a wildcard.
+    """
+    result: Config = {}
+    for key, value in written.items():
+        rule = rules["properties"][key]
+        if isinstance(value, dict):
+            value = _paths_written_out(value, rule, f"{where}{key}.")
+        if isinstance(value, str) and rule.get("x-path"):
+            value = os.path.expanduser(value)
+            if value.startswith("~"):
+                raise UserError(
+                    f"config: {where}{key} is {_shown(value)}, but this machine knows no such "
+                    "user; write the path out"
+                )
+        if isinstance(value, str):
+            fixed = value.replace("{t}", "") if rule.get("x-iteration") else value
+            if "{" in fixed or "}" in fixed:
+                raise UserError(
+                    f"config: {where}{key} is {_shown(value)}, and Snakemake takes braces for a "
+                    "wildcard; rename it without them"
+                )
+        result[key] = value
+    return result
 
 
 def _other_split(main: Config, run: Config) -> str | None:
@@ -131,6 +224,15 @@ def default_of(rule: Config, settings: str) -> Any:
 
 def _check_together(config: Config) -> None:
     train = config["train"]
+    shards, prompts = config["responses"]["shards"], config["prompts"]["per_iteration"]
+    if prompts is not None and shards > prompts:
+        raise UserError(
+            f"config: responses.shards is {shards}, but prompts.per_iteration is {prompts}, and "
+            "each shard needs a prompt; lower responses.shards"
+        )
+    for section in ("alpaca_eval", "mt_bench", "grades"):
+        if config[section]["judge_base_url"] is not None:
+            check_address(config[section]["judge_base_url"], f"{section}.judge_base_url")
     if config["responses"]["temperature"] == 0:
         raise UserError("config: responses.temperature is 0, which gives K times the same response; set it above 0")
     if (config["responses"]["tensor_parallel"] or 1) > 1 and config["responses"]["engine"] != "vllm":
@@ -200,6 +302,26 @@ def check_training(train: Config) -> None:
         raise UserError(f"config: train.parallel {train['parallel']} does not go with train.lora_rank, which trains few weights; set train.parallel: ddp")
 
 
+def check_address(address: str, key: str) -> None:
+    """The address at `key` is one of a server and holds no password; else UserError."""
+    if re.search(r"//[^/?#]*@", address):  # the line does not show it: logs are kept
+        raise UserError(
+            f"config: {key} holds a user name or password, which results and logs would keep; "
+            "take it out of the address, and export the key as OPENAI_API_KEY"
+        )
+    try:
+        parts = urllib.parse.urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:  # brackets that do not close, or a port that is no number below 65536
+        host, port = None, None
+    blank = re.search(r"[\s\x00-\x1f]", address)
+    if blank or not host or port == 0 or parts.scheme not in ("http", "https"):
+        raise UserError(
+            f"config: {key} is {_shown(address)}, which is no address of a server; give one such "
+            "as http://localhost:8000/v1"
+        )
+
+
 def micro_batches(train: Config) -> tuple[int, int]:
     """Pairs in a micro-batch of one process, and its micro-batches in a step: over all processes they make batch_size, else UserError."""
     share, left = divmod(train["batch_size"], train["processes"])
@@ -231,6 +353,8 @@ def _typed(written: Config, rules: Config) -> Config:
             result[key] = _typed(value, rule)
         elif isinstance(value, str) and rule and "string" not in rule["type"]:
             result[key] = _spelled(value)
+        elif isinstance(value, list) and "array" in rule.get("type", ()):
+            result[key] = [_spelled(item) if isinstance(item, str) else item for item in value]
         else:
             result[key] = value
     return result
@@ -293,17 +417,27 @@ def _explain(error: jsonschema.ValidationError, rules: Config, where: str) -> st
         return f"unknown key {at}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
     if path.endswith("responses.samples") and isinstance(value, int):
         return f"{path} is K, and K = {value} leaves nothing to compare; set it to 2 or more"
+    if "propertyNames" in error.absolute_schema_path:
+        path = f"the name of a run in {path}"
     if error.validator == "type":
         wanted = error.validator_value if isinstance(error.validator_value, str) else " or ".join(error.validator_value)
-        return f"{path} is {value!r}, not {wanted}; see config/schema.yaml"
+        return f"{path} is {_shown(value)}, not {wanted}; see config/schema.yaml"
     if error.validator == "enum":
-        return f"{path} is {value!r}; it can be {', '.join('null' if v is None else str(v) for v in error.validator_value)}"
-    if error.validator == "pattern" and "description" in error.schema:
-        return f"{path} is {value!r}, which is not of the form that it must have: {error.schema['description']}"
+        choices = ", ".join("null" if one is None else str(one) for one in error.validator_value)
+        return f"{path} is {_shown(value)}; it can be {choices}"
+    if error.validator in ("pattern", "maxLength") and "description" in error.schema:
+        form = error.schema["description"]
+        return f"{path} is {_shown(value)}, which is not of the form that it must have: {form}"
     limits = {"minimum": "at least", "exclusiveMinimum": "greater than", "maximum": "at most"}
     if error.validator in limits:
         return f"{path} is {value}; it must be {limits[error.validator]} {error.validator_value}"
     return f"{path or 'the configuration'}: {error.message}; see config/schema.yaml"
+
+
+def _shown(value: Any) -> str:
+    """A value as an error line shows it: quoted if it is text, and cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def add_section(parser: argparse.ArgumentParser, section: str, skip: tuple[str, ...] = ()) -> None:
@@ -355,5 +489,8 @@ def flags(section: Config, skip: tuple[str, ...] = ()) -> list[str]:
     words = []
     for key, value in section.items():
         if key not in skip and value is not None:
-            words += [f"--{key.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
+            flag = f"--{key.replace('_', '-')}"
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            # In one word where the value would be taken for a flag itself.
+            words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return words

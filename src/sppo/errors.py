@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and the one place where a program turns them into a line."""
+"""Errors that are the user's to fix, and the one place where a program turns them into a line."""
 
 from __future__ import annotations
 
@@ -17,17 +17,50 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a program's `main` and end the process.
 
-    A `UserError`, and a full disk, become one line on stderr and exit status 1; everything else is a
-    bug of ours and keeps its traceback.
+    A `UserError`, and what `explained` knows of files and of the machine, become one line on stderr
+    and exit status 1; everything else is a bug of ours and keeps its traceback.
     """
     try:
         main()
-    except UserError as error:
-        fail(str(error))
     except Exception as error:
-        if not is_disk_full(error):
+        line = explained(error)
+        if line is None:
             raise
-        fail(disk_full(getattr(error, "filename", None) or "temporary files"))
+        fail(line)
+
+
+# What the system says of a file, and what to do. Without the file's name it may be a bug of ours.
+NO_PERMISSION = "may not be read or written by you; change its permissions, or those of its folder"
+OF_FILES = {
+    errno.ENOENT: "is missing; make it or correct the path",
+    errno.EACCES: NO_PERMISSION,
+    errno.EPERM: NO_PERMISSION,
+    errno.EROFS: "lies on a file system that is read-only; choose another place",
+    errno.EISDIR: "is a folder where a file is wanted; correct the path",
+    errno.ENOTDIR: "goes through a file as if it were a folder; correct the path",
+    errno.ENAMETOOLONG: "is longer than a path or a name may be; correct it",
+    errno.ELOOP: "is a link that leads back to itself; correct the link",
+}
+
+
+def explained(error: BaseException) -> str | None:
+    """The line for an error of the user's or the machine's; None for what may be a bug of ours."""
+    number, named = getattr(error, "errno", None), getattr(error, "filename", None)
+    if isinstance(error, UserError):
+        return str(error)
+    if is_disk_full(error):
+        return disk_full(named or "temporary files")
+    if is_too_large(error):
+        return too_large(named or "a file")
+    if is_out_of_memory(error):
+        return (
+            "there is not enough memory; close other programs, raise the limit (ulimit -v, or"
+            " mem_mb on a cluster), or lower batch sizes"
+        )
+    if isinstance(error, OSError) and number in OF_FILES and isinstance(named, (str, bytes)):
+        name = os.fsdecode(named)
+        return f"{name if len(name) <= 200 else name[:197] + '...'} {OF_FILES[number]}"
+    return None
 
 
 def fail(message: str) -> None:
@@ -42,14 +75,28 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that there is no more memory; PyTorch has words of its own."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return "DefaultCPUAllocator" in str(error)
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Whether the error says that a file would outgrow the shell's or the file system's limit."""
+    return getattr(error, "errno", None) == errno.EFBIG or "os error 27)" in str(error)
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turn a full disk, met while the block writes to `path`, into a UserError that names it."""
+    """Turn a full disk or a limit on sizes, met while the block writes `path`, into a UserError."""
     try:
         yield
     except Exception as error:
         if is_disk_full(error):
             raise UserError(disk_full(path)) from error
+        if is_too_large(error):
+            raise UserError(too_large(path)) from error
         raise
 
 
@@ -58,3 +105,8 @@ def disk_full(path: str | os.PathLike) -> str:
     folder = os.path.dirname(path) or "."
     free = f" ({shutil.disk_usage(folder).free // 2**20} MiB free there)" if os.path.isdir(folder) else ""
     return f"no space left on device while writing {path}{free}; free some and run again: finished artifacts are kept"
+
+
+def too_large(path: str | os.PathLike) -> str:
+    """The one line for a file that may not grow any more."""
+    return f"{path} would be larger than files may be; raise the limit (ulimit -f) and run again"

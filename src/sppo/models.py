@@ -78,7 +78,10 @@ def fetch(source: str, revision: str | None, key: str = "policy.model") -> tuple
         snapshot = Path(snapshot_download(source, revision=revision, allow_patterns=HUB_FILES, token=hub_token()))
     except Exception as error:  # the hub client raises many types; each is a matter of name, network or access
         at = f" at revision {revision}" if revision else ""
-        raise UserError(f"cannot get model {source}{at} from the hub {hub_failure(error)}, or give a local folder") from error
+        raise UserError(
+            f"cannot get model {source}{at} from the hub {hub_failure(error)}, "
+            f"or give a local folder; there is no folder {source} here either"
+        ) from error
     return snapshot, snapshot.name
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,14 @@ from sppo.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
 from sppo.api import check_served
 from sppo.errors import UserError
 from sppo.hub import check_push
+from sppo.models import HUB_ID, check_policy
 from sppo.prompts import read_gold, read_instructions, read_prompts
 
 TRAINING_ENVIRONMENT = Path(__file__).resolve().parents[2] / "envs" / "core.yaml"
+FEWEST_INSTRUCTIONS = 5
+# What runs the engine that generates.
+GENERATING = ("generate_responses", "answer_instructions", "answer_instructions_n_times",
+              "answer_mt_bench")
 # By what is made, the section that names its judge.
 JUDGED = {"alpaca_eval": ("alpaca_eval", alpaca.check_judge), "evaluate_mt_bench": ("mt_bench", mt_bench.check_judge),
           "grade_responses": ("grades", mt_bench.check_grader)}
@@ -30,9 +37,8 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
     """
     for name, run in runs.items():
         where = f"runs.{name}." if name else ""
-        model = run["policy"]["model"]
-        if model != "embedded" and "/" in model and model[0] in "./~" and not Path(model).expanduser().is_dir():
-            raise UserError(f"config: policy.model is {model}, but there is no such folder; correct the path")
+        if not name:  # all runs share it
+            check_base(run["policy"])
         for key in ("preference.model", "alpaca_eval.judge", "mt_bench.judge"):
             section, setting = key.split(".")
             model = run[section][setting]
@@ -75,6 +81,41 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
             check_prompts(run, held_out)
 
 
+def check_base(policy: dict[str, Any]) -> None:
+    """policy.model is `embedded`, a whole model folder, or a name for the hub; else UserError."""
+    model = policy["model"]
+    if model == "embedded":
+        return
+    if Path(model).is_dir():
+        check_policy(Path(model), made_here=False)
+        return
+    if Path(model).is_file():
+        raise UserError(
+            f"config: policy.model is {model}, which is a file; give the folder that holds it, "
+            "a model's with config.json"
+        )
+    if not HUB_ID.fullmatch(model):
+        raise UserError(
+            f"config: policy.model is {model!r}, which is neither a folder nor a hub id such as "
+            "org/model; correct it, or take `embedded`"
+        )
+    check_no_typo("policy", "model", policy)
+
+
+def check_no_typo(section: str, key: str, chosen: dict[str, Any]) -> None:
+    """A name that the hub may have is not nearly that of a file or folder here; else UserError."""
+    name = Path(chosen[key])
+    here = [path.name for path in name.parent.iterdir()] if name.parent.is_dir() else []
+    by_name = {Path(file).stem: file for file in here} | {file: file for file in here}
+    near = difflib.get_close_matches(name.name, by_name, 1, 0.8)
+    if near and not chosen["revision"]:
+        raise UserError(
+            f"config: {section}.{key} is {name}, which is not here, but {by_name[near[0]]} is, in "
+            f"{name.parent}; correct the path, or, if {name} on the hub is meant, name its commit "
+            f"as {section}.revision"
+        )
+
+
 def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
     """The evaluation's files are there and belong together. Returns its instructions; none for `official`, which a rule fetches."""
     official = evaluation["instructions"] == "official"
@@ -88,6 +129,11 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
         return set()
     file = Path(evaluation["instructions"])
     instructions, asked = read_instructions(file), read_instructions(file, evaluation["limit"])
+    if len(asked) < FEWEST_INSTRUCTIONS:
+        raise UserError(
+            f"config: {where}alpaca_eval.instructions is {file}, which has {len(asked)} "
+            f"instructions; the length-controlled metric needs {FEWEST_INSTRUCTIONS}, so give more"
+        )
     if evaluation["reference"] != "base":
         alpaca.paired([row | {"generator": "policy"} for row in asked], alpaca.read_outputs(Path(evaluation["reference"])))
     if evaluation["difficulty"]:
@@ -95,11 +141,17 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
     return {row["instruction"].strip() for row in instructions}
 
 
-def check_machine(runs: dict[str, dict[str, Any]], jobs: set[tuple[str, str, bool]], gpus: int | None) -> None:
-    """What the jobs to come need and a dry run does not: keys and models of judges, the hub's token, and GPUs.
+def check_machine(
+    runs: dict[str, dict[str, Any]],
+    jobs: set[tuple[str, str, bool]],
+    gpus: int | None,
+    in_conda: bool = False,
+) -> None:
+    """What jobs need and a dry run does not: judges' keys and models, the hub's token, GPUs, vLLM.
 
-    jobs: of each one what it makes (its verdict, else its rule), its run, and whether it takes a GPU. gpus: how many this
-    machine has, None if the jobs run elsewhere. Raises `UserError` naming the first that is missing.
+    jobs: of each one to come what it makes (its verdict, else its rule), its run, and whether it
+    takes a GPU. gpus: how many this machine has, None if the jobs run elsewhere. in_conda: as in
+    `check_inputs`. Raises `UserError` naming the first that is missing.
     """
     for made, name, on_gpu in sorted(jobs):
         run, where = runs[name], f"runs.{name}." if name else ""
@@ -122,6 +174,22 @@ def check_machine(runs: dict[str, dict[str, Any]], jobs: set[tuple[str, str, boo
         if made in ("train_policy", "train_dropped_policy") and processes > gpus * run["train"]["machines"]:
             raise UserError(f"config: {where}train.processes is {processes}, one GPU each, but this machine shows {gpus}; lower it, or run on a cluster "
                             "(profiles/slurm)")
+    # After the GPUs, because an environment is of no use without one.
+    engines = {runs[name]["responses"]["engine"] for made, name, _ in jobs if made in GENERATING}
+    if "vllm" in engines and not in_conda and not importlib.util.find_spec("vllm"):
+        raise UserError(
+            "config: responses.engine is vllm, which is not installed here; run snakemake with "
+            "--use-conda, which makes an environment that has it, or set transformers"
+        )
+
+
+def check_folder_for_slurm(folder: str) -> None:
+    """Snakemake's Slurm executor, which quotes no path, can work in this folder; else UserError."""
+    if re.search(r"[\s'\"$`\\;&|<>()*?!#]", folder):
+        raise UserError(
+            f"Snakemake's Slurm executor does not quote the path of this folder, {folder}; move the"
+            " checkout to a path without blanks and characters of the shell"
+        )
 
 
 def gpus_here() -> int:
@@ -135,7 +203,20 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
     """A JSONL source is whole and holds enough prompts for all iterations; a hub source is left to its rule."""
     prompts = run["prompts"]
     source = prompts["source"]
-    if "{t}" in source or not (Path(source).is_file() or source.endswith(".jsonl")):
+    for each in sorted({source.replace("{t}", str(t)) for t in range(1, run["iterations"] + 1)}):
+        if Path(each).is_dir():
+            raise UserError(
+                f"config: prompts.source is {each}, which is a folder; give a JSONL file in it"
+            )
+        if Path(each).is_file():
+            continue
+        if not HUB_ID.fullmatch(each) or each.endswith((".jsonl", ".json")):
+            raise UserError(
+                f"config: prompts.source is {each!r}, which is neither a file nor a hub data set "
+                "such as org/name; correct the path"
+            )
+        check_no_typo("prompts", "source", prompts | {"source": each})
+    if "{t}" in source or not Path(source).is_file():
         return
     rows, _ = read_prompts(source, None, prompts["split"], prompts["field"])
     free = sum(row["messages"][-1]["content"].strip() not in held_out for row in rows)
@@ -143,6 +224,12 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
     if wanted > free:
         raise UserError(f"config: prompts.per_iteration asks for {prompts['per_iteration'] or 1} prompts in each of {run['iterations']} "
                         f"iterations, {wanted} in all, but {source} has {free} outside the evaluation set; lower it or give more prompts")
+    each_has = prompts["per_iteration"] or free // run["iterations"]
+    if run["responses"]["shards"] > each_has:
+        raise UserError(
+            f"config: responses.shards is {run['responses']['shards']}, but an iteration has "
+            f"{each_has} prompts, and each shard needs one; lower it"
+        )
 
 
 def deleted_artifacts(root: Path, keep_policies: bool) -> list[str]:

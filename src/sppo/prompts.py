@@ -81,7 +81,10 @@ def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]
         rows = load_dataset(str(folder), split=split).to_list()
     except Exception as error:  # the hub client and datasets raise many types; each is a matter of name, network or access
         at = f" at revision {revision}" if revision else ""
-        raise UserError(f"cannot get data set {source}{at}, split {split}, from the hub {hub_failure(error)}, or give a JSONL file") from error
+        raise UserError(
+            f"cannot get data set {source}{at}, split {split}, from the hub {hub_failure(error)}, "
+            f"or give a JSONL file; there is no file {source} here either"
+        ) from error
     return rows, folder.name
 
 
@@ -111,8 +114,17 @@ def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, An
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("instruction"), str) for row in rows):
         raise UserError(f"{path} is not a list of objects with `instruction`; give a file in alpaca-eval's form")
+    if not rows:
+        raise UserError(f"{path} has no instructions; give a file in alpaca-eval's form")
     seen: set[str] = set()
-    for row in rows:
+    for number, row in enumerate(rows, 1):
+        if not row["instruction"].strip():
+            raise UserError(f"{path}: instruction {number} is blank; remove it")
+        if any("\ud800" <= character <= "\udfff" for character in row["instruction"]):
+            raise UserError(
+                f"{path}: instruction {number} has half of a surrogate pair, which is no "
+                "character; correct it"
+            )
         if row["instruction"] in seen:
             raise UserError(f"{path} has an instruction twice: {row['instruction'][:60]!r}; remove one")
         seen.add(row["instruction"])

@@ -9,7 +9,19 @@ import jsonschema
 import pytest
 import yaml
 
-from sppo.config import COMPARISON, RESERVED, SELECTION, add_section, default_of, flags, micro_batches, of_iteration, resolve, schema
+from sppo.config import (
+    COMPARISON,
+    RESERVED,
+    SELECTION,
+    add_section,
+    default_of,
+    flags,
+    micro_batches,
+    of_iteration,
+    resolve,
+    schema,
+    without_effect,
+)
 from sppo.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,8 +136,9 @@ def test_null_undoes_what_a_file_below_set():
 
 
 def test_null_in_a_run_undoes_what_main_sets_and_a_run_that_is_null_is_not_there():
-    runs = resolve({"train": {"beta": 0.5, "batch_size": 32}, "runs": {"spin": None, "dpo": {}, "sppo": {"train": {"beta": None}}}})
-    assert list(runs) == ["", "dpo", "sppo"]
+    written = {"spin": None, "dpo": {}, "own": {"train": {"beta": None}}}
+    runs = resolve({"train": {"beta": 0.5, "batch_size": 32}, "runs": written})
+    assert list(runs) == ["", "dpo", "own"]
     assert [(run["train"]["beta"], run["train"]["batch_size"]) for run in runs.values()] == [(0.5, 32), (0.5, 32), (0.001, 32)]
 
 
@@ -217,6 +230,33 @@ BAD = {
     "a model divided by transformers": ({"responses": {"tensor_parallel": 2}}, ["responses.tensor_parallel is 2", "engine: vllm"]),
     "a run by another engine": ({"runs": {"a": {"responses": {"engine": "vllm"}}}}, ["runs.a", "responses.engine"]),
     "a run on more GPUs": ({"responses": {"engine": "vllm"}, "runs": {"a": {"responses": {"tensor_parallel": 2}}}}, ["runs.a", "responses.tensor_parallel"]),
+    "an experiment in capitals": ({"name": "MyRun"}, ["name is 'MyRun'", "lower-case letters"]),
+    "a run in capitals": ({"runs": {"MyRun": {}}},
+        ["name of a run in runs is 'MyRun'", "lower-case letters"]),
+    "an experiment's name that ends in a newline": ({"name": "mine\n"},
+        ["name is 'mine\\n'", "form"]),
+    "a run's name that ends in a newline": ({"runs": {"mine\n": {}}}, ["'mine\\n'", "form"]),
+    "a repository that ends in a newline": ({"push_to_hub": "me/a-{t}\n"}, ["push_to_hub", "form"]),
+    "a name of 300 letters": ({"name": "x" * 300}, ["name is 'xxx", "100 at most"]),
+    "a run's name of 300 letters": ({"runs": {"x" * 300: {}}}, ["'xxx", "100 at most"]),
+    "shards without end": ({"responses": {"shards": 10**30}}, ["responses.shards", "at most 256"]),
+    "more shards than prompts": ({"responses": {"shards": 9}, "prompts": {"per_iteration": 8}},
+                                 ["responses.shards is 9", "prompts.per_iteration is 8"]),
+    "iterations without end": ({"iterations": 10**30}, ["iterations", "at most 100"]),
+    "a list of texts": ({"train": {"learning_rate": ["fast"]}},
+        ["train.learning_rate.0 is 'fast'", "number"]),
+    "the home of nobody": ({"policy": {"model": "~no such user/x"}},
+        ["policy.model", "no such user"]),
+    "a run's home of nobody": ({"runs": {"a": {"pairs": {"gold": "~no such user/x"}}}},
+                               ["runs.a", "pairs.gold", "no such user"]),
+    "braces in a path": ({"open_llm": {"data": "/data/{x}"}},
+        ["open_llm.data is '/data/{x}'", "braces"]),
+    "braces in a revision": ({"policy": {"revision": "{x}"}},
+        ["policy.revision is '{x}'", "braces"]),
+    "braces in a run's path": ({"runs": {"a": {"mt_bench": {"data": "{x}"}}}},
+        ["runs.a.mt_bench.data", "braces"]),
+    "another wildcard than the iteration": ({"prompts": {"source": "me/p{t}{x}"}},
+        ["prompts.source", "braces"]),
     "ragged micro-batches": ({"train": {"batch_size": 10, "micro_batch_size": 4}}, ["train.batch_size", "train.micro_batch_size"]),
 }
 
@@ -227,12 +267,188 @@ def test_bad_key_is_one_line_that_names_it(written, words):
     assert all(word in line for word in words), line
 
 
+ADDRESSES = [
+    "",
+    " ",
+    "nonsense",
+    "localhost:8000",
+    "ftp://x",
+    "http://",
+    "http://:80",
+    "http://[::1",
+    "http://a b/v1",
+    "http://host:port",
+    "http://host:99999",
+    "http://host:0",
+    "http://host/v1\n",
+]
+
+
+@pytest.mark.parametrize("section", ["alpaca_eval", "mt_bench", "grades"])
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_what_is_no_address_of_a_server_is_refused_with_the_configuration(address, section):
+    line = refusal({section: {"judge": "openai", "judge_model": "m", "judge_base_url": address}})
+    assert f"{section}.judge_base_url" in line and "http://localhost:8000/v1" in line
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://localhost:8000/v1",
+        "https://api.openai.com/v1",
+        "http://[::1]:80",
+        "http://10.0.0.1/v1",
+    ],
+)
+def test_address_of_a_server_is_taken(address):
+    assert (
+        resolve({"mt_bench": {"judge_base_url": address}})[""]["mt_bench"]["judge_base_url"]
+        == address
+    )
+
+
+@pytest.mark.parametrize(
+    "address", ["http://user:secret@host/v1", "https://secret@host", "http://user:secret@[::1"]
+)
+def test_password_in_an_address_is_refused_and_not_shown(address):
+    line = refusal({"runs": {"a": {"alpaca_eval": {"judge_base_url": address}}}})
+    assert (
+        "runs.a" in line
+        and "alpaca_eval.judge_base_url" in line
+        and "OPENAI_API_KEY" in line
+        and "secret" not in line
+    )
+
+
+def test_numbers_in_a_list_may_be_spelled_as_text():
+    """YAML takes 5e-7 for text, in a list as outside one."""
+    assert resolve({"train": {"learning_rate": ["5e-7", 1e-7]}})[""]["train"]["learning_rate"] == [
+        5e-7,
+        1e-7,
+    ]
+
+
+PATHS = [
+    f"{section}.{key}"
+    for section in SECTIONS
+    for key, rule in schema()["properties"][section]["properties"].items()
+    if rule.get("x-path")
+]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_home_folder_is_written_out_in_every_path_of_main_and_runs(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    section, key = name.split(".")
+    in_run = {} if section == "policy" else {"a": {section: {key: "~/other"}}}
+    more = (
+        {"pairs": {"construction": "graded"}, "train": {"loss": "dpo"}}
+        if section == "pairs"
+        else {}
+    )
+    runs = resolve({**more, section: {**more.get(section, {}), key: "~/file"}, "runs": in_run})
+    assert runs[""][section][key] == "/home/me/file"
+    assert all(runs[run][section][key] == "/home/me/other" for run in in_run)
+
+
+def test_every_key_that_names_files_is_a_path():
+    assert {
+        "policy.model",
+        "prompts.source",
+        "pairs.gold",
+        "alpaca_eval.instructions",
+        "mt_bench.data",
+        "open_llm.data",
+    } < set(PATHS)
+    assert not {"policy.revision", "train.loss", "alpaca_eval.judge_model"} & set(PATHS)
+
+
+# --- keys without effect ---
+
+IDLE = {
+    "tau": ({"train": {"tau": 0.1}}, "train.tau has no effect where train.loss is sppo"),
+    "gamma": ({"train": {"gamma": 2, "loss": "dpo"}},
+        "train.gamma has no effect where train.loss is dpo"),
+    "smoothing": ({"train": {"label_smoothing": 0.1}}, "train.label_smoothing"),
+    "IPO's target": ({"train": {"ipo_target": 1}}, "train.ipo_target"),
+    "IPO per token": ({"train": {"per_token": True}}, "train.per_token"),
+    "LoRA's scale": ({"train": {"lora_alpha": 32}},
+        "train.lora_alpha has no effect where train.lora_rank is 0"),
+    "warm-up": ({"train": {"lr_schedule": "constant", "warmup_ratio": 0.2}}, "train.warmup_ratio"),
+    "older pairs": ({"pairs": {"replay_older": 0.5}},
+        "pairs.replay_older has no effect where pairs.replay is 0"),
+    "first pairs": ({"pairs": {"replay_from": "first"}}, "pairs.replay_from"),
+    "grades": ({"grades": {"positive": 4}},
+        "grades.positive has no effect where pairs.construction is extremes"),
+    "gold's margin": ({"grades": {"gold_margin": 1}, "pairs": {"construction": "graded"},
+                       "train": {"loss": "dpo"}},
+                      "grades.gold_margin has no effect where pairs.gold is null"),
+    "a server nobody asks": ({"mt_bench": {"judge_base_url": "http://h"}},
+        "mt_bench.judge_base_url"),
+    "a model nobody asks": ({"alpaca_eval": {"judge_model": "m"}},
+        "alpaca_eval.judge_model has no effect where alpaca_eval.judge is judge"),
+    "PairRM's precision": ({"preference": {"precision": "float32"}}, "preference.precision"),
+    "PairRM's window": ({"preference": {"max_prompt_tokens": 100}}, "preference.max_prompt_tokens"),
+    "a scale of the blender": ({"preference": {"logit_scale": 1, "probability": "blender"}},
+        "preference.logit_scale"),
+    "a commit of the embedded policy": ({"policy": {"revision": "abc"}}, "policy.revision"),
+    "a commit of a file": ({"prompts": {"revision": "abc"}}, "prompts.revision"),
+    "a run's tau": ({"runs": {"a": {"train": {"tau": 0.1}}}},
+        "runs.a.train.tau has no effect where train.loss is sppo"),
+    "training of a run that is not trained": (
+        {"runs": {"a": {"extrapolation": 0.3, "train": {"beta": 1}}}},
+        "runs.a.train.beta has no effect where extrapolation is 0.3"),
+}
+
+
+@pytest.mark.parametrize(("written", "line"), IDLE.values(), ids=IDLE)
+def test_key_without_effect_is_one_line(written, line):
+    found = without_effect(written, resolve(written))
+    assert len(found) == 1 and f"config: {line}" in found[0], found
+
+
+def test_key_with_effect_or_not_written_is_no_line():
+    for written in (
+        {},
+        {"train": {"loss": "mmpo", "gamma": 2, "lora_rank": 8, "lora_alpha": 32}},
+        {"train": {"tau": None}},
+        {"pairs": {"replay": 1, "replay_older": 0.5}},
+        {"prompts": {"source": "me/data", "revision": "abc"}},
+        {
+            "train": {"gamma": 2, "loss": "simpo"},
+            "runs": {"a": {"train": {"loss": "sppo"}}},
+            "name": "x",
+        },
+    ):
+        assert without_effect(written, resolve(written)) == []
+
+
+def test_key_of_main_names_the_runs_that_use_it():
+    written = {
+        "train": {"gamma": 2},
+        "runs": {
+            "a": {"train": {"loss": "simpo"}},
+            "b": {"train": {"loss": "mmpo", "gamma": 1}},
+            "c": None,
+        },
+    }
+    assert without_effect(written, resolve(written)) == [
+        "config: train.gamma has no effect where train.loss is sppo; runs that use it: a"
+    ]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_shipped_file_has_no_key_without_effect(file):
+    written = overlaid([SHIPPED[0], file])
+    assert without_effect(written, resolve(written)) == []
+
+
 @pytest.mark.parametrize("name", sorted(RESERVED))
 def test_reserved_word_is_no_run(name):
-    assert f"runs.{name}" in refusal({"runs": {name: {}}})
+    assert name in refusal({"runs": {name: {}}})
 
 
-@pytest.mark.parametrize("name", ["models", "tables", "iter1"])
+@pytest.mark.parametrize("name", ["iter1", *sorted(RESERVED)])
 def test_reserved_word_is_no_experiment(name):
     """results/models/ holds the embedded policy and results/iter1/ the default's artifacts."""
     assert name in refusal({"name": name})
@@ -283,6 +499,12 @@ def test_flags_give_a_program_the_section_back(section, settings):
     words = flags(values)
     assert all(isinstance(word, str) for word in words)
     assert vars(parser.parse_args(words)) == values
+
+
+def test_value_that_begins_as_a_flag_does_is_a_value():
+    parser = argparse.ArgumentParser()
+    add_section(parser, "prompts")
+    assert parser.parse_args(flags({"field": "-x", "split": "--help"})).field == "-x"
 
 
 def test_graded_pairs_go_with_or_without_gold_responses():

@@ -64,6 +64,56 @@ def test_full_disk_is_one_line(error, capsys):
     assert isinstance(error, RuntimeError) or "/tmp/x.parquet" in line
 
 
+LINES = {
+    "a limit on sizes": (OSError(errno.EFBIG, "File too large", "/tmp/x.parquet"),
+        ["/tmp/x.parquet", "ulimit -f"]),
+    "a wrapped limit on sizes": (RuntimeError("I/O error: File too large (os error 27)"),
+        ["ulimit -f"]),
+    "memory": (MemoryError(), ["not enough memory", "ulimit -v"]),
+    "the system's memory": (OSError(errno.ENOMEM, "Cannot allocate memory"), ["not enough memory"]),
+    "PyTorch's memory": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+                         ["not enough memory"]),
+    "no right to read": (PermissionError(errno.EACCES, "Permission denied", "/root/x.json"),
+        ["/root/x.json", "permissions"]),
+    "a folder": (IsADirectoryError(errno.EISDIR, "Is a directory", "/tmp"), ["/tmp is a folder"]),
+    "missing": (FileNotFoundError(errno.ENOENT, "No such file", b"/tmp/x"), ["/tmp/x is missing"]),
+    "a file as a folder": (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/tmp/x/y"),
+        ["/tmp/x/y", "as if it were a folder"]),
+    "a long name": (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000),
+        ["xxx... is longer than"]),
+    "a loop of links": (OSError(errno.ELOOP, "Too many levels", "/tmp/x"), ["/tmp/x is a link"]),
+    "a disk that is read-only": (OSError(errno.EROFS, "Read-only", "/mnt/x"),
+        ["/mnt/x", "read-only"]),
+}
+
+
+@pytest.mark.parametrize(("error", "words"), LINES.values(), ids=LINES)
+def test_what_the_system_says_of_a_file_or_of_memory_is_one_line(error, words, capsys):
+    line = line_of(capsys, raising(error))
+    assert all(word in line for word in words) and len(line) < 400, line
+
+
+def test_limit_on_file_sizes_met_by_a_program_is_one_line_and_leaves_nothing(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, 'src'); from pathlib import Path; from sppo.artifacts"
+        " import write_json; from sppo.errors import run\nrun(lambda: write_json(Path(sys.argv[1])"
+        " / 'x.json', 'x' * 10**6))"
+    )
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 10; exec "$@"', "-", sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("error: ")
+        and "ulimit -f" in done.stderr
+        and "Traceback" not in done.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EACCES, "denied"), KeyError("x")], ids=["value", "access", "key"])
 def test_a_bug_of_ours_keeps_its_traceback(error):
     with pytest.raises(type(error)):

@@ -14,9 +14,10 @@ import pytest
 import yaml
 from snakemake.utils import update_config
 
+from sppo.config_files import check_files
 from sppo.config import ENGINE_KEYS, default_of, resolve, schema
-from sppo.errors import UserError
-from sppo.preflight import check_inputs, check_machine, gpus_here
+from sppo.errors import UserError, explained
+from sppo.preflight import check_folder_for_slurm, check_inputs, check_machine, gpus_here
 
 ROOT = Path(__file__).resolve().parents[2]
 RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
@@ -63,7 +64,7 @@ def test_rule_is_described_logged_measured_and_isolated(rule):
     assert re.search(r'version=STAGES\["\w+"\],', body), "a raised stage version would not rerun it"
     environment = re.search(r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT)\n', body)
     assert environment and (ROOT / "rules" / (environment[1] or "../envs/core.yaml")).is_file()
-    assert '"{PYTHON} src/' in body and "{log}" in body
+    assert '"{PYTHON} src/' in body and "{log:q}" in body
 
 
 @pytest.mark.parametrize("rule", rules())
@@ -267,6 +268,25 @@ def test_what_jobs_to_come_need_is_one_line(config, job, gpus, said, monkeypatch
         check_machine(runs, {job}, None)  # on a cluster
 
 
+def test_vllm_that_is_not_installed_is_one_line_before_the_first_job(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    runs, jobs = resolve({"responses": {"engine": "vllm"}}), {("generate_responses", "", False)}
+    with pytest.raises(UserError, match="responses.engine is vllm.*--use-conda"):
+        check_machine(runs, jobs, 8)
+    check_machine(runs, jobs, 8, in_conda=True)
+    check_machine(runs, {("build_pairs", "", False)}, 8)
+    check_machine(resolve({}), jobs, 8)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    check_machine(runs, jobs, 8)
+
+
+@pytest.mark.parametrize("folder", ["/home/me/my work", "/home/me/it's", "/home/$USER/x"])
+def test_slurm_is_refused_where_its_executor_would_divide_the_path(folder):
+    with pytest.raises(UserError, match="Slurm executor.*move the checkout"):
+        check_folder_for_slurm(folder)
+    check_folder_for_slurm("/home/müller/my-work_1.0/sppo")
+
+
 def test_gpus_are_counted_as_programs_will_see_them(monkeypatch):
     monkeypatch.setattr(Path, "glob", lambda *_: [Path(f"/dev/nvidia{i}") for i in range(4)])
     for shown, count in (("0,2", 2), ("", 0), ("0,1,2,3,4,5", 4)):
@@ -376,7 +396,7 @@ BAD = {
     "limit beyond the end": ("alpaca_eval: {limit: 100000}", ["alpaca_eval.limit is 100000"]),
     "missing adapter": ("preference: {model: ./nowhere}", ["preference.model is ./nowhere"]),
     "missing judge": ("alpaca_eval: {judge: ./nowhere}", ["alpaca_eval.judge is ./nowhere"]),
-    "missing base policy": ("policy: {model: ./nowhere}", ["policy.model is ./nowhere"]),
+    "missing base policy": ("policy: {model: ./nowhere}", ["policy.model is './nowhere'"]),
     "unknown judge": ("alpaca_eval: {judge: no_such_judge}", ["unknown judge no_such_judge"]),
     "official reference for other instructions": ("alpaca_eval: {reference: official}", ["alpaca_eval.reference is official", "alpaca_eval.instructions"]),
     "official difficulties for some": ("alpaca_eval: {instructions: official, difficulty: official, limit: 100}", ["alpaca_eval.difficulty is official", "limit"]),
@@ -392,6 +412,54 @@ BAD = {
     "reference of other instructions": ("alpaca_eval: {reference: other.json}", ["lack the reference's instruction"]),
     "file of the run is missing": ("runs: {a: {prompts: {source: data/nowhere.jsonl}}}", ["data/nowhere.jsonl"]),
     "a section that is null": ("train:", ["train is None"]),
+    "four instructions": ("alpaca_eval: {instructions: four.json, limit: null}",
+        ["four.json, which has 4 instructions", "needs 5"]),
+    "no instructions": ("alpaca_eval: {instructions: none.json, limit: null}",
+        ["none.json has no instructions"]),
+    "a blank instruction": ("alpaca_eval: {instructions: blank.json, limit: null}",
+        ["blank.json: instruction 2 is blank"]),
+    "half a character": ("alpaca_eval: {instructions: surrogate.json, limit: null}",
+        ["surrogate.json: instruction 1", "surrogate"]),
+    "a folder as instructions": ("alpaca_eval: {instructions: data}", ["data is a folder"]),
+    "a loop of links as instructions": ("alpaca_eval: {instructions: loop}",
+        ["loop is a link that leads back to itself"]),
+    "a long path as instructions": (f"alpaca_eval: {{instructions: {'x/' * 2500}y}}",
+        ["is longer than"]),
+    "an empty folder as the policy": ("policy: {model: empty}", ["empty has no config.json"]),
+    "a file as the policy": ("policy: {model: four.json}",
+        ["policy.model is four.json, which is a file"]),
+    "a blank in the policy's name": ("policy: {model: a b}",
+        ["policy.model is 'a b'", "org/model"]),
+    "an address as the policy": ("policy: {model: 'https://huggingface.co/org/model'}",
+        ["policy.model is 'https", "org/model"]),
+    "nothing as the policy": ("policy: {model: '  '}", ["policy.model is '  '"]),
+    "a flag as the policy": ("policy: {model: -x/y}", ["policy.model is '-x/y'"]),
+    "a long name as the policy": (f"policy: {{model: {'x' * 5000}}}", ["is longer than"]),
+    "a loop of links as the policy": ("policy: {model: ./loop}", ["policy.model is './loop'"]),
+    "a typo in the policy's folder": ("policy: {model: data/rankr}",
+        ["data/rankr", "ranker is, in data", "policy.revision"]),
+    "a typo in the prompts' file": ("prompts: {source: data/promts}",
+        ["data/promts", "prompts.jsonl is, in data", "prompts.revision"]),
+    "a folder of prompts": ("prompts: {source: data/mt_bench}",
+        ["prompts.source is data/mt_bench, which is a folder"]),
+    "prompts of one iteration": ("prompts: {source: 'one/p{t}.jsonl', per_iteration: null}",
+        ["prompts.source is 'one/p2.jsonl'"]),
+    "a loop of links as prompts": ("prompts: {source: ./loop}", ["prompts.source is './loop'"]),
+    "more shards than the file has prompts": (
+        "{prompts: {source: few.jsonl, per_iteration: null}, responses: {shards: 3}, "
+        "runs: {spin: null, dno_prct: null}}",
+        ["responses.shards is 3", "2 prompts"]),
+    "a loop of links as Open LLM items": ("open_llm: {data: loop}", ["open_llm.data is loop"]),
+    "a folder as gold": ("runs: {spin: {pairs: {gold: data}}}", ["data"]),
+}
+FILES = {
+    "other.json": '[{"instruction": "another", "output": "a", "generator": "g"}]',
+    "four.json": "[" + ", ".join(f'{{"instruction": "{n}"}}' for n in range(4)) + "]",
+    "none.json": "[]",
+    "blank.json": '[{"instruction": "a"}, {"instruction": " "}]',
+    "surrogate.json": '[{"instruction": "a\\ud800"}]',
+    "few.jsonl": "".join(f'{{"id": "{n}", "instruction": "say {n}"}}\n' for n in range(6)),
+    "one/p1.jsonl": '{"instruction": "say"}\n',
 }
 
 
@@ -407,10 +475,16 @@ def one_error(done: subprocess.CompletedProcess) -> str:
 def test_bad_input_is_found_by_what_the_rules_call_first(text, said, copy, monkeypatch):
     """In this process: rules/common.smk calls these two, and puts what they raise on one line."""
     monkeypatch.chdir(copy)
-    (copy / "other.json").write_text('[{"instruction": "another", "output": "a", "generator": "g"}]')
-    with pytest.raises(UserError) as caught:
+    for name, content in FILES.items():
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text(content)
+    (copy / "empty").mkdir(exist_ok=True)
+    if not (copy / "loop").is_symlink():
+        (copy / "loop").symlink_to("loop")
+    with pytest.raises((UserError, OSError)) as caught:
         check_inputs(resolve(overlaid(text)))
-    assert all(word in str(caught.value) for word in said) and "\n" not in str(caught.value), caught.value
+    line = explained(caught.value)
+    assert line and all(word in line for word in said) and "\n" not in line, caught.value
 
 
 def test_training_on_two_machines_is_started_on_both_and_refused_without_slurm(copy, tmp_path, monkeypatch):
@@ -436,6 +510,111 @@ def test_bad_input_is_one_line_before_any_work(name, copy):
     (copy / "bad.yaml").write_text(text)
     line = one_error(dry_run(copy, "--configfile", "bad.yaml"))
     assert all(word in line for word in said), line
+
+
+def test_hub_id_with_a_commit_is_no_typo_of_a_folder_here(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    check_inputs(
+        resolve(
+            overlaid(
+                "{policy: {model: data/rankr, revision: abc}, prompts: {source: data/promts,"
+                " revision: abc}}"
+            )
+        )
+    )
+
+
+SOURCES = {
+    "a key twice": (b"train:\n  beta: 1\niterations: 1\ntrain: {tau: 1}\n",
+        ["odd.yaml", "train twice", "lines 1 and 4"]),
+    "a key twice in a run": (b"runs:\n  a:\n    train:\n      beta: 1\n      beta: 2\n",
+        ["beta twice", "lines 4 and 5"]),
+    "a key twice in JSON": (b'{"train": {"beta": 1},\n "train": {}}',
+        ["train twice", "lines 1 and 2"]),
+    "another encoding": ("name: x  # é".encode("latin-1"), ["odd.yaml is not in UTF-8"]),
+    "an anchor that holds itself": (b"train: &a\n  beta: *a\n",
+        ["odd.yaml line 1", "holds itself"]),
+    "no YAML": (b"train: [", ["odd.yaml is not a configuration in YAML"]),
+    "missing": (None, ["odd.yaml is missing"]),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), SOURCES.values(), ids=SOURCES)
+def test_file_that_a_loader_would_misread_is_one_line(content, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "odd.yaml").write_bytes(content)
+    with pytest.raises((UserError, OSError)) as caught:
+        check_files([tmp_path / "odd.yaml"])
+    line = " ".join(explained(caught.value).split())
+    assert all(word in line for word in said), line
+
+
+@pytest.mark.parametrize(
+    "file",
+    [ROOT / "config" / "config.yaml", *PRESETS, ROOT / "tests" / "workflow" / "config.yaml"],
+    ids=lambda file: file.stem,
+)
+def test_shipped_file_is_read_as_it_stands(file):
+    check_files([file])
+
+
+def test_files_that_were_read_are_checked_and_named(copy):
+    """A key that stands twice, and a target that --configfile took for a file."""
+    (copy / "odd.yaml").write_text("train: {beta: 1}\ntrain: {tau: 1}\n")
+    assert "odd.yaml has the key train twice" in one_error(
+        dry_run(copy, "--configfile", "odd.yaml")
+    )
+    (copy / "odd.yaml").write_text("train: {tau: 1}\n")
+    (copy / "made.json").write_text('{"win_rate": 1}')
+    line = one_error(dry_run(copy, "--configfile", "odd.yaml", "made.json"))
+    assert (
+        "unknown key win_rate" in line
+        and "config/config.yaml, odd.yaml, made.json; put -- before targets" in line
+    )
+
+
+def test_key_without_effect_is_a_warning_at_the_start(copy):
+    (copy / "odd.yaml").write_text("train: {tau: 1}\n")
+    done = dry_run(copy, "--configfile", "odd.yaml")
+    assert (
+        done.returncode == 0
+        and "warning: config: train.tau has no effect where train.loss is sppo\n" in done.stderr
+    )
+
+
+@pytest.mark.parametrize("words", [(), ("--directory", ".")])
+def test_run_from_another_folder_is_one_line(words, copy, tmp_path):
+    assert f"run in it: cd {copy}" in one_error(
+        dry_run(tmp_path, "-s", str(copy / "Snakefile"), *words)
+    )
+
+
+def test_base_policy_is_made_anew_when_a_file_in_its_folder_was_replaced(copy, tiny_policy):
+    shutil.copytree(tiny_policy, copy / "mine")
+    made = copy / "results" / "iter0" / "policy"
+    made.mkdir(parents=True)
+    for file in (made / "config.json", made.with_name("policy.record.json")):
+        file.write_text("{}")
+    words = ("--config", "policy={model: ./mine}", "--", "results/iter0/policy")
+    subprocess.run([*SNAKEMAKE, "--touch", *words], cwd=copy, check=True, capture_output=True)
+    done = dry_run(copy, *words)
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+    template = copy / "mine" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    os.utime(template, (0, made.stat().st_mtime + 3600))
+    done = dry_run(copy, *words)
+    shutil.rmtree(copy / "results")
+    assert "Updated input files: mine/chat_template.jinja" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("rule", rules())
+def test_rule_quotes_what_its_command_names(rule):
+    """A user's files may have blanks in their names. Unquoted are only several words in one."""
+    command = rules()[rule].split("shell:")[1]
+    unquoted = set(re.findall(r"\{((?:input|output|params|log)[.\w]*)\}", command))
+    assert unquoted <= {"params.on_each_machine", "params.best_grade"}
 
 
 def test_unknown_key_on_the_command_line_is_one_line(copy):

@@ -1,0 +1,70 @@
+"""The files of a configuration, checked for what Snakemake's loader passes over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+
+from sppo.errors import UserError
+
+
+def check_files(files: Iterable[str | os.PathLike]) -> None:
+    """Every file is YAML or JSON in UTF-8, has no key twice, and no part that holds itself.
+
+    Else UserError: of a key that stands twice a loader takes the last, and what stands under the
+    first is lost without a word.
+    """
+    for file in files:
+        try:
+            root = yaml.compose(Path(file).read_text(encoding="utf-8"), yaml.SafeLoader)
+        except UnicodeDecodeError as error:
+            line = f"{shown(file)} is not in UTF-8 (byte {error.start}); save it in that encoding"
+            raise UserError(line) from None
+        except yaml.YAMLError as error:
+            line = f"{shown(file)} is not a configuration in YAML ({error}); correct it"
+            raise UserError(line) from None
+        if root is not None:
+            _check_node(root, shown(file), ())
+
+
+def _check_node(node: yaml.Node, file: str, above: tuple[yaml.Node, ...]) -> None:
+    if any(node is other for other in above):
+        line = node.start_mark.line + 1
+        raise UserError(f"{file} line {line}: the anchor here holds itself; write its part out")
+    above = (*above, node)
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_node(item, file, above)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    raise UserError(
+                        f"{file} has the key {key.value} twice, in lines {lines[key.value]} and"
+                        f" {line}; put both under one"
+                    )
+                lines[key.value] = line
+            _check_node(value, file, above)
+
+
+def files_hint(files: Iterable[str | os.PathLike]) -> str:
+    """What to add to an error of a configuration that is read from several files; "" for one.
+
+    Snakemake takes every word after --configfile for a file, targets too, unless -- stands before
+    them.
+    """
+    names = [shown(file) for file in files]
+    if len(names) < 2:
+        return ""
+    return f" (read as configuration: {', '.join(names)}; put -- before targets)"
+
+
+def shown(file: str | os.PathLike) -> str:
+    """A file's path as a user writes it: from the current folder where it lies in that."""
+    path = Path(file)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
