@@ -24,10 +24,11 @@ rule generate_responses:
         version=STAGES["generate"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         options=section_flags("responses"),
-        attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
+        running=RUNNING,
     message:
         "Generating responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
         "{PYTHON} src/generate_responses.py --prompts {input.prompts} --policy {input.policy} --iteration {wildcards.t}"
-        " --shard {wildcards.shard} --seed {params.seed} --device {MAIN[device]} {params.attention} {params.options:q}"
+        " --shard {wildcards.shard} --seed {params.seed} --device {MAIN[device]} {params.running:q}"
+        " {params.options:q}"
         " --output {output.responses} 2>&1 | tee {log}"
