@@ -14,7 +14,7 @@ def answer_flags(wildcards):
     run = settings(wildcards)
     chosen = {key: run["alpaca_eval"][key] for key in ANSWER_KEYS}
     engine = {key: run["responses"][key] for key in ENGINE_KEYS}
-    return flags(chosen | engine | {"attention": MAIN["policy"]["attention"]})
+    return flags(chosen | engine) + RUNNING
 
 
 def reference_outputs(wildcards):

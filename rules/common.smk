@@ -13,8 +13,8 @@ from snakemake.settings.types import DeploymentMethod
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from sppo.cluster import Asked, check_cluster
-from sppo.config import CHAINING, COMPARISON, ENGINE_KEYS, GRADING, THRESHOLDS
-from sppo.config import flags, of_iteration, resolve, without_effect
+from sppo.config import CHAINING, COMPARISON, ENGINE_KEYS, GRADING, MODEL_SOURCE, OF_CHATS
+from sppo.config import THRESHOLDS, flags, of_iteration, resolve, without_effect
 from sppo.config_files import check_files, files_hint
 from sppo.errors import UserError, explained, fail
 from sppo.adapters import adapter_files, is_pairrm
@@ -63,6 +63,9 @@ BENCHMARKS = f"{ROOT}benchmarks/"
 MODELS = "results/models/"
 EMBEDDED_POLICY = f"{MODELS}SmolLM2-135M-Instruct"
 BASE_POLICY = f"{ROOT}iter0/policy"
+# Flags of how chats are written and, for programs that run the policy, of how it is run.
+CHATS = flags({key: MAIN["policy"][key] for key in OF_CHATS})
+RUNNING = flags(MAIN["policy"], skip=MODEL_SOURCE)
 
 # On one machine models never run side by side: each job takes all cores, or a GPU.
 ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and Path("/dev/nvidiactl").exists())

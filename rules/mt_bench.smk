@@ -20,7 +20,7 @@ def mt_bench_flags(wildcards):
     """How the questions are answered."""
     run = settings(wildcards)
     engine = {key: run["responses"][key] for key in ENGINE_KEYS}
-    return flags(engine | {"max_new_tokens": run["mt_bench"]["max_new_tokens"], "attention": MAIN["policy"]["attention"]})
+    return flags(engine | {"max_new_tokens": run["mt_bench"]["max_new_tokens"]}) + RUNNING
 
 
 def mt_bench_judge(wildcards):

@@ -50,7 +50,7 @@ rule base_policy:
     params:
         version=STAGES["policy_source"],
         model=EMBEDDED_POLICY if MAIN["policy"]["model"] == "embedded" else MAIN["policy"]["model"],
-        options=flags(MAIN["policy"], skip=("model", "attention")),
+        options=flags({"revision": MAIN["policy"]["revision"]}),
     message:
         "Preparing the base policy"
     shell:

@@ -22,7 +22,8 @@ def comparison_flags(wildcards):
     """The preference model and what it reads; the embedded ones have nothing else to set."""
     chosen = settings(wildcards)["preference"]
     keys = [key for key in COMPARISON if key not in ("model", "revision")] if is_pairrm(chosen["model"]) else ["source"]
-    return flags({"model": preference_model(wildcards.run)} | {key: chosen[key] for key in keys})
+    read = {"model": preference_model(wildcards.run)} | {key: chosen[key] for key in keys}
+    return flags(read) + CHATS
 
 
 rule preference_model:
@@ -180,7 +181,8 @@ rule build_pairs:
         options=section_flags("preference", skip=COMPARISON),
         construction=section_flags("pairs", skip=CHAINING),
         more=lambda wildcards, input: flags({"policy": input.policy or None, "previous": input.previous or None,
-                                             "replay_seed": settings(wildcards)["seeds"]["data"]}) + thresholds(wildcards),
+                                             "replay_seed": settings(wildcards)["seeds"]["data"]})
+        + thresholds(wildcards) + CHATS,
     message:
         "Building the pairs of {wildcards.run}iteration {wildcards.t}"
     shell:

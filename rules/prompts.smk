@@ -12,11 +12,18 @@ def earlier_prompts(wildcards):
     return [sampled(wildcards, "prompts.parquet", t) for t in range(1, int(wildcards.t))] if one_each else []
 
 
+def questions(wildcards):
+    """What the evaluations ask, which is not trained on."""
+    folder = mt_bench_folder(wildcards)
+    return [settings(wildcards)["alpaca_eval"]["instructions"],
+            folder if folder == FASTCHAT_DATA else f"{folder}/question.jsonl"]
+
+
 rule sample_prompts:
-    """Draw one iteration's prompts, disjoint from the other iterations' and from the evaluation's."""
+    """Draw one iteration's prompts, disjoint from other iterations' and from the evaluations'."""
     input:
         source=prompt_file,
-        held_out=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],
+        held_out=questions,
         policy=BASE_POLICY,
         earlier=earlier_prompts,
     output:
@@ -38,7 +45,7 @@ rule sample_prompts:
         iterations=lambda wildcards: settings(wildcards)["iterations"],
         room=lambda wildcards: settings(wildcards)["responses"]["max_new_tokens"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
-        options=section_flags("prompts"),
+        options=lambda wildcards: flags(settings(wildcards)["prompts"]) + CHATS,
         best_grade=lambda wildcards: best_grade(wildcards, int(wildcards.t) - 1),
     message:
         "Drawing the prompts of {wildcards.run}iteration {wildcards.t}"

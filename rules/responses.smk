@@ -24,11 +24,11 @@ rule generate_responses:
         version=STAGES["generate"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         options=section_flags("responses"),
-        attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
+        running=RUNNING,
     message:
         "Generating responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
         "{PYTHON} src/generate_responses.py --prompts {input.prompts:q} --policy {input.policy:q}"
         " --iteration {wildcards.t} --shard {wildcards.shard} --seed {params.seed:q}"
-        " --device {MAIN[device]} {params.attention:q} {params.options:q}"
+        " --device {MAIN[device]} {params.running:q} {params.options:q}"
         " --output {output.responses:q} 2>&1 | tee {log:q}"

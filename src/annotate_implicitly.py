@@ -58,7 +58,8 @@ def main() -> None:
             rows.append({"prompt_id": prompt_id, "sample_ids": [sample for sample, _ in rewards], "logits": (r[:, None] - r).tolist()})
         write_table(args.output, rows, "preferences")
         facts |= {"prompts": len(rows), "preference_model": f"{args.beta:g} log {args.policy}/{args.before}", "computed_in": str(dtype),
-                  "mean_reward": float(np.mean(args.beta * (logps[0] - logps[1])))}
+                  "mean_reward": float(np.mean(args.beta * (logps[0] - logps[1])))
+                  if responses else None}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sppo.adapters import adapter_files
 from sppo.artifacts import recorded
-from sppo.config import SELECTION, add_section
+from sppo.config import OF_CHATS, SELECTION, add_section
 from sppo.errors import UserError, run
 from sppo.tables import read_table, write_table
 
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     add_section(parser, "preference", skip=("revision", *SELECTION))
+    add_section(parser, "policy", only=OF_CHATS)
     args = parser.parse_args()
 
     prompts = {row["prompt_id"]: row for row in read_table(args.prompts, "prompts")}
@@ -39,12 +40,12 @@ def main() -> None:
         if row["prompt_id"] not in prompts:
             raise UserError(f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; delete it and run again")
         responses[row["prompt_id"]].append(row)
-    from sppo.models import load_tokenizer, start_torch
+    from sppo.models import start_torch
 
     start_torch()
     with recorded("annotate", args.output, [args.prompts, args.responses, *adapter_files(args.model, args.ranker_base)], vars(args)) as facts:
         model = load_model(args)
-        tokenizer = load_tokenizer(args.policy) if args.source == "chat_template" else None
+        tokenizer = chat_tokenizer(args)
         groups = []
         for prompt_id, candidates in responses.items():
             groups.append((prompt_text(prompts[prompt_id]["messages"], tokenizer), [row["text"] for row in candidates]))
@@ -56,7 +57,18 @@ def main() -> None:
 
 def prompt_text(messages: list[dict[str, str]], tokenizer) -> str:
     """What the preference model reads as the prompt: the user's last words, or with a tokenizer the rendered chat template."""
-    return messages[-1]["content"] if tokenizer is None else tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    from sppo.models import render_chat
+
+    return messages[-1]["content"] if tokenizer is None else render_chat(tokenizer, messages)
+
+
+def chat_tokenizer(args: argparse.Namespace):
+    """The policy's tokenizer, if the preference model reads the rendered chat template."""
+    from sppo.models import load_tokenizer
+
+    if args.source != "chat_template":
+        return None
+    return load_tokenizer(args.policy, args.chat_template_kwargs, args.template_date)
 
 
 def load_model(args: argparse.Namespace):

@@ -35,18 +35,22 @@ def main() -> None:
 
     instructions = read_instructions(args.instructions, args.limit)
     from sppo.generation import Sampling, open_engine, summary
-    from sppo.models import context_length, prompt_token_ids, template_hash, start_torch
+    from sppo.models import (check_no_control_tokens, context_length, control_tokens,
+                             prompt_token_ids, start_torch, template_hash)
 
     start_torch(args.tensor_parallel or 1)
     with recorded("answer", args.output, [args.instructions, args.policy], vars(args)) as facts:
         engine = open_engine(args)
-        context = context_length(args.policy)
+        context, controls = context_length(args.policy), control_tokens(engine.tokenizer)
         prompts = []
         for number, row in enumerate(instructions):
             messages = [{"role": "user", "content": row["instruction"]}]
-            ids = prompt_token_ids(engine.tokenizer, with_goal(messages, BEST_GRADE) if args.best_grade else messages)
+            name = f"instruction {number} of {args.instructions}"
+            check_no_control_tokens(controls, row["instruction"], name)
+            asked = with_goal(messages, BEST_GRADE) if args.best_grade else messages
+            ids = prompt_token_ids(engine.tokenizer, asked, name)
             if context and len(ids) + args.max_new_tokens > context:
-                raise UserError(f"instruction {number} of {args.instructions} has {len(ids)} tokens and does not fit the policy's "
+                raise UserError(f"{name} has {len(ids)} tokens and does not fit the policy's "
                                 f"context of {context} with alpaca_eval.max_new_tokens = {args.max_new_tokens}; lower that")
             prompts.append({"prompt_id": str(row.get("prompt_id", number)), "prompt_token_ids": ids})
         rows = engine.generate(prompts, Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens), args.seed, args.noise)

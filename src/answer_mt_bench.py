@@ -35,11 +35,17 @@ def main() -> None:
 
     questions = read_questions(args.data)
     from sppo.generation import open_engine, summary
-    from sppo.models import context_length, start_torch, template_hash
+    from sppo.models import (check_no_control_tokens, context_length, control_tokens, start_torch,
+                             template_hash)
 
     start_torch(args.tensor_parallel or 1)
     with recorded("answer", args.output, [args.data / "question.jsonl", args.policy], vars(args)) as facts:
         engine = open_engine(args)
+        controls = control_tokens(engine.tokenizer)
+        for question in questions:
+            for turn in question["turns"]:
+                name = f"question {question['question_id']} of {args.data}"
+                check_no_control_tokens(controls, turn, name)
         chats: dict[str, list[dict[str, str]]] = {str(question["question_id"]): [] for question in questions}
         rows = []
         for turn in (1, 2):
@@ -54,8 +60,9 @@ def answer_turn(engine: Any, questions: list[dict[str, Any]], chats: dict[str, l
                 context: int | None) -> list[dict[str, Any]]:
     """Add the policy's answer to every chat; returns the engine's rows."""
     from sppo.generation import Sampling
-    from sppo.models import prompt_token_ids
+    from sppo.models import control_tokens, prompt_token_ids, without_control_tokens
 
+    controls = control_tokens(engine.tokenizer)
     rows = []
     for temperature in sorted(set(TEMPERATURES.values())):
         prompts = []
@@ -63,7 +70,13 @@ def answer_turn(engine: Any, questions: list[dict[str, Any]], chats: dict[str, l
             if TEMPERATURES[question["category"]] != temperature:
                 continue
             chat = chats[str(question["question_id"])]
-            ids = prompt_token_ids(engine.tokenizer, with_goal(chat, BEST_GRADE) if args.best_grade else chat)
+            # What the policy said must not be read as the end of its turn, whatever it spells.
+            chat = [message if message["role"] == "user" else
+                    message | {"content": without_control_tokens(controls, message["content"])}
+                    for message in chat]
+            asked = with_goal(chat, BEST_GRADE) if args.best_grade else chat
+            ids = prompt_token_ids(engine.tokenizer, asked,
+                                   f"question {question['question_id']} of {args.data}")
             if context and len(ids) + args.max_new_tokens > context:
                 raise UserError(f"question {question['question_id']} of {args.data} has {len(ids)} tokens with what came before and does not fit "
                                 f"the policy's context of {context} with mt_bench.max_new_tokens = {args.max_new_tokens}; lower that")

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from sppo.artifacts import read_json, record_path, recorded
-from sppo.config import CHAINING, COMPARISON, GRADING, add_section
+from sppo.config import CHAINING, COMPARISON, GRADING, OF_CHATS, add_section
 from sppo.errors import UserError, run
 from sppo.grades import GOLD, read_grades
 from sppo.pairs import pairs_of
@@ -50,6 +50,7 @@ def main() -> None:
     add_section(parser, "preference", skip=COMPARISON)
     add_section(parser, "pairs", skip=CHAINING)
     add_section(parser, "grades", skip=GRADING)
+    add_section(parser, "policy", only=OF_CHATS)
     args = parser.parse_args()
 
     by = {"graded": "grades", "gold": None}.get(args.construction, "preferences")
@@ -82,7 +83,7 @@ def main() -> None:
                 else:
                     found.append({"prompt_id": prompt_id, **pair})
         if args.goals:
-            found, dropped["same_grade"] = twice_with_goals(found, logits, messages, args.policy)
+            found, dropped["same_grade"] = twice_with_goals(found, logits, messages, args)
         new = len(found)
         if args.previous:
             found += replayed(args.previous, args.replay, args.replay_older, args.replay_seed)
@@ -99,7 +100,10 @@ def replayed(path: Path, share: float, share_of_older: float, seed: int) -> list
 
 
 def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:
-    """Gold responses by prompt, with token ids that end in the policy's stop id. UserError names a broken line."""
+    """Gold responses by prompt, with token ids that end as the chat template ends a response.
+
+    UserError names a broken line.
+    """
     from sppo.models import load_tokenizer, stop_token_ids
 
     tokenizer = load_tokenizer(policy)
@@ -119,14 +123,17 @@ def even_out_lengths(logits: dict[str, dict[str, Any]], responses: dict[str, dic
     return alpha
 
 
-def twice_with_goals(pairs: list[dict[str, Any]], logits: dict[str, dict], messages: dict[str, list], policy: Path) -> tuple[list[dict[str, Any]], int]:
+def twice_with_goals(pairs: list[dict[str, Any]], logits: dict[str, dict],
+                     messages: dict[str, list],
+                     args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """Each pair with the prompt asking for the winner's grade, and turned round with the prompt asking for the loser's; and how many had one grade.
 
     A grade is 1 + 9 P-hat over the K - 1 others, so that one that surely beats them all has a 10.
     """
     from sppo.models import load_tokenizer, prompt_token_ids
 
-    tokenizer, found, same = load_tokenizer(policy), [], 0
+    tokenizer = load_tokenizer(args.policy, args.chat_template_kwargs, args.template_date)
+    found, same = [], 0
     for pair in pairs:
         k = len(logits[pair["prompt_id"]]["sample_ids"])
         grades = [round(1 + 9 * (k * pair[f"p_hat_{end}"] - 0.5) / (k - 1), 1) for end in ("chosen", "rejected")]
@@ -137,7 +144,9 @@ def twice_with_goals(pairs: list[dict[str, Any]], logits: dict[str, dict], messa
         for name in ("{}", "{}_token_ids", "{}_sample_id", "p_hat_{}"):
             turned |= {name.format("chosen"): pair[name.format("rejected")], name.format("rejected"): pair[name.format("chosen")]}
         for row, grade in zip((pair, turned), grades, strict=True):
-            found.append(row | {"prompt_token_ids": prompt_token_ids(tokenizer, with_goal(messages[pair["prompt_id"]], grade))})
+            asked = with_goal(messages[pair["prompt_id"]], grade)
+            ids = prompt_token_ids(tokenizer, asked, f"prompt {pair['prompt_id']}")
+            found.append(row | {"prompt_token_ids": ids})
     return found, same
 
 

@@ -108,7 +108,8 @@ def prompts_of_an_iteration(config: dict[str, Any], assumed: int) -> int:
     prompts = config["prompts"]
     if prompts["per_iteration"] or not Path(prompts["source"]).is_file():
         return prompts["per_iteration"] or assumed
-    return sum(1 for line in Path(prompts["source"]).read_bytes().splitlines() if line.strip()) // max(config["iterations"], 1)
+    lines = Path(prompts["source"]).read_bytes().split(b"\n")
+    return sum(1 for line in lines if line.strip()) // max(config["iterations"], 1)
 
 
 def instructions_of(evaluation: dict[str, Any]) -> int:

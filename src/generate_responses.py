@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from sppo.artifacts import recorded
-from sppo.config import add_section
+from sppo.config import MODEL_SOURCE, add_section
 from sppo.errors import run
 from sppo.tables import read_table, write_table
 
@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=0, help="which of --shards parts, from 0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    parser.add_argument("--attention", default=None)
     add_section(parser, "responses")
+    add_section(parser, "policy", skip=MODEL_SOURCE)
     args = parser.parse_args()
 
     prompts = read_table(args.prompts, "prompts")[args.shard::args.shards]

@@ -17,10 +17,10 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from annotate_preferences import load_model, prompt_text
+from annotate_preferences import chat_tokenizer, load_model, prompt_text
 from sppo.adapters import adapter_files
 from sppo.artifacts import recorded
-from sppo.config import THRESHOLDS, add_section
+from sppo.config import OF_CHATS, THRESHOLDS, add_section
 from sppo.errors import UserError, run
 from sppo.grades import GOLD, HIGHEST, loops, read_score, rubric
 from sppo.mt_bench import Client, check_grader, concurrently
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="where the preference model runs")
     add_section(parser, "preference", skip=("revision", "winner_by", "truncated"))
     add_section(parser, "grades", skip=THRESHOLDS)
+    add_section(parser, "policy", only=OF_CHATS)
     args = parser.parse_args()
 
     check_grader(args.judge, args.judge_model, args.judge_base_url)
@@ -71,11 +72,11 @@ def main() -> None:
 
 def by_preference(pools: Pools, messages: dict[str, list[dict]], args: argparse.Namespace) -> tuple[Grades, str]:
     """6 P-hat of each text within its pool, and the preference model's name."""
-    from sppo.models import load_tokenizer, start_torch
+    from sppo.models import start_torch
 
     start_torch()
     model = load_model(args)
-    tokenizer = load_tokenizer(args.policy) if args.source == "chat_template" else None
+    tokenizer = chat_tokenizer(args)
     groups = [(prompt_text(messages[prompt_id], tokenizer), list(pool.values())) for prompt_id, pool in pools.items()]
     grades: Grades = {}
     for (prompt_id, pool), logits in zip(pools.items(), model.all_pair_logits(groups), strict=True):

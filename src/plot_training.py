@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 from pathlib import Path
 
-from sppo.artifacts import iteration, recorded
+from sppo.artifacts import iteration, json_lines, recorded
 from sppo.errors import UserError, run
 from sppo.figures import pyplot, save
 
@@ -35,8 +34,8 @@ def main() -> None:
 def read_log(path: Path) -> list[dict[str, float]]:
     """One row an optimiser step. UserError if the file is missing, torn or empty."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        rows = json_lines(path)
+    except (OSError, UserError) as error:
         raise UserError(f"{path} is not a whole training log ({error}); delete it and run again") from None
     rows = [row for row in rows if "log_ratio_chosen" in row]
     if not rows:

@@ -1,11 +1,13 @@
 """Draw one iteration's prompts.
 
-Reads   a JSONL file or a hub data set, the evaluation instructions (set aside first), the base policy's tokenizer; where each
-        iteration has a source of its own, the prompts of those before it
+Reads   a JSONL file or a hub data set, the evaluations' questions (set aside first), the base
+        policy's tokenizer; where each iteration has a source of its own, the prompts of those
+        before it
 Writes  prompts.parquet and its record
 Paper   2405.00675, Algorithm 1 line 3: three disjoint portions, one an iteration.
 Departs from the official code: the held-out prompts are disjoint from training; theirs are 500 rows of it. A prompt that stands twice
-        is taken once.
+        is taken once. What an evaluation asks is set aside whatever its case, white space and
+        closing mark.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from sppo.artifacts import recorded
-from sppo.config import add_section
+from sppo.config import OF_CHATS, add_section
 from sppo.errors import UserError, run
-from sppo.prompts import BEST_GRADE, read_instructions, read_prompts, with_goal
+from sppo.mt_bench import read_questions
+from sppo.prompts import (BEST_GRADE, is_held_out, normalised, read_instructions, read_prompts,
+                          with_goal)
 from sppo.tables import read_table, write_table
 
 
@@ -26,7 +30,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iteration", type=int, required=True)
     parser.add_argument("--iterations", type=int, required=True)
-    parser.add_argument("--held-out", type=Path, required=True, help="evaluation instructions; none of them is drawn")
+    parser.add_argument("--held-out", type=Path, nargs="+", required=True,
+                        help="evaluation instructions, and MT-Bench's question.jsonl or its "
+                             "folder; "
+                             "none of them is drawn")
     parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="prompts.parquet of earlier iterations, which are not drawn again")
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--response-tokens", type=int, required=True, help="room to leave for a response")
@@ -34,14 +41,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     add_section(parser, "prompts")
+    add_section(parser, "policy", only=OF_CHATS)
     args = parser.parse_args()
 
     source = args.source.replace("{t}", str(args.iteration))
-    prompts, commit = read_prompts(source, revision_of(args.revision, args.iteration), args.split, args.field)
-    held_out = {row["instruction"].strip() for row in read_instructions(args.held_out)}
-    set_apart = [prompt for prompt in prompts if prompt["messages"][-1]["content"].strip() not in held_out]
+    revision = revision_of(args.revision, args.iteration)
+    prompts, commit, empty = read_prompts(source, revision, args.split, args.field)
+    held_out = {question for path in args.held_out for question in asked_in(path)}
+    set_apart = [prompt for prompt in prompts if not is_held_out(prompt, held_out)]
     free = without_repetitions(set_apart, {said(row["messages"]) for path in args.earlier for row in read_table(path, "prompts")})
-    inputs = [args.held_out, args.policy, *args.earlier] + ([Path(source)] if Path(source).is_file() else [])
+    inputs = [*args.held_out, args.policy, *args.earlier]
+    inputs += [Path(source)] if Path(source).is_file() else []
     with recorded("sample", args.output, inputs, vars(args)) as facts:
         one_source_each = source != args.source
         drawn = portion(free, args.per_iteration, 1 if one_source_each else args.iteration,
@@ -49,7 +59,16 @@ def main() -> None:
         rows, dropped = with_token_ids(drawn, source, args)
         write_table(args.output, rows, "prompts")
         facts |= {"prompts": len(rows), "available": len(free), "set_aside": len(prompts) - len(set_apart),
-                  "repeated": len(set_apart) - len(free), "dropped": dropped, "commit": commit}
+                  "repeated": len(set_apart) - len(free), "empty": empty, "dropped": dropped,
+                  "commit": commit}
+
+
+def asked_in(path: Path) -> set[str]:
+    """What an evaluation asks, normalised: instructions of AlpacaEval, first turns of MT-Bench."""
+    if path.is_dir() or path.suffix == ".jsonl":
+        questions = read_questions(path if path.is_dir() else path.parent)
+        return {normalised(row["turns"][0]) for row in questions}
+    return {normalised(row["instruction"]) for row in read_instructions(path)}
 
 
 def revision_of(revisions: str | None, t: int) -> str | None:
@@ -84,28 +103,48 @@ def portion(prompts: list[dict[str, Any]], size: int | None, t: int, parts: int,
 
 def with_token_ids(prompts: list[dict[str, Any]], source: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Rows of the table `prompts`, and how many were dropped and why."""
-    from sppo.models import context_length, load_tokenizer, prompt_token_ids
+    from sppo.models import context_length, control_tokens, load_tokenizer, prompt_token_ids
 
-    tokenizer, context = load_tokenizer(args.policy), context_length(args.policy)
-    special = set(tokenizer.all_special_tokens)
+    tokenizer = load_tokenizer(args.policy, args.chat_template_kwargs, args.template_date)
+    context = context_length(args.policy)
+    if context and args.response_tokens >= context:
+        raise UserError(f"responses.max_new_tokens is {args.response_tokens}, which leaves no room "
+                        "for a "
+                        f"prompt in the policy's context of {context}; lower "
+                        "responses.max_new_tokens")
+    controls = control_tokens(tokenizer)
     rows: list[dict[str, Any]] = []
-    dropped = {"longer_than_max_tokens": 0, "holds_special_tokens": 0}
+    dropped = {"longer_than_max_tokens": 0, "holds_special_tokens": 0,
+               "refused_by_chat_template": 0}
     for prompt in prompts:
         # Text that the tokenizer would read as control tokens could end the user's turn.
-        if any(token in message["content"] for message in prompt["messages"] for token in special):
+        if any(token in message["content"] for message in prompt["messages"] for token in controls):
             dropped["holds_special_tokens"] += 1
             continue
-        ids = prompt_token_ids(tokenizer, with_goal(prompt["messages"], BEST_GRADE) if args.best_grade else prompt["messages"])
+        messages = prompt["messages"]
+        if args.best_grade:
+            messages = with_goal(messages, BEST_GRADE)
+        try:
+            ids = prompt_token_ids(tokenizer, messages, f"prompt {prompt['id']} of {source}")
+        except UserError as error:
+            if args.refused == "error":
+                raise UserError(f"{error}, or set prompts.refused: drop") from error
+            dropped["refused_by_chat_template"] += 1
+            continue
         if args.max_tokens and len(ids) > args.max_tokens:
             dropped["longer_than_max_tokens"] += 1
             continue
         if context and len(ids) + args.response_tokens > context:
             raise UserError(f"prompt {prompt['id']} has {len(ids)} tokens; with {args.response_tokens} for the response it does not "
-                            f"fit the policy's context of {context}; shorten it, or set prompts.max_tokens to drop such prompts")
+                            f"fit the policy's context of {context}; shorten it, lower "
+                            "responses.max_new_tokens, or set prompts.max_tokens to drop such "
+                            "prompts")
         rows.append({"prompt_id": prompt["id"], "category": prompt["category"], "messages": prompt["messages"],
                      "prompt_token_ids": ids, "source": source})
     if not rows:
-        raise UserError(f"prompts: all {len(prompts)} prompts drawn from {source} were dropped ({dropped}); raise prompts.max_tokens")
+        raise UserError(f"prompts: all {len(prompts)} prompts drawn from {source} were dropped "
+                        f"({dropped}); "
+                        "raise prompts.max_tokens, or give other prompts")
     return rows, dropped
 
 

@@ -66,13 +66,41 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON. A missing or broken file is a UserError that names it."""
+    """Read JSON, a byte-order mark apart. A missing or broken file is a UserError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make it or correct the path") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); delete it and make it again") from None
+
+
+def json_lines(path: Path) -> list[Any]:
+    """The values of a JSONL file, so that line n is value n - 1.
+
+    Only \\n divides lines, because a JSON text may hold the other characters that Python takes for
+    ends of lines. A byte-order mark, \\r\\n and blank last lines are accepted. A line that is
+    broken is a UserError that names it.
+    """
+    values: list[Any] = []
+    content = Path(path).read_bytes().rstrip()
+    for number, line in enumerate(content.split(b"\n") if content else [], 1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number} is not JSON ({error}); correct or remove that "
+                            "line") from None
+        if rb"\u" in line and has_lone_surrogate(value):
+            raise UserError(f"{path} line {number} spells half a character (a lone surrogate such "
+                            "as "
+                            "\\ud83d), which no text can hold; correct or remove that line")
+        values.append(value)
+    return values
+
+
+def has_lone_surrogate(value: Any) -> bool:
+    """Whether a text in a JSON value holds half of a surrogate pair, which is no UTF-8."""
+    return re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)) is not None
 
 
 def iteration(path: Path) -> int:

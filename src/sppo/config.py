@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import datetime
 import difflib
+import json
 import math
 import os
 import re
@@ -41,6 +43,8 @@ OF_P_HAT = ("sppo", "sppo_single", "dno", "mmpo", "nash_md", "mpo")
 TRL_LOSSES = {"sppo_hard": "sppo_hard", "dpo": "sigmoid", "hinge": "hinge", "ipo": "ipo"}
 # These of the section `pairs` say how rules are chained.
 CHAINING = ("implicit", "replay_from")
+# The section `policy`: where the model comes from, and how its chats are written.
+MODEL_SOURCE, OF_CHATS = ("model", "revision"), ("chat_template_kwargs", "template_date")
 
 # How a policy is run to answer, whatever it answers.
 ENGINE_KEYS = ("engine", "tensor_parallel", "batch_size", "precision")
@@ -174,7 +178,7 @@ def _paths_written_out(written: Config, rules: Config, where: str) -> Config:
     result: Config = {}
     for key, value in written.items():
         rule = rules["properties"][key]
-        if isinstance(value, dict):
+        if isinstance(value, dict) and "properties" in rule:
             value = _paths_written_out(value, rule, f"{where}{key}.")
         if isinstance(value, str) and rule.get("x-path"):
             value = os.path.expanduser(value)
@@ -233,6 +237,11 @@ def _check_together(config: Config) -> None:
     for section in ("alpaca_eval", "mt_bench", "grades"):
         if config[section]["judge_base_url"] is not None:
             check_address(config[section]["judge_base_url"], f"{section}.judge_base_url")
+    try:
+        datetime.date.fromisoformat(config["policy"]["template_date"])
+    except ValueError:
+        raise UserError(f"config: policy.template_date is {config['policy']['template_date']}, "
+                        "which is no day of the calendar; give one such as 2024-07-26") from None
     if config["responses"]["temperature"] == 0:
         raise UserError("config: responses.temperature is 0, which gives K times the same response; set it above 0")
     if (config["responses"]["tensor_parallel"] or 1) > 1 and config["responses"]["engine"] != "vllm":
@@ -345,13 +354,16 @@ def _typed(written: Config, rules: Config) -> Config:
     `snakemake --config section={key: 1}` hands over text alone, and YAML takes 1e-6 for text.
     """
     result: Config = {}
+    free = rules.get("additionalProperties") is True  # any key, of which no type is known
     for key, value in written.items():
         if not isinstance(key, str):
             raise UserError(f"config: key {key!r} is not text; put it in quotes or remove it")
         rule = rules.get("properties", {}).get(key, {})
         if isinstance(value, dict):
             result[key] = _typed(value, rule)
-        elif isinstance(value, str) and rule and "string" not in rule["type"]:
+        elif isinstance(value, datetime.date) and rule:
+            result[key] = value.isoformat()  # YAML reads a date without quotes as one
+        elif isinstance(value, str) and (free or rule and "string" not in rule["type"]):
             result[key] = _spelled(value)
         elif isinstance(value, list) and "array" in rule.get("type", ()):
             result[key] = [_spelled(item) if isinstance(item, str) else item for item in value]
@@ -365,7 +377,8 @@ def _set(written: Config, rules: Config) -> Config:
     result: Config = {}
     for key, value in written.items():
         rule = rules.get("properties", {}).get(key, {"type": "null"})
-        if value is not None or "null" in rule["type"] or rule["type"] == "object":
+        if value is not None or "null" in rule["type"] or (
+                rule["type"] == "object" and rule.get("additionalProperties") is not True):
             result[key] = _set(value, rule) if isinstance(value, dict) else value
     return result
 
@@ -440,28 +453,31 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def add_section(parser: argparse.ArgumentParser, section: str, skip: tuple[str, ...] = ()) -> None:
-    """Give a program one flag for each key of a section: `max_new_tokens` is `--max-new-tokens`.
+def add_section(parser: argparse.ArgumentParser, section: str, skip: tuple[str, ...] = (),
+                only: tuple[str, ...] | None = None) -> None:
+    """Give a program one flag for each key of a section, or for `only` these.
 
-    A flag that is not given has the value of `settings: paper`.
+    `max_new_tokens` is `--max-new-tokens`. A flag that is not given has the value of
+    `settings: paper`. One of type object takes JSON.
     """
     for key, rule in schema()["properties"][section]["properties"].items():
-        if key in skip:
+        if key in skip or (only is not None and key not in only):
             continue
         types = [rule["type"]] if isinstance(rule["type"], str) else [t for t in rule["type"] if t != "null"]
-        kind = {"integer": int, "number": float, "boolean": _boolean, "string": str}[types[0]]
+        kind = {"integer": int, "number": float, "boolean": _boolean, "string": str,
+                "object": _object}[types[0]]
         choices = [value for value in rule["enum"] if value is not None] if "enum" in rule else None
         parser.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=choices, default=default_of(rule, "paper"),
                             help=rule["description"].replace("%", "%%") + " (default: %(default)s)")
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """The flags of how a policy is run to answer: those of ENGINE_KEYS, seed, device, attention kernel."""
+    """The flags of how a policy is run to answer: ENGINE_KEYS, seed, device, writing of chats."""
     others = schema()["properties"]["responses"]["properties"].keys() - set(ENGINE_KEYS)
     add_section(parser, "responses", skip=tuple(others))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    parser.add_argument("--attention", default=None)
+    add_section(parser, "policy", skip=MODEL_SOURCE)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -479,6 +495,16 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _object(text: str) -> Config:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
 def of_iteration(section: Config, t: int) -> Config:
     """The section as iteration t (1, 2, ...) has it: of lists their t-th value, the last one for all after."""
     return {key: value[min(t, len(value)) - 1] if isinstance(value, list) else value for key, value in section.items()}
@@ -490,7 +516,7 @@ def flags(section: Config, skip: tuple[str, ...] = ()) -> list[str]:
     for key, value in section.items():
         if key not in skip and value is not None:
             flag = f"--{key.replace('_', '-')}"
-            text = str(value).lower() if isinstance(value, bool) else str(value)
+            text = json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
             # In one word where the value would be taken for a flag itself.
             words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return words

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,14 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
-from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, stop_token_ids
+from sppo.models import (THOUGHT, THOUGHT_END, compute_dtype, load_policy, load_tokenizer,
+                         pick_device, stop_token_ids)
 from sppo.progress import progress
 
 
 BLOCK = 256  # tokens that are summed first when drawing
 READ_TOGETHER = 16  # prompts
+FEW, NEARLY_ALL = 20, 0.95  # of fewer responses, or a smaller share that was cut, nothing is said
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,39 @@ def sample_seed(data_seed: int, purpose: str, prompt_id: str, sample_id: int) ->
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def response(prompt: dict[str, Any], sample: int, seed: int, tokens: list[int], stop_ids: list[int], tokenizer: Any) -> dict[str, Any]:
-    """A row of the table `responses` from the tokens that an engine gave: what stands behind the first stop id is dropped."""
+def response(prompt: dict[str, Any], sample: int, seed: int, tokens: list[int], stop_ids: list[int],
+             tokenizer: Any, thoughts: str = "keep") -> dict[str, Any]:
+    """A row of the table `responses` from the tokens that an engine gave.
+
+    What stands behind the first stop id is dropped.
+    thoughts: `strip` leaves what stands in <think>...</think> out of the text; token_ids hold it.
+    """
     stop = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
     kept = tokens if stop is None else tokens[:stop + 1]
     spoken = kept if stop is None else kept[:-1]
+    text = tokenizer.decode(spoken, skip_special_tokens=True)
+    if thoughts == "strip":
+        # Some templates open the first thought themselves.
+        prompt_end = tokenizer.decode(list(prompt["prompt_token_ids"])[-8:]).rstrip()
+        text = without_thoughts(THOUGHT + text if prompt_end.endswith(THOUGHT) else text)
     return {"prompt_id": prompt["prompt_id"], "sample_id": sample, "seed": seed,
             "prompt_token_ids": list(prompt["prompt_token_ids"]), "token_ids": kept,
-            "text": tokenizer.decode(spoken, skip_special_tokens=True),
+            "text": text,
             "finish_reason": "length" if stop is None else "stop"}
+
+
+def without_thoughts(text: str) -> str:
+    """The text without what stands in <think>...</think>, or behind a <think> that nothing ends."""
+    if THOUGHT not in text and THOUGHT_END not in text:
+        return text
+    kept = ""
+    while True:
+        said, _, rest = text.partition(THOUGHT)
+        kept += said
+        _, ended, text = rest.partition(THOUGHT_END)
+        if not ended:
+            # Only the end of a thought may be marked.
+            return kept.rpartition(THOUGHT_END)[2].strip()
 
 
 def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
@@ -132,8 +159,10 @@ class RoomyLayer(DynamicLayer):
 class TransformersEngine:
     """transformers' `generate`, in batches of prompts of like length."""
 
-    def __init__(self, folder: Path, *, precision: str, device: str, attention: str | None, batch_size: int) -> None:
-        self.tokenizer = load_tokenizer(folder)
+    def __init__(self, folder: Path, *, precision: str, device: str, attention: str | None,
+                 batch_size: int, thoughts: str = "keep",
+                 template: dict[str, Any] | None = None) -> None:
+        self.tokenizer, self.thoughts = load_tokenizer(folder, **(template or {})), thoughts
         self.stop_ids = stop_token_ids(folder, self.tokenizer)
         self.dtype = compute_dtype(precision, device)
         self.model = load_policy(folder, self.dtype, device, attention)
@@ -168,7 +197,7 @@ class TransformersEngine:
                 past_key_values=self._read_once(ids, mask, sampling), do_sample=False, max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=self.stop_ids, pad_token_id=pad, logits_processor=LogitsProcessorList(noise))
         for (row, k, seed), tokens in zip(wanted, output[:, width:].tolist(), strict=True):
-            yield response(row, k, seed, tokens, self.stop_ids, self.tokenizer)
+            yield response(row, k, seed, tokens, self.stop_ids, self.tokenizer, self.thoughts)
 
     def _read_once(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling) -> DynamicCache:
         """Keys and values of the prompts but for their last token, each read once and repeated for its K samples.
@@ -216,16 +245,30 @@ class Engine(Protocol):
 def open_engine(args: argparse.Namespace) -> Engine:
     """The engine with the policy that a program was told to run."""
     device = pick_device(args.device)
+    chats = {"thoughts": args.thoughts,
+             "template": {"template_kwargs": args.chat_template_kwargs,
+                          "template_date": args.template_date}}
     if args.engine == "vllm":
         from sppo.vllm_engine import VllmEngine  # it needs an environment of its own
 
         return VllmEngine(args.policy, precision=args.precision, device=device, batch_size=args.batch_size,
-                          tensor_parallel=args.tensor_parallel or 1)
-    return TransformersEngine(args.policy, precision=args.precision, device=device, attention=args.attention, batch_size=args.batch_size)
+                          tensor_parallel=args.tensor_parallel or 1, **chats)
+    return TransformersEngine(args.policy, precision=args.precision, device=device,
+                              attention=args.attention, batch_size=args.batch_size, **chats)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a record says of responses: tokens, mean length, how many were cut."""
+    """What a record says of responses: tokens, mean length (None without any), how many were cut.
+
+    Where nearly all were cut it prints a warning.
+    """
     tokens = [len(row["token_ids"]) for row in rows]
-    return {"responses": len(rows), "tokens": sum(tokens), "mean_tokens": round(float(np.mean(tokens)), 1),
-            "cut_by_max_new_tokens": sum(row["finish_reason"] == "length" for row in rows)}
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    if len(rows) >= FEW and cut >= NEARLY_ALL * len(rows):
+        print(f"warning: {cut} of {len(rows)} responses were cut by max_new_tokens before they "
+              "ended; "
+              "raise it, or, if the policy never ends its turn, name the token that ends it as "
+              "eos_token_id in its generation_config.json", file=sys.stderr)
+    return {"responses": len(rows), "tokens": sum(tokens),
+            "mean_tokens": round(float(np.mean(tokens)), 1) if rows else None,
+            "cut_by_max_new_tokens": cut}

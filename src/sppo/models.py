@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+THOUGHT, THOUGHT_END = "<think>", "</think>"
+ANSWER = "PLACEHOLDER-OF-AN-ANSWER"  # where a rendered chat has the assistant's words
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
@@ -134,15 +137,59 @@ def safetensors_header(weights: Path) -> dict[str, Any] | None:
     return header if size == 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0) else None
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The policy's tokenizer. One without a chat template is a UserError: there is no way to prompt it."""
+def load_tokenizer(folder: Path, template_kwargs: dict[str, Any] | None = None,
+                   template_date: str | None = None) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer.
+
+    template_kwargs, template_date: of the section `policy` of the configuration, for programs that
+    render chats. They are written into the chat template of what is returned, so that every
+    rendering has them; a tokenizer that is saved beside weights is loaded without them.
+    Raises `UserError` if it cannot be read, or if its chat template is missing or broken: there is
+    no other way to prompt it.
+    """
+    import jinja2
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    if not tokenizer.chat_template:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left",
+                                                  trust_remote_code=False)
+    except Exception as error:  # many types are raised; each is a matter of the folder's files
+        raise UserError(f"the tokenizer of {folder} cannot be read ({error}); copy the tokenizer "
+                        "files "
+                        "of its base model into the folder") from error
+    template = tokenizer.chat_template
+    if not template:
         raise UserError(f"the tokenizer of {folder} has no chat template; use an instruction-tuned model, or add "
                         "chat_template.jinja to the model folder")
+    if template_kwargs or template_date:
+        settled = (template_kwargs or {}, template_date)
+        tokenizer.chat_template = _settled(template, *settled) if isinstance(template, str) else {
+            name: _settled(each, *settled) for name, each in template.items()}
+    try:
+        render_chat(tokenizer, [{"role": "user", "content": "Hello"}])
+    except UserError as error:
+        if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+            raise UserError(f"the chat template of {folder} is broken (line "
+                            f"{error.__cause__.lineno}: "
+                            f"{error.__cause__}); correct it, or copy that of its base "
+                            "model") from error
     return tokenizer
+
+
+def _settled(template: str, variables: dict[str, Any], date: str | None) -> str:
+    """A chat template that has these variables, and takes this date (YYYY-MM-DD) for today's."""
+    if date:
+        today = datetime.date.fromisoformat(date)
+        template = re.sub(r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)",
+                          lambda call: repr(today.strftime(call[2])), template)
+        if re.search(r"strftime_now\s*\(", template):
+            raise UserError("the policy's chat template prints today's date in a form that it "
+                            "computes, "
+                            "so that policy.template_date cannot take its place; write the form "
+                            "into "
+                            "strftime_now(...) as a text")
+    values = (f"{{% set {name} = {value!r} %}}\n" for name, value in variables.items())
+    return "".join(values) + template
 
 
 def load_policy(folder: Path, dtype: torch.dtype, device: str | None, attention: str | None = None) -> PreTrainedModel:
@@ -172,9 +219,61 @@ def context_length(folder: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of the chat up to where the assistant begins; nothing is put before what the template gives."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
+                name: str = "this chat", answer_next: bool = True) -> str:
+    """The chat as the template writes it, up to where the assistant begins if `answer_next`.
+
+    `name` says which it is. One that the template refuses is a UserError with the template's words.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=answer_next,
+                                             tokenize=False)
+    except Exception as error:  # a template may fail in any way that its expressions can
+        raise UserError(f"the policy's chat template refuses {name} ({type(error).__name__}: "
+                        f"{error}); "
+                        "change it to what the template takes, such as a chat without a system "
+                        "message") from error
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]],
+                     name: str = "this chat") -> list[int]:
+    """Token ids of the chat up to where the assistant begins, with nothing before the template's.
+
+    `name` says which it is. One that the template refuses is a UserError with the template's words.
+    """
+    return tokenizer(render_chat(tokenizer, messages, name), add_special_tokens=False).input_ids
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What would be read as a control token in a text: added tokens, special or in the template.
+
+    The longest come first. White space and words are left out, which some tokenizers have as added
+    tokens.
+    """
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()
+             if token.special or (token.content in str(tokenizer.chat_template)
+                                  and not token.content.isalnum())}
+    found = (token for token in added | set(tokenizer.all_special_tokens) if token.strip())
+    return sorted(found, key=lambda token: (-len(token), token))
+
+
+def check_no_control_tokens(controls: list[str], text: str, name: str) -> None:
+    """UserError if a text of an evaluation, called `name`, spells a control token of the policy."""
+    if spelled := next((token for token in controls if token in text), None):
+        raise UserError(f"{name} spells {spelled}, which the policy would read as a control token "
+                        "and "
+                        "not as text; remove it there")
+
+
+def without_control_tokens(controls: list[str], text: str) -> str:
+    """A policy's own text for a later turn, with a space in the control tokens that it spells.
+
+    Marks of thoughts stay, because templates cut thoughts at them.
+    """
+    for token in controls:
+        if token not in (THOUGHT, THOUGHT_END):
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -182,19 +281,37 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The control token that the chat template writes first behind an assistant's turn, if any."""
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ANSWER}]
+    try:
+        _, answer, behind = render_chat(tokenizer, chat, answer_next=False).rpartition(ANSWER)
+    except UserError:
+        return None
+    controls = set(tokenizer.convert_tokens_to_ids(control_tokens(tokenizer)))
+    ids = tokenizer(behind, add_special_tokens=False).input_ids if answer else []
+    return next((number for number in ids if number in controls), None)
+
+
 def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: the generation config's, else the tokenizer's EOS."""
+    """The ids that end a response, first the one that ends it as the chat template writes it.
+
+    They are what the template writes behind an assistant's turn, the generation config's and the
+    tokenizer's EOS: a policy may have been taught any of them, and behind each it would invent the
+    next turn.
+    """
     from transformers import GenerationConfig
 
     try:
-        stop = GenerationConfig.from_pretrained(folder).eos_token_id
+        configured = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:
-        stop = None
-    if stop is None:
-        stop = tokenizer.eos_token_id
-    if stop is None:
+        configured = None
+    several = configured if isinstance(configured, list) else [configured]
+    ends = (end_of_turn_id(tokenizer), *several, tokenizer.eos_token_id)
+    found = [number for number in ends if number is not None]
+    if not found:
         raise UserError(f"the model in {folder} has no EOS token; add eos_token_id to its generation_config.json")
-    return [stop] if isinstance(stop, int) else list(stop)
+    return list(dict.fromkeys(found))
 
 
 def start_torch(gpus: int = 1) -> None:

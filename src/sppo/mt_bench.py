@@ -23,7 +23,7 @@ from typing import Any
 from sppo.adapters import EMBEDDED, adapter_folder
 from sppo.alpaca import NO_COMPLETION
 from sppo.api import OPENAI_MODELS, request_forms
-from sppo.artifacts import file_hash
+from sppo.artifacts import file_hash, json_lines
 from sppo.errors import UserError
 
 Row = dict[str, Any]
@@ -72,17 +72,14 @@ def check_grader(judge: str, judge_model: str | None, judge_base_url: str | None
 
 def read_lines(path: Path) -> list[Row]:
     """JSON lines with a question_id each. A broken line, a missing and a repeated id are a UserError that names the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        raise UserError(f"{path} is missing; mt_bench.data needs {', '.join(OFFICIAL)}") from None
+    if not path.is_file():
+        raise UserError(f"{path} is missing; mt_bench.data needs {', '.join(OFFICIAL)}")
     rows: dict[Any, Row] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            question = row["question_id"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number} is no JSON object with a question_id; mend it") from None
+    for number, row in enumerate(json_lines(path), start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str)):
+            raise UserError(f"{path}, line {number} is no JSON object with a question_id; "
+                            "correct it")
+        question = row["question_id"]
         if question in rows:
             raise UserError(f"{path}, line {number}: question {question} stands twice; drop one")
         rows[question] = row
@@ -94,9 +91,10 @@ def read_questions(data: Path) -> list[Row]:
     rows = read_lines(data / "question.jsonl")
     for row in rows:
         turns = row.get("turns")
-        if not isinstance(turns, list) or len(turns) != 2 or row.get("category") not in TEMPERATURES:
+        two = isinstance(turns, list) and [type(turn) for turn in turns] == [str, str]
+        if not two or row.get("category") not in TEMPERATURES:
             raise UserError(f"{data}/question.jsonl: question {row['question_id']} needs two turns and a category of "
-                            f"{', '.join(TEMPERATURES)}; mend it")
+                            f"{', '.join(TEMPERATURES)}; correct it")
     if not rows:
         raise UserError(f"{data}/question.jsonl has no questions; add some")
     return rows
@@ -234,7 +232,7 @@ class Client:
 
 
 def _kept(cache: Path) -> Iterator[tuple[str, str]]:
-    for line in cache.read_text(encoding="utf-8").splitlines() if cache.is_file() else []:
+    for line in cache.read_bytes().split(b"\n") if cache.is_file() else []:
         with contextlib.suppress(ValueError):  # a kill may tear the last line
             key, answer = json.loads(line)
             yield key, answer

@@ -17,7 +17,7 @@ from sppo.api import check_served
 from sppo.errors import UserError
 from sppo.hub import check_push
 from sppo.models import HUB_ID, check_policy
-from sppo.prompts import read_gold, read_instructions, read_prompts
+from sppo.prompts import is_held_out, normalised, read_gold, read_instructions, read_prompts
 
 TRAINING_ENVIRONMENT = Path(__file__).resolve().parents[2] / "envs" / "core.yaml"
 FEWEST_INSTRUCTIONS = 5
@@ -58,14 +58,16 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
                                     "folder that src/train_ranker.py wrote")
         for section, check in JUDGED.values():
             check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")), key=False)
+        questions = []
         if run["mt_bench"]["data"] != "fastchat":
-            mt_bench.read_questions(Path(run["mt_bench"]["data"]))
+            questions = mt_bench.read_questions(Path(run["mt_bench"]["data"]))
         if run["pairs"]["gold"]:
             read_gold(Path(run["pairs"]["gold"]))
         if run["open_llm"]["data"] != "hub" and not Path(run["open_llm"]["data"]).is_dir():
             raise UserError(f"config: {where}open_llm.data is {run['open_llm']['data']}, but there is no such folder; give `hub`, or a folder "
                             "with all six tasks")
         held_out = check_instructions(run["alpaca_eval"], where)
+        held_out |= {normalised(row["turns"][0]) for row in questions}
         tracker = run["train"]["report_to"]
         if in_conda and tracker != "none" and f"- {tracker}==" not in TRAINING_ENVIRONMENT.read_text(encoding="utf-8"):
             raise UserError(f"config: {where}train.report_to is {tracker}, which envs/core.yaml lacks; add it there, as - {tracker}==<version> "
@@ -117,7 +119,10 @@ def check_no_typo(section: str, key: str, chosen: dict[str, Any]) -> None:
 
 
 def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
-    """The evaluation's files are there and belong together. Returns its instructions; none for `official`, which a rule fetches."""
+    """The evaluation's files are there and belong together.
+
+    Returns its instructions, normalised; none for `official`, which a rule fetches.
+    """
     official = evaluation["instructions"] == "official"
     for key in ("reference", "difficulty"):
         if evaluation[key] == "official" and not (official and evaluation["limit"] is None):
@@ -138,7 +143,7 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
         alpaca.paired([row | {"generator": "policy"} for row in asked], alpaca.read_outputs(Path(evaluation["reference"])))
     if evaluation["difficulty"]:
         alpaca.check_order(asked, Path(evaluation["difficulty"]))
-    return {row["instruction"].strip() for row in instructions}
+    return {normalised(row["instruction"]) for row in instructions}
 
 
 def check_machine(
@@ -218,8 +223,8 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
         check_no_typo("prompts", "source", prompts | {"source": each})
     if "{t}" in source or not Path(source).is_file():
         return
-    rows, _ = read_prompts(source, None, prompts["split"], prompts["field"])
-    free = sum(row["messages"][-1]["content"].strip() not in held_out for row in rows)
+    rows, *_ = read_prompts(source, None, prompts["split"], prompts["field"])
+    free = sum(not is_held_out(row, held_out) for row in rows)
     wanted = (prompts["per_iteration"] or 1) * run["iterations"]
     if wanted > free:
         raise UserError(f"config: prompts.per_iteration asks for {prompts['per_iteration'] or 1} prompts in each of {run['iterations']} "

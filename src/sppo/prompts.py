@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
-import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
-from sppo.artifacts import read_json
+from sppo.artifacts import has_lone_surrogate, json_lines, read_json
 from sppo.errors import UserError
 from sppo.hub import hub_failure, hub_token
 from sppo.models import HUB_ID
 
 Prompt = dict[str, Any]  # id, category, messages
+ROLES = ("system", "user", "assistant", "tool")
 BEST_GRADE = 10  # what a reward-conditioned policy is asked for when it is sampled or evaluated
 
 
-def read_prompts(source: str, revision: str | None, split: str, field: str) -> tuple[list[Prompt], str | None]:
-    """Prompts of a JSONL file or of a hub data set, and the hub commit (None for a file).
+def read_prompts(source: str, revision: str | None, split: str,
+                 field: str | None) -> tuple[list[Prompt], str | None, int]:
+    """Prompts of a JSONL file or a hub data set, the hub commit (None for a file), and empty ones.
 
-    Raises `UserError` for a missing source, a broken line (naming it), a missing field, or, in a file, a repeated id.
+    field: the one that holds the prompt; None takes `messages`, else `instruction`. Empty prompts
+    of the hub are left out and only counted: nobody here can correct a data set of the hub.
+    Raises `UserError` for a missing source, a broken line (naming it), a missing field, or, in a
+    file, an empty prompt or a repeated id.
     """
     path = Path(source).expanduser()
     commit = None
     if path.is_file():
-        rows = _jsonl(path)
+        rows = json_lines(path)
     elif HUB_ID.fullmatch(source) and path.suffix not in (".jsonl", ".json"):
         rows, commit = _hub(source, revision, split)
     else:
         raise UserError(f"prompts.source {source} is neither a file nor a hub data set such as org/name; correct the path")
-    prompts, seen = [], set()
+    prompts, seen, empty = [], set(), 0
     for number, row in enumerate(rows, 1):
         prompt = _prompt(row, field, f"{source} line {number}")
+        if prompt is None and commit:
+            empty += 1
+            continue
+        if prompt is None:
+            raise UserError(f"{source} line {number} has an empty prompt; remove that line")
         if prompt["id"] in seen and commit:
-            prompt["id"] = f"{prompt['id']}#{number}"  # nobody here can mend a data set of the hub
+            prompt["id"] = f"{prompt['id']}#{number}"
         if prompt["id"] in seen:
             raise UserError(f"{source} line {number}: id {prompt['id']} is there twice; ids must differ")
         seen.add(prompt["id"])
         prompts.append(prompt)
     if not prompts:
         raise UserError(f"{source} has no prompts; give a file with one JSON object a line")
-    return prompts, commit
+    return prompts, commit, empty
 
 
 def with_goal(messages: list[dict[str, str]], grade: float) -> list[dict[str, str]]:
@@ -54,23 +64,14 @@ def read_gold(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise UserError(f"{path} is missing; pairs.gold names a JSONL file of gold responses, with id and response")
     found: dict[str, str] = {}
-    for number, row in enumerate(_jsonl(path), 1):
+    for number, row in enumerate(json_lines(path), 1):
         if not isinstance(row, dict) or not isinstance(row.get("response"), str) or "id" not in row or not row["response"].strip():
-            raise UserError(f"{path} line {number} is not an object with id and response; mend it")
+            raise UserError(f"{path} line {number} is not an object with id and response; "
+                            "correct it")
         if str(row["id"]) in found:
             raise UserError(f"{path} line {number}: id {row['id']} is there twice; ids must differ")
         found[str(row["id"])] = row["response"]
     return found
-
-
-def _jsonl(path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}); mend or remove that line") from None
-    return rows
 
 
 def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]:
@@ -88,22 +89,64 @@ def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]
     return rows, folder.name
 
 
-def _prompt(row: Any, field: str, where: str) -> Prompt:
+def _prompt(row: Any, field: str | None, where: str) -> Prompt | None:
+    """The prompt of a row; None if it is empty."""
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object; give one object a line")
-    content = row.get("messages", row.get(field))
+    if field is None:
+        chat = row.get("messages") is not None or "instruction" not in row
+        field = "messages" if chat else "instruction"
+        if field not in row:
+            raise UserError(f"{where} has neither messages nor instruction; set prompts.field to "
+                            "the "
+                            "field that holds the prompt")
+    if field not in row:
+        raise UserError(f"{where} has no {field}; set prompts.field to the field that holds the "
+                        "prompt")
+    content = row[field]
     if content is None:
-        raise UserError(f"{where} has neither {field} nor messages; set prompts.field to the field that holds the prompt")
+        return None
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
-        raise UserError(f"{where}: {field} is neither a text nor a list of messages with role and content")
+    if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str) for m in messages):
+        raise UserError(f"{where}: {field} is neither a text nor a list of messages with role and "
+                        "content; convert it")
+    if foreign := next((m["role"] for m in messages if m["role"] not in ROLES), None):
+        known = {"human": "user", "gpt": "assistant"}.get(foreign)
+        raise UserError(f"{where}: {field} has the role {foreign!r}, and roles are "
+                        f"{', '.join(ROLES)}; convert it" + (f" to {known}" if known else ""))
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]  # data sets of conversations end in the answer
-    if not messages or not messages[-1]["content"].strip():
-        raise UserError(f"{where} has an empty prompt; remove that line")
+    if not messages:
+        return None
+    if messages[-1]["role"] != "user":
+        raise UserError(f"{where}: the last message of {field} is the {messages[-1]['role']}'s, so "
+                        "that "
+                        "there is nothing to answer; end it in the user's")
+    if not messages[-1]["content"].strip():
+        return None
     identity = row.get("id", row.get("prompt_id", where.rsplit(" ", 1)[1]))
     return {"id": str(identity), "category": str(row.get("category", "")),
             "messages": [{"role": m["role"], "content": m["content"]} for m in messages]}
+
+
+def normalised(text: str) -> str:
+    """A question without what makes no other one of it.
+
+    That is case, white space, compatible forms of a character, and closing marks.
+    """
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    end = len(plain)
+    while end and unicodedata.category(plain[end - 1])[0] in "PZ":
+        end -= 1
+    return plain[:end] or plain
+
+
+def is_held_out(prompt: Prompt, held_out: set[str]) -> bool:
+    """Whether a user's message of the prompt is one of these questions, which are `normalised`."""
+    return any(message["role"] == "user" and normalised(message["content"]) in held_out
+               for message in prompt["messages"])
 
 
 def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -111,6 +154,8 @@ def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, An
 
     Raises `UserError` for a missing or foreign file, a repeated instruction, or a limit beyond the end.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file in alpaca-eval's form")
     rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("instruction"), str) for row in rows):
         raise UserError(f"{path} is not a list of objects with `instruction`; give a file in alpaca-eval's form")
@@ -120,17 +165,16 @@ def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, An
     for number, row in enumerate(rows, 1):
         if not row["instruction"].strip():
             raise UserError(f"{path}: instruction {number} is blank; remove it")
-        if any("\ud800" <= character <= "\udfff" for character in row["instruction"]):
-            raise UserError(
-                f"{path}: instruction {number} has half of a surrogate pair, which is no "
-                "character; correct it"
-            )
+        if has_lone_surrogate(row):
+            raise UserError(f"{path}: instruction {number} spells half a character (a lone surrogate "
+                            "such as \\ud83d), which no text can hold; correct or remove it")
         if row["instruction"] in seen:
             raise UserError(f"{path} has an instruction twice: {row['instruction'][:60]!r}; remove one")
         seen.add(row["instruction"])
     ids = [str(row["prompt_id"]) for row in rows if "prompt_id" in row]
     if len(set(ids)) < len(ids) or 0 < len(ids) < len(rows):
-        raise UserError(f"{path}: prompt_id must differ between all instructions, or be absent; mend it")
+        raise UserError(f"{path}: prompt_id must differ between all instructions, or be absent; "
+                        "correct it")
     if limit and limit > len(rows):
         raise UserError(f"alpaca_eval.limit is {limit}, but {path} has {len(rows)} instructions; lower it")
     return rows[:limit]

@@ -41,7 +41,9 @@ def request_seed(data_seed: int, purpose: str, prompt_id: str) -> int:
 class VllmEngine:
     """vLLM's offline engine, on one GPU or on `tensor_parallel` of them."""
 
-    def __init__(self, folder: Path, *, precision: str, device: str, batch_size: int, tensor_parallel: int) -> None:
+    def __init__(self, folder: Path, *, precision: str, device: str, batch_size: int,
+                 tensor_parallel: int, thoughts: str = "keep",
+                 template: dict[str, Any] | None = None) -> None:
         import torch
 
         check_policy(folder)
@@ -57,7 +59,7 @@ class VllmEngine:
         except ImportError as error:
             raise UserError(f"responses.engine is vllm, but vLLM cannot be imported here ({error}); run Snakemake with --use-conda, or set "
                             "responses.engine: transformers") from error
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer, self.thoughts = load_tokenizer(folder, **(template or {})), thoughts
         self.stop_ids = stop_token_ids(folder, self.tokenizer)
         self.dtype = compute_dtype(precision, device)
         try:
@@ -90,5 +92,6 @@ class VllmEngine:
                     for seed in seeds]
         bar = functools.partial(tqdm, file=sys.stderr, mininterval=0.1 if watched() else 60)
         answers = self.llm.generate([{"prompt_token_ids": list(row["prompt_token_ids"])} for row in prompts], requests, use_tqdm=bar)
-        return [response(row, k, seed + k, list(answer.outputs[0 if greedy else k].token_ids), self.stop_ids, self.tokenizer)
+        return [response(row, k, seed + k, list(answer.outputs[0 if greedy else k].token_ids),
+                         self.stop_ids, self.tokenizer, self.thoughts)
                 for row, seed, answer in zip(prompts, seeds, answers, strict=True) for k in range(sampling.samples)]

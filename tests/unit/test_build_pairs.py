@@ -179,7 +179,9 @@ def test_a_winner_with_the_lower_win_rate_makes_a_pair_too(build):
     assert pairs[0]["p_hat_chosen"] < 0.5 < pairs[0]["p_hat_rejected"]
 
 
-@pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"), ('{"id": "b"}', "line 2 is not an object with id and response"),
+@pytest.mark.parametrize(("line", "message"), [("{", "line 2 is not JSON"),
+                                               ('{"id": "b", "response": "\\udc00"}', "line 2 spells half a character"),
+                                               ('{"id": "b"}', "line 2 is not an object with id and response"),
                                                ('{"id": "a", "response": "again"}', "line 2: id a is there twice")])
 def test_broken_gold_is_named(build, tmp_path, line, message, tiny_policy):
     (tmp_path / "gold.jsonl").write_text('{"id": "a", "response": "x"}\n' + line)

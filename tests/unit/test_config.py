@@ -483,6 +483,10 @@ def other_value(rule: dict):
         return next((value for value in rule["enum"] if value not in defaults and value is not None), rule["enum"][0])
     if "boolean" in types:
         return not defaults[0]
+    if "object" in types:
+        return {"enable_thinking": False, "date_string": "it's \"so\"", "levels": [1, None]}
+    if rule.get("pattern", "").startswith("^[0-9]{4}-"):
+        return "1999-12-31"
     return {"integer": 123, "number": 0.1234567890123, "string": "a folder/with 'quotes' {t}"}[types[0]] if "pattern" not in rule else "x"
 
 
@@ -505,6 +509,35 @@ def test_value_that_begins_as_a_flag_does_is_a_value():
     parser = argparse.ArgumentParser()
     add_section(parser, "prompts")
     assert parser.parse_args(flags({"field": "-x", "split": "--help"})).field == "-x"
+
+
+def test_variables_of_the_chat_template_keep_their_types():
+    """Also where `snakemake --config policy={...}` hands over text alone; null takes back what a file below sets."""
+    given = {"enable_thinking": "false", "effort": "high", "budget": 5}
+    assert resolve({"policy": {"chat_template_kwargs": given}})[""]["policy"]["chat_template_kwargs"] == {
+        "enable_thinking": False, "effort": "high", "budget": 5}
+    assert resolve({"policy": {"chat_template_kwargs": None}})[""]["policy"]["chat_template_kwargs"] == {}
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "Enable", "a b", "a-b"])
+def test_a_chat_template_has_no_variable_of_that_name(name):
+    assert "policy.chat_template_kwargs" in refusal({"policy": {"chat_template_kwargs": {name: 1}}})
+
+
+def test_a_date_without_quotes_is_one_and_no_other_day_is():
+    written = yaml.safe_load("policy: {template_date: 2025-01-31}")
+    assert resolve(written)[""]["policy"]["template_date"] == "2025-01-31"
+    assert "policy.template_date is 2025-02-31" in refusal({"policy": {"template_date": "2025-02-31"}})
+    assert "policy.template_date" in refusal({"policy": {"template_date": "today"}})
+
+
+def test_flags_of_objects_take_json_alone(capsys):
+    parser = argparse.ArgumentParser()
+    add_section(parser, "policy", only=("chat_template_kwargs",))
+    for text in ("5", "{", "[1]"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--chat-template-kwargs", text])
+        assert "is not a JSON object" in capsys.readouterr().err
 
 
 def test_graded_pairs_go_with_or_without_gold_responses():

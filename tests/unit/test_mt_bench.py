@@ -269,7 +269,7 @@ def test_a_reward_conditioned_policy_is_asked_for_its_best_in_both_turns(program
     question = {"question_id": 1, "category": "math", "turns": ["Add one and one.", "And once more."]}
     (tmp_path / "question.jsonl").write_text(json.dumps(question) + "\n")
     asked, tokens_of = [], models.prompt_token_ids
-    monkeypatch.setattr(models, "prompt_token_ids", lambda tokenizer, chat: asked.append(chat) or tokens_of(tokenizer, chat))
+    monkeypatch.setattr(models, "prompt_token_ids", lambda tokenizer, chat, name: asked.append(chat) or tokens_of(tokenizer, chat))
     program(answer_mt_bench, "--data", tmp_path, "--policy", tiny_policy, "--model-id", "tiny", "--noise", "n", "--max-new-tokens", 4,
             "--best-grade", "--output", tmp_path / "a.jsonl")
 
@@ -278,7 +278,10 @@ def test_a_reward_conditioned_policy_is_asked_for_its_best_in_both_turns(program
 
 
 @pytest.mark.parametrize(("line", "message"), [
-    ('{"question_id": 1', "line 2 is no JSON object"),
+    ('{"question_id": 1', "line 2 is not JSON"),
+    ('["question_id"]', "line 2 is no JSON object with a question_id"),
+    ('{"question_id": 8, "category": "math", "turns": ["a", "\\ud83d"]}', "line 2 spells half a character"),
+    ('{"question_id": 8, "category": "math", "turns": ["a", 5]}', "question 8 needs two turns"),
     ('{"question_id": 7, "category": "math", "turns": ["a", "b"]}', "question 7 stands twice"),
     ('{"question_id": 8, "category": "maths", "turns": ["a", "b"]}', "question 8 needs two turns"),
 ])
@@ -286,6 +289,15 @@ def test_bad_questions_are_named(tmp_path, line, message):
     (tmp_path / "question.jsonl").write_text('{"question_id": 7, "category": "math", "turns": ["a", "b"]}\n' + line)
     with pytest.raises(UserError, match=message):
         mt_bench.read_questions(tmp_path)
+
+
+def test_questions_and_answers_may_hold_what_python_takes_for_ends_of_lines(tmp_path):
+    question = {"question_id": 7, "category": "math", "turns": ["a\u2028b", "c\x85d"]}
+    (tmp_path / "question.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(question, ensure_ascii=False).encode() + b"\r\n\n")
+    assert mt_bench.read_questions(tmp_path) == [question]
+    answer = {"question_id": 7, "choices": [{"turns": ["x\u2029y", "z"]}]}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(answer, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert mt_bench.read_answers(tmp_path / "answers.jsonl", [question]) == {7: answer}
 
 
 def test_missing_answers_and_references_are_named(grade, answers, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import resource
 import shutil
 import subprocess
@@ -373,6 +374,25 @@ def test_without_keep_policies_all_but_the_last_are_temporary(copy):
 def test_no_iterations_evaluate_the_base_alone(copy):
     done = dry_run(copy, "--config", "iterations=0")
     assert evaluated(done) == {"results/iter0/alpaca_eval.json"} and not {"train_policy", "generate_responses"} & jobs(done).keys()
+
+
+def test_chats_are_written_alike_everywhere_and_no_evaluation_s_questions_are_drawn(copy):
+    (copy / "chats.yaml").write_text("policy: {chat_template_kwargs: {enable_thinking: false, words: it's}, thoughts: strip}\n"
+                                     "preference: {source: chat_template}\n")
+    done = dry_run(copy, "results/iter1/alpaca_eval.json", "results/iter1/mt_bench.json", "results/ra_dpo/iter1/pairs.parquet", "--configfile", "chats.yaml",
+                   "--printshellcmds")
+    lines = (done.stdout + done.stderr).splitlines()
+    kwargs = shlex.quote('{"enable_thinking": false, "words": "it\'s"}')
+    for program in ("sample_prompts", "generate_responses", "annotate_preferences", "build_pairs", "answer_instructions", "answer_mt_bench"):
+        run = [line for line in lines if f"src/{program}.py" in line]
+        assert run and all(f"--chat-template-kwargs {kwargs} --template-date 2024-07-26" in line for line in run), program
+        assert all(("--thoughts strip" in line) == program.startswith(("generate", "answer")) for line in run)
+    assert any("--held-out data/evaluation.json data/mt_bench/question.jsonl --earlier" in line for line in lines)
+
+
+def test_mt_bench_s_questions_are_fetched_before_prompts_are_drawn(copy):
+    planned = jobs(dry_run(copy, "results/iter1/prompts.parquet", "--config", "mt_bench={data: fastchat}"))
+    assert planned["fetch_mt_bench"] == planned["sample_prompts"] == 1
 
 
 def test_named_experiment_and_run_share_the_base_and_the_first_iteration(copy):
