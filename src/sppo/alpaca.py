@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppo.adapters import EMBEDDED, adapter_files, adapter_folder
-from sppo.api import request_forms
+from sppo.api import check_address, request_forms
 from sppo.artifacts import ROOT, file_hash, known_hash, read_json
 from sppo.errors import UserError
 
@@ -50,6 +50,8 @@ OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd
 
 def check_judge(judge: str, judge_model: str | None = None, judge_base_url: str | None = None, key: bool = True) -> None:
     """Raise UserError if the judge cannot work: unknown name, missing folder, model, address or, if `key`, key. Cheap."""
+    if judge_base_url is not None:  # also where no server is asked: records hold it
+        check_address(judge_base_url, "alpaca_eval.judge_base_url")
     folder = adapter_folder(judge)
     if folder:
         if not folder.is_dir():

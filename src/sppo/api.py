@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -22,6 +24,23 @@ def request_forms(max_tokens: int, **sampling: Any) -> list[dict[str, Any]]:
     let anybody choose a temperature or read log-probabilities; then for models that always reason, and choose themselves.
     """
     return [{"max_tokens": max_tokens, **sampling}, {"max_completion_tokens": max_tokens, "reasoning_effort": "none", **sampling}, {}]
+
+
+def check_address(url: str, where: str) -> None:
+    """Raise UserError unless the value of the configuration key `where` is the address of a server. Asks nobody.
+
+    A name or password in it would stand in results, records and logs, so it is refused, and no message repeats it.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
+    except ValueError:  # a port out of range or not a number, brackets without an end
+        scheme = host = port = None
+    if "@" in url:
+        raise UserError(f"{where} holds a name or password, which would stand in results, records and logs; leave out what is before "
+                        "the @, and export the key as OPENAI_API_KEY")
+    if scheme not in ("http", "https") or not host or port == 0 or re.search(r"[\s\x00-\x1f\x7f]", url):
+        raise UserError(f"{where} is {url!r}, which is no address of a server; give one such as http://localhost:8000/v1")
 
 
 def check_served(judge: str, judge_model: str | None, judge_base_url: str | None, where: str) -> None:

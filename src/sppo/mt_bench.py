@@ -22,7 +22,7 @@ from typing import Any
 
 from sppo.adapters import EMBEDDED, adapter_folder
 from sppo.alpaca import NO_COMPLETION
-from sppo.api import OPENAI_MODELS, request_forms
+from sppo.api import OPENAI_MODELS, check_address, request_forms
 from sppo.artifacts import file_hash
 from sppo.errors import UserError
 
@@ -45,14 +45,16 @@ RETRIES = 6  # of the openai package, with exponential backoff
 
 def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True, section: str = "mt_bench") -> None:
     """Raise UserError if the judge of a configuration section cannot work: missing folder, model, address or, if `key`, key. Cheap."""
+    if judge_base_url is not None:  # also where no server is asked: records hold it
+        check_address(judge_base_url, f"{section}.judge_base_url")
     folder = adapter_folder(judge)
     if folder:
         if not folder.is_dir():
             raise UserError(f"judge {judge}: the folder {folder} is missing; train the adapter or correct {section}.judge")
     elif judge == "openai":
-        for key, value in (("judge_model", judge_model), ("judge_base_url", judge_base_url)):
+        for setting, value in (("judge_model", judge_model), ("judge_base_url", judge_base_url)):
             if not value:
-                raise UserError(f"judge openai needs {section}.{key}; set it")
+                raise UserError(f"judge openai needs {section}.{setting}; set it")
     elif not judge.startswith(OPENAI_MODELS):
         raise UserError(f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or a model of "
                         f"OpenAI's such as gpt-6-luna as {section}.judge")
@@ -63,6 +65,8 @@ def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None,
 def check_grader(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True) -> None:
     """The same for the section `grades`, whose judge grades one response alone: the run's preference model or one behind an API."""
     if judge == "preference":
+        if judge_base_url is not None:
+            check_address(judge_base_url, "grades.judge_base_url")
         return
     if judge != "openai" and not judge.startswith(OPENAI_MODELS):
         raise UserError(f"unknown judge {judge}; take preference (the run's preference model), openai, or a model of OpenAI's such as gpt-6-luna "
