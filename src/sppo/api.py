@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import textwrap
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -24,6 +26,25 @@ def request_forms(max_tokens: int, **sampling: Any) -> list[dict[str, Any]]:
     let anybody choose a temperature or read log-probabilities; then for models that always reason, and choose themselves.
     """
     return [{"max_tokens": max_tokens, **sampling}, {"max_completion_tokens": max_tokens, "reasoning_effort": "none", **sampling}, {}]
+
+
+# What the openai package and its callers raise where a server's answer is no chat completion: broken JSON, missing fields, HTML.
+NO_COMPLETION = (json.JSONDecodeError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
+
+
+def quoted(text: str | None) -> str:
+    """A judge's answer, short and in one line, for a message."""
+    return repr(textwrap.shorten(text or "", 200, placeholder="...")) if text and text.strip() else "an empty answer"
+
+
+def judge_failure(judge: str, error: Exception, key: str | None, cache: object) -> UserError:
+    """What to tell the user of an error that asking the judge raised: one of `NO_COMPLETION`, or of the openai package. Hides the key."""
+    said = str(error).replace(key or "\0", "(key)")
+    if isinstance(error, NO_COMPLETION):
+        said = f"its answer is no chat completion ({type(error).__name__}: {said}); is the address right? It often ends in /v1"
+    else:
+        said = f"{type(error).__name__}: {said}"
+    return UserError(f"judge {judge}: {textwrap.shorten(said, 500, placeholder='...')}; fix it and run again, finished judgments are kept in {cache}")
 
 
 def check_address(url: str, where: str) -> None:

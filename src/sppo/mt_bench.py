@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.adapters import EMBEDDED, adapter_folder
-from sppo.alpaca import NO_COMPLETION
-from sppo.api import OPENAI_MODELS, check_address, request_forms
+from sppo.api import NO_COMPLETION, OPENAI_MODELS, check_address, judge_failure, quoted, request_forms
 from sppo.artifacts import file_hash
 from sppo.errors import UserError
 
@@ -86,7 +85,7 @@ def read_lines(path: Path) -> list[Row]:
             row = json.loads(line)
             question = row["question_id"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number} is no JSON object with a question_id; mend it") from None
+            raise UserError(f"{path}, line {number} is no JSON object with a question_id; fix it") from None
         if question in rows:
             raise UserError(f"{path}, line {number}: question {question} stands twice; drop one")
         rows[question] = row
@@ -100,7 +99,7 @@ def read_questions(data: Path) -> list[Row]:
         turns = row.get("turns")
         if not isinstance(turns, list) or len(turns) != 2 or row.get("category") not in TEMPERATURES:
             raise UserError(f"{data}/question.jsonl: question {row['question_id']} needs two turns and a category of "
-                            f"{', '.join(TEMPERATURES)}; mend it")
+                            f"{', '.join(TEMPERATURES)}; fix it")
     if not rows:
         raise UserError(f"{data}/question.jsonl has no questions; add some")
     return rows
@@ -211,9 +210,7 @@ class Client:
             try:
                 text = self._answer(messages, request_forms(max_tokens, temperature=temperature))
             except (openai.OpenAIError, *NO_COMPLETION) as error:
-                message = str(error).replace(self.api.api_key, "(key)")
-                raise UserError(f"judge {self.base_url or self.model}: {type(error).__name__}: {message}; mend it and run again, finished judgments are kept in "
-                                f"{self.cache}") from None
+                raise judge_failure(self.base_url or self.model, error, self.api.api_key, self.cache) from None
             with self.lock:
                 self.kept[key] = text
                 self.cache.parent.mkdir(parents=True, exist_ok=True)

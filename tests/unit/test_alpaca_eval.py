@@ -239,6 +239,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, logprobs: str, broken: str = "") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.html = False  # whether a web page is the answer to everything
         self.plan: list[int | str] = []  # statuses, or bodies that are no completion, of the next answers to judgments
         self.logprobs, self.broken, self.judged, self.status, self.keys, self.letters = logprobs, broken, 0, 200, set(), set()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -250,6 +251,8 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.keys.add(self.headers["Authorization"])
         key = self.headers["Authorization"].split()[-1]
+        if self.server.html:
+            return self.send(200, b"<html>\n<body>Welcome</body></html>", "text/html")
         if self.server.status != 200:
             return self.reply(self.server.status, {"error": {"message": f"bad key {key}"}})
         if "max_tokens" in request and self.server.logprobs in ("after reasoning", "if told not to reason"):
@@ -259,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
         if request.get("logprobs") and self.server.logprobs == "refused":
             return self.reply(400, {"error": {"message": "logprobs are not supported"}})
         text = request["messages"][-1]["content"]
-        answers = re.findall(r'"output": """(\w*)', text)
+        answers = re.findall(r'"output": """(\w*)', text) if alpaca.TRIAL["instruction"] not in text else []
         letter = "m" if not answers or answers[0] == "policy" else "M"
         if answers and self.server.plan:
             answer = self.server.plan.pop(0)
@@ -282,9 +285,9 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status, body):
         self.send(status, json.dumps(body).encode())
 
-    def send(self, status, data):
+    def send(self, status, data, kind="application/json"):
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -387,9 +390,41 @@ def test_an_answer_that_is_no_completion_is_one_line(call, serve, monkeypatch, t
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given")
     server.plan = [body] * 200
-    with pytest.raises(UserError, match="mend it and run again"):
+    with pytest.raises(UserError, match="fix it and run again"):
         call(outputs("policy", 6, 1), outputs("base", 6), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
     assert not (tmp_path / "out" / "alpaca_eval.json").exists()
+
+
+@pytest.mark.parametrize("judge", ["openai", "weighted_alpaca_eval_gpt4_turbo"])
+def test_a_judge_that_cannot_be_read_is_quoted_before_anything_is_paid(call, serve, monkeypatch, judge):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given", alpaca.TRIAL["instruction"])
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    model = ["--judge-model", "tiny", "--judge-base-url", server.url] if judge == "openai" else []
+    with pytest.raises(UserError, match=r"judge (tiny|weighted_alpaca_eval_gpt4_turbo) cannot be read: .* it answers '\?'; no judgment") as error:
+        call(outputs("policy", 6, 1), outputs("base", 6), *model, judge=judge)
+    assert server.judged == 0 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("judge", ["openai", "weighted_alpaca_eval_gpt4_turbo"])
+def test_a_web_page_in_place_of_an_answer_is_one_line(call, serve, monkeypatch, judge):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given")
+    server.html = True
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    model = ["--judge-model", "tiny", "--judge-base-url", server.url] if judge == "openai" else []
+    with pytest.raises(UserError, match="its answer is no chat completion .*; is the address right"):
+        call(outputs("policy", 6, 1), outputs("base", 6), *model, judge=judge)
+
+
+def test_what_is_judged_already_needs_no_trial(call, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    arguments = (outputs("policy", 6, 1), outputs("base", 6))
+    call(*arguments, judge="weighted_alpaca_eval_gpt4_turbo")
+    server.status = 500
+    assert call(*arguments, judge="weighted_alpaca_eval_gpt4_turbo")["win_rate"] == pytest.approx(80)
 
 
 def test_a_changed_prompt_takes_no_old_judgment(call, serve, monkeypatch):
