@@ -290,7 +290,10 @@ def _short(row: Record) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings about pkg_resources and, at every fit, about scikit-learn 1.10: both are pinned."""
+    """Without the warnings about pkg_resources and, at every fit, about scikit-learn 1.10: both are pinned.
+
+    The package's own, of an LC that may have failed, is `length_controlled_warning`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -356,6 +359,20 @@ def metrics(annotations: list[Record] | pd.DataFrame, formula: str, difficulty: 
     with _quiet():
         return glm_winrate.get_length_controlled_winrate(frame, glm_name=formula, save_weights_dir=None,
                                                          is_warn_extreme_changes=False)
+
+
+def length_controlled_warning(win_rate: float, length_controlled: float) -> str | None:
+    """Why the length-controlled win rate (both in per cent) may be no measurement, None if nothing says so.
+
+    Exactly 50 means that the L1 penalty left the package's model no effect at all. The other case is the package's own warning.
+    """
+    from alpaca_eval.metrics.glm_winrate import get_is_extreme_changes
+
+    if length_controlled == 50.0 != win_rate:
+        return f"it is exactly 50, the win rate {win_rate:.1f}: alpaca-eval's model found no effect, and this is no measurement"
+    if get_is_extreme_changes(win_rate, length_controlled):
+        return f"it is {length_controlled:.1f}, the win rate {win_rate:.1f}: so far apart that alpaca-eval's model may have failed"
+    return None
 
 
 def evaluate(outputs: list[Record], reference: list[Record], formula: str, difficulty: Path, cache: Path, judge: Judge) -> tuple[Record, list[Record], Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,35 @@ from sppo.errors import UserError
 
 # By run (`main` for the main one) and iteration: contents by name, such as `alpaca_eval` or `responses/0.parquet.record`.
 Evaluations = dict[tuple[str, int], dict[str, Any]]
+
+
+# Stands behind a length-controlled win rate of which the evaluation itself warns.
+DOUBTFUL = " (!)"
+
+
+def check_policy(path: Path, policy: str | None) -> None:
+    """Raise UserError if a file under results/[name/][run/]iter{t}/[best_of_{n}/] says that it is of another policy than its place does.
+
+    Policies are called <name, else sppo>/[run/]iter{t}[-best-of-{n}]; open_llm.json has the policy's folder. None, of files that do
+    not say it, and files somewhere else are passed over.
+    """
+    folder = Path(os.path.abspath(path)).parent.as_posix()
+    if policy is None or "/results/" not in folder:
+        return
+    if policy.endswith("iter0/policy") and folder.endswith("/iter0"):  # the base, which all runs share
+        return
+    named = policy.replace("-best-of-", "/best_of_").removesuffix("/policy").removeprefix("results/")
+    if not folder.endswith((f"/results/{named}", f"/results/{named.removeprefix('sppo/')}")):
+        raise UserError(f"{path} is of {policy}, which is not the policy of its place; delete it and run again")
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """The contents of an evaluation or a record. UserError if it is of another policy than its place says."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no evaluation; delete it and run again")
+    check_policy(path, found.get("policy"))
+    return found
 
 
 def collect(files: list[Path], results: Path) -> Evaluations:
@@ -22,7 +52,7 @@ def collect(files: list[Path], results: Path) -> Evaluations:
             raise UserError(f"{file} does not lie under {results}; give files of one experiment") from None
         run = "main" if parts[0].startswith("iter") else parts[0]
         name = "/".join(parts[(1 if run == "main" else 2):]).removesuffix(".json")
-        found.setdefault((run, iteration(file)), {})[name] = read_json(file)
+        found.setdefault((run, iteration(file)), {})[name] = read_evaluation(file)
     return {place: found[place] for place in sorted(found, key=lambda place: (place[0] != "main", place))}
 
 
@@ -32,6 +62,14 @@ def decimals(value: float | None, places: int = 1) -> str:
 
 
 def rate(found: dict[str, Any], key: str, interval: bool = True) -> str:
-    """A rate in per cent with its 95% interval, where it has one; a dash if there is none."""
+    """A rate in per cent with its 95% interval, where it has one; a dash if there is none. A doubtful one is marked."""
     ends = found.get(f"{key}_interval") if interval else None
-    return decimals(found.get(key)) + (f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "")
+    mark = DOUBTFUL if found.get(f"{key.removesuffix('_winrate')}_warning") else ""
+    return decimals(found.get(key)) + (f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "") + mark
+
+
+def doubts(evaluations: dict[str, dict[str, Any]]) -> list[str]:
+    """A sentence each on what readers must know of the evaluations, by what they are called: doubtful LC rates, empty answers."""
+    said = [f"{name}: {found['n_empty']} of {found['n_total']} answers are empty." for name, found in evaluations.items() if found.get("n_empty")]
+    return said + [f"{name}:{DOUBTFUL} do not rely on the LC win rate: {found['length_controlled_warning']}."
+                   for name, found in evaluations.items() if found.get("length_controlled_warning")]

@@ -9,11 +9,13 @@ FastChat's own functions load the questions, make the judge's prompts and read i
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import io
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,7 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0,
 CONCURRENT = 4  # requests to a server at once
 TIMEOUT = 120  # seconds for one judgment
 RETRIES = 6  # of the openai package, with exponential backoff
+UNREADABLE = 0.2  # share of answers without a grade; with more of them what is left says more of the judge than of the policy
 
 
 def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True, section: str = "mt_bench") -> None:
@@ -76,11 +79,13 @@ def check_grader(judge: str, judge_model: str | None, judge_base_url: str | None
 def read_lines(path: Path) -> list[Row]:
     """JSON lines with a question_id each. A broken line, a missing and a repeated id are a UserError that names the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines() would also cut at U+2028 in a text
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8; delete it and make it again") from None
     except OSError:
         raise UserError(f"{path} is missing; mt_bench.data needs {', '.join(OFFICIAL)}") from None
     rows: dict[Any, Row] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines if lines != [""] else [], start=1):
         try:
             row = json.loads(line)
             question = row["question_id"]
@@ -164,7 +169,22 @@ def grade_by_api(questions: list[Row], answers: dict[Any, Row], data: Path, clie
     common.get_conversation_template = lambda _: get_conv_template("chatgpt")
     common.OPENAI_MODEL_LIST = (client.model,)
     with contextlib.redirect_stdout(io.StringIO()):  # FastChat prints a line for each
-        return concurrently(lambda match: common.play_a_match_single(match, None), matches, "judged answers")
+        rows = concurrently(lambda match: common.play_a_match_single(match, None), matches, "judged answers")
+    client.check_unreadable(len(matches))
+    return rows
+
+
+def rating_is_readable(answer: str) -> bool:
+    """Whether FastChat finds a rating in the judge's answer."""
+    from fastchat.llm_judge import common
+
+    found = common.one_score_pattern.search(answer) or common.one_score_pattern_backup.search(answer)
+    if not found:
+        return False
+    with contextlib.suppress(SyntaxError):  # FastChat reads Python's numbers, of which 07 is none
+        ast.literal_eval(found[1])
+        return True
+    return False
 
 
 def concurrently(ask: Callable[[Any], Any], items: list[Any], what: str) -> list[Any]:
@@ -186,19 +206,24 @@ class Client:
     Finished judgments are kept in `cache` by model, server and the whole prompt, so that a run goes on where it
     stopped and nothing old is used for another judge, prompt or answer. 429, time-outs and failures of the server
     are tried again with backoff by the openai package; what still fails is a UserError.
+
+    An answer that `readable` refuses, as it refuses an empty one, is not kept: a judge that was repaired is asked again.
+    `unreadable` holds those of this run.
     """
 
-    def __init__(self, model: str, base_url: str | None, cache: Path) -> None:
+    def __init__(self, model: str, base_url: str | None, cache: Path, readable: Callable[[str], bool]) -> None:
         import openai
 
         key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if base_url else None)  # a local server wants none, the package does
         self.api = openai.OpenAI(base_url=base_url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
         self.model, self.base_url, self.cache, self.lock = model, base_url, cache, threading.Lock()
         self.form = 0  # of `request_forms`, the one that the server takes
-        self.kept = dict(_kept(cache))
+        self.readable, self.unreadable = readable, []
+        self.kept = {key: answer for key, answer in _kept(cache) if readable(answer)}  # older code kept the others too
 
     def __call__(self, model: str, conversation: Any, temperature: float, max_tokens: int) -> str:
-        return self.ask(conversation.to_openai_api_messages(), temperature, max_tokens)
+        answer = self.ask(conversation.to_openai_api_messages(), temperature, max_tokens)
+        return answer if self.readable(answer) else answer.replace("[", "(")  # FastChat must not stumble over what is no number
 
     def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
         """The judge's answer to the messages, kept or new."""
@@ -211,12 +236,26 @@ class Client:
                 text = self._answer(messages, request_forms(max_tokens, temperature=temperature))
             except (openai.OpenAIError, *NO_COMPLETION) as error:
                 raise judge_failure(self.base_url or self.model, error, self.api.api_key, self.cache) from None
+            if not self.readable(text):
+                self.unreadable.append(text)
+                return text
             with self.lock:
                 self.kept[key] = text
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
                 with self.cache.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps([key, self.kept[key]]) + "\n")
         return self.kept[key]
+
+    def check_unreadable(self, asked: int) -> None:
+        """Say how many of the `asked` answers have no grade, quoting one; UserError if they are more than `UNREADABLE` of them."""
+        failed = len(self.unreadable)
+        if not failed:
+            return
+        said = f"{failed} of {asked} answers of the judge {self.model} have no grade, such as {quoted(self.unreadable[0])}"
+        if failed > UNREADABLE * asked:
+            raise UserError(f"{said}; at most {UNREADABLE:.0%} may have none; fix the judge or name another and run again, the other judgments "
+                            f"are kept in {self.cache}")
+        print(f"warning: {said}; they are left out and counted", file=sys.stderr, flush=True)
 
     def _answer(self, messages: list[dict[str, str]], forms: list[dict[str, Any]]) -> str:
         """The server's answer in the first form of the request that it takes, from now on the only one."""
