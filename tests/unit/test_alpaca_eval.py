@@ -135,6 +135,40 @@ def test_a_policy_that_lost_everything_does_not_get_50():
         assert alpaca.metrics(rows, formula, file)["length_controlled_winrate"] == 0.0
 
 
+@pytest.mark.parametrize("answer", ["", " \n", "Yes."])
+def test_a_policy_that_says_nothing_is_flagged(call, capfd, answer):
+    """A judge that goes by length gives it few points, and alpaca-eval's LC then makes it better than the base."""
+    ours = [row | {"output": answer} for row in outputs("policy")]
+    result = call(ours, outputs("base"), probability=lambda prompt, first, second: 1 / (1 + np.exp((len(first) - len(second)) / 80)))
+    said = capfd.readouterr().err
+    assert result["win_rate"] < 20 and result["length_controlled_winrate"] > 60
+    assert "so far apart that alpaca-eval's model may have failed" in result["length_controlled_warning"]
+    assert f"warning: do not rely on the length-controlled win rate: {result['length_controlled_warning']}\n" in said
+    assert result["n_empty"] == (0 if answer.strip() else 30)
+    assert ("30 of 30 answers" in said and "are empty" in said) == (not answer.strip())
+
+
+def test_alpaca_eval_s_own_warning_of_lc_is_kept():
+    """Its rule: further than 10 points, and than a quarter of the way to the end of the scale."""
+    assert "12.0, the win rate 40.0: so far apart that alpaca-eval's model may have failed" in alpaca.length_controlled_warning(40.0, 12.0)
+    assert alpaca.length_controlled_warning(40.0, 70.0)
+    for win_rate in (5.1, 45.0, 49.9, 60.0):
+        assert "it is exactly 50" in alpaca.length_controlled_warning(win_rate, 50.0)
+    for fine in ((40.0, 35.0), (50.0, 50.0), (0.0, 0.0), (100.0, 100.0), (40.0, 50.1)):
+        assert alpaca.length_controlled_warning(*fine) is None
+
+
+def test_a_sound_evaluation_has_no_warning(call, capfd):
+    result = call(outputs("policy", seed=1), outputs("base"), "--policy", "policy", probability=soft)
+    assert result["length_controlled_warning"] is None and result["n_empty"] == 0 and "warning" not in capfd.readouterr().err
+
+
+def test_outputs_of_another_policy_are_refused(call, tmp_path):
+    with pytest.raises(UserError, match="ours.json holds the outputs of sppo/iter1, not of sppo/iter2; delete it"):
+        call(outputs("sppo/iter1"), outputs("base"), "--policy", "sppo/iter2", probability=soft)
+    assert not (tmp_path / "out").exists()
+
+
 def test_values_of_the_stand_in_do_not_matter(tmp_path):
     ours, base = outputs("policy", seed=1), outputs("base")
     rows = alpaca.PreferenceAnnotator("judge", Judge(soft)).annotate_head2head(*map(_frame, (base, ours)))
@@ -510,6 +544,15 @@ def test_summary_tells_every_iteration(run_folder, monkeypatch, capsys):
     svg = (run_folder / "figures" / "win_rate.svg").read_bytes()
     summarize(run_folder, monkeypatch)
     assert (run_folder / "figures" / "win_rate.svg").read_bytes() == svg
+
+
+def test_summary_marks_doubtful_rates_and_counts_empty_answers(run_folder, monkeypatch):
+    file = run_folder / "iter2" / "alpaca_eval.json"
+    write_json(file, read_json(file) | {"length_controlled_winrate": 50.0, "length_controlled_warning": "it is exactly 50", "n_empty": 7})
+    summarize(run_folder, monkeypatch)
+    text = (run_folder / "summary.md").read_text()
+    assert "50.0 [51.0, 59.0] (!) |" in text and text.count("(!)") == 2
+    assert text.endswith("\niteration 2: 7 of 100 answers are empty.\n\niteration 2: (!) do not rely on the LC win rate: it is exactly 50.\n")
 
 
 def test_summary_refuses_what_does_not_belong_together(run_folder, monkeypatch):
