@@ -46,7 +46,7 @@ def card(policy: Path, evaluation: dict) -> str:
     """The policy's card with what its evaluation found."""
     keys = ("win_rate", "length_controlled_winrate", "avg_length", "n_total", "judge", "reference", "length_controlled_model")
     facts = {key: evaluation[key] for key in keys} | {key: evaluation[key] for key in ("n_empty", "length_controlled_warning") if evaluation.get(key)}
-    return (policy / "README.md").read_text(encoding="utf-8") + "\n## AlpacaEval, per cent\n\n" + table(facts)
+    return (policy / "README.md").read_text(encoding="utf-8", errors="replace") + "\n## AlpacaEval, per cent\n\n" + table(facts)
 
 
 if __name__ == "__main__":
