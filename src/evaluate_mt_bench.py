@@ -19,8 +19,8 @@ from sppo.adapters import adapter_files, adapter_folder
 from sppo.artifacts import file_hash, recorded, write_json, write_text
 from sppo.errors import UserError, run
 from sppo.evaluations import check_policy
-from sppo.mt_bench import (OFFICIAL, Client, check_judge, grade_by_api, grade_locally, is_official, rating_is_readable, read_answers,
-                           read_questions, scores, win_rates)
+from sppo.mt_bench import (OFFICIAL, Client, check_judge, grade_by_api, grade_locally, is_official,
+                           rating_is_readable, read_answers, read_questions, scores, win_rates)
 
 VERSIONS = ("fschat", "openai", "torch", "transformers")
 PUBLISHED_JUDGES = ("gpt-4", "gpt-4-0613")
@@ -62,7 +62,8 @@ def main() -> None:
         else:
             name = args.judge_model if args.judge == "openai" else args.judge
             cache = args.output.parent / ".judgments" / "mt_bench.jsonl"
-            rows = grade_by_api(questions, answers, args.data, Client(name, args.judge_base_url, cache, rating_is_readable))
+            client = Client(name, args.judge_base_url, cache, rating_is_readable)
+            rows = grade_by_api(questions, answers, args.data, client)
             details = {"model": name, "base_url": args.judge_base_url}
         with recorded("mt_bench", args.judgments, inputs, vars(args)):
             write_text(args.judgments, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

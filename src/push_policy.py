@@ -45,8 +45,10 @@ def main() -> None:
 def card(policy: Path, evaluation: dict) -> str:
     """The policy's card with what its evaluation found."""
     keys = ("win_rate", "length_controlled_winrate", "avg_length", "n_total", "judge", "reference", "length_controlled_model")
-    facts = {key: evaluation[key] for key in keys} | {key: evaluation[key] for key in ("n_empty", "length_controlled_warning") if evaluation.get(key)}
-    return (policy / "README.md").read_text(encoding="utf-8", errors="replace") + "\n## AlpacaEval, per cent\n\n" + table(facts)
+    doubts = [key for key in ("n_empty", "length_controlled_warning") if evaluation.get(key)]
+    facts = {key: evaluation[key] for key in (*keys, *doubts)}
+    own = (policy / "README.md").read_text(encoding="utf-8", errors="replace")
+    return own + "\n## AlpacaEval, per cent\n\n" + table(facts)
 
 
 if __name__ == "__main__":

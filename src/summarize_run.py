@@ -51,7 +51,10 @@ def main() -> None:
 
 
 def read_evaluations(paths: list[Path]) -> Evaluations:
-    """Evaluations by iteration, in order. UserError on a second one for an iteration, one of another policy, or a missing field."""
+    """Evaluations by iteration, in order.
+
+    UserError on a second one for an iteration, one of another policy, or a missing field.
+    """
     found: Evaluations = {}
     for path in paths:
         number, line = iteration(path), read_evaluation(path)
@@ -85,9 +88,11 @@ def table(judged: Evaluations, ranked: Evaluations, seconds: dict[int, float]) -
     lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in [head, *rows]]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     any_line = next(iter(judged.values()))
-    below = "".join(f"\n{said}\n" for said in doubts({f"iteration {number}": line for number, line in judged.items()}))
+    said = doubts({f"iteration {number}": line for number, line in judged.items()})
+    below = "".join(f"\n{sentence}\n" for sentence in said)
     return (f"Per cent won against {any_line['reference']} on {any_line['n_total']} instructions, by {judge_name(any_line)}; lengths in "
-            f"characters, {any_line['reference']}: {any_line['reference_avg_length']}.\n\n" + "\n".join(lines) + "\n" + below)
+            f"characters, {any_line['reference']}: {any_line['reference_avg_length']}.\n\n"
+            + "\n".join(lines) + "\n" + below)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,11 @@ def notes(found: Evaluations) -> str:
             "mt_bench": "MT-Bench: {questions} questions of {data}, judged by {judge}.",
             "open_llm": "Open LLM: items of {data}, shots {shots}."}
     first = {key: next((kinds[key] for kinds in found.values() if key in kinds), None) for key in said}
+    judged = {f"{run}, iteration {t}": kinds["alpaca_eval"]
+              for (run, t), kinds in found.items() if "alpaca_eval" in kinds}
     return " ".join(["Per cent; brackets are 95% intervals; lengths in characters; a dash stands where no such evaluation was made.",
                      *(said[key].format(**line) for key, line in first.items() if line),
-                     *doubts({f"{run}, iteration {t}": kinds["alpaca_eval"] for (run, t), kinds in found.items() if "alpaca_eval" in kinds})])
+                     *doubts(judged)])
 
 
 if __name__ == "__main__":

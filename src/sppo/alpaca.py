@@ -125,7 +125,8 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
                 "model": load_preference_model(judge.name, judge.base, judge.device)}, facts
     config, facts = judge.name, {"annotators_config": judge.name}
     if judge.name == "openai":
-        config, request = _accepted_request(folder / "server" / "configs.yaml", judge.model, judge.base_url)
+        file = folder / "server" / "configs.yaml"
+        config, request = _accepted_request(file, judge.model, judge.base_url)
         facts = {"model": judge.model, "base_url": judge.base_url, "reads": "logprobs" if "logprobs" in request else "text", "request": request}
     # A changed prompt, parser, model or server must not take old judgments.
     name = hashlib.sha256(f"{judge.base_url}\0{_settings_of(config)}".encode()).hexdigest()[:16]
@@ -135,9 +136,9 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
 
 
 def announce(outputs: list[Record], reference: list[Record], config: str, cache: str) -> int:
-    """Say, before a judge behind an API is asked, how often it will be and what it reads; src/estimate_cost.py knows dollars.
+    """Say how often a judge behind an API is going to be asked, and what it reads.
 
-    Returns how often.
+    Returns how often. src/estimate_cost.py knows dollars.
     """
     kept = json.loads(Path(cache).read_text(encoding="utf-8")) if Path(cache).exists() else []
     done = {(row["instruction"], frozenset((row["output_1"], row["output_2"]))) for row in kept}
@@ -161,9 +162,10 @@ def _settings_of(config: str) -> str:
 
 
 def _accepted_request(path: Path, model: str, base_url: str) -> tuple[str, Record]:
-    """The annotators_config, written to `path`, and in it the request: the first that the server takes and answers so that it can be read.
+    """The path of an annotators_config, and the request in it: the first whose answer can be read.
 
-    Log-probabilities first, else text. Proves, before any judgment is paid for, that the server answers; UserError if no answer can be read.
+    Requests for log-probabilities come first, then those for text. This shows that the server
+    answers before any judgment is paid for. UserError if no answer can be read.
     """
     import openai
 
@@ -182,19 +184,24 @@ def _accepted_request(path: Path, model: str, base_url: str) -> tuple[str, Recor
 
 
 def trial(config: str) -> str | None:
-    """Ask the judge of an annotators_config for one comparison; its answer, if the parser of that config cannot read it, else None."""
+    """Ask the judge of an annotators_config for one comparison.
+
+    Returns the answer if the parser of that config cannot read it, None if it can.
+    """
     import pandas as pd
     from alpaca_eval.annotators import PairwiseAnnotator
     from alpaca_eval.utils import make_prompts
 
-    for annotator in PairwiseAnnotator(annotators_config=config, caching_path=None).annotators.values():
+    asked = pd.DataFrame([TRIAL])
+    judge = PairwiseAnnotator(annotators_config=config, caching_path=None)
+    for annotator in judge.annotators.values():
         if annotator.batch_size != 1:  # one answer judges several pairs there
             continue
-        prompts, _ = make_prompts(pd.DataFrame([TRIAL]), template=annotator.prompt_template, batch_size=1)
+        prompts, _ = make_prompts(asked, template=annotator.prompt_template, batch_size=1)
         answers = annotator.fn_completions(prompts=prompts, **annotator.completions_kwargs)
         try:
             (preference,) = annotator.fn_completion_parser(answers[annotator.completion_key][0])
-        except Exception:  # as in the package: whatever a parser raises means that it cannot read this
+        except Exception:  # as in the package: a parser that raises cannot read the answer
             preference = None
         if pd.isna(preference):
             return answers["completions"][0] or ""
@@ -202,8 +209,9 @@ def trial(config: str) -> str | None:
 
 
 def _unreadable(judge: str, answer: str) -> UserError:
-    return UserError(f"judge {judge} cannot be read: asked in a trial which of two outputs is better, it answers {quoted(answer)}; no "
-                     "judgment was asked for yet; fix the judge, or name another in alpaca_eval")
+    return UserError(f"judge {judge} cannot be read: asked in a trial which of two outputs is "
+                     f"better, it answers {quoted(answer)}; no judgment was asked for yet; fix the "
+                     "judge, or name another in alpaca_eval")
 
 
 def _server_config(path: Path, model: str, base_url: str, request: Record) -> str:
@@ -290,9 +298,9 @@ def _short(row: Record) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings about pkg_resources and, at every fit, about scikit-learn 1.10: both are pinned.
+    """Without the warnings about pkg_resources and scikit-learn 1.10: both are pinned.
 
-    The package's own, of an LC that may have failed, is `length_controlled_warning`.
+    The package's own warning, of an LC that may have failed, is in `length_controlled_warning`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -362,16 +370,19 @@ def metrics(annotations: list[Record] | pd.DataFrame, formula: str, difficulty: 
 
 
 def length_controlled_warning(win_rate: float, length_controlled: float) -> str | None:
-    """Why the length-controlled win rate (both in per cent) may be no measurement, None if nothing says so.
+    """Why the length-controlled win rate may be no measurement; None if nothing says so. Per cent.
 
-    Exactly 50 means that the L1 penalty left the package's model no effect at all. The other case is the package's own warning.
+    Exactly 50 means that the L1 penalty left the package's model no effect at all. The other case
+    is the package's own warning.
     """
     from alpaca_eval.metrics.glm_winrate import get_is_extreme_changes
 
     if length_controlled == 50.0 != win_rate:
-        return f"it is exactly 50, the win rate {win_rate:.1f}: alpaca-eval's model found no effect, and this is no measurement"
+        return (f"it is exactly 50, the win rate {win_rate:.1f}: alpaca-eval's model found no "
+                "effect, and this is no measurement")
     if get_is_extreme_changes(win_rate, length_controlled):
-        return f"it is {length_controlled:.1f}, the win rate {win_rate:.1f}: so far apart that alpaca-eval's model may have failed"
+        return (f"it is {length_controlled:.1f}, the win rate {win_rate:.1f}: so far apart that "
+                "alpaca-eval's model may have failed")
     return None
 
 
@@ -391,10 +402,12 @@ def evaluate(outputs: list[Record], reference: list[Record], formula: str, diffi
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             chosen, facts = _annotator(judge, cache, Path(folder))
             if "caching_path" in chosen:
-                asked = announce(outputs, reference, chosen["annotators_config"], chosen["caching_path"])
-                answer = trial(judge.name) if asked and judge.name != "openai" else None  # a server had its trial before
-                if answer is not None:
-                    raise _unreadable(judge.name, answer)
+                config, kept = chosen["annotators_config"], chosen["caching_path"]
+                asked = announce(outputs, reference, config, kept)
+                # A server had its trial in `_annotator`.
+                unreadable = trial(config) if asked and judge.name != "openai" else None
+                if unreadable is not None:
+                    raise _unreadable(judge.name, unreadable)
             board, annotations = package_evaluate(
                 model_outputs=outputs, reference_outputs=reference, name=outputs[0]["generator"], output_path=None,
                 precomputed_leaderboard=None, is_cache_leaderboard=False, is_return_instead_of_print=True,
@@ -403,7 +416,8 @@ def evaluate(outputs: list[Record], reference: list[Record], formula: str, diffi
     except (openai.OpenAIError, *NO_COMPLETION) as error:
         if adapter_folder(judge.name):
             raise  # no server answers: a bug
-        raise judge_failure(judge.base_url or judge.name, error, os.environ.get("OPENAI_API_KEY"), cache) from None
+        key = os.environ.get("OPENAI_API_KEY")
+        raise judge_failure(judge.base_url or judge.name, error, key, cache) from None
     finally:
         logging.disable(logging.NOTSET)
     return board.iloc[0].to_dict(), annotations, facts

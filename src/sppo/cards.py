@@ -1,6 +1,7 @@
-"""Model cards: the README.md of a policy folder. The same inputs give the same text, because the folder's hash covers it.
+"""Model cards: the README.md of a policy folder.
 
-A card is written when a training is done and must never fail it: what cannot be read of another card or of a record is left out.
+The same inputs give the same text, because the folder's hash covers it. A card is written when a
+training is done and must never fail it: what cannot be read of another card or record is left out.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ def header(folder: Path) -> dict[str, Any]:
     """The YAML header of a folder's README.md; empty if it has none that can be read."""
     card = Path(folder) / "README.md"
     try:
-        parts = card.read_text(encoding="utf-8-sig", errors="replace").split("---\n", 2) if card.is_file() else []
+        text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+        parts = text.split("---\n", 2)
         if len(parts) < 3 or parts[0].strip():
             return {}
         found = yaml.safe_load(parts[1])
-    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError):  # yaml lets the errors of its dates and keys through
+    # Besides its own errors yaml raises those of dates, keys and depth as Python does.
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -35,7 +38,8 @@ def model_card(start: Path, title: str, sections: dict[str, str], tag: str) -> s
     """A card for what was trained from the policy in `start`: header, title, what it comes from, the sections, the licence of the base."""
     before, record = header(start), _record(start)
     first = record.get("stage") == "policy_source"  # else the policy is one of ours, whose card names its base
-    base = _name(str((record.get("arguments") or {}).get("model"))) if first else before.get("base_model", "a model without a record")
+    source = str((record.get("arguments") or {}).get("model"))
+    base = _name(source) if first else before.get("base_model", "a model without a record")
     metadata = {"base_model": base, "library_name": "transformers", "tags": ["preference-optimization", tag],
                 **{key: before[key] for key in LICENCE_KEYS if key in before}}
     named = metadata.get("license_name") or metadata.get("license") or "its card names none"
@@ -43,14 +47,15 @@ def model_card(start: Path, title: str, sections: dict[str, str], tag: str) -> s
     sections = sections | {"Licence": f"That of the base, {base}{commit}: {named}. Prompts and preference model have licences of their own."}
     text = "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in sections.items())
     card = f"---\n{yaml.safe_dump(metadata, sort_keys=True)}---\n# {title}\n{text}"
-    return card.encode("utf-8", errors="replace").decode()  # a header can hold half a character, by an escape
+    # By an escape a header can hold half a character, which no file can.
+    return card.encode("utf-8", errors="replace").decode()
 
 
 def data_of(pairs: Path) -> str:
     """Where the pairs come from, as far as their records and those of their inputs say."""
     try:
         lines = _lines_of(pairs)
-    except (KeyError, TypeError, AttributeError):  # a record that lacks something, of older code or edited
+    except (KeyError, TypeError, AttributeError):  # a record of older code, or an edited one
         lines = []
     return "\n".join(lines) or "No record of the pairs was found."
 

@@ -18,23 +18,27 @@ DOUBTFUL = " (!)"
 
 
 def check_policy(path: Path, policy: str | None) -> None:
-    """Raise UserError if a file under results/[name/][run/]iter{t}/[best_of_{n}/] says that it is of another policy than its place does.
+    """Raise UserError if a file of `policy` lies in another's place.
 
-    Policies are called <name, else sppo>/[run/]iter{t}[-best-of-{n}]; open_llm.json has the policy's folder. None, of files that do
-    not say it, and files somewhere else are passed over.
+    Places are results/[name/][run/]iter{t}/[best_of_{n}/]. Policies are called
+    <name, else sppo>/[run/]iter{t}[-best-of-{n}]; open_llm.json has the policy's folder. Files that
+    do not say their policy (None), and files that lie elsewhere, are passed over.
     """
     folder = Path(os.path.abspath(path)).parent.as_posix()
     if policy is None or "/results/" not in folder:
         return
-    if policy.endswith("iter0/policy") and folder.endswith("/iter0"):  # the base, which all runs share
+    # All runs share the base.
+    if policy.endswith("iter0/policy") and folder.endswith("/iter0"):
         return
-    named = policy.replace("-best-of-", "/best_of_").removesuffix("/policy").removeprefix("results/")
+    named = policy.removesuffix("/policy").removeprefix("results/")
+    named = named.replace("-best-of-", "/best_of_")
     if not folder.endswith((f"/results/{named}", f"/results/{named.removeprefix('sppo/')}")):
-        raise UserError(f"{path} is of {policy}, which is not the policy of its place; delete it and run again")
+        raise UserError(f"{path} is of {policy}, which is not the policy of its place; delete it "
+                        "and run again")
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """The contents of an evaluation or a record. UserError if it is of another policy than its place says."""
+    """The contents of an evaluation or a record. UserError if it lies in another policy's place."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path} is no evaluation; delete it and run again")
@@ -62,14 +66,19 @@ def decimals(value: float | None, places: int = 1) -> str:
 
 
 def rate(found: dict[str, Any], key: str, interval: bool = True) -> str:
-    """A rate in per cent with its 95% interval, where it has one; a dash if there is none. A doubtful one is marked."""
+    """A rate in per cent with its 95% interval, if any, marked if it is doubtful; else a dash."""
     ends = found.get(f"{key}_interval") if interval else None
     mark = DOUBTFUL if found.get(f"{key.removesuffix('_winrate')}_warning") else ""
     return decimals(found.get(key)) + (f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "") + mark
 
 
 def doubts(evaluations: dict[str, dict[str, Any]]) -> list[str]:
-    """A sentence each on what readers must know of the evaluations, by what they are called: doubtful LC rates, empty answers."""
-    said = [f"{name}: {found['n_empty']} of {found['n_total']} answers are empty." for name, found in evaluations.items() if found.get("n_empty")]
-    return said + [f"{name}:{DOUBTFUL} do not rely on the LC win rate: {found['length_controlled_warning']}."
-                   for name, found in evaluations.items() if found.get("length_controlled_warning")]
+    """Sentences on empty answers and doubtful LC rates. evaluations: alpaca_eval.json by name."""
+    said = []
+    for name, found in evaluations.items():
+        if found.get("n_empty"):
+            said.append(f"{name}: {found['n_empty']} of {found['n_total']} answers are empty.")
+        if found.get("length_controlled_warning"):
+            said.append(f"{name}:{DOUBTFUL} do not rely on the LC win rate: "
+                        f"{found['length_controlled_warning']}.")
+    return said

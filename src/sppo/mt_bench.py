@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from sppo.adapters import EMBEDDED, adapter_folder
-from sppo.api import NO_COMPLETION, OPENAI_MODELS, check_address, judge_failure, quoted, request_forms
+from sppo.api import (NO_COMPLETION, OPENAI_MODELS, check_address, judge_failure, quoted,
+                      request_forms)
 from sppo.artifacts import file_hash
 from sppo.errors import UserError
 
@@ -42,7 +43,8 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0,
 CONCURRENT = 4  # requests to a server at once
 TIMEOUT = 120  # seconds for one judgment
 RETRIES = 6  # of the openai package, with exponential backoff
-UNREADABLE = 0.2  # share of answers without a grade; with more of them what is left says more of the judge than of the policy
+# Largest share of answers without a grade: with more the mean of the others tells too little.
+UNREADABLE = 0.2
 
 
 def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True, section: str = "mt_bench") -> None:
@@ -79,7 +81,8 @@ def check_grader(judge: str, judge_model: str | None, judge_base_url: str | None
 def read_lines(path: Path) -> list[Row]:
     """JSON lines with a question_id each. A broken line, a missing and a repeated id are a UserError that names the line."""
     try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # splitlines() would also cut at U+2028 in a text
+        # Not splitlines(), which also cuts at U+2028 within a text.
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8; delete it and make it again") from None
     except OSError:
@@ -90,7 +93,8 @@ def read_lines(path: Path) -> list[Row]:
             row = json.loads(line)
             question = row["question_id"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number} is no JSON object with a question_id; fix it") from None
+            raise UserError(f"{path}, line {number} is no JSON object with a question_id; "
+                            "fix it") from None
         if question in rows:
             raise UserError(f"{path}, line {number}: question {question} stands twice; drop one")
         rows[question] = row
@@ -169,7 +173,8 @@ def grade_by_api(questions: list[Row], answers: dict[Any, Row], data: Path, clie
     common.get_conversation_template = lambda _: get_conv_template("chatgpt")
     common.OPENAI_MODEL_LIST = (client.model,)
     with contextlib.redirect_stdout(io.StringIO()):  # FastChat prints a line for each
-        rows = concurrently(lambda match: common.play_a_match_single(match, None), matches, "judged answers")
+        rows = concurrently(lambda match: common.play_a_match_single(match, None), matches,
+                            "judged answers")
     client.check_unreadable(len(matches))
     return rows
 
@@ -178,13 +183,12 @@ def rating_is_readable(answer: str) -> bool:
     """Whether FastChat finds a rating in the judge's answer."""
     from fastchat.llm_judge import common
 
-    found = common.one_score_pattern.search(answer) or common.one_score_pattern_backup.search(answer)
-    if not found:
+    patterns = (common.one_score_pattern, common.one_score_pattern_backup)
+    found = next((match for match in (each.search(answer) for each in patterns) if match), None)
+    try:
+        return found is not None and ast.literal_eval(found[1]) is not None
+    except SyntaxError:  # FastChat reads numbers as Python writes them, and stumbles over 07
         return False
-    with contextlib.suppress(SyntaxError):  # FastChat reads Python's numbers, of which 07 is none
-        ast.literal_eval(found[1])
-        return True
-    return False
 
 
 def concurrently(ask: Callable[[Any], Any], items: list[Any], what: str) -> list[Any]:
@@ -207,11 +211,12 @@ class Client:
     stopped and nothing old is used for another judge, prompt or answer. 429, time-outs and failures of the server
     are tried again with backoff by the openai package; what still fails is a UserError.
 
-    An answer that `readable` refuses, as it refuses an empty one, is not kept: a judge that was repaired is asked again.
+    An answer that is not `readable` is not kept, so that a repaired judge is asked again;
     `unreadable` holds those of this run.
     """
 
-    def __init__(self, model: str, base_url: str | None, cache: Path, readable: Callable[[str], bool]) -> None:
+    def __init__(self, model: str, base_url: str | None, cache: Path,
+                 readable: Callable[[str], bool]) -> None:
         import openai
 
         key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if base_url else None)  # a local server wants none, the package does
@@ -219,11 +224,13 @@ class Client:
         self.model, self.base_url, self.cache, self.lock = model, base_url, cache, threading.Lock()
         self.form = 0  # of `request_forms`, the one that the server takes
         self.readable, self.unreadable = readable, []
-        self.kept = {key: answer for key, answer in _kept(cache) if readable(answer)}  # older code kept the others too
+        # Older code kept the others too.
+        self.kept = {key: answer for key, answer in _kept(cache) if readable(answer)}
 
     def __call__(self, model: str, conversation: Any, temperature: float, max_tokens: int) -> str:
         answer = self.ask(conversation.to_openai_api_messages(), temperature, max_tokens)
-        return answer if self.readable(answer) else answer.replace("[", "(")  # FastChat must not stumble over what is no number
+        # FastChat must find no rating where we find none.
+        return answer if self.readable(answer) else answer.replace("[", "(")
 
     def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
         """The judge's answer to the messages, kept or new."""
@@ -235,7 +242,8 @@ class Client:
             try:
                 text = self._answer(messages, request_forms(max_tokens, temperature=temperature))
             except (openai.OpenAIError, *NO_COMPLETION) as error:
-                raise judge_failure(self.base_url or self.model, error, self.api.api_key, self.cache) from None
+                raise judge_failure(self.base_url or self.model, error, self.api.api_key,
+                                    self.cache) from None
             if not self.readable(text):
                 self.unreadable.append(text)
                 return text
@@ -247,14 +255,19 @@ class Client:
         return self.kept[key]
 
     def check_unreadable(self, asked: int) -> None:
-        """Say how many of the `asked` answers have no grade, quoting one; UserError if they are more than `UNREADABLE` of them."""
+        """Say how many of the `asked` answers have no grade, quoting one.
+
+        UserError if they are a larger share than `UNREADABLE`.
+        """
         failed = len(self.unreadable)
         if not failed:
             return
-        said = f"{failed} of {asked} answers of the judge {self.model} have no grade, such as {quoted(self.unreadable[0])}"
+        said = (f"{failed} of {asked} answers of the judge {self.model} have no grade, such as "
+                f"{quoted(self.unreadable[0])}")
         if failed > UNREADABLE * asked:
-            raise UserError(f"{said}; at most {UNREADABLE:.0%} may have none; fix the judge or name another and run again, the other judgments "
-                            f"are kept in {self.cache}")
+            raise UserError(f"{said}; at most {UNREADABLE:.0%} may have none; fix the judge or "
+                            "name another and run again, the other judgments are kept in "
+                            f"{self.cache}")
         print(f"warning: {said}; they are left out and counted", file=sys.stderr, flush=True)
 
     def _answer(self, messages: list[dict[str, str]], forms: list[dict[str, Any]]) -> str:

@@ -27,7 +27,8 @@ def _relative(logits: Array) -> Array:
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"logits have shape {logits.shape}, not (K, K)")
     if not np.isfinite(logits).all():
-        raise UserError("the preference model gave logits that are NaN or infinite; check its weights, or run it in float32")
+        raise UserError("the preference model gave logits that are NaN or infinite; check its "
+                        "weights, or run it in float32")
     return logits - logits.T
 
 

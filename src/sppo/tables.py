@@ -64,8 +64,9 @@ def write_table(path: Path, rows: list[dict[str, Any]], name: str) -> None:
     if column:
         bad = [row for row in rows if not _finite(row[column])]
         first = ", ".join(f"{key} {bad[0][key]}" for key in TABLES[name].key)
-        raise UserError(f"{path} was not written: {column} of {name} is NaN or infinite in {len(bad)} of {len(rows)} rows, first in {first}; "
-                        "check the weights of the model that gave it, or run it in float32")
+        raise UserError(f"{path} was not written: {column} of {name} is NaN or infinite in "
+                        f"{len(bad)} of {len(rows)} rows, first in {first}; check the weights of "
+                        "the model that gave it, or run it in float32")
     with written_whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -99,8 +100,9 @@ def _not_finite(table: pa.Table) -> str | None:
         values = table.column(column)
         while pa.types.is_list(values.type):
             values = pc.list_flatten(values)
-        if pa.types.is_floating(values.type) and not pc.all(pc.is_finite(values), min_count=0).as_py():
-            return column
+        if pa.types.is_floating(values.type):
+            if not pc.all(pc.is_finite(values), min_count=0).as_py():
+                return column
     return None
 
 

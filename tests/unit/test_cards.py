@@ -1,4 +1,4 @@
-"""A card is made from whatever stands beside the base policy: nothing there fails the training that is done."""
+"""Nothing that stands beside the base policy makes a card, and with it a training, fail."""
 
 from __future__ import annotations
 
@@ -17,19 +17,39 @@ def card(folder):
 
 
 def test_a_sound_header_hands_on_its_licence(tmp_path):
-    (tmp_path / "README.md").write_bytes(b"\xef\xbb\xbf---\nlicense: mit\nbase_model: org/base\n---\n# Base\n")
+    (tmp_path / "README.md").write_bytes(
+        b"\xef\xbb\xbf---\nlicense: mit\nbase_model: org/base\n---\n# Base\n"
+    )
     assert card(tmp_path)["license"] == "mit" and card(tmp_path)["base_model"] == "org/base"
 
 
 def test_a_card_that_is_not_utf_8_hands_on_what_can_be_read(tmp_path):
-    (tmp_path / "README.md").write_bytes("---\nlicense: mit\nlicense_name: Lizenz f\u00fcr alle\n---\n# Gr\u00fc\u00dfe\n".encode("latin-1"))
+    (tmp_path / "README.md").write_bytes(
+        "---\nlicense: mit\nlicense_name: Lizenz f\u00fcr alle\n---\n# Gr\u00fc\u00dfe\n".encode(
+            "latin-1"
+        )
+    )
     assert card(tmp_path)["license"] == "mit"
 
 
-@pytest.mark.parametrize("text", [
-    b"---\nlicense: [mit\n---\n", b"---\nlicense: @mit\n---\n", b"---\n- a list\n---\n", b"---\njust words\n---\n", b"---\n\t: x\n---\n", b"---\n", b"",
-    b"---\ndate: 2024-99-99\n---\n", b"---\n? [a]\n: b\n---\n", b"---\n? {a: b}\n: c\n---\n", b"---\nx: !!python/object:os.system {}\n---\n",
-    b"\xff\xfe\x00\x00", b"---\nlicense: " + b"[" * 5000 + b"\n---\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"---\nlicense: [mit\n---\n",
+        b"---\nlicense: @mit\n---\n",
+        b"---\n- a list\n---\n",
+        b"---\njust words\n---\n",
+        b"---\n\t: x\n---\n",
+        b"---\n",
+        b"",
+        b"---\ndate: 2024-99-99\n---\n",
+        b"---\n? [a]\n: b\n---\n",
+        b"---\n? {a: b}\n: c\n---\n",
+        b"---\nx: !!python/object:os.system {}\n---\n",
+        b"\xff\xfe\x00\x00",
+        b"---\nlicense: " + b"[" * 5000 + b"\n---\n",
+    ],
+)
 def test_a_broken_header_is_none(tmp_path, text):
     (tmp_path / "README.md").write_bytes(text)
     assert header(tmp_path) == {} and card(tmp_path)["base_model"] == "a model without a record"
@@ -41,7 +61,19 @@ def test_odd_values_of_a_header_are_no_error(tmp_path, value):
     card(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"stage": "policy_source"}', '{"inputs": ["x"], "arguments": {}}', '{"inputs": 3}', '{"stage": "policy_source", "arguments": null}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"stage": "policy_source"}',
+        '{"inputs": ["x"], "arguments": {}}',
+        '{"inputs": 3}',
+        '{"stage": "policy_source", "arguments": null}',
+    ],
+)
 def test_a_broken_record_is_no_error(tmp_path, content):
     for name in ("policy", "pairs.parquet"):
         record_path(tmp_path / name).write_text(content)
@@ -52,5 +84,8 @@ def test_a_broken_record_is_no_error(tmp_path, content):
 
 def test_a_record_of_the_base_names_it(tmp_path):
     (tmp_path / "policy").mkdir()
-    write_json(record_path(tmp_path / "policy"), {"stage": "policy_source", "arguments": {"model": "org/base"}})
+    write_json(
+        record_path(tmp_path / "policy"),
+        {"stage": "policy_source", "arguments": {"model": "org/base"}},
+    )
     assert card(tmp_path / "policy")["base_model"] == "org/base"

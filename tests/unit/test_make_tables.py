@@ -59,9 +59,17 @@ def test_known_figures():
 
 
 def test_dno_s_figures_stand_beside_its_practical_algorithm():
-    """The paper's tables are of Algorithm 2, on graded pairs (`dno_prct`); of Algorithm 1, with soft labels (`dno`), it has none."""
-    runs = {(table, line["row"]): line["run"] for table, lines in LINES.items() for line in lines if line["row"].startswith("DNO Iter")}
-    assert set(runs) == {("dno_alpaca_eval_mt_bench", "DNO Iter 3"), *(("dno_open_llm", f"DNO Iter {t}") for t in (1, 2, 3))}
+    """Its tables are of Algorithm 2, on graded pairs; it has none of Algorithm 1 (run `dno`)."""
+    runs = {
+        (table, line["row"]): line["run"]
+        for table, lines in LINES.items()
+        for line in lines
+        if line["row"].startswith("DNO Iter")
+    }
+    assert set(runs) == {
+        ("dno_alpaca_eval_mt_bench", "DNO Iter 3"),
+        *(("dno_open_llm", f"DNO Iter {t}") for t in (1, 2, 3)),
+    }
     assert set(runs.values()) == {"dno_prct"}
     assert "dno" not in {line["run"] for lines in LINES.values() for line in lines}
 

@@ -118,7 +118,9 @@ def test_logits_of_another_shape_are_refused(logits):
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("estimate", [mean_logits, win_probabilities])
 def test_a_preference_model_that_gives_no_numbers_is_named(estimate, number):
-    with pytest.raises(UserError, match="the preference model gave logits that are NaN or infinite"):
+    with pytest.raises(
+        UserError, match="the preference model gave logits that are NaN or infinite"
+    ):
         estimate(np.array([[0.0, number], [0.0, 0.0]]))
 
 
