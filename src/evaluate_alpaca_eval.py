@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from sppo.adapters import adapter_files, adapter_folder
-from sppo.alpaca import OFFICIAL_DIFFICULTY, Judge, check_judge, check_order, evaluate, length_model, metrics, paired, read_outputs
+from sppo.alpaca import (OFFICIAL_DIFFICULTY, Judge, check_judge, check_order, evaluate,
+                         length_controlled_warning, length_model, metrics, paired, read_outputs)
 from sppo.artifacts import file_hash, recorded, write_json
 from sppo.config import at_least
 from sppo.errors import UserError, run
@@ -53,6 +54,9 @@ def main() -> None:
     difficulty = None if args.difficulty == "none" else Path(args.difficulty)
     reference = read_outputs(args.reference)
     outputs = paired(read_outputs(args.outputs), reference)
+    if args.policy and outputs[0]["generator"] != args.policy:
+        raise UserError(f"{args.outputs} holds the outputs of {outputs[0]['generator']}, not of "
+                        f"{args.policy}; delete it and run again")
     if difficulty:
         check_order(reference, difficulty)
     adapter = adapter_folder(args.judge)
@@ -65,6 +69,15 @@ def main() -> None:
         if seen:
             print(f"warning: {args.judge} was trained on {seen} of these {len(reference)} instructions", file=sys.stderr)
         row, annotations, details = evaluate(outputs, reference, formula, file, cache, judge)
+        rates = (float(row[key]) for key in ("win_rate", "length_controlled_winrate"))
+        warning = length_controlled_warning(*rates)
+        if warning:
+            print(f"warning: do not rely on the length-controlled win rate: {warning}",
+                  file=sys.stderr)
+        empty = sum(not line["output"].strip() for line in outputs)
+        if empty:
+            print(f"warning: {empty} of {len(outputs)} answers in {args.outputs} are empty",
+                  file=sys.stderr)
         intervals = bootstrap(annotations, formula, file, args.bootstrap, args.length_controlled_bootstrap, args.seed,
                               args.threads)
         with recorded("judge", args.annotations, inputs, vars(args)):  # the time is in the other record
@@ -73,6 +86,8 @@ def main() -> None:
             **{key: _plain(row[key]) for key in ("win_rate", "standard_error", "length_controlled_winrate")},
             **intervals,
             **{key: int(row[key]) for key in ("n_total", "n_wins", "n_draws", "n_wins_base", "avg_length")},
+            "n_empty": empty,
+            "length_controlled_warning": warning,
             "reference_avg_length": int(sum(len(line["output"]) for line in reference) / len(reference)),
             "length_controlled_model": formula,
             "difficulty": difficulty and {"path": str(difficulty), "official": file_hash(difficulty) == OFFICIAL_DIFFICULTY},

@@ -18,7 +18,9 @@ from pathlib import Path
 from sppo.adapters import adapter_files, adapter_folder
 from sppo.artifacts import file_hash, recorded, write_json, write_text
 from sppo.errors import UserError, run
-from sppo.mt_bench import Client, OFFICIAL, check_judge, grade_by_api, grade_locally, is_official, read_answers, read_questions, scores, win_rates
+from sppo.evaluations import check_policy
+from sppo.mt_bench import (OFFICIAL, Client, check_judge, grade_by_api, grade_locally, is_official,
+                           rating_is_readable, read_answers, read_questions, scores, win_rates)
 
 VERSIONS = ("fschat", "openai", "torch", "transformers")
 PUBLISHED_JUDGES = ("gpt-4", "gpt-4-0613")
@@ -41,6 +43,8 @@ def main() -> None:
     check_judge(args.judge, args.judge_model, args.judge_base_url)
     questions = read_questions(args.data)
     answers = read_answers(args.answers, questions)
+    policy = next(iter(answers.values()))["model_id"]
+    check_policy(args.answers, policy)
     inputs = [path for path in (args.answers, args.reference, args.data, args.judge_base, *adapter_files(args.judge)) if path]
     adapter = adapter_folder(args.judge)
     with recorded("mt_bench", args.output, inputs, vars(args)):
@@ -58,7 +62,8 @@ def main() -> None:
         else:
             name = args.judge_model if args.judge == "openai" else args.judge
             cache = args.output.parent / ".judgments" / "mt_bench.jsonl"
-            rows = grade_by_api(questions, answers, args.data, Client(name, args.judge_base_url, cache))
+            client = Client(name, args.judge_base_url, cache, rating_is_readable)
+            rows = grade_by_api(questions, answers, args.data, client)
             details = {"model": name, "base_url": args.judge_base_url}
         with recorded("mt_bench", args.judgments, inputs, vars(args)):
             write_text(args.judgments, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -67,7 +72,7 @@ def main() -> None:
             "against_base": win_rates(rows) if adapter else None,
             "comparable_with_published": official and args.judge in PUBLISHED_JUDGES,
             "official_questions": official, "data": str(args.data), "judge": args.judge, "judge_details": details,
-            "policy": next(iter(answers.values()))["model_id"],
+            "policy": policy,
             "versions": {name: metadata.version(name) for name in VERSIONS}, "judgments": str(args.judgments)})
 
 

@@ -88,14 +88,17 @@ def by_preference(pools: Pools, messages: dict[str, list[dict]], args: argparse.
 def by_judge(pools: Pools, messages: dict[str, list[dict]], looping: set, args: argparse.Namespace) -> tuple[Grades, str]:
     """The judge's score of each text that has no loop, None where its answer has none; and the judge's name."""
     name = args.judge_model if args.judge == "openai" else args.judge
-    client = Client(name, args.judge_base_url, args.output.parent / ".judgments" / f"{args.output.stem}.jsonl")
+    cache = args.output.parent / ".judgments" / f"{args.output.stem}.jsonl"
+    client = Client(name, args.judge_base_url, cache, lambda answer: read_score(answer) is not None)
     asked = [(prompt_id, k) for prompt_id, pool in pools.items() for k in pool if (prompt_id, k) not in looping]
 
     def grade(place: tuple[str, int]) -> float | None:
         prompt_id, k = place
         return read_score(client.ask(rubric(messages[prompt_id], pools[prompt_id][k]), temperature=0, max_tokens=LONGEST))
 
-    return dict(zip(asked, concurrently(grade, asked, "graded responses"), strict=True)), name
+    grades = dict(zip(asked, concurrently(grade, asked, "graded responses"), strict=True))
+    client.check_unreadable(len(asked))
+    return grades, name
 
 
 def mean(rows: list[dict]) -> float | None:

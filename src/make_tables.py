@@ -18,8 +18,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sppo.artifacts import read_json, recorded, write_text
+from sppo.artifacts import recorded, write_text
 from sppo.errors import UserError, run
+from sppo.evaluations import read_evaluation
 from sppo.markup import csv_table, html_table, latex_table, markdown_table, page, paragraph
 
 COLUMNS = ("row", "metric", "published", "ours", "difference", "comparable", "source", "note")
@@ -64,7 +65,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
     if not rows or tuple(rows[0]) != columns or any(None in row or None in row.values() for row in rows):
-        raise UserError(f"{path} is not a table with the columns {', '.join(columns)}; mend it")
+        raise UserError(f"{path} is not a table with the columns {', '.join(columns)}; fix it")
     return rows
 
 
@@ -75,17 +76,18 @@ def compared(line: dict[str, str], results: Path, same_base: bool) -> dict[str, 
     if line["run"] == "-" or line["artifact"] == "-":
         return cells
     file = results / line["run"] / f"iter{line['iteration']}" / line["artifact"]
-    found = read_json(file) if file.is_file() else {}
+    found = read_evaluation(file) if file.is_file() else {}
     if found.get(line["metric"]) is None:
         return cells
     published, ours = Decimal(line["published"]), Decimal(repr(found[line["metric"]]))
     places = Decimal(1).scaleb(published.as_tuple().exponent)
     return cells | {"ours": str(ours.quantize(places)), "difference": f"{(ours - published).quantize(places):+}",
-                    "comparable": comparable(found, line["artifact"], same_base)}
+                    "comparable": comparable(found, line, same_base)}
 
 
-def comparable(found: dict[str, Any], artifact: str, same_base: bool) -> str:
-    """`yes`, or what differs from the source's setup."""
+def comparable(found: dict[str, Any], line: dict[str, str], same_base: bool) -> str:
+    """`yes`, or what differs from the setup of the published line's source."""
+    artifact = line["artifact"]
     reasons = [] if same_base else ["other base model"]
     judge = found.get("judge_details", {}).get("model") or found.get("judge")  # `openai` says only where it is asked
     if artifact.endswith("alpaca_eval.json"):
@@ -101,6 +103,8 @@ def comparable(found: dict[str, Any], artifact: str, same_base: bool) -> str:
         reasons.append("other questions")
     if artifact == "open_llm.json" and not found.get("official_tasks"):
         reasons.append("other items")
+    if line["metric"] == "length_controlled_winrate" and found.get("length_controlled_warning"):
+        reasons.append("ours is doubtful")
     return ", ".join(reasons) or "yes"
 
 

@@ -11,8 +11,9 @@ import contextlib
 import re
 from pathlib import Path
 
-from sppo.artifacts import read_json, recorded, write_text
+from sppo.artifacts import recorded, write_text
 from sppo.errors import UserError, run
+from sppo.evaluations import read_evaluation
 from sppo.figures import plot_win_rates
 
 COLUMNS = ("win_rate", "standard_error", "length_controlled_winrate", "avg_length", "n_total")
@@ -29,7 +30,7 @@ def main() -> None:
         found = re.fullmatch(r"best_of_(\d+)", path.parent.name)
         if not found:
             raise UserError(f"{path} does not lie in a folder best_of_<number>")
-        judged[int(found[1])] = read_json(path)
+        judged[int(found[1])] = read_evaluation(path)
     judged = dict(sorted(judged.items()))
     plots = [args.plot, args.plot.with_suffix(".svg")]
     with contextlib.ExitStack() as records:

@@ -11,9 +11,10 @@ import argparse
 import os
 from pathlib import Path
 
-from sppo.artifacts import read_json, recorded, write_json
+from sppo.artifacts import recorded, write_json
 from sppo.cards import table
 from sppo.errors import UserError, run
+from sppo.evaluations import read_evaluation
 from sppo.hub import check_push, hub_failure
 
 
@@ -30,7 +31,7 @@ def main() -> None:
 
     api = HfApi(token=os.environ["HF_TOKEN"])
     with recorded("push", args.output, [args.policy, args.evaluation], vars(args)):
-        text = card(args.policy, read_json(args.evaluation))
+        text = card(args.policy, read_evaluation(args.evaluation))
         try:
             api.create_repo(args.repository, private=True, exist_ok=True)
             api.upload_folder(repo_id=args.repository, folder_path=args.policy, ignore_patterns=["README.md"], commit_message="Policy")
@@ -44,7 +45,10 @@ def main() -> None:
 def card(policy: Path, evaluation: dict) -> str:
     """The policy's card with what its evaluation found."""
     keys = ("win_rate", "length_controlled_winrate", "avg_length", "n_total", "judge", "reference", "length_controlled_model")
-    return (policy / "README.md").read_text(encoding="utf-8") + "\n## AlpacaEval, per cent\n\n" + table({key: evaluation[key] for key in keys})
+    doubts = [key for key in ("n_empty", "length_controlled_warning") if evaluation.get(key)]
+    facts = {key: evaluation[key] for key in (*keys, *doubts)}
+    own = (policy / "README.md").read_text(encoding="utf-8", errors="replace")
+    return own + "\n## AlpacaEval, per cent\n\n" + table(facts)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 from sppo.artifacts import iteration, read_json, recorded, write_text
 from sppo.errors import UserError, run
-from sppo.evaluations import rate
+from sppo.evaluations import doubts, rate, read_evaluation
 from sppo.figures import judge_name, plot_over_length, plot_win_rates
 
 NEEDED = ("win_rate", "win_rate_interval", "length_controlled_winrate", "length_controlled_winrate_interval",
@@ -51,10 +51,13 @@ def main() -> None:
 
 
 def read_evaluations(paths: list[Path]) -> Evaluations:
-    """Evaluations by iteration, in order. UserError on a second one for an iteration, or a missing field."""
+    """Evaluations by iteration, in order.
+
+    UserError on a second one for an iteration, one of another policy, or a missing field.
+    """
     found: Evaluations = {}
     for path in paths:
-        number, line = iteration(path), read_json(path)
+        number, line = iteration(path), read_evaluation(path)
         missing = [key for key in NEEDED if key not in line]
         if missing:
             raise UserError(f"{path} has no {missing[0]}; make it again with evaluate_alpaca_eval.py")
@@ -85,8 +88,11 @@ def table(judged: Evaluations, ranked: Evaluations, seconds: dict[int, float]) -
     lines = ["| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |" for row in [head, *rows]]
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
     any_line = next(iter(judged.values()))
+    said = doubts({f"iteration {number}": line for number, line in judged.items()})
+    below = "".join(f"\n{sentence}\n" for sentence in said)
     return (f"Per cent won against {any_line['reference']} on {any_line['n_total']} instructions, by {judge_name(any_line)}; lengths in "
-            f"characters, {any_line['reference']}: {any_line['reference_avg_length']}.\n\n" + "\n".join(lines) + "\n")
+            f"characters, {any_line['reference']}: {any_line['reference_avg_length']}.\n\n"
+            + "\n".join(lines) + "\n" + below)
 
 
 if __name__ == "__main__":

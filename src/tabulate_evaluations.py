@@ -14,7 +14,7 @@ from typing import Any
 
 from sppo.artifacts import recorded, write_text
 from sppo.errors import run
-from sppo.evaluations import Evaluations, collect, decimals, rate
+from sppo.evaluations import Evaluations, collect, decimals, doubts, rate
 from sppo.markup import csv_table, html_table, markdown_table, page, paragraph
 
 TASKS = ("arc_challenge", "truthfulqa_mc2", "winogrande", "gsm8k", "hellaswag", "mmlu", "average")
@@ -55,8 +55,11 @@ def notes(found: Evaluations) -> str:
             "mt_bench": "MT-Bench: {questions} questions of {data}, judged by {judge}.",
             "open_llm": "Open LLM: items of {data}, shots {shots}."}
     first = {key: next((kinds[key] for kinds in found.values() if key in kinds), None) for key in said}
+    judged = {f"{run}, iteration {t}": kinds["alpaca_eval"]
+              for (run, t), kinds in found.items() if "alpaca_eval" in kinds}
     return " ".join(["Per cent; brackets are 95% intervals; lengths in characters; a dash stands where no such evaluation was made.",
-                     *(said[key].format(**line) for key, line in first.items() if line)])
+                     *(said[key].format(**line) for key, line in first.items() if line),
+                     *doubts(judged)])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 from sppo.artifacts import recorded, write_text
 from sppo.errors import UserError, run
-from sppo.evaluations import Evaluations, collect, decimals, rate
+from sppo.evaluations import Evaluations, collect, decimals, doubts, rate
 from sppo.figures import judge_name, plot_methods
 from sppo.markup import csv_table, html_table, latex_table, markdown_table, page, paragraph
 
@@ -89,8 +89,11 @@ def notes(judged: Evaluations) -> str:
     last = {name: judged[name, max(t for run, t in judged if run == name)] for name, _ in judged}
     ends = {name: line["length_controlled_winrate_interval"] for name, line in last.items() if line["length_controlled_winrate_interval"]}
     parted = [f"{one} above {', '.join(below)}" for one in ends if (below := [other for other in ends if ends[other][1] < ends[one][0]])]
+    said = doubts({f"{run}, iteration {t}": line for (run, t), line in judged.items()})
     return (f"Per cent won against the base's answers on {any_line['n_total']} instructions, by {judge_name(any_line)}; brackets are 95% intervals. At their last "
-            f"iterations the LC intervals part " + (f"thus: {'; '.join(parted)}." if parted else "nowhere: there is no order."))
+            f"iterations the LC intervals part "
+            + (f"thus: {'; '.join(parted)}." if parted else "nowhere: there is no order.")
+            + "".join(f" {sentence}" for sentence in said))
 
 
 if __name__ == "__main__":

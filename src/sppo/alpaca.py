@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppo.adapters import EMBEDDED, adapter_files, adapter_folder
-from sppo.api import request_forms
+from sppo.api import NO_COMPLETION, check_address, judge_failure, quoted, request_forms
 from sppo.artifacts import ROOT, file_hash, known_hash, read_json
 from sppo.errors import UserError
 
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Record = dict[str, Any]
-# What the openai package and its callers raise where a server's answer is no chat completion: broken JSON, missing fields.
-NO_COMPLETION = (json.JSONDecodeError, TypeError, AttributeError, KeyError, IndexError)
+# What a judge behind an API is asked first, to see whether its answer can be read.
+TRIAL = {"instruction": "Which number is larger, 1 or 2?", "output_1": "2", "output_2": "1"}
 CANONICAL_ORDER = ROOT / "data" / "alpaca_eval_order.txt"  # hashes of AlpacaEval's instructions: difficulties go by position
 CANONICAL_SIZE = 805
 # The data set, its commit, the file of instructions with GPT-4 turbo's answers, that of difficulties and its sha256.
@@ -50,6 +50,8 @@ OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd
 
 def check_judge(judge: str, judge_model: str | None = None, judge_base_url: str | None = None, key: bool = True) -> None:
     """Raise UserError if the judge cannot work: unknown name, missing folder, model, address or, if `key`, key. Cheap."""
+    if judge_base_url is not None:  # also where no server is asked: records hold it
+        check_address(judge_base_url, "alpaca_eval.judge_base_url")
     folder = adapter_folder(judge)
     if folder:
         if not folder.is_dir():
@@ -123,8 +125,8 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
                 "model": load_preference_model(judge.name, judge.base, judge.device)}, facts
     config, facts = judge.name, {"annotators_config": judge.name}
     if judge.name == "openai":
-        request = _accepted_request(judge.model, judge.base_url)
-        config = _server_config(folder / "server" / "configs.yaml", judge.model, judge.base_url, request)
+        file = folder / "server" / "configs.yaml"
+        config, request = _accepted_request(file, judge.model, judge.base_url)
         facts = {"model": judge.model, "base_url": judge.base_url, "reads": "logprobs" if "logprobs" in request else "text", "request": request}
     # A changed prompt, parser, model or server must not take old judgments.
     name = hashlib.sha256(f"{judge.base_url}\0{_settings_of(config)}".encode()).hexdigest()[:16]
@@ -133,8 +135,11 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
             "caching_path": _clean_cache(cache / f"{name}.json")}, facts
 
 
-def announce(outputs: list[Record], reference: list[Record], config: str, cache: str) -> None:
-    """Say, before a judge behind an API is asked, how often it will be and what it reads; src/estimate_cost.py knows dollars."""
+def announce(outputs: list[Record], reference: list[Record], config: str, cache: str) -> int:
+    """Say how often a judge behind an API is going to be asked, and what it reads.
+
+    Returns how often. src/estimate_cost.py knows dollars.
+    """
     kept = json.loads(Path(cache).read_text(encoding="utf-8")) if Path(cache).exists() else []
     done = {(row["instruction"], frozenset((row["output_1"], row["output_2"]))) for row in kept}
     asked = [(one, two) for one, two in zip(outputs, reference, strict=True)
@@ -143,6 +148,7 @@ def announce(outputs: list[Record], reference: list[Record], config: str, cache:
     characters = sum(template + len(one["instruction"]) + len(one["output"]) + len(two["output"]) for one, two in asked)
     print(f"Judgments to ask for: {len(asked)}, about {characters // 4:,} tokens to read, of four characters each. Kept from before: {len(kept)}",
           file=sys.stderr, flush=True)
+    return len(asked)
 
 
 def _settings_of(config: str) -> str:
@@ -155,25 +161,57 @@ def _settings_of(config: str) -> str:
     return "\0".join([text, *(prompt.read_text(encoding="utf-8") for prompt in prompts)])
 
 
-def _accepted_request(model: str, base_url: str) -> Record:
-    """The request that the server takes, the first of its kind that it answers with log-probabilities, else one for text.
+def _accepted_request(path: Path, model: str, base_url: str) -> tuple[str, Record]:
+    """The path of an annotators_config, and the request in it: the first whose answer can be read.
 
-    Also proves, before any judgment is paid for, that the server answers.
+    Requests for log-probabilities come first, then those for text. This shows that the server
+    answers before any judgment is paid for. UserError if no answer can be read.
     """
     import openai
 
-    client, refusal = openai.OpenAI(base_url=base_url), None
+    refusal = unreadable = None
     with_logprobs = request_forms(1, temperature=1, top_p=1.0, logprobs=True, top_logprobs=5)
     for request in [form for form in with_logprobs if form] + request_forms(8, temperature=0, top_p=1.0):
+        config = _server_config(path, model, base_url, request)
         try:
-            answer = client.chat.completions.create(model=model, messages=[{"role": "user", "content": "Answer with the letter m."}], **request)
+            unreadable = trial(config)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             refusal = error
             continue
-        found = answer.choices[0].logprobs
-        if "logprobs" not in request or (found and found.content and found.content[0].top_logprobs):
-            return request
-    raise refusal
+        if unreadable is None:
+            return config, request
+    raise _unreadable(model, unreadable) if unreadable is not None else refusal
+
+
+def trial(config: str) -> str | None:
+    """Ask the judge of an annotators_config for one comparison.
+
+    Returns the answer if the parser of that config cannot read it, None if it can.
+    """
+    import pandas as pd
+    from alpaca_eval.annotators import PairwiseAnnotator
+    from alpaca_eval.utils import make_prompts
+
+    asked = pd.DataFrame([TRIAL])
+    judge = PairwiseAnnotator(annotators_config=config, caching_path=None)
+    for annotator in judge.annotators.values():
+        if annotator.batch_size != 1:  # one answer judges several pairs there
+            continue
+        prompts, _ = make_prompts(asked, template=annotator.prompt_template, batch_size=1)
+        answers = annotator.fn_completions(prompts=prompts, **annotator.completions_kwargs)
+        try:
+            (preference,) = annotator.fn_completion_parser(answers[annotator.completion_key][0])
+        except Exception:  # as in the package: a parser that raises cannot read the answer
+            preference = None
+        if pd.isna(preference):
+            return answers["completions"][0] or ""
+    return None
+
+
+def _unreadable(judge: str, answer: str) -> UserError:
+    return UserError(f"judge {judge} cannot be read: asked in a trial which of two outputs is "
+                     f"better, it answers {quoted(answer)}; no judgment was asked for yet; fix the "
+                     "judge, or name another in alpaca_eval")
 
 
 def _server_config(path: Path, model: str, base_url: str, request: Record) -> str:
@@ -260,7 +298,10 @@ def _short(row: Record) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings about pkg_resources and, at every fit, about scikit-learn 1.10: both are pinned."""
+    """Without the warnings about pkg_resources and scikit-learn 1.10: both are pinned.
+
+    The package's own warning, of an LC that may have failed, is in `length_controlled_warning`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -315,7 +356,7 @@ def metrics(annotations: list[Record] | pd.DataFrame, formula: str, difficulty: 
     if len(failed):
         kept = f", the others are kept in {cache}" if cache else ""
         raise UserError(f"the judge failed on {len(failed)} of {len(frame)} instructions, first on "
-                        f"{_short(failed.iloc[0])}; mend the judge and run again{kept}")
+                        f"{_short(failed.iloc[0])}; fix the judge and run again{kept}")
     # Nothing to control for, or nothing to fit: the package stops on equal length differences, and answers
     # 50 for a policy that lost every comparison outright (liblinear drops zero weights and sees one class).
     differences = frame["output_1"].str.len() - frame["output_2"].str.len()
@@ -326,6 +367,23 @@ def metrics(annotations: list[Record] | pd.DataFrame, formula: str, difficulty: 
     with _quiet():
         return glm_winrate.get_length_controlled_winrate(frame, glm_name=formula, save_weights_dir=None,
                                                          is_warn_extreme_changes=False)
+
+
+def length_controlled_warning(win_rate: float, length_controlled: float) -> str | None:
+    """Why the length-controlled win rate may be no measurement; None if nothing says so. Per cent.
+
+    Exactly 50 means that the L1 penalty left the package's model no effect at all. The other case
+    is the package's own warning.
+    """
+    from alpaca_eval.metrics.glm_winrate import get_is_extreme_changes
+
+    if length_controlled == 50.0 != win_rate:
+        return (f"it is exactly 50, the win rate {win_rate:.1f}: alpaca-eval's model found no "
+                "effect, and this is no measurement")
+    if get_is_extreme_changes(win_rate, length_controlled):
+        return (f"it is {length_controlled:.1f}, the win rate {win_rate:.1f}: so far apart that "
+                "alpaca-eval's model may have failed")
+    return None
 
 
 def evaluate(outputs: list[Record], reference: list[Record], formula: str, difficulty: Path, cache: Path, judge: Judge) -> tuple[Record, list[Record], Record]:
@@ -344,7 +402,12 @@ def evaluate(outputs: list[Record], reference: list[Record], formula: str, diffi
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             chosen, facts = _annotator(judge, cache, Path(folder))
             if "caching_path" in chosen:
-                announce(outputs, reference, chosen["annotators_config"], chosen["caching_path"])
+                config, kept = chosen["annotators_config"], chosen["caching_path"]
+                asked = announce(outputs, reference, config, kept)
+                # A server had its trial in `_annotator`.
+                unreadable = trial(config) if asked and judge.name != "openai" else None
+                if unreadable is not None:
+                    raise _unreadable(judge.name, unreadable)
             board, annotations = package_evaluate(
                 model_outputs=outputs, reference_outputs=reference, name=outputs[0]["generator"], output_path=None,
                 precomputed_leaderboard=None, is_cache_leaderboard=False, is_return_instead_of_print=True,
@@ -353,9 +416,8 @@ def evaluate(outputs: list[Record], reference: list[Record], formula: str, diffi
     except (openai.OpenAIError, *NO_COMPLETION) as error:
         if adapter_folder(judge.name):
             raise  # no server answers: a bug
-        message = str(error).replace(os.environ.get("OPENAI_API_KEY") or "\0", "(key)")
-        raise UserError(f"judge {judge.base_url or judge.name}: {type(error).__name__}: {message}; mend it and run again, finished judgments "
-                        f"are kept in {cache}") from None
+        key = os.environ.get("OPENAI_API_KEY")
+        raise judge_failure(judge.base_url or judge.name, error, key, cache) from None
     finally:
         logging.disable(logging.NOTSET)
     return board.iloc[0].to_dict(), annotations, facts

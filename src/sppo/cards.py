@@ -1,4 +1,8 @@
-"""Model cards: the README.md of a policy folder. The same inputs give the same text, for the folder's hash covers it."""
+"""Model cards: the README.md of a policy folder.
+
+The same inputs give the same text, because the folder's hash covers it. A card is written when a
+training is done and must never fail it: what cannot be read of another card or record is left out.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 import yaml
 
 from sppo.artifacts import read_json, record_path
+from sppo.errors import UserError
 
 CONSTRUCTIONS = {"extremes": "the best and the worst response of each prompt", "all": "every two responses of each prompt",
                  "gold": "a gold response against the policy's", "graded": "every two far enough apart by grade"}
@@ -15,14 +20,16 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def header(folder: Path) -> dict[str, Any]:
-    """The YAML header of a folder's README.md; empty if it has none."""
+    """The YAML header of a folder's README.md; empty if it has none that can be read."""
     card = Path(folder) / "README.md"
-    parts = card.read_text(encoding="utf-8").split("---\n", 2) if card.is_file() else []
-    if len(parts) < 3 or parts[0].strip():
-        return {}
     try:
+        text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
+        parts = text.split("---\n", 2)
+        if len(parts) < 3 or parts[0].strip():
+            return {}
         found = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+    # Besides its own errors yaml raises those of dates, keys and depth as Python does.
+    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -31,18 +38,29 @@ def model_card(start: Path, title: str, sections: dict[str, str], tag: str) -> s
     """A card for what was trained from the policy in `start`: header, title, what it comes from, the sections, the licence of the base."""
     before, record = header(start), _record(start)
     first = record.get("stage") == "policy_source"  # else the policy is one of ours, whose card names its base
-    base = _name(record["arguments"]["model"]) if first else before.get("base_model", "a model without a record")
+    source = str((record.get("arguments") or {}).get("model"))
+    base = _name(source) if first else before.get("base_model", "a model without a record")
     metadata = {"base_model": base, "library_name": "transformers", "tags": ["preference-optimization", tag],
                 **{key: before[key] for key in LICENCE_KEYS if key in before}}
     named = metadata.get("license_name") or metadata.get("license") or "its card names none"
     commit = f" at {record['commit']}" if record.get("commit") else ""
     sections = sections | {"Licence": f"That of the base, {base}{commit}: {named}. Prompts and preference model have licences of their own."}
     text = "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in sections.items())
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=True)}---\n# {title}\n{text}"
+    card = f"---\n{yaml.safe_dump(metadata, sort_keys=True)}---\n# {title}\n{text}"
+    # By an escape a header can hold half a character, which no file can.
+    return card.encode("utf-8", errors="replace").decode()
 
 
 def data_of(pairs: Path) -> str:
     """Where the pairs come from, as far as their records and those of their inputs say."""
+    try:
+        lines = _lines_of(pairs)
+    except (KeyError, TypeError, AttributeError):  # a record of older code, or an edited one
+        lines = []
+    return "\n".join(lines) or "No record of the pairs was found."
+
+
+def _lines_of(pairs: Path) -> list[str]:
     chosen = _record(pairs)
     made = {record.get("stage"): record for record in (_record(path) for path in chosen.get("inputs", {}))}
     lines = []
@@ -70,7 +88,7 @@ def data_of(pairs: Path) -> str:
         lines.append(f"* in pairs: {CONSTRUCTIONS[options['construction']]}" + ", less a penalty for length" * options["even_lengths"]
                      + ", both ways round with the grade asked for" * options["goals"]
                      + f"; {chosen['replayed']} pairs of an earlier iteration again" * (chosen["replayed"] > 0))
-    return "\n".join(lines) or "No record of the pairs was found."
+    return lines
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -81,7 +99,11 @@ def table(facts: dict[str, Any]) -> str:
 
 def _record(artifact: str | Path) -> dict[str, Any]:
     path = record_path(Path(artifact))
-    return read_json(path) if path.is_file() else {}
+    try:
+        found = read_json(path) if path.is_file() else {}
+    except (UserError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _name(source: str) -> str:

@@ -13,8 +13,6 @@ import difflib
 import json
 import math
 import os
-import re
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from typing import Any
 import jsonschema
 import yaml
 
+from sppo.api import check_address
 from sppo.errors import UserError
 
 SCHEMA_FILE = Path(__file__).resolve().parents[2] / "config" / "schema.yaml"
@@ -236,7 +235,9 @@ def _check_together(config: Config) -> None:
         )
     for section in ("alpaca_eval", "mt_bench", "grades"):
         if config[section]["judge_base_url"] is not None:
-            check_address(config[section]["judge_base_url"], f"{section}.judge_base_url")
+            check_address(
+                config[section]["judge_base_url"], f"config: {section}.judge_base_url"
+            )
     try:
         datetime.date.fromisoformat(config["policy"]["template_date"])
     except ValueError:
@@ -309,26 +310,6 @@ def check_training(train: Config) -> None:
                         "train.parallel: ddp")
     if train["lora_rank"]:
         raise UserError(f"config: train.parallel {train['parallel']} does not go with train.lora_rank, which trains few weights; set train.parallel: ddp")
-
-
-def check_address(address: str, key: str) -> None:
-    """The address at `key` is one of a server and holds no password; else UserError."""
-    if re.search(r"//[^/?#]*@", address):  # the line does not show it: logs are kept
-        raise UserError(
-            f"config: {key} holds a user name or password, which results and logs would keep; "
-            "take it out of the address, and export the key as OPENAI_API_KEY"
-        )
-    try:
-        parts = urllib.parse.urlsplit(address)
-        host, port = parts.hostname, parts.port
-    except ValueError:  # brackets that do not close, or a port that is no number below 65536
-        host, port = None, None
-    blank = re.search(r"[\s\x00-\x1f]", address)
-    if blank or not host or port == 0 or parts.scheme not in ("http", "https"):
-        raise UserError(
-            f"config: {key} is {_shown(address)}, which is no address of a server; give one such "
-            "as http://localhost:8000/v1"
-        )
 
 
 def micro_batches(train: Config) -> tuple[int, int]:

@@ -50,7 +50,12 @@ def soft_label(delta_w: Tensor, delta_l: Tensor, q: Tensor, beta: float) -> Tens
 
 
 def hinge(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
-    """SLiC's hinge on the log-ratios, shape (B,)."""
+    """Hinge on the difference of log-ratios, shape (B,): relu(1 - beta (delta_w - delta_l)).
+
+    TRL and the official SPPO code have it so. It is not the SLiC-HF (2305.10425) of HALOs, whose
+    hinge is on the log-probabilities themselves, without a reference, and which adds the likelihood
+    of a target as a regulariser.
+    """
     return torch.relu(1.0 - beta * (delta_w - delta_l))
 
 
@@ -60,7 +65,13 @@ def ipo(delta_w: Tensor, delta_l: Tensor, target: float) -> Tensor:
 
 
 def kto_pair(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
-    """The official SPPO code's `kto_pair`, shape (B,): mean of its two terms. The KL terms are means over this batch."""
+    """The `kto_pair` of the official SPPO code, shape (B,): mean of its two terms.
+
+    It is not KTO's own objective (2402.01306). That one takes single responses, desirable or not,
+    each with a weight, and estimates one KL term, for both kinds, from prompts and responses that
+    do not belong together, without a gradient. Here every response belongs to a pair, the KL terms
+    are means over the batch of the pairs' own log-ratios, and gradients pass through them.
+    """
     kl_w, kl_l = delta_w.mean().clamp(min=0), delta_l.mean().clamp(min=0)
     return 0.5 * ((1.0 - torch.sigmoid(beta * (delta_w - kl_l))) + (1.0 - torch.sigmoid(beta * (kl_w - delta_l))))
 

@@ -9,11 +9,13 @@ FastChat's own functions load the questions, make the judge's prompts and read i
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import io
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from sppo.adapters import EMBEDDED, adapter_folder
-from sppo.alpaca import NO_COMPLETION
-from sppo.api import OPENAI_MODELS, request_forms
+from sppo.api import (NO_COMPLETION, OPENAI_MODELS, check_address, judge_failure, quoted,
+                      request_forms)
 from sppo.artifacts import file_hash, json_lines
 from sppo.errors import UserError
 
@@ -41,18 +43,22 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0,
 CONCURRENT = 4  # requests to a server at once
 TIMEOUT = 120  # seconds for one judgment
 RETRIES = 6  # of the openai package, with exponential backoff
+# Largest share of answers without a grade: with more the mean of the others tells too little.
+UNREADABLE = 0.2
 
 
 def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True, section: str = "mt_bench") -> None:
     """Raise UserError if the judge of a configuration section cannot work: missing folder, model, address or, if `key`, key. Cheap."""
+    if judge_base_url is not None:  # also where no server is asked: records hold it
+        check_address(judge_base_url, f"{section}.judge_base_url")
     folder = adapter_folder(judge)
     if folder:
         if not folder.is_dir():
             raise UserError(f"judge {judge}: the folder {folder} is missing; train the adapter or correct {section}.judge")
     elif judge == "openai":
-        for key, value in (("judge_model", judge_model), ("judge_base_url", judge_base_url)):
+        for setting, value in (("judge_model", judge_model), ("judge_base_url", judge_base_url)):
             if not value:
-                raise UserError(f"judge openai needs {section}.{key}; set it")
+                raise UserError(f"judge openai needs {section}.{setting}; set it")
     elif not judge.startswith(OPENAI_MODELS):
         raise UserError(f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or a model of "
                         f"OpenAI's such as gpt-6-luna as {section}.judge")
@@ -63,6 +69,8 @@ def check_judge(judge: str, judge_model: str | None, judge_base_url: str | None,
 def check_grader(judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True) -> None:
     """The same for the section `grades`, whose judge grades one response alone: the run's preference model or one behind an API."""
     if judge == "preference":
+        if judge_base_url is not None:
+            check_address(judge_base_url, "grades.judge_base_url")
         return
     if judge != "openai" and not judge.startswith(OPENAI_MODELS):
         raise UserError(f"unknown judge {judge}; take preference (the run's preference model), openai, or a model of OpenAI's such as gpt-6-luna "
@@ -78,7 +86,7 @@ def read_lines(path: Path) -> list[Row]:
     for number, row in enumerate(json_lines(path), start=1):
         if not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str)):
             raise UserError(f"{path}, line {number} is no JSON object with a question_id; "
-                            "correct it")
+                            "fix it")
         question = row["question_id"]
         if question in rows:
             raise UserError(f"{path}, line {number}: question {question} stands twice; drop one")
@@ -94,7 +102,7 @@ def read_questions(data: Path) -> list[Row]:
         two = isinstance(turns, list) and [type(turn) for turn in turns] == [str, str]
         if not two or row.get("category") not in TEMPERATURES:
             raise UserError(f"{data}/question.jsonl: question {row['question_id']} needs two turns and a category of "
-                            f"{', '.join(TEMPERATURES)}; correct it")
+                            f"{', '.join(TEMPERATURES)}; fix it")
     if not rows:
         raise UserError(f"{data}/question.jsonl has no questions; add some")
     return rows
@@ -159,7 +167,22 @@ def grade_by_api(questions: list[Row], answers: dict[Any, Row], data: Path, clie
     common.get_conversation_template = lambda _: get_conv_template("chatgpt")
     common.OPENAI_MODEL_LIST = (client.model,)
     with contextlib.redirect_stdout(io.StringIO()):  # FastChat prints a line for each
-        return concurrently(lambda match: common.play_a_match_single(match, None), matches, "judged answers")
+        rows = concurrently(lambda match: common.play_a_match_single(match, None), matches,
+                            "judged answers")
+    client.check_unreadable(len(matches))
+    return rows
+
+
+def rating_is_readable(answer: str) -> bool:
+    """Whether FastChat finds a rating in the judge's answer."""
+    from fastchat.llm_judge import common
+
+    patterns = (common.one_score_pattern, common.one_score_pattern_backup)
+    found = next((match for match in (each.search(answer) for each in patterns) if match), None)
+    try:
+        return found is not None and ast.literal_eval(found[1]) is not None
+    except SyntaxError:  # FastChat reads numbers as Python writes them, and stumbles over 07
+        return False
 
 
 def concurrently(ask: Callable[[Any], Any], items: list[Any], what: str) -> list[Any]:
@@ -181,19 +204,27 @@ class Client:
     Finished judgments are kept in `cache` by model, server and the whole prompt, so that a run goes on where it
     stopped and nothing old is used for another judge, prompt or answer. 429, time-outs and failures of the server
     are tried again with backoff by the openai package; what still fails is a UserError.
+
+    An answer that is not `readable` is not kept, so that a repaired judge is asked again;
+    `unreadable` holds those of this run.
     """
 
-    def __init__(self, model: str, base_url: str | None, cache: Path) -> None:
+    def __init__(self, model: str, base_url: str | None, cache: Path,
+                 readable: Callable[[str], bool]) -> None:
         import openai
 
         key = os.environ.get("OPENAI_API_KEY") or ("EMPTY" if base_url else None)  # a local server wants none, the package does
         self.api = openai.OpenAI(base_url=base_url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES)
         self.model, self.base_url, self.cache, self.lock = model, base_url, cache, threading.Lock()
         self.form = 0  # of `request_forms`, the one that the server takes
-        self.kept = dict(_kept(cache))
+        self.readable, self.unreadable = readable, []
+        # Older code kept the others too.
+        self.kept = {key: answer for key, answer in _kept(cache) if readable(answer)}
 
     def __call__(self, model: str, conversation: Any, temperature: float, max_tokens: int) -> str:
-        return self.ask(conversation.to_openai_api_messages(), temperature, max_tokens)
+        answer = self.ask(conversation.to_openai_api_messages(), temperature, max_tokens)
+        # FastChat must find no rating where we find none.
+        return answer if self.readable(answer) else answer.replace("[", "(")
 
     def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
         """The judge's answer to the messages, kept or new."""
@@ -205,15 +236,33 @@ class Client:
             try:
                 text = self._answer(messages, request_forms(max_tokens, temperature=temperature))
             except (openai.OpenAIError, *NO_COMPLETION) as error:
-                message = str(error).replace(self.api.api_key, "(key)")
-                raise UserError(f"judge {self.base_url or self.model}: {type(error).__name__}: {message}; mend it and run again, finished judgments are kept in "
-                                f"{self.cache}") from None
+                raise judge_failure(self.base_url or self.model, error, self.api.api_key,
+                                    self.cache) from None
+            if not self.readable(text):
+                self.unreadable.append(text)
+                return text
             with self.lock:
                 self.kept[key] = text
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
                 with self.cache.open("a", encoding="utf-8") as stream:
                     stream.write(json.dumps([key, self.kept[key]]) + "\n")
         return self.kept[key]
+
+    def check_unreadable(self, asked: int) -> None:
+        """Say how many of the `asked` answers have no grade, quoting one.
+
+        UserError if they are a larger share than `UNREADABLE`.
+        """
+        failed = len(self.unreadable)
+        if not failed:
+            return
+        said = (f"{failed} of {asked} answers of the judge {self.model} have no grade, such as "
+                f"{quoted(self.unreadable[0])}")
+        if failed > UNREADABLE * asked:
+            raise UserError(f"{said}; at most {UNREADABLE:.0%} may have none; fix the judge or "
+                            "name another and run again, the other judgments are kept in "
+                            f"{self.cache}")
+        print(f"warning: {said}; they are left out and counted", file=sys.stderr, flush=True)
 
     def _answer(self, messages: list[dict[str, str]], forms: list[dict[str, Any]]) -> str:
         """The server's answer in the first form of the request that it takes, from now on the only one."""

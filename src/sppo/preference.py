@@ -11,6 +11,8 @@ import bisect
 import numpy as np
 from numpy.typing import NDArray
 
+from sppo.errors import UserError
+
 Array = NDArray[np.float64]
 
 
@@ -25,7 +27,8 @@ def _relative(logits: Array) -> Array:
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"logits have shape {logits.shape}, not (K, K)")
     if not np.isfinite(logits).all():
-        raise ValueError("logits are not finite")
+        raise UserError("the preference model gave logits that are NaN or infinite; check its "
+                        "weights, or run it in float32")
     return logits - logits.T
 
 

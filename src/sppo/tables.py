@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,20 @@ TABLES = {
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], name: str) -> None:
-    """Write rows as the table `name`. Rows that break its schema are a ValueError: a bug of ours."""
+    """Write rows as the table `name`. Rows that break its schema are a ValueError: a bug of ours.
+
+    Numbers that are NaN or infinite are a UserError: the model that gave them is broken.
+    """
     schema = TABLES[name].columns
     table = pa.Table.from_pylist(rows, schema=schema)
     _check(table, name)
+    column = _not_finite(table)
+    if column:
+        bad = [row for row in rows if not _finite(row[column])]
+        first = ", ".join(f"{key} {bad[0][key]}" for key in TABLES[name].key)
+        raise UserError(f"{path} was not written: {column} of {name} is NaN or infinite in "
+                        f"{len(bad)} of {len(rows)} rows, first in {first}; check the weights of "
+                        "the model that gave it, or run it in float32")
     with written_whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
@@ -75,9 +86,28 @@ def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     try:
         table = table.select(wanted.names).cast(wanted)
         _check(table, name)
+        column = _not_finite(table)
+        if column:
+            raise ValueError(f"column {column} has numbers that are NaN or infinite")
     except (pa.ArrowException, ValueError) as error:
         raise UserError(f"{path} breaks the schema of {name} ({error}); delete it and run again") from None
     return table.to_pylist()
+
+
+def _not_finite(table: pa.Table) -> str | None:
+    """The first column with a number that is NaN or infinite."""
+    for column in table.column_names:
+        values = table.column(column)
+        while pa.types.is_list(values.type):
+            values = pc.list_flatten(values)
+        if pa.types.is_floating(values.type):
+            if not pc.all(pc.is_finite(values), min_count=0).as_py():
+                return column
+    return None
+
+
+def _finite(value: float | list) -> bool:
+    return all(map(_finite, value)) if isinstance(value, list) else math.isfinite(value)
 
 
 def _check(table: pa.Table, name: str) -> None:

@@ -135,6 +135,62 @@ def test_a_policy_that_lost_everything_does_not_get_50():
         assert alpaca.metrics(rows, formula, file)["length_controlled_winrate"] == 0.0
 
 
+@pytest.mark.parametrize("answer", ["", " \n", "Yes."])
+def test_a_policy_that_says_nothing_is_flagged(call, capfd, answer):
+    """A judge that goes by length gives it few points; LC then puts it above the base."""
+    ours = [row | {"output": answer} for row in outputs("policy")]
+    result = call(
+        ours,
+        outputs("base"),
+        probability=lambda prompt, first, second: 1 / (1 + np.exp((len(first) - len(second)) / 80)),
+    )
+    said = capfd.readouterr().err
+    assert result["win_rate"] < 20 and result["length_controlled_winrate"] > 60
+    assert (
+        "so far apart that alpaca-eval's model may have failed"
+        in result["length_controlled_warning"]
+    )
+    assert (
+        "warning: do not rely on the length-controlled win rate: "
+        f"{result['length_controlled_warning']}\n"
+        in said
+    )
+    assert result["n_empty"] == (0 if answer.strip() else 30)
+    assert ("30 of 30 answers" in said and "are empty" in said) == (not answer.strip())
+
+
+def test_alpaca_eval_s_own_warning_of_lc_is_kept():
+    """Its rule: further than 10 points, and than a quarter of the way to the end of the scale."""
+    assert (
+        "12.0, the win rate 40.0: so far apart that alpaca-eval's model may have failed"
+        in alpaca.length_controlled_warning(40.0, 12.0)
+    )
+    assert alpaca.length_controlled_warning(40.0, 70.0)
+    for win_rate in (5.1, 45.0, 49.9, 60.0):
+        assert "it is exactly 50" in alpaca.length_controlled_warning(win_rate, 50.0)
+    for fine in ((40.0, 35.0), (50.0, 50.0), (0.0, 0.0), (100.0, 100.0), (40.0, 50.1)):
+        assert alpaca.length_controlled_warning(*fine) is None
+
+
+def test_a_sound_evaluation_has_no_warning(call, capfd):
+    result = call(
+        outputs("policy", seed=1), outputs("base"), "--policy", "policy", probability=soft
+    )
+    assert (
+        result["length_controlled_warning"] is None
+        and result["n_empty"] == 0
+        and "warning" not in capfd.readouterr().err
+    )
+
+
+def test_outputs_of_another_policy_are_refused(call, tmp_path):
+    with pytest.raises(
+        UserError, match="ours.json holds the outputs of sppo/iter1, not of sppo/iter2; delete it"
+    ):
+        call(outputs("sppo/iter1"), outputs("base"), "--policy", "sppo/iter2", probability=soft)
+    assert not (tmp_path / "out").exists()
+
+
 def test_values_of_the_stand_in_do_not_matter(tmp_path):
     ours, base = outputs("policy", seed=1), outputs("base")
     rows = alpaca.PreferenceAnnotator("judge", Judge(soft)).annotate_head2head(*map(_frame, (base, ours)))
@@ -239,6 +295,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, logprobs: str, broken: str = "") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.html = False  # whether a web page is the answer to everything
         self.plan: list[int | str] = []  # statuses, or bodies that are no completion, of the next answers to judgments
         self.logprobs, self.broken, self.judged, self.status, self.keys, self.letters = logprobs, broken, 0, 200, set(), set()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -250,6 +307,8 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.keys.add(self.headers["Authorization"])
         key = self.headers["Authorization"].split()[-1]
+        if self.server.html:
+            return self.send(200, b"<html>\n<body>Welcome</body></html>", "text/html")
         if self.server.status != 200:
             return self.reply(self.server.status, {"error": {"message": f"bad key {key}"}})
         if "max_tokens" in request and self.server.logprobs in ("after reasoning", "if told not to reason"):
@@ -259,7 +318,11 @@ class Handler(BaseHTTPRequestHandler):
         if request.get("logprobs") and self.server.logprobs == "refused":
             return self.reply(400, {"error": {"message": "logprobs are not supported"}})
         text = request["messages"][-1]["content"]
-        answers = re.findall(r'"output": """(\w*)', text)
+        answers = (
+            re.findall(r'"output": """(\w*)', text)
+            if alpaca.TRIAL["instruction"] not in text
+            else []
+        )
         letter = "m" if not answers or answers[0] == "policy" else "M"
         if answers and self.server.plan:
             answer = self.server.plan.pop(0)
@@ -282,9 +345,9 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status, body):
         self.send(status, json.dumps(body).encode())
 
-    def send(self, status, data):
+    def send(self, status, data, kind="application/json"):
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -387,9 +450,50 @@ def test_an_answer_that_is_no_completion_is_one_line(call, serve, monkeypatch, t
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given")
     server.plan = [body] * 200
-    with pytest.raises(UserError, match="mend it and run again"):
+    with pytest.raises(UserError, match="fix it and run again"):
         call(outputs("policy", 6, 1), outputs("base", 6), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
     assert not (tmp_path / "out" / "alpaca_eval.json").exists()
+
+
+@pytest.mark.parametrize("judge", ["openai", "weighted_alpaca_eval_gpt4_turbo"])
+def test_a_judge_that_cannot_be_read_is_quoted_before_anything_is_paid(
+    call, serve, monkeypatch, judge
+):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given", alpaca.TRIAL["instruction"])
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    model = ["--judge-model", "tiny", "--judge-base-url", server.url] if judge == "openai" else []
+    with pytest.raises(
+        UserError,
+        match=r"judge (tiny|weighted_.*_turbo) cannot be read: .* it answers '\?'; no judgment",
+    ) as error:
+        call(outputs("policy", 6, 1), outputs("base", 6), *model, judge=judge)
+    assert server.judged == 0 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("judge", ["openai", "weighted_alpaca_eval_gpt4_turbo"])
+def test_a_web_page_in_place_of_an_answer_is_one_line(call, serve, monkeypatch, judge):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given")
+    server.html = True
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    model = ["--judge-model", "tiny", "--judge-base-url", server.url] if judge == "openai" else []
+    with pytest.raises(
+        UserError, match="its answer is no chat completion .*; is the address right"
+    ):
+        call(outputs("policy", 6, 1), outputs("base", 6), *model, judge=judge)
+
+
+def test_what_is_judged_already_needs_no_trial(call, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    arguments = (outputs("policy", 6, 1), outputs("base", 6))
+    call(*arguments, judge="weighted_alpaca_eval_gpt4_turbo")
+    server.status = 500
+    assert call(*arguments, judge="weighted_alpaca_eval_gpt4_turbo")["win_rate"] == pytest.approx(
+        80
+    )
 
 
 def test_a_changed_prompt_takes_no_old_judgment(call, serve, monkeypatch):
@@ -475,6 +579,26 @@ def test_summary_tells_every_iteration(run_folder, monkeypatch, capsys):
     svg = (run_folder / "figures" / "win_rate.svg").read_bytes()
     summarize(run_folder, monkeypatch)
     assert (run_folder / "figures" / "win_rate.svg").read_bytes() == svg
+
+
+def test_summary_marks_doubtful_rates_and_counts_empty_answers(run_folder, monkeypatch):
+    file = run_folder / "iter2" / "alpaca_eval.json"
+    write_json(
+        file,
+        read_json(file)
+        | {
+            "length_controlled_winrate": 50.0,
+            "length_controlled_warning": "it is exactly 50",
+            "n_empty": 7,
+        },
+    )
+    summarize(run_folder, monkeypatch)
+    text = (run_folder / "summary.md").read_text()
+    assert "50.0 [51.0, 59.0] (!) |" in text and text.count("(!)") == 2
+    assert text.endswith(
+        "\niteration 2: 7 of 100 answers are empty.\n"
+        "\niteration 2: (!) do not rely on the LC win rate: it is exactly 50.\n"
+    )
 
 
 def test_summary_refuses_what_does_not_belong_together(run_folder, monkeypatch):

@@ -1,4 +1,4 @@
-"""Whether OpenAI still has a judge's model, asked of a server that answers with the status that the test wants."""
+"""Addresses of judges, and whether OpenAI still has a model, asked of a server of the test's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sppo import api
+from sppo import alpaca, api, mt_bench
 from sppo.errors import UserError
 
 
@@ -71,3 +71,79 @@ def test_openai_s_own_address_needs_a_key(openai, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="export OPENAI_API_KEY, or choose another alpaca_eval.judge"):
         api.check_served("openai", "o9", api.OPENAI, "alpaca_eval")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nonsense",
+        "ftp://x",
+        "http://[::1",
+        "http://a b/v1",
+        "http://a\tb/v1",
+        "http://a:99999",
+        "http://a:0",
+        "http://a:b",
+        "http://",
+        "http:///v1",
+        "localhost:8000",
+        "",
+        " http://a",
+        "http://a/v1\n",
+        "//a/v1",
+    ],
+)
+@pytest.mark.parametrize(
+    ("check", "where"),
+    [
+        (alpaca.check_judge, "alpaca_eval"),
+        (mt_bench.check_judge, "mt_bench"),
+        (mt_bench.check_grader, "grades"),
+    ],
+)
+def test_what_is_no_address_is_refused_before_any_work(check, where, url):
+    with pytest.raises(UserError, match=rf"{where}\.judge_base_url") as caught:
+        check("openai", "m", url, key=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://localhost:8000/v1",
+        "https://api.example.com/v1",
+        "http://[::1]:80",
+        "http://10.0.0.1",
+        "HTTP://a/",
+        "http://node_1:8000/v1",
+    ],
+)
+def test_addresses_are_taken(url):
+    api.check_address(url, "alpaca_eval.judge_base_url")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:hunter2@host/v1",
+        "http://hunter2@host/v1",
+        "http://user:hunter2@[::1/v1",
+        "http://user:hunter2@host:x/v1",
+        "user:hunter2@host",
+    ],
+)
+@pytest.mark.parametrize(
+    ("check", "where"),
+    [
+        (alpaca.check_judge, "alpaca_eval"),
+        (mt_bench.check_judge, "mt_bench"),
+        (mt_bench.check_grader, "grades"),
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(check, where, url):
+    for judge in ("openai", "preference" if where == "grades" else "gpt-4-0613"):
+        with pytest.raises(
+            UserError, match=rf"{where}\.judge_base_url holds a name or password"
+        ) as caught:
+            check(judge, "m", url, key=False)
+        assert "hunter2" not in str(caught.value)

@@ -93,6 +93,37 @@ def test_foreign_table_with_repeated_keys_or_nulls_is_named(tmp_path):
         assert "breaks the schema of logps" in refusal(tmp_path / "t.parquet", "logps")
 
 
+FLOATS = [
+    (name, column)
+    for name, table in TABLES.items()
+    for column in table.columns.names
+    if "double" in str(table.columns.field(column).type)
+]
+
+
+def spoilt(value, number: float):
+    """The value with its last number replaced."""
+    return [*value[:-1], spoilt(value[-1], number)] if isinstance(value, list) else number
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("name", "column"), FLOATS)
+def test_what_is_no_number_is_refused_on_write_and_on_read(name, column, number, tmp_path):
+    rows = [*ROWS[name][:-1], {**ROWS[name][-1], column: spoilt(ROWS[name][-1][column], number)}]
+    with pytest.raises(
+        UserError,
+        match=f"t.parquet was not written: {column} of {name} is NaN or infinite in 1 of "
+        f"{len(rows)} rows, first in {TABLES[name].key[0]}",
+    ):
+        write_table(tmp_path / "t.parquet", rows, name)
+    assert left_over(tmp_path) == []
+    pq.write_table(pa.Table.from_pylist(rows, schema=TABLES[name].columns), tmp_path / "t.parquet")
+    assert (
+        f"breaks the schema of {name} (column {column} has numbers that are NaN or infinite)"
+        in refusal(tmp_path / "t.parquet", name)
+    )
+
+
 def test_broken_json_is_named_and_nan_is_not_written(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1')
     with pytest.raises(UserError, match="x.json is not valid JSON"):

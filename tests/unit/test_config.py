@@ -98,9 +98,11 @@ def test_shipped_file_reads_every_number_as_a_number(file):
 def test_settings_switch_between_paper_and_official_code():
     paper, repo = resolve({"settings": "paper"})[""], resolve({"settings": "repo"})[""]
     assert (paper["responses"]["temperature"], paper["responses"]["top_p"], paper["preference"]["probability"],
-            paper["preference"]["source"], paper["train"]["schedule_total_epochs"]) == (1.0, 1.0, "pairwise", "instruction", 18)
+            paper["preference"]["source"], paper["train"]["schedule_total_epochs"],
+            paper["train"]["max_grad_norm"]) == (1.0, 1.0, "pairwise", "instruction", 18, 1.0)
     assert (repo["responses"]["temperature"], repo["responses"]["top_p"], repo["preference"]["probability"],
-            repo["preference"]["source"], repo["train"]["schedule_total_epochs"]) == (0.7, 0.9, "blender", "chat_template", 1)
+            repo["preference"]["source"], repo["train"]["schedule_total_epochs"],
+            repo["train"]["max_grad_norm"]) == (0.7, 0.9, "blender", "chat_template", 1, 0)
 
 
 def test_one_key_set_by_hand_wins_over_settings_and_moves_no_other():

@@ -149,6 +149,34 @@ def test_an_api_grades_by_the_rubric_and_what_has_no_score_is_left_out(by_api, s
     assert (record["graded"], record["ungraded"], record["looping"], record["grader"]) == (6, 1, 1, "judge-1")
 
 
+def test_what_has_no_score_is_said_and_asked_for_again(by_api, server, files, capfd):
+    server.plan = ["I like it.", *["Score: 5"] * 5]
+    by_api()
+    assert (
+        "warning: 1 of 6 answers of the judge judge-1 have no grade, such as 'I like it.'"
+        in capfd.readouterr().err
+    )
+    by_api()
+    record = read_json(files / "grades/0.parquet.record.json")
+    assert len(server.prompts) == 7 and (record["graded"], record["ungraded"]) == (
+        6,
+        1,
+    )  # the server's own answer has no score either
+
+
+@pytest.mark.parametrize("answer", ["I like it.", ""])
+def test_a_judge_that_gives_no_score_is_an_error_that_quotes_it(by_api, server, files, answer):
+    server.plan = [answer] * 6
+    quote = f"'{answer}'" if answer else "an empty answer"
+    with pytest.raises(
+        UserError, match=f"6 of 6 answers of the judge judge-1 have no grade, such as {quote}"
+    ):
+        by_api()
+    assert not (files / "grades/0.parquet").exists()
+    server.plan = ["Score: 4"] * 6
+    assert sorted(by_api().values()) == [0, *[4] * 6]
+
+
 def test_a_dead_judge_costs_no_finished_grade_and_hides_the_key(by_api, server, files):
     server.plan, server.dead_after = ["Score: 4"] * 9, 3
     with pytest.raises(UserError, match="finished judgments are kept") as error:

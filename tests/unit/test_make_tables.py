@@ -58,6 +58,22 @@ def test_known_figures():
     assert published("sppo_alpaca_eval_llama3", "Llama-3-8B-SPPO Iter3", "length_controlled_winrate") == ["38.77"]
 
 
+def test_dno_s_figures_stand_beside_its_practical_algorithm():
+    """Its tables are of Algorithm 2, on graded pairs; it has none of Algorithm 1 (run `dno`)."""
+    runs = {
+        (table, line["row"]): line["run"]
+        for table, lines in LINES.items()
+        for line in lines
+        if line["row"].startswith("DNO Iter")
+    }
+    assert set(runs) == {
+        ("dno_alpaca_eval_mt_bench", "DNO Iter 3"),
+        *(("dno_open_llm", f"DNO Iter {t}") for t in (1, 2, 3)),
+    }
+    assert set(runs.values()) == {"dno_prct"}
+    assert "dno" not in {line["run"] for lines in LINES.values() for line in lines}
+
+
 def test_ours_stand_beside_the_published(monkeypatch, tmp_path):
     for folder, content in (("iter3", {"win_rate": 30.5, "length_controlled_winrate": 29.0, "n_total": 805,
                                        "judge": "weighted_alpaca_eval_gpt4_turbo", "reference": "gpt4_1106_preview", "avg_length": 2000}),

@@ -144,13 +144,130 @@ def test_an_answer_that_is_no_completion_is_one_line(grade, server, tmp_path):
     assert grade()["n"] == 64 and len(server.prompts) <= 64 + 3
 
 
-def test_nonsense_is_counted_and_left_out_of_the_mean(grade, server):
-    server.plan = ["no idea", "Rating: [3]", "[[10]]"]
+def completion(content):
+    """A chat completion as a server sends it."""
+    return json.dumps(
+        {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "m",
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "stop",
+                    "message": {"role": "assistant", "content": content},
+                }
+            ],
+        }
+    )
+
+
+def test_nonsense_is_counted_and_left_out_of_the_mean_and_asked_again(grade, server, capfd):
+    server.plan = ["no idea", "Rating: [3]", "[[10]]", "Rating: [[07]]"]
 
     result = grade()
 
-    assert (result["n"], result["failures"]) == (63, 1)
-    assert result["average"] == pytest.approx((10 + 3 + 61 * 7) / 63)
+    assert (result["n"], result["failures"]) == (62, 2)
+    assert result["average"] == pytest.approx((10 + 3 + 60 * 7) / 62)
+    said = capfd.readouterr().err
+    assert re.search(
+        r"^warning: 2 of 64 answers of the judge judge-1 have no grade, such as "
+        r"'(no idea|Rating: \[\[07\]\])'; they are left out",
+        said,
+        re.M,
+    )
+    result = grade()
+    assert (result["n"], result["failures"]) == (64, 0) and len(
+        server.prompts
+    ) == 64 + 2  # the judge was repaired
+    assert "warning" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "quote"),
+    [
+        ("I cannot\ngrade this.", "'I cannot grade this.'"),
+        ("", "an empty answer"),
+        (completion(None), "an empty answer"),
+    ],
+)
+def test_a_judge_that_grades_nothing_is_an_error_that_quotes_it_and_is_asked_again(
+    grade, server, tmp_path, answer, quote
+):
+    server.plan = [answer] * 64
+    with pytest.raises(
+        UserError,
+        match="^64 of 64 answers of the judge judge-1 have no grade, "
+        f"such as {quote}; at most 20% may have none",
+    ) as error:
+        grade()
+    assert (
+        "\n" not in str(error.value)
+        and not (tmp_path / "mt_bench.json").exists()
+        and not (tmp_path / "judgments.jsonl").exists()
+    )
+    assert grade()["n"] == 64 and len(server.prompts) == 128
+
+
+def test_more_than_a_fifth_without_a_grade_is_an_error_and_the_others_are_kept(grade, server):
+    server.plan = ["?"] * 13  # of 64
+    with pytest.raises(
+        UserError, match="13 of 64 answers .*, such as '\\?'.* the other judgments are kept"
+    ):
+        grade()
+    assert grade()["n"] == 64 and len(server.prompts) == 64 + 13
+
+
+def test_nonsense_that_older_code_kept_is_asked_for_again(grade, server, tmp_path):
+    grade()
+    cache = tmp_path / ".judgments/mt_bench.jsonl"
+    keys = [json.loads(line)[0] for line in cache.read_text().splitlines()]
+    cache.write_text("".join(json.dumps([key, ""]) + "\n" for key in keys))
+    assert grade()["n"] == 64 and len(server.prompts) == 128
+
+
+def test_answers_of_another_policy_than_the_place_says_are_refused(program, answers, tmp_path):
+    for place, said in (
+        ("results/iter2", "sppo/iter1"),
+        ("results/dpo/iter1", "sppo/iter1"),
+        ("results/iter1", "sppo/dpo/iter1"),
+        ("results/x/iter1", "y/iter1"),
+    ):
+        file = tmp_path / place / "mt_bench_answers.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            answers["policy"].read_text().replace('"model_id": "policy"', f'"model_id": "{said}"')
+        )
+        with pytest.raises(
+            UserError,
+            match=f"{place}/mt_bench_answers.jsonl is of {said}, which is not the policy of its",
+        ):
+            program(
+                evaluate_mt_bench,
+                "--data",
+                DATA,
+                "--answers",
+                file,
+                "--judge",
+                "openai",
+                "--judge-model",
+                "m",
+                "--judge-base-url",
+                "http://localhost:1",
+                "--output",
+                tmp_path / "mt_bench.json",
+                "--judgments",
+                tmp_path / "judgments.jsonl",
+            )
+
+
+def test_line_separators_in_an_answer_are_no_end_of_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"question_id": 1, "text": "one\u2028two\x85three"}\n{"question_id": 2}\n\n',
+        encoding="utf-8",
+    )
+    assert [row["question_id"] for row in mt_bench.read_lines(tmp_path / "a.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize(("refused", "taken"), [

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from sppo.errors import UserError
 from sppo.preference import even_length_penalty, mean_logits, p_hat, p_hat_weighted, win_probabilities, winner_and_loser
 
 # ../shared/spec/golden.json, block phat.
@@ -108,10 +109,19 @@ def test_equal_scores_have_no_winner():
     assert winner_and_loser(np.array([0.25, 0.5, 0.25])) == (1, 0)
 
 
-@pytest.mark.parametrize("logits", [np.zeros(4), np.zeros((2, 3)), np.array([[0.0, np.nan], [0.0, 0.0]])])
-def test_logits_of_another_shape_or_not_finite_are_refused(logits):
+@pytest.mark.parametrize("logits", [np.zeros(4), np.zeros((2, 3))])
+def test_logits_of_another_shape_are_refused(logits):
     with pytest.raises(ValueError):
         mean_logits(logits)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("estimate", [mean_logits, win_probabilities])
+def test_a_preference_model_that_gives_no_numbers_is_named(estimate, number):
+    with pytest.raises(
+        UserError, match="the preference model gave logits that are NaN or infinite"
+    ):
+        estimate(np.array([[0.0, number], [0.0, 0.0]]))
 
 
 def test_unknown_estimate_is_refused_by_name():

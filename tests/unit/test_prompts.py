@@ -204,7 +204,8 @@ def test_what_evaluations_ask_is_set_aside_however_it_is_written(sample, tmp_pat
 
 def test_prompts_that_evaluations_ask_do_not_count_at_the_start_either(tmp_path):
     jsonl(tmp_path / "p.jsonl", {"instruction": "QUESTION one"}, {"instruction": "Add one and one"}, {"instruction": "New"})
-    (tmp_path / "e.json").write_text('[{"instruction": "Question  one?"}]')
+    asked = ["Question  one?", *(f"Other question {i}?" for i in range(4))]
+    (tmp_path / "e.json").write_text(json.dumps([{"instruction": text} for text in asked]))
     (tmp_path / "question.jsonl").write_text(json.dumps({"question_id": 1, "category": "math", "turns": ["Add one and one.", "Again."]}))
     written = {"iterations": 1, "prompts": {"source": str(tmp_path / "p.jsonl"), "per_iteration": 1},
                "alpaca_eval": {"instructions": str(tmp_path / "e.json")}, "mt_bench": {"data": str(tmp_path)}}

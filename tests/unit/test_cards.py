@@ -1,0 +1,91 @@
+"""Nothing that stands beside the base policy makes a card, and with it a training, fail."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from sppo.artifacts import record_path, write_json
+from sppo.cards import data_of, header, model_card
+
+
+def card(folder):
+    text = model_card(folder, "A title", {"Method": "words"}, tag="t")
+    text.encode("utf-8")
+    assert text.startswith("---\n") and "# A title" in text and "words" in text
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_sound_header_hands_on_its_licence(tmp_path):
+    (tmp_path / "README.md").write_bytes(
+        b"\xef\xbb\xbf---\nlicense: mit\nbase_model: org/base\n---\n# Base\n"
+    )
+    assert card(tmp_path)["license"] == "mit" and card(tmp_path)["base_model"] == "org/base"
+
+
+def test_a_card_that_is_not_utf_8_hands_on_what_can_be_read(tmp_path):
+    (tmp_path / "README.md").write_bytes(
+        "---\nlicense: mit\nlicense_name: Lizenz f\u00fcr alle\n---\n# Gr\u00fc\u00dfe\n".encode(
+            "latin-1"
+        )
+    )
+    assert card(tmp_path)["license"] == "mit"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"---\nlicense: [mit\n---\n",
+        b"---\nlicense: @mit\n---\n",
+        b"---\n- a list\n---\n",
+        b"---\njust words\n---\n",
+        b"---\n\t: x\n---\n",
+        b"---\n",
+        b"",
+        b"---\ndate: 2024-99-99\n---\n",
+        b"---\n? [a]\n: b\n---\n",
+        b"---\n? {a: b}\n: c\n---\n",
+        b"---\nx: !!python/object:os.system {}\n---\n",
+        b"\xff\xfe\x00\x00",
+        b"---\nlicense: " + b"[" * 5000 + b"\n---\n",
+    ],
+)
+def test_a_broken_header_is_none(tmp_path, text):
+    (tmp_path / "README.md").write_bytes(text)
+    assert header(tmp_path) == {} and card(tmp_path)["base_model"] == "a model without a record"
+
+
+@pytest.mark.parametrize("value", ['"\\ud800"', "[a, b]", "&a [*a]", "2024-01-01", "null", "1"])
+def test_odd_values_of_a_header_are_no_error(tmp_path, value):
+    (tmp_path / "README.md").write_text(f"---\nlicense: {value}\nbase_model: {value}\n---\n")
+    card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"stage": "policy_source"}',
+        '{"inputs": ["x"], "arguments": {}}',
+        '{"inputs": 3}',
+        '{"stage": "policy_source", "arguments": null}',
+    ],
+)
+def test_a_broken_record_is_no_error(tmp_path, content):
+    for name in ("policy", "pairs.parquet"):
+        record_path(tmp_path / name).write_text(content)
+    (tmp_path / "policy").mkdir()
+    card(tmp_path / "policy")
+    assert data_of(tmp_path / "pairs.parquet") == "No record of the pairs was found."
+
+
+def test_a_record_of_the_base_names_it(tmp_path):
+    (tmp_path / "policy").mkdir()
+    write_json(
+        record_path(tmp_path / "policy"),
+        {"stage": "policy_source", "arguments": {"model": "org/base"}},
+    )
+    assert card(tmp_path / "policy")["base_model"] == "org/base"

@@ -1,0 +1,132 @@
+"""Nothing is reported: a server in the hub's place hears nothing of a training by TRL."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import sppo
+
+ROOT = Path(__file__).resolve().parents[2]
+# As src/train_policy.py does it: the package first, then a trainer of TRL's. A thread sends
+# reports, and may be late.
+TRAINER = """
+import sys
+import sppo.errors
+from pathlib import Path
+import torch
+from sppo.models import load_policy, load_tokenizer, start_torch
+from sppo.training import make_trl_trainer
+start_torch()
+policy, work = Path(sys.argv[1]), Path(sys.argv[2])
+options = {"loss": "dpo", "beta": 0.1, "precision": "float32", "learning_rate": 1e-4,
+           "optimizer": "sgd", "max_grad_norm": 0.0, "warmup_ratio": 0.0, "lr_schedule": "constant",
+           "schedule_total_epochs": 1, "stop_epoch": 1, "batch_size": 1, "micro_batch_size": 1,
+           "processes": 1, "machines": 1, "parallel": "ddp", "checkpoint_steps": 9,
+           "report_to": "none", "lora_rank": 0, "gradient_checkpointing": False,
+           "loss_scale": "none"}
+pairs = [{"prompt_token_ids": [1, 5], "chosen_token_ids": [7, 2], "rejected_token_ids": [9, 2]}]
+model = load_policy(policy, torch.float32, "cpu", None)
+make_trl_trainer(model, load_tokenizer(policy), pairs, options, torch.float32, "cpu", work, 0)
+from huggingface_hub.utils import _telemetry
+_telemetry._TELEMETRY_QUEUE.join()
+print("made")
+"""
+
+
+@pytest.fixture
+def hub():
+    """A server in the place of huggingface.co; `asked` holds the paths that it was asked for."""
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            self.server.asked.append(self.path)
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_HEAD = do_POST = answer
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def make_trainer(hub, policy: Path, folder: Path, **variables: str) -> None:
+    """Make a trainer of TRL's in a process of its own, online as far as it knows."""
+    unset = {
+        *sppo.QUIET,
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "HF_DATASETS_OFFLINE",
+        "DISABLE_TELEMETRY",
+        "CI",
+    }
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in unset and not name.lower().endswith("_proxy")
+    }
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_HOME": str(folder / "hub"),
+        **variables,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", TRAINER, policy, folder / "work"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "src",
+        env=environment,
+    )
+    assert done.stdout.endswith("made\n"), done.stderr
+
+
+def test_a_training_by_trl_reports_nothing(hub, tiny_policy, tmp_path):
+    make_trainer(hub, tiny_policy, tmp_path)
+    assert hub.asked == []
+
+
+def test_the_server_would_have_heard_of_it(hub, tiny_policy, tmp_path):
+    """The test above can fail: with telemetry wished for, TRL reports."""
+    make_trainer(hub, tiny_policy, tmp_path, HF_HUB_DISABLE_TELEMETRY="0", DO_NOT_TRACK="0")
+    assert any(path.startswith("/api/telemetry/trl/") for path in hub.asked)
+
+
+@pytest.mark.parametrize("program", sorted((ROOT / "src").glob("*.py")), ids=lambda path: path.name)
+def test_every_program_imports_the_package_before_what_reports(program):
+    """Packages read the variables when they are imported."""
+    reporting = {
+        "accelerate",
+        "alpaca_eval",
+        "datasets",
+        "evaluate",
+        "huggingface_hub",
+        "lm_eval",
+        "peft",
+        "transformers",
+        "trl",
+        "vllm",
+    }
+    modules = []
+    for node in ast.parse(program.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules += (
+                [node.module]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
+    packages = [module.split(".")[0] for module in modules]
+    assert "sppo" in packages and not reporting & set(packages[:packages.index("sppo")])
