@@ -171,6 +171,7 @@ class TransformersEngine:
         self.model = load_policy(folder, self.dtype, device, attention)
         self.model.generation_config = GenerationConfig()  # the model's own must not warp the logits as well
         self.folder, self.device, self.batch_size = folder, device, batch_size
+        # Other models, such as those with linear attention, get a cache of their own from transformers and read a prompt K times.
         layers = {type(layer) for layer in DynamicCache(config=self.model.config).layers}
         takes_cache = "past_key_values" in inspect.signature(self.model.forward).parameters
         self.reads_prompts_once = takes_cache and layers <= REPEATABLE_LAYERS
@@ -184,6 +185,7 @@ class TransformersEngine:
 
         `prompts` are rows with prompt_id and prompt_token_ids. Returns rows of the table `responses`, in the
         order of the prompts and by sample_id. token_ids end in a stop id if and only if finish_reason is `stop`.
+        Raises UserError if the policy gives logits that are NaN or infinite.
         """
         by_length = sorted(prompts, key=lambda row: len(row["prompt_token_ids"]))
         width = max(1, self.batch_size // sampling.samples)
@@ -205,7 +207,7 @@ class TransformersEngine:
         if sampling.temperature > 0:
             processors.append(OwnNoise([seed for _, _, seed in wanted], sampling, width))
         with torch.inference_mode():
-            more = {}
+            more: dict[str, Any] = {}
             if self.reads_prompts_once and width > 1:
                 more["past_key_values"] = self._read_once(ids, mask, sampling)
             output = self.model.generate(
