@@ -34,7 +34,8 @@ def main() -> None:
     args = parser.parse_args()
 
     instructions = read_instructions(args.instructions, args.limit)
-    from sppo.generation import Sampling, open_engine, summary
+    from sppo.engines import open_engine
+    from sppo.generation import Sampling, summary
     from sppo.models import context_length, prompt_token_ids, template_hash, start_torch
 
     start_torch(args.tensor_parallel or 1)

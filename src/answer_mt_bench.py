@@ -34,7 +34,8 @@ def main() -> None:
     args = parser.parse_args()
 
     questions = read_questions(args.data)
-    from sppo.generation import open_engine, summary
+    from sppo.engines import open_engine
+    from sppo.generation import summary
     from sppo.models import context_length, start_torch, template_hash
 
     start_torch(args.tensor_parallel or 1)

@@ -1,18 +1,17 @@
 """Generation: K sampled responses to each prompt, with noise that belongs to the sample and not to the batch.
 
-One engine interface: `generate(prompts, sampling, data_seed, purpose)` on prompt token ids. transformers is the engine
-here; vLLM, in vllm_engine.py, has the same method and the same contracts.
+transformers is the engine here; vLLM, in vllm_engine.py, has the same method and contracts.
+engines.py picks one.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +20,14 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sppo.errors import UserError
-from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, stop_token_ids
+from sppo.models import compute_dtype, load_policy, load_tokenizer, stop_token_ids
 from sppo.progress import progress
 
 
 BLOCK = 256  # tokens that are summed first when drawing
 READ_TOGETHER = 16  # prompts
-# Cache layers whose prompt can be read once and repeated for K samples. Those of linear attention and of state-space layers
-# cannot: transformers repeats no state of theirs.
+# Cache layers that can hold a prompt read once and repeated for K samples. Those of linear
+# attention and of state-space layers cannot: transformers does not repeat their states.
 REPEATABLE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
@@ -114,10 +113,11 @@ class OwnNoise(LogitsProcessor):
 
 
 class FiniteLogits(LogitsProcessor):
-    """Refuses logits that are NaN or infinite: they would be drawn from without a word.
+    """Refuses logits that are NaN or infinite, which would silently give meaningless tokens.
 
-    It looks at the first token of a batch, and at the others at its end: a look at every token would make the GPU wait.
-    Logits of -inf are taken, for they forbid a token, unless a row has no others.
+    They are noted at every token. The note is read after the first token of a batch and at its end:
+    a look at every token would make the processor wait for the GPU. Logits of -inf forbid a token;
+    they are accepted unless a row has no others.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -135,8 +135,10 @@ class FiniteLogits(LogitsProcessor):
     def check(self) -> None:
         """Raise a UserError if any logits seen so far were not finite."""
         if self.finite is not None and not self.finite:
-            raise UserError(f"the policy {self.folder} gives logits that are NaN or infinite; its weights are damaged or its training "
-                            "diverged: train it with a lower train.learning_rate, or take another model")
+            raise UserError(
+                f"the policy {self.folder} gives logits that are NaN or infinite; its weights are "
+                "damaged or its training diverged: train it with a lower train.learning_rate, or "
+                "take another model")
 
 
 class PreallocatedCacheLayer(DynamicLayer):
@@ -171,13 +173,15 @@ class TransformersEngine:
         self.model = load_policy(folder, self.dtype, device, attention)
         self.model.generation_config = GenerationConfig()  # the model's own must not warp the logits as well
         self.folder, self.device, self.batch_size = folder, device, batch_size
-        # Other models, such as those with linear attention, get a cache of their own from transformers and read a prompt K times.
+        # Other models, such as those with linear attention, read a prompt K times, each into a cache
+        # that transformers makes.
         layers = {type(layer) for layer in DynamicCache(config=self.model.config).layers}
         takes_cache = "past_key_values" in inspect.signature(self.model.forward).parameters
         self.reads_prompts_once = takes_cache and layers <= REPEATABLE_LAYERS
         if device == "cuda":
-            # cuDNN's attention gives NaN on H100 with torch 2.13 for rows that begin with masked tokens
-            # (github.com/pytorch/pytorch/issues/196678). Prompts are padded left here, for a batch to end in one column.
+            # With torch 2.13, cuDNN's attention gives NaN on H100 where a row begins with masked
+            # tokens (github.com/pytorch/pytorch/issues/196678). Generation must pad on the left,
+            # because the prompts of a batch have to end in one column.
             torch.backends.cuda.enable_cudnn_sdp(False)
 
     def generate(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> list[dict[str, Any]]:
@@ -211,9 +215,10 @@ class TransformersEngine:
             if self.reads_prompts_once and width > 1:
                 more["past_key_values"] = self._read_once(ids, mask, sampling)
             output = self.model.generate(
-                ids.repeat_interleave(samples, 0), attention_mask=mask.repeat_interleave(samples, 0), do_sample=False,
-                max_new_tokens=sampling.max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=pad,
-                logits_processor=processors, **more)
+                ids.repeat_interleave(samples, 0), do_sample=False,
+                attention_mask=mask.repeat_interleave(samples, 0),
+                max_new_tokens=sampling.max_new_tokens, eos_token_id=self.stop_ids,
+                pad_token_id=pad, logits_processor=processors, **more)
         finite.check()
         for (row, k, seed), tokens in zip(wanted, output[:, width:].tolist(), strict=True):
             yield response(row, k, seed, tokens, self.stop_ids, self.tokenizer)
@@ -239,7 +244,8 @@ class TransformersEngine:
                 padded = [nn.functional.pad(states, (0, 0, ids.shape[1] - 1 - states.shape[2], 0)) for states in read]
                 setattr(layer, name, torch.cat(padded))
         cache.batch_repeat_interleave(sampling.samples)
-        cache.layers = [PreallocatedCacheLayer(layer, sampling.max_new_tokens) for layer in cache.layers]
+        room = sampling.max_new_tokens
+        cache.layers = [PreallocatedCacheLayer(layer, room) for layer in cache.layers]
         return cache
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
@@ -248,26 +254,6 @@ class TransformersEngine:
         self.model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0), past_key_values=cache,
                    use_cache=True, logits_to_keep=1)
         return cache
-
-
-class Engine(Protocol):
-    """What answers prompts; see TransformersEngine.generate."""
-
-    tokenizer: Any
-    dtype: torch.dtype
-
-    def generate(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> list[dict[str, Any]]: ...
-
-
-def open_engine(args: argparse.Namespace) -> Engine:
-    """The engine with the policy that a program was told to run."""
-    device = pick_device(args.device)
-    if args.engine == "vllm":
-        from sppo.vllm_engine import VllmEngine  # it needs an environment of its own
-
-        return VllmEngine(args.policy, precision=args.precision, device=device, batch_size=args.batch_size,
-                          tensor_parallel=args.tensor_parallel or 1)
-    return TransformersEngine(args.policy, precision=args.precision, device=device, attention=args.attention, batch_size=args.batch_size)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
