@@ -256,11 +256,14 @@ def broken(folder, value: float, first_step: int = 0) -> TransformersEngine:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("first_step", [1, 5], ids=["from the start", "later"])
-def test_logits_that_are_not_finite_are_one_line_that_names_the_policy(value, temperature, first_step, tiny_policy, prompts):
+def test_logits_that_are_not_finite_are_one_line_that_names_the_policy(
+        value, temperature, first_step, tiny_policy, prompts):
+    made = broken(tiny_policy, value, first_step)
     with pytest.raises(UserError) as caught:
-        broken(tiny_policy, value, first_step).generate(prompts, Sampling(2, temperature, 1.0, 8), 0, "iter1")
-    assert str(caught.value).startswith(f"the policy {tiny_policy} gives logits that are NaN or infinite; ")
-    assert "\n" not in str(caught.value)
+        made.generate(prompts, Sampling(2, temperature, 1.0, 8), 0, "iter1")
+    said = str(caught.value)
+    assert said.startswith(f"the policy {tiny_policy} gives logits that are NaN or infinite; ")
+    assert "\n" not in said
 
 
 def test_nan_weights_stop_at_the_first_token(tiny_policy, prompts):
@@ -286,7 +289,8 @@ def test_a_row_without_a_distribution_draws_a_token_of_the_vocabulary(top_p):
     assert draw_tokens(logits, torch.tensor([0.2, 0.5, 0.9]), 1.0, top_p).max() < 300
 
 
-def test_a_policy_whose_config_forbids_the_cache_generates_the_same(tiny_policy, prompts, responses, tmp_path):
+def test_a_policy_whose_config_forbids_the_cache_generates_the_same(
+        tiny_policy, prompts, responses, tmp_path):
     folder = tmp_path / "policy"
     shutil.copytree(tiny_policy, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -299,7 +303,8 @@ def test_prompts_of_full_attention_are_read_once(tiny_policy, prompts):
     made = engine(tiny_policy)
     assert made.reads_prompts_once
     tokens = []
-    made.model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: tokens.append(inputs[0].numel()))
+    made.model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: tokens.append(inputs[0].numel()))
     made.generate(prompts, Sampling(4, 1.0, 1.0, 1), 0, "iter1")
     longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts)
     assert tokens == [len(prompts) * (longest - 1), 4 * len(prompts)]
@@ -314,7 +319,8 @@ def test_generation_on_a_gpu_does_without_cudnn_s_attention(tiny_policy, monkeyp
         torch.backends.cuda.enable_cudnn_sdp(True)
         engine(tiny_policy)
         assert torch.backends.cuda.cudnn_sdp_enabled()
-        TransformersEngine(tiny_policy, precision="float32", device="cuda", attention=None, batch_size=64)
+        TransformersEngine(
+            tiny_policy, precision="float32", device="cuda", attention=None, batch_size=64)
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
