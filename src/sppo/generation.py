@@ -173,7 +173,7 @@ class TransformersEngine:
         self.model = load_policy(folder, self.dtype, device, attention)
         self.model.generation_config = GenerationConfig()  # the model's own must not warp the logits as well
         self.folder, self.device, self.batch_size = folder, device, batch_size
-        # Other models, such as those with linear attention, read a prompt K times, each into a cache
+        # Other models, such as those with linear attention, read a prompt K times, into a cache
         # that transformers makes.
         layers = {type(layer) for layer in DynamicCache(config=self.model.config).layers}
         takes_cache = "past_key_values" in inspect.signature(self.model.forward).parameters
