@@ -34,7 +34,8 @@ def main() -> None:
     args = parser.parse_args()
 
     instructions = read_instructions(args.instructions, args.limit)
-    from sppo.generation import Sampling, open_engine, summary
+    from sppo.engines import open_engine
+    from sppo.generation import Sampling, summary
     from sppo.models import (check_no_control_tokens, context_length, control_tokens,
                              prompt_token_ids, start_torch, template_hash)
 

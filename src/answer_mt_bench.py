@@ -34,7 +34,8 @@ def main() -> None:
     args = parser.parse_args()
 
     questions = read_questions(args.data)
-    from sppo.generation import open_engine, summary
+    from sppo.engines import open_engine
+    from sppo.generation import summary
     from sppo.models import (check_no_control_tokens, context_length, control_tokens, start_torch,
                              template_hash)
 

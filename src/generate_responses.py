@@ -33,7 +33,8 @@ def main() -> None:
     args = parser.parse_args()
 
     prompts = read_table(args.prompts, "prompts")[args.shard::args.shards]
-    from sppo.generation import Sampling, open_engine, summary
+    from sppo.engines import open_engine
+    from sppo.generation import Sampling, summary
     from sppo.models import template_hash, start_torch
 
     start_torch(args.tensor_parallel or 1)

@@ -1,33 +1,37 @@
 """Generation: K sampled responses to each prompt, with noise that belongs to the sample and not to the batch.
 
-One engine interface: `generate(prompts, sampling, data_seed, purpose)` on prompt token ids. transformers is the engine
-here; vLLM, in vllm_engine.py, has the same method and the same contracts.
+transformers is the engine here; vLLM, in vllm_engine.py, has the same method and contracts.
+engines.py picks one.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from sppo.errors import UserError
 from sppo.models import (THOUGHT, THOUGHT_END, compute_dtype, load_policy, load_tokenizer,
-                         pick_device, stop_token_ids)
+                         stop_token_ids)
 from sppo.progress import progress
 
 
 BLOCK = 256  # tokens that are summed first when drawing
 READ_TOGETHER = 16  # prompts
 FEW, NEARLY_ALL = 20, 0.95  # of fewer responses, or a smaller share that was cut, nothing is said
+# Cache layers that can hold a prompt read once and repeated for K samples. Those of linear
+# attention and of state-space layers cannot: transformers does not repeat their states.
+REPEATABLE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
     blocks = nn.functional.pad(probabilities, (0, -probabilities.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     block, rest = _invert(blocks.sum(dim=-1), 1.0 - uniforms)
     token, _ = _invert(blocks[torch.arange(len(block), device=block.device), block], rest)
-    return block * BLOCK + token
+    # Rows of NaN have no distribution. Their token must exist all the same: see FiniteLogits.
+    return (block * BLOCK + token).clamp(max=probabilities.shape[-1] - 1)
 
 
 def _invert(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +139,36 @@ class OwnNoise(LogitsProcessor):
         return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
-class RoomyLayer(DynamicLayer):
+class FiniteLogits(LogitsProcessor):
+    """Refuses logits that are NaN or infinite, which would silently give meaningless tokens.
+
+    They are noted at every token. The note is read after the first token of a batch and at its end:
+    a look at every token would make the processor wait for the GPU. Logits of -inf forbid a token;
+    they are accepted unless a row has no others.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.finite: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        finite = scores.amax(dim=-1).isfinite().all()  # the maximum of a row with a NaN is NaN
+        if self.finite is None:
+            self.finite = finite
+            self.check()
+        self.finite &= finite
+        return scores
+
+    def check(self) -> None:
+        """Raise a UserError if any logits seen so far were not finite."""
+        if self.finite is not None and not self.finite:
+            raise UserError(
+                f"the policy {self.folder} gives logits that are NaN or infinite; its weights are "
+                "damaged or its training diverged: train it with a lower train.learning_rate, or "
+                "take another model")
+
+
+class PreallocatedCacheLayer(DynamicLayer):
     """A cache layer that already has room for the response.
 
     transformers' own copies all keys and values for every new token: on a CPU a third of the time.
@@ -167,13 +201,24 @@ class TransformersEngine:
         self.dtype = compute_dtype(precision, device)
         self.model = load_policy(folder, self.dtype, device, attention)
         self.model.generation_config = GenerationConfig()  # the model's own must not warp the logits as well
-        self.device, self.batch_size = device, batch_size
+        self.folder, self.device, self.batch_size = folder, device, batch_size
+        # Other models, such as those with linear attention, read a prompt K times, into a cache
+        # that transformers makes.
+        layers = {type(layer) for layer in DynamicCache(config=self.model.config).layers}
+        takes_cache = "past_key_values" in inspect.signature(self.model.forward).parameters
+        self.reads_prompts_once = takes_cache and layers <= REPEATABLE_LAYERS
+        if device == "cuda":
+            # With torch 2.13, cuDNN's attention gives NaN on H100 where a row begins with masked
+            # tokens (github.com/pytorch/pytorch/issues/196678). Generation must pad on the left,
+            # because the prompts of a batch have to end in one column.
+            torch.backends.cuda.enable_cudnn_sdp(False)
 
     def generate(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> list[dict[str, Any]]:
         """K responses to each prompt.
 
         `prompts` are rows with prompt_id and prompt_token_ids. Returns rows of the table `responses`, in the
         order of the prompts and by sample_id. token_ids end in a stop id if and only if finish_reason is `stop`.
+        Raises UserError if the policy gives logits that are NaN or infinite.
         """
         by_length = sorted(prompts, key=lambda row: len(row["prompt_token_ids"]))
         width = max(1, self.batch_size // sampling.samples)
@@ -190,12 +235,20 @@ class TransformersEngine:
         padding = [width - len(row["prompt_token_ids"]) for row in prompts]
         ids = torch.tensor([[pad] * n + list(row["prompt_token_ids"]) for n, row in zip(padding, prompts, strict=True)]).to(self.device)
         mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding]).to(self.device)
-        noise = [OwnNoise([seed for _, _, seed in wanted], sampling, width)] if sampling.temperature > 0 else []
+        finite = FiniteLogits(self.folder)
+        processors = LogitsProcessorList([finite])
+        if sampling.temperature > 0:
+            processors.append(OwnNoise([seed for _, _, seed in wanted], sampling, width))
         with torch.inference_mode():
+            more: dict[str, Any] = {}
+            if self.reads_prompts_once and width > 1:
+                more["past_key_values"] = self._read_once(ids, mask, sampling)
             output = self.model.generate(
-                ids.repeat_interleave(samples, 0), attention_mask=mask.repeat_interleave(samples, 0),
-                past_key_values=self._read_once(ids, mask, sampling), do_sample=False, max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=self.stop_ids, pad_token_id=pad, logits_processor=LogitsProcessorList(noise))
+                ids.repeat_interleave(samples, 0), do_sample=False,
+                attention_mask=mask.repeat_interleave(samples, 0),
+                max_new_tokens=sampling.max_new_tokens, eos_token_id=self.stop_ids,
+                pad_token_id=pad, logits_processor=processors, **more)
+        finite.check()
         for (row, k, seed), tokens in zip(wanted, output[:, width:].tolist(), strict=True):
             yield response(row, k, seed, tokens, self.stop_ids, self.tokenizer, self.thoughts)
 
@@ -204,10 +257,8 @@ class TransformersEngine:
 
         Prompts of like length are read together, for padding costs as much as text; the batch comes in order of length.
         """
-        if ids.shape[1] == 1:
-            return DynamicCache(config=self.model.config)
         if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=self.model.config).layers):
-            cache = self._read(ids, mask)  # layers of other kinds, such as those with a sliding window, stay as they are
+            cache = self._read(ids, mask)  # layers with a sliding window stay as they are
             cache.batch_repeat_interleave(sampling.samples)
             return cache
         parts = []
@@ -222,7 +273,8 @@ class TransformersEngine:
                 padded = [nn.functional.pad(states, (0, 0, ids.shape[1] - 1 - states.shape[2], 0)) for states in read]
                 setattr(layer, name, torch.cat(padded))
         cache.batch_repeat_interleave(sampling.samples)
-        cache.layers = [RoomyLayer(layer, sampling.max_new_tokens) for layer in cache.layers]
+        room = sampling.max_new_tokens
+        cache.layers = [PreallocatedCacheLayer(layer, room) for layer in cache.layers]
         return cache
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
@@ -231,30 +283,6 @@ class TransformersEngine:
         self.model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0), past_key_values=cache,
                    use_cache=True, logits_to_keep=1)
         return cache
-
-
-class Engine(Protocol):
-    """What answers prompts; see TransformersEngine.generate."""
-
-    tokenizer: Any
-    dtype: torch.dtype
-
-    def generate(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> list[dict[str, Any]]: ...
-
-
-def open_engine(args: argparse.Namespace) -> Engine:
-    """The engine with the policy that a program was told to run."""
-    device = pick_device(args.device)
-    chats = {"thoughts": args.thoughts,
-             "template": {"template_kwargs": args.chat_template_kwargs,
-                          "template_date": args.template_date}}
-    if args.engine == "vllm":
-        from sppo.vllm_engine import VllmEngine  # it needs an environment of its own
-
-        return VllmEngine(args.policy, precision=args.precision, device=device, batch_size=args.batch_size,
-                          tensor_parallel=args.tensor_parallel or 1, **chats)
-    return TransformersEngine(args.policy, precision=args.precision, device=device,
-                              attention=args.attention, batch_size=args.batch_size, **chats)
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,23 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 ANSWER = "PLACEHOLDER-OF-AN-ANSWER"  # where a rendered chat has the assistant's words
+# By config.model_type, why a model that AutoModelForCausalLM loads cannot be a policy.
+UNSUPPORTED_ARCHITECTURES: dict[str, str] = {
+    **dict.fromkeys(
+        ("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie",
+         "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer",
+         "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"),
+        "it reads text in both directions"),
+    **dict.fromkeys(
+        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "moshi",
+         "musicgen", "musicgen_melody", "mvp", "pegasus", "plbart", "prophetnet", "trocr",
+         "whisper"),
+        "it is the decoder of a model with an encoder"),
+    **dict.fromkeys(
+        ("recurrent_gemma", "rwkv", "xlstm"),
+        "padding before a prompt changes the state of its recurrent layers"),
+    "minimax": "transformers generates other tokens with its cache than without",
+}
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 
 
@@ -106,7 +123,12 @@ def check_policy(folder: Path, made_here: bool = True) -> None:
         raise UserError(f"policy folder {folder} does not exist; correct the path or make it")
     if not (folder / "config.json").is_file():
         raise UserError(f"policy folder {folder} has no config.json; it is not a Hugging Face model folder")
-    read_json(folder / "config.json")
+    architecture = read_json(folder / "config.json").get("model_type")
+    if architecture in UNSUPPORTED_ARCHITECTURES:
+        raise UserError(
+            f"policy folder {folder} is of the architecture {architecture}, which cannot be used "
+            f"here: {UNSUPPORTED_ARCHITECTURES[architecture]}; choose a model of another "
+            "architecture")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(read_json(index)["weight_map"].values()))

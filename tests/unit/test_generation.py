@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
@@ -235,6 +236,94 @@ def test_the_model_s_own_generation_config_does_not_warp_the_samples(tiny_policy
     GenerationConfig(do_sample=True, temperature=0.1, top_p=0.1, top_k=2, repetition_penalty=1.9, min_p=0.5, typical_p=0.5,
                      max_length=40, no_repeat_ngram_size=1, min_new_tokens=5, suppress_tokens=list(range(9000)), eos_token_id=EOS).save_pretrained(folder)
     assert engine(folder).generate(prompts, SAMPLING, 0, "iter1") == responses
+
+
+# --- policies that are broken, and the device ---
+
+def broken(folder, value: float, first_step: int = 0) -> TransformersEngine:
+    """An engine with one logit of one row replaced from that step on."""
+    made = engine(folder)
+    steps = iter(range(1000))
+
+    def replace(module, inputs, logits):
+        if logits.shape[1] == 1 and next(steps) >= first_step:
+            logits[1, 0, 7] = value
+        return logits
+    made.model.lm_head.register_forward_hook(replace)
+    return made
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("first_step", [1, 5], ids=["from the start", "later"])
+def test_logits_that_are_not_finite_are_one_line_that_names_the_policy(
+        value, temperature, first_step, tiny_policy, prompts):
+    made = broken(tiny_policy, value, first_step)
+    with pytest.raises(UserError) as caught:
+        made.generate(prompts, Sampling(2, temperature, 1.0, 8), 0, "iter1")
+    said = str(caught.value)
+    assert said.startswith(f"the policy {tiny_policy} gives logits that are NaN or infinite; ")
+    assert "\n" not in said
+
+
+def test_nan_weights_stop_at_the_first_token(tiny_policy, prompts):
+    made = engine(tiny_policy)
+    passes = []
+    made.model.register_forward_hook(lambda module, inputs, output: passes.append(1))
+    torch.nn.init.constant_(made.model.model.norm.weight, math.nan)
+    with pytest.raises(UserError, match="logits that are NaN or infinite"):
+        made.generate(prompts, Sampling(1, 1.0, 1.0, 8), 0, "iter1")
+    assert len(passes) == 2, "one over the prompts, one for the first token"
+
+
+def test_a_forbidden_token_is_no_fault(tiny_policy, prompts):
+    rows = broken(tiny_policy, -math.inf).generate(prompts, Sampling(2, 1.0, 1.0, 8), 0, "iter1")
+    assert len(rows) == 2 * len(prompts)
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_a_row_without_a_distribution_draws_a_token_of_the_vocabulary(top_p):
+    """It waits for FiniteLogits.check; on a GPU a token outside would kill the process first."""
+    logits = torch.randn(3, 300)
+    logits[1] = math.nan
+    assert draw_tokens(logits, torch.tensor([0.2, 0.5, 0.9]), 1.0, top_p).max() < 300
+
+
+def test_a_policy_whose_config_forbids_the_cache_generates_the_same(
+        tiny_policy, prompts, responses, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny_policy, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    assert engine(folder).generate(prompts, SAMPLING, 0, "iter1") == responses
+
+
+def test_prompts_of_full_attention_are_read_once(tiny_policy, prompts):
+    """Not once a sample: the prompts' tokens pass through the model a single time."""
+    made = engine(tiny_policy)
+    assert made.reads_prompts_once
+    tokens = []
+    made.model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: tokens.append(inputs[0].numel()))
+    made.generate(prompts, Sampling(4, 1.0, 1.0, 1), 0, "iter1")
+    longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts)
+    assert tokens == [len(prompts) * (longest - 1), 4 * len(prompts)]
+
+
+def test_generation_on_a_gpu_does_without_cudnn_s_attention(tiny_policy, monkeypatch):
+    """It gives NaN for rows padded left with torch 2.13."""
+    model = load_policy(tiny_policy, torch.float32, "cpu")
+    monkeypatch.setattr("sppo.generation.load_policy", lambda *_: model)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        engine(tiny_policy)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        TransformersEngine(
+            tiny_policy, precision="float32", device="cuda", attention=None, batch_size=64)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 # --- vLLM; tests/vllm runs it ---
