@@ -193,7 +193,8 @@ def test_policy_whose_weights_were_lost_later_is_one_line_when_it_generates(tiny
     (folder / "model.safetensors").symlink_to(tmp_path / "emptied" / "model.safetensors")
     line = line_of(capsys, lambda: program(generate_responses, "--prompts", tmp_path / "prompts", "--policy", folder, "--iteration", 1,
                                            "--max-new-tokens", 2, "--output", tmp_path / "out.parquet"))
-    assert str(folder) in line and "no weights" in line and not (tmp_path / "out.parquet").exists()
+    assert f"{folder}/model.safetensors is a link to {tmp_path}/emptied/model.safetensors" in line
+    assert "which is not there" in line and not (tmp_path / "out.parquet").exists()
 
 
 def test_full_disk_while_a_policy_is_saved_leaves_no_folder(tiny_policy, tmp_path, monkeypatch, capsys):

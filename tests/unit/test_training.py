@@ -20,7 +20,7 @@ import prepare_policy
 import score_reference
 import train_policy
 from sppo import training
-from sppo.artifacts import read_json, record_path, write_json
+from sppo.artifacts import file_hash, read_json, record_path, write_json
 from sppo.cards import header
 from sppo.config import default_of, schema
 from sppo.errors import UserError
@@ -469,7 +469,7 @@ def test_model_card_tells_data_method_figures_and_the_base_s_licence(place, tmp_
     place.program(prepare_policy, "--model", model, "--output", base)
     prompts = place.folder / "prompts.parquet"
     write_json(record_path(prompts), {"stage": "sample", "sha256": "1", "prompts": 10, "commit": "c0ffee", "arguments": {"source": "org/prompts-{t}", "iteration": 2}})
-    write_json(record_path(place.pairs), {"stage": "select", "sha256": "2", "inputs": {str(prompts): "1"}, "replayed": 4,
+    write_json(record_path(place.pairs), {"stage": "select", "sha256": file_hash(place.pairs), "inputs": {str(prompts): "1"}, "replayed": 4,
                                           "arguments": {"construction": "all", "even_lengths": False, "goals": True}})
     place.policy = base
     place.train("first", loss_scale="beta_squared")
