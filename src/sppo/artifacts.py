@@ -108,23 +108,34 @@ def file_hash(path: Path) -> str:
     path that is not there, cannot be read, or is a link to nothing is a UserError.
     """
     path = Path(path)
-    try:
-        if not path.is_dir():
-            with path.open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
+    if path.is_dir():
+        lines = [f"{name}\0{found}\n".encode() for name, found in file_hashes(path).items()]
+        return hashlib.sha256(b"".join(lines)).hexdigest()
+    with _readable(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each file of a folder, by its path in the folder, in order. UserError as `file_hash`."""
+    with _readable(folder):
+        files = _files(folder)
         # Several at once: hashing releases the interpreter's lock, and large models are many files.
-        files = _files(path)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            hashes = list(threads.map(file_hash, files))
+            hashes = threads.map(file_hash, files)
+            return {file.relative_to(folder).as_posix(): found
+                    for file, found in zip(files, hashes, strict=True)}
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the system says of a path that cannot be read into a UserError."""
+    try:
+        yield
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make it or correct the path") from None
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); correct its permissions or the "
                         "path") from None
-    digest = hashlib.sha256()
-    for file, found in zip(files, hashes, strict=True):
-        digest.update(f"{file.relative_to(path).as_posix()}\0{found}\n".encode())
-    return digest.hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:

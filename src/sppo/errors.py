@@ -5,9 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_IN_WORDS = (*map(os.strerror, FULL), *(f"os error {number})" for number in FULL),
+                 "PytorchStreamWriter", "unexpected pos ")
 
 
 class UserError(Exception):
@@ -38,8 +44,13 @@ def fail(message: str) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says that nothing more can be written; safetensors and arrow wrap it in types of their own."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)
+    """Whether the error says that no more can be written: the disk, a quota, or the largest file allowed.
+
+    safetensors and arrow wrap it in types of their own. Of PyTorch's writer nothing else is left
+    than that a file is shorter than it should be.
+    """
+    return (getattr(error, "errno", None) in FULL or
+            any(words in str(error) for words in FULL_IN_WORDS))
 
 
 @contextlib.contextmanager
@@ -57,4 +68,6 @@ def disk_full(path: str | os.PathLike) -> str:
     """The one line for a full disk met while writing `path`."""
     folder = os.path.dirname(path) or "."
     free = f" ({shutil.disk_usage(folder).free // 2**20} MiB free there)" if os.path.isdir(folder) else ""
-    return f"no space left on device while writing {path}{free}; free some and run again: finished artifacts are kept"
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    limit = "" if largest == resource.RLIM_INFINITY else f", or raise `ulimit -f`, {largest} bytes a file,"
+    return f"no space left on device while writing {path}{free}; free some{limit} and run again: finished artifacts are kept"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -213,6 +214,35 @@ def test_full_disk_while_a_policy_is_saved_leaves_no_folder(tiny_policy, tmp_pat
         with written_whole(tmp_path / "policy") as temporary:
             model.save_pretrained(temporary)
     assert "no space left" in line_of(capsys, main)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["text", "table", "safetensors", "torch", "folder"])
+def test_file_larger_than_the_limit_is_one_line_whoever_writes_it(kind, tmp_path):
+    """`ulimit -f`, which every library words otherwise; a full disk fails in the same places."""
+    import torch
+    from safetensors.torch import save_file
+
+    from sppo.artifacts import write_text, written_whole
+
+    large, target = torch.rand(50_000), tmp_path / "x"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="no space left .*/x .* MiB free .*ulimit -f`, 100000 bytes a file"):
+            if kind == "text":
+                write_text(target, "x" * 200_000)
+            elif kind == "table":
+                rows = [{"pair_id": i, "chosen_logp": x, "rejected_logp": x * x} for i, x in enumerate(large.tolist())]
+                write_table(target, rows, "logps")
+            else:
+                with written_whole(target) as temporary:
+                    if kind == "folder":
+                        temporary.mkdir()
+                        temporary /= "model.safetensors"
+                    (torch.save if kind == "torch" else save_file)({"weight": large}, temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 
