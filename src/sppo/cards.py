@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from sppo.artifacts import read_json, record_path
+from sppo.artifacts import read_record
 
 CONSTRUCTIONS = {"extremes": "the best and the worst response of each prompt", "all": "every two responses of each prompt",
                  "gold": "a gold response against the policy's", "graded": "every two far enough apart by grade"}
@@ -80,8 +80,8 @@ def table(facts: dict[str, Any]) -> str:
 
 
 def _record(artifact: str | Path) -> dict[str, Any]:
-    path = record_path(Path(artifact))
-    return read_json(path) if path.is_file() else {}
+    record = read_record(Path(artifact)) or {}
+    return {} if record.get("rebuilt") else record  # one that was rebuilt says nothing
 
 
 def _name(source: str) -> str:

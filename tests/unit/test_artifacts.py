@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import list_stale
+import verify_results
 from sppo import artifacts
 from sppo.artifacts import ROOT, code_hashes, file_hash, known_hash, read_json, record_path, recorded, write_json, write_text, written_whole
 from sppo.errors import UserError
@@ -314,6 +316,85 @@ def test_stale_lists_each_artifact_with_its_reason(tmp_path, as_program, program
     write_json(old, {**read_json(old), "stage_version": 0})
     program(list_stale, tmp_path)
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/iter1/old: other stage version", "1 of 2 artifacts were made by older code"]
+
+
+@pytest.fixture
+def results(tmp_path, as_program, monkeypatch) -> Path:
+    """Pairs made of prompts, a policy made of pairs, a policy that was dropped, and their records."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("results/iter1")
+    made = [(folder / "prompts.parquet", "sample", []), (folder / "pairs.parquet", "select", [folder / "prompts.parquet"]),
+            (folder / "policy", "train", [folder / "pairs.parquet"]), (Path("results/iter2/policy"), "train", [folder / "policy"])]
+    for artifact, stage, inputs in made:
+        with recorded(stage, artifact, inputs, {}):
+            write_text(artifact / "weights" if stage == "train" else artifact, stage)
+    shutil.rmtree("results/iter2/policy")
+    return folder
+
+
+def verify(program, *words: object) -> None:
+    verify_results.hash_of.cache_clear()
+    program(verify_results, "results", *words)
+
+
+def faults(capsys, program, *words: object) -> list[str]:
+    with pytest.raises(SystemExit) as ended:
+        verify(program, *words)
+    assert ended.value.code == 1
+    return capsys.readouterr().out.splitlines()[:-1]
+
+
+def test_results_that_are_what_their_records_say_have_no_fault(results, program, capsys):
+    write_text(results / "policy" / ".snakemake_timestamp", "")
+    verify(program)
+    assert capsys.readouterr().out == "4 artifacts, 0 faults; 1 policies are gone, which is no fault\n"
+
+
+def test_verify_names_each_artifact_and_input_that_is_other_than_recorded(results, program, capsys):
+    write_text(results / "prompts.parquet", "other")
+    write_text(results / "policy" / "weights", "other")
+    expected = [f"{results}/pairs.parquet: its input {results}/prompts.parquet has changed since it was made",
+                f"{results}/policy: it has changed since its record was written",
+                f"{results}/prompts.parquet: it has changed since its record was written"]
+    assert faults(capsys, program) == expected
+    assert faults(capsys, program, "--fix") == expected, "a changed artifact is no matter of records"
+    shutil.move(results / "pairs.parquet", "elsewhere")
+    assert f"{results}/pairs.parquet: it is gone; its record is there" in faults(capsys, program)
+
+
+@pytest.mark.parametrize("record", [None, "", '{"sha256":', "[]"])
+def test_fix_rebuilds_a_broken_or_missing_record_as_old_as_its_artifact(record, results, program, capsys):
+    for name in ("pairs.parquet", "policy"):
+        record_path(results / name).unlink()
+        if record is not None:
+            record_path(results / name).write_text(record)
+    before = {name: (results / name).stat().st_mtime_ns for name in ("pairs.parquet", "policy")}
+    said = "it has no record" if record is None else "record.json is broken"
+    assert len([line for line in faults(capsys, program) if said in line]) == 2
+    verify(program, "--fix")
+    assert capsys.readouterr().out.count("; it is rebuilt\n") == 2
+    for name, stage in (("pairs.parquet", "select"), ("policy", "train")):
+        rebuilt = read_json(record_path(results / name))
+        assert rebuilt["rebuilt"] is True and rebuilt["stage"] == stage and rebuilt["sha256"] == file_hash(results / name)
+        assert {(results / name).stat().st_mtime_ns, record_path(results / name).stat().st_mtime_ns} == {before[name]}
+    verify(program)
+    program(list_stale, "results")
+    assert f"{results}/policy: unknown, its record was rebuilt" in capsys.readouterr().out
+    with recorded("train", Path("results/iter2/policy"), [results / "policy"], {}):  # and it counts as an input
+        write_text(Path("results/iter2/policy/weights"), "")
+
+
+def test_record_is_not_rebuilt_for_an_artifact_that_is_gone(results, program, capsys):
+    (results / "pairs.parquet").unlink()
+    record_path(results / "pairs.parquet").write_text("")
+    assert faults(capsys, program, "--fix") == [f"{results}/pairs.parquet: it is gone; its record is there"]
+    assert record_path(results / "pairs.parquet").read_text() == ""
+
+
+def test_stale_names_a_broken_record_and_goes_on(results, program, capsys):
+    record_path(results / "pairs.parquet").write_text("")
+    program(list_stale, "results")
+    assert "pairs.parquet.record.json is broken" in (said := capsys.readouterr().out) and "0 of 4 artifacts" in said
 
 
 def test_code_hash_of_the_package_follows_every_file_of_it(tmp_path, monkeypatch):
