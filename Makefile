@@ -10,7 +10,7 @@
 # make test-slurm  runs the workflow on a real Slurm of one machine, installed by apt-get where it is missing (root, Debian or Ubuntu)
 # make test-vllm  makes .cache/vllm with vLLM's CPU build and runs the engine vllm on the embedded policy (a quarter of an hour)
 # make stale   lists artifacts that older code made
-# make verify  checks every artifact below results/ against its record; FIX=1 rebuilds broken and missing records; RESULTS=folder
+# make verify  checks every artifact below results/, or RESULTS=folder, against its record; FIX=1 rebuilds broken records
 #
 # TORCH_INDEX  PyTorch's package index, such as https://download.pytorch.org/whl/cpu for the small CPU build
 # PYTHON       the Python 3.11+ that .venv is made with

@@ -86,8 +86,8 @@ def recorded(artifact: Path) -> dict[str, Any]:
     """The artifact's record; empty if there is none."""
     record = read_record(artifact) or {}
     if record.get("rebuilt"):
-        raise UserError(f"the record of {artifact} was rebuilt, so its seconds are not known; name a "
-                        "run whose records are those of its stages")
+        raise UserError(f"the record of {artifact} was rebuilt, so its seconds are not known; name "
+                        "a run whose records are those of its stages")
     return record
 
 

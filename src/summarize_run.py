@@ -69,7 +69,7 @@ def seconds_by_iteration(records: list[Path]) -> dict[int, float]:
     """Summed wall time of the stages, in seconds, by iteration."""
     total: dict[int, float] = {}
     for path in records:
-        # A rebuilt record does not know them, and the sum of the others would be no iteration's time.
+        # A rebuilt record does not know them, and a sum of the others is no iteration's time.
         number, seconds = iteration(path), read_json(path).get("seconds", math.nan)
         total[number] = total.get(number, 0.0) + float(seconds)
     return {number: seconds for number, seconds in total.items() if not math.isnan(seconds)}

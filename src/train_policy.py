@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from sppo.artifacts import STAGES, file_hash, known_hash, read_record, recorded, write_json, write_text, written_whole
+from sppo.artifacts import (STAGES, file_hash, known_hash, read_record, recorded, write_json,
+                            write_text, written_whole)
 from sppo.cards import data_of, model_card, table
 from sppo.checkpoints import alone, last_checkpoint, remove_damaged
 from sppo.config import add_section, check_training

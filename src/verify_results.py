@@ -37,7 +37,8 @@ STAGE_OF = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
     parser.add_argument("--fix", action="store_true", help="rebuild broken and missing records")
     args = parser.parse_args()

@@ -116,7 +116,7 @@ def file_hash(path: Path) -> str:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each file of a folder, by its path in the folder, in order. UserError as `file_hash`."""
+    """sha256 of each file of a folder, by its path in it, in order. UserError as `file_hash`."""
     with _readable(folder):
         files = _files(folder)
         # Several at once: hashing releases the interpreter's lock, and large models are many files.
@@ -187,9 +187,9 @@ def known_hash(artifact: Path) -> str:
     record, found = read_record(artifact), _hash_once(Path(artifact))
     if record is not None and record["sha256"] != found:
         raise UserError(
-            f"{artifact} has changed since its record was written; put the original back, or delete "
-            f"it and run again, which makes it again and all that follows from it; to keep it as it "
-            f"is, delete {record_path(artifact)} and run `make verify FIX=1`")
+            f"{artifact} has changed since its record was written; put the original back, or "
+            "delete it and run again, which makes it again and all that follows from it; to keep "
+            f"it as it is, delete {record_path(artifact)} and run `make verify FIX=1`")
     return found
 
 

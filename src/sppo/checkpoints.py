@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted, and one training at a time on an output. Imports nothing heavy."""
+"""Checkpoints that can be trusted, and one training of an output at a time."""
 
 from __future__ import annotations
 

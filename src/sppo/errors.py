@@ -44,7 +44,7 @@ def fail(message: str) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says that no more can be written: the disk, a quota, or the largest file allowed.
+    """Whether the error says that no more can be written: by disk, quota, or largest file allowed.
 
     safetensors and arrow wrap it in types of their own. Of PyTorch's writer nothing else is left
     than that a file is shorter than it should be.
@@ -69,5 +69,8 @@ def disk_full(path: str | os.PathLike) -> str:
     folder = os.path.dirname(path) or "."
     free = f" ({shutil.disk_usage(folder).free // 2**20} MiB free there)" if os.path.isdir(folder) else ""
     largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    limit = "" if largest == resource.RLIM_INFINITY else f", or raise `ulimit -f`, {largest} bytes a file,"
-    return f"no space left on device while writing {path}{free}; free some{limit} and run again: finished artifacts are kept"
+    limit = ""
+    if largest != resource.RLIM_INFINITY:
+        limit = f", or raise `ulimit -f`, {largest} bytes a file,"
+    return (f"no space left on device while writing {path}{free}; free some{limit} and run again: "
+            "finished artifacts are kept")

@@ -111,15 +111,18 @@ def check_policy(folder: Path, made_here: bool = True) -> None:
         check_link(file, remedy)
     if not (folder / "config.json").is_file():
         raise UserError(f"policy folder {folder} has no config.json; it is not a Hugging Face model folder")
-    read = {name: _read_object(folder / name, remedy) for name in JSON_FILES if (folder / name).is_file()}
+    read = {name: _read_object(folder / name, remedy)
+            for name in JSON_FILES if (folder / name).is_file()}
     if quantised := read["config.json"].get("quantization_config"):
-        kind = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else quantised
-        raise UserError(f"the weights of {folder} are quantised ({kind}), and quantised weights cannot be trained; "
-                        "give the model that they were made from")
+        kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(f"the weights of {folder} are quantised ({kind}), and quantised weights "
+                        "cannot be trained; give the model that they were made from")
     index = read.get(WEIGHTS_INDEX)
     if index is not None and not isinstance(index.get("weight_map"), dict):
         raise UserError(f"{folder / WEIGHTS_INDEX} has no weight_map; {remedy}")
-    names = ["model.safetensors"] if index is None else sorted(set(map(str, index["weight_map"].values())))
+    names = ["model.safetensors"]
+    if index is not None:
+        names = sorted(set(map(str, index["weight_map"].values())))
     for name in names:
         weights = folder / name
         if not weights.is_file():
@@ -163,10 +166,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left",
+                                                  trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises Exception itself
-        raise UserError(f"cannot load the tokenizer of {folder} ({_first_line(error)}); copy its files, tokenizer.json "
-                        "and tokenizer_config.json, again from the model that it came with") from error
+        raise UserError(f"cannot load the tokenizer of {folder} ({_first_line(error)}); copy its "
+                        "files, tokenizer.json and tokenizer_config.json, again from the model that "
+                        "it came with") from error
     if not tokenizer.chat_template:
         raise UserError(f"the tokenizer of {folder} has no chat template; use an instruction-tuned model, or add "
                         "chat_template.jinja to the model folder")
@@ -174,17 +179,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_config(folder: Path) -> Any:
-    """The transformers configuration of a model's folder. One that cannot be loaded is a UserError."""
+    """The transformers configuration of a model's folder; UserError if it cannot be loaded."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of many types: each is a matter of what the file says
         if "auto_map" in read_json(Path(folder) / "config.json"):
-            raise UserError(f"the model in {folder} needs code of its own (auto_map in its config.json), which is not "
-                            "executed here; give a model that transformers knows") from error
-        raise UserError(f"cannot use {folder}/config.json ({_first_line(error)}); correct it, or give a model that "
-                        "transformers knows") from error
+            raise UserError(f"the model in {folder} needs code of its own (auto_map in its "
+                            "config.json), which is not executed here; give a model that "
+                            "transformers knows") from error
+        raise UserError(f"cannot use {folder}/config.json ({_first_line(error)}); correct it, or "
+                        "give a model that transformers knows") from error
 
 
 def load_whole(kind: Any, folder: Path, head: bool = True, **options: Any) -> PreTrainedModel:
@@ -200,13 +206,15 @@ def load_whole(kind: Any, folder: Path, head: bool = True, **options: Any) -> Pr
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # its report of many lines says what the error says
     try:
-        model, found = kind.from_pretrained(folder, trust_remote_code=False, ignore_mismatched_sizes=True,
-                                            output_loading_info=True, **options)
+        model, found = kind.from_pretrained(
+            folder, trust_remote_code=False, ignore_mismatched_sizes=True,
+            output_loading_info=True, **options)
     except (RuntimeError, MemoryError):
         raise
     except Exception as error:  # of many types: each is a matter of what the files say
-        raise UserError(f"cannot load the model in {folder} ({_first_line(error)}); give a causal language model that "
-                        "transformers knows, saved with save_pretrained") from error
+        raise UserError(f"cannot load the model in {folder} ({_first_line(error)}); give a causal "
+                        "language model that transformers knows, saved with save_pretrained"
+                        ) from error
     finally:
         logging.set_verbosity(verbosity)
     if int(os.environ.get("RANK", 0)) != 0:
@@ -218,14 +226,15 @@ def load_whole(kind: Any, folder: Path, head: bool = True, **options: Any) -> Pr
         "have in another shape": [name for name, *_ in found["mismatched_keys"]]}
     differ = [f"{what} {_some(names)}" for what, names in wrong.items() if names]
     if differ:
-        raise UserError(f"the weights of {folder} are not those of the model that its config.json names: they "
-                        f"{', and '.join(differ)}; save the model again with save_pretrained")
+        raise UserError(f"the weights of {folder} are not those of the model that its config.json "
+                        f"names: they {', and '.join(differ)}; save the model again with "
+                        "save_pretrained")
     for name, weight in model.state_dict().items():
         # One pass without a copy, 0.15 s for the demo's policy, half of what its hash takes.
         if weight.is_floating_point() and weight.numel() and not weight.is_meta:
             if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight)):
-                raise UserError(f"the weights of {folder} are not all finite: {name} has NaN or infinity; make or save "
-                                "the model again")
+                raise UserError(f"the weights of {folder} are not all finite: {name} has NaN or "
+                                "infinity; make or save the model again")
     return model
 
 

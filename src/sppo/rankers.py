@@ -249,10 +249,12 @@ class EmbeddedRanker:
         self.model = PreferenceEmbedder(backbone, tokenizer, self.spec).eval()
         differ = sorted(self.model.adapter().keys() ^ weights.keys())
         if differ:
-            raise UserError(f"{adapter_dir} is broken: its adapter.safetensors and the model that ranker.json describes "
-                            f"differ in {len(differ)} tensors, {differ[0]} first; train it again with src/train_ranker.py")
+            raise UserError(f"{adapter_dir} is broken: its adapter.safetensors and the model that "
+                            f"ranker.json describes differ in {len(differ)} tensors, {differ[0]} "
+                            "first; train it again with src/train_ranker.py")
         try:
-            self.model.load_state_dict({name: t.float() for name, t in weights.items()}, strict=False)
+            floats = {name: tensor.float() for name, tensor in weights.items()}
+            self.model.load_state_dict(floats, strict=False)
         except RuntimeError as error:
             raise UserError(f"{adapter_dir} is broken: {error}") from None
         self.model.merge()

@@ -18,6 +18,7 @@ from sppo.artifacts import ROOT, code_hashes, file_hash, known_hash, read_json, 
 from sppo.errors import UserError
 from sppo.stages import STAGES
 from sppo.tables import TABLES, read_table, write_table
+from summarize_run import seconds_by_iteration
 
 MESSAGES = [{"role": "user", "content": "Zeilen\nund „Anführung“ \U0001f600"}]
 ROWS = {
@@ -408,3 +409,10 @@ def test_code_hash_of_the_package_follows_every_file_of_it(tmp_path, monkeypatch
     write_text(tmp_path / "src" / "sppo" / "losses.py", "changed")
     after = code_hashes(program)
     assert after["sppo_sha256"] != before["sppo_sha256"] and after["program_sha256"] == before["program_sha256"]
+
+
+def test_iteration_with_a_rebuilt_record_has_no_minutes(tmp_path):
+    paths = [tmp_path / "iter1" / "a.record.json", tmp_path / "iter1" / "b.record.json", tmp_path / "iter2" / "a.record.json"]
+    for path, record in zip(paths, ({"seconds": 60}, {"rebuilt": True}, {"seconds": 30}), strict=True):
+        write_json(path, record)
+    assert seconds_by_iteration(paths) == {2: 30.0}
