@@ -10,6 +10,7 @@
 # make test-slurm  runs the workflow on a real Slurm of one machine, installed by apt-get where it is missing (root, Debian or Ubuntu)
 # make test-vllm  makes .cache/vllm with vLLM's CPU build and runs the engine vllm on the embedded policy (a quarter of an hour)
 # make stale   lists artifacts that older code made
+# make verify  checks every artifact below results/, or RESULTS=folder, against its record; FIX=1 rebuilds broken records
 #
 # TORCH_INDEX  PyTorch's package index, such as https://download.pytorch.org/whl/cpu for the small CPU build
 # PYTHON       the Python 3.11+ that .venv is made with
@@ -24,7 +25,7 @@ PYTEST_PARALLEL := .venv/bin/python -m pytest -q --numprocesses auto --maxproces
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all compare compare-all install test test-unit test-slow test-conda test-slurm test-pairrm estimate test-vllm stale
+.PHONY: demo demo-all compare compare-all install test test-unit test-slow test-conda test-slurm test-pairrm estimate test-vllm stale verify
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -89,3 +90,6 @@ test-vllm: .venv/installed .cache/vllm/installed
 
 stale: .venv/installed
 	@.venv/bin/python src/list_stale.py results
+
+verify: .venv/installed
+	@.venv/bin/python src/verify_results.py $(if $(FIX),--fix) $(or $(RESULTS),results)

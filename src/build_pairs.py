@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from sppo.artifacts import read_json, record_path, recorded
+from sppo.artifacts import read_record, recorded
 from sppo.config import CHAINING, COMPARISON, GRADING, OF_CHATS, add_section
 from sppo.errors import UserError, run
 from sppo.grades import GOLD, read_grades
@@ -95,7 +95,11 @@ def main() -> None:
 def replayed(path: Path, share: float, share_of_older: float, seed: int) -> list[dict[str, Any]]:
     """Pairs of an earlier iteration, drawn at random: a share of those that it made, which come first, and one of those that it had replayed itself."""
     pairs, draw = read_table(path, "pairs"), random.Random(seed)
-    made = len(pairs) - read_json(record_path(path))["replayed"]
+    record = read_record(path) or {}
+    if "replayed" not in record:
+        raise UserError(f"the record of {path} does not say how many of its pairs were replayed; "
+                        f"delete {path} and make it again, or set pairs.replay to 0")
+    made = len(pairs) - record["replayed"]
     return [pair for some, of_them in ((pairs[:made], share), (pairs[made:], share_of_older)) for pair in draw.sample(some, round(of_them * len(some)))]
 
 

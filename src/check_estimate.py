@@ -15,7 +15,7 @@ from typing import Any
 
 from sppo import estimate
 from sppo.adapters import adapter_folder
-from sppo.artifacts import iteration, read_json
+from sppo.artifacts import iteration, read_json, read_record
 from sppo.errors import UserError, run
 from sppo.estimate import Shape
 from sppo.tables import read_table
@@ -84,8 +84,11 @@ def of_iteration(folder: Path, shape: Shape) -> list[Measured]:
 
 def recorded(artifact: Path) -> dict[str, Any]:
     """The artifact's record; empty if there is none."""
-    path = Path(f"{artifact}.record.json")
-    return read_json(path) if path.is_file() else {}
+    record = read_record(artifact) or {}
+    if record.get("rebuilt"):
+        raise UserError(f"the record of {artifact} was rebuilt, so its seconds are not known; name "
+                        "a run whose records are those of its stages")
+    return record
 
 
 def measured(artifact: Path, record: dict[str, Any], flops: float, memory: float | None = None) -> Measured:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sppo.artifacts import ROOT, STAGES, code_hashes, read_json
-from sppo.errors import run
+from sppo.artifacts import ROOT, STAGES, code_hashes, read_record
+from sppo.errors import UserError, run
 
 
 def main() -> None:
@@ -20,10 +20,20 @@ def main() -> None:
     args = parser.parse_args()
 
     records = sorted(args.results.rglob("*.record.json"))
-    stale = [(record, why) for record in records if (why := differences(read_json(record)))]
-    for record, why in stale:
-        print(f"{str(record).removesuffix('.record.json')}: other {' and '.join(why)}")
-    print(f"{len(stale)} of {len(records)} artifacts were made by older code")
+    stale = 0
+    for path in records:
+        artifact = str(path).removesuffix(".record.json")
+        try:
+            record = read_record(Path(artifact))
+        except UserError as error:
+            print(error)
+            continue
+        if record.get("rebuilt"):
+            print(f"{artifact}: unknown, its record was rebuilt")
+        elif why := differences(record):
+            print(f"{artifact}: other {' and '.join(why)}")
+            stale += 1
+    print(f"{stale} of {len(records)} artifacts were made by older code")
 
 
 def differences(record: dict) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sppo.artifacts import recorded, written_whole
 from sppo.errors import run
-from sppo.models import check_policy, fetch, link_files, load_tokenizer, template_hash
+from sppo.models import check_policy, fetch, link_files, load_config, load_tokenizer, template_hash
 
 
 def main() -> None:
@@ -23,6 +23,7 @@ def main() -> None:
 
     folder, commit = fetch(args.model, args.revision)
     check_policy(folder, made_here=False)
+    load_config(folder)
     template = template_hash(load_tokenizer(folder))
     with recorded("policy_source", args.output, [], vars(args)) as facts:
         with written_whole(args.output) as temporary:

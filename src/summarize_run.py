@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,10 @@ def seconds_by_iteration(records: list[Path]) -> dict[int, float]:
     """Summed wall time of the stages, in seconds, by iteration."""
     total: dict[int, float] = {}
     for path in records:
-        number = iteration(path)
-        total[number] = total.get(number, 0.0) + float(read_json(path)["seconds"])
-    return total
+        # A rebuilt record does not know them, and a sum of the others is no iteration's time.
+        number, seconds = iteration(path), read_json(path).get("seconds", math.nan)
+        total[number] = total.get(number, 0.0) + float(seconds)
+    return {number: seconds for number, seconds in total.items() if not math.isnan(seconds)}
 
 
 def table(judged: Evaluations, ranked: Evaluations, seconds: dict[int, float]) -> str:

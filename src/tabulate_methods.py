@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,14 @@ def costs(found: Evaluations, place: tuple[str, int]) -> list[str]:
     pairs, trained = contents.get("pairs.parquet.record", {}), contents.get("policy.record", {})
     sampled = sampling(found, pairs)
     steps = [record for name, record in contents.items() if name.startswith(("logps/", "policy.record"))]
-    seconds = sum(record["seconds"] for record in [*sampled, *steps, *([pairs] if pairs else [])])
+    # A rebuilt record does not know its seconds.
+    made = [*sampled, *steps, *([pairs] if pairs else [])]
+    seconds = sum(record.get("seconds", math.nan) for record in made)
     epochs = trained.get("arguments", {}).get("stop_epoch", 0)
     tokens = round(trained["tokens_an_epoch"] * epochs) if "tokens_an_epoch" in trained else None
     drawn = sum(record.get("tokens", 0) for record in sampled) if sampled else None
-    return [decimals(value, 0) for value in (pairs.get("pairs"), drawn, tokens)] + [decimals(seconds / 60)]
+    minutes = None if math.isnan(seconds) else seconds / 60
+    return [decimals(value, 0) for value in (pairs.get("pairs"), drawn, tokens)] + [decimals(minutes)]
 
 
 def sampling(found: Evaluations, pairs: dict[str, Any]) -> list[dict[str, Any]]:

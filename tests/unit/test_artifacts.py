@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,10 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 import list_stale
+import verify_results
+from sppo import artifacts
 from sppo.artifacts import ROOT, code_hashes, file_hash, known_hash, read_json, record_path, recorded, write_json, write_text, written_whole
 from sppo.errors import UserError
 from sppo.stages import STAGES
 from sppo.tables import TABLES, read_table, write_table
+from summarize_run import seconds_by_iteration
 
 MESSAGES = [{"role": "user", "content": "Zeilen\nund „Anführung“ \U0001f600"}]
 ROWS = {
@@ -124,6 +128,37 @@ def test_what_is_no_number_is_refused_on_write_and_on_read(name, column, number,
     )
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_no_flipped_bit_of_a_table_gives_other_rows(name, tmp_path):
+    """Pages have checksums; counts and types of the footer are checked."""
+    path = tmp_path / "t.parquet"
+    write_table(path, ROWS[name], name)
+    whole, unnoticed = path.read_bytes(), []
+    bits = {*range(0, 8 * len(whole), 101)}
+    if name == "grades":  # all of where its footer counts rows
+        bits |= {*range(8 * (len(whole) - 420), 8 * (len(whole) - 390))}
+    for bit in sorted(bits):
+        path.write_bytes(flipped(whole, bit))
+        try:
+            if read_table(path, name) != ROWS[name]:
+                unnoticed.append(bit)
+        except UserError:
+            pass
+    assert unnoticed == []
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_null_inside_a_message_is_refused_on_write(tmp_path):
+    rows = [ROWS["prompts"][0] | {"messages": [{"role": None, "content": "x"}]}]
+    with pytest.raises(ValueError, match="messages has nulls"):
+        write_table(tmp_path / "t.parquet", rows, "prompts")
+
+
 def test_broken_json_is_named_and_nan_is_not_written(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1')
     with pytest.raises(UserError, match="x.json is not valid JSON"):
@@ -199,8 +234,8 @@ def test_record_tells_what_the_artifact_is_and_came_from(tmp_path, as_program, m
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secretsecret")
     large, small, artifact = tmp_path / "large", tmp_path / "small", tmp_path / "artifact"
-    write_text(large, "not hashed again")
-    write_json(record_path(large), {"sha256": "as its own record says"})
+    write_text(large, "of another stage")
+    write_json(record_path(large), {"sha256": file_hash(large)})
     write_text(small, "")
     with recorded("select", artifact, [large, small], {"output": artifact, "beta": 1e-3}) as facts:
         write_text(artifact, "result")
@@ -208,13 +243,80 @@ def test_record_tells_what_the_artifact_is_and_came_from(tmp_path, as_program, m
     text = record_path(artifact).read_text()
     record = json.loads(text)
     assert record["sha256"] == file_hash(artifact) == known_hash(artifact)
-    assert record["inputs"] == {str(large): "as its own record says",
+    assert record["inputs"] == {str(large): file_hash(large),
                                 str(small): "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
     assert (record["stage"], record["stage_version"], record["pairs"]) == ("select", STAGES["select"], 3)
     assert record["arguments"] == {"output": str(artifact), "beta": 1e-3}
     assert record["code"]["program"] == "build_pairs.py"
     assert record["packages"]["torch"] and record["seconds"] >= 0 and record["peak_memory_mib"] > 0 and record["started"].endswith("+00:00")
     assert "secretsecret" not in text
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_input_that_its_record_does_not_describe_is_refused_before_any_work(folder, tmp_path, as_program):
+    given = tmp_path / "input"
+    content = given / "model.safetensors" if folder else given
+    with recorded("select", given, [], {}):
+        write_text(content, "one")
+    write_text(content, "two")
+    with pytest.raises(UserError, match="input has changed since its record was written"):
+        with recorded("select", tmp_path / "artifact", [given], {}):
+            pytest.fail("the work began")
+    assert not (tmp_path / "artifact").exists()
+
+
+@pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"sha256": null}', "\udcff"])
+def test_broken_record_of_an_input_is_one_line_before_any_work(record, tmp_path, as_program):
+    given = tmp_path / "input"
+    write_text(given, "")
+    record_path(given).write_text(record, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError, match="input.record.json is broken .*make verify FIX=1.*makes .*input again and all that follows"):
+        with recorded("select", tmp_path / "artifact", [given], {}):
+            pytest.fail("the work began")
+
+
+def test_missing_or_unreadable_input_is_one_line_before_any_work(tmp_path, as_program):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "weights").symlink_to("gone")
+    for name, said in (("none", "is missing"), ("loop", "cannot read .*loop"), ("folder", "folder/weights is a link to gone")):
+        with pytest.raises(UserError, match=said):
+            with recorded("select", tmp_path / "artifact", [tmp_path / name], {}):
+                pytest.fail("the work began")
+
+
+def test_hash_passes_over_snakemake_s_time_stamp(tmp_path):
+    write_text(tmp_path / "policy" / "a", "x")
+    before = file_hash(tmp_path / "policy")
+    write_text(tmp_path / "policy" / ".snakemake_timestamp", "")
+    assert file_hash(tmp_path / "policy") == before
+
+
+def test_large_input_is_hashed_once_in_a_process_until_it_changes(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(artifacts, "file_hash", lambda path: hashed.append(path) or file_hash(path))
+    write_text(tmp_path / "a", "one")
+    assert known_hash(tmp_path / "a") == known_hash(tmp_path / "a")
+    assert len(hashed) == 2, "just written: the time of a change may be the same"
+    os.utime(tmp_path / "a", (0, 0))
+    one = [known_hash(tmp_path / "a") for _ in range(3)]
+    assert len(hashed) == 3
+    (tmp_path / "a").write_text("two")
+    assert known_hash(tmp_path / "a") != one[0]
+
+
+def test_written_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with written_whole(tmp_path / "policy") as temporary:
+            temporary.mkdir()
+            for name in ("model.safetensors", "config.json"):
+                (temporary / name).touch(mode=0o600)
+        write_text(tmp_path / "file", "")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (*(tmp_path / "policy").iterdir(), tmp_path / "file")}
+    assert modes == {"model.safetensors": 0o640, "config.json": 0o640, "file": 0o640}
 
 
 def test_failed_stage_leaves_no_record(tmp_path, as_program):
@@ -248,6 +350,85 @@ def test_stale_lists_each_artifact_with_its_reason(tmp_path, as_program, program
     assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/iter1/old: other stage version", "1 of 2 artifacts were made by older code"]
 
 
+@pytest.fixture
+def results(tmp_path, as_program, monkeypatch) -> Path:
+    """Pairs made of prompts, a policy made of pairs, a policy that was dropped, and their records."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("results/iter1")
+    made = [(folder / "prompts.parquet", "sample", []), (folder / "pairs.parquet", "select", [folder / "prompts.parquet"]),
+            (folder / "policy", "train", [folder / "pairs.parquet"]), (Path("results/iter2/policy"), "train", [folder / "policy"])]
+    for artifact, stage, inputs in made:
+        with recorded(stage, artifact, inputs, {}):
+            write_text(artifact / "weights" if stage == "train" else artifact, stage)
+    shutil.rmtree("results/iter2/policy")
+    return folder
+
+
+def verify(program, *words: object) -> None:
+    verify_results.hash_of.cache_clear()
+    program(verify_results, "results", *words)
+
+
+def faults(capsys, program, *words: object) -> list[str]:
+    with pytest.raises(SystemExit) as ended:
+        verify(program, *words)
+    assert ended.value.code == 1
+    return capsys.readouterr().out.splitlines()[:-1]
+
+
+def test_results_that_are_what_their_records_say_have_no_fault(results, program, capsys):
+    write_text(results / "policy" / ".snakemake_timestamp", "")
+    verify(program)
+    assert capsys.readouterr().out == "4 artifacts, 0 faults; 1 policies are gone, which is no fault\n"
+
+
+def test_verify_names_each_artifact_and_input_that_is_other_than_recorded(results, program, capsys):
+    write_text(results / "prompts.parquet", "other")
+    write_text(results / "policy" / "weights", "other")
+    expected = [f"{results}/pairs.parquet: its input {results}/prompts.parquet has changed since it was made",
+                f"{results}/policy: it has changed since its record was written",
+                f"{results}/prompts.parquet: it has changed since its record was written"]
+    assert faults(capsys, program) == expected
+    assert faults(capsys, program, "--fix") == expected, "a changed artifact is no matter of records"
+    shutil.move(results / "pairs.parquet", "elsewhere")
+    assert f"{results}/pairs.parquet: it is gone; its record is there" in faults(capsys, program)
+
+
+@pytest.mark.parametrize("record", [None, "", '{"sha256":', "[]"])
+def test_fix_rebuilds_a_broken_or_missing_record_as_old_as_its_artifact(record, results, program, capsys):
+    for name in ("pairs.parquet", "policy"):
+        record_path(results / name).unlink()
+        if record is not None:
+            record_path(results / name).write_text(record)
+    before = {name: (results / name).stat().st_mtime_ns for name in ("pairs.parquet", "policy")}
+    said = "it has no record" if record is None else "record.json is broken"
+    assert len([line for line in faults(capsys, program) if said in line]) == 2
+    verify(program, "--fix")
+    assert capsys.readouterr().out.count("; it is rebuilt\n") == 2
+    for name, stage in (("pairs.parquet", "select"), ("policy", "train")):
+        rebuilt = read_json(record_path(results / name))
+        assert rebuilt["rebuilt"] is True and rebuilt["stage"] == stage and rebuilt["sha256"] == file_hash(results / name)
+        assert {(results / name).stat().st_mtime_ns, record_path(results / name).stat().st_mtime_ns} == {before[name]}
+    verify(program)
+    program(list_stale, "results")
+    assert f"{results}/policy: unknown, its record was rebuilt" in capsys.readouterr().out
+    with recorded("train", Path("results/iter2/policy"), [results / "policy"], {}):  # and it counts as an input
+        write_text(Path("results/iter2/policy/weights"), "")
+
+
+def test_record_is_not_rebuilt_for_an_artifact_that_is_gone(results, program, capsys):
+    (results / "pairs.parquet").unlink()
+    record_path(results / "pairs.parquet").write_text("")
+    assert faults(capsys, program, "--fix") == [f"{results}/pairs.parquet: it is gone; its record is there"]
+    assert record_path(results / "pairs.parquet").read_text() == ""
+
+
+def test_stale_names_a_broken_record_and_goes_on(results, program, capsys):
+    record_path(results / "pairs.parquet").write_text("")
+    program(list_stale, "results")
+    assert "pairs.parquet.record.json is broken" in (said := capsys.readouterr().out) and "0 of 4 artifacts" in said
+
+
 def test_code_hash_of_the_package_follows_every_file_of_it(tmp_path, monkeypatch):
     program = ROOT / "src" / "build_pairs.py"
     before = code_hashes(program)
@@ -259,3 +440,10 @@ def test_code_hash_of_the_package_follows_every_file_of_it(tmp_path, monkeypatch
     write_text(tmp_path / "src" / "sppo" / "losses.py", "changed")
     after = code_hashes(program)
     assert after["sppo_sha256"] != before["sppo_sha256"] and after["program_sha256"] == before["program_sha256"]
+
+
+def test_iteration_with_a_rebuilt_record_has_no_minutes(tmp_path):
+    paths = [tmp_path / "iter1" / "a.record.json", tmp_path / "iter1" / "b.record.json", tmp_path / "iter2" / "a.record.json"]
+    for path, record in zip(paths, ({"seconds": 60}, {"rebuilt": True}, {"seconds": 30}), strict=True):
+        write_json(path, record)
+    assert seconds_by_iteration(paths) == {2: 30.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -66,9 +67,9 @@ def test_full_disk_is_one_line(error, capsys):
 
 LINES = {
     "a limit on sizes": (OSError(errno.EFBIG, "File too large", "/tmp/x.parquet"),
-        ["/tmp/x.parquet", "ulimit -f"]),
+        ["/tmp/x.parquet", "no space left"]),
     "a wrapped limit on sizes": (RuntimeError("I/O error: File too large (os error 27)"),
-        ["ulimit -f"]),
+        ["no space left"]),
     "memory": (MemoryError(), ["not enough memory", "ulimit -v"]),
     "the system's memory": (OSError(errno.ENOMEM, "Cannot allocate memory"), ["not enough memory"]),
     "PyTorch's memory": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
@@ -243,7 +244,8 @@ def test_policy_whose_weights_were_lost_later_is_one_line_when_it_generates(tiny
     (folder / "model.safetensors").symlink_to(tmp_path / "emptied" / "model.safetensors")
     line = line_of(capsys, lambda: program(generate_responses, "--prompts", tmp_path / "prompts", "--policy", folder, "--iteration", 1,
                                            "--max-new-tokens", 2, "--output", tmp_path / "out.parquet"))
-    assert str(folder) in line and "no weights" in line and not (tmp_path / "out.parquet").exists()
+    assert f"{folder}/model.safetensors is a link to {tmp_path}/emptied/model.safetensors" in line
+    assert "which is not there" in line and not (tmp_path / "out.parquet").exists()
 
 
 def test_full_disk_while_a_policy_is_saved_leaves_no_folder(tiny_policy, tmp_path, monkeypatch, capsys):
@@ -262,6 +264,35 @@ def test_full_disk_while_a_policy_is_saved_leaves_no_folder(tiny_policy, tmp_pat
         with written_whole(tmp_path / "policy") as temporary:
             model.save_pretrained(temporary)
     assert "no space left" in line_of(capsys, main)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["text", "table", "safetensors", "torch", "folder"])
+def test_file_larger_than_the_limit_is_one_line_whoever_writes_it(kind, tmp_path):
+    """`ulimit -f`, which every library words otherwise; a full disk fails in the same places."""
+    import torch
+    from safetensors.torch import save_file
+
+    from sppo.artifacts import write_text, written_whole
+
+    large, target = torch.rand(50_000), tmp_path / "x"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="no space left .*/x .* MiB free .*ulimit -f`, 100000 bytes a file"):
+            if kind == "text":
+                write_text(target, "x" * 200_000)
+            elif kind == "table":
+                rows = [{"pair_id": i, "chosen_logp": x, "rejected_logp": x * x} for i, x in enumerate(large.tolist())]
+                write_table(target, rows, "logps")
+            else:
+                with written_whole(target) as temporary:
+                    if kind == "folder":
+                        temporary.mkdir()
+                        temporary /= "model.safetensors"
+                    (torch.save if kind == "torch" else save_file)({"weight": large}, temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -169,7 +169,7 @@ def test_records_of_a_run_are_held_against_the_formulas(program, tiny_policy, tm
     scored = estimate.score_flops(shape, 1, 20, 20)
 
     def record(artifact: Path, stage: str, flops: float, **arguments) -> None:
-        write_json(record_path(artifact), {"stage": stage, "seconds": flops / 1e3, "peak_memory_mib": 100, "computed_in": "torch.float32", "arguments": arguments})
+        write_json(record_path(artifact), {"sha256": "0", "stage": stage, "seconds": flops / 1e3, "peak_memory_mib": 100, "computed_in": "torch.float32", "arguments": arguments})
     record(folder / "responses" / "0.parquet", "generate", estimate.generate_flops(shape, 1, 20, 2, 20), samples=2)
     record(folder / "logps" / "current.parquet", "reference", scored, micro_batch_size=1)
     record(folder / "policy", "train", 3 * 3 * scored, micro_batch_size=1, stop_epoch=1, lora_rank=0, gradient_checkpointing=False)

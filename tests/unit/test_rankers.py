@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -194,7 +195,26 @@ def test_unusable_folders_are_one_line_errors(adapter_dir, base_dir, tmp_path):
         EmbeddedRanker(tmp_path, base_dir)
 
 
+@pytest.mark.parametrize("change", ["renamed", "one missing", "one too many", "another shape"])
+def test_adapter_whose_tensors_are_not_all_used_is_one_line(change, adapter_dir, base_dir, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from sppo.rankers import EmbeddedRanker
+
+    folder = Path(shutil.copytree(adapter_dir, tmp_path / "adapter"))
+    tensors = load_file(folder / "adapter.safetensors")
+    tensors = {"renamed": {f"model.{name}": tensor for name, tensor in tensors.items()},
+               "one missing": {name: tensor for name, tensor in tensors.items() if name != "head.bias"},
+               "one too many": tensors | {"extra": torch.ones(1)},
+               "another shape": tensors | {"head.bias": torch.ones(3)}}[change]
+    save_file(tensors, folder / "adapter.safetensors")
+    with pytest.raises(UserError, match="adapter is broken: "):
+        EmbeddedRanker(folder, base_dir)
+
+
 # ---------------------------------------------------------------- the data
+
 
 def annotations(instructions=30, models=6, seed=0):
     """Made-up annotations: longer outputs tend to win, output_2 wins more often."""

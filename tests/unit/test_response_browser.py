@@ -159,7 +159,7 @@ def test_files_that_do_not_belong_together_are_one_line(root, build):
         ("--annotations .* differ in iteration 0", {"annotations": sorted(root.glob("iter[12]/alpaca_eval_annotations.json"))}),
         ("give iter0", {name: sorted(root.glob(FILES[name].replace("*", "[12]"))) for name in ("answers", "annotations")}),
         ("second file of iteration 1", {"answers": [*sorted(root.glob(FILES["answers"])), root / "iter1" / "alpaca_eval_outputs.json"]}),
-        ("lies in no folder iter", {"prompts": [root / "prompts.parquet"]}),
+        ("lies in no folder iter", {"prompts": [shutil.copy(root / "iter1" / "prompts.parquet", root / "prompts.parquet")]}),
     ):
         with pytest.raises(UserError, match=said):
             build(**other)

@@ -84,6 +84,18 @@ def test_killed_resumed_and_finished(clone):
     assert "Nothing to be done" in snakemake(clone, RESULT)
 
 
+def test_results_are_verified_and_a_rebuilt_record_makes_nothing_again(clone):
+    def verify(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "src/verify_results.py", *words], cwd=clone[0], capture_output=True, text=True)
+    assert (whole := verify()).returncode == 0, whole.stdout
+    root = clone[0] / "results/tiny"
+    (root / "iter1/policy.record.json").write_text("{")
+    (root / "iter1/pairs.parquet.record.json").unlink()
+    assert (broken := verify()).returncode == 1 and "iter1/policy: results/tiny/iter1/policy.record.json is broken" in broken.stdout
+    assert verify("--fix").returncode == verify().returncode == 0
+    assert "Nothing to be done" in snakemake(clone, RESULT)
+
+
 def test_a_deleted_policy_is_made_again_with_what_follows_and_nothing_before(clone):
     before = times(clone)
     shutil.rmtree(clone[0] / "results/tiny/iter1/policy")
