@@ -86,6 +86,6 @@ def test_a_record_of_the_base_names_it(tmp_path):
     (tmp_path / "policy").mkdir()
     write_json(
         record_path(tmp_path / "policy"),
-        {"stage": "policy_source", "arguments": {"model": "org/base"}},
+        {"sha256": "0", "stage": "policy_source", "arguments": {"model": "org/base"}},
     )
     assert card(tmp_path / "policy")["base_model"] == "org/base"
