@@ -45,6 +45,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "src")]
@@ -188,16 +189,33 @@ def supervise(name: str, args: argparse.Namespace) -> None:
 
 
 def stand_ins() -> None:
-    """Let the project be imported where jsonschema or pyarrow is missing.
+    """Let the project be imported where jsonschema or pyarrow is missing, and train with an older transformers.
 
     jsonschema checks a user's configuration, and there is none here. Tables become JSON lines under their own names.
+    `activation_checkpointing` was called `gradient_checkpointing`.
     """
-    if not importlib.util.find_spec("jsonschema"):
-        sys.modules["jsonschema"] = types.ModuleType("jsonschema")
-    if not importlib.util.find_spec("pyarrow"):
+    if not installed("jsonschema"):
+        sys.modules["jsonschema"] = mock.MagicMock()
+    if not installed("pyarrow"):
         tables = types.ModuleType("sppo.tables")
         vars(tables).update(read_table=read_lines, write_table=write_lines)
         sys.modules["sppo.tables"] = tables
+    from transformers import TrainingArguments
+
+    if "activation_checkpointing" not in inspect.signature(TrainingArguments).parameters:
+        begin = TrainingArguments.__init__
+
+        def renamed(self: Any, *words: Any, activation_checkpointing: bool = False, **more: Any) -> None:
+            begin(self, *words, gradient_checkpointing=activation_checkpointing, **more)
+        TrainingArguments.__init__ = renamed  # type: ignore[method-assign]
+
+
+def installed(package: str) -> bool:
+    """Whether the package itself is here; a stand-in is not."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # what a stand-in gives
+        return False
 
 
 def read_lines(path: Path, name: str) -> list[dict[str, Any]]:
@@ -468,7 +486,7 @@ def environment(report: Report, shape: dict[str, Any], device: str, folder: Path
 
     wanted = ("jsonschema", "pyarrow", "trl", "datasets", "liger_kernel", "flash_attn", "vllm")
     values: dict[str, Any] = {"python": sys.version.split()[0], "cores": os.cpu_count(), "packages": package_versions(),
-                              "missing": [name for name in wanted if not importlib.util.find_spec(name)]}
+                              "missing": [name for name in wanted if not installed(name)]}
     if device == "cuda":
         driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
                                 capture_output=True, text=True, check=False).stdout.strip()
@@ -677,7 +695,6 @@ def fsdp2_child(report: Report, shape: dict[str, Any], device: str, folder: Path
 
     from sppo.logps import frozen_logps
     from sppo.training import make_trainer
-    from train_policy import whole_policy
 
     dtype = torch.bfloat16
     options = options_of_training(batch_size=8, micro_batch_size=4, checkpoint_steps=2, schedule_total_epochs=1,
@@ -697,6 +714,18 @@ def fsdp2_child(report: Report, shape: dict[str, Any], device: str, folder: Path
         fine = all(math.isfinite(line["loss"]) and math.isfinite(float(line["grad_norm"])) for line in log)
         report.check("train", fine and len(log) == 4 and kinds == ["DTensor"], step_0=trainer.step_0, optimizer_state=kinds,
                      gradient_norms=[float(line["grad_norm"]) for line in log])
+        fsdp2_afterwards(report, shape, device, folder, trainer, before, pairs, options)
+
+
+def fsdp2_afterwards(report: Report, shape: dict[str, Any], device: str, folder: Path, trainer: Any,
+                     before: dict[str, Any], pairs: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    """Go on from a checkpoint of the trainer, then gather its weights and save them."""
+    import torch
+
+    from sppo.training import make_trainer
+    from train_policy import whole_policy
+
+    dtype, work = torch.bfloat16, folder / "policy" / "work"
     whole = {name: part.full_tensor().detach().cpu() for name, part in trainer.model.state_dict().items()}
     with report.step("resume"):
         half = work / "checkpoint-2"
@@ -729,7 +758,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     sets = {"equal": make_pairs(vocabulary, [(longest // 4, longest // 4, longest // 4)] * shape["pairs"]),
             "ragged": make_pairs(vocabulary, ragged(shape["pairs"], longest))}
-    liger = importlib.util.find_spec("liger_kernel") is not None
+    liger = installed("liger_kernel")
     ways: dict[str, tuple[Callable, str, str | None]] = {
         "as the project pads": (project_logps, "sdpa", None),
         "packed, chunked head": (lambda *a: packed_logps(*a, chunked_head), "varlen", None),
@@ -777,7 +806,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
         report.measure("ragged: the project's trainer", reference_tokens_per_second=tokens / scored,
                        step_0=trainer.step_0, **speed(sets["ragged"], shape, tokens / (sum(last) / len(last)), device))
         del trainer
-    if not (importlib.util.find_spec("trl") and importlib.util.find_spec("datasets")):
+    if not (installed("trl") and installed("datasets")):
         report.skip("ragged: TRL's DPOTrainer", "no trl or no datasets")
         return
     with report.step("ragged: TRL's DPOTrainer"):
@@ -919,27 +948,26 @@ def pairrm(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
     def text(length: int) -> str:
         return " ".join(f"w{draw.randrange(words)}" for _ in range(length))
     groups = [(text(asked), [text(answered) for _ in range(5)]) for _ in range(shape["pairrm_prompts"])]
-    found, scale = {}, 0.0
+    found = {}
     for precision in ("float32", "bfloat16"):
         with report.step(precision):
             model = PairRM(folder, device, precision)
-            warm = model.all_pair_logits(groups[:2])
-            # So that P is far from a half: its logit is half the difference of the two orders.
-            scale = scale or 4.0 / float(np.concatenate([logits - logits.T for logits in warm]).std())
-            with torch.no_grad():
-                model.model.head_layer[4].weight.mul_(scale)
+            model.all_pair_logits(groups[:2])
             synchronise(device)
             began = time.perf_counter()
-            logits = model.all_pair_logits(groups)
+            logits = np.array(model.all_pair_logits(groups))
             seconds = time.perf_counter() - began
-            found[precision] = np.array([win_probabilities(each) for each in logits])
-            report.check(precision, bool(np.isfinite(found[precision]).all()), pairs_per_second=20 * len(groups) / seconds,
+            found[precision] = logits
+            report.check(precision, bool(np.isfinite(logits).all()), pairs_per_second=20 * len(groups) / seconds,
                          tokens_of_a_pair=asked + 2 * answered)
             del model
             release()
-    gap = np.abs(found["bfloat16"] - found["float32"])
-    report.check("P by bfloat16", gap.mean() < 0.02, largest_difference=float(gap.max()), mean_difference=float(gap.mean()),
-                 P_from=float(found["float32"].min()), P_to=float(found["float32"].max()))
+    # Of random weights the logits hardly differ; stretched as far as those of a trained model, they would stretch
+    # the rounding with them. So the rounding is told beside the spread, and P as the weights give it.
+    gap, spread = found["bfloat16"] - found["float32"], float(found["float32"].std())
+    P, rounded = (np.array([win_probabilities(each) for each in found[name]]) for name in ("float32", "bfloat16"))
+    report.check("P by bfloat16", np.abs(P - rounded).mean() < 0.01, spread_of_logits=spread, rounding=float(gap.std()),
+                 largest_difference_of_P=float(np.abs(P - rounded).max()), P_from=float(P.min()), P_to=float(P.max()))
 
 
 def generation(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
