@@ -263,10 +263,10 @@ def run_section(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from sppo.models import pick_device
+    from sppo.models import pick_device, start_torch
 
+    start_torch()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = pick_device(args.device)

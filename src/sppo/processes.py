@@ -17,7 +17,7 @@ from typing import Any
 
 from sppo.artifacts import ROOT
 from sppo.errors import UserError
-from sppo.gpus import take_gpus
+from sppo.gpus import cores_of_job, take_gpus
 
 CONFIGS = ROOT / "config" / "accelerate"
 
@@ -37,9 +37,8 @@ def launch(train: dict[str, Any], device: str) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     words = ["--config_file", CONFIGS / f"{parallel}.yaml", "--num_processes", processes, "--num_machines", machines,
-             "--num_cpu_threads_per_process", max(1, cores // here)]
+             "--num_cpu_threads_per_process", max(1, cores_of_job() // here)]
     if machines > 1:
         words += _meeting_point(machines)
     else:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sppo.gpus import cores_of_job
+from sppo.models import compute_dtype
+
 ROOT = Path(__file__).resolve().parents[2]
 TAKE = ("import os, sys\nfrom sppo.errors import run\nfrom sppo.gpus import take_gpus\n"
         "run(lambda: (take_gpus(int(sys.argv[1])), print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True), sys.stdin.read()))")
@@ -89,3 +92,44 @@ def test_a_machine_without_gpus_locks_nothing(job):
     if list(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("there are GPUs here")
     assert took(job(1, None)) == took(job(1, None)) == "0"
+
+
+@pytest.mark.parametrize(("slurm", "snakemake", "cores"), [
+    ("4", "1", 4), (None, "3", 3), (None, None, os.cpu_count())])
+def test_a_job_computes_with_the_cores_that_it_was_given(slurm, snakemake, cores, monkeypatch):
+    for name, value in (("SLURM_CPUS_PER_TASK", slurm), ("OMP_NUM_THREADS", snakemake)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    assert cores_of_job() == cores
+
+
+def started(environment: dict[str, str], gpus: int = 1) -> list[str]:
+    """Threads and allocator settings of a program that started PyTorch."""
+    code = (f"import os; from sppo.models import start_torch; start_torch({gpus}); import torch\n"
+            "print(torch.get_num_threads(), os.environ.get('PYTORCH_ALLOC_CONF'))")
+    left = {key: value for key, value in os.environ.items() if key not in (
+        "LOCAL_RANK", "SLURM_CPUS_PER_TASK", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    more = {"PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""} | environment
+    return subprocess.run([sys.executable, "-c", code], env=left | more, check=True,
+                          capture_output=True, text=True).stdout.split()
+
+
+def test_pytorch_starts_with_the_job_s_cores_and_memory_that_fits_other_lengths():
+    alone = started({"OMP_NUM_THREADS": "1", "SLURM_CPUS_PER_TASK": "2"})
+    assert alone == ["2", "expandable_segments:True"]
+    launched = started({"OMP_NUM_THREADS": "1", "SLURM_CPUS_PER_TASK": "2", "LOCAL_RANK": "0"})
+    assert launched[0] == "1", "the launcher divided them"
+    own = {"OMP_NUM_THREADS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    assert started(own) == ["1", "None"]
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_that_a_gpu_emulates_is_not_taken(native, dtype, monkeypatch):
+    """As on a T4 or V100, where PyTorch says that it is supported unless it is asked otherwise."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: native or including_emulation)
+    assert compute_dtype("auto", "cuda") == getattr(torch, dtype)
+    assert compute_dtype("bfloat16", "cuda") == torch.bfloat16

@@ -188,6 +188,24 @@ def test_a_preset_at_paper_scale_leaves_nothing_of_the_embedded_default(name, se
     assert not {"spin", "dno_prct"} & runs.keys() and {one["train"]["batch_size"] for one in runs.values()} == {64}
 
 
+@pytest.mark.parametrize(("words", "threads"), [
+    (("--resources", "gpu=8", "--config", "device=gpu"), "2 2"),
+    (("--resources", "gpu=8", "--config", "device=gpu", "train={processes: 4}",
+      "runs={kto_pair: null}"), "2 8"),
+    (("--config", "device=gpu"), "16 16"),  # the default profile has one at a time
+    (("--resources", "gpu=8", "--config", "device=cpu"), "16 16")])
+def test_a_gpu_s_job_has_its_share_of_the_cores_and_a_training_that_of_its_gpus(words, threads, copy):
+    (copy / "threads.smk").write_text(
+        'configfile: "config/config.yaml"\ninclude: "rules/common.smk"\n'
+        'print("THREADS", MODEL_THREADS, TRAINING_THREADS, file=sys.stderr)\n'
+        "rule all:\n    shell: 'true'\n", encoding="utf-8")
+    done = dry_run(copy, "--cores", "16", "--snakefile", "threads.smk", *words)
+    assert f"THREADS {threads}\n" in done.stderr, done.stderr
+    text = rules()
+    used = {name.split(".")[1]: re.search(r"threads: (\w+)", body)[1] for name, body in text.items()}
+    assert used["train_policy"] == "TRAINING_THREADS" and used["score_reference"] == "MODEL_THREADS"
+
+
 def test_alpaca_eval_s_own_files_are_fetched_where_official_is_asked_for(copy):
     """And judged with: the reference is GPT-4 turbo's, so the base answers once; prompts are drawn aside from the 805."""
     words = ("--configfile", "config/presets/mistral-7b.yaml", "--")
