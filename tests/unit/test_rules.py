@@ -190,8 +190,7 @@ def test_a_preset_at_paper_scale_leaves_nothing_of_the_embedded_default(name, se
 
 @pytest.mark.parametrize(("words", "threads"), [
     (("--resources", "gpu=8", "--config", "device=gpu"), "2 2"),
-    (("--resources", "gpu=8", "--config", "device=gpu", "train={processes: 4}",
-      "runs={kto_pair: null}"), "2 8"),
+    (("--resources", "gpu=8", "--configfile", "config/presets/mistral-7b.yaml"), "2 16"),
     (("--config", "device=gpu"), "16 16"),  # the default profile has one at a time
     (("--resources", "gpu=8", "--config", "device=cpu"), "16 16")])
 def test_a_gpu_s_job_has_its_share_of_the_cores_and_a_training_that_of_its_gpus(words, threads, copy):
