@@ -79,6 +79,12 @@ def test_a_training_in_fewer_processes_than_gpus_takes_its_own(job):
     assert took(job(2, "0,1,2,3", LAUNCH)) == "0,1"
 
 
+def test_a_job_without_a_gpu_takes_none_and_waits_for_none(job):
+    """Where policies are extrapolated, on the CPU, beside jobs that have every GPU."""
+    assert took(job(1, "0,1")) == "0" and took(job(1, "0,1")) == "1"
+    assert took(job(0, "0,1")) == ""
+
+
 @pytest.mark.parametrize(("count", "visible", "taken"), [
     (1, "3", "3"), (2, "GPU-a,GPU-b", "GPU-a,GPU-b"), (1, "MIG-a/7/0,MIG-b", "MIG-a/7/0"), (2, "5", "5"), (1, "", "")])
 def test_what_a_cluster_gave_is_kept_to(count, visible, taken, job):
