@@ -21,7 +21,7 @@ from sppo.preflight import check_inputs, check_machine, gpus_here
 ROOT = Path(__file__).resolve().parents[2]
 RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
 PRESETS = sorted((ROOT / "config" / "presets").glob("*.yaml"))
-PAPER_SCALE = ("mistral-7b", "llama-3-8b", "gemma-2-9b", "gemma-2-27b", "single-gpu")
+PAPER_SCALE = ("mistral-7b", "llama-3-8b", "gemma-2-9b", "single-gpu")
 FROM_OUTSIDE = ("policies.embedded_policy", "mt_bench.fetch_mt_bench", "alpaca_eval.fetch_alpaca_eval")  # they read a package or the network
 SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
 
