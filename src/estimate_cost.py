@@ -144,7 +144,8 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
             lora, micro = train["lora_rank"], min(train["micro_batch_size"], train["batch_size"])
             scored = estimate.score_flops(shape, pairs, p, r)
             trained = scored * train["stop_epoch"] * estimate.train_factor(bool(lora), train["gradient_checkpointing"])
-            sizes, eager = (micro, longest, responses["max_new_tokens"]), config["policy"]["attention"] == "eager"
+            sizes = (micro, longest, responses["max_new_tokens"])
+            eager = config["policy"]["attention"] == "eager"
             rows += [drawn(t, "generate", prompts, k, r, responses["max_new_tokens"]),
                      compared(t, "annotate", config["preference"]["model"], prompts, k, r),
                      Row(t, "reference", pairs, 2 * pairs * (p + r), scored, scored / (gpu.flops * use.forward),

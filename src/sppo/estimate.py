@@ -150,8 +150,9 @@ def lora_weights(shape: Shape, rank: int) -> int:
     return shape.layers * rank * each_way
 
 
-# Bytes that PyTorch holds under autocast to bfloat16, read off fake tensors (tests/unit/test_estimate.py).
-# Embeddings are not autocast, so the residual stream is float32; with LoRA the weights are bfloat16, and so is it.
+# Bytes that PyTorch holds under autocast to bfloat16, read off tests/unit/test_memory_model.py.
+# Embeddings are not autocast, so the residual stream is float32; with LoRA it is bfloat16, as the
+# weights are.
 WEIGHT, CAST = 4, 2  # of a float32 weight, of its copy in bfloat16
 MASTER = 12  # of a weight with its gradient and RMSProp's mean of squares
 LOGIT = 16  # of an entry of the logits: itself, its gradient, and two temporaries of the log-softmax
@@ -162,10 +163,11 @@ LAYER, LAYER_LORA = (26, 8, 13), (28, 6, 14)
 KEPT = (27, 8, 8)  # what it keeps for that without checkpointing
 SCORED_LAYER = (12, 0, 8)  # the most that a forward pass needs of it
 HEAD = 10  # states around the output layer, times the width of the hidden state
-SANDWICH = 12  # more of a token's hidden state, where Gemma-2 has norms behind attention and MLP as well
-# Eager attention writes out the square of the length for each head: in its backward pass, kept for it, in scoring.
-EAGER, KEPT_EAGER, SCORED_EAGER, BESIDE_EAGER = 14, 8, 8, 19  # the last of a token, times the hidden state
-# FSDP2 gathers two layers, and their gradients are whole until they are exchanged: of a layer's weight, in units of WEIGHT.
+SANDWICH = 12  # more, times the hidden state, for Gemma-2's norms behind attention and MLP
+# Eager attention writes out the square of the length for each head: in its backward pass, kept for
+# it, in scoring; and beside it of a token, times the hidden state.
+EAGER, KEPT_EAGER, SCORED_EAGER, BESIDE_EAGER = 14, 8, 8, 19
+# FSDP2 gathers two layers, and their gradients are whole until they are exchanged.
 GATHERED_LAYERS = 4
 
 
@@ -180,47 +182,61 @@ def squares(shape: Shape, sequences: int, length: int) -> int:
     return sequences * shape.heads * length**2
 
 
-def train_bytes(shape: Shape, gpus: int, micro_batch: int, prompt: int, response: int, lora_rank: int, checkpointing: bool, width: int = 2,
-                eager: bool = False) -> float:
-    """Peak of one GPU in training, sequences as long as `prompt` + `response`: what it holds throughout, and the largest of its phases.
+def train_bytes(shape: Shape, gpus: int, micro_batch: int, prompt: int, response: int,
+                lora_rank: int, checkpointing: bool, width: int = 2, eager: bool = False) -> float:
+    """Peak of one GPU in training on sequences of `prompt` + `response` tokens.
 
-    Weights, gradients and RMSProp's squares in float32, divided over the GPUs; with LoRA frozen weights in `width` bytes. `eager`: attention
-    as matrix products. In float32 (`width` 4) there are no casts, and what is computed is twice as wide.
+    That is what it holds throughout and the largest of its phases. Weights, gradients and RMSProp's
+    squares are float32, divided over the GPUs; with LoRA frozen weights have `width` bytes. In
+    float32 (`width` 4) there are no casts, and what is computed is twice as wide. `eager`: attention
+    as matrix products.
     """
     sequences, length = 2 * micro_batch, prompt + response
     tokens, entries, wide = sequences * length, sequences * response * shape.vocabulary, width // 2
     layer, root = shape.body // shape.layers, shape.head * (1 if shape.tied else 2)
     divided, full = gpus > 1, not lora_rank
-    held = MASTER * shape.weights / gpus if full else width * shape.weights + MASTER * lora_weights(shape, lora_rank)
+    held = MASTER * shape.weights / gpus
+    if lora_rank:
+        held = width * shape.weights + MASTER * lora_weights(shape, lora_rank)
     stream = (4 if full else width) * shape.hidden * tokens
     cast = CAST if full and width == 2 else 0
-    kept = shape.layers * (stream if checkpointing else tokens * of_layer(shape, KEPT) * wide + cast * layer)
-    in_layer = tokens * of_layer(shape, LAYER if full else LAYER_LORA) * wide if checkpointing else 0
+    kept, in_layer = shape.layers * (tokens * of_layer(shape, KEPT) * wide + cast * layer), 0
+    if checkpointing:
+        kept = shape.layers * stream
+        in_layer = tokens * of_layer(shape, LAYER if full else LAYER_LORA) * wide
     if shape.softcap:
         in_layer += SANDWICH * shape.hidden * tokens
     if eager:
         square = wide * squares(shape, sequences, length)
-        in_layer = max(in_layer + KEPT_EAGER * square, EAGER * square + BESIDE_EAGER * shape.hidden * tokens)
+        in_layer = max(in_layer + KEPT_EAGER * square,
+                       EAGER * square + BESIDE_EAGER * shape.hidden * tokens)
         kept += 0 if checkpointing else (shape.layers - 1) * KEPT_EAGER * square
     gathered = WEIGHT * root if divided else 0
     of_head = HEAD * shape.hidden * tokens + (LOGIT + (SOFT_CAP if shape.softcap else 0)) * entries
     phases = [
-        # The logits: embeddings and output layer are not gathered again before their backward pass.
+        # The logits: the output layer is not gathered again before its backward pass.
         kept + of_head + cast * shape.head + (WEIGHT * layer if divided else 0),
-        # A layer; the output layer's gradient waits for that of the embeddings, where these are tied or gathered.
-        kept + in_layer + (gathered + GATHERED_LAYERS * WEIGHT * layer if divided else cast * layer)
+        # A layer; the output layer's gradient waits for that of the embeddings if these are tied or
+        # gathered.
+        kept + in_layer
+        + (gathered + GATHERED_LAYERS * WEIGHT * layer if divided else cast * layer)
         + (WEIGHT * shape.head if full and (shape.tied or divided) else 0)]
     if full:
         # Gradients of the embeddings and the output layer: tied ones are added up in a third.
-        gradients = 3 * WEIGHT * shape.head if shape.tied else 2 * WEIGHT * shape.head
-        phases.append(gathered + gradients + (2 * WEIGHT * layer if divided else 0) + (0 if checkpointing else kept))
-        if not divided:  # PyTorch's RMSProp on a GPU takes the roots of all weights' squares at once
+        gradients = (3 if shape.tied else 2) * WEIGHT * shape.head
+        phases.append(gathered + gradients + (2 * WEIGHT * layer if divided else 0)
+                      + (0 if checkpointing else kept))
+        if not divided:  # PyTorch's RMSProp on a GPU takes the roots of all squares at once
             phases.append(WEIGHT * shape.weights)
     return held + max(phases)
 
 
-def score_bytes(shape: Shape, micro_batch: int, prompt: int, response: int, lora: bool, width: int = 2, eager: bool = False) -> float:
-    """Peak of the forward pass over pairs: weights in float32, with LoRA in `width` bytes, and one layer's states or the logits."""
+def score_bytes(shape: Shape, micro_batch: int, prompt: int, response: int, lora: bool,
+                width: int = 2, eager: bool = False) -> float:
+    """Peak of the forward pass over pairs: the weights, and one layer's states or the logits.
+
+    Weights are float32, with LoRA they have `width` bytes.
+    """
     sequences, length, wide = 2 * micro_batch, prompt + response, width // 2
     tokens = sequences * length
     in_layer = tokens * of_layer(shape, SCORED_LAYER) * wide

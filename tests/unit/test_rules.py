@@ -205,6 +205,20 @@ def test_a_gpu_s_job_has_its_share_of_the_cores_and_a_training_that_of_its_gpus(
     assert used["train_policy"] == "TRAINING_THREADS" and used["score_reference"] == "MODEL_THREADS"
 
 
+@pytest.mark.parametrize("name", PAPER_SCALE)
+def test_the_printed_command_of_a_preset_names_what_its_jobs_need(name):
+    """In its header and on every page: vLLM's own environment, and as many GPUs as shards."""
+    file = f"config/presets/{name}.yaml"
+    run = resolve(overlaid((ROOT / file).read_text(encoding="utf-8")))[""]
+    pages = [ROOT / file, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    printed = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()
+               if "snakemake --cores" in line and file in line and not line.endswith(" -n")]
+    assert printed
+    for line in printed:
+        assert "--use-conda" in line or run["responses"]["engine"] != "vllm", line
+        assert "--resources gpu=8" in line or run["responses"]["shards"] == 1, line
+
+
 def test_alpaca_eval_s_own_files_are_fetched_where_official_is_asked_for(copy):
     """And judged with: the reference is GPT-4 turbo's, so the base answers once; prompts are drawn aside from the 805."""
     words = ("--configfile", "config/presets/mistral-7b.yaml", "--")
