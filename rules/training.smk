@@ -117,7 +117,7 @@ rule train_policy:
         f"{BENCHMARKS}{{run}}iter{{t}}/train_policy.tsv"
     conda:
         "../envs/core.yaml"
-    threads: MODEL_THREADS
+    threads: TRAINING_THREADS
     resources:
         mem_mb=7000,
         runtime=720,

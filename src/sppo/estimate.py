@@ -25,6 +25,7 @@ class Shape:
     vocabulary: int
     tied: bool
     mlp_matrices: int = 3  # gate, up, down
+    softcap: bool = False  # of the logits, as Gemma-2 has it
 
     @property
     def body(self) -> int:
@@ -52,7 +53,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
     heads = config["num_attention_heads"]
     gemma = config.get("model_type", "").startswith("gemma")
     return Shape(config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"], heads, config.get("num_key_value_heads") or heads,
-                 config.get("head_dim") or config["hidden_size"] // heads, config["vocab_size"], config.get("tie_word_embeddings", gemma))
+                 config.get("head_dim") or config["hidden_size"] // heads, config["vocab_size"], config.get("tie_word_embeddings", gemma),
+                 softcap=config.get("final_logit_softcapping") is not None)
 
 
 # Of the config.json that each model was published with.
@@ -60,8 +62,8 @@ SHAPES = {
     "embedded": Shape(30, 576, 1536, 9, 3, 64, 49152, True),
     "mistralai/Mistral-7B-Instruct-v0.2": Shape(32, 4096, 14336, 32, 8, 128, 32000, False),
     "meta-llama/Meta-Llama-3-8B-Instruct": Shape(32, 4096, 14336, 32, 8, 128, 128256, False),
-    "google/gemma-2-9b-it": Shape(42, 3584, 14336, 16, 8, 256, 256000, True),
-    "google/gemma-2-27b-it": Shape(46, 4608, 36864, 32, 16, 128, 256000, True),
+    "google/gemma-2-9b-it": Shape(42, 3584, 14336, 16, 8, 256, 256000, True, softcap=True),
+    "google/gemma-2-27b-it": Shape(46, 4608, 36864, 32, 16, 128, 256000, True, softcap=True),
 }
 PAIRRM = Shape(24, 1024, 4096, 16, 16, 64, 128100, True, mlp_matrices=2)  # DeBERTa-v3-large
 PAIRRM_PROMPT, PAIRRM_RESPONSE = 1224, 412  # tokens that it reads
@@ -148,26 +150,97 @@ def lora_weights(shape: Shape, rank: int) -> int:
     return shape.layers * rank * each_way
 
 
-def activation_bytes(shape: Shape, sequences: int, prompt: int, response: int, width: int, checkpointing: bool) -> float:
-    """What a backward pass needs of a batch; `width` is the bytes of a computed number.
+# Bytes that PyTorch holds under autocast to bfloat16, read off tests/unit/test_memory_model.py.
+# Embeddings are not autocast, so the residual stream is float32; with LoRA it is bfloat16, as the
+# weights are.
+WEIGHT, CAST = 4, 2  # of a float32 weight, of its copy in bfloat16
+MASTER = 12  # of a weight with its gradient and RMSProp's mean of squares
+LOGIT = 16  # of an entry of the logits: itself, its gradient, and two temporaries of the log-softmax
+SOFT_CAP = 4  # more, where Gemma-2 bounds the logits by a tanh
+SCORED_LOGIT = 8  # the same without a backward pass
+# A layer in its backward pass: of a token, times the width of the hidden state, of the queries, of the MLP.
+LAYER, LAYER_LORA = (26, 8, 13), (28, 6, 14)
+KEPT = (27, 8, 8)  # what it keeps for that without checkpointing
+SCORED_LAYER = (12, 0, 8)  # the most that a forward pass needs of it
+HEAD = 10  # states around the output layer, times the width of the hidden state
+SANDWICH = 12  # more, times the hidden state, for Gemma-2's norms behind attention and MLP
+# Eager attention writes out the square of the length for each head: in its backward pass, kept for
+# it, in scoring; and beside it of a token, times the hidden state.
+EAGER, KEPT_EAGER, SCORED_EAGER, BESIDE_EAGER = 14, 8, 8, 19
+# FSDP2 gathers two layers, and their gradients are whole until they are exchanged.
+GATHERED_LAYERS = 4
 
-    A layer keeps its inputs, norms, queries, keys, values and four numbers for each of the MLP's; with checkpointing one layer
-    does, the others their input. Logits stand there as computed and in float32, and as the gradients of both.
+
+def of_layer(shape: Shape, bytes_of: tuple[int, int, int]) -> int:
+    """Bytes of one token in one layer."""
+    hidden, queries, mlp = bytes_of
+    return hidden * shape.hidden + queries * shape.heads * shape.head_dim + mlp * shape.intermediate
+
+
+def squares(shape: Shape, sequences: int, length: int) -> int:
+    """Entries of one layer's attention matrices, which eager attention writes out."""
+    return sequences * shape.heads * length**2
+
+
+def train_bytes(shape: Shape, gpus: int, micro_batch: int, prompt: int, response: int,
+                lora_rank: int, checkpointing: bool, width: int = 2, eager: bool = False) -> float:
+    """Peak of one GPU in training on sequences of `prompt` + `response` tokens.
+
+    That is what it holds throughout and the largest of its phases. Weights, gradients and RMSProp's
+    squares are float32, divided over the GPUs; with LoRA frozen weights have `width` bytes. In
+    float32 (`width` 4) there are no casts, and what is computed is twice as wide. `eager`: attention
+    as matrix products.
     """
-    tokens = sequences * (prompt + response)
-    layer = 8 * shape.hidden + 2 * shape.head_dim * (shape.heads + shape.kv_heads) + 4 * shape.intermediate
-    kept = layer + shape.layers * shape.hidden if checkpointing else shape.layers * layer
-    return tokens * kept * width + sequences * response * shape.vocabulary * (2 * width + 8)
+    sequences, length = 2 * micro_batch, prompt + response
+    tokens, entries, wide = sequences * length, sequences * response * shape.vocabulary, width // 2
+    layer, root = shape.body // shape.layers, shape.head * (1 if shape.tied else 2)
+    divided, full = gpus > 1, not lora_rank
+    held = MASTER * shape.weights / gpus
+    if lora_rank:
+        held = width * shape.weights + MASTER * lora_weights(shape, lora_rank)
+    stream = (4 if full else width) * shape.hidden * tokens
+    cast = CAST if full and width == 2 else 0
+    kept, in_layer = shape.layers * (tokens * of_layer(shape, KEPT) * wide + cast * layer), 0
+    if checkpointing:
+        kept = shape.layers * stream
+        in_layer = tokens * of_layer(shape, LAYER if full else LAYER_LORA) * wide
+    if shape.softcap:
+        in_layer += SANDWICH * shape.hidden * tokens
+    if eager:
+        square = wide * squares(shape, sequences, length)
+        in_layer = max(in_layer + KEPT_EAGER * square,
+                       EAGER * square + BESIDE_EAGER * shape.hidden * tokens)
+        kept += 0 if checkpointing else (shape.layers - 1) * KEPT_EAGER * square
+    gathered = WEIGHT * root if divided else 0
+    of_head = HEAD * shape.hidden * tokens + (LOGIT + (SOFT_CAP if shape.softcap else 0)) * entries
+    phases = [
+        # The logits: the output layer is not gathered again before its backward pass.
+        kept + of_head + cast * shape.head + (WEIGHT * layer if divided else 0),
+        # A layer; the output layer's gradient waits for that of the embeddings if these are tied or
+        # gathered.
+        kept + in_layer
+        + (gathered + GATHERED_LAYERS * WEIGHT * layer if divided else cast * layer)
+        + (WEIGHT * shape.head if full and (shape.tied or divided) else 0)]
+    if full:
+        # Gradients of the embeddings and the output layer: tied ones are added up in a third.
+        gradients = (3 if shape.tied else 2) * WEIGHT * shape.head
+        phases.append(gathered + gradients + (2 * WEIGHT * layer if divided else 0)
+                      + (0 if checkpointing else kept))
+        if not divided:  # PyTorch's RMSProp on a GPU takes the roots of all squares at once
+            phases.append(WEIGHT * shape.weights)
+    return held + max(phases)
 
 
-def train_bytes(shape: Shape, gpus: int, micro_batch: int, prompt: int, response: int, lora_rank: int, checkpointing: bool, width: int = 2) -> float:
-    """Peak of one GPU: weights, gradients and RMSProp's squares in float32, divided over the GPUs; with LoRA frozen weights in `width` bytes."""
-    held = width * shape.weights + 12 * lora_weights(shape, lora_rank) if lora_rank else 12 * shape.weights / gpus
-    return held + activation_bytes(shape, 2 * micro_batch, prompt, response, width, checkpointing)
+def score_bytes(shape: Shape, micro_batch: int, prompt: int, response: int, lora: bool,
+                width: int = 2, eager: bool = False) -> float:
+    """Peak of the forward pass over pairs: the weights, and one layer's states or the logits.
 
-
-def score_bytes(shape: Shape, micro_batch: int, prompt: int, response: int, lora: bool, width: int = 2) -> float:
-    """Peak of the forward pass over pairs: weights in float32, with LoRA in `width` bytes, one layer's states, and logits twice."""
-    tokens = 2 * micro_batch * (prompt + response)
-    logits = 2 * micro_batch * response * shape.vocabulary
-    return (width if lora else 4) * shape.weights + tokens * 4 * shape.intermediate * width + logits * (width + 8)
+    Weights are float32, with LoRA they have `width` bytes.
+    """
+    sequences, length, wide = 2 * micro_batch, prompt + response, width // 2
+    tokens = sequences * length
+    in_layer = tokens * of_layer(shape, SCORED_LAYER) * wide
+    if eager:
+        in_layer += SCORED_EAGER * wide * squares(shape, sequences, length)
+    logits = SCORED_LOGIT * sequences * response * shape.vocabulary + 4 * shape.hidden * tokens
+    return (width if lora else WEIGHT) * shape.weights + max(in_layer, logits)

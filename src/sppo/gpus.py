@@ -1,4 +1,4 @@
-"""Which GPUs a program runs on. On a machine with several, jobs that run side by side take different ones."""
+"""Which GPUs and how many cores a program runs on. On a machine with several, jobs that run side by side take different ones."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def take_gpus(count: int) -> None:
             raise UserError(f"of the {len(here)} GPUs here {len(here) - len(chosen)} are taken by other jobs, and this one needs {count}; "
                             f"run Snakemake with --resources gpu={len(here)}, once at a time")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+
+
+def cores_of_job() -> int:
+    """Cores that the job was given: by Slurm, else by Snakemake, which sets OMP_NUM_THREADS, else all."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("OMP_NUM_THREADS")
+    return int(given) if given else os.cpu_count() or 1
 
 
 def _lock(name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.artifacts import ROOT, check_link, read_json
 from sppo.errors import UserError
-from sppo.gpus import take_gpus
+from sppo.gpus import cores_of_job, take_gpus
 from sppo.hub import hub_failure, hub_token
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def compute_dtype(precision: str, device: str) -> torch.dtype:
     import torch
 
     if precision == "auto":
-        precision = "bfloat16" if (torch.cuda.is_bf16_supported() if device == "cuda" else _cpu_has_bfloat16()) else "float32"
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else _cpu_has_bfloat16()
+        precision = "bfloat16" if native else "float32"
     return getattr(torch, precision)
 
 
@@ -440,11 +441,14 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
 def start_torch(gpus: int = 1) -> None:
     """Give PyTorch the cores that the job was given and, unless a launcher started several processes, so many GPUs;
     keep weight-loading bars out of the logs."""
+    if gpus == 1 and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # vLLM's exchange between GPUs does not know it
+        # Memory that was freed serves tensors of other sizes, as batches differ in length. Read when torch first uses a GPU.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if "LOCAL_RANK" not in os.environ:  # else the Trainer would spread batches over all GPUs it sees
         take_gpus(gpus)
     import torch
     from transformers.utils import logging
 
-    cores = os.environ.get("OMP_NUM_THREADS")
-    torch.set_num_threads(int(cores) if cores else os.cpu_count() or 1)
+    launched = "LOCAL_RANK" in os.environ  # then the launcher divided the cores of the job
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)) if launched else cores_of_job())
     logging.disable_progress_bar()

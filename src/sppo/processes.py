@@ -17,6 +17,7 @@ from typing import Any
 
 from sppo.artifacts import ROOT
 from sppo.errors import UserError
+from sppo.gpus import cores_of_job, take_gpus
 
 CONFIGS = ROOT / "config" / "accelerate"
 
@@ -25,17 +26,19 @@ def launch(train: dict[str, Any], device: str) -> None:
     """Run this program with the same arguments in all processes of this machine, and wait for them.
 
     `train` holds processes, machines and parallel; of several machines each calls this. What a process ends with is one UserError.
+    The GPUs are taken here, where the locks are held as long as the processes run.
     """
     processes, machines, parallel = train["processes"], train["machines"], train["parallel"]
     here = processes // machines
+    if device != "cpu":
+        take_gpus(here)
     _check_machine(here, parallel, device)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     words = ["--config_file", CONFIGS / f"{parallel}.yaml", "--num_processes", processes, "--num_machines", machines,
-             "--num_cpu_threads_per_process", max(1, cores // here)]
+             "--num_cpu_threads_per_process", max(1, cores_of_job() // here)]
     if machines > 1:
         words += _meeting_point(machines)
     else:

@@ -23,7 +23,7 @@ from sppo.preflight import check_folder_for_slurm, check_inputs, check_machine, 
 ROOT = Path(__file__).resolve().parents[2]
 RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
 PRESETS = sorted((ROOT / "config" / "presets").glob("*.yaml"))
-PAPER_SCALE = ("mistral-7b", "llama-3-8b", "gemma-2-9b", "gemma-2-27b", "single-gpu")
+PAPER_SCALE = ("mistral-7b", "llama-3-8b", "gemma-2-9b", "single-gpu")
 FROM_OUTSIDE = ("policies.embedded_policy", "mt_bench.fetch_mt_bench", "alpaca_eval.fetch_alpaca_eval")  # they read a package or the network
 SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
 
@@ -188,6 +188,37 @@ def test_a_preset_at_paper_scale_leaves_nothing_of_the_embedded_default(name, se
     assert (run["responses"]["samples"], run["responses"]["engine"], run["preference"]["model"]) == (5, "vllm", "llm-blender/PairRM")
     runs = resolve(overlaid(text))
     assert not {"spin", "dno_prct"} & runs.keys() and {one["train"]["batch_size"] for one in runs.values()} == {64}
+
+
+@pytest.mark.parametrize(("words", "threads"), [
+    (("--resources", "gpu=8", "--config", "device=gpu"), "2 2"),
+    (("--resources", "gpu=8", "--configfile", "config/presets/mistral-7b.yaml"), "2 16"),
+    (("--config", "device=gpu"), "16 16"),  # the default profile has one at a time
+    (("--resources", "gpu=8", "--config", "device=cpu"), "16 16")])
+def test_a_gpu_s_job_has_its_share_of_the_cores_and_a_training_that_of_its_gpus(words, threads, copy):
+    (copy / "threads.smk").write_text(
+        'configfile: "config/config.yaml"\ninclude: "rules/common.smk"\n'
+        'print("THREADS", MODEL_THREADS, TRAINING_THREADS, file=sys.stderr)\n'
+        "rule all:\n    shell: 'true'\n", encoding="utf-8")
+    done = dry_run(copy, "--cores", "16", "--snakefile", "threads.smk", *words)
+    assert f"THREADS {threads}\n" in done.stderr, done.stderr
+    text = rules()
+    used = {name.split(".")[1]: re.search(r"threads: (\w+)", body)[1] for name, body in text.items()}
+    assert used["train_policy"] == "TRAINING_THREADS" and used["score_reference"] == "MODEL_THREADS"
+
+
+@pytest.mark.parametrize("name", PAPER_SCALE)
+def test_the_printed_command_of_a_preset_names_what_its_jobs_need(name):
+    """In its header and on every page: vLLM's own environment, and as many GPUs as shards."""
+    file = f"config/presets/{name}.yaml"
+    run = resolve(overlaid((ROOT / file).read_text(encoding="utf-8")))[""]
+    pages = [ROOT / file, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    printed = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()
+               if "snakemake --cores" in line and file in line and not line.endswith(" -n")]
+    assert printed
+    for line in printed:
+        assert "--use-conda" in line or run["responses"]["engine"] != "vllm", line
+        assert "--resources gpu=8" in line or run["responses"]["shards"] == 1, line
 
 
 def test_alpaca_eval_s_own_files_are_fetched_where_official_is_asked_for(copy):

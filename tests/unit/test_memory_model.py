@@ -1,0 +1,165 @@
+"""The memory model against what PyTorch allocates, on fake tensors: shapes without numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+
+from sppo import estimate
+from sppo.estimate import SHAPES, Shape
+from sppo.logps import forward_precision, pair_batch, response_logps
+from sppo.training import with_lora
+
+MISTRAL, LLAMA = "mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Meta-Llama-3-8B-Instruct"
+GEMMA = "google/gemma-2-9b-it"
+SMALL = Shape(2, 256, 896, 4, 1, 64, 4000, False)  # of which real tensors are made
+
+
+class Peak(TorchDispatchMode):
+    """Most bytes of storages that live at once; FSDP frees some by resizing them to nothing."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.bytes, self.live = 0, {}
+        for parameter in model.parameters():
+            self.hold(parameter)
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        self.live[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor)
+        found = {key: storage() for key, storage in self.live.items()}
+        self.live = {key: self.live[key] for key, storage in found.items() if storage is not None}
+        now = sum(storage.nbytes() for storage in found.values() if storage is not None)
+        self.bytes = max(self.bytes, now)
+        return out
+
+
+@pytest.fixture
+def mesh():
+    """Eight processes, of which this is the first and the others are not there."""
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    yield init_device_mesh("cpu", (8,))
+    dist.destroy_process_group()
+
+
+def make_model(shape: Shape, dtype: torch.dtype, eager: bool) -> torch.nn.Module:
+    llama_or_mistral = LlamaConfig if shape.vocabulary > 1e5 else MistralConfig
+    kind = Gemma2Config if shape.softcap else llama_or_mistral
+    config = kind(vocab_size=shape.vocabulary, hidden_size=shape.hidden, head_dim=shape.head_dim,
+                  intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+                  num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+                  tie_word_embeddings=shape.tied, use_cache=False)
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager" if eager else "sdpa", dtype=dtype)
+
+
+def batch_of(micro: int, prompt: int, response: int) -> dict[str, torch.Tensor]:
+    one = {"prompt_token_ids": [5] * prompt, "chosen_token_ids": [5] * response,
+           "rejected_token_ids": [5] * response}
+    return pair_batch([one] * micro)
+
+
+def training_peak(shape: Shape, micro: int, prompt: int, response: int, *, lora: int = 0,
+                  checkpointing: bool = True, eager: bool = False, mesh: DeviceMesh | None = None,
+                  width: int = 2) -> int:
+    """Of two steps of two micro-batches by PyTorch's RMSProp, as it runs on a GPU."""
+    dtype = torch.bfloat16 if width == 2 else torch.float32
+    batch = batch_of(micro, prompt, response)
+    # PEFT does not know fake tensors, so LoRA's are real and small.
+    with contextlib.nullcontext() if lora else FakeTensorMode(allow_non_fake_inputs=True):
+        model = make_model(shape, dtype if lora else torch.float32, eager)
+        inner, model = model, with_lora(model, {"lora_rank": lora, "lora_alpha": 32})
+        if mesh:
+            layers = inner.model.layers
+            for i in range(len(layers)):
+                layers[i] = checkpoint_wrapper(layers[i])
+                fully_shard(layers[i], mesh=mesh)
+            fully_shard(inner, mesh=mesh)
+        elif checkpointing:
+            inner.activation_checkpointing_enable()
+        model.train()
+        optimizer = torch.optim.RMSprop([p for p in model.parameters() if p.requires_grad],
+                                        foreach=mesh is None)
+        with Peak(model) as peak:
+            for _ in range(2):
+                for _ in range(2):
+                    with forward_precision("cpu", dtype):
+                        loss = response_logps(model, batch).mean()
+                    loss.backward()
+                    del loss
+                optimizer.step()
+                optimizer.zero_grad()
+    return peak.bytes
+
+
+def deep(name: str, layers: int) -> Shape:
+    return replace(SHAPES[name], layers=layers)
+
+
+@pytest.mark.parametrize(("shape", "micro", "prompt", "response"), [
+    (deep(MISTRAL, 4), 1, 512, 512), (deep(MISTRAL, 2), 4, 2048, 64),
+    (deep(MISTRAL, 2), 4, 16, 2048), (deep(GEMMA, 2), 1, 2048, 16),
+    (deep(GEMMA, 4), 1, 4096, 16), (deep(GEMMA, 2), 1, 16, 2048)])
+def test_peak_of_one_gpu_s_training(shape, micro, prompt, response):
+    found = training_peak(shape, micro, prompt, response, eager=shape.softcap)
+    formula = estimate.train_bytes(shape, 1, micro, prompt, response, 0, True, eager=shape.softcap)
+    assert formula == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize(("shape", "micro", "prompt", "response"), [
+    (deep(MISTRAL, 4), 4, 4096, 2048), (deep(LLAMA, 4), 2, 6144, 2048),
+    (deep(GEMMA, 4), 1, 2048, 2048), (deep(GEMMA, 2), 1, 64, 64)])
+def test_peak_of_one_of_eight_gpus(shape, micro, prompt, response, mesh):
+    """FSDP2 gathers what it computes with: layers, and the embeddings and output layer."""
+    found = training_peak(shape, micro, prompt, response, eager=shape.softcap, mesh=mesh)
+    formula = estimate.train_bytes(shape, 8, micro, prompt, response, 0, True, eager=shape.softcap)
+    assert formula == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize(("layers", "width"), [(2, 4), (4, 2)])
+def test_peak_without_checkpointing(layers, width):
+    shape = deep(MISTRAL, layers)
+    found = training_peak(shape, 2, 1024, 256, checkpointing=False, width=width)
+    formula = estimate.train_bytes(shape, 1, 2, 1024, 256, 0, False, width)
+    assert formula == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize(("shape", "prompt", "response"), [
+    (replace(SMALL, layers=4), 1024, 16), (SMALL, 16, 512),
+    (replace(SMALL, intermediate=448), 1024, 64)])
+def test_peak_of_lora(shape, prompt, response):
+    found = training_peak(shape, 1, prompt, response, lora=8)
+    formula = estimate.train_bytes(shape, 1, 1, prompt, response, 8, True)
+    assert formula == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize(("shape", "micro", "prompt", "response"), [
+    (deep(MISTRAL, 2), 4, 2048, 16), (deep(MISTRAL, 2), 1, 16, 2048),
+    (deep(GEMMA, 2), 1, 4096, 16)])
+def test_peak_of_scoring(shape, micro, prompt, response):
+    batch = batch_of(micro, prompt, response)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model = make_model(shape, torch.float32, shape.softcap)
+        with Peak(model) as peak, forward_precision("cpu", torch.bfloat16):
+            response_logps(model, batch)
+    formula = estimate.score_bytes(shape, micro, prompt, response, False, eager=shape.softcap)
+    assert formula == pytest.approx(peak.bytes, rel=0.15)
