@@ -1,6 +1,7 @@
 # make demo    installs the pinned environment, runs three SPPO iterations on the embedded model, prints the result
 # make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report
 # make test    installs the pinned environment, runs the tests
+#              PRECISION=bfloat16 or float32: as on a processor with bfloat16 units, or without
 # make test-unit  the fast ones of them, without the workflow
 # make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
 # make test-pairrm  PairRM against llm-blender itself, in an environment of its own below .cache/
@@ -20,7 +21,7 @@ TORCH ?= torch==2.13.0
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 SNAKEMAKE := .venv/bin/snakemake --cores all
 # A file of tests is one worker's. The workflow begins, for it takes longest.
-PYTEST_PARALLEL := .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST_PARALLEL := .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(if $(PRECISION),--auto-precision $(PRECISION))
 
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg

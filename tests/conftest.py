@@ -18,6 +18,16 @@ from convert_embedded_policy import CONTEXT, GGUF, package_folder  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--auto-precision", choices=["bfloat16", "float32"],
+                     help="what `precision: auto` is in all tests, whatever this processor has")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if chosen := config.getoption("--auto-precision"):
+        os.environ["SPPO_AUTO_PRECISION"] = chosen  # programs that tests start take it over
+
+
 @pytest.fixture(scope="session")
 def copy_repository() -> Callable[[Path], Path]:
     """Copies the repository as git sees it, with nothing made yet, into a folder."""

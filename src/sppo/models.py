@@ -60,13 +60,19 @@ def pick_device(device: str) -> str:
 def compute_dtype(precision: str, device: str) -> torch.dtype:
     """The type that `precision` (auto, bfloat16, float32) means on this device.
 
-    auto is bfloat16 where the hardware multiplies in it, for where it is emulated it is slower than float32.
+    auto is bfloat16 where the hardware multiplies in it, because where it is emulated it is slower
+    than float32. The environment variable SPPO_AUTO_PRECISION says what auto is instead, so that one
+    machine can repeat what another did.
     """
     import torch
 
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else _cpu_has_bfloat16()
-        precision = "bfloat16" if native else "float32"
+        precision = os.environ.get("SPPO_AUTO_PRECISION", "auto")
+    if precision == "auto":
+        on_gpu = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if on_gpu or device == "cpu" and _cpu_has_bfloat16() else "float32"
+    if precision not in ("bfloat16", "float32"):
+        raise UserError(f"SPPO_AUTO_PRECISION is {precision!r}; set bfloat16 or float32, or unset it")
     return getattr(torch, precision)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sppo.gpus import cores_of_job
+from sppo.errors import UserError
 from sppo.models import compute_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,7 +136,20 @@ def test_bfloat16_that_a_gpu_emulates_is_not_taken(native, dtype, monkeypatch):
     """As on a T4 or V100, where PyTorch says that it is supported unless it is asked otherwise."""
     import torch
 
+    monkeypatch.delenv("SPPO_AUTO_PRECISION", raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                         lambda including_emulation=True: native or including_emulation)
     assert compute_dtype("auto", "cuda") == getattr(torch, dtype)
     assert compute_dtype("bfloat16", "cuda") == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_environment_says_what_auto_is(dtype, device, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("SPPO_AUTO_PRECISION", dtype)
+    assert compute_dtype("auto", device) == getattr(torch, dtype)
+    assert compute_dtype("float32", device) == torch.float32
+    monkeypatch.setenv("SPPO_AUTO_PRECISION", "float16")
+    with pytest.raises(UserError, match="SPPO_AUTO_PRECISION is 'float16'; set bfloat16 or float32"):
+        compute_dtype("auto", device)
