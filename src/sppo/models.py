@@ -42,7 +42,10 @@ def compute_dtype(precision: str, device: str) -> torch.dtype:
     import torch
 
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else _cpu_has_bfloat16()
+        if device == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = _cpu_has_bfloat16()
         precision = "bfloat16" if native else "float32"
     return getattr(torch, precision)
 
@@ -198,8 +201,9 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
 def start_torch(gpus: int = 1) -> None:
     """Give PyTorch the cores that the job was given and, unless a launcher started several processes, so many GPUs;
     keep weight-loading bars out of the logs."""
-    if gpus == 1 and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # vLLM's exchange between GPUs does not know it
-        # Memory that was freed serves tensors of other sizes, as batches differ in length. Read when torch first uses a GPU.
+    # Memory that was freed serves tensors of other sizes, as batches differ in length. PyTorch reads
+    # this when it first uses a GPU. vLLM's exchange between several GPUs does not know such memory.
+    if gpus == 1 and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if "LOCAL_RANK" not in os.environ:  # else the Trainer would spread batches over all GPUs it sees
         take_gpus(gpus)
