@@ -67,15 +67,16 @@ BASE_POLICY = f"{ROOT}iter0/policy"
 CHATS = flags({key: MAIN["policy"][key] for key in OF_CHATS})
 RUNNING = flags(MAIN["policy"], skip=MODEL_SOURCE)
 
-# On one machine models never run side by side on the same hardware: each job takes all cores, or a GPU and its share of the cores.
+# On one machine models never share hardware: each job takes all cores, or a GPU and its share of them.
 ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and Path("/dev/nvidiactl").exists())
 GPUS_AT_ONCE = workflow.resource_settings.resources.get("gpu")
 GPUS_AT_ONCE = GPUS_AT_ONCE.value if GPUS_AT_ONCE else gpus_here()
 MODEL_GPUS = 1 if ON_GPU else 0
 # Snakemake makes OMP_NUM_THREADS of these. A GPU's job loads, casts and writes weights with them.
-MODEL_THREADS = max((workflow.resource_settings.cores or 1) // (max(GPUS_AT_ONCE, 1) if ON_GPU else 1), 1)
+CORES = workflow.resource_settings.cores or 1
+MODEL_THREADS = max(CORES // (max(GPUS_AT_ONCE, 1) if ON_GPU else 1), 1)
 TRAINING_GPUS = MODEL_GPUS * max(run["train"]["processes"] // run["train"]["machines"] for run in RUNS.values())
-TRAINING_THREADS = min(MODEL_THREADS * max(TRAINING_GPUS, 1), workflow.resource_settings.cores or 1)
+TRAINING_THREADS = min(MODEL_THREADS * max(TRAINING_GPUS, 1), max(CORES, 1))
 ENGINE_GPUS = MODEL_GPUS * (MAIN["responses"]["tensor_parallel"] or 1)
 # What the configuration makes a rule's jobs use on a cluster, over all nodes, where its profile says what they get.
 GPUS_USED = {} if MAIN["device"] == "cpu" else {

@@ -76,9 +76,12 @@ def of_iteration(folder: Path, shape: Shape) -> list[Measured]:
             lora, checkpointing = options.get("lora_rank", 0), options.get("gradient_checkpointing", False)
             if record["stage"] == "train":
                 factor = options["stop_epoch"] * estimate.train_factor(bool(lora), checkpointing)
-                memory = estimate.train_bytes(shape, 1, options["micro_batch_size"], *longest, lora, checkpointing, width, eager)
+                memory = estimate.train_bytes(shape, 1, options["micro_batch_size"], *longest, lora, checkpointing,
+                                              width, eager)
             else:
-                factor, memory = 1, estimate.score_bytes(shape, options["micro_batch_size"], *longest, bool(lora), width, eager)
+                factor = 1
+                memory = estimate.score_bytes(shape, options["micro_batch_size"], *longest,
+                                              bool(lora), width, eager)
             found.append(measured(folder / name, record, scored * factor, memory))
     return found
 

@@ -154,7 +154,8 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
                      Row(t, "reference", pairs, 2 * pairs * (p + r), scored, scored / (gpu.flops * use.forward),
                          estimate.score_bytes(shape, *sizes, bool(lora), eager=eager)),
                      Row(t, "train", pairs, 2 * pairs * (p + r) * train["stop_epoch"], trained, trained / (gpu.flops * use.training),
-                         estimate.train_bytes(shape, args.gpus, *sizes, lora, train["gradient_checkpointing"], eager=eager))]
+                         estimate.train_bytes(shape, args.gpus, *sizes, lora, train["gradient_checkpointing"],
+                                              eager=eager))]
         rows.append(drawn(t, "answer", n * (2 if t == 0 and evaluation["reference"] == "base" else 1), 1, answer, evaluation["max_new_tokens"]))
         if adapter_folder(evaluation["judge"]):
             rows.append(compared(t, "judge", evaluation["judge"], n, 2, answer))

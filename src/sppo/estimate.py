@@ -155,10 +155,10 @@ def lora_weights(shape: Shape, rank: int) -> int:
 # weights are.
 WEIGHT, CAST = 4, 2  # of a float32 weight, of its copy in bfloat16
 MASTER = 12  # of a weight with its gradient and RMSProp's mean of squares
-LOGIT = 16  # of an entry of the logits: itself, its gradient, and two temporaries of the log-softmax
+LOGIT = 12  # of an entry of the logits: itself, its log-softmax, its gradient
 SOFT_CAP = 4  # more, where Gemma-2 bounds the logits by a tanh
 SCORED_LOGIT = 8  # the same without a backward pass
-# A layer in its backward pass: of a token, times the width of the hidden state, of the queries, of the MLP.
+# A layer in its backward pass: of a token, times the widths of hidden state, queries and MLP.
 LAYER, LAYER_LORA = (26, 8, 13), (28, 6, 14)
 KEPT = (27, 8, 8)  # what it keeps for that without checkpointing
 SCORED_LAYER = (12, 0, 8)  # the most that a forward pass needs of it
@@ -188,8 +188,8 @@ def train_bytes(shape: Shape, gpus: int, micro_batch: int, prompt: int, response
 
     That is what it holds throughout and the largest of its phases. Weights, gradients and RMSProp's
     squares are float32, divided over the GPUs; with LoRA frozen weights have `width` bytes. In
-    float32 (`width` 4) there are no casts, and what is computed is twice as wide. `eager`: attention
-    as matrix products.
+    float32 (`width` 4) there are no casts, and what is computed is twice as wide. `eager`:
+    attention as matrix products.
     """
     sequences, length = 2 * micro_batch, prompt + response
     tokens, entries, wide = sequences * length, sequences * response * shape.vocabulary, width // 2

@@ -1,4 +1,7 @@
-"""Which GPUs and how many cores a program runs on. On a machine with several, jobs that run side by side take different ones."""
+"""Which GPUs and how many cores a program runs on.
+
+On a machine with several GPUs, jobs that run side by side take different ones.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def take_gpus(count: int) -> None:
 
 
 def cores_of_job() -> int:
-    """Cores that the job was given: by Slurm, else by Snakemake, which sets OMP_NUM_THREADS, else all."""
+    """Cores that the job was given: by Slurm, else by Snakemake in OMP_NUM_THREADS, else all."""
     given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("OMP_NUM_THREADS")
     return int(given) if given else os.cpu_count() or 1
 

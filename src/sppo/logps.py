@@ -23,17 +23,18 @@ from sppo.progress import progress
 def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Batch token ids: each row a prompt and its response, padded right.
 
-    Returns input_ids (B, L) and response_mask (B, L), true where a response token stands. The mask
-    comes from lengths, never from comparing ids with a pad id: the pad of many models is their EOS.
+    Returns input_ids (B, L) and response_places (N,), where the N response tokens of all rows stand
+    in the flattened ids. Places come from lengths, never from comparing ids with a pad id: the pad
+    of many models is their EOS.
     """
     length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    mask = torch.zeros(len(prompts), length, dtype=torch.bool)
+    places = []
     for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         end = len(prompt) + len(response)
         ids[row, :end] = torch.tensor([*prompt, *response])
-        mask[row, len(prompt) : end] = True
-    return {"input_ids": ids, "response_mask": mask}
+        places.append(torch.arange(len(prompt), end) + row * length)
+    return {"input_ids": ids, "response_places": torch.cat(places)}
 
 
 def response_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -43,18 +44,18 @@ def response_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def token_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """log pi of each response token, (B, L), nats, float32; 0 where none stands."""
-    mask = batch["response_mask"]
-    before = functional.pad(mask[:, 1:], (0, 1))  # the place before a token predicts it
-    with head_reads(model, before):
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits  # (response tokens, V)
-    found = -functional.cross_entropy(logits.float(), batch["input_ids"][mask], reduction="none")
-    table = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return table.masked_scatter(mask, found)
+    ids, places = batch["input_ids"], batch["response_places"]
+    with head_reads(model, places - 1):  # what predicts a token stands before it
+        logits = model(input_ids=ids, use_cache=False).logits  # (N, V)
+    targets = ids.flatten()[places]
+    found = -functional.cross_entropy(logits.float(), targets, reduction="none")
+    table = torch.zeros(ids.numel(), dtype=torch.float32, device=ids.device)
+    return table.index_copy(0, places, found).view_as(ids)
 
 
 @contextmanager
 def head_reads(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """Let the model compute logits at these places (B, L) alone, in float32: shape (places, V).
+    """Let the model compute logits at these N places of the flattened batch alone: float32 (N, V).
 
     The head is replaced and not called from here, so that what a model does with its logits, such
     as Gemma-2's soft cap, stays. Bfloat16 logits of 16 and above are rounded to an eighth; a token's
@@ -63,7 +64,7 @@ def head_reads(model: nn.Module, places: Tensor) -> Iterator[None]:
     head = getattr(model, "module", model).get_output_embeddings()
 
     def forward(states: Tensor) -> Tensor:
-        chosen = states[places]
+        chosen = states.flatten(0, 1)[places]
         if torch.is_autocast_enabled(states.device.type) or chosen.dtype == torch.bfloat16:
             logits = Float32Product.apply(chosen.bfloat16(), head.weight.bfloat16())
         else:

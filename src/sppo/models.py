@@ -447,8 +447,9 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
 def start_torch(gpus: int = 1) -> None:
     """Give PyTorch the cores that the job was given and, unless a launcher started several processes, so many GPUs;
     keep weight-loading bars out of the logs."""
-    if gpus == 1 and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # vLLM's exchange between GPUs does not know it
-        # Memory that was freed serves tensors of other sizes, as batches differ in length. Read when torch first uses a GPU.
+    # Memory that was freed serves tensors of other sizes, as batches differ in length. PyTorch reads
+    # this when it first uses a GPU. vLLM's exchange between several GPUs does not know such memory.
+    if gpus == 1 and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if "LOCAL_RANK" not in os.environ:  # else the Trainer would spread batches over all GPUs it sees
         take_gpus(gpus)

@@ -60,7 +60,8 @@ def collate_pairs(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
     batch = pair_batch(pairs)
     for name in NUMBERS:
         batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
-    batch["tokens_chosen"], batch["tokens_rejected"] = batch["response_mask"].sum(1).chunk(2)
+    for end in ("chosen", "rejected"):
+        batch[f"tokens_{end}"] = torch.tensor([len(pair[f"{end}_token_ids"]) for pair in pairs])
     batch["sequence_tokens"] = torch.tensor([sequence_tokens(pair) for pair in pairs])
     batch["pair_id"] = torch.tensor([pair["pair_id"] for pair in pairs])
     batch["weight"] = torch.tensor([pair.get("weight", 1.0) for pair in pairs])

@@ -85,11 +85,11 @@ def test_a_response_of_eos_alone_and_eos_at_the_end_count(model, sequences, by_h
     assert longer < shorter - 1e-3
 
 
-def test_collate_pads_right_with_masks_from_lengths():
+def test_collate_pads_right_with_places_from_lengths():
     batch = collate([[11, 12], [13]], [[21], [EOS, 22, EOS]])
     assert batch["input_ids"].tolist() == [[11, 12, 21, 0], [13, EOS, 22, EOS]]
-    assert batch["response_mask"].tolist() == [[False, False, True, False], [False, True, True, True]]
-    assert batch.keys() == {"input_ids", "response_mask"}, "a mask of attention would cost cuDNN's backward"
+    assert batch["response_places"].tolist() == [2, 5, 6, 7]
+    assert batch.keys() == {"input_ids", "response_places"}, "a mask of attention would cost cuDNN's backward"
 
 
 def make_pairs(sequences) -> list[dict]:
@@ -104,9 +104,9 @@ def test_pair_batch_holds_all_chosen_then_all_rejected(sequences):
     wanted = [p[f"{side}_token_ids"] for side in ("chosen", "rejected") for p in pairs]
     prompts = [p["prompt_token_ids"] for p in pairs] * 2
     for row, (prompt, response) in enumerate(zip(prompts, wanted, strict=True)):
-        ids, mask = batch["input_ids"][row], batch["response_mask"][row]
-        assert ids[:len(prompt) + len(response)].tolist() == prompt + response
-        assert ids[mask].tolist() == response
+        assert batch["input_ids"][row, :len(prompt) + len(response)].tolist() == prompt + response
+    held = batch["input_ids"].flatten()[batch["response_places"]].tolist()
+    assert held == [token for response in wanted for token in response]
 
 
 def test_pair_length_is_that_of_its_longer_sequence():
