@@ -675,7 +675,7 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
     import torch
 
     from sppo.logps import forward_precision, frozen_logps
-    from sppo.training import IDENTITY_TOLERANCE
+    from sppo.training import IDENTITY_TOLERANCE, identity_fault
 
     model = make_model(shape["wide"], shape["layers"], device).eval()
     vocabulary = shape["wide"]["vocab_size"]
@@ -685,11 +685,11 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
         return torch.tensor([[row["chosen_logp"], row["rejected_logp"]] for row in rows],
                             dtype=torch.float64).flatten()
 
-    def stated(gap: torch.Tensor, tokens: torch.Tensor, fewest: int) -> dict[str, float]:
+    def stated(gap: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
         return {
-            "worst_nats_a_token": (gap.abs() / tokens.clamp(min=fewest)).max().item(),
-            "mean_nats_a_token": abs(
-                (gap.sum() / tokens.sum()).item()), "worst_nats": gap.abs().max().item()
+            "worst_nats_a_root_of_tokens": (gap.abs() / tokens.sqrt()).max().item(),
+            "mean_nats_a_token": abs((gap.sum() / tokens.sum()).item()),
+            "worst_nats": gap.abs().max().item(),
         }
 
     all_pairs: list[dict[str, Any]] = []
@@ -701,31 +701,28 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
             counted = torch.full((16, ), tokens, dtype=torch.float64)
             exact = logps(pairs, torch.float32, 8)
             report.measure(f"bfloat16 against float32, {tokens} tokens",
-                           **stated(logps(pairs, torch.bfloat16, 8) - exact, counted, 1))
+                           **stated(logps(pairs, torch.bfloat16, 8) - exact, counted))
     all_pairs = [pair | {"pair_id": i} for i, pair in enumerate(all_pairs)]
     counted = torch.tensor(
         [len(pair[f"{side}_token_ids"]) for pair in all_pairs for side in ("chosen", "rejected")],
         dtype=torch.float64)
     for dtype in (torch.float32, torch.bfloat16):
-        of_response, of_mean, fewest = IDENTITY_TOLERANCE[dtype]
         name = str(dtype).removeprefix("torch.")
         with report.step(f"two batchings, {name}"):
-            found = stated(logps(all_pairs, dtype, 4) - logps(all_pairs, dtype, 1), counted, fewest)
+            gap = logps(all_pairs, dtype, 4) - logps(all_pairs, dtype, 1)
             report.check(
-                f"two batchings, {name}", found["worst_nats_a_token"] < of_response
-                and found["mean_nats_a_token"] < of_mean, tolerance=[of_response, of_mean,
-                                                                     fewest], **found)
+                f"two batchings, {name}", identity_fault(gap, counted, dtype) is None,
+                tolerance=IDENTITY_TOLERANCE[dtype], **stated(gap, counted))
     use_varlen(model)
     with report.step("packed against padded"), torch.inference_mode(), forward_precision(
             device, torch.bfloat16):
         packed = torch.cat(
             [packed_logps(model, [pair], device).double().cpu() for pair in all_pairs])
         model.set_attn_implementation("sdpa")
-        of_response, of_mean, fewest = IDENTITY_TOLERANCE[torch.bfloat16]
-        found = stated(packed - logps(all_pairs, torch.bfloat16, 4), counted, fewest)
+        gap = packed - logps(all_pairs, torch.bfloat16, 4)
         report.check(
-            "packed against padded, bfloat16", found["worst_nats_a_token"] < of_response
-            and found["mean_nats_a_token"] < of_mean, **found)
+            "packed against padded, bfloat16",
+            identity_fault(gap, counted, torch.bfloat16) is None, **stated(gap, counted))
 
 
 def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
