@@ -727,7 +727,6 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
 
 def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
     """Section 3."""
-    import torch
     from safetensors.torch import load_file
 
     from sppo.artifacts import read_json, record_path

@@ -20,7 +20,7 @@ from sppo import theory
 from sppo.artifacts import read_json, recorded, write_text
 from sppo.errors import run
 from sppo.figures import pyplot, save
-from sppo.games import Game, duality_gap, play
+from sppo.games import Game, duality_gap
 from sppo.markup import csv_table
 
 # Okabe-Ito colours, told apart by dashes as well.

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.adapters import EMBEDDED, adapter_files, adapter_folder
 from sppo.api import NO_COMPLETION, check_address, judge_failure, quoted, request_forms
-from sppo.artifacts import ROOT, file_hash, known_hash, read_json
+from sppo.artifacts import ROOT, known_hash, read_json
 from sppo.errors import UserError
 
 if TYPE_CHECKING:
