@@ -73,7 +73,8 @@ def test_all_that_the_one_environment_has_is_in_core_or_eval():
 
 # --- every program finds what it imports ---
 
-NOT_CALLED = {"answer_mt_bench": {"alpaca-eval", "fschat", "openai"}}  # of sppo.mt_bench it takes the questions, not the grading
+# Of sppo.mt_bench these take the questions, not the grading.
+NOT_CALLED = dict.fromkeys(("answer_mt_bench", "sample_prompts"), {"alpaca-eval", "fschat", "openai"})
 
 
 def imported(file: Path, seen: set[Path]) -> set[str]:
