@@ -29,7 +29,7 @@ from sppo.processes import first_alone
 # another policy add up. At most so many nats for a response of n tokens, `base` + `one` sqrt(n), and
 # for the sum over a batch of n tokens, `base` + `all` sqrt(n). benchmarks/step_0_noise.py measures
 # them: bfloat16's are five times its standard deviations and above all that it found.
-IDENTITY_TOLERANCE = {torch.float32: (2e-3, 1e-3, 5e-4), torch.bfloat16: (0.25, 0.1, 0.05)}
+IDENTITY_TOLERANCE = {torch.float32: (2e-3, 1e-3, 5e-4), torch.bfloat16: (0.3, 0.1, 0.08)}
 
 # Of each pair: the preference model's estimates, and log-probabilities under pi_t and the method's reference.
 NUMBERS = ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected", "current_chosen", "current_rejected", "reference_chosen", "reference_rejected")
