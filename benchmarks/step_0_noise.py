@@ -9,6 +9,9 @@ Prints  for each type of computation: by length of a response, the standard devi
         which a policy a small step away is caught. A step moves every weight by the same size,
         against the gradient of SPPO's loss, as the first step of AdamW does with that learning rate
         (RMSProp, whose mean of squares begins at 0, with a tenth of it).
+The weights are first changed at random by up to 1/512 of themselves. The embedded policy's come from
+four bits, and many lie half-way between two numbers of bfloat16: there the smallest step turns their
+rounding, all along the gradient, and moves the policy by a nat a response.
 It takes half an hour on two cores.
 """
 
@@ -33,7 +36,7 @@ from sppo.training import identity_fault
 DRAWS = 10_000
 PAIRS = 4  # of a micro-batch: the fewest responses have the least to cancel with
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-STEPS = (1e-7, 1e-6, 1e-5)
+STEPS = (1e-6, 3e-6, 1e-5)
 Sequences = list[tuple[list[int], list[int]]]
 
 
@@ -72,7 +75,7 @@ def read_sequences(policy: Path, count: int) -> Sequences:
 
 
 def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str) -> None:
-    model = load_policy(policy, torch.float32, device)
+    model = load_generic(policy, device)
     by_length = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
     shuffled = random.Random(1).sample(by_length, len(by_length))
     one = score(model, sequences, by_length, 16, dtype, device)
@@ -90,7 +93,7 @@ def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str)
     print(f"\nFalse alarms: {alarms(noise, dtype, DRAWS)} of {DRAWS}", flush=True)
     few = shuffled[:400]
     for step in STEPS:
-        moved = load_policy(policy, torch.float32, device)
+        moved = load_generic(policy, device)
         take_step(moved, [sequences[i] for i in shuffled[-16:]], step, dtype, device)
         after = score(moved, sequences, few, 7, dtype, device)
         ratios = [after[i] - one[i] for i in few]
@@ -98,6 +101,15 @@ def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str)
         caught = alarms(ratios, dtype, 1000) / 10
         print(f"A step of {step:g}: mean log-ratio {mean:+.3f} nats a response, caught in "
               f"{caught:.1f}% of draws", flush=True)
+
+
+@torch.no_grad()
+def load_generic(policy: Path, device: str) -> torch.nn.Module:
+    """The policy with weights that lie anywhere between the numbers of bfloat16."""
+    model, draw = load_policy(policy, torch.float32, "cpu"), torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        weight.mul_(1 + (2 * torch.rand(weight.shape, generator=draw) - 1) / 512)
+    return model.to(device)
 
 
 @torch.inference_mode()
