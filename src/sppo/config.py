@@ -356,9 +356,11 @@ def _typed(written: Config, rules: Config) -> Config:
 
 
 def _check_sizes(value: Any, where: str) -> None:
-    """No whole number in `value` needs more than 64 bits, else UserError: no program computes with it."""
+    """No whole number in `value` needs more than 64 bits, else UserError: no program computes
+    with it, and Python writes out none of thousands of digits."""
     if isinstance(value, int) and not -2**63 <= value < 2**63:
-        raise UserError(f"{where[:200].rstrip('.')} is {_shown(value)}, which is too large a number; lower it")
+        raise UserError(f"{where[:200].rstrip('.')} is {_shown(value)}, a number of more than "
+                        "64 bits; correct it")
     if isinstance(value, dict):
         for key, inner in value.items():
             _check_sizes(inner, f"{where}{key}.")
