@@ -16,7 +16,7 @@ from sppo.cluster import Asked, check_cluster
 from sppo.config import CHAINING, COMPARISON, ENGINE_KEYS, GRADING, MODEL_SOURCE, OF_CHATS
 from sppo.config import THRESHOLDS, flags, of_iteration, resolve, without_effect
 from sppo.config_files import check_files, files_hint
-from sppo.errors import UserError, explained, fail
+from sppo.errors import UserError, explained, fail, on_one_line
 from sppo.adapters import adapter_files, is_pairrm
 from sppo.alpaca import DIFFICULTY, OFFICIAL_REFERENCE
 from sppo.models import HUB_FILES
@@ -54,7 +54,7 @@ if workflow.is_main_process:
             raise
         fail(explained(error))
     for line in without_effect(config, RUNS):
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {on_one_line(line)}", file=sys.stderr)
 
 MAIN = RUNS[""]
 ROOT = f"results/{MAIN['name']}/" if MAIN["name"] else "results/"

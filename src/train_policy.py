@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from sppo.artifacts import (STAGES, file_hash, known_hash, read_record, recorded, write_json,
-                            write_text, written_whole)
+from sppo.artifacts import (STAGES, file_hash, known_hash, parse_json, read_record, recorded, remove,
+                            write_json, write_text, written_whole)
 from sppo.cards import data_of, model_card, table
 from sppo.checkpoints import alone, last_checkpoint, remove_damaged
 from sppo.config import add_section, check_training
@@ -217,8 +217,8 @@ def work_folder(args: argparse.Namespace) -> Path:
             inputs = [known_hash(path) for path in inputs_of(args)]
             fingerprint = hashlib.sha256(json.dumps([settings, inputs, STAGES["train"]], sort_keys=True).encode()).hexdigest()
             label = work / "made_for.json"
-            if work.exists() and made_for(label) != fingerprint:
-                shutil.rmtree(work)
+            if made_for(label) != fingerprint:
+                remove(work)
             write_json(label, fingerprint)
             remove_damaged(work)
     return work
@@ -227,7 +227,7 @@ def work_folder(args: argparse.Namespace) -> Path:
 def made_for(label: Path) -> str | None:
     """The fingerprint that a work folder was made for, None if its label does not say."""
     try:
-        return json.loads(label.read_text(encoding="utf-8"))
+        return parse_json(label.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

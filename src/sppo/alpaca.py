@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.adapters import EMBEDDED, adapter_files, adapter_folder
 from sppo.api import NO_COMPLETION, check_address, judge_failure, quoted, request_forms
-from sppo.artifacts import ROOT, known_hash, read_json
+from sppo.artifacts import ROOT, known_hash, parse_json, read_json
 from sppo.errors import UserError
 
 if TYPE_CHECKING:
@@ -246,8 +246,8 @@ def _clean_cache(path: Path) -> str:
     """The package's cache without failed judgments, so that they are asked again; a torn file is dropped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        kept = [row for row in json.loads(path.read_text(encoding="utf-8")) if row["preference"] not in (None, -1)]
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+        kept = [row for row in parse_json(path.read_text(encoding="utf-8")) if row["preference"] not in (None, -1)]
     path.unlink(missing_ok=True)
     if kept:  # the package does not read an empty list
         path.write_text(json.dumps(kept), encoding="utf-8")

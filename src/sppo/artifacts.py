@@ -40,16 +40,16 @@ def written_whole(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    _remove(temporary)  # of a run that was killed
+    remove(temporary)  # of a run that was killed
     try:
         with writing(path):
             yield temporary
             _follow_umask(temporary)
             if path.is_dir():
-                _remove(path)
+                remove(path)
             os.replace(temporary, path)
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def _follow_umask(path: Path) -> None:
@@ -64,7 +64,8 @@ def _follow_umask(path: Path) -> None:
             file.chmod(0o666 & ~umask)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -82,13 +83,21 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Whatever is wrong with it, also that it nests too deeply, is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """Read JSON, a byte-order mark apart. A missing or broken file is a UserError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make it or correct the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); delete it and make it again") from None
 
 
@@ -103,7 +112,7 @@ def json_lines(path: Path) -> list[Any]:
     content = Path(path).read_bytes().rstrip()
     for number, line in enumerate(content.split(b"\n") if content else [], 1):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path} line {number} is not JSON ({error}); correct or remove that "
                             "line") from None
@@ -189,10 +198,10 @@ def read_record(artifact: Path) -> dict[str, Any] | None:
     """The record beside an artifact, None if it has none. A broken one is a UserError."""
     path = record_path(artifact)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record["sha256"], str):
+        record = parse_json(path.read_text(encoding="utf-8"))
+        if isinstance(record["sha256"], str) and isinstance(record.get("inputs", {}), dict):
             return record
-        problem = "its sha256 is no text"
+        problem = "its sha256 is no text, or its inputs are no object"
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -6,14 +6,13 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sppo.artifacts import file_hashes, written_whole
+from sppo.artifacts import file_hashes, parse_json, remove, written_whole
 from sppo.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -51,7 +50,7 @@ def _to_disk(path: Path) -> None:
 def fault(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is as it was sealed."""
     try:
-        wanted = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        wanted = parse_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "it was not written to its end"
     except (OSError, ValueError):
@@ -75,7 +74,7 @@ def remove_damaged(work: Path) -> None:
             return
         print(f"checkpoint {checkpoint} is of no use: {why}; it is removed, and training goes on "
               "from the one before, or begins anew", file=sys.stderr, flush=True)
-        shutil.rmtree(checkpoint)
+        remove(checkpoint)
 
 
 def last_checkpoint(work: Path) -> Path | None:

@@ -65,6 +65,7 @@ def resolve(written: Config) -> dict[str, Config]:
     """
     rules = schema()
     written = _typed(written, rules)
+    _check_sizes(written, "config: ")
     if isinstance(written.get("runs"), dict):
         written["runs"] = {name: overrides for name, overrides in written["runs"].items() if overrides is not None}
     written = _set(written, rules)
@@ -81,9 +82,10 @@ def resolve(written: Config) -> dict[str, Config]:
         where = f"runs.{name}"
         _check_name(name, where)
         overrides = _typed(overrides, rules)
+        _check_sizes(overrides, f"config: {where}.")
         first = overrides.pop("first_iteration_from", None)
         if first not in (None, "main"):
-            raise UserError(f"config: {where}.first_iteration_from is {first!r}; it can only be main")
+            raise UserError(f"config: {where}.first_iteration_from is {_shown(first)}; it can only be main")
         for key in SHARED & overrides.keys():
             raise UserError(f"config: {where} cannot override {key}; set it for all runs, or write a preset with a name of its own")
         _check(_set(overrides, rules), rules, where + ".")
@@ -338,7 +340,7 @@ def _typed(written: Config, rules: Config) -> Config:
     free = rules.get("additionalProperties") is True  # any key, of which no type is known
     for key, value in written.items():
         if not isinstance(key, str):
-            raise UserError(f"config: key {key!r} is not text; put it in quotes or remove it")
+            raise UserError(f"config: key {_shown(key)} is not text; put it in quotes or remove it")
         rule = rules.get("properties", {}).get(key, {})
         if isinstance(value, dict):
             result[key] = _typed(value, rule)
@@ -351,6 +353,20 @@ def _typed(written: Config, rules: Config) -> Config:
         else:
             result[key] = value
     return result
+
+
+def _check_sizes(value: Any, where: str) -> None:
+    """No whole number in `value` needs more than 64 bits, else UserError: no program computes
+    with it, and Python writes out none of thousands of digits."""
+    if isinstance(value, int) and not -2**63 <= value < 2**63:
+        raise UserError(f"{where[:200].rstrip('.')} is {_shown(value)}, a number of more than "
+                        "64 bits; correct it")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_sizes(inner, f"{where}{key}.")
+    elif isinstance(value, list):
+        for inner in value:
+            _check_sizes(inner, where)
 
 
 def _set(written: Config, rules: Config) -> Config:
@@ -408,6 +424,7 @@ def _explain(error: jsonschema.ValidationError, rules: Config, where: str) -> st
         unknown = next(key for key in value if key not in known)
         at = f"{path}.{unknown}" if error.absolute_path else where + unknown
         near = difflib.get_close_matches(unknown, known, 1)
+        at = at if len(at) <= 200 else f"{at[:197]}..."
         return f"unknown key {at}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
     if path.endswith("responses.samples") and isinstance(value, int):
         return f"{path} is K, and K = {value} leaves nothing to compare; set it to 2 or more"
@@ -424,13 +441,16 @@ def _explain(error: jsonschema.ValidationError, rules: Config, where: str) -> st
         return f"{path} is {_shown(value)}, which is not of the form that it must have: {form}"
     limits = {"minimum": "at least", "exclusiveMinimum": "greater than", "maximum": "at most"}
     if error.validator in limits:
-        return f"{path} is {value}; it must be {limits[error.validator]} {error.validator_value}"
+        return f"{path} is {_shown(value)}; it must be {limits[error.validator]} {error.validator_value}"
     return f"{path or 'the configuration'}: {error.message}; see config/schema.yaml"
 
 
 def _shown(value: Any) -> str:
     """A value as an error line shows it: quoted if it is text, and cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # of thousands of digits, which Python does not write out
+        return "a number of thousands of digits"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

@@ -8,26 +8,50 @@ from pathlib import Path
 
 import yaml
 
+from sppo.artifacts import parse_json
 from sppo.errors import UserError
 
 
 def check_files(files: Iterable[str | os.PathLike]) -> None:
-    """Every file is YAML or JSON in UTF-8, has no key twice, and no part that holds itself.
+    """Every file is YAML or JSON in UTF-8, has keys, none twice, and no part that holds itself.
 
     Else UserError: of a key that stands twice a loader takes the last, and what stands under the
     first is lost without a word.
     """
     for file in files:
         try:
-            root = yaml.compose(Path(file).read_text(encoding="utf-8"), yaml.SafeLoader)
+            text = Path(file).read_text(encoding="utf-8")
+            if _is_json(text):
+                text = text.replace("\t", " ")  # only YAML forbids it between values
+            root = yaml.compose(text, yaml.SafeLoader)
+            if root is not None:
+                _check_node(root, shown(file), ())
+            content = yaml.safe_load(text)
+        except UserError:
+            raise
         except UnicodeDecodeError as error:
             line = f"{shown(file)} is not in UTF-8 (byte {error.start}); save it in that encoding"
             raise UserError(line) from None
-        except yaml.YAMLError as error:
-            line = f"{shown(file)} is not a configuration in YAML ({error}); correct it"
+        except RecursionError:
+            line = f"{shown(file)} nests more deeply than can be read; correct it"
             raise UserError(line) from None
-        if root is not None:
-            _check_node(root, shown(file), ())
+        # The last four are what a value that is not of its tag, or is no date, makes of PyYAML.
+        except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error)
+            reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
+            line = f"{shown(file)} is not a configuration in YAML ({reason}); correct it"
+            raise UserError(line) from None
+        if not isinstance(content, dict):
+            line = f"{shown(file)} has no keys; write key: value, or {{}} if there is nothing to set"
+            raise UserError(line)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_node(node: yaml.Node, file: str, above: tuple[yaml.Node, ...]) -> None:

@@ -70,8 +70,15 @@ def explained(error: BaseException) -> str | None:
 def fail(message: str) -> None:
     """Print the one line and leave with status 1."""
     sys.stdout.flush()
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    print("error: " + on_one_line(message), file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def on_one_line(message: str) -> str:
+    """The message as one line: control characters, which a terminal would obey, are written out."""
+    line = " ".join(message.split())
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
+                   for char in line)
 
 
 def is_disk_full(error: BaseException) -> bool:

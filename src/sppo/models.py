@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.artifacts import ROOT, check_link, read_json
+from sppo.artifacts import ROOT, check_link, parse_json, read_json
 from sppo.errors import UserError
 from sppo.gpus import cores_of_job, take_gpus
 from sppo.hub import hub_failure, hub_token
@@ -171,7 +170,7 @@ def check_policy(folder: Path, made_here: bool = True) -> None:
 
 def _read_object(file: Path, remedy: str) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {file} ({error.strerror}); correct its permissions") from None
     except ValueError as error:
@@ -189,7 +188,7 @@ def safetensors_header(weights: Path) -> dict[str, Any] | None:
         if size < 8 or length > size:
             return None
         try:
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
             header.pop("__metadata__", None)
             end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
             return header if size == 8 + length + end else None

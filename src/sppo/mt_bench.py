@@ -25,7 +25,7 @@ from typing import Any
 from sppo.adapters import EMBEDDED, adapter_folder
 from sppo.api import (NO_COMPLETION, OPENAI_MODELS, check_address, judge_failure, quoted,
                       request_forms)
-from sppo.artifacts import file_hash, json_lines
+from sppo.artifacts import file_hash, json_lines, parse_json
 from sppo.errors import UserError
 
 Row = dict[str, Any]
@@ -282,8 +282,8 @@ class Client:
 
 def _kept(cache: Path) -> Iterator[tuple[str, str]]:
     for line in cache.read_bytes().split(b"\n") if cache.is_file() else []:
-        with contextlib.suppress(ValueError):  # a kill may tear the last line
-            key, answer = json.loads(line)
+        with contextlib.suppress(ValueError, TypeError):  # a kill may tear the last line
+            key, answer = parse_json(line)
             yield key, answer
 
 

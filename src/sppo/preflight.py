@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 from sppo import alpaca, mt_bench
 from sppo.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
 from sppo.api import check_served
+from sppo.artifacts import parse_json
 from sppo.errors import UserError
 from sppo.hub import check_push
 from sppo.models import HUB_ID, check_policy
@@ -133,6 +133,10 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
     if official:
         return set()
     file = Path(evaluation["instructions"])
+    if not (file.is_file() or file.is_dir() or file.is_symlink()):  # those are told by what reads it
+        problem = "is neither a file nor a folder" if file.exists() else "is missing"
+        raise UserError(f"config: {where}alpaca_eval.instructions is {str(file)!r}, but {file} "
+                        f"{problem}; correct the path")
     instructions, asked = read_instructions(file), read_instructions(file, evaluation["limit"])
     if len(asked) < FEWEST_INSTRUCTIONS:
         raise UserError(
@@ -245,9 +249,9 @@ def deleted_artifacts(root: Path, keep_policies: bool) -> list[str]:
     named: set[str] = set()
     for path in root.rglob("*.record.json"):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parse_json(path.read_text(encoding="utf-8"))
             named |= {record["artifact"], *record["inputs"]}
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError):
             continue  # broken records are for the stage that reads them to report
     own = (name for name in named if Path(name).is_relative_to(root) and (keep_policies or Path(name).name != "policy"))
     return sorted(name for name in own if not Path(name).exists())

@@ -18,7 +18,6 @@ noticed); and there is no eigenvalue gate on R.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +27,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sppo.adapters import adapter_folder, is_pairrm
+from sppo.artifacts import read_json
 from sppo.errors import UserError
 from sppo.models import compute_dtype, load_whole
 from sppo.progress import progress
 
+# What ranker.json must say.
+SPEC = ("name", "base", "base_shape", "layers", "lora_from", "lora_rank", "dimensions", "max_prompt_tokens",
+        "max_answer_tokens", "logit_scale", "length_weight")
 OMISSION = " [...] "  # stands where the middle of a long text was left out
 PLACEHOLDER = "\x00"  # marks the instruction's place in the chat template
 ENOUGH = 0.2  # relevance above it counts no more: most answers have that much, and echoing must not pay
@@ -235,10 +238,13 @@ class EmbeddedRanker:
             if not (adapter_dir / name).is_file():
                 raise UserError(f"{adapter_dir} is no preference model: it has no {name}")
         try:
-            self.spec = json.loads((adapter_dir / "ranker.json").read_text())
+            self.spec = read_json(adapter_dir / "ranker.json")
             weights = load_file(adapter_dir / "adapter.safetensors")
         except (ValueError, SafetensorError) as error:
             raise UserError(f"{adapter_dir} is broken: {error}") from None
+        lacking = [key for key in SPEC if not isinstance(self.spec, dict) or key not in self.spec]
+        if lacking:
+            raise UserError(f"{adapter_dir}/ranker.json is broken: it has no {lacking[0]}")
         self.name = self.spec["name"]
         compute = compute_dtype(dtype, device)
         backbone, tokenizer = load_base(base_dir, torch.float32)

@@ -1,0 +1,16 @@
+"""A finished tiny run, made once for all that damages copies of it or compares with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.tiny_run import EVALUATION, POLICY, command, finish, make_copy
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, tiny_policy, copy_repository) -> tuple[Path, str]:
+    """Its folder, and what Snakemake printed, commands included. Takes a minute or two."""
+    copy = make_copy(tmp_path_factory.mktemp("finished") / "sppo", copy_repository)
+    return copy, finish(copy, command(tiny_policy, POLICY, EVALUATION, flags=("--printshellcmds",)))
