@@ -189,6 +189,10 @@ def test_unusable_folders_are_one_line_errors(adapter_dir, base_dir, tmp_path):
     (tmp_path / "ranker.json").write_text(json.dumps(spec | {"base_shape": [1, 2, 3]}))
     with pytest.raises(UserError, match="was trained on"):
         EmbeddedRanker(tmp_path, base_dir)
+    for text in ("[]", '{"name": "x"}', "[" * 5000):
+        (tmp_path / "ranker.json").write_text(text)
+        with pytest.raises(UserError, match="ranker.json is (broken|not valid JSON)"):
+            EmbeddedRanker(tmp_path, base_dir)
     (tmp_path / "ranker.json").write_text(json.dumps(spec))
     (tmp_path / "adapter.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match="broken"):
