@@ -33,7 +33,7 @@ from sppo.models import compute_dtype, load_whole
 from sppo.progress import progress
 
 # What ranker.json must say.
-SPEC = ("name", "base_shape", "layers", "lora_from", "lora_rank", "dimensions", "max_prompt_tokens",
+SPEC = ("name", "base", "base_shape", "layers", "lora_from", "lora_rank", "dimensions", "max_prompt_tokens",
         "max_answer_tokens", "logit_scale", "length_weight")
 OMISSION = " [...] "  # stands where the middle of a long text was left out
 PLACEHOLDER = "\x00"  # marks the instruction's place in the chat template
@@ -250,7 +250,7 @@ class EmbeddedRanker:
         backbone, tokenizer = load_base(base_dir, torch.float32)
         ours = (backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size)
         if list(ours) != self.spec["base_shape"]:
-            raise UserError(f"{adapter_dir} was trained on {self.spec.get('base', 'a base')} (hidden size, layers, vocabulary "
+            raise UserError(f"{adapter_dir} was trained on {self.spec['base']} (hidden size, layers, vocabulary "
                             f"{self.spec['base_shape']}), and {base_dir} has {list(ours)}")
         self.model = PreferenceEmbedder(backbone, tokenizer, self.spec).eval()
         differ = sorted(self.model.adapter().keys() ^ weights.keys())

@@ -315,13 +315,14 @@ def test_evaluation_errors_are_one_line(tmp_path, case, says, monkeypatch, capsy
     """Through main() in this process, for an interpreter that imports torch takes seconds to start."""
     import evaluate_ranker
     from sppo.errors import run
+    from sppo.rankers import SPEC
 
     file, frame = tmp_path / "a.parquet", annotations(6)
     adapters = tmp_path / "data" / "judge"
     adapters.mkdir(parents=True)
     hashes = [ranker_data.instruction_hash(i) for i in frame["instruction"]] if case == "all_training" else []
     (adapters / "training_instructions.txt").write_text("\n".join(hashes))
-    (adapters / "ranker.json").write_text("{\"name\": \"judge\"}")
+    (adapters / "ranker.json").write_text(json.dumps(dict.fromkeys(SPEC, "judge")))
     (adapters / "adapter.safetensors").write_bytes((0).to_bytes(8, "little") if case != "no_base" else
                                                    (2).to_bytes(8, "little") + b"{}")
     monkeypatch.chdir(tmp_path)  # data/ is looked for where the command runs
