@@ -3,6 +3,7 @@
 # make test    installs the pinned environment, runs the tests
 #              PRECISION=bfloat16 or float32: as on a processor with bfloat16 units, or without
 # make test-unit  the fast ones of them, without the workflow
+# make test-slow  the slow ones: fuzzing (tests/fuzz; FUZZ=5 five seeds), parity, real runs
 # make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
 # make test-pairrm  PairRM against llm-blender itself, in an environment of its own below .cache/
 # make estimate CONFIG=config/presets/mistral-7b.yaml   what it will cost: GPU-hours, memory, disk, dollars; FLAGS="--gpu A100 --price 2"

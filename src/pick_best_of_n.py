@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from sppo.adapters import adapter_files
-from sppo.artifacts import read_json, recorded, write_json
+from sppo.artifacts import known_hash, read_json, recorded, write_json
 from sppo.errors import UserError, run
 from sppo.preference import mean_logits
 
@@ -29,6 +29,8 @@ def main() -> None:
     args = parser.parse_args()
 
     answers = defaultdict(list)
+    if args.answers.is_file():
+        known_hash(args.answers)
     for row in read_json(args.answers):
         answers[row["instruction"]].append(row)
     fewest = min((len(rows) for rows in answers.values()), default=0)

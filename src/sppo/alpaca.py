@@ -257,8 +257,11 @@ def _clean_cache(path: Path) -> str:
 def read_outputs(path: Path) -> list[Record]:
     """Outputs in alpaca-eval's form: a list of objects with instruction, output and generator.
 
-    A missing field, an instruction that stands twice and a second generator are a UserError.
+    A missing field, an instruction that stands twice and a second generator are a UserError, and so
+    is a file that its record does not describe: what differs would be blamed on something else.
     """
+    if path.is_file():
+        known_hash(path)
     rows, seen = read_json(path), {}
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path} is not a list of outputs; alpaca-eval's form is [{{instruction, output, generator}}, ...]")

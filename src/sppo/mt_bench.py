@@ -25,7 +25,7 @@ from typing import Any
 from sppo.adapters import EMBEDDED, adapter_folder
 from sppo.api import (NO_COMPLETION, OPENAI_MODELS, check_address, judge_failure, quoted,
                       request_forms)
-from sppo.artifacts import file_hash, json_lines, parse_json
+from sppo.artifacts import file_hash, json_lines, known_hash, parse_json
 from sppo.errors import UserError
 
 Row = dict[str, Any]
@@ -109,7 +109,10 @@ def read_questions(data: Path) -> list[Row]:
 
 
 def read_answers(path: Path, questions: list[Row]) -> dict[Any, Row]:
-    """Answers in FastChat's form by question_id. UserError unless there is exactly one to each question."""
+    """Answers in FastChat's form by question_id. UserError unless there is exactly one to each
+    question, and if their record does not describe them."""
+    if path.is_file():
+        known_hash(path)
     answers = {row["question_id"]: row for row in read_lines(path)}
     for row in questions:
         if row["question_id"] not in answers:

@@ -144,7 +144,12 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
             f"instructions; the length-controlled metric needs {FEWEST_INSTRUCTIONS}, so give more"
         )
     if evaluation["reference"] != "base":
-        alpaca.paired([row | {"generator": "policy"} for row in asked], alpaca.read_outputs(Path(evaluation["reference"])))
+        outputs = alpaca.read_outputs(Path(evaluation["reference"]))
+        try:
+            alpaca.paired([row | {"generator": "policy"} for row in asked], outputs)
+        except UserError as error:
+            raise UserError(f"config: {where}alpaca_eval.reference is {evaluation['reference']}: "
+                            f"{error}") from None
     if evaluation["difficulty"]:
         alpaca.check_order(asked, Path(evaluation["difficulty"]))
     return {normalised(row["instruction"]) for row in instructions}

@@ -14,7 +14,7 @@ import pytest
 import list_stale
 import verify_results
 from sppo import artifacts
-from sppo.artifacts import ROOT, code_hashes, file_hash, known_hash, read_json, record_path, recorded, write_json, write_text, written_whole
+from sppo.artifacts import ROOT, code_hashes, file_hash, json_lines, known_hash, read_json, record_path, recorded, write_json, write_text, written_whole
 from sppo.errors import UserError
 from sppo.stages import STAGES
 from sppo.tables import TABLES, read_table, write_table
@@ -163,6 +163,12 @@ def test_broken_json_is_named_and_nan_is_not_written(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1')
     with pytest.raises(UserError, match="x.json is not valid JSON"):
         read_json(tmp_path / "x.json")
+    for text in ("[" * 5000, "9" * 5000):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(UserError, match="x.json is not valid JSON"):
+            read_json(tmp_path / "x.json")
+        with pytest.raises(UserError, match="x.json line 1 is not JSON"):
+            json_lines(tmp_path / "x.json")
     with pytest.raises(ValueError):
         write_json(tmp_path / "y.json", {"a": float("nan")})
     assert left_over(tmp_path) == ["x.json"]
@@ -265,7 +271,8 @@ def test_input_that_its_record_does_not_describe_is_refused_before_any_work(fold
     assert not (tmp_path / "artifact").exists()
 
 
-@pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"sha256": null}', "\udcff"])
+@pytest.mark.parametrize("record", ["", "{", "[]", "{}", '{"sha256": null}', "\udcff", "[" * 5000,
+                                    '{"sha256": "", "inputs": [1]}'], ids=lambda record: record[:9])
 def test_broken_record_of_an_input_is_one_line_before_any_work(record, tmp_path, as_program):
     given = tmp_path / "input"
     write_text(given, "")

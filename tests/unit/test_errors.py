@@ -57,6 +57,11 @@ def test_user_error_is_one_line_even_if_its_text_has_several(capsys):
     assert line_of(capsys, raising(UserError("no\n  such thing;\tmend it"))) == "error: no such thing; mend it"
 
 
+def test_control_characters_of_a_line_are_written_out(capsys):
+    line = line_of(capsys, raising(UserError("\x1b[31m\x00 é名 is \ud800; correct it")))
+    assert line == "error: \\x1b[31m\\x00 é名 is \\ud800; correct it"
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/tmp/x.parquet"), OSError(errno.EDQUOT, "quota", "/tmp/x.parquet"),
                                    RuntimeError("I/O error: No space left on device (os error 28)")], ids=["disk", "quota", "wrapped"])
 def test_full_disk_is_one_line(error, capsys):

@@ -189,6 +189,10 @@ def test_unusable_folders_are_one_line_errors(adapter_dir, base_dir, tmp_path):
     (tmp_path / "ranker.json").write_text(json.dumps(spec | {"base_shape": [1, 2, 3]}))
     with pytest.raises(UserError, match="was trained on"):
         EmbeddedRanker(tmp_path, base_dir)
+    for text in ("[]", '{"name": "x"}', "[" * 5000):
+        (tmp_path / "ranker.json").write_text(text)
+        with pytest.raises(UserError, match="ranker.json is (broken|not valid JSON)"):
+            EmbeddedRanker(tmp_path, base_dir)
     (tmp_path / "ranker.json").write_text(json.dumps(spec))
     (tmp_path / "adapter.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match="broken"):
@@ -311,13 +315,14 @@ def test_evaluation_errors_are_one_line(tmp_path, case, says, monkeypatch, capsy
     """Through main() in this process, for an interpreter that imports torch takes seconds to start."""
     import evaluate_ranker
     from sppo.errors import run
+    from sppo.rankers import SPEC
 
     file, frame = tmp_path / "a.parquet", annotations(6)
     adapters = tmp_path / "data" / "judge"
     adapters.mkdir(parents=True)
     hashes = [ranker_data.instruction_hash(i) for i in frame["instruction"]] if case == "all_training" else []
     (adapters / "training_instructions.txt").write_text("\n".join(hashes))
-    (adapters / "ranker.json").write_text("{\"name\": \"judge\"}")
+    (adapters / "ranker.json").write_text(json.dumps(dict.fromkeys(SPEC, "judge")))
     (adapters / "adapter.safetensors").write_bytes((0).to_bytes(8, "little") if case != "no_base" else
                                                    (2).to_bytes(8, "little") + b"{}")
     monkeypatch.chdir(tmp_path)  # data/ is looked for where the command runs

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from snakemake.utils import update_config
 
+from sppo.artifacts import file_hash, record_path, write_json
 from sppo.config_files import check_files
 from sppo.config import ENGINE_KEYS, default_of, resolve, schema
 from sppo.errors import UserError, explained
@@ -259,8 +260,8 @@ def test_a_judge_behind_an_api_runs_without_a_gpu(copy, monkeypatch):
     for file in ("models/alpaca_eval/alpaca_eval_gpt4_baseline.json", "models/alpaca_eval/df_gamed.csv", "single-gpu/iter0/alpaca_eval_outputs.json"):
         file = copy / "results" / file
         file.parent.mkdir(parents=True, exist_ok=True)
-        for name in (file.name, f"{file.name}.record.json"):
-            file.with_name(name).write_text("{}")
+        file.write_text("{}")
+        write_json(record_path(file), {"sha256": file_hash(file)})
     done = subprocess.run([*SNAKEMAKE, "--configfile", "config/presets/single-gpu.yaml", "--", "results/single-gpu/iter0/alpaca_eval.json"],
                           cwd=copy, capture_output=True, text=True)
     shutil.rmtree(copy / "results")

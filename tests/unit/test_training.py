@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import random
 import shutil
 import socket
@@ -495,6 +496,23 @@ def test_training_with_a_damaged_checkpoint_gives_the_weights_of_an_undisturbed_
 def test_damaged_label_of_the_work_folder_is_one_of_other_inputs(damage, killed, work, capsys):
     place, whole = killed
     DAMAGES[damage](work / "made_for.json")
+    assert distance(whole, place.train("policy", **RESUMABLE)) < 1e-7
+    assert steps_said(capsys) == list("12345")
+
+
+@pytest.mark.parametrize("kind", ["a file", "a dead link"])
+def test_what_is_no_folder_in_a_checkpoint_s_place_is_removed(kind, work, capsys):
+    odd = work / "checkpoint-9"
+    odd.write_text("x") if kind == "a file" else odd.symlink_to("nowhere")
+    remove_damaged(work)
+    assert "checkpoint-9 is of no use" in capsys.readouterr().err and not os.path.lexists(odd)
+    assert last_checkpoint(work) == work / "checkpoint-3"
+
+
+def test_file_in_the_work_folder_s_place_is_removed(killed, work, capsys):
+    place, whole = killed
+    shutil.rmtree(work)
+    work.write_text("x")
     assert distance(whole, place.train("policy", **RESUMABLE)) < 1e-7
     assert steps_said(capsys) == list("12345")
 
