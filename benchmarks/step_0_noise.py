@@ -34,7 +34,7 @@ from sppo.models import load_policy, load_tokenizer, pick_device, prompt_token_i
 from sppo.training import identity_fault
 
 DRAWS = 10_000
-PAIRS = 4  # of a micro-batch: the fewest responses have the least to cancel with
+PAIRS = (1, 4, 16)  # of a micro-batch, or of those of all processes
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STEPS = (1e-6, 3e-6, 1e-5)
 Sequences = list[tuple[list[int], list[int]]]
@@ -90,17 +90,17 @@ def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str)
         deviation = sums.std().item()
         print(f"| {n} | {len(sums)} | {deviation:.4f} | {sums.abs().max():.4f} | "
               f"{deviation / of_token / n**0.5:.2f} |")
-    print(f"\nFalse alarms: {alarms(noise, dtype, DRAWS)} of {DRAWS}", flush=True)
+    false = ", ".join(str(alarms(noise, dtype, DRAWS, pairs)) for pairs in PAIRS)
+    print(f"\nFalse alarms in {DRAWS} draws of {PAIRS} pairs: {false}", flush=True)
     few = shuffled[:400]
     for step in STEPS:
         moved = load_generic(policy, device)
         take_step(moved, [sequences[i] for i in shuffled[-16:]], step, dtype, device)
         after = score(moved, sequences, few, 7, dtype, device)
         ratios = [after[i] - one[i] for i in few]
-        mean = torch.stack([row.sum() for row in ratios]).mean()
-        caught = alarms(ratios, dtype, 1000) / 10
-        print(f"A step of {step:g}: mean log-ratio {mean:+.3f} nats a response, caught in "
-              f"{caught:.1f}% of draws", flush=True)
+        size = torch.stack([row.sum() for row in ratios]).square().mean().sqrt()
+        caught = ", ".join(f"{alarms(ratios, dtype, 1000, pairs) / 10:.1f}%" for pairs in PAIRS)
+        print(f"A step of {step:g}: log-ratios of {size:.3f} nats, caught in {caught}", flush=True)
 
 
 @torch.no_grad()
@@ -129,14 +129,14 @@ def score(model: torch.nn.Module, sequences: Sequences, order: list[int], size: 
     return [found.get(i, torch.empty(0)) for i in range(len(sequences))]
 
 
-def alarms(ratios: list[torch.Tensor], dtype: torch.dtype, draws: int) -> int:
-    """How many draws of a micro-batch the check takes for another policy.
+def alarms(ratios: list[torch.Tensor], dtype: torch.dtype, draws: int, pairs: int) -> int:
+    """How many draws of a micro-batch of so many pairs the check takes for another policy.
 
     A response's length is drawn as well: its first tokens are a response too.
     """
     draw, found = random.Random(2), 0
     for _ in range(draws):
-        drawn = [draw.choice(ratios) for _ in range(2 * PAIRS)]
+        drawn = [draw.choice(ratios) for _ in range(2 * pairs)]
         kept = [row[:draw.randint(1, len(row))] for row in drawn]
         sums = torch.stack([row.sum() for row in kept])
         tokens = torch.tensor([float(len(row)) for row in kept])
