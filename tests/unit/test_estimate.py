@@ -145,7 +145,7 @@ def test_presets_for_eight_gpus_train_within_80_gb(name, program, capsys, monkey
 
 
 @pytest.mark.parametrize(("config", "words"), [
-    ("policy: {model: me/unknown}", ["policy.model is me/unknown", "shape"]), ("- a", ["is not a configuration"]), (None, ["is missing"]),
+    ("policy: {model: me/unknown}", ["policy.model is me/unknown", "shape"]), ("- a", ["has no keys"]), (None, ["is missing"]),
     ("trian: {}", ["unknown key trian"])])
 def test_what_cannot_be_estimated_is_one_line(config, words, program, tmp_path):
     if config is not None:
