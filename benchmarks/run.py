@@ -108,9 +108,10 @@ def training(policy: Path, pairs: list[dict], engine: TransformersEngine, device
             began = time.perf_counter()
             trainer.train()
             found[name, dtype] = tokens / (time.perf_counter() - began)
-    base = found["TRL", torch.float32]
     for (name, dtype), speed in found.items():
-        print(f"training        {name:4} {str(dtype).removeprefix('torch.'):8} {speed:7.0f} tokens/s, {speed / base:.2f} of TRL in float32 "
+        precision = str(dtype).removeprefix("torch.")
+        print(f"training        {name:4} {precision:8} {speed:7.0f} tokens/s, "
+              f"{speed / found['TRL', dtype]:.2f} of TRL in {precision} "
               f"({len(pairs)} pairs, longest {max(map(pair_length, pairs))} tokens)")
 
 

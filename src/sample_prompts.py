@@ -32,8 +32,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, required=True)
     parser.add_argument("--held-out", type=Path, nargs="+", required=True,
                         help="evaluation instructions, and MT-Bench's question.jsonl or its "
-                             "folder; "
-                             "none of them is drawn")
+                             "folder; none of them is drawn")
     parser.add_argument("--earlier", type=Path, nargs="*", default=[], help="prompts.parquet of earlier iterations, which are not drawn again")
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--response-tokens", type=int, required=True, help="room to leave for a response")
@@ -109,8 +108,7 @@ def with_token_ids(prompts: list[dict[str, Any]], source: str, args: argparse.Na
     context = context_length(args.policy)
     if context and args.response_tokens >= context:
         raise UserError(f"responses.max_new_tokens is {args.response_tokens}, which leaves no room "
-                        "for a "
-                        f"prompt in the policy's context of {context}; lower "
+                        f"for a prompt in the policy's context of {context}; lower "
                         "responses.max_new_tokens")
     controls = control_tokens(tokenizer)
     rows: list[dict[str, Any]] = []
@@ -143,8 +141,7 @@ def with_token_ids(prompts: list[dict[str, Any]], source: str, args: argparse.Na
                      "prompt_token_ids": ids, "source": source})
     if not rows:
         raise UserError(f"prompts: all {len(prompts)} prompts drawn from {source} were dropped "
-                        f"({dropped}); "
-                        "raise prompts.max_tokens, or give other prompts")
+                        f"({dropped}); raise prompts.max_tokens, or give other prompts")
     return rows, dropped
 
 

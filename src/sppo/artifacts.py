@@ -118,8 +118,7 @@ def json_lines(path: Path) -> list[Any]:
                             "line") from None
         if rb"\u" in line and has_lone_surrogate(value):
             raise UserError(f"{path} line {number} spells half a character (a lone surrogate such "
-                            "as "
-                            "\\ud83d), which no text can hold; correct or remove that line")
+                            "as \\ud83d), which no text can hold; correct or remove that line")
         values.append(value)
     return values
 

@@ -53,7 +53,8 @@ def shape_of(config: dict[str, Any]) -> Shape:
     heads = config["num_attention_heads"]
     gemma = config.get("model_type", "").startswith("gemma")
     return Shape(config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"], heads, config.get("num_key_value_heads") or heads,
-                 config.get("head_dim") or config["hidden_size"] // heads, config["vocab_size"], config.get("tie_word_embeddings", gemma),
+                 config.get("head_dim") or config["hidden_size"] // heads, config["vocab_size"],
+                 config.get("tie_word_embeddings", gemma),
                  softcap=config.get("final_logit_softcapping") is not None)
 
 

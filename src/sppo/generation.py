@@ -294,8 +294,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     cut = sum(row["finish_reason"] == "length" for row in rows)
     if len(rows) >= FEW and cut >= NEARLY_ALL * len(rows):
         print(f"warning: {cut} of {len(rows)} responses were cut by max_new_tokens before they "
-              "ended; "
-              "raise it, or, if the policy never ends its turn, name the token that ends it as "
+              "ended; raise it, or, if the policy never ends its turn, name the token that ends it as "
               "eos_token_id in its generation_config.json", file=sys.stderr)
     return {"responses": len(rows), "tokens": sum(tokens),
             "mean_tokens": round(float(np.mean(tokens)), 1) if rows else None,

@@ -243,10 +243,8 @@ def _settled(template: str, variables: dict[str, Any], date: str | None) -> str:
                           lambda call: repr(today.strftime(call[2])), template)
         if re.search(r"strftime_now\s*\(", template):
             raise UserError("the policy's chat template prints today's date in a form that it "
-                            "computes, "
-                            "so that policy.template_date cannot take its place; write the form "
-                            "into "
-                            "strftime_now(...) as a text")
+                            "computes, so that policy.template_date cannot take its place; write the form "
+                            "into strftime_now(...) as a text")
     values = (f"{{% set {name} = {value!r} %}}\n" for name, value in variables.items())
     return "".join(values) + template
 
@@ -359,8 +357,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
                                              tokenize=False)
     except Exception as error:  # a template may fail in any way that its expressions can
         raise UserError(f"the policy's chat template refuses {name} ({type(error).__name__}: "
-                        f"{error}); "
-                        "change it to what the template takes, such as a chat without a system "
+                        f"{error}); change it to what the template takes, such as a chat without a system "
                         "message") from error
 
 
@@ -390,8 +387,7 @@ def check_no_control_tokens(controls: list[str], text: str, name: str) -> None:
     """UserError if a text of an evaluation, called `name`, spells a control token of the policy."""
     if spelled := next((token for token in controls if token in text), None):
         raise UserError(f"{name} spells {spelled}, which the policy would read as a control token "
-                        "and "
-                        "not as text; remove it there")
+                        "and not as text; remove it there")
 
 
 def without_control_tokens(controls: list[str], text: str) -> str:

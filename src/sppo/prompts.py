@@ -98,8 +98,7 @@ def _prompt(row: Any, field: str | None, where: str) -> Prompt | None:
         field = "messages" if chat else "instruction"
         if field not in row:
             raise UserError(f"{where} has neither messages nor instruction; set prompts.field to "
-                            "the "
-                            "field that holds the prompt")
+                            "the field that holds the prompt")
     if field not in row:
         raise UserError(f"{where} has no {field}; set prompts.field to the field that holds the "
                         "prompt")
@@ -122,8 +121,7 @@ def _prompt(row: Any, field: str | None, where: str) -> Prompt | None:
         return None
     if messages[-1]["role"] != "user":
         raise UserError(f"{where}: the last message of {field} is the {messages[-1]['role']}'s, so "
-                        "that "
-                        "there is nothing to answer; end it in the user's")
+                        "that there is nothing to answer; end it in the user's")
     if not messages[-1]["content"].strip():
         return None
     identity = row.get("id", row.get("prompt_id", where.rsplit(" ", 1)[1]))

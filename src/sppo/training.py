@@ -153,7 +153,8 @@ class PairTrainer(Trainer):
 
     def _count(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
         """Keep a micro-batch for the next log line. On its device: reading numbers would make a GPU wait."""
-        columns = (inputs["pair_id"], inputs["weight"], inputs["sequence_tokens"], losses, delta_w, delta_l, delta_w > delta_l)
+        of_pairs = (inputs["pair_id"], inputs["weight"], inputs["sequence_tokens"])
+        columns = (*of_pairs, losses, delta_w, delta_l, delta_w > delta_l)
         self._step_rows.append(torch.stack([column.detach().double() for column in columns], dim=1))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -180,8 +181,10 @@ class PairTrainer(Trainer):
         check_finite(rows[:, 3], names, "loss")
         if gradient_norm is not None and not math.isfinite(gradient_norm):
             pairs = ", ".join(str(int(pair_id)) for pair_id in rows[:, 0].tolist())
-            raise UserError(f"the gradient norm of {where} (pairs {pairs}) is {gradient_norm}; lower train.learning_rate, set "
-                            "train.loss_scale: beta_squared, or train.precision: float32")
+            raise UserError(
+                f"the gradient norm of {where} (pairs {pairs}) is {gradient_norm}; lower "
+                "train.learning_rate, set train.loss_scale: beta_squared, or train.precision: float32"
+            )
 
 
 class Say(TrainerCallback):
@@ -226,7 +229,8 @@ def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, 
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}}, "ddp_find_unused_parameters": False,
         "logging_steps": 1, "logging_first_step": True,
         # A training shorter than that leaves nothing to go on from.
-        "save_strategy": "steps" if steps > options["checkpoint_steps"] else "no", "save_steps": options["checkpoint_steps"], "save_total_limit": 2,
+        "save_strategy": "steps" if steps > options["checkpoint_steps"] else "no",
+        "save_steps": options["checkpoint_steps"], "save_total_limit": 2,
         "report_to": options["report_to"], "disable_tqdm": True, "run_name": work.parent.name,
     }
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from sppo.errors import UserError
-from tests.unit.test_training import RESUMABLE, Place, distance, steps_said, train_until
+from tests.unit.test_training import (  # noqa: F401, killed is a fixture
+    RESUMABLE, Place, distance, killed, steps_said)
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
 RANDOM = 20
@@ -56,20 +57,6 @@ DAMAGES: dict[str, Callable[[random.Random, Path], None]] = {
     "removed": lambda draw, file: file.unlink(), "emptied": lambda draw, file: file.write_bytes(b"") and None,
     "cut": cut, "a bit flipped": flip, "longer": lengthen, "a folder": to_folder, "a dead link": to_dead_link, "other content": replace,
     "unreadable": lambda draw, file: file.chmod(0)}
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory, tiny_policy):
-    """A place where a training was killed after step 3 of 5, and the weights of one that was not."""
-    with pytest.MonkeyPatch.context() as patch:
-        def call(module, *words):
-            patch.setattr("sys.argv", [module.__file__, *map(str, words)])
-            module.main()
-        place = Place(tmp_path_factory.mktemp("killed"), tiny_policy, call, n=10)
-        whole = place.train("whole", **RESUMABLE)
-        train_until(place, patch, "policy", 3, **RESUMABLE)
-        shutil.copytree(place.folder / ".policy.work", place.folder / "kept")
-        yield place, whole
 
 
 def work_of(place: Place) -> Path:

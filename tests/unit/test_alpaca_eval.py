@@ -522,7 +522,7 @@ def test_instructions_that_the_judge_was_trained_on_are_counted(call, tmp_path, 
 
 # --- Against what was published ---
 
-@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is absent")
+@pytest.mark.skipif(not SHARED.exists(), reason="the published annotations are not on this machine")
 def test_published_preferences_give_the_published_row(call, tmp_path):
     import alpaca_eval
     import pandas as pd

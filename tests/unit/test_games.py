@@ -24,7 +24,7 @@ COMAL3, START = g.GAMES["comal3"].P, g.GAMES["comal3"].start
 UNIFORM = np.full(3, 1 / 3)
 RANDOM = [g.random_game(n, seed) for n, seed in ((2, 0), (3, 1), (4, 2), (7, 3))]
 GAMES = [*g.GAMES.values(), *RANDOM]
-# ../shared/spec/golden.json: one step from (.2, .5, .3) on comal3.
+# Reference values: one step from (.2, .5, .3) on comal3.
 ONE_STEP = {
     "mwu": (g.mwu(COMAL3, START, 1.0), (0.178338678183976, 0.4781742284659429, 0.3434870933500812)),
     "inpo": (g.inpo(COMAL3, START, UNIFORM, 2, 0.3), (0.20593083004975005, 0.464697872584393, 0.3293712973658571)),

@@ -14,7 +14,7 @@ from sppo.config import OF_P_HAT, default_of, schema
 from sppo.losses import LOSSES, pair_loss
 
 OPTIONS = {key: default_of(rule, "paper") for key, rule in schema()["properties"]["train"]["properties"].items()}
-# One pair of ../shared/spec/golden.json: log-probabilities under the policy, the reference and pi_t, tokens, P-hat, P(w beats l).
+# One pair with reference values of its losses: log-probabilities under the policy, the reference and pi_t, tokens, P-hat, P(w beats l).
 GOLDEN = dict(logp_chosen=-50.0, logp_rejected=-61.0, reference_chosen=-52.0, reference_rejected=-60.0, current_chosen=-51.0,
               current_rejected=-60.5, tokens_chosen=20.0, tokens_rejected=25.0, p_hat_chosen=0.8, p_hat_rejected=0.2, p_chosen_beats_rejected=0.9)
 # Losses with the options that the checks below give them.

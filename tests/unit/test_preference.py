@@ -10,7 +10,7 @@ import pytest
 from sppo.errors import UserError
 from sppo.preference import even_length_penalty, mean_logits, p_hat, p_hat_weighted, win_probabilities, winner_and_loser
 
-# ../shared/spec/golden.json, block phat.
+# Logits of one prompt, and reference values of what follows from them.
 L = np.array([[0.0, 1.2, -0.3, 2.0, 0.7], [-0.8, 0.0, 0.5, 0.1, -1.0], [0.6, -0.2, 0.0, 1.4, 0.3],
               [-1.7, 0.4, -1.1, 0.0, -0.6], [-0.2, 0.9, -0.5, 0.8, 0.0]])
 SCORE = [1.14, -0.7, 0.7, -1.46, 0.32]

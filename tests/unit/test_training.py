@@ -276,7 +276,7 @@ def test_port_that_is_taken_is_one_line(place, monkeypatch):
 
 @pytest.mark.parametrize(("epochs", "mean", "last"), [(18, 1.38e-7, 2.77e-7), (6, 3.41e-7, 4.64e-7), (1, 2.5e-7, 0.0)])
 def test_first_epoch_s_learning_rates_are_those_of_the_paper_s_long_schedule(epochs, mean, last, tmp_path):
-    """312 steps of 64 pairs, stopped after epoch 1 of 18 (paper), 6 (Llama-3's card), 1 (scripts): spec/methods.md 1.1.3."""
+    """312 steps of 64 pairs, stopped after epoch 1 of 18 (paper), 6 (Llama-3's card), 1 (scripts)."""
     options = DEFAULTS | {"schedule_total_epochs": epochs}
     pairs = [make_pairs(1)[0] | dict.fromkeys(("current_chosen", "current_rejected", "reference_chosen", "reference_rejected"), 0.0)] * (312 * 64)
     assert plan(len(pairs), options) == (312, 312 * epochs)
@@ -437,7 +437,7 @@ def with_flip(content: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, tiny_policy):
-    """A place where a training was killed after step 3, and the weights of one that was not."""
+    """A place where a training was killed after step 3 of 5, and the weights of one that was not."""
     with pytest.MonkeyPatch.context() as patch:
         def call(module, *words):
             patch.setattr("sys.argv", [module.__file__, *map(str, words)])

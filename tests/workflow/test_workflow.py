@@ -27,7 +27,12 @@ RESULT = "results/tiny/iter2/alpaca_eval.json"
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, tiny_policy, copy_repository):
     """A copy of the repository as git sees it, with nothing made yet. A shell divides its path."""
-    folder = copy_repository(tmp_path_factory.mktemp("clone") / "my café")
+    return make_clone(copy_repository, tmp_path_factory.mktemp("clone") / "my café", tiny_policy)
+
+
+def make_clone(copy_repository, folder: Path, tiny_policy: Path) -> tuple[Path, Path]:
+    """The copy, and the policy that its runs start from."""
+    folder = copy_repository(folder)
     embedded = REPOSITORY / "results/models"
     if embedded.is_dir():  # made already; in a fresh clone the first test makes it
         shutil.copytree(embedded, folder / "results/models")
