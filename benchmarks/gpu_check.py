@@ -232,14 +232,21 @@ def stand_ins() -> None:
         sys.modules["sppo.tables"] = tables
     from transformers import TrainingArguments
 
-    if "activation_checkpointing" not in inspect.signature(TrainingArguments).parameters:
-        begin = TrainingArguments.__init__
+    take_new_name(TrainingArguments)
 
-        def renamed(self: Any, *words: Any, activation_checkpointing: bool = False,
-                    **more: Any) -> None:
-            begin(self, *words, gradient_checkpointing=activation_checkpointing, **more)
 
-        TrainingArguments.__init__ = renamed  # type: ignore[method-assign]
+def take_new_name(arguments: type) -> None:
+    """Let a class of training arguments take `activation_checkpointing` where it is too old to."""
+    if "activation_checkpointing" in inspect.signature(arguments).parameters:
+        return
+    begin = arguments.__init__
+
+    def renamed(self: Any, *words: Any, activation_checkpointing: bool = False,
+                gradient_checkpointing: bool = False, **more: Any) -> None:
+        begin(self, *words,
+              gradient_checkpointing=activation_checkpointing or gradient_checkpointing, **more)
+
+    arguments.__init__ = renamed  # type: ignore[method-assign]
 
 
 def installed(package: str) -> bool:
@@ -447,6 +454,16 @@ def liger_head(states: Any, weight: Any, targets: Any) -> Any:
     found = LigerFusedLinearCrossEntropyFunction.apply(states, weight.to(states.dtype), targets,
                                                        None, None, -100, 0.0, 0.0, "none")
     return -(found[0] if isinstance(found, tuple) else found).float()
+
+
+def trl_head(states: Any, weight: Any, targets: Any) -> Any:
+    """The same by the function behind TRL's `add_fused_lm_head`."""
+    from trl.trainer import utils
+
+    found = utils._ChunkedLogProbFunction.apply(states, weight.to(states.dtype), None, targets, 1.0,
+                                                utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0,
+                                                ("log_probs", ))
+    return found[0].float()
 
 
 def packed_logps(model: Any, pairs: list[dict[str, Any]], device: str,
@@ -923,6 +940,8 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
         "packed, torch's fused head": (lambda *a: packed_logps(*a, fused_head), "varlen",
                                        None if hasattr(torch.nn.functional, "linear_cross_entropy")
                                        else "torch has no linear_cross_entropy"),
+        "packed, TRL's fused head": (lambda *a: packed_logps(*a, trl_head), "varlen",
+                                     None if installed("trl") else "no trl"),
         "packed, Liger's head": (lambda *a: packed_logps(*a, liger_head), "varlen", None
                                  if liger and device == "cuda" else "no liger_kernel, or no GPU")
     }
@@ -980,7 +999,9 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
         return
     with report.step("ragged: TRL's DPOTrainer"):
         from transformers import AutoTokenizer
+        from trl import DPOConfig
 
+        take_new_name(DPOConfig)
         small = make_model(TINY | {"vocab_size": vocabulary}, 1, "cpu")
         save_policy(small, folder / "tokenizer")
         release()
