@@ -5,7 +5,7 @@
 Reads   the policy; our prompts, evaluation instructions and gold responses as texts of all lengths
 Prints  for each type of computation: by length of a response, the standard deviation and the
         largest difference of two scorings of the same responses with other neighbours and padding;
-        the share of false alarms in 10,000 draws of a first micro-batch; and the share of draws in
+        the share of false alarms in 10,000 draws of a first step's pairs; and the share of draws in
         which a policy a small step away is caught. A step moves every weight by the same size,
         against the gradient of SPPO's loss, as the first step of AdamW does with that learning rate
         (RMSProp, whose mean of squares begins at 0, with a tenth of it).
@@ -34,7 +34,7 @@ from sppo.models import load_policy, load_tokenizer, pick_device, prompt_token_i
 from sppo.training import identity_fault
 
 DRAWS = 10_000
-PAIRS = (1, 4, 16)  # of a micro-batch, or of those of all processes
+PAIRS = (1, 4, 16, 64)  # of a step
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STEPS = (1e-6, 3e-6, 1e-5)
 Sequences = list[tuple[list[int], list[int]]]
@@ -46,20 +46,21 @@ def main() -> None:
     )
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--responses", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=0, help="of texts, weights and batches")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--precision", choices=["bfloat16", "float32"], nargs="*",
                         default=["bfloat16", "float32"])
     args = parser.parse_args()
     start_torch()
     device = pick_device(args.device)
-    sequences = read_sequences(args.policy, args.responses)
+    sequences = read_sequences(args.policy, args.responses, args.seed)
     for name in args.precision:
-        measure(args.policy, sequences, getattr(torch, name), device)
+        measure(args.policy, sequences, getattr(torch, name), device, args.seed)
 
 
-def read_sequences(policy: Path, count: int) -> Sequences:
+def read_sequences(policy: Path, count: int, seed: int) -> Sequences:
     """Prompts and responses as token ids: texts of a few tokens to some hundreds."""
-    tokenizer, draw = load_tokenizer(policy), random.Random(0)
+    tokenizer, draw = load_tokenizer(policy), random.Random(seed)
     data = REPOSITORY / "data"
     asked = [json.loads(line)["instruction"] for line in (data / "prompts.jsonl").open()]
     asked += [row["instruction"] for row in json.loads((data / "evaluation.json").read_text())]
@@ -74,10 +75,11 @@ def read_sequences(policy: Path, count: int) -> Sequences:
     return found
 
 
-def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str) -> None:
-    model = load_generic(policy, device)
+def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str,
+            seed: int) -> None:
+    model = load_generic(policy, device, seed)
     by_length = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
-    shuffled = random.Random(1).sample(by_length, len(by_length))
+    shuffled = random.Random(seed + 1).sample(by_length, len(by_length))
     one = score(model, sequences, by_length, 16, dtype, device)
     two = score(model, sequences, shuffled, 7, dtype, device)
     noise = [a - b for a, b in zip(one, two, strict=True)]
@@ -94,7 +96,7 @@ def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str)
     print(f"\nFalse alarms in {DRAWS} draws of {PAIRS} pairs: {false}", flush=True)
     few = shuffled[:400]
     for step in STEPS:
-        moved = load_generic(policy, device)
+        moved = load_generic(policy, device, seed)
         take_step(moved, [sequences[i] for i in shuffled[-16:]], step, dtype, device)
         after = score(moved, sequences, few, 7, dtype, device)
         ratios = [after[i] - one[i] for i in few]
@@ -104,9 +106,9 @@ def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str)
 
 
 @torch.no_grad()
-def load_generic(policy: Path, device: str) -> torch.nn.Module:
+def load_generic(policy: Path, device: str, seed: int) -> torch.nn.Module:
     """The policy with weights that lie anywhere between the numbers of bfloat16."""
-    model, draw = load_policy(policy, torch.float32, "cpu"), torch.Generator().manual_seed(0)
+    model, draw = load_policy(policy, torch.float32, "cpu"), torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         weight.mul_(1 + (2 * torch.rand(weight.shape, generator=draw) - 1) / 512)
     return model.to(device)
@@ -130,7 +132,7 @@ def score(model: torch.nn.Module, sequences: Sequences, order: list[int], size: 
 
 
 def alarms(ratios: list[torch.Tensor], dtype: torch.dtype, draws: int, pairs: int) -> int:
-    """How many draws of a micro-batch of so many pairs the check takes for another policy.
+    """How many draws of a step of so many pairs the check takes for another policy.
 
     A response's length is drawn as well: its first tokens are a response too.
     """

@@ -104,6 +104,7 @@ class PairTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by the step's pairs, in compute_loss
         self._step_rows: list[Tensor] = []  # of each micro-batch since the last log line: (B, COLUMNS)
         self._step_began = time.monotonic()
+        self._step_0_rows: list[Tensor] = []  # of each micro-batch of the first step: (B, 7)
         self.step_0: dict[str, float] | None = None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
@@ -123,21 +124,28 @@ class PairTrainer(Trainer):
         delta_w, delta_l = chosen - inputs["current_chosen"], rejected - inputs["current_rejected"]
         losses = pair_loss(self.options["loss"], inputs | {"logp_chosen": chosen, "logp_rejected": rejected}, self.options)
         if self.state.global_step == 0 and self.step_0 is None:
-            self._check_step_0(losses, delta_w, delta_l, inputs)
+            self._keep_step_0(losses, delta_w, delta_l, inputs)
         self._count(losses, delta_w, delta_l, inputs)
         scale = self.options["beta"] ** 2 if self.options["loss_scale"] == "beta_squared" else 1.0
         loss = scale * (losses * inputs["weight"]).sum() / (num_items_in_batch if num_items_in_batch is not None else inputs["weight"].sum())
         return (loss, logps) if return_outputs else loss
 
-    def _check_step_0(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
-        """Before the first update the policy is pi_t: log-ratios to it are 0, else UserError.
-
-        On the first pairs of all processes. The loss and its closed form are recorded beside each other.
-        """
+    def _keep_step_0(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
+        """Keep a micro-batch of the first step, and what the loss is where all log-ratios are 0."""
         itself = {"logp_chosen": inputs["current_chosen"], "logp_rejected": inputs["current_rejected"]}
         closed = pair_loss(self.options["loss"], inputs | itself, self.options)
-        mine = torch.stack([losses.detach(), closed, delta_w.detach(), delta_l.detach(), inputs["tokens_chosen"], inputs["tokens_rejected"]], dim=1)
-        losses, closed, *columns = self.accelerator.gather(mine).T
+        columns = (inputs["weight"], losses, closed, delta_w, delta_l, inputs["tokens_chosen"], inputs["tokens_rejected"])
+        self._step_0_rows.append(torch.stack([column.detach().double() for column in columns], dim=1))
+
+    def _check_step_0(self) -> None:
+        """In the first step the policy was pi_t: its log-ratios to it are 0, else UserError.
+
+        On all pairs of the step, for of few pairs rounding hides a policy that is near. The loss and
+        its closed form are recorded beside each other.
+        """
+        rows = self.accelerator.gather(torch.cat(self._step_0_rows))
+        self._step_0_rows = []
+        losses, closed, *columns = rows[rows[:, 0] > 0, 1:].T
         ratios, tokens = torch.cat(columns[:2]), torch.cat(columns[2:])
         self.step_0 = {
             "log_ratio_per_token": (ratios.abs() / tokens).max().item(),
@@ -163,6 +171,8 @@ class PairTrainer(Trainer):
         A loss, log-ratio or gradient norm that is not a finite number is a UserError that names step and
         pairs. It comes before the step's checkpoint is written.
         """
+        if self._step_0_rows:
+            self._check_step_0()
         if "loss" in logs and self._step_rows:
             rows = torch.cat(self._step_rows)
             self._check_numbers(rows, logs.get("grad_norm"))

@@ -29,7 +29,7 @@ from sppo.cards import header
 from sppo.checkpoints import alone, last_checkpoint, remove_damaged
 from sppo.config import default_of, schema
 from sppo.errors import UserError
-from sppo.logps import pair_batch, response_logps
+from sppo.logps import pair_batch, pair_length, response_logps
 from sppo.models import check_policy, load_policy
 from sppo.tables import read_table, write_table
 from sppo.training import IDENTITY_TOLERANCE, collate_pairs, evened, identity_fault, make_trainer, plan, training_order
@@ -150,6 +150,24 @@ def test_reference_of_another_policy_is_refused_and_nothing_is_kept(precision, p
         place.train("policy", precision=precision)
     assert not (tmp_path / "policy").exists() and not (tmp_path / "policy.jsonl").exists()
     assert not record_path(tmp_path / "policy").exists()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_every_pair_of_the_first_step_is_compared_with_the_reference(last, place, tmp_path):
+    """One pair in passes of one pair each; pairs after the first step are not looked at."""
+    lengths = [pair_length(pair) for pair in read_table(place.pairs, "pairs")]
+    order = training_order(lengths, 4, 1, 0)
+    rows = read_table(place.reference, "logps")
+    (row,) = [row for row in rows if row["pair_id"] == order[-1 if last else 3]]
+    row["rejected_logp"] += 0.5
+    write_table(place.reference, rows, "logps")
+    record_path(place.reference).unlink()
+    if last:
+        place.train("policy", micro_batch_size=1)
+        return
+    with pytest.raises(UserError, match="step-0 identity: the log-ratios of 8 responses"):
+        place.train("policy", micro_batch_size=1)
+    assert not (tmp_path / "policy").exists()
 
 
 def test_reference_of_other_pairs_is_refused(place):
