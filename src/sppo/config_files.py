@@ -9,7 +9,34 @@ from pathlib import Path
 import yaml
 
 from sppo.artifacts import parse_json
-from sppo.errors import UserError
+from sppo.errors import UserError, explained, fail
+
+
+def check_command_line(words: list[str]) -> None:
+    """`check_files` of the files that a command names after --configfile; one line ends it.
+
+    The profiles call this, for Snakemake reads these files before the Snakefile. It takes every word
+    up to the next option for a file, targets too.
+    """
+    files: list[str] = []
+    takes_files = False
+    for word in words:
+        option, _, value = word.partition("=")
+        if option.startswith("-"):
+            takes_files = option in ("--configfile", "--configfiles")
+        elif takes_files:
+            value = word
+        if takes_files and value:
+            files.append(value)
+    for file in files:
+        if not Path(file).exists():
+            fail(f"{file}, read as configuration, is not here; if it is a target, put -- before it")
+    try:
+        check_files(files)
+    except Exception as error:
+        if explained(error) is None:
+            raise
+        fail(explained(error) or "")
 
 
 def check_files(files: Iterable[str | os.PathLike]) -> None:
@@ -77,15 +104,13 @@ def _check_node(node: yaml.Node, file: str, above: tuple[yaml.Node, ...]) -> Non
 
 
 def files_hint(files: Iterable[str | os.PathLike]) -> str:
-    """What to add to an error of a configuration that is read from several files; "" for one.
-
-    Snakemake takes every word after --configfile for a file, targets too, unless -- stands before
-    them.
-    """
+    """What to add to an error of a configuration that is read from several files; "" for one."""
     names = [shown(file) for file in files]
     if len(names) < 2:
         return ""
-    return f" (read as configuration: {', '.join(names)}; put -- before targets)"
+    targets = any(Path(name).parts[0] == "results" for name in names)
+    advice = "; put -- before targets" if targets else ""
+    return f" (read as configuration: {', '.join(names)}{advice})"
 
 
 def shown(file: str | os.PathLike) -> str:

@@ -641,12 +641,34 @@ def test_files_that_were_read_are_checked_and_named(copy):
         dry_run(copy, "--configfile", "odd.yaml")
     )
     (copy / "odd.yaml").write_text("train: {tau: 1}\n")
-    (copy / "made.json").write_text('{"win_rate": 1}')
-    line = one_error(dry_run(copy, "--configfile", "odd.yaml", "made.json"))
-    assert (
-        "unknown key win_rate" in line
-        and "config/config.yaml, odd.yaml, made.json; put -- before targets" in line
+    made = copy / "results" / "odd" / "alpaca_eval.json"
+    made.parent.mkdir(parents=True)
+    made.write_text('{"win_rate": 1}')
+    line = one_error(dry_run(copy, "--configfile", "odd.yaml", "results/odd/alpaca_eval.json"))
+    shutil.rmtree(made.parent)
+    assert "unknown key win_rate" in line and line.endswith(
+        "(read as configuration: config/config.yaml, odd.yaml, results/odd/alpaca_eval.json; "
+        "put -- before targets)"
     )
+
+
+BEFORE_THE_SNAKEFILE = {
+    "another encoding": (b"name: caf\xe9", "odd.yaml is not in UTF-8 (byte 9)"),
+    "an anchor that holds itself": (b"a: &x\n  b: *x", "odd.yaml line 1: the anchor here holds"),
+    "thousands of brackets": (b"[" * 3000, "odd.yaml nests more deeply than can be read"),
+    "no such file": (None, "odd.yaml, read as configuration, is not here; if it is a target, put"),
+}
+
+
+@pytest.mark.parametrize("given", [("--configfile", "odd.yaml"), ("--configfile=odd.yaml", )],
+                         ids=len)
+@pytest.mark.parametrize(("content", "said"), BEFORE_THE_SNAKEFILE.values(),
+                         ids=BEFORE_THE_SNAKEFILE)
+def test_file_that_snakemake_cannot_read_is_one_line(content, said, given, copy):
+    (copy / "odd.yaml").unlink(missing_ok=True)
+    if content is not None:
+        (copy / "odd.yaml").write_bytes(content)
+    assert said in one_error(dry_run(copy, *given))
 
 
 def test_key_without_effect_is_a_warning_at_the_start(copy):
