@@ -93,11 +93,7 @@ def resolve(written: Config) -> dict[str, Config]:
         try:
             run = _complete(_set(_merged(main, overrides), rules), rules) | {"first_iteration_from": first}
         except UserError as error:  # of keys that go together: the run's own, or main's, which it takes over
-            reason = str(error).removeprefix("config: ")
-            raise UserError(
-                f"config: {where}: {reason}; or do without this run of the configuration: "
-                f"{{runs: {{{name}: null}}}}"
-            ) from None
+            raise of_run(error, name) from None
         if first:
             if own_split := _other_split(runs[""], run):
                 raise UserError(f"config: {where} shares the first iteration with main but sets {own_split} otherwise, so that its prompts "
@@ -115,6 +111,14 @@ def resolve(written: Config) -> dict[str, Config]:
                 raise UserError(f"config: {where} cannot override responses.{key}; set it for all runs, or write a preset with a name of its own")
         runs[name] = run
     return runs
+
+
+def of_run(error: UserError, name: str) -> UserError:
+    """The error with the run that it is about, which may be one that nobody asked for."""
+    where, reason = f"runs.{name}", str(error).removeprefix("config: ")
+    named = reason if reason.startswith(where) else f"{where}: {reason}"
+    return UserError(f"config: {named}; or do without this run of the configuration: "
+                     f"{{runs: {{{name}: null}}}}")
 
 
 def without_effect(written: Config, runs: dict[str, Config]) -> list[str]:

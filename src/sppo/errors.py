@@ -92,10 +92,13 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that there is no more memory; PyTorch has words of its own."""
+    """Whether the error says that there is no more memory; PyTorch has words of its own.
+
+    So has the loader of libraries, under `ulimit -v`.
+    """
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    return "DefaultCPUAllocator" in str(error)
+    return any(words in str(error) for words in ("DefaultCPUAllocator", "failed to map segment"))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from sppo import alpaca, mt_bench
 from sppo.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
 from sppo.api import check_served
 from sppo.artifacts import parse_json
+from sppo.config import of_run
 from sppo.errors import UserError
 from sppo.hub import check_push
 from sppo.models import HUB_ID, check_policy
@@ -35,52 +36,57 @@ def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> Non
     in_conda: programs run in the environments of envs/, so that what is installed here says nothing.
     Raises `UserError` naming the first that is not.
     """
+    check_base(runs[""]["policy"])  # all runs share it
     for name, run in runs.items():
-        where = f"runs.{name}." if name else ""
-        if not name:  # all runs share it
-            check_base(run["policy"])
-        for key in ("preference.model", "alpaca_eval.judge", "mt_bench.judge"):
-            section, setting = key.split(".")
-            model = run[section][setting]
-            if key == "preference.model" and is_pairrm(model):
-                if Path(model).expanduser().is_dir():
-                    check_pairrm(Path(model), run[section]["backend"])
-                continue
-            folder = adapter_folder(model)
-            if key == "preference.model" and run[section]["backend"] != "transformers":
-                raise UserError(f"config: {where}preference.backend is {run[section]['backend']}, which runs PairRM, and preference.model is {model}; give "
-                                "llm-blender/PairRM or set transformers")
-            if folder is None and key == "preference.model":
-                raise UserError(f"config: {where}{key} is {model}; give `ranker`, a folder that src/train_ranker.py wrote, or llm-blender/PairRM")
-            for file in ADAPTER_FILES if folder else ():
-                if not (folder / file).is_file():
-                    raise UserError(f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "
-                                    "folder that src/train_ranker.py wrote")
-        for section, check in JUDGED.values():
-            check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")), key=False)
-        questions = []
-        if run["mt_bench"]["data"] != "fastchat":
-            questions = mt_bench.read_questions(Path(run["mt_bench"]["data"]))
-        if run["pairs"]["gold"]:
-            read_gold(Path(run["pairs"]["gold"]))
-        if run["open_llm"]["data"] != "hub" and not Path(run["open_llm"]["data"]).is_dir():
-            raise UserError(f"config: {where}open_llm.data is {run['open_llm']['data']}, but there is no such folder; give `hub`, or a folder "
-                            "with all six tasks")
-        held_out = check_instructions(run["alpaca_eval"], where)
-        held_out |= {normalised(row["turns"][0]) for row in questions}
-        tracker = run["train"]["report_to"]
-        if in_conda and tracker != "none" and f"- {tracker}==" not in TRAINING_ENVIRONMENT.read_text(encoding="utf-8"):
-            raise UserError(f"config: {where}train.report_to is {tracker}, which envs/core.yaml lacks; add it there, as - {tracker}==<version> "
-                            "under pip, or set none")
-        if not in_conda and tracker != "none" and not importlib.util.find_spec(tracker):
-            raise UserError(f"config: {where}train.report_to is {tracker}, which is not installed; run .venv/bin/pip install {tracker}, or set none")
-        if not in_conda and run["train"]["parallel"] == "zero3" and not importlib.util.find_spec("deepspeed"):
-            raise UserError(f"config: {where}train.parallel is zero3, but DeepSpeed is not installed; run .venv/bin/pip install deepspeed, or set fsdp2")
-        if run["train"]["machines"] > 1 and not shutil.which("srun"):
-            raise UserError(f"config: {where}train.machines is {run['train']['machines']}, but there is no Slurm here to reach them (no srun on PATH); "
-                            "run on a cluster with profiles/slurm, or set 1")
-        if run["iterations"]:
-            check_prompts(run, held_out)
+        try:
+            _check_run(f"runs.{name}." if name else "", run, in_conda)
+        except UserError as error:
+            raise of_run(error, name) if name else error from None
+
+
+def _check_run(where: str, run: dict[str, Any], in_conda: bool) -> None:
+    for key in ("preference.model", "alpaca_eval.judge", "mt_bench.judge"):
+        section, setting = key.split(".")
+        model = run[section][setting]
+        if key == "preference.model" and is_pairrm(model):
+            if Path(model).expanduser().is_dir():
+                check_pairrm(Path(model), run[section]["backend"])
+            continue
+        folder = adapter_folder(model)
+        if key == "preference.model" and run[section]["backend"] != "transformers":
+            raise UserError(f"config: {where}preference.backend is {run[section]['backend']}, which runs PairRM, and preference.model is {model}; give "
+                            "llm-blender/PairRM or set transformers")
+        if folder is None and key == "preference.model":
+            raise UserError(f"config: {where}{key} is {model}; give `ranker`, a folder that src/train_ranker.py wrote, or llm-blender/PairRM")
+        for file in ADAPTER_FILES if folder else ():
+            if not (folder / file).is_file():
+                raise UserError(f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "
+                                "folder that src/train_ranker.py wrote")
+    for section, check in JUDGED.values():
+        check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")), key=False)
+    questions = []
+    if run["mt_bench"]["data"] != "fastchat":
+        questions = mt_bench.read_questions(Path(run["mt_bench"]["data"]))
+    if run["pairs"]["gold"]:
+        read_gold(Path(run["pairs"]["gold"]))
+    if run["open_llm"]["data"] != "hub" and not Path(run["open_llm"]["data"]).is_dir():
+        raise UserError(f"config: {where}open_llm.data is {run['open_llm']['data']}, but there is no such folder; give `hub`, or a folder "
+                        "with all six tasks")
+    held_out = check_instructions(run["alpaca_eval"], where)
+    held_out |= {normalised(row["turns"][0]) for row in questions}
+    tracker = run["train"]["report_to"]
+    if in_conda and tracker != "none" and f"- {tracker}==" not in TRAINING_ENVIRONMENT.read_text(encoding="utf-8"):
+        raise UserError(f"config: {where}train.report_to is {tracker}, which envs/core.yaml lacks; add it there, as - {tracker}==<version> "
+                        "under pip, or set none")
+    if not in_conda and tracker != "none" and not importlib.util.find_spec(tracker):
+        raise UserError(f"config: {where}train.report_to is {tracker}, which is not installed; run .venv/bin/pip install {tracker}, or set none")
+    if not in_conda and run["train"]["parallel"] == "zero3" and not importlib.util.find_spec("deepspeed"):
+        raise UserError(f"config: {where}train.parallel is zero3, but DeepSpeed is not installed; run .venv/bin/pip install deepspeed, or set fsdp2")
+    if run["train"]["machines"] > 1 and not shutil.which("srun"):
+        raise UserError(f"config: {where}train.machines is {run['train']['machines']}, but there is no Slurm here to reach them (no srun on PATH); "
+                        "run on a cluster with profiles/slurm, or set 1")
+    if run["iterations"]:
+        check_prompts(run, held_out)
 
 
 def check_base(policy: dict[str, Any]) -> None:

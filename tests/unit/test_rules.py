@@ -434,6 +434,11 @@ def test_named_experiment_and_run_share_the_base_and_the_first_iteration(copy):
 
 
 BAD = {
+    "a file of a run that nobody asked for": (
+        "prompts: {field: prompt, source: chats.jsonl, per_iteration: 1}\n"
+        "responses: {shards: 1}",
+        ["runs.spin: data/gold.jsonl line 1 has no prompt", "{runs: {spin: null}}"],
+    ),
     "K = 1": ("responses: {samples: 1}", ["responses.samples", "K = 1"]),
     "missing prompts file": ("prompts: {source: data/nowhere.jsonl}", ["data/nowhere.jsonl"]),
     "too many prompts": ("prompts: {per_iteration: 100000}", ["prompts.per_iteration asks for 100000"]),
@@ -516,6 +521,7 @@ FILES = {
     "blank.json": '[{"instruction": "a"}, {"instruction": " "}]',
     "surrogate.json": '[{"instruction": "a\\ud800"}]',
     "few.jsonl": "".join(f'{{"id": "{n}", "instruction": "say {n}"}}\n' for n in range(6)),
+    "chats.jsonl": "".join(f'{{"prompt": "say {n}"}}\n' for n in range(9)),
     "one/p1.jsonl": '{"instruction": "say"}\n',
 }
 
