@@ -75,7 +75,7 @@ test-pairrm: .venv/installed
 	@.venv/bin/python -m pytest -q -m slow tests/parity/test_pairrm_parity.py
 
 estimate: .venv/installed
-	@.venv/bin/python src/estimate_cost.py --config $(CONFIG) $(FLAGS)
+	@.venv/bin/python src/tools/estimate_cost.py --config $(CONFIG) $(FLAGS)
 
 test-vllm: .venv/installed .cache/vllm/installed
 	@$(SNAKEMAKE) results/models/SmolLM2-135M-Instruct
@@ -91,7 +91,7 @@ test-vllm: .venv/installed .cache/vllm/installed
 	@touch $@
 
 stale: .venv/installed
-	@.venv/bin/python src/list_stale.py results
+	@.venv/bin/python src/tools/list_stale.py results
 
 verify: .venv/installed
-	@.venv/bin/python src/verify_results.py $(if $(FIX),--fix) $(or $(RESULTS),results)
+	@.venv/bin/python src/tools/verify_results.py $(if $(FIX),--fix) $(or $(RESULTS),results)

@@ -13,7 +13,7 @@ Sections, each in a process of its own with its own time limit, so that none sto
 4  fsdp2        FSDP2 with one process: checkpoint, RMSProp, clipping, resume, gathering the weights
 5  throughput   tokens a second of training, of equal and ragged lengths, by several ways to pad and
                 to compute the log-probabilities; TRL's DPOTrainer
-6  memory       peaks of training against src/sppo/estimate.py; LoRA at full depth within 24 GB
+6  memory       peaks of training against src/sppo/reporting/cost_model.py; LoRA at full depth within 24 GB
 7  pairrm       PairRM's shape: pairs a second, and what bfloat16 does to P
 8  generation   the transformers engine: equal seeds in different batches, tokens a second
 
@@ -227,9 +227,9 @@ def stand_ins() -> None:
     if not installed("jsonschema"):
         sys.modules["jsonschema"] = mock.MagicMock()
     if not installed("pyarrow"):
-        tables = types.ModuleType("sppo.tables")
+        tables = types.ModuleType("sppo.core.tables")
         vars(tables).update(read_table=read_lines, write_table=write_lines)
-        sys.modules["sppo.tables"] = tables
+        sys.modules["sppo.core.tables"] = tables
     from transformers import TrainingArguments
 
     take_new_name(TrainingArguments)
@@ -270,7 +270,7 @@ def run_section(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from sppo.models import pick_device, start_torch
+    from sppo.policies.models import pick_device, start_torch
 
     start_torch()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -381,7 +381,7 @@ def with_reference(pairs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> l
 
 def options_of_training(**more: Any) -> dict[str, Any]:
     """The configuration section `train` with the paper's values."""
-    from sppo.config import default_of, schema
+    from sppo.core.config import default_of, schema
 
     rules = schema()["properties"]["train"]["properties"]
     return {key: default_of(rule, "paper") for key, rule in rules.items()} | more
@@ -412,7 +412,7 @@ def left_padded_logps(model: Any, pairs: list[dict[str, Any]], device: str) -> A
 
 def project_logps(model: Any, pairs: list[dict[str, Any]], device: str) -> Any:
     """The same by the project's own functions."""
-    from sppo.logps import pair_batch, response_logps
+    from sppo.training.logps import pair_batch, response_logps
 
     return response_logps(model,
                           {key: value.to(device)
@@ -549,7 +549,7 @@ def program(name: str, *words: object) -> list[str]:
     here = str(Path(__file__).parent)
     code = (f"import sys; sys.path.insert(0, {here!r})\n"
             "import gpu_check; gpu_check.stand_ins()\n"
-            f"import {name}; from sppo.errors import run\n"
+            f"import {name}; from sppo.core.errors import run\n"
             f"sys.argv[0] = {name}.__file__; run({name}.main)")
     return [sys.executable, "-c", code, *map(str, words)]
 
@@ -579,8 +579,8 @@ def environment(report: Report, shape: dict[str, Any], device: str, folder: Path
     """What is here."""
     import torch
 
-    from sppo.artifacts import package_versions
-    from sppo.models import compute_dtype
+    from sppo.core.artifacts import package_versions
+    from sppo.policies.models import compute_dtype
 
     wanted = ("jsonschema", "pyarrow", "trl", "datasets", "liger_kernel", "flash_attn", "vllm")
     values: dict[str, Any] = {
@@ -603,7 +603,7 @@ def sdpa(report: Report, shape: dict[str, Any], device: str, folder: Path) -> No
     """Section 1."""
     import torch
 
-    from sppo.logps import forward_precision
+    from sppo.training.logps import forward_precision
 
     dtype, cudnn = torch.bfloat16, getattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
     for width in shape["widths"]:
@@ -691,8 +691,8 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
     """Section 2."""
     import torch
 
-    from sppo.logps import forward_precision, frozen_logps
-    from sppo.training import IDENTITY_TOLERANCE, identity_fault
+    from sppo.training.logps import forward_precision, frozen_logps
+    from sppo.training.trainer import IDENTITY_TOLERANCE, identity_fault
 
     model = make_model(shape["wide"], shape["layers"], device).eval()
     vocabulary = shape["wide"]["vocab_size"]
@@ -748,8 +748,8 @@ def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -
     """Section 3."""
     from safetensors.torch import load_file
 
-    from sppo.artifacts import read_json, record_path
-    from sppo.tables import read_table, write_table
+    from sppo.core.artifacts import read_json, record_path
+    from sppo.core.tables import read_table, write_table
 
     start, chosen = folder / "start", "cpu" if device == "cpu" else "gpu"
     model = make_model(shape["narrow"], 2 * shape["shallow"], device)
@@ -823,7 +823,7 @@ def fsdp2(report: Report, shape: dict[str, Any], device: str, folder: Path) -> N
     """Section 4: start one process as the project starts several, through accelerate's launcher."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    from sppo.processes import CONFIGS
+    from sppo.training.distributed import CONFIGS
 
     own = [
         "--section", FSDP_CHILD, "--output",
@@ -848,8 +848,8 @@ def fsdp2_child(report: Report, shape: dict[str, Any], device: str, folder: Path
         divide_on_cpu()
     import torch
 
-    from sppo.logps import frozen_logps
-    from sppo.training import make_trainer
+    from sppo.training.logps import frozen_logps
+    from sppo.training.trainer import make_trainer
 
     dtype = torch.bfloat16
     options = options_of_training(batch_size=8, micro_batch_size=4, checkpoint_steps=2,
@@ -886,7 +886,7 @@ def fsdp2_afterwards(report: Report, shape: dict[str, Any], device: str, folder:
     """Go on from a checkpoint of the trainer, then gather its weights and save them."""
     import torch
 
-    from sppo.training import make_trainer
+    from sppo.training.trainer import make_trainer
     from train_policy import whole_policy
 
     dtype, work = torch.bfloat16, folder / "policy" / "work"
@@ -922,8 +922,8 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
     """Section 5: forward and backward passes with checkpointing; then whole trainers."""
     import torch
 
-    from sppo.logps import forward_precision, frozen_logps
-    from sppo.training import make_trainer, make_trl_trainer
+    from sppo.training.logps import forward_precision, frozen_logps
+    from sppo.training.trainer import make_trainer, make_trl_trainer
 
     longest, vocabulary, micro = shape["longest"], shape["wide"]["vocab_size"], 4
     model = make_model(shape["wide"], shape["layers"], device)
@@ -1018,7 +1018,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
 
 def micro_batches_of(pairs: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
     """In the order of training: the longest first, so that a batch holds pairs of like length."""
-    from sppo.logps import pair_length
+    from sppo.training.logps import pair_length
 
     order = sorted(pairs, key=pair_length, reverse=True)
     return [order[i:i + size] for i in range(0, len(order), size)]
@@ -1037,7 +1037,7 @@ def speed(pairs: list[dict[str, Any]], shape: dict[str, Any], seconds: float,
     """
     import torch
 
-    from sppo.estimate import GPUS, forward_flops
+    from sppo.reporting.cost_model import GPUS, forward_flops
 
     size, flops = shape_of_model(shape["wide"], shape["layers"]), 0.0
     for pair in pairs:
@@ -1061,7 +1061,7 @@ def speed(pairs: list[dict[str, Any]], shape: dict[str, Any], seconds: float,
 
 
 def shape_of_model(sizes: dict[str, Any], layers: int) -> Any:
-    from sppo.estimate import shape_of
+    from sppo.reporting.cost_model import shape_of
 
     return shape_of(sizes | {"num_hidden_layers": layers, "model_type": "mistral"})
 
@@ -1070,7 +1070,7 @@ def memory(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
     """Section 6."""
     import torch
 
-    from sppo.estimate import train_bytes
+    from sppo.reporting.cost_model import train_bytes
 
     vocabulary, tokens, card = shape["wide"]["vocab_size"], shape["memory_tokens"], 0
     pairs = make_pairs(vocabulary, [(tokens, tokens, tokens)] * 4)
@@ -1113,7 +1113,7 @@ def step_peak(model: Any, pairs: list[dict[str, Any]], device: str, work: Path, 
 
     import torch
 
-    from sppo.training import make_trainer
+    from sppo.training.trainer import make_trainer
 
     options = options_of_training(batch_size=2, micro_batch_size=1, checkpoint_steps=1000,
                                   schedule_total_epochs=1, gradient_checkpointing=True,
@@ -1136,8 +1136,8 @@ def pairrm(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
     from transformers import DebertaV2Config
 
-    from sppo.pairrm import DEBERTA_V3_LARGE, MARKS, SEPARATOR, PairRanker, PairRM
-    from sppo.preference import win_probabilities
+    from sppo.preferences.pairrm import DEBERTA_V3_LARGE, MARKS, SEPARATOR, PairRanker, PairRM
+    from sppo.preferences.estimates import win_probabilities
 
     words, special = 2000, ["[PAD]", "[CLS]", SEPARATOR, "[UNK]"]
     whole = Tokenizer(
@@ -1199,8 +1199,8 @@ def pairrm(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
 
 def generation(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
     """Section 8."""
-    from sppo.generation import Sampling, TransformersEngine
-    from sppo.models import prompt_token_ids
+    from sppo.policies.generation import Sampling, TransformersEngine
+    from sppo.policies.models import prompt_token_ids
 
     save_policy(make_model(shape["narrow"], 2 * shape["shallow"], device), folder)
     release()

@@ -24,8 +24,8 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import numpy as np
 
-from sppo.models import pick_device, start_torch
-from sppo.preference import win_probabilities
+from sppo.policies.models import pick_device, start_torch
+from sppo.preferences.estimates import win_probabilities
 
 K = 5
 
@@ -40,11 +40,11 @@ def main() -> None:
     start_torch()
     device, groups = pick_device("auto"), questions(args.prompts)
     if args.backend == "llm_blender":
-        from sppo.blender import LlmBlender
+        from sppo.preferences.llm_blender import LlmBlender
 
         timed("llm-blender", LlmBlender(args.model, device), groups)
         return
-    from sppo.pairrm import PairRM
+    from sppo.preferences.pairrm import PairRM
 
     probabilities = {}
     for precision in ("float32", "bfloat16"):

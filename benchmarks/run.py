@@ -24,11 +24,11 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
-from sppo.config import default_of, schema
-from sppo.generation import Sampling, TransformersEngine
-from sppo.logps import frozen_logps, pair_length
-from sppo.models import compute_dtype, load_policy, pick_device, prompt_token_ids, start_torch
-from sppo.training import make_trainer, make_trl_trainer
+from sppo.core.config import default_of, schema
+from sppo.policies.generation import Sampling, TransformersEngine
+from sppo.training.logps import frozen_logps, pair_length
+from sppo.policies.models import compute_dtype, load_policy, pick_device, prompt_token_ids, start_torch
+from sppo.training.trainer import make_trainer, make_trl_trainer
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
-from sppo.logps import collate, forward_precision, response_logps, token_logps
-from sppo.models import load_policy, load_tokenizer, pick_device, prompt_token_ids, start_torch
-from sppo.training import identity_fault
+from sppo.training.logps import collate, forward_precision, response_logps, token_logps
+from sppo.policies.models import load_policy, load_tokenizer, pick_device, prompt_token_ids, start_torch
+from sppo.training.trainer import identity_fault
 
 DRAWS = 10_000
 PAIRS = (1, 4, 16, 64)  # of a step

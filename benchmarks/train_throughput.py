@@ -30,11 +30,11 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from sppo.artifacts import package_versions
-from sppo.config import default_of, schema
-from sppo.logps import frozen_logps
-from sppo.models import compute_dtype, pick_device, start_torch
-from sppo.training import make_trainer, make_trl_trainer
+from sppo.core.artifacts import package_versions
+from sppo.core.config import default_of, schema
+from sppo.training.logps import frozen_logps
+from sppo.policies.models import compute_dtype, pick_device, start_torch
+from sppo.training.trainer import make_trainer, make_trl_trainer
 
 SHAPES = {
     "mistral-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

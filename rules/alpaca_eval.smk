@@ -95,7 +95,7 @@ rule fetch_alpaca_eval:
     message:
         "Fetching AlpacaEval's instructions and reference outputs from the hub"
     shell:
-        "{PYTHON} src/fetch_alpaca_eval.py --reference {output.reference:q}"
+        "{PYTHON} src/tools/fetch_alpaca_eval.py --reference {output.reference:q}"
         " --difficulty {output.difficulty:q} 2>&1 | tee {log:q}"
 
 
@@ -130,7 +130,7 @@ rule answer_instructions:
     message:
         "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t}, {wildcards.answers}"
     shell:
-        "{PYTHON} src/answer_instructions.py --instructions {input.instructions:q}"
+        "{PYTHON} src/evaluation/answer_instructions.py --instructions {input.instructions:q}"
         " --policy {input.policy:q} --generator {params.generator:q} --noise {params.noise:q}"
         " --seed {params.seed:q} --device {MAIN[device]} {params.options:q} {params.best_grade}"
         " --output {output.outputs:q} 2>&1 | tee {log:q}"
@@ -170,7 +170,7 @@ rule judge_outputs:
     message:
         "Judging {wildcards.run}iteration {wildcards.t}: {wildcards.verdict}"
     shell:
-        "{PYTHON} src/evaluate_alpaca_eval.py --outputs {input.outputs:q}"
+        "{PYTHON} src/evaluation/evaluate_alpaca_eval.py --outputs {input.outputs:q}"
         " --reference {input.reference:q} --judge-base {EMBEDDED_POLICY} --policy {params.policy:q}"
         " --decoding {params.decoding:q} --seed {params.seed:q} --device {MAIN[device]}"
         " --threads {threads} {params.options:q} --annotations {output.annotations:q}"

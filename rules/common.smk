@@ -12,17 +12,17 @@ from snakemake.settings.types import DeploymentMethod
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
-from sppo.cluster import Asked, check_cluster
-from sppo.config import CHAINING, COMPARISON, ENGINE_KEYS, GRADING, MODEL_SOURCE, OF_CHATS
-from sppo.config import THRESHOLDS, flags, of_iteration, resolve, without_effect
-from sppo.config_files import check_files, files_hint
-from sppo.errors import UserError, explained, fail, on_one_line
-from sppo.adapters import adapter_files, is_pairrm
-from sppo.alpaca import DIFFICULTY, OFFICIAL_REFERENCE
-from sppo.models import HUB_FILES
-from sppo.preflight import check_folder_for_slurm, check_inputs, check_machine
-from sppo.preflight import deleted_artifacts, gpus_here
-from sppo.stages import STAGES
+from sppo.workflow.cluster import Asked, check_cluster
+from sppo.core.config import CHAINING, COMPARISON, ENGINE_KEYS, GRADING, MODEL_SOURCE, OF_CHATS
+from sppo.core.config import THRESHOLDS, flags, of_iteration, resolve, without_effect
+from sppo.core.config_files import check_files, files_hint
+from sppo.core.errors import UserError, explained, fail, on_one_line
+from sppo.preferences.adapters import adapter_files, is_pairrm
+from sppo.evaluation.alpaca_eval import DIFFICULTY, OFFICIAL_REFERENCE
+from sppo.policies.models import HUB_FILES
+from sppo.workflow.preflight import check_folder_for_slurm, check_inputs, check_machine
+from sppo.workflow.preflight import deleted_artifacts, gpus_here
+from sppo.core.stages import STAGES
 
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 if IN_CONDA:

@@ -52,7 +52,7 @@ rule fetch_mt_bench:
     message:
         "Fetching MT-Bench's questions from the FastChat repository"
     shell:
-        "{PYTHON} src/fetch_mt_bench.py --output {output.data:q} 2>&1 | tee {log:q}"
+        "{PYTHON} src/tools/fetch_mt_bench.py --output {output.data:q} 2>&1 | tee {log:q}"
 
 
 rule answer_mt_bench:
@@ -87,7 +87,7 @@ rule answer_mt_bench:
     message:
         "Answering MT-Bench: {wildcards.run}iteration {wildcards.t}, {wildcards.mt_bench_answers}"
     shell:
-        "{PYTHON} src/answer_mt_bench.py --data {params.data:q} --policy {input.policy:q}"
+        "{PYTHON} src/evaluation/answer_mt_bench.py --data {params.data:q} --policy {input.policy:q}"
         " --model-id {params.name:q} --noise {params.noise:q} --seed {params.seed:q}"
         " --device {MAIN[device]} {params.options:q} {params.best_grade}"
         " --output {output.answers:q} 2>&1 | tee {log:q}"
@@ -123,6 +123,6 @@ rule evaluate_mt_bench:
     message:
         "Judging MT-Bench: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/evaluate_mt_bench.py --data {params.data:q} --answers {input.answers:q}"
+        "{PYTHON} src/evaluation/evaluate_mt_bench.py --data {params.data:q} --answers {input.answers:q}"
         " {params.embedded:q} {params.judge:q} --device {MAIN[device]}"
         " --judgments {output.judgments:q} --output {output.result:q} 2>&1 | tee {log:q}"

@@ -21,7 +21,7 @@ rule embedded_policy:
     message:
         "Converting the embedded policy"
     shell:
-        "{PYTHON} src/convert_embedded_policy.py --output {output.policy:q} 2>&1 | tee {log:q}"
+        "{PYTHON} src/tools/convert_embedded_policy.py --output {output.policy:q} 2>&1 | tee {log:q}"
 
 
 def base_source(wildcards):
@@ -54,5 +54,5 @@ rule base_policy:
     message:
         "Preparing the base policy"
     shell:
-        "{PYTHON} src/prepare_policy.py --model {params.model:q} {params.options:q}"
+        "{PYTHON} src/tools/prepare_policy.py --model {params.model:q} {params.options:q}"
         " --output {output.policy:q} 2>&1 | tee {log:q}"

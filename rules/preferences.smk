@@ -50,7 +50,7 @@ rule preference_model:
     message:
         "Putting PairRM into {output.model}"
     shell:
-        "{PYTHON} src/prepare_preference_model.py {params.options:q} --output {output.model:q}"
+        "{PYTHON} src/tools/prepare_preference_model.py {params.options:q} --output {output.model:q}"
         " 2>&1 | tee {log:q}"
 
 
@@ -123,7 +123,7 @@ rule annotate_implicitly:
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}, by the policy's own reward"
     shell:
-        "{PYTHON} src/annotate_implicitly.py --prompts {input.prompts:q}"
+        "{PYTHON} src/other_methods/annotate_implicitly.py --prompts {input.prompts:q}"
         " --responses {input.responses:q} --policy {input.policy:q} --before {input.before:q}"
         " --beta {params.beta:q} --device {MAIN[device]} {params.attention:q} {params.options:q}"
         " --output {output.preferences:q} 2>&1 | tee {log:q}"

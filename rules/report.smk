@@ -31,14 +31,14 @@ rule plot_training:
     message:
         "Plotting {wildcards.run}training curves"
     shell:
-        "{PYTHON} src/plot_training.py --logs {input.logs:q} --plot {output.png:q}"
+        "{PYTHON} src/reporting/plot_training.py --logs {input.logs:q} --plot {output.png:q}"
         " 2>&1 | tee {log:q}"
 
 
 rule build_response_browser:
     """Every prompt with its responses, P matrix, winner and loser; every evaluation instruction across the iterations."""
     input:
-        template="src/sppo/response_browser.html",
+        template="src/sppo/reporting/response_browser.html",
         instructions=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],
         prompts=lambda wildcards: [sampled(wildcards, "prompts.parquet", t) for t in trainings(wildcards)],
         responses=lambda wildcards: [path for t in trainings(wildcards) for path in shards(wildcards, "responses", t)],
@@ -66,7 +66,7 @@ rule build_response_browser:
     message:
         "Building {wildcards.run}response browser"
     shell:
-        "{PYTHON} src/build_response_browser.py --prompts {input.prompts:q}"
+        "{PYTHON} src/reporting/build_response_browser.py --prompts {input.prompts:q}"
         " --responses {input.responses:q} --preferences {input.preferences:q}"
         " --pairs {input.pairs:q} --answers {input.answers:q} --annotations {input.annotations:q}"
         " --instructions {input.instructions:q} {params.options:q} {params.construction:q}"
@@ -99,7 +99,7 @@ rule tabulate_evaluations:
     message:
         "Setting all evaluations beside each other"
     shell:
-        "{PYTHON} src/tabulate_evaluations.py --results {ROOT:q} --files {input.files:q}"
+        "{PYTHON} src/reporting/tabulate_evaluations.py --results {ROOT:q} --files {input.files:q}"
         " --output {output.md:q} 2>&1 | tee {log:q}"
 
 
@@ -138,5 +138,5 @@ rule tabulate_methods:
     message:
         "Setting the methods beside each other"
     shell:
-        "{PYTHON} src/tabulate_methods.py --results {ROOT:q} --files {input.files:q}"
+        "{PYTHON} src/reporting/tabulate_methods.py --results {ROOT:q} --files {input.files:q}"
         " --output {output.md:q} --plot {output.png:q} 2>&1 | tee {log:q}"

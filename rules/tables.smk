@@ -76,7 +76,7 @@ rule summarize_run:
     message:
         "Summing up {wildcards.run}all iterations"
     shell:
-        "{PYTHON} src/summarize_run.py --alpaca-eval {input.judged:q} --ranker {input.estimated:q}"
+        "{PYTHON} src/reporting/summarize_run.py --alpaca-eval {input.judged:q} --ranker {input.estimated:q}"
         " --records {input.records:q} --output {output.table:q} --plot {output.png:q}"
         " --length-plot {output.length_png:q} 2>&1 | tee {log:q}"
 
@@ -128,7 +128,7 @@ rule compare_policies:
     message:
         "Comparing all policies with each other by the {wildcards.model}"
     shell:
-        "{PYTHON} src/compare_policies.py --outputs {input.outputs:q} --model {params.model:q}"
+        "{PYTHON} src/evaluation/compare_policies.py --outputs {input.outputs:q} --model {params.model:q}"
         " --ranker-base {input.ranker_base:q} --device {MAIN[device]} --output {output.csv:q}"
         " --plot {output.png:q} 2>&1 | tee {log:q}"
 
@@ -169,5 +169,5 @@ rule paper_tables:
     message:
         "Setting the papers' tables beside what was measured"
     shell:
-        "{PYTHON} src/make_tables.py --results {ROOT:q} --base {params.base:q}"
+        "{PYTHON} src/reporting/make_tables.py --results {ROOT:q} --base {params.base:q}"
         " --output {output.all:q} 2>&1 | tee {log:q}"

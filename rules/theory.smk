@@ -14,7 +14,7 @@ def theory_figure(name):
 rule check_theory:
     """Identities, bounds and figures of the theory on embedded and random games: what is claimed, what is found, whether it holds."""
     input:
-        [],  # the games stand in src/sppo/games.py
+        [],  # the games stand in src/sppo/theory/games.py
     output:
         checks=f"{ROOT}theory/checks.json",
         record=record(f"{ROOT}theory/checks.json"),
@@ -33,7 +33,7 @@ rule check_theory:
     message:
         "Checking the theory on games that can be solved exactly"
     shell:
-        "{PYTHON} src/check_theory.py --output {output.checks:q} 2>&1 | tee {log:q}"
+        "{PYTHON} src/theory/check_theory.py --output {output.checks:q} 2>&1 | tee {log:q}"
 
 
 rule train_on_games:
@@ -62,7 +62,7 @@ rule train_on_games:
     message:
         "Training small policies beside the exact update"
     shell:
-        "{PYTHON} src/train_on_games.py --output {output.json:q} 2>&1 | tee {log:q}"
+        "{PYTHON} src/theory/train_on_games.py --output {output.json:q} 2>&1 | tee {log:q}"
 
 
 rule plot_theory:
@@ -92,5 +92,5 @@ rule plot_theory:
     message:
         "Plotting what each method does on games that can be solved exactly"
     shell:
-        "{PYTHON} src/plot_theory.py --checks {input.checks:q} --trained {input.trained:q}"
+        "{PYTHON} src/theory/plot_theory.py --checks {input.checks:q} --trained {input.trained:q}"
         " --output {output.page:q} 2>&1 | tee {log:q}"

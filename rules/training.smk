@@ -86,7 +86,7 @@ rule extrapolate_policy:
     message:
         "Extrapolating the policy of {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/extrapolate_policy.py --base {input.base:q} --aligned {input.aligned:q}"
+        "{PYTHON} src/other_methods/extrapolate_policy.py --base {input.base:q} --aligned {input.aligned:q}"
         " --alpha {params.alpha:q} --output {output.policy:q} 2>&1 | tee {log:q}"
 
 

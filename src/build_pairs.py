@@ -27,14 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from sppo.artifacts import read_record, recorded
-from sppo.config import CHAINING, COMPARISON, GRADING, OF_CHATS, add_section
-from sppo.errors import UserError, run
-from sppo.grades import GOLD, read_grades
-from sppo.pairs import pairs_of
-from sppo.preference import even_length_penalty, mean_logits
-from sppo.prompts import read_gold, with_goal
-from sppo.tables import read_table, write_table
+from sppo.core.artifacts import read_record, recorded
+from sppo.core.config import CHAINING, COMPARISON, GRADING, OF_CHATS, add_section
+from sppo.core.errors import UserError, run
+from sppo.preferences.grades import GOLD, read_grades
+from sppo.preferences.pairs import pairs_of
+from sppo.preferences.estimates import even_length_penalty, mean_logits
+from sppo.policies.prompts import read_gold, with_goal
+from sppo.core.tables import read_table, write_table
 
 
 def main() -> None:
@@ -108,7 +108,7 @@ def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:
 
     UserError names a broken line.
     """
-    from sppo.models import load_tokenizer, stop_token_ids
+    from sppo.policies.models import load_tokenizer, stop_token_ids
 
     tokenizer = load_tokenizer(policy)
     stop = stop_token_ids(policy, tokenizer)[0]
@@ -134,7 +134,7 @@ def twice_with_goals(pairs: list[dict[str, Any]], logits: dict[str, dict],
 
     A grade is 1 + 9 P-hat over the K - 1 others, so that one that surely beats them all has a 10.
     """
-    from sppo.models import load_tokenizer, prompt_token_ids
+    from sppo.policies.models import load_tokenizer, prompt_token_ids
 
     tokenizer = load_tokenizer(args.policy, args.chat_template_kwargs, args.template_date)
     found, same = [], 0

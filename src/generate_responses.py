@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sppo.artifacts import recorded
-from sppo.config import MODEL_SOURCE, add_section
-from sppo.errors import run
-from sppo.tables import read_table, write_table
+from sppo.core.artifacts import recorded
+from sppo.core.config import MODEL_SOURCE, add_section
+from sppo.core.errors import run
+from sppo.core.tables import read_table, write_table
 
 
 def main() -> None:
@@ -33,9 +33,9 @@ def main() -> None:
     args = parser.parse_args()
 
     prompts = read_table(args.prompts, "prompts")[args.shard::args.shards]
-    from sppo.engines import open_engine
-    from sppo.generation import Sampling, summary
-    from sppo.models import template_hash, start_torch
+    from sppo.policies.engines import open_engine
+    from sppo.policies.generation import Sampling, summary
+    from sppo.policies.models import template_hash, start_torch
 
     start_torch(args.tensor_parallel or 1)
     with recorded("generate", args.output, [args.prompts, args.policy], vars(args)) as facts:

@@ -17,13 +17,13 @@ import random
 from pathlib import Path
 from typing import Any
 
-from sppo.artifacts import recorded
-from sppo.config import OF_CHATS, add_section
-from sppo.errors import UserError, run
-from sppo.mt_bench import read_questions
-from sppo.prompts import (BEST_GRADE, is_held_out, normalised, read_instructions, read_prompts,
+from sppo.core.artifacts import recorded
+from sppo.core.config import OF_CHATS, add_section
+from sppo.core.errors import UserError, run
+from sppo.evaluation.mt_bench import read_questions
+from sppo.policies.prompts import (BEST_GRADE, is_held_out, normalised, read_instructions, read_prompts,
                           with_goal)
-from sppo.tables import read_table, write_table
+from sppo.core.tables import read_table, write_table
 
 
 def main() -> None:
@@ -102,7 +102,7 @@ def portion(prompts: list[dict[str, Any]], size: int | None, t: int, parts: int,
 
 def with_token_ids(prompts: list[dict[str, Any]], source: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Rows of the table `prompts`, and how many were dropped and why."""
-    from sppo.models import context_length, control_tokens, load_tokenizer, prompt_token_ids
+    from sppo.policies.models import context_length, control_tokens, load_tokenizer, prompt_token_ids
 
     tokenizer = load_tokenizer(args.policy, args.chat_template_kwargs, args.template_date)
     context = context_length(args.policy)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sppo.artifacts import recorded
-from sppo.errors import UserError, run
-from sppo.tables import read_table, write_table
+from sppo.core.artifacts import recorded
+from sppo.core.errors import UserError, run
+from sppo.core.tables import read_table, write_table
 
 
 def main() -> None:
@@ -31,8 +31,8 @@ def main() -> None:
     pairs = read_table(args.pairs, "pairs")
     if not pairs:
         raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
-    from sppo.logps import frozen_logps
-    from sppo.models import compute_dtype, load_policy, pick_device, start_torch, weights_dtype
+    from sppo.training.logps import frozen_logps
+    from sppo.policies.models import compute_dtype, load_policy, pick_device, start_torch, weights_dtype
 
     start_torch()
     device = pick_device(args.device)

@@ -27,15 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from sppo.artifacts import (STAGES, file_hash, known_hash, parse_json, read_record, recorded, remove,
+from sppo.core.artifacts import (STAGES, file_hash, known_hash, parse_json, read_record, recorded, remove,
                             write_json, write_text, written_whole)
-from sppo.cards import data_of, model_card, table
-from sppo.checkpoints import alone, last_checkpoint, remove_damaged
-from sppo.config import add_section, check_training
-from sppo.errors import UserError, run, writing
-from sppo.preference import p_hat_weighted
-from sppo.processes import first_alone, is_first, is_launched, launch, meet, one_voice
-from sppo.tables import read_table
+from sppo.reporting.cards import data_of, model_card, table
+from sppo.training.checkpoints import alone, last_checkpoint, remove_damaged
+from sppo.core.config import add_section, check_training
+from sppo.core.errors import UserError, run, writing
+from sppo.preferences.estimates import p_hat_weighted
+from sppo.training.distributed import first_alone, is_first, is_launched, launch, meet, one_voice
+from sppo.core.tables import read_table
 
 # What the model card tells of the method; the record beside the policy has all.
 METHOD = ("loss", "beta", "tau", "gamma", "label_smoothing", "ipo_target", "per_token", "sft_weight", "optimism", "learning_rate", "optimizer",
@@ -105,8 +105,8 @@ def train(args: argparse.Namespace) -> None:
     if args.loss == "nash_md":
         pairs = against_mixture(pairs, args.tau / args.beta)
     # Only now what takes seconds to import.
-    from sppo.models import compute_dtype, load_policy, load_tokenizer, pick_device, start_torch, weights_dtype
-    from sppo import training
+    from sppo.policies.models import compute_dtype, load_policy, load_tokenizer, pick_device, start_torch, weights_dtype
+    from sppo.training.trainer import check_kept_update, make_trainer, make_trl_trainer
     import torch
 
     start_torch()
@@ -122,15 +122,15 @@ def train(args: argparse.Namespace) -> None:
         model.config.use_cache = False
         work = work_folder(args)
         if args.backend == "trl":
-            trainer: Any = training.make_trl_trainer(model, tokenizer, pairs, options, dtype, device, work, args.seed)
+            trainer: Any = make_trl_trainer(model, tokenizer, pairs, options, dtype, device, work, args.seed)
         else:
-            trainer = training.make_trainer(model, pairs, options, dtype, device, work, args.seed)
+            trainer = make_trainer(model, pairs, options, dtype, device, work, args.seed)
         with writing(work):
             trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(work)) else None)
         history = [line for line in trainer.state.log_history if "loss" in line]
         if not all(math.isfinite(line[key]) for line in history for key in ("loss", "grad_norm") if key in line):
             raise UserError(f"training of {args.output} gave a loss or gradient that is not a number; lower train.learning_rate")
-        kept = training.check_kept_update(trainer.model) if args.lora_rank and dtype == torch.bfloat16 and is_first() else None
+        kept = check_kept_update(trainer.model) if args.lora_rank and dtype == torch.bfloat16 and is_first() else None
         trained, weights = whole_policy(trainer, args)
         if not is_first():
             return
@@ -151,7 +151,7 @@ def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any])
     """The policy's model card, of what is known when it is trained."""
     method = {key: value for key, value in vars(args).items() if key in METHOD and value is not None}
     figures = {key: last[key] for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "order_right") if key in last}
-    other = f"The loss `{args.loss}`, whose paper src/sppo/losses.py names, in the workflow of SPPO"
+    other = f"The loss `{args.loss}`, whose paper src/sppo/training/losses.py names, in the workflow of SPPO"
     words = ("Self-play preference optimisation" if args.loss.startswith("sppo") else other) + ", https://arxiv.org/abs/2405.00675"
     if args.loss != "simpo":
         words += f"; log-ratios refer to {'the' if args.reference == args.current else 'an older policy than the'} policy it was trained from"
@@ -165,7 +165,7 @@ def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | No
     """The trained model, LoRA merged into it, and its weights where processes hold parts of them: then the first gets all."""
     import torch.distributed
 
-    from sppo.training import merged
+    from sppo.training.trainer import merged
 
     weights = None
     if args.parallel != "ddp":

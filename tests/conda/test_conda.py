@@ -15,7 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from sppo.artifacts import PACKAGES
+from sppo.core.artifacts import PACKAGES
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # all cores, as a user has

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 import verify_results
-from sppo.artifacts import file_hash
-from sppo.errors import explained, on_one_line
+from sppo.core.artifacts import file_hash
+from sppo.core.errors import explained, on_one_line
 from tests.fuzz.tiny_run import half_written
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
@@ -44,7 +44,7 @@ class Command:
 def commands_of(printed: str) -> list[Command]:
     """The commands that Snakemake printed."""
     found = []
-    for line in sorted(set(re.findall(r"(src/\w+\.py .*?) 2>&1 \| tee", printed))):
+    for line in sorted(set(re.findall(r"(src/[\w/]+\.py .*?) 2>&1 \| tee", printed))):
         program, *words = shlex.split(line)
         writes = [Path(word) for flag, word in zip(words, words[1:]) if flag in WRITES]
         reads = [Path(word) for word in words if Path(word).exists() and Path(word) not in writes]

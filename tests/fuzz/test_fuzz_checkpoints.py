@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sppo.errors import UserError
+from sppo.core.errors import UserError
 from tests.unit.test_training import (  # noqa: F401, killed is a fixture
     RESUMABLE, Place, distance, killed, steps_said)
 

@@ -22,11 +22,11 @@ import yaml
 from snakemake.common.configfile import load_configfile
 from snakemake.utils import update_config
 
-from sppo import config as sppo_config
-from sppo.config import resolve, schema, without_effect
-from sppo.config_files import check_files, files_hint
-from sppo.errors import UserError, explained, on_one_line
-from sppo.preflight import check_inputs
+from sppo.core import config as sppo_config
+from sppo.core.config import resolve, schema, without_effect
+from sppo.core.config_files import check_files, files_hint
+from sppo.core.errors import UserError, explained, on_one_line
+from sppo.workflow.preflight import check_inputs
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
 IN_PROCESS, THROUGH_SNAKEMAKE = 600, 15

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import score_reference
-from sppo.artifacts import read_json, record_path
-from sppo.models import check_policy, load_policy, load_tokenizer
-from sppo.tables import write_table
+from sppo.core.artifacts import read_json, record_path
+from sppo.policies.models import check_policy, load_policy, load_tokenizer
+from sppo.core.tables import write_table
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent

@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import train_policy
-from sppo import processes
-from sppo.errors import run
+from sppo.training import distributed
+from sppo.core.errors import run
 
 
 def divide_on_cpu() -> None:
@@ -30,7 +30,7 @@ def divide_on_cpu() -> None:
 
 
 def kill_before(step: int) -> None:
-    from sppo.training import Say
+    from sppo.training.trainer import Say
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == step:
@@ -40,7 +40,7 @@ def kill_before(step: int) -> None:
 
 if __name__ == "__main__":
     if {"fsdp2", "zero3"} & set(sys.argv):
-        processes._check_machine = lambda *_: None
+        distributed._check_machine = lambda *_: None
         divide_on_cpu()
     if "KILL_STEP" in os.environ and os.environ.get("RANK") == "1":
         kill_before(int(os.environ["KILL_STEP"]))

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import yaml
 
-from sppo.pairrm import PairRM
-from sppo.preference import mean_logits, p_hat, win_probabilities, winner_and_loser
-from sppo.tables import read_table, write_table
+from sppo.preferences.pairrm import PairRM
+from sppo.preferences.estimates import mean_logits, p_hat, win_probabilities, winner_and_loser
+from sppo.core.tables import read_table, write_table
 
 pytestmark = pytest.mark.slow
 

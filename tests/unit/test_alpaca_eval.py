@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import evaluate_alpaca_eval  # noqa: E402
 import summarize_run  # noqa: E402
-from sppo import alpaca  # noqa: E402
-from sppo.artifacts import read_json, write_json  # noqa: E402
-from sppo.errors import UserError  # noqa: E402
+from sppo.evaluation import alpaca_eval  # noqa: E402
+from sppo.core.artifacts import read_json, write_json  # noqa: E402
+from sppo.core.errors import UserError  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
 KEY = "sk-secret-of-the-test"
@@ -55,15 +55,15 @@ def call(tmp_path, monkeypatch):
         (adapter / name).touch()
 
     def run(ours, base, *more, probability=None, judge=None, seed=0, fits=0):
-        rankers = types.ModuleType("sppo.rankers")
+        rankers = types.ModuleType("sppo.preferences.embedded")
         rankers.load_preference_model = lambda model, base_dir, device: Judge(probability)
-        monkeypatch.setitem(sys.modules, "sppo.rankers", rankers)
+        monkeypatch.setitem(sys.modules, "sppo.preferences.embedded", rankers)
         (tmp_path / "ours.json").write_text(json.dumps(ours))
         (tmp_path / "base.json").write_text(json.dumps(base))
         arguments = ["--outputs", tmp_path / "ours.json", "--reference", tmp_path / "base.json",
                      "--output", tmp_path / "out" / "alpaca_eval.json", "--annotations", tmp_path / "out" / "annotations.json",
                      "--judge", judge or adapter, "--judge-base", adapter, "--seed", seed, "--length-controlled-bootstrap", fits]
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "evaluate_alpaca_eval.py"), *map(str, arguments), *map(str, more)])
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "evaluation/evaluate_alpaca_eval.py"), *map(str, arguments), *map(str, more)])
         evaluate_alpaca_eval.main()
         return read_json(tmp_path / "out" / "alpaca_eval.json")
 
@@ -86,7 +86,7 @@ def test_figures_are_the_package_s_own(call, tmp_path):
     assert result["standard_error"] == pytest.approx(100 * wins.std(ddof=1) / np.sqrt(len(wins)), abs=1e-9)
     assert (result["n_wins"], result["n_wins_base"], result["n_draws"]) == ((wins > 0.5).sum(), (wins < 0.5).sum(), 0)
     assert result["n_total"] == 30 and result["avg_length"] != result["reference_avg_length"]
-    with alpaca.length_model(30, None) as (formula, file), pytest.MonkeyPatch.context() as patch:
+    with alpaca_eval.length_model(30, None) as (formula, file), pytest.MonkeyPatch.context() as patch:
         patch.setattr(glm_winrate, "hf_hub_download", lambda **_: file)
         package = glm_winrate.get_length_controlled_winrate(rows, glm_name=formula, save_weights_dir=None)
     assert result["length_controlled_winrate"] == package["length_controlled_winrate"] != 50.0
@@ -131,8 +131,8 @@ def test_a_policy_equal_to_its_reference_gets_50(call):
 def test_a_policy_that_lost_everything_does_not_get_50():
     rows = [{"preference": 1.0, "instruction": row["instruction"], "output_1": row["output"], "output_2": "short",
              "generator_1": "base", "generator_2": "policy"} for row in outputs("base")]
-    with alpaca.length_model(len(rows), None) as (formula, file):
-        assert alpaca.metrics(rows, formula, file)["length_controlled_winrate"] == 0.0
+    with alpaca_eval.length_model(len(rows), None) as (formula, file):
+        assert alpaca_eval.metrics(rows, formula, file)["length_controlled_winrate"] == 0.0
 
 
 @pytest.mark.parametrize("answer", ["", " \n", "Yes."])
@@ -163,13 +163,13 @@ def test_alpaca_eval_s_own_warning_of_lc_is_kept():
     """Its rule: further than 10 points, and than a quarter of the way to the end of the scale."""
     assert (
         "12.0, the win rate 40.0: so far apart that alpaca-eval's model may have failed"
-        in alpaca.length_controlled_warning(40.0, 12.0)
+        in alpaca_eval.length_controlled_warning(40.0, 12.0)
     )
-    assert alpaca.length_controlled_warning(40.0, 70.0)
+    assert alpaca_eval.length_controlled_warning(40.0, 70.0)
     for win_rate in (5.1, 45.0, 49.9, 60.0):
-        assert "it is exactly 50" in alpaca.length_controlled_warning(win_rate, 50.0)
+        assert "it is exactly 50" in alpaca_eval.length_controlled_warning(win_rate, 50.0)
     for fine in ((40.0, 35.0), (50.0, 50.0), (0.0, 0.0), (100.0, 100.0), (40.0, 50.1)):
-        assert alpaca.length_controlled_warning(*fine) is None
+        assert alpaca_eval.length_controlled_warning(*fine) is None
 
 
 def test_a_sound_evaluation_has_no_warning(call, capfd):
@@ -193,14 +193,14 @@ def test_outputs_of_another_policy_are_refused(call, tmp_path):
 
 def test_values_of_the_stand_in_do_not_matter(tmp_path):
     ours, base = outputs("policy", seed=1), outputs("base")
-    rows = alpaca.PreferenceAnnotator("judge", Judge(soft)).annotate_head2head(*map(_frame, (base, ours)))
-    with alpaca.length_model(len(base), None) as (formula, file):
-        neutral = alpaca.metrics(rows, formula, file)
+    rows = alpaca_eval.PreferenceAnnotator("judge", Judge(soft)).annotate_head2head(*map(_frame, (base, ours)))
+    with alpaca_eval.length_model(len(base), None) as (formula, file):
+        neutral = alpaca_eval.metrics(rows, formula, file)
         lines = file.read_text().splitlines()
     rng = np.random.default_rng(0)
     other = tmp_path / "df_gamed.csv"
     other.write_text("\n".join([lines[0]] + [f"{rng.random()},{i},{rng.normal()},{rng.normal()},False,x" for i in range(len(rows))]))
-    assert alpaca.metrics(rows, formula, other) == neutral
+    assert alpaca_eval.metrics(rows, formula, other) == neutral
 
 
 def _frame(rows):
@@ -235,8 +235,8 @@ def test_same_seed_same_bytes_whatever_the_threads(call, tmp_path):
 def test_a_failed_judgment_is_an_error_not_a_smaller_n(call, tmp_path):
     with pytest.raises(UserError, match=r"failed on 1 of 30 instructions, first on 'Write about 7\.'"):
         with pytest.MonkeyPatch.context() as patch:
-            whole = alpaca.PreferenceAnnotator._annotation
-            patch.setattr(alpaca.PreferenceAnnotator, "_annotation", lambda self, one, two: whole(self, one, two) | (
+            whole = alpaca_eval.PreferenceAnnotator._annotation
+            patch.setattr(alpaca_eval.PreferenceAnnotator, "_annotation", lambda self, one, two: whole(self, one, two) | (
                 {"preference": float("nan")} if one["instruction"] == "Write about 7." else {}))
             call(outputs("policy", seed=1), outputs("base"), probability=soft)
     assert not (tmp_path / "out").exists()
@@ -276,16 +276,16 @@ def test_missing_judges_keys_and_models_are_one_line(monkeypatch, tmp_path):
                                (("no_such_judge",), "unknown judge no_such_judge"),
                                ((str(tmp_path / "none"),), "is missing")]:
         with pytest.raises(UserError, match=message):
-            alpaca.check_judge(*arguments)
-    alpaca.check_judge("openai", "m", "http://localhost:1/v1")  # a local server wants no key
-    program = subprocess.run([sys.executable, ROOT / "src" / "evaluate_alpaca_eval.py", "--outputs", "a", "--reference", "b", "--output", "c",
+            alpaca_eval.check_judge(*arguments)
+    alpaca_eval.check_judge("openai", "m", "http://localhost:1/v1")  # a local server wants no key
+    program = subprocess.run([sys.executable, ROOT / "src" / "evaluation/evaluate_alpaca_eval.py", "--outputs", "a", "--reference", "b", "--output", "c",
                               "--annotations", "d", "--judge", "weighted_alpaca_eval_gpt4_turbo"], capture_output=True, text=True, cwd=tmp_path)
     assert program.returncode == 1 and not list(tmp_path.iterdir())
     assert program.stderr.startswith("error: ") and program.stderr.count("\n") == 1 and "OPENAI_API_KEY" in program.stderr
 
 
 def test_checking_a_judge_imports_nothing_heavy():
-    code = ("import sys; from sppo.alpaca import check_judge; check_judge('openai', 'm', 'http://x/v1');"
+    code = ("import sys; from sppo.evaluation.alpaca_eval import check_judge; check_judge('openai', 'm', 'http://x/v1');"
             "assert not {'torch', 'alpaca_eval', 'pandas', 'openai', 'sklearn'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "src")
 
@@ -320,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
         text = request["messages"][-1]["content"]
         answers = (
             re.findall(r'"output": """(\w*)', text)
-            if alpaca.TRIAL["instruction"] not in text
+            if alpaca_eval.TRIAL["instruction"] not in text
             else []
         )
         letter = "m" if not answers or answers[0] == "policy" else "M"
@@ -460,7 +460,7 @@ def test_a_judge_that_cannot_be_read_is_quoted_before_anything_is_paid(
     call, serve, monkeypatch, judge
 ):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server = serve("given", alpaca.TRIAL["instruction"])
+    server = serve("given", alpaca_eval.TRIAL["instruction"])
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     model = ["--judge-model", "tiny", "--judge-base-url", server.url] if judge == "openai" else []
     with pytest.raises(
@@ -503,8 +503,8 @@ def test_a_changed_prompt_takes_no_old_judgment(call, serve, monkeypatch):
     call(*arguments, judge="openai")
     call(*arguments, judge="openai")
     assert server.judged == 6
-    settings = alpaca._settings_of
-    monkeypatch.setattr(alpaca, "_settings_of", lambda config: settings(config) + "one word more")
+    settings = alpaca_eval._settings_of
+    monkeypatch.setattr(alpaca_eval, "_settings_of", lambda config: settings(config) + "one word more")
     call(*arguments, judge="openai")
     assert server.judged == 12
     server.logprobs = "refused"  # read otherwise
@@ -513,7 +513,7 @@ def test_a_changed_prompt_takes_no_old_judgment(call, serve, monkeypatch):
 
 
 def test_instructions_that_the_judge_was_trained_on_are_counted(call, tmp_path, capfd):
-    from sppo.ranker_data import instruction_hash
+    from sppo.preferences.embedded_data import instruction_hash
 
     (tmp_path / "adapter" / "training_instructions.txt").write_text("\n".join(instruction_hash(f"Write about {n}.") for n in (3, 5, 99)))
     assert call(outputs("policy"), outputs("base"), probability=soft)["judge_details"]["instructions_seen_in_training"] == 2
@@ -563,7 +563,7 @@ def run_folder(tmp_path):
 def summarize(folder, monkeypatch, *more):
     lists = {"--alpaca-eval": "iter*/alpaca_eval.json", "--ranker": "iter*/ranker.json", "--records": "iter*/?.record.json"}
     arguments = [word for flag, pattern in lists.items() for word in (flag, *map(str, sorted(folder.glob(pattern))))]
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "summarize_run.py"), *arguments, "--output", str(folder / "summary.md"),
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "reporting/summarize_run.py"), *arguments, "--output", str(folder / "summary.md"),
                                       "--plot", str(folder / "figures" / "win_rate.png"), "--length-plot", str(folder / "figures" / "length.png"), *more])
     summarize_run.main()
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import annotate_implicitly
-from sppo.artifacts import read_json, record_path
-from sppo.errors import UserError
-from sppo.models import load_policy
-from sppo.tables import read_table, write_table
+from sppo.core.artifacts import read_json, record_path
+from sppo.core.errors import UserError
+from sppo.policies.models import load_policy
+from sppo.core.tables import read_table, write_table
 
 
 @pytest.fixture

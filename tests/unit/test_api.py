@@ -7,8 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sppo import alpaca, api, mt_bench
-from sppo.errors import UserError
+from sppo.evaluation import alpaca_eval, mt_bench
+from sppo.core import openai_api
+from sppo.core.errors import UserError
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def openai(monkeypatch):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_BASE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-key")
-    monkeypatch.setattr(api, "OPENAI", f"http://127.0.0.1:{server.server_port}/v1")
+    monkeypatch.setattr(openai_api, "OPENAI", f"http://127.0.0.1:{server.server_port}/v1")
     yield server
     server.shutdown()
     server.server_close()
@@ -38,39 +39,39 @@ def openai(monkeypatch):
 @pytest.mark.parametrize(("judge", "model"), [
     (("weighted_alpaca_eval_gpt4_turbo", None, None), "gpt-4-1106-preview"), (("gpt-4", None, None), "gpt-4"), (("openai", "o9", "{OPENAI}"), "o9")])
 def test_a_model_of_openai_is_asked_for(openai, judge, model):
-    judge = [word and word.format(OPENAI=api.OPENAI) for word in judge]
-    api.check_served(*judge, "mt_bench")
+    judge = [word and word.format(OPENAI=openai_api.OPENAI) for word in judge]
+    openai_api.check_served(*judge, "mt_bench")
     assert openai.asked == [(f"/v1/models/{model}", "Bearer sk-key")]
 
     openai.status = 404
     with pytest.raises(UserError, match=f"mt_bench.judge is {judge[0]}, but OpenAI has no {model} .*name another") as caught:
-        api.check_served(*judge, "mt_bench")
+        openai_api.check_served(*judge, "mt_bench")
     assert "\n" not in str(caught.value)
     openai.status = 401
     with pytest.raises(UserError, match="OpenAI refuses the key") as caught:
-        api.check_served(*judge, "mt_bench")
+        openai_api.check_served(*judge, "mt_bench")
     assert "sk-key" not in str(caught.value)
 
 
 def test_a_server_that_fails_or_does_not_answer_says_nothing(openai, monkeypatch):
     for openai.status in (403, 429, 500):
-        api.check_served("gpt-4", None, None, "mt_bench")
-    monkeypatch.setattr(api, "OPENAI", "http://127.0.0.1:9/v1")
-    api.check_served("gpt-4", None, None, "mt_bench")
+        openai_api.check_served("gpt-4", None, None, "mt_bench")
+    monkeypatch.setattr(openai_api, "OPENAI", "http://127.0.0.1:9/v1")
+    openai_api.check_served("gpt-4", None, None, "mt_bench")
 
 
 def test_who_is_not_openai_s_is_not_asked_for(openai, monkeypatch):
     for judge in (("judge", None, None), ("preference", None, None), ("openai", "mine", "http://localhost:8000/v1"), ("some_annotators_config", None, None)):
-        api.check_served(*judge, "alpaca_eval")
+        openai_api.check_served(*judge, "alpaca_eval")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
-    api.check_served("gpt-4", None, None, "mt_bench")
+    openai_api.check_served("gpt-4", None, None, "mt_bench")
     assert openai.asked == []
 
 
 def test_openai_s_own_address_needs_a_key(openai, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="export OPENAI_API_KEY, or choose another alpaca_eval.judge"):
-        api.check_served("openai", "o9", api.OPENAI, "alpaca_eval")
+        openai_api.check_served("openai", "o9", openai_api.OPENAI, "alpaca_eval")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_openai_s_own_address_needs_a_key(openai, monkeypatch):
 @pytest.mark.parametrize(
     ("check", "where"),
     [
-        (alpaca.check_judge, "alpaca_eval"),
+        (alpaca_eval.check_judge, "alpaca_eval"),
         (mt_bench.check_judge, "mt_bench"),
         (mt_bench.check_grader, "grades"),
     ],
@@ -119,7 +120,7 @@ def test_what_is_no_address_is_refused_before_any_work(check, where, url):
     ],
 )
 def test_addresses_are_taken(url):
-    api.check_address(url, "alpaca_eval.judge_base_url")
+    openai_api.check_address(url, "alpaca_eval.judge_base_url")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_addresses_are_taken(url):
 @pytest.mark.parametrize(
     ("check", "where"),
     [
-        (alpaca.check_judge, "alpaca_eval"),
+        (alpaca_eval.check_judge, "alpaca_eval"),
         (mt_bench.check_judge, "mt_bench"),
         (mt_bench.check_grader, "grades"),
     ],

@@ -16,9 +16,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import prepare_policy
-from sppo.errors import UserError
-from sppo.generation import Sampling, TransformersEngine
-from sppo.models import UNSUPPORTED_ARCHITECTURES, check_policy
+from sppo.core.errors import UserError
+from sppo.policies.generation import Sampling, TransformersEngine
+from sppo.policies.models import UNSUPPORTED_ARCHITECTURES, check_policy
 
 VOCABULARY, STOP, NEW = 64, 2, 6
 # Sizes under all the names that configurations give them; each takes those that it has.

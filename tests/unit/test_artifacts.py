@@ -13,11 +13,11 @@ import pytest
 
 import list_stale
 import verify_results
-from sppo import artifacts
-from sppo.artifacts import ROOT, code_hashes, file_hash, json_lines, known_hash, read_json, record_path, recorded, write_json, write_text, written_whole
-from sppo.errors import UserError
-from sppo.stages import STAGES
-from sppo.tables import TABLES, read_table, write_table
+from sppo.core import artifacts
+from sppo.core.artifacts import ROOT, code_hashes, file_hash, json_lines, known_hash, read_json, record_path, recorded, write_json, write_text, written_whole
+from sppo.core.errors import UserError
+from sppo.core.stages import STAGES
+from sppo.core.tables import TABLES, read_table, write_table
 from summarize_run import seconds_by_iteration
 
 MESSAGES = [{"role": "user", "content": "Zeilen\nund „Anführung“ \U0001f600"}]
@@ -440,11 +440,12 @@ def test_code_hash_of_the_package_follows_every_file_of_it(tmp_path, monkeypatch
     program = ROOT / "src" / "build_pairs.py"
     before = code_hashes(program)
     assert before == code_hashes(program)
-    for file in sorted((ROOT / "src" / "sppo").glob("*.py")):
-        write_text(tmp_path / "src" / "sppo" / file.name, file.read_text(encoding="utf-8"))
-    monkeypatch.setattr("sppo.artifacts.ROOT", tmp_path)
+    for file in (ROOT / "src").rglob("*.py"):
+        write_text(tmp_path / file.relative_to(ROOT), file.read_text(encoding="utf-8"))
+    program = tmp_path / "src" / "build_pairs.py"
+    monkeypatch.setattr("sppo.core.artifacts.ROOT", tmp_path)
     assert code_hashes(program) == before
-    write_text(tmp_path / "src" / "sppo" / "losses.py", "changed")
+    write_text(tmp_path / "src" / "sppo" / "training" / "losses.py", "changed")
     after = code_hashes(program)
     assert after["sppo_sha256"] != before["sppo_sha256"] and after["program_sha256"] == before["program_sha256"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import build_pairs
-from sppo.artifacts import record_path
-from sppo.errors import UserError
-from sppo.tables import read_table, write_table
+from sppo.core.artifacts import record_path
+from sppo.core.errors import UserError
+from sppo.core.tables import read_table, write_table
 
 SKEW = np.array([[0.0, 1.0, 2.0], [-1.0, 0.0, 1.0], [-2.0, -1.0, 0.0]])  # response 0 wins, response 2 loses
 
@@ -104,7 +104,7 @@ def test_pairs_closer_than_the_margin_are_dropped(build):
 
 
 def test_gold_against_the_policy_s_first_response(build, tiny_policy, tmp_path):
-    from sppo.models import load_tokenizer
+    from sppo.policies.models import load_tokenizer
 
     gold = tmp_path / "gold.jsonl"
     gold.write_text('{"id": "a", "response": "A good answer. <|im_end|>"}\n')
@@ -151,7 +151,7 @@ def test_even_lengths_take_a_penalty_from_all_logits(build):
 
 
 def test_goals_train_every_pair_both_ways(build, tiny_policy):
-    from sppo.models import load_tokenizer
+    from sppo.policies.models import load_tokenizer
 
     plain, = build({"a": (["x", "y", "z"], SKEW, STOPPED)})[0]
     good, bad = build({"a": (["x", "y", "z"], SKEW, STOPPED)}, "--goals", "true", "--policy", tiny_policy)[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from sppo.artifacts import record_path, write_json
-from sppo.cards import data_of, header, model_card
+from sppo.core.artifacts import record_path, write_json
+from sppo.reporting.cards import data_of, header, model_card
 
 
 def card(folder):

@@ -19,12 +19,12 @@ import build_pairs
 import generate_responses
 import grade_responses
 import sample_prompts
-from sppo.artifacts import read_json, record_path
-from sppo.config import flags, schema
-from sppo.errors import UserError
-from sppo.generation import response, summary, without_thoughts
-from sppo.models import control_tokens, load_tokenizer, prompt_token_ids, render_chat, stop_token_ids, without_control_tokens
-from sppo.tables import read_table, write_table
+from sppo.core.artifacts import read_json, record_path
+from sppo.core.config import flags, schema
+from sppo.core.errors import UserError
+from sppo.policies.generation import response, summary, without_thoughts
+from sppo.policies.models import control_tokens, load_tokenizer, prompt_token_ids, render_chat, stop_token_ids, without_control_tokens
+from sppo.core.tables import read_table, write_table
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>

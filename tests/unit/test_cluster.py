@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from sppo.cluster import Asked, check_cluster
-from sppo.errors import UserError
-from sppo.models import pick_device
+from sppo.workflow.cluster import Asked, check_cluster
+from sppo.core.errors import UserError
+from sppo.policies.models import pick_device
 
 FITS = Asked("train_policy", "gpu", "physics", 1440)
 

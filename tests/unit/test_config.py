@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 import yaml
 
-from sppo.config import (
+from sppo.core.config import (
     COMPARISON,
     RESERVED,
     SELECTION,
@@ -22,7 +22,7 @@ from sppo.config import (
     schema,
     without_effect,
 )
-from sppo.errors import UserError
+from sppo.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "config" / "config.yaml", *sorted((ROOT / "config" / "presets").glob("*.yaml"))]

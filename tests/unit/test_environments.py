@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sppo.config import resolve
-from sppo.errors import UserError
-from sppo.preflight import check_inputs
+from sppo.core.config import resolve
+from sppo.core.errors import UserError
+from sppo.workflow.preflight import check_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = sorted((ROOT / "envs").glob("*.yaml"))
@@ -73,7 +73,7 @@ def test_all_that_the_one_environment_has_is_in_core_or_eval():
 
 # --- every program finds what it imports ---
 
-# Of sppo.mt_bench these take the questions, not the grading.
+# Of sppo.evaluation.mt_bench these take the questions, not the grading.
 NOT_CALLED = dict.fromkeys(("answer_mt_bench", "sample_prompts"), {"alpaca-eval", "fschat", "openai"})
 
 
@@ -102,7 +102,7 @@ def programs() -> dict[str, set[str]]:
     for file in (ROOT / "rules").glob("*.smk"):
         for rule in re.split(r"^rule ", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
             environments = re.findall(r'"\.\./envs/(\w+)\.yaml"', rule)
-            found.setdefault(re.search(r"\{PYTHON\} src/(\w+)\.py", rule)[1], set()).update(environments)
+            found.setdefault(re.search(r"\{PYTHON\} src/([\w/]+)\.py", rule)[1], set()).update(environments)
     return found
 
 
@@ -118,7 +118,7 @@ def test_environment_of_a_program_has_what_it_imports(program, packages):
     needed = {package.lower().replace("_", "-") for module in imported(ROOT / f"src/{program}.py", set()) for package in packages.get(module, [])}
     for environment in programs()[program]:
         there = {name_of(word) for word in from_pip(ROOT / f"envs/{environment}.yaml")}
-        assert (needed & pins().keys()) - there - NOT_CALLED.get(program, set()) == set(), environment
+        assert (needed & pins().keys()) - there - NOT_CALLED.get(Path(program).stem, set()) == set(), environment
 
 
 def test_a_tracker_that_the_training_environment_lacks_is_one_line(monkeypatch):

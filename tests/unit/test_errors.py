@@ -17,13 +17,15 @@ import safetensors.torch
 import build_pairs
 import generate_responses
 import prepare_policy
-from sppo.artifacts import record_path, write_json
-from sppo.errors import UserError, run
-from sppo.models import load_policy
-from sppo.tables import write_table
+from sppo.core.artifacts import record_path, write_json
+from sppo.core.errors import UserError, run
+from sppo.policies.models import load_policy
+from sppo.core.tables import write_table
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = sorted((ROOT / "src").glob("*.py"))
+PROGRAMS = sorted(
+    file for file in (ROOT / "src").rglob("*.py") if '"__main__"' in file.read_text(encoding="utf-8")
+)
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
@@ -101,8 +103,8 @@ def test_what_the_system_says_of_a_file_or_of_memory_is_one_line(error, words, c
 
 def test_limit_on_file_sizes_met_by_a_program_is_one_line_and_leaves_nothing(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, 'src'); from pathlib import Path; from sppo.artifacts"
-        " import write_json; from sppo.errors import run\nrun(lambda: write_json(Path(sys.argv[1])"
+        "import sys; sys.path.insert(0, 'src'); from pathlib import Path; from sppo.core.artifacts"
+        " import write_json; from sppo.core.errors import run\nrun(lambda: write_json(Path(sys.argv[1])"
         " / 'x.json', 'x' * 10**6))"
     )
     done = subprocess.run(
@@ -257,7 +259,7 @@ def test_full_disk_while_a_policy_is_saved_leaves_no_folder(tiny_policy, tmp_pat
     """safetensors wraps the error of the disk in one of its own."""
     import torch
 
-    from sppo.artifacts import written_whole
+    from sppo.core.artifacts import written_whole
 
     model = load_policy(tiny_policy, torch.float32, "cpu")
 
@@ -278,7 +280,7 @@ def test_file_larger_than_the_limit_is_one_line_whoever_writes_it(kind, tmp_path
     import torch
     from safetensors.torch import save_file
 
-    from sppo.artifacts import write_text, written_whole
+    from sppo.core.artifacts import write_text, written_whole
 
     large, target = torch.rand(50_000), tmp_path / "x"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -302,6 +304,6 @@ def test_file_larger_than_the_limit_is_one_line_whoever_writes_it(kind, tmp_path
 
 
 def test_fail_prints_after_what_was_already_said():
-    code = "import sys; sys.path.insert(0, 'src'); from sppo.errors import fail; print('said'); fail('no')"
+    code = "import sys; sys.path.insert(0, 'src'); from sppo.core.errors import fail; print('said'); fail('no')"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     assert (done.stdout, done.returncode) == ("said\nerror: no\n", 1)

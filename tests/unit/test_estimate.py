@@ -10,11 +10,11 @@ import pytest
 
 import check_estimate
 import estimate_cost
-from sppo import estimate
-from sppo.artifacts import record_path, write_json
-from sppo.errors import UserError
-from sppo.estimate import GPUS, SHAPES, Shape, Use
-from sppo.tables import write_table
+from sppo.reporting import cost_model
+from sppo.core.artifacts import record_path, write_json
+from sppo.core.errors import UserError
+from sppo.reporting.cost_model import GPUS, SHAPES, Shape, Use
+from sppo.core.tables import write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = {path.stem: path for path in (ROOT / "config" / "presets").glob("*.yaml")}
@@ -41,12 +41,12 @@ def test_weights_are_those_that_transformers_counts_and_the_hub_shows(name, publ
 
     with torch.device("meta"):
         counted = AutoModelForCausalLM.from_config(config_of(name)).num_parameters()
-    assert counted == published and estimate.shape_of(config_of(name).to_dict()) == SHAPES[name]
+    assert counted == published and cost_model.shape_of(config_of(name).to_dict()) == SHAPES[name]
     assert SHAPES[name].weights == pytest.approx(published, rel=1e-3)
 
 
 def test_preference_model_is_as_large_as_pairrm():
-    assert estimate.PAIRRM.weights == pytest.approx(435e6, rel=0.02)  # DeBERTa-v3-large
+    assert cost_model.PAIRRM.weights == pytest.approx(435e6, rel=0.02)  # DeBERTa-v3-large
 
 
 def test_forward_flops_are_those_of_its_matrix_products():
@@ -61,31 +61,31 @@ def test_forward_flops_are_those_of_its_matrix_products():
         tie_word_embeddings=True), attn_implementation="eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.ones(3, 10, dtype=torch.long), use_cache=False, logits_to_keep=4)
-    assert counter.get_total_flops() == pytest.approx(estimate.forward_flops(SMALL, tokens=30, context=10, logits=12), rel=0.02)
+    assert counter.get_total_flops() == pytest.approx(cost_model.forward_flops(SMALL, tokens=30, context=10, logits=12), rel=0.02)
 
 
 def test_a_prompt_is_read_once_for_all_its_samples():
-    alone, five = (estimate.generate_flops(MISTRAL, 10, 100, samples, 50) for samples in (1, 5))
-    assert five - alone == pytest.approx(4 * (estimate.generate_flops(MISTRAL, 10, 100, 1, 50) - estimate.forward_flops(MISTRAL, 1000, 50, 0)))
-    assert estimate.score_flops(MISTRAL, 10, 100, 50) > 2 * 2 * MISTRAL.body * 10 * 150
+    alone, five = (cost_model.generate_flops(MISTRAL, 10, 100, samples, 50) for samples in (1, 5))
+    assert five - alone == pytest.approx(4 * (cost_model.generate_flops(MISTRAL, 10, 100, 1, 50) - cost_model.forward_flops(MISTRAL, 1000, 50, 0)))
+    assert cost_model.score_flops(MISTRAL, 10, 100, 50) > 2 * 2 * MISTRAL.body * 10 * 150
 
 
 def test_backward_is_two_passes_one_with_frozen_weights_and_checkpointing_adds_one():
-    assert [estimate.train_factor(lora, checkpointing) for lora in (False, True) for checkpointing in (False, True)] == [3, 4, 2, 3]
+    assert [cost_model.train_factor(lora, checkpointing) for lora in (False, True) for checkpointing in (False, True)] == [3, 4, 2, 3]
 
 
 def test_decoding_reads_all_weights_at_each_step():
     """One sequence on a bare GPU is bound by the weights' bytes; many at once cost less a token; what does not fit has no time."""
     gpu = GPUS["H100"]
-    one = estimate.decode_seconds(MISTRAL, gpu, Use(0.4, 0.5, 1.0, 1), tokens=100, context=100)
+    one = cost_model.decode_seconds(MISTRAL, gpu, Use(0.4, 0.5, 1.0, 1), tokens=100, context=100)
     assert one == pytest.approx(100 * 2 * MISTRAL.weights / gpu.bandwidth, rel=0.05)
-    assert estimate.decode_seconds(MISTRAL, gpu, USE, tokens=100, context=100) < one / 50
-    assert estimate.decode_seconds(SHAPES["google/gemma-2-27b-it"], GPUS["RTX4090"], USE, 100, 100) is None
+    assert cost_model.decode_seconds(MISTRAL, gpu, USE, tokens=100, context=100) < one / 50
+    assert cost_model.decode_seconds(SHAPES["google/gemma-2-27b-it"], GPUS["RTX4090"], USE, 100, 100) is None
 
 
 def test_memory_of_training_falls_with_gpus_checkpointing_and_lora():
     def peak(gpus=1, lora=0, checkpointing=False, micro=1):
-        return estimate.train_bytes(MISTRAL, gpus, micro, 512, 512, lora, checkpointing)
+        return cost_model.train_bytes(MISTRAL, gpus, micro, 512, 512, lora, checkpointing)
     assert peak() > 12 * MISTRAL.weights > peak(gpus=8, checkpointing=True) > 12 * MISTRAL.weights / 8
     assert peak(checkpointing=True) < peak() < peak(micro=2) and 2 * MISTRAL.weights < peak(lora=16, checkpointing=True) < 24e9
 
@@ -94,11 +94,11 @@ def test_adapters_are_as_large_as_peft_makes_them():
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sppo.training import with_lora
+    from sppo.training.trainer import with_lora
 
     with torch.device("meta"):
         model = with_lora(AutoModelForCausalLM.from_config(config_of("embedded")), {"lora_rank": 4, "lora_alpha": 8})
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == estimate.lora_weights(SHAPES["embedded"], 4)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == cost_model.lora_weights(SHAPES["embedded"], 4)
 
 
 # --- the programs ---
@@ -160,17 +160,17 @@ def test_records_of_a_run_are_held_against_the_formulas(program, tiny_policy, tm
     folder, ids = tmp_path / "iter1", list(range(3, 23))
     folder.mkdir()
     shutil.copytree(tiny_policy, folder / "policy")
-    shape = estimate.shape_of(json.loads((tiny_policy / "config.json").read_text()))
+    shape = cost_model.shape_of(json.loads((tiny_policy / "config.json").read_text()))
     write_table(folder / "responses" / "0.parquet", [
         {"prompt_id": "p", "sample_id": k, "seed": k, "prompt_token_ids": ids, "token_ids": ids, "text": f"{k}", "finish_reason": "length"} for k in range(2)], "responses")
     write_table(folder / "pairs.parquet", [
         {"pair_id": 0, "prompt_id": "p", "prompt_token_ids": ids, "chosen": "a", "chosen_token_ids": ids, "chosen_sample_id": 0, "rejected": "b",
          "rejected_token_ids": ids, "rejected_sample_id": 1, "p_hat_chosen": 0.9, "p_hat_rejected": 0.1, "p_chosen_beats_rejected": 0.9}], "pairs")
-    scored = estimate.score_flops(shape, 1, 20, 20)
+    scored = cost_model.score_flops(shape, 1, 20, 20)
 
     def record(artifact: Path, stage: str, flops: float, **arguments) -> None:
         write_json(record_path(artifact), {"sha256": "0", "stage": stage, "seconds": flops / 1e3, "peak_memory_mib": 100, "computed_in": "torch.float32", "arguments": arguments})
-    record(folder / "responses" / "0.parquet", "generate", estimate.generate_flops(shape, 1, 20, 2, 20), samples=2)
+    record(folder / "responses" / "0.parquet", "generate", cost_model.generate_flops(shape, 1, 20, 2, 20), samples=2)
     record(folder / "logps" / "current.parquet", "reference", scored, micro_batch_size=1)
     record(folder / "policy", "train", 3 * 3 * scored, micro_batch_size=1, stop_epoch=1, lora_rank=0, gradient_checkpointing=False)
     program(check_estimate, tmp_path)

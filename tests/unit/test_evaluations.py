@@ -10,9 +10,9 @@ import make_tables
 import plot_best_of_n
 import push_policy
 import summarize_run
-from sppo.artifacts import write_json
-from sppo.errors import UserError
-from sppo.evaluations import check_policy, collect, read_evaluation
+from sppo.core.artifacts import write_json
+from sppo.core.errors import UserError
+from sppo.evaluation.results import check_policy, collect, read_evaluation
 
 JUDGED = {
     "win_rate": 50.0,

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import extrapolate_policy
-from sppo.errors import UserError
-from sppo.models import check_policy, load_policy
+from sppo.core.errors import UserError
+from sppo.policies.models import check_policy, load_policy
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_the_base_is_read_tensor_by_tensor_to_the_same_bytes(program, tiny_polic
     wanted = {name: weight + 0.3 * (weight - whole["base"][name])
               for name, weight in whole["aligned"].items()}
     loaded = []
-    monkeypatch.setattr("sppo.models.load_policy",
+    monkeypatch.setattr("sppo.policies.models.load_policy",
                         lambda folder, *rest: loaded.append(folder) or load_policy(folder, *rest))
 
     program(extrapolate_policy, "--base", base, "--aligned", aligned, "--alpha", "0.3",

@@ -14,11 +14,11 @@ from scipy.optimize import minimize
 
 import check_theory
 import plot_theory
-from sppo import games as g
-from sppo import theory
-from sppo.errors import UserError
-from sppo.games import duality_gap, kl, play
-from sppo.theory import TOPICS
+from sppo.theory import games as g
+from sppo.theory import claims
+from sppo.core.errors import UserError
+from sppo.theory.games import duality_gap, kl, play
+from sppo.theory.claims import TOPICS
 
 COMAL3, START = g.GAMES["comal3"].P, g.GAMES["comal3"].start
 UNIFORM = np.full(3, 1 / 3)
@@ -448,7 +448,7 @@ def undrawn(figure, files):
 def test_both_programs_on_a_game_of_ones_own(text, simplex, program, tmp_path, monkeypatch):
     """A total order, where rewards are infinite and policies reach the corner; and a random game of six."""
     monkeypatch.setattr(plot_theory, "STEPS", 1500)
-    monkeypatch.setattr(theory, "HORIZONS", (100, 400))
+    monkeypatch.setattr(claims, "HORIZONS", (100, 400))
     if not simplex:  # once is enough to draw
         monkeypatch.setattr(plot_theory, "save", undrawn)
     text = text or "\n".join(",".join(map(str, row)) for row in g.random_game(6, seed=8).P)
@@ -469,7 +469,7 @@ def test_both_programs_on_a_game_of_ones_own(text, simplex, program, tmp_path, m
 def test_page_and_tables_of_the_embedded_game(checks, program, tmp_path, monkeypatch):
     monkeypatch.setattr(plot_theory, "STEPS", 100)
     monkeypatch.setattr(plot_theory, "save", undrawn)
-    monkeypatch.setattr(theory, "HORIZONS", (100, 400))
+    monkeypatch.setattr(claims, "HORIZONS", (100, 400))
     monkeypatch.setattr(check_theory, "all_checks", lambda: checks)
     program(check_theory, "--output", tmp_path / "checks.json")
     program(plot_theory, "--checks", tmp_path / "checks.json", "--output", tmp_path / "README.md")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from sppo.errors import UserError
-from sppo.generation import Sampling, TransformersEngine, draw_tokens, sample_seed, summary
-from sppo.models import load_policy, load_tokenizer, prompt_token_ids, stop_token_ids
-from sppo.vllm_engine import VllmEngine, request_seed
+from sppo.core.errors import UserError
+from sppo.policies.generation import Sampling, TransformersEngine, draw_tokens, sample_seed, summary
+from sppo.policies.models import load_policy, load_tokenizer, prompt_token_ids, stop_token_ids
+from sppo.policies.vllm_engine import VllmEngine, request_seed
 
 EOS = 2
 QUESTIONS = ["Hi", "Name three rivers.", "Why is the sky blue in the day and red in the evening, and black at night?",
@@ -313,7 +313,7 @@ def test_prompts_of_full_attention_are_read_once(tiny_policy, prompts):
 def test_generation_on_a_gpu_does_without_cudnn_s_attention(tiny_policy, monkeypatch):
     """It gives NaN for rows padded left with torch 2.13."""
     model = load_policy(tiny_policy, torch.float32, "cpu")
-    monkeypatch.setattr("sppo.generation.load_policy", lambda *_: model)
+    monkeypatch.setattr("sppo.policies.generation.load_policy", lambda *_: model)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)

@@ -9,29 +9,29 @@ from pathlib import Path
 
 import pytest
 
-from sppo.gpus import cores_of_job
-from sppo.errors import UserError
-from sppo.models import compute_dtype
+from sppo.policies.gpus import cores_of_job
+from sppo.core.errors import UserError
+from sppo.policies.models import compute_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
-TAKE = ("import os, sys\nfrom sppo.errors import run\nfrom sppo.gpus import take_gpus\n"
+TAKE = ("import os, sys\nfrom sppo.core.errors import run\nfrom sppo.policies.gpus import take_gpus\n"
         "run(lambda: (take_gpus(int(sys.argv[1])), print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True), sys.stdin.read()))")
 
 # A training of as many processes; in their place, accelerate's launcher says what they would see.
 LAUNCH = """
 import os, sys
 from accelerate.commands import launch
-from sppo import processes
-from sppo.errors import run
+from sppo.training import distributed
+from sppo.core.errors import run
 
 def children(arguments):
     print(os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
     sys.stdin.read()
 
-processes._check_machine, launch.launch_command = lambda *_: None, children
+distributed._check_machine, launch.launch_command = lambda *_: None, children
 train = {"processes": int(sys.argv[1]), "machines": 1, "parallel": "ddp"}
 sys.argv = ["train_policy.py"]
-run(lambda: processes.launch(train, "auto"))
+run(lambda: distributed.launch(train, "auto"))
 """
 
 
@@ -113,7 +113,7 @@ def test_a_job_computes_with_the_cores_that_it_was_given(slurm, snakemake, cores
 
 def started(environment: dict[str, str], gpus: int = 1) -> list[str]:
     """Threads and allocator settings of a program that started PyTorch."""
-    code = (f"import os; from sppo.models import start_torch; start_torch({gpus}); import torch\n"
+    code = (f"import os; from sppo.policies.models import start_torch; start_torch({gpus}); import torch\n"
             "print(torch.get_num_threads(), os.environ.get('PYTORCH_ALLOC_CONF'))")
     left = {key: value for key, value in os.environ.items() if key not in (
         "LOCAL_RANK", "SLURM_CPUS_PER_TASK", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}

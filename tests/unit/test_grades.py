@@ -10,11 +10,11 @@ import pytest
 
 import build_pairs
 import grade_responses
-from sppo.artifacts import read_json
-from sppo.errors import UserError
-from sppo.grades import GOLD, far_apart, loops, read_score, rubric
-from sppo.mt_bench import check_grader
-from sppo.tables import read_table, write_table
+from sppo.core.artifacts import read_json
+from sppo.core.errors import UserError
+from sppo.preferences.grades import GOLD, far_apart, loops, read_score, rubric
+from sppo.evaluation.mt_bench import check_grader
+from sppo.core.tables import read_table, write_table
 from test_mt_bench import KEY, server  # noqa: F401, server is a fixture
 
 PROMPTS = {"a": "What is tea?", "b": "What is rye?"}

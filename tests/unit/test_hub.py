@@ -12,10 +12,10 @@ from huggingface_hub import errors
 
 import fetch_alpaca_eval
 import push_policy
-from sppo.alpaca import DATASET_REVISION, DIFFICULTY, OFFICIAL_REFERENCE
-from sppo.artifacts import file_hash, read_json, record_path, write_json
-from sppo.errors import UserError
-from sppo.models import fetch
+from sppo.evaluation.alpaca_eval import DATASET_REVISION, DIFFICULTY, OFFICIAL_REFERENCE
+from sppo.core.artifacts import file_hash, read_json, record_path, write_json
+from sppo.core.errors import UserError
+from sppo.policies.models import fetch
 
 
 # --- errors and the token ---
@@ -57,7 +57,7 @@ def cached_alpaca_eval(tmp_path, monkeypatch) -> Path:
     """The folder of the pinned snapshot: 805 instructions and a file of difficulties that are taken for the published ones."""
     rows = [{"dataset": "d", "instruction": f"Instruction {i}", "output": "o", "generator": "gpt4_1106_preview"} for i in range(805)]
     hashes = tuple(hashlib.sha256(row["instruction"].encode()).hexdigest()[:16] for row in rows)
-    monkeypatch.setattr("sppo.alpaca._canonical_hashes", lambda: hashes)
+    monkeypatch.setattr("sppo.evaluation.alpaca_eval._canonical_hashes", lambda: hashes)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = tmp_path / "hub" / "datasets--tatsu-lab--alpaca_eval" / "snapshots" / DATASET_REVISION
     write_json(snapshot / OFFICIAL_REFERENCE, rows)

@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from sppo.errors import UserError
-from sppo.logps import collate, forward_precision, frozen_logps, frozen_response_logps, pair_batch, pair_length, response_logps
-from sppo.models import load_policy
+from sppo.core.errors import UserError
+from sppo.training.logps import collate, forward_precision, frozen_logps, frozen_response_logps, pair_batch, pair_length, response_logps
+from sppo.policies.models import load_policy
 
 EOS = 2  # and the tokenizer's pad
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sppo import games
-from sppo.config import OF_P_HAT, default_of, schema
-from sppo.losses import LOSSES, pair_loss
+from sppo.theory import games
+from sppo.core.config import OF_P_HAT, default_of, schema
+from sppo.training.losses import LOSSES, pair_loss
 
 OPTIONS = {key: default_of(rule, "paper") for key, rule in schema()["properties"]["train"]["properties"].items()}
 # One pair with reference values of its losses: log-probabilities under the policy, the reference and pi_t, tokens, P-hat, P(w beats l).
@@ -138,7 +138,7 @@ def test_registry_and_schema_name_the_same_losses_the_official_code_s_among_them
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_that_read_p_hat_are_listed_as_such(name):
-    """The configuration refuses these where pairs have none. A new loss that reads P-hat goes into OF_P_HAT of src/sppo/config.py."""
+    """The configuration refuses these where pairs have none. A new loss that reads P-hat goes into OF_P_HAT of src/sppo/core/config.py."""
     rows = random_rows(5, seed=3)
     other = [row | {key: 1 - row[key] ** 2 for key in row if key.startswith("p_")} for row in rows]
     changed = ours(name, rows, 0.1, **CASES[name])[0].tolist() != ours(name, other, 0.1, **CASES[name])[0].tolist()

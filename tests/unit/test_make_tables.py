@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import make_tables as program
-from sppo.errors import UserError
-from sppo.markup import latex_table
+from sppo.core.errors import UserError
+from sppo.reporting.table_formats import latex_table
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "config" / "published"
 INDEX = program.read_csv(PUBLISHED / "index.csv", ("table", "title", "base"))

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
-from sppo import estimate
-from sppo.estimate import SHAPES, Shape
-from sppo.logps import forward_precision, pair_batch, response_logps
-from sppo.training import with_lora
+from sppo.reporting import cost_model
+from sppo.reporting.cost_model import SHAPES, Shape
+from sppo.training.logps import forward_precision, pair_batch, response_logps
+from sppo.training.trainer import with_lora
 
 MISTRAL, LLAMA = "mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Meta-Llama-3-8B-Instruct"
 GEMMA = "google/gemma-2-9b-it"
@@ -121,7 +121,7 @@ def deep(name: str, layers: int) -> Shape:
     (deep(GEMMA, 4), 1, 4096, 16), (deep(GEMMA, 2), 1, 16, 2048)])
 def test_peak_of_one_gpu_s_training(shape, micro, prompt, response):
     found = training_peak(shape, micro, prompt, response, eager=shape.softcap)
-    formula = estimate.train_bytes(shape, 1, micro, prompt, response, 0, True, eager=shape.softcap)
+    formula = cost_model.train_bytes(shape, 1, micro, prompt, response, 0, True, eager=shape.softcap)
     assert formula == pytest.approx(found, rel=0.15)
 
 
@@ -131,7 +131,7 @@ def test_peak_of_one_gpu_s_training(shape, micro, prompt, response):
 def test_peak_of_one_of_eight_gpus(shape, micro, prompt, response, mesh):
     """FSDP2 gathers what it computes with: layers, and the embeddings and output layer."""
     found = training_peak(shape, micro, prompt, response, eager=shape.softcap, mesh=mesh)
-    formula = estimate.train_bytes(shape, 8, micro, prompt, response, 0, True, eager=shape.softcap)
+    formula = cost_model.train_bytes(shape, 8, micro, prompt, response, 0, True, eager=shape.softcap)
     assert formula == pytest.approx(found, rel=0.15)
 
 
@@ -139,7 +139,7 @@ def test_peak_of_one_of_eight_gpus(shape, micro, prompt, response, mesh):
 def test_peak_without_checkpointing(layers, width):
     shape = deep(MISTRAL, layers)
     found = training_peak(shape, 2, 1024, 256, checkpointing=False, width=width)
-    formula = estimate.train_bytes(shape, 1, 2, 1024, 256, 0, False, width)
+    formula = cost_model.train_bytes(shape, 1, 2, 1024, 256, 0, False, width)
     assert formula == pytest.approx(found, rel=0.15)
 
 
@@ -148,7 +148,7 @@ def test_peak_without_checkpointing(layers, width):
     (replace(SMALL, intermediate=448), 1024, 64)])
 def test_peak_of_lora(shape, prompt, response):
     found = training_peak(shape, 1, prompt, response, lora=8)
-    formula = estimate.train_bytes(shape, 1, 1, prompt, response, 8, True)
+    formula = cost_model.train_bytes(shape, 1, 1, prompt, response, 8, True)
     assert formula == pytest.approx(found, rel=0.15)
 
 
@@ -161,5 +161,5 @@ def test_peak_of_scoring(shape, micro, prompt, response):
         model = make_model(shape, torch.float32, shape.softcap)
         with Peak(model) as peak, forward_precision("cpu", torch.bfloat16):
             response_logps(model, batch)
-    formula = estimate.score_bytes(shape, micro, prompt, response, False, eager=shape.softcap)
+    formula = cost_model.score_bytes(shape, micro, prompt, response, False, eager=shape.softcap)
     assert formula == pytest.approx(peak.bytes, rel=0.15)

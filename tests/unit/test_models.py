@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 import prepare_policy
-from sppo import models
-from sppo.artifacts import file_hash
-from sppo.errors import UserError
-from sppo.models import check_policy, link_files, load_policy, load_tokenizer
-from sppo.rankers import load_base
+from sppo.policies import models
+from sppo.core.artifacts import file_hash
+from sppo.core.errors import UserError
+from sppo.policies.models import check_policy, link_files, load_policy, load_tokenizer
+from sppo.preferences.embedded import load_base
 
 DAMAGED = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors")
 

@@ -18,9 +18,10 @@ pytest.importorskip("fastchat.llm_judge.gen_judgment", reason="FastChat is not i
 import answer_mt_bench
 import evaluate_mt_bench
 import fetch_mt_bench
-from sppo import models, mt_bench
-from sppo.artifacts import read_json
-from sppo.errors import UserError
+from sppo.policies import models
+from sppo.evaluation import mt_bench
+from sppo.core.artifacts import read_json
+from sppo.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data/mt_bench"

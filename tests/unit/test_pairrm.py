@@ -19,14 +19,14 @@ from transformers import DebertaV2Config, DebertaV2Model
 
 import annotate_preferences
 import prepare_preference_model
-from sppo.adapters import check_pairrm, is_pairrm
-from sppo.artifacts import read_json, record_path
-from sppo.config import COMPARISON, SELECTION, resolve, schema
-from sppo.errors import UserError
-from sppo.pairrm import FIRST, MARKS, SECOND, SOURCE, PairRanker, PairRM, batches
-from sppo.preflight import check_inputs
-from sppo.preference import win_probabilities
-from sppo.tables import read_table, write_table
+from sppo.preferences.adapters import check_pairrm, is_pairrm
+from sppo.core.artifacts import read_json, record_path
+from sppo.core.config import COMPARISON, SELECTION, resolve, schema
+from sppo.core.errors import UserError
+from sppo.preferences.pairrm import FIRST, MARKS, SECOND, SOURCE, PairRanker, PairRM, batches
+from sppo.workflow.preflight import check_inputs
+from sppo.preferences.estimates import win_probabilities
+from sppo.core.tables import read_table, write_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64,
@@ -306,7 +306,7 @@ def test_every_stage_that_asks_it_is_planned_with_it(folders, tmp_path):
                           "runs:\n  k2: {responses: {samples: 2}}\n")
     assert "prepare_preference_model.py --model" in said and said.count("Putting PairRM into results/iter0/preference_model") == 1
     for program in ("annotate_preferences", "pick_best_of_n", "evaluate_alpaca_eval"):
-        lines = [line for line in said.splitlines() if f"src/{program}.py" in line]
+        lines = [line for line in said.splitlines() if f"/{program}.py" in line]
         assert any("results/iter0/preference_model" in line for line in lines), program
     assert "--batch-tokens 512" in said and "data/ranker" not in said and "--model ranker" not in said
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from sppo.errors import UserError
-from sppo.preference import even_length_penalty, mean_logits, p_hat, p_hat_weighted, win_probabilities, winner_and_loser
+from sppo.core.errors import UserError
+from sppo.preferences.estimates import even_length_penalty, mean_logits, p_hat, p_hat_weighted, win_probabilities, winner_and_loser
 
 # Logits of one prompt, and reference values of what follows from them.
 L = np.array([[0.0, 1.2, -0.3, 2.0, 0.7], [-0.8, 0.0, 0.5, 0.1, -1.0], [0.6, -0.2, 0.0, 1.4, 0.3],

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 import sample_prompts
-from sppo.artifacts import read_json, record_path
-from sppo.config import resolve
-from sppo.errors import UserError
-from sppo.models import fetch, load_tokenizer, prompt_token_ids
-from sppo.preflight import check_inputs
-from sppo.prompts import read_instructions, read_prompts
-from sppo.tables import read_table
+from sppo.core.artifacts import read_json, record_path
+from sppo.core.config import resolve
+from sppo.core.errors import UserError
+from sppo.policies.models import fetch, load_tokenizer, prompt_token_ids
+from sppo.workflow.preflight import check_inputs
+from sppo.policies.prompts import read_instructions, read_prompts
+from sppo.core.tables import read_table
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -311,7 +311,7 @@ def error_lines(done: subprocess.CompletedProcess) -> list[str]:
 
 def test_hub_model_comes_from_the_local_cache_and_its_commit_is_recorded(tiny_policy, tmp_path):
     shutil.copytree(tiny_policy, cached(tmp_path, "models", "tiny"), dirs_exist_ok=True)
-    done = run("prepare_policy.py", "--model", "org/tiny", "--revision", COMMIT, "--output", tmp_path / "policy", env=offline(tmp_path))
+    done = run("tools/prepare_policy.py", "--model", "org/tiny", "--revision", COMMIT, "--output", tmp_path / "policy", env=offline(tmp_path))
     assert done.returncode == 0, done.stderr
     assert read_json(record_path(tmp_path / "policy"))["commit"] == COMMIT
     assert (tmp_path / "policy" / "model.safetensors").read_bytes() == (tiny_policy / "model.safetensors").read_bytes()
@@ -326,7 +326,7 @@ def test_hub_model_without_a_revision_is_the_newest_cached(tmp_path, monkeypatch
 
 
 def test_hub_id_that_is_not_cached_is_one_line_offline(tmp_path):
-    done = run("prepare_policy.py", "--model", "org/unknown", "--revision", COMMIT, "--output", tmp_path / "policy", env=offline(tmp_path))
+    done = run("tools/prepare_policy.py", "--model", "org/unknown", "--revision", COMMIT, "--output", tmp_path / "policy", env=offline(tmp_path))
     (line,) = error_lines(done)
     assert "org/unknown" in line and COMMIT in line
     assert not (tmp_path / "policy").exists()
@@ -340,7 +340,7 @@ def test_each_iteration_takes_its_own_commit_and_the_newest_where_none_is_named(
 
 def test_hub_data_set_whose_ids_repeat_is_read_as_published(tmp_path):
     jsonl(cached(tmp_path, "datasets", "questions") / "train.jsonl", *({"prompt": f"Question {i}?", "id": "same"} for i in range(3)))
-    code = "from sppo.prompts import read_prompts; print(*(row['id'] for row in read_prompts('org/questions', None, 'train', 'prompt')[0]))"
+    code = "from sppo.policies.prompts import read_prompts; print(*(row['id'] for row in read_prompts('org/questions', None, 'train', 'prompt')[0]))"
     done = subprocess.run([sys.executable, "-c", code], env=offline(tmp_path) | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True)
     assert done.stdout.split() == ["same", "same#2", "same#3"], done.stderr
 
@@ -348,7 +348,7 @@ def test_hub_data_set_whose_ids_repeat_is_read_as_published(tmp_path):
 def test_empty_prompts_of_the_hub_are_counted_and_left_out(tmp_path):
     """Nobody here can remove that line."""
     jsonl(cached(tmp_path, "datasets", "questions") / "train.jsonl", *({"prompt": text} for text in ("One?", "", None, " ", "Two?")))
-    code = ("from sppo.prompts import read_prompts; rows, _, empty = read_prompts('org/questions', None, 'train', 'prompt'); "
+    code = ("from sppo.policies.prompts import read_prompts; rows, _, empty = read_prompts('org/questions', None, 'train', 'prompt'); "
             "print([row['messages'][0]['content'] for row in rows], empty)")
     done = subprocess.run([sys.executable, "-c", code], env=offline(tmp_path) | {"PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True)
     assert done.stdout.strip() == "['One?', 'Two?'] 3", done.stderr

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT / "src"))
 
-from sppo import ranker_data  # noqa: E402
-from sppo.errors import UserError  # noqa: E402
+from sppo.preferences import embedded_data  # noqa: E402
+from sppo.core.errors import UserError  # noqa: E402
 
 SPEC = {"name": "tiny", "base": "tiny", "layers": 2, "lora_from": 1, "lora_rank": 2, "dimensions": 4,
         "max_prompt_tokens": 24, "max_answer_tokens": 32, "logit_scale": 0.5, "length_weight": 0.3}
@@ -53,7 +53,7 @@ def adapter_dir(base_dir, tmp_path_factory):
     import torch
     from safetensors.torch import save_file
 
-    from sppo.rankers import PreferenceEmbedder, load_base
+    from sppo.preferences.embedded import PreferenceEmbedder, load_base
 
     folder = tmp_path_factory.mktemp("adapter")
     backbone, tokenizer = load_base(base_dir, torch.float32)
@@ -68,7 +68,7 @@ def adapter_dir(base_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranker(adapter_dir, base_dir):
-    from sppo.rankers import EmbeddedRanker
+    from sppo.preferences.embedded import EmbeddedRanker
 
     return EmbeddedRanker(adapter_dir, base_dir, "float32")
 
@@ -86,7 +86,7 @@ def test_skew_logits_equal_the_paper_formula():
     """GPM eq. 3, written out: e_i^T R e_j with R = blockdiag([[0, -1], [1, 0]])."""
     import torch
 
-    from sppo.rankers import skew_logits
+    from sppo.preferences.embedded import skew_logits
 
     e = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     R = torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)] * 3)
@@ -142,7 +142,7 @@ def test_merged_update_equals_the_low_rank_layers(adapter_dir, base_dir, ranker)
     import torch
     from safetensors.torch import load_file
 
-    from sppo.rankers import PreferenceEmbedder, load_base
+    from sppo.preferences.embedded import PreferenceEmbedder, load_base
 
     unmerged = PreferenceEmbedder(*load_base(base_dir, torch.float32), SPEC).eval()
     unmerged.load_state_dict(load_file(adapter_dir / "adapter.safetensors"), strict=False)
@@ -177,7 +177,7 @@ def test_long_texts_keep_head_and_tail(ranker):
 
 
 def test_unusable_folders_are_one_line_errors(adapter_dir, base_dir, tmp_path):
-    from sppo.rankers import EmbeddedRanker
+    from sppo.preferences.embedded import EmbeddedRanker
 
     with pytest.raises(UserError, match="has no ranker.json"):
         EmbeddedRanker(tmp_path, base_dir)
@@ -204,7 +204,7 @@ def test_adapter_whose_tensors_are_not_all_used_is_one_line(change, adapter_dir,
     import torch
     from safetensors.torch import load_file, save_file
 
-    from sppo.rankers import EmbeddedRanker
+    from sppo.preferences.embedded import EmbeddedRanker
 
     folder = Path(shutil.copytree(adapter_dir, tmp_path / "adapter"))
     tensors = load_file(folder / "adapter.safetensors")
@@ -234,11 +234,11 @@ def annotations(instructions=30, models=6, seed=0):
 
 
 def test_parts_are_stable_disjoint_and_of_the_stated_sizes():
-    parts = [ranker_data.part_of(f"instruction {i}") for i in range(4000)]
-    shares = [parts.count(name) / len(parts) for name in ranker_data.PARTS]
+    parts = [embedded_data.part_of(f"instruction {i}") for i in range(4000)]
+    shares = [parts.count(name) / len(parts) for name in embedded_data.PARTS]
     np.testing.assert_allclose(shares, [0.4, 0.4, 0.2], atol=0.03)
-    assert ranker_data.part_of(" instruction 1\n") == parts[1]
-    assert ranker_data.instruction_hash("a ") == ranker_data.instruction_hash("a")
+    assert embedded_data.part_of(" instruction 1\n") == parts[1]
+    assert embedded_data.instruction_hash("a ") == embedded_data.instruction_hash("a")
 
 
 def test_shipped_training_instructions_are_disjoint():
@@ -260,48 +260,48 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path):
     frame.loc[3, "preference"], frame.loc[4, "output_2"] = 3.0, frame.loc[4, "output_1"]
     frame.loc[5, "output_2"] = None
     frame.to_parquet(tmp_path / "a.parquet")
-    rows, excluded = ranker_data.load_annotations(tmp_path / "a.parquet")
+    rows, excluded = embedded_data.load_annotations(tmp_path / "a.parquet")
     assert len(rows) == 4
     assert excluded == {"missing_preference": 1, "missing_text": 1, "draw": 2, "out_of_range": 1, "identical_outputs": 1}
 
 
 def test_balance_gives_equally_many_wins_and_is_seeded():
     frame = annotations()
-    even = ranker_data.balance(frame, 3)
+    even = embedded_data.balance(frame, 3)
     assert (even["preference"] > 1.5).sum() == (even["preference"] < 1.5).sum() == min((frame["preference"] > 1.5).sum(), (frame["preference"] < 1.5).sum())
-    pd.testing.assert_frame_equal(even, ranker_data.balance(frame, 3))
+    pd.testing.assert_frame_equal(even, embedded_data.balance(frame, 3))
 
 
 def test_groups_are_fair_to_the_reference_and_seeded():
     frame = annotations(200)
-    groups = ranker_data.make_groups([frame], 5, 1, False, "ranker")
-    assert groups == ranker_data.make_groups([frame], 5, 1, False, "ranker")
-    assert all(ranker_data.part_of(group.instruction) == "ranker" for group in groups)
-    held_out = ranker_data.make_groups([frame], 5, 1, True, "ranker")
+    groups = embedded_data.make_groups([frame], 5, 1, False, "ranker")
+    assert groups == embedded_data.make_groups([frame], 5, 1, False, "ranker")
+    assert all(embedded_data.part_of(group.instruction) == "ranker" for group in groups)
+    held_out = embedded_data.make_groups([frame], 5, 1, True, "ranker")
     assert not {group.instruction for group in groups} & {group.instruction for group in held_out}
     for group in groups:
         ours = [1 if i == 0 else -1 for i, j, _ in group.pairs if 0 in (i, j)]
         assert sum(ours) == 0  # the reference wins as often as it loses: its style says nothing
-        assert all(0.5 < target <= ranker_data.MAX_TARGET for *_, target in group.pairs)
-    weight = ranker_data.shorter_weight(groups, 0.6)
+        assert all(0.5 < target <= embedded_data.MAX_TARGET for *_, target in group.pairs)
+    weight = embedded_data.shorter_weight(groups, 0.6)
     sides = [len(g.texts[i]) > len(g.texts[j]) for g in groups for i, j, _ in g.pairs]
     total = sum(1 if longer else weight for longer in sides)
     assert sum(sides) / total == pytest.approx(0.6)
 
 
 def test_log_odds():
-    np.testing.assert_allclose(ranker_data.log_odds([1.0, 1.5, 2.0, 1.75]), [-16, 0, 16, np.log(3)], atol=1e-9)
+    np.testing.assert_allclose(embedded_data.log_odds([1.0, 1.5, 2.0, 1.75]), [-16, 0, 16, np.log(3)], atol=1e-9)
 
 
 def test_corruptions():
     text = "The first sentence is here. The second follows it at once. A third one comes. Then the fourth. And the end of it all."
-    made = {kind: corrupt(text, random.Random(1)) for kind, corrupt in ranker_data.CORRUPTIONS.items()}
+    made = {kind: corrupt(text, random.Random(1)) for kind, corrupt in embedded_data.CORRUPTIONS.items()}
     assert text.startswith(made["cut"]) and 0 < len(made["cut"]) < 0.7 * len(text)
     assert sorted(made["shuffled"].split()) == sorted(text.split()) and made["shuffled"] != text
     assert made["shuffled_sentences"] != text and len(made["shuffled_sentences"]) == len(text)
     opening = " ".join(made["repeated"].split()[:8])
     assert made["repeated"].count(opening) >= 3 and text.startswith(opening)
-    for kind, corrupt in ranker_data.CORRUPTIONS.items():
+    for kind, corrupt in embedded_data.CORRUPTIONS.items():
         assert corrupt(text, random.Random(1)) == made[kind]
         corrupt("", random.Random(0)), corrupt("one", random.Random(0))  # nothing to corrupt is no crash
 
@@ -314,13 +314,13 @@ def test_corruptions():
 def test_evaluation_errors_are_one_line(tmp_path, case, says, monkeypatch, capsys):
     """Through main() in this process, for an interpreter that imports torch takes seconds to start."""
     import evaluate_ranker
-    from sppo.errors import run
-    from sppo.rankers import SPEC
+    from sppo.core.errors import run
+    from sppo.preferences.embedded import SPEC
 
     file, frame = tmp_path / "a.parquet", annotations(6)
     adapters = tmp_path / "data" / "judge"
     adapters.mkdir(parents=True)
-    hashes = [ranker_data.instruction_hash(i) for i in frame["instruction"]] if case == "all_training" else []
+    hashes = [embedded_data.instruction_hash(i) for i in frame["instruction"]] if case == "all_training" else []
     (adapters / "training_instructions.txt").write_text("\n".join(hashes))
     (adapters / "ranker.json").write_text(json.dumps(dict.fromkeys(SPEC, "judge")))
     (adapters / "adapter.safetensors").write_bytes((0).to_bytes(8, "little") if case != "no_base" else
@@ -373,6 +373,6 @@ def test_half_of_the_shared_annotations_are_usable():
     file = SHARED / "alpaca_eval_1_gpt4_annotations.parquet"
     if not file.is_file():
         pytest.skip(f"{file} is not here")
-    frame, excluded = ranker_data.load_annotations(file)
+    frame, excluded = embedded_data.load_annotations(file)
     assert excluded["missing_preference"] == 57 and excluded["draw"] >= 172
     assert 0.79 < (frame["preference"] > 1.5).mean() < 0.81

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 import recompute_alpaca_eval as program
-from sppo import alpaca
-from sppo.errors import UserError
+from sppo.evaluation import alpaca_eval
+from sppo.core.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the published annotations are not on this machine")
@@ -97,4 +97,4 @@ def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, case, says):
 
 def test_a_wrong_order_of_the_805_is_refused(tmp_path):
     with pytest.raises(UserError, match="goes by position"):
-        alpaca.check_order([{"instruction": "not one of them"}], tmp_path / "df_gamed.csv")
+        alpaca_eval.check_order([{"instruction": "not one of them"}], tmp_path / "df_gamed.csv")

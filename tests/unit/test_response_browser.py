@@ -12,10 +12,10 @@ import pytest
 
 import build_pairs
 import build_response_browser as browser
-from sppo.artifacts import write_json
-from sppo.errors import UserError
-from sppo.preference import win_probabilities
-from sppo.tables import read_table, write_table
+from sppo.core.artifacts import write_json
+from sppo.core.errors import UserError
+from sppo.preferences.estimates import win_probabilities
+from sppo.core.tables import read_table, write_table
 
 EVIL = "a </script><script>alert(1)</script> <!-- <script> @DATA@ \u2028 \\ <b>é</b>"
 LOGITS = {"a": np.array([[0.0, 1.0, 2.0], [-1.0, 0.0, 3.0], [-2.0, 0.5, 0.0]]),

@@ -15,11 +15,11 @@ import pytest
 import yaml
 from snakemake.utils import update_config
 
-from sppo.artifacts import file_hash, record_path, write_json
-from sppo.config_files import check_files
-from sppo.config import ENGINE_KEYS, default_of, resolve, schema
-from sppo.errors import UserError, explained
-from sppo.preflight import check_folder_for_slurm, check_inputs, check_machine, gpus_here
+from sppo.core.artifacts import file_hash, record_path, write_json
+from sppo.core.config_files import check_files
+from sppo.core.config import ENGINE_KEYS, default_of, resolve, schema
+from sppo.core.errors import UserError, explained
+from sppo.workflow.preflight import check_folder_for_slurm, check_inputs, check_machine, gpus_here
 
 ROOT = Path(__file__).resolve().parents[2]
 RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
@@ -33,8 +33,8 @@ def test_the_snakefile_needs_only_snakemake():
     """With conda, Snakemake runs in an environment of its own, without the programs' packages."""
     code = ("import sys\nfor name in ('numpy', 'pandas', 'pyarrow', 'torch', 'transformers', 'openai', 'alpaca_eval', 'fastchat', 'datasets'):\n"
             "    sys.modules[name] = None\n"
-            "import sppo.adapters, sppo.config, sppo.errors, sppo.preflight, sppo.stages\n"
-            "import yaml\nsppo.preflight.check_inputs(sppo.config.resolve(yaml.safe_load(open('config/config.yaml'))))")
+            "import sppo.preferences.adapters, sppo.core.config, sppo.core.errors, sppo.workflow.preflight, sppo.core.stages\n"
+            "import yaml\nsppo.workflow.preflight.check_inputs(sppo.core.config.resolve(yaml.safe_load(open('config/config.yaml'))))")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": "src"})
 
 
@@ -69,7 +69,7 @@ def test_rule_is_described_logged_measured_and_isolated(rule):
 def test_rule_calls_its_program_with_arguments_that_it_has(rule):
     """The program exists, and every artifact it is told to write has a record among the outputs."""
     body = rules()[rule]
-    (program,) = re.findall(r"\{PYTHON\} (src/\w+\.py)", body)
+    (program,) = re.findall(r"\{PYTHON\} (src/[\w/]+\.py)", body)
     source = (ROOT / program).read_text(encoding="utf-8")
     known = set(re.findall(r'add_argument\("--([a-z-]+)"', source))
     for section in re.findall(r'add_section\(parser, "(\w+)"', source):
@@ -409,7 +409,7 @@ def test_chats_are_written_alike_everywhere_and_no_evaluation_s_questions_are_dr
     lines = (done.stdout + done.stderr).splitlines()
     kwargs = shlex.quote('{"enable_thinking": false, "words": "it\'s"}')
     for program in ("sample_prompts", "generate_responses", "annotate_preferences", "build_pairs", "answer_instructions", "answer_mt_bench"):
-        run = [line for line in lines if f"src/{program}.py" in line]
+        run = [line for line in lines if f"/{program}.py" in line]
         assert run and all(f"--chat-template-kwargs {kwargs} --template-date 2024-07-26" in line for line in run), program
         assert all(("--thoughts strip" in line) == program.startswith(("generate", "answer")) for line in run)
     assert any("--held-out data/evaluation.json data/mt_bench/question.jsonl --earlier" in line for line in lines)

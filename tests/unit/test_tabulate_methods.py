@@ -7,8 +7,8 @@ import csv
 import pytest
 
 import tabulate_methods
-from sppo.artifacts import write_json
-from sppo.errors import UserError
+from sppo.core.artifacts import write_json
+from sppo.core.errors import UserError
 
 
 def judged(lc, low, high):

@@ -15,15 +15,18 @@ import pytest
 import sppo
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = sorted(
+    file for file in (ROOT / "src").rglob("*.py") if '"__main__"' in file.read_text(encoding="utf-8")
+)
 # As src/train_policy.py does it: the package first, then a trainer of TRL's. A thread sends
 # reports, and may be late.
 TRAINER = """
 import sys
-import sppo.errors
+import sppo.core.errors
 from pathlib import Path
 import torch
-from sppo.models import load_policy, load_tokenizer, start_torch
-from sppo.training import make_trl_trainer
+from sppo.policies.models import load_policy, load_tokenizer, start_torch
+from sppo.training.trainer import make_trl_trainer
 start_torch()
 policy, work = Path(sys.argv[1]), Path(sys.argv[2])
 options = {"loss": "dpo", "beta": 0.1, "precision": "float32", "learning_rate": 1e-4,
@@ -105,7 +108,7 @@ def test_the_server_would_have_heard_of_it(hub, tiny_policy, tmp_path):
     assert any(path.startswith("/api/telemetry/trl/") for path in hub.asked)
 
 
-@pytest.mark.parametrize("program", sorted((ROOT / "src").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
 def test_every_program_imports_the_package_before_what_reports(program):
     """Packages read the variables when they are imported."""
     reporting = {

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import train_on_games
-from sppo.artifacts import read_json
-from sppo.small_policies import PROMPT, expected_pairs, sampled_pairs, strings
+from sppo.core.artifacts import read_json
+from sppo.theory.small_policies import PROMPT, expected_pairs, sampled_pairs, strings
 from train_on_games import ETA, GAME, K, apart, errors, exact, one_run, stretch
 
 

@@ -23,16 +23,16 @@ from torch.utils.data import BatchSampler, SequentialSampler
 import prepare_policy
 import score_reference
 import train_policy
-from sppo import training
-from sppo.artifacts import file_hash, read_json, record_path, write_json
-from sppo.cards import header
-from sppo.checkpoints import alone, last_checkpoint, remove_damaged
-from sppo.config import default_of, schema
-from sppo.errors import UserError
-from sppo.logps import pair_batch, pair_length, response_logps
-from sppo.models import check_policy, load_policy
-from sppo.tables import read_table, write_table
-from sppo.training import IDENTITY_TOLERANCE, collate_pairs, evened, identity_fault, make_trainer, plan, training_order
+from sppo.training import trainer
+from sppo.core.artifacts import file_hash, read_json, record_path, write_json
+from sppo.reporting.cards import header
+from sppo.training.checkpoints import alone, last_checkpoint, remove_damaged
+from sppo.core.config import default_of, schema
+from sppo.core.errors import UserError
+from sppo.training.logps import pair_batch, pair_length, response_logps
+from sppo.policies.models import check_policy, load_policy
+from sppo.core.tables import read_table, write_table
+from sppo.training.trainer import IDENTITY_TOLERANCE, collate_pairs, evened, identity_fault, make_trainer, plan, training_order
 
 DEFAULTS = {key: default_of(rule, "paper") for key, rule in schema()["properties"]["train"]["properties"].items()}
 
@@ -414,7 +414,7 @@ def train_until(place: Place, monkeypatch, name: str, step: int, **options: obje
         if state.global_step == step:
             raise Killed
     with monkeypatch.context() as patch:
-        patch.setattr(training.Say, "on_step_begin", on_step_begin)
+        patch.setattr(trainer.Say, "on_step_begin", on_step_begin)
         with pytest.raises(Killed):
             place.train(name, **options)
 
@@ -536,9 +536,9 @@ def test_full_disk_while_a_checkpoint_is_written_is_one_line_and_training_goes_o
         if self.state.global_step == 3:
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # torch.save says no more
         return saved(self, *_)
-    saved = training.PairTrainer._save_optimizer_and_scheduler
+    saved = trainer.PairTrainer._save_optimizer_and_scheduler
     with monkeypatch.context() as patch:
-        patch.setattr(training.PairTrainer, "_save_optimizer_and_scheduler", full)
+        patch.setattr(trainer.PairTrainer, "_save_optimizer_and_scheduler", full)
         with pytest.raises(UserError, match="no space left on device while writing .*policy.work.*MiB free"):
             place.train("policy", **RESUMABLE)
     capsys.readouterr()
@@ -552,7 +552,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {source!r})
-from sppo.checkpoints import alone
+from sppo.training.checkpoints import alone
 with alone(Path({output!r})):
     print("held", flush=True)
     sys.stdin.readline()
@@ -650,7 +650,7 @@ def test_lora_trains_holds_the_identity_and_gives_a_plain_folder(place):
 
 def test_lora_in_bfloat16_holds_frozen_weights_in_it_and_merges_in_float32(place, monkeypatch):
     """The base is rounded, its reference with it; what the adapters learned is not, though it is smaller than bfloat16 resolves."""
-    monkeypatch.setattr(training, "check_kept_update", training.share_kept_in_bfloat16)
+    monkeypatch.setattr(trainer, "check_kept_update", trainer.share_kept_in_bfloat16)
     place.score(place.policy, "bfloat16", lora_rank=4)
     words = {"precision": "bfloat16", "lora_rank": 4, "gradient_checkpointing": "true", "beta": 0.1, "max_grad_norm": 1.0}
     trained, start = place.train("policy", learning_rate=1e-3, **words), place.start()
@@ -674,7 +674,7 @@ def test_share_of_a_lora_update_that_bfloat16_keeps(size, left):
     for name, weight in model.named_parameters():
         if "lora_" in name:
             weight.data.normal_(std=math.sqrt(size) / 64**0.25)
-    assert training.share_kept_in_bfloat16(model) == pytest.approx(left, abs=0.03)
+    assert trainer.share_kept_in_bfloat16(model) == pytest.approx(left, abs=0.03)
 
 
 def test_lora_update_that_bfloat16_would_drop_is_refused(place, capsys):
@@ -763,7 +763,7 @@ def test_loss_that_is_no_number_is_refused_and_no_policy_is_written(place):
 
 def test_infinite_gradient_norm_stops_before_the_step_is_kept(place, monkeypatch):
     """Without clipping, where nothing else would notice."""
-    monkeypatch.setattr(training.PairTrainer, "_get_grad_norm", lambda *_, **__: math.inf)
+    monkeypatch.setattr(trainer.PairTrainer, "_get_grad_norm", lambda *_, **__: math.inf)
     with pytest.raises(UserError, match=r"gradient norm of step 1 \(pairs \d+, \d+\) is inf; lower train.learning_rate"):
         place.train("policy", batch_size=2, micro_batch_size=1, checkpoint_steps=1, max_grad_norm=0)
     assert not list((place.folder / ".policy.work").glob("checkpoint-*"))

@@ -38,8 +38,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    from sppo.models import start_torch
-    from sppo.vllm_engine import VllmEngine
+    from sppo.policies.models import start_torch
+    from sppo.policies.vllm_engine import VllmEngine
 
     start_torch()
     return VllmEngine(folder, precision="float32", device="cpu", batch_size=64, tensor_parallel=1)
@@ -47,13 +47,13 @@ def engine(folder):
 
 @pytest.fixture(scope="module")
 def reference(folder):
-    from sppo.generation import TransformersEngine
+    from sppo.policies.generation import TransformersEngine
 
     return TransformersEngine(folder, precision="float32", device="cpu", attention=None, batch_size=64)
 
 
 def asked(engine, texts: list[str]) -> list[dict]:
-    from sppo.models import prompt_token_ids
+    from sppo.policies.models import prompt_token_ids
 
     return [{"prompt_id": f"p{i}", "prompt_token_ids": prompt_token_ids(engine.tokenizer, [{"role": "user", "content": text}])}
             for i, text in enumerate(texts)]
@@ -66,7 +66,7 @@ def prompts(engine) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def sampling():
-    from sppo.generation import Sampling
+    from sppo.policies.generation import Sampling
 
     return Sampling(samples=3, temperature=1.0, top_p=1.0, max_new_tokens=32)
 
@@ -145,7 +145,7 @@ def test_frequencies_are_the_model_s_own_distribution(temperature, top_p, engine
     """First tokens of many samples against transformers' logits, by chi-square. The prompt is short, for a CPU reads it for each sample."""
     import torch
 
-    from sppo.generation import Sampling
+    from sppo.policies.generation import Sampling
 
     n, prompt = 1024, {"prompt_id": "short", "prompt_token_ids": engine.tokenizer.encode("My favourite colour is")}
     drawn = [row["token_ids"][0] for row in engine.generate([prompt], Sampling(n, temperature, top_p, 1), 0, "iter1")]
@@ -168,7 +168,7 @@ def test_greedy_answers_are_those_of_transformers(engine, prompts, reference, ca
     """Where the two part, their tokens are within rounding of a tie, by transformers' own logits."""
     import torch
 
-    from sppo.generation import Sampling
+    from sppo.policies.generation import Sampling
 
     more = prompts + [row | {"prompt_id": f"q{i}"} for i, row in enumerate(asked(engine, [
         "Why is the sky blue in the day and red in the evening, and black at night?", "def f(x):\n    return x", "Write a haiku about snow."]))]
@@ -210,7 +210,7 @@ def test_more_tokens_than_a_step_takes_change_no_sample(engine, sampling, prompt
 
 
 def test_a_prompt_that_does_not_fit_is_one_line(engine, sampling):
-    from sppo.errors import UserError
+    from sppo.core.errors import UserError
 
     with pytest.raises(UserError, match="^a prompt of 8170 tokens and max_new_tokens = 32 do not fit the .+ lower max_new_tokens.+$"):
         engine.generate([{"prompt_id": "p", "prompt_token_ids": [5] * 8170}], sampling, 0, "iter1")
@@ -233,7 +233,7 @@ def workflow(folder: Path, shards: int, wanted: list[int]) -> None:
 
 
 def rows(folder: Path, shards: int) -> list[dict]:
-    from sppo.tables import read_table
+    from sppo.core.tables import read_table
 
     made = [row for shard in range(shards) for row in read_table(folder / f"results/tiny/iter1/responses/{shard}.parquet", "responses")]
     return sorted(made, key=lambda row: (row["prompt_id"], row["sample_id"]))

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sppo.preference import mean_logits, win_probabilities, winner_and_loser
-from sppo.tables import read_table
+from sppo.preferences.estimates import mean_logits, win_probabilities, winner_and_loser
+from sppo.core.tables import read_table
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}  # all cores, as a user has
@@ -91,7 +91,7 @@ def test_killed_resumed_and_finished(clone):
 
 def test_results_are_verified_and_a_rebuilt_record_makes_nothing_again(clone):
     def verify(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "src/verify_results.py", *words], cwd=clone[0], capture_output=True, text=True)
+        return subprocess.run([sys.executable, "src/tools/verify_results.py", *words], cwd=clone[0], capture_output=True, text=True)
     assert (whole := verify()).returncode == 0, whole.stdout
     root = clone[0] / "results/tiny"
     (root / "iter1/policy.record.json").write_text("{")
@@ -129,7 +129,7 @@ def test_stale_artifacts_are_listed_not_rerun(clone):
     program = clone[0] / "src/build_pairs.py"
     program.write_text(program.read_text() + "\n# a cosmetic edit\n")
 
-    listed = subprocess.run([sys.executable, "src/list_stale.py"], cwd=clone[0], check=True, capture_output=True, text=True).stdout
+    listed = subprocess.run([sys.executable, "src/tools/list_stale.py"], cwd=clone[0], check=True, capture_output=True, text=True).stdout
 
     assert "iter1/pairs.parquet: other program" in listed and "iter1/prompts.parquet:" not in listed
     assert "Nothing to be done" in snakemake(clone, "results/tiny/iter2/pairs.parquet")

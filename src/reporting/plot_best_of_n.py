@@ -1,0 +1,46 @@
+"""Best of n over n: win rate, LC and length of the same samples, reranked.
+
+Reads   best_of_{n}/alpaca_eval.json, one an n
+Writes  a table (.csv), a plot (.png and .svg), their records
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from pathlib import Path
+
+import _path  # noqa: F401
+from sppo.core.artifacts import recorded, write_text
+from sppo.core.errors import UserError, run
+from sppo.evaluation.results import read_evaluation
+from sppo.reporting.figures import plot_win_rates
+
+COLUMNS = ("win_rate", "standard_error", "length_controlled_winrate", "avg_length", "n_total")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--alpaca-eval", type=Path, nargs="+", required=True, help="best_of_{n}/alpaca_eval.json")
+    parser.add_argument("--output", type=Path, required=True, help="best_of_n.csv")
+    parser.add_argument("--plot", type=Path, required=True, help="best_of_n.png; an .svg is written beside it")
+    args = parser.parse_args()
+    judged = {}
+    for path in args.alpaca_eval:
+        found = re.fullmatch(r"best_of_(\d+)", path.parent.name)
+        if not found:
+            raise UserError(f"{path} does not lie in a folder best_of_<number>")
+        judged[int(found[1])] = read_evaluation(path)
+    judged = dict(sorted(judged.items()))
+    plots = [args.plot, args.plot.with_suffix(".svg")]
+    with contextlib.ExitStack() as records:
+        for artifact in (args.output, *plots):
+            records.enter_context(recorded("tabulate", artifact, args.alpaca_eval, {}))
+        lines = [",".join(("n", *COLUMNS)), *(",".join(str(v) for v in (n, *(line[c] for c in COLUMNS))) for n, line in judged.items())]
+        write_text(args.output, "\n".join(lines) + "\n")
+        plot_win_rates(judged, "n of best-of-n (1 is the policy itself)", plots)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,1 @@
+"""AlpacaEval, MT-Bench, and the results of many runs."""

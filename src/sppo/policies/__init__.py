@@ -1,0 +1,1 @@
+"""Language models as policies: finding and loading them, chats, prompts, generation."""

@@ -1,0 +1,1 @@
+"""Preference models, estimates from their comparisons, and the pairs chosen by them."""

@@ -1,0 +1,1 @@
+"""Figures, tables, model cards, the cost model."""

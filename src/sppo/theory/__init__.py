@@ -1,0 +1,1 @@
+"""Exact preference games, what the papers claim of them, policies small enough to list."""

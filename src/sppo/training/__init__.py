@@ -1,0 +1,1 @@
+"""Losses, log-probabilities, the trainer, several processes, checkpoints."""

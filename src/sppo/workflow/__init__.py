@@ -1,0 +1,1 @@
+"""What the Snakefile asks before any work: inputs, the machine, the cluster."""

@@ -1,0 +1,56 @@
+"""Upload a policy to the Hugging Face hub, with its figures on the card.
+
+Reads   a policy folder, its alpaca_eval.json
+Writes  a repository on the hub (made private if it is new), and a file that names it and the commit
+The token is HF_TOKEN of the environment. Nothing is pushed unless the configuration's push_to_hub names a repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import _path  # noqa: F401
+from sppo.core.artifacts import recorded, write_json
+from sppo.reporting.cards import table
+from sppo.core.errors import UserError, run
+from sppo.evaluation.results import read_evaluation
+from sppo.policies.hub import check_push, hub_failure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, required=True, help="the policy's alpaca_eval.json")
+    parser.add_argument("--repository", required=True, help="such as me/my-policy")
+    parser.add_argument("--output", type=Path, required=True, help="what was pushed where, .json")
+    args = parser.parse_args()
+
+    check_push()
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=os.environ["HF_TOKEN"])
+    with recorded("push", args.output, [args.policy, args.evaluation], vars(args)):
+        text = card(args.policy, read_evaluation(args.evaluation))
+        try:
+            api.create_repo(args.repository, private=True, exist_ok=True)
+            api.upload_folder(repo_id=args.repository, folder_path=args.policy, ignore_patterns=["README.md"], commit_message="Policy")
+            done = api.upload_file(repo_id=args.repository, path_or_fileobj=text.encode(), path_in_repo="README.md", commit_message="Model card")
+        except Exception as error:  # the hub client raises many types; each is a matter of name, network or access
+            raise UserError(f"cannot push {args.policy} to {args.repository} {hub_failure(error)}") from error
+        write_json(args.output, {"repository": args.repository, "commit": done.oid, "policy": str(args.policy)})
+    print(f"Pushed {args.policy} to {args.repository}")
+
+
+def card(policy: Path, evaluation: dict) -> str:
+    """The policy's card with what its evaluation found."""
+    keys = ("win_rate", "length_controlled_winrate", "avg_length", "n_total", "judge", "reference", "length_controlled_model")
+    doubts = [key for key in ("n_empty", "length_controlled_warning") if evaluation.get(key)]
+    facts = {key: evaluation[key] for key in (*keys, *doubts)}
+    own = (policy / "README.md").read_text(encoding="utf-8", errors="replace")
+    return own + "\n## AlpacaEval, per cent\n\n" + table(facts)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,115 @@
+"""Check that results are what their records say, and rebuild records that are broken or missing.
+
+Reads   every *.record.json under a folder, the artifacts beside them, and the inputs that they name
+Prints  a line for each fault: a record that is broken or missing, an artifact that is gone or other
+        than its record says, an input that is other than it was when the artifact was made
+Writes  with --fix a record for each artifact whose own is broken or missing. It holds the hash of
+        what is there and says that it was rebuilt; of what the artifact was made from it knows
+        nothing. Its time is the artifact's, so that nothing is made again.
+Exit status 1 if a fault is left. Policies that are gone are only counted: without keep_policies the
+workflow drops them itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import _path  # noqa: F401
+from sppo.core.artifacts import file_hash, read_record, record_path, write_json
+from sppo.core.errors import UserError, run
+
+# The stage of an artifact by its path below a run's folder: what a record can be rebuilt from.
+STAGE_OF = {
+    r"iter0/policy": "policy_source", r"iter0/preference_model": "preference_source",
+    r"iter\d+/prompts\.parquet": "sample", r"iter\d+/responses/\d+\.parquet": "generate",
+    r"iter\d+/preferences/\d+\.parquet": "annotate", r"iter\d+/grades/\d+\.parquet": "grade",
+    r"iter\d+/pairs\.parquet": "select", r"iter\d+/logps/\w+\.parquet": "reference",
+    r"iter\d+/(policy|train_log\.jsonl)": "train",
+    r"iter\d+/(.*/)?(alpaca_eval_outputs\.json|\w+_answers\.jsonl?)": "answer",
+    r"iter\d+/(.*/)?(alpaca_eval|ranker_estimate)\w*\.json": "judge",
+    r"iter\d+/mt_bench\w*\.jsonl?": "mt_bench", r"iter\d+/open_llm\.json": "open_llm",
+    r"iter\d+/pushed_to_hub\.json": "push"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
+    parser.add_argument("--fix", action="store_true", help="rebuild broken and missing records")
+    args = parser.parse_args()
+    if not args.results.is_dir():
+        raise UserError(f"there is no folder {args.results}; name one with results")
+
+    # Also those that have only one of the two, the artifact or the record.
+    artifacts = {Path(str(record).removesuffix(".record.json"))
+                 for record in args.results.rglob("*.record.json")}
+    artifacts |= {path for path in args.results.rglob("*") if stage_of(path)}
+    faults = gone_policies = 0
+    for artifact in sorted(artifacts):
+        if artifact.name == "policy" and not os.path.lexists(artifact):
+            gone_policies += 1
+            continue
+        for fault, is_of_record in check(artifact):
+            if args.fix and is_of_record:
+                rebuild(artifact)
+                fault += "; it is rebuilt"
+            else:
+                faults += 1
+            print(f"{artifact}: {fault}", flush=True)
+    print(f"{len(artifacts)} artifacts, {faults} faults"
+          + f"; {gone_policies} policies are gone, which is no fault" * bool(gone_policies))
+    if faults:
+        sys.exit(1)
+
+
+def check(artifact: Path) -> Iterator[tuple[str, bool]]:
+    """What is wrong with an artifact, and whether rebuilding its record would end that."""
+    if not os.path.lexists(artifact):
+        yield "it is gone; its record is there", False
+        return
+    try:
+        record = read_record(artifact)
+    except UserError as error:
+        yield str(error).partition(";")[0], record_path(artifact).is_file()
+        return
+    if record is None:
+        yield "it has no record", True
+        return
+    try:
+        if hash_of(artifact) != record["sha256"]:
+            yield "it has changed since its record was written", False
+        for path, recorded in record.get("inputs", {}).items():
+            if Path(path).exists() and hash_of(Path(path)) != recorded:
+                yield f"its input {path} has changed since it was made", False
+    except UserError as error:
+        yield str(error), False
+
+
+hash_of = functools.cache(file_hash)
+
+
+def rebuild(artifact: Path) -> None:
+    """Write a record that knows an artifact's hash and stage alone, as old as the artifact."""
+    record = record_path(artifact)
+    write_json(record, {
+        "artifact": str(artifact), "sha256": hash_of(artifact), "stage": stage_of(artifact),
+        "stage_version": None, "inputs": {}, "arguments": {}, "rebuilt": True})
+    time = artifact.stat().st_mtime_ns
+    os.utime(record, ns=(time, time))
+
+
+def stage_of(artifact: Path) -> str | None:
+    """The stage that makes an artifact, None if its path does not say."""
+    found = [stage for pattern, stage in STAGE_OF.items()
+             if re.search(rf"(^|/){pattern}$", artifact.as_posix())]
+    return found[0] if found else None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,79 @@
+"""What may import what: sub-packages downwards only, no circle, and no program another program."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+# From the bottom to the top: each may import itself and what stands before it.
+LAYERS = (
+    "core",
+    "policies",
+    "preferences",
+    "training",
+    "evaluation",
+    "theory",
+    "reporting",
+    "workflow",
+)
+MODULES = sorted(file for file in (SOURCE / "sppo").rglob("*.py") if file.stem != "__init__")
+PROGRAMS = sorted(
+    file
+    for file in SOURCE.rglob("*.py")
+    if not file.is_relative_to(SOURCE / "sppo") and file.stem != "_path"
+)
+ALGORITHM_1 = {
+    "sample_prompts",
+    "generate_responses",
+    "annotate_preferences",
+    "build_pairs",
+    "score_reference",
+    "train_policy",
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names that a file imports anywhere, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("file", MODULES, ids=module_name)
+def test_module_imports_downwards_only(file):
+    _, layer, _ = module_name(file).split(".")
+    upper = LAYERS[LAYERS.index(layer) + 1 :]
+    assert not {name for name in imported(file) if name.split(".")[:1] == ["sppo"]} & {
+        name for name in imported(file) if name.split(".")[1:2] and name.split(".")[1] in upper
+    }
+
+
+def test_modules_import_in_no_circle():
+    names = {module_name(file) for file in MODULES}
+    graph = {module_name(file): imported(file) & names for file in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.stem)
+def test_program_imports_no_program(file):
+    programs = {program.stem for program in PROGRAMS}
+    assert not {name.split(".")[0] for name in imported(file)} & programs
+
+
+def test_the_programs_of_algorithm_1_stand_alone():
+    assert {file.stem for file in SOURCE.glob("*.py")} == ALGORITHM_1
