@@ -3,6 +3,7 @@
 # make test    installs the pinned environment, runs the tests
 #              PRECISION=bfloat16 or float32: as on a processor with bfloat16 units, or without
 # make test-unit  the fast ones of them, without the workflow
+# make lint    formatting and lint, by ruff and snakefmt; make format formats
 # make test-slow  the slow ones: fuzzing (tests/fuzz; FUZZ=5 five seeds), parity, real runs
 # make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
 # make test-pairrm  PairRM against llm-blender itself, in an environment of its own below .cache/
@@ -27,7 +28,7 @@ PYTEST_PARALLEL := .venv/bin/python -m pytest -q --numprocesses auto --maxproces
 # These take whatever evaluations have been made, so they come after them.
 OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all compare compare-all install test test-unit test-slow test-conda test-slurm test-pairrm estimate test-vllm stale verify
+.PHONY: demo demo-all compare compare-all install test test-unit test-slow test-conda test-slurm test-pairrm estimate test-vllm stale verify lint format
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -54,6 +55,21 @@ install: .venv/installed
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@$(PIP) -r requirements.txt
 	@$(PIP) --no-deps -r requirements-no-deps.txt
+	@touch $@
+
+lint: .cache/lint/installed
+	@.cache/lint/bin/ruff format --check src tests benchmarks
+	@.cache/lint/bin/ruff check src tests benchmarks
+	@.cache/lint/bin/snakefmt --check Snakefile rules
+
+format: .cache/lint/installed
+	@.cache/lint/bin/ruff format src tests benchmarks
+	@.cache/lint/bin/ruff check --fix src tests benchmarks
+	@.cache/lint/bin/snakefmt Snakefile rules
+
+.cache/lint/installed: requirements-lint.txt
+	@$(PYTHON) -m venv .cache/lint
+	@.cache/lint/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lint.txt
 	@touch $@
 
 test: .venv/installed

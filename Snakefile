@@ -6,6 +6,7 @@ prompts -> responses -> preferences -> pairs -> reference log-probs -> policy, o
 evaluations hung off every policy. One file in rules/ a stage; one small program in src/ a rule.
 """
 
+
 report: "rules/captions/workflow.rst"
 
 
@@ -61,7 +62,11 @@ rule everything:
     input:
         summary_files(""),
         [summary_files(f"{run}/") for run in RUNS if run == "k2"],
-        expand(f"{ROOT}iter{{t}}/{{name}}.json", t=range(MAIN["iterations"] + 1), name=["mt_bench", "open_llm"]),
+        expand(
+            f"{ROOT}iter{{t}}/{{name}}.json",
+            t=range(MAIN["iterations"] + 1),
+            name=["mt_bench", "open_llm"],
+        ),
         f"{ROOT}iter{MAIN['iterations']}/best_of_n.svg",
         f"{ROOT}figures/training.svg",
         f"{ROOT}response_browser.html",

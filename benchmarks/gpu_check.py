@@ -51,46 +51,89 @@ from unittest import mock
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "src")]
 
-import sppo  # noqa: E402, F401  (sets OMP_WAIT_POLICY before torch is imported)
+import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 
 ENTROPY = 1.5  # nats of a token
 ENVIRONMENT = "environment"
 # Seconds that each section may take, ten minutes in all. On a machine just started every program
 # imports torch and transformers from a cold disk, for 15 seconds: `programs` runs six of them.
 LIMITS = {
-    "sdpa": 40, "numerics": 40, "programs": 165, "fsdp2": 75, "throughput": 150, "memory": 35,
-    "pairrm": 45, "generation": 45
+    "sdpa": 40,
+    "numerics": 40,
+    "programs": 165,
+    "fsdp2": 75,
+    "throughput": 150,
+    "memory": 35,
+    "pairrm": 45,
+    "generation": 45,
 }
 FSDP_CHILD = "fsdp2_child"
 WIDE = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 32000
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
 }
 # For programs that write policies and checkpoints to disk: the same heads, an eighth of the
 # weights.
 NARROW = WIDE | {
-    "hidden_size": 2048, "intermediate_size": 7168, "num_attention_heads": 16,
-    "num_key_value_heads": 4
+    "hidden_size": 2048,
+    "intermediate_size": 7168,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
 }
 TINY = {
-    "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 512
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
 }
 # Of each shape what the sections need: the model, its layers, and how much work.
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": {
-        "wide": WIDE, "narrow": NARROW, "shallow": 2, "layers": 8, "full": 32, "pairs": 32,
-        "longest": 2048, "responses": (1, 8, 64, 512), "widths": (704, 700), "repeats": 2,
-        "memory_layers": (2, 4, 8), "memory_tokens": 1024, "pairrm": {}, "pairrm_words": (200, 400),
-        "pairrm_prompts": 8, "prompts": 32, "new_tokens": 128
+        "wide": WIDE,
+        "narrow": NARROW,
+        "shallow": 2,
+        "layers": 8,
+        "full": 32,
+        "pairs": 32,
+        "longest": 2048,
+        "responses": (1, 8, 64, 512),
+        "widths": (704, 700),
+        "repeats": 2,
+        "memory_layers": (2, 4, 8),
+        "memory_tokens": 1024,
+        "pairrm": {},
+        "pairrm_words": (200, 400),
+        "pairrm_prompts": 8,
+        "prompts": 32,
+        "new_tokens": 128,
     },
     "tiny": {
-        "wide": TINY, "narrow": TINY, "shallow": 2, "layers": 2, "full": 3, "pairs": 8,
-        "longest": 48, "responses": (1, 8, 16), "widths": (704, 700), "repeats": 1,
-        "memory_layers": (2, 3), "memory_tokens": 32, "pairrm": {
-            "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "intermediate_size": 128
-        }, "pairrm_words": (20, 40), "pairrm_prompts": 4, "prompts": 4, "new_tokens": 8
+        "wide": TINY,
+        "narrow": TINY,
+        "shallow": 2,
+        "layers": 2,
+        "full": 3,
+        "pairs": 8,
+        "longest": 48,
+        "responses": (1, 8, 16),
+        "widths": (704, 700),
+        "repeats": 1,
+        "memory_layers": (2, 3),
+        "memory_tokens": 32,
+        "pairrm": {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+        },
+        "pairrm_words": (20, 40),
+        "pairrm_prompts": 4,
+        "prompts": 4,
+        "new_tokens": 8,
     },
 }
 
@@ -105,8 +148,12 @@ class Report:
     def line(self, name: str, status: str, **values: Any) -> None:
         now = time.perf_counter()
         row = {
-            "section": self.section, "name": name, "status": status, "values": plain(values),
-            "seconds": round(now - self.began, 2), **self.facts
+            "section": self.section,
+            "name": name,
+            "status": status,
+            "values": plain(values),
+            "seconds": round(now - self.began, 2),
+            **self.facts,
         }
         self.began = now
         with self.path.open("a", encoding="utf-8") as stream:
@@ -147,12 +194,14 @@ def plain(value: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    parser.add_argument("--sections", default="1,2,3,4,5,6,7,8",
-                        help="numbers, such as 1,2,5 (default: all)")
+    parser.add_argument(
+        "--sections", default="1,2,3,4,5,6,7,8", help="numbers, such as 1,2,5 (default: all)"
+    )
     parser.add_argument("--output", type=Path, default=Path("gpu_check.jsonl"))
     parser.add_argument("--section", help="for this file's calls of itself")
     args = parser.parse_args()
@@ -165,7 +214,8 @@ def main() -> None:
         chosen = [names[int(number) - 1] for number in args.sections.split(",")]
     except (ValueError, IndexError):
         parser.error(
-            f"--sections is {args.sections}; give numbers from 1 to {len(names)}, such as 1,2,5")
+            f"--sections is {args.sections}; give numbers from 1 to {len(names)}, such as 1,2,5"
+        )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("", encoding="utf-8")
     for name in [ENVIRONMENT, *chosen]:
@@ -177,9 +227,13 @@ def main() -> None:
     }
     failed = [f"{row['section']}: {row['name']}" for row in rows if row["status"] == "failed"]
     silent = [name for name in chosen if not any(row["section"] == name for row in rows)]
-    Report(args.output, "summary",
-           facts_of(args.output)).line("summary", "failed" if failed or silent else "ok", **counts,
-                                       what_failed=failed, without_a_line=silent)
+    Report(args.output, "summary", facts_of(args.output)).line(
+        "summary",
+        "failed" if failed or silent else "ok",
+        **counts,
+        what_failed=failed,
+        without_a_line=silent,
+    )
     sys.exit(1 if failed or silent else 0)
 
 
@@ -194,13 +248,18 @@ def facts_of(path: Path) -> dict[str, Any]:
 
 
 def supervise(name: str, args: argparse.Namespace) -> None:
-    """Run a section in a process of its own; its crash or its time limit is a line of the report.
-    """
+    """Run a section in a process of its own; its crash or its time limit is a line of the report."""
     slower = 4 if args.shape == "tiny" else 1  # a processor may be slow or shared
     limit = LIMITS.get(name, 60) * slower
     words = [
-        "--section", name, "--shape", args.shape, "--device", args.device, "--output",
-        str(args.output)
+        "--section",
+        name,
+        "--shape",
+        args.shape,
+        "--device",
+        args.device,
+        "--output",
+        str(args.output),
     ]
     child = subprocess.Popen([sys.executable, __file__, *words], start_new_session=True)
     try:
@@ -241,10 +300,19 @@ def take_new_name(arguments: type) -> None:
         return
     begin = arguments.__init__
 
-    def renamed(self: Any, *words: Any, activation_checkpointing: bool = False,
-                gradient_checkpointing: bool = False, **more: Any) -> None:
-        begin(self, *words,
-              gradient_checkpointing=activation_checkpointing or gradient_checkpointing, **more)
+    def renamed(
+        self: Any,
+        *words: Any,
+        activation_checkpointing: bool = False,
+        gradient_checkpointing: bool = False,
+        **more: Any,
+    ) -> None:
+        begin(
+            self,
+            *words,
+            gradient_checkpointing=activation_checkpointing or gradient_checkpointing,
+            **more,
+        )
 
     arguments.__init__ = renamed  # type: ignore[method-assign]
 
@@ -279,8 +347,9 @@ def run_section(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     facts = {
         "card": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__, "cuda": torch.version.cuda,
-        "transformers": transformers.__version__
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "transformers": transformers.__version__,
     }
     report = Report(args.output, args.section.removesuffix("_child"), facts)
     shape = SHAPES[args.shape]
@@ -310,16 +379,26 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def make_model(sizes: dict[str, Any], layers: int, device: str, dtype: str = "float32",
-               **more: Any) -> Any:
+def make_model(
+    sizes: dict[str, Any], layers: int, device: str, dtype: str = "float32", **more: Any
+) -> Any:
     """A Mistral of random weights in training mode, its head scaled to `ENTROPY` nats a token."""
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
-    config = MistralConfig(**sizes, num_hidden_layers=layers, max_position_embeddings=8192,
-                           rms_norm_eps=1e-5, sliding_window=None, tie_word_embeddings=False,
-                           pad_token_id=0, bos_token_id=1, eos_token_id=2, **more)
+    config = MistralConfig(
+        **sizes,
+        num_hidden_layers=layers,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **more,
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
@@ -328,8 +407,9 @@ def make_model(sizes: dict[str, Any], layers: int, device: str, dtype: str = "fl
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():
-        ids = torch.randint(3, sizes["vocab_size"], (1, 64),
-                            generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            3, sizes["vocab_size"], (1, 64), generator=torch.Generator().manual_seed(0)
+        )
         logits = model(ids.to(device), use_cache=False).logits.float()
         low, high = 0.0, 64.0
         for _ in range(30):
@@ -342,20 +422,32 @@ def make_model(sizes: dict[str, Any], layers: int, device: str, dtype: str = "fl
     return model.train()
 
 
-def make_pairs(vocabulary: int, lengths: list[tuple[int, int, int]],
-               seed: int = 0) -> list[dict[str, Any]]:
+def make_pairs(
+    vocabulary: int, lengths: list[tuple[int, int, int]], seed: int = 0
+) -> list[dict[str, Any]]:
     """Pairs of random token ids; lengths of prompt, chosen and rejected response."""
     draw = random.Random(seed)
 
     def ids(length: int) -> list[int]:
         return [draw.randrange(3, vocabulary) for _ in range(length)]
 
-    return [{
-        "pair_id": i, "prompt_id": f"p{i}", "prompt_token_ids": ids(p), "chosen": "a",
-        "chosen_sample_id": 0, "chosen_token_ids": ids(c), "rejected": "b", "rejected_sample_id": 1,
-        "rejected_token_ids": ids(r), "p_hat_chosen": draw.uniform(0.5, 0.9),
-        "p_hat_rejected": draw.uniform(0.1, 0.5), "p_chosen_beats_rejected": draw.uniform(0.5, 1.0)
-    } for i, (p, c, r) in enumerate(lengths)]
+    return [
+        {
+            "pair_id": i,
+            "prompt_id": f"p{i}",
+            "prompt_token_ids": ids(p),
+            "chosen": "a",
+            "chosen_sample_id": 0,
+            "chosen_token_ids": ids(c),
+            "rejected": "b",
+            "rejected_sample_id": 1,
+            "rejected_token_ids": ids(r),
+            "p_hat_chosen": draw.uniform(0.5, 0.9),
+            "p_hat_rejected": draw.uniform(0.1, 0.5),
+            "p_chosen_beats_rejected": draw.uniform(0.5, 1.0),
+        }
+        for i, (p, c, r) in enumerate(lengths)
+    ]
 
 
 def ragged(count: int, longest: int, seed: int = 1) -> list[tuple[int, int, int]]:
@@ -371,11 +463,13 @@ def ragged(count: int, longest: int, seed: int = 1) -> list[tuple[int, int, int]
 def with_reference(pairs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Pairs with log-probabilities of `rows` as those of pi_t and of the reference."""
     return [
-        pair | {
+        pair
+        | {
             f"{of}_{side}": row[f"{side}_logp"]
             for of in ("current", "reference")
             for side in ("chosen", "rejected")
-        } for pair, row in zip(pairs, rows, strict=True)
+        }
+        for pair, row in zip(pairs, rows, strict=True)
     ]
 
 
@@ -403,9 +497,17 @@ def left_padded_logps(model: Any, pairs: list[dict[str, Any]], device: str) -> A
         ids[row, where] = torch.tensor(prompt + answer)
         mask[row, where] = 1
     ids, mask = ids.to(device), mask.to(device)
-    logits = model(input_ids=ids, attention_mask=mask,
-                   position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=after + 1,
-                   use_cache=False).logits[:, :-1].float()
+    logits = (
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=after + 1,
+            use_cache=False,
+        )
+        .logits[:, :-1]
+        .float()
+    )
     chosen = logits.gather(-1, ids[:, before:, None]).squeeze(-1) - logits.logsumexp(-1)
     return (chosen * mask[:, before:]).sum(-1)
 
@@ -414,9 +516,9 @@ def project_logps(model: Any, pairs: list[dict[str, Any]], device: str) -> Any:
     """The same by the project's own functions."""
     from sppo.training.logps import pair_batch, response_logps
 
-    return response_logps(model,
-                          {key: value.to(device)
-                           for key, value in pair_batch(pairs).items()})
+    return response_logps(
+        model, {key: value.to(device) for key, value in pair_batch(pairs).items()}
+    )
 
 
 def plain_head(states: Any, weight: Any, targets: Any) -> Any:
@@ -433,7 +535,9 @@ def chunked_head(states: Any, weight: Any, targets: Any, size: int = 1024) -> An
     from torch.utils.checkpoint import checkpoint
 
     parts = [
-        checkpoint(plain_head, states[i:i + size], weight, targets[i:i + size], use_reentrant=False)
+        checkpoint(
+            plain_head, states[i : i + size], weight, targets[i : i + size], use_reentrant=False
+        )
         for i in range(0, len(states), size)
     ]
     return torch.cat(parts)
@@ -443,16 +547,18 @@ def fused_head(states: Any, weight: Any, targets: Any) -> Any:
     """The same by torch's own operator (torch 2.13)."""
     import torch
 
-    return -torch.nn.functional.linear_cross_entropy(states, weight.to(states.dtype), targets,
-                                                     reduction="none").float()
+    return -torch.nn.functional.linear_cross_entropy(
+        states, weight.to(states.dtype), targets, reduction="none"
+    ).float()
 
 
 def liger_head(states: Any, weight: Any, targets: Any) -> Any:
     """The same by Liger's operator."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    found = LigerFusedLinearCrossEntropyFunction.apply(states, weight.to(states.dtype), targets,
-                                                       None, None, -100, 0.0, 0.0, "none")
+    found = LigerFusedLinearCrossEntropyFunction.apply(
+        states, weight.to(states.dtype), targets, None, None, -100, 0.0, 0.0, "none"
+    )
     return -(found[0] if isinstance(found, tuple) else found).float()
 
 
@@ -460,14 +566,23 @@ def trl_head(states: Any, weight: Any, targets: Any) -> Any:
     """The same by the function behind TRL's `add_fused_lm_head`."""
     from trl.trainer import utils
 
-    found = utils._ChunkedLogProbFunction.apply(states, weight.to(states.dtype), None, targets, 1.0,
-                                                utils._CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0,
-                                                ("log_probs", ))
+    found = utils._ChunkedLogProbFunction.apply(
+        states,
+        weight.to(states.dtype),
+        None,
+        targets,
+        1.0,
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,
+        1.0,
+        ("log_probs",),
+    )
     return found[0].float()
 
 
-def packed_logps(model: Any, pairs: list[dict[str, Any]], device: str,
-                 head: Callable = plain_head) -> Any:
+def packed_logps(
+    model: Any, pairs: list[dict[str, Any]], device: str, head: Callable = plain_head
+) -> Any:
     """The same with all sequences behind each other in one row, and no padding."""
     import torch
 
@@ -481,13 +596,20 @@ def packed_logps(model: Any, pairs: list[dict[str, Any]], device: str,
     places = torch.cat([torch.arange(len(row)) for row in rows])
     # The token at place i is told by the state at place i - 1.
     told = torch.cat(
-        [torch.arange(end - len(answer), end) for end, answer in zip(ends[1:].tolist(), answers)])
-    owner = torch.repeat_interleave(torch.arange(len(rows)),
-                                    torch.tensor([len(answer) for answer in answers]))
-    states = model.model(input_ids=ids[None].to(device), position_ids=places[None].to(device),
-                         use_cache=False, cu_seq_lens_q=ends.int().to(device),
-                         cu_seq_lens_k=ends.int().to(device), max_length_q=max(map(len, rows)),
-                         max_length_k=max(map(len, rows))).last_hidden_state[0]
+        [torch.arange(end - len(answer), end) for end, answer in zip(ends[1:].tolist(), answers)]
+    )
+    owner = torch.repeat_interleave(
+        torch.arange(len(rows)), torch.tensor([len(answer) for answer in answers])
+    )
+    states = model.model(
+        input_ids=ids[None].to(device),
+        position_ids=places[None].to(device),
+        use_cache=False,
+        cu_seq_lens_q=ends.int().to(device),
+        cu_seq_lens_k=ends.int().to(device),
+        max_length_q=max(map(len, rows)),
+        max_length_k=max(map(len, rows)),
+    ).last_hidden_state[0]
     # Not every operator of a head is known to autocast.
     if torch.is_autocast_enabled(torch.device(device).type):
         states = states.bfloat16()
@@ -495,9 +617,17 @@ def packed_logps(model: Any, pairs: list[dict[str, Any]], device: str,
     return torch.zeros(len(rows), device=device).index_add(0, owner.to(device), logps)
 
 
-def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any,
-                     scaling: float | None = None, cu_seq_lens_q: Any = None, max_length_q: int = 0,
-                     **_: Any) -> tuple[Any, None]:
+def varlen_attention(
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    cu_seq_lens_q: Any = None,
+    max_length_q: int = 0,
+    **_: Any,
+) -> tuple[Any, None]:
     """Causal attention within each of the sequences in one row: torch's varlen_attn, on a processor
     one after another.
     """
@@ -509,22 +639,27 @@ def varlen_attention(module: Any, query: Any, key: Any, value: Any, attention_ma
         from torch.nn.attention.varlen import varlen_attn
 
         known = inspect.signature(varlen_attn).parameters
-        more: dict[str,
-                   Any] = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+        more: dict[str, Any] = (
+            {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+        )
         if "enable_gqa" in known:
             more["enable_gqa"] = True
         else:
-            key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1)
-                          for part in (key, value))
+            key, value = (
+                part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value)
+            )
         rows = [part[0].transpose(0, 1).contiguous() for part in (query, key, value)]
-        return varlen_attn(*rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
-                           scale=scaling, **more)[None], None
+        return varlen_attn(
+            *rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **more
+        )[None], None
     parts, ends = [], cu_seq_lens_q.tolist()
     for start, end in zip(ends, ends[1:]):
         own = (part[:, :, start:end] for part in (query, key, value))
         parts.append(
-            torch.nn.functional.scaled_dot_product_attention(*own, is_causal=True, scale=scaling,
-                                                             enable_gqa=True))
+            torch.nn.functional.scaled_dot_product_attention(
+                *own, is_causal=True, scale=scaling, enable_gqa=True
+            )
+        )
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
@@ -539,18 +674,23 @@ def finite_gradient(model: Any) -> tuple[bool, float]:
     """Whether every gradient is finite, and their norm."""
     import torch
 
-    norm = torch.stack([p.grad.float().norm() for p in model.parameters()
-                        if p.grad is not None]).norm().item()
+    norm = (
+        torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None])
+        .norm()
+        .item()
+    )
     return math.isfinite(norm), norm
 
 
 def program(name: str, *words: object) -> list[str]:
     """The command that runs a program of src/ with the stand-ins that this machine needs."""
     here = str(Path(__file__).parent)
-    code = (f"import sys; sys.path.insert(0, {here!r})\n"
-            "import gpu_check; gpu_check.stand_ins()\n"
-            f"import {name}; from sppo.core.errors import run\n"
-            f"sys.argv[0] = {name}.__file__; run({name}.main)")
+    code = (
+        f"import sys; sys.path.insert(0, {here!r})\n"
+        "import gpu_check; gpu_check.stand_ins()\n"
+        f"import {name}; from sppo.core.errors import run\n"
+        f"sys.argv[0] = {name}.__file__; run({name}.main)"
+    )
     return [sys.executable, "-c", code, *map(str, words)]
 
 
@@ -560,15 +700,21 @@ def save_policy(model: Any, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     model.save_pretrained(folder)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2
-             } | {f"w{i}": i
-                  for i in range(3, model.config.vocab_size)}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {
+        f"w{i}": i for i in range(3, model.config.vocab_size)
+    }
     whole = Tokenizer(models.WordLevel(words, "<pad>"))
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="<pad>", bos_token="<s>",
-                                   eos_token="</s>", padding_side="left")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=whole,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+    )
     fast.chat_template = (
-        "{{ bos_token }}{% for m in messages %} w3 {{ m['content'] }}{% endfor %} w4")
+        "{{ bos_token }}{% for m in messages %} w3 {{ m['content'] }}{% endfor %} w4"
+    )
     fast.save_pretrained(folder)
 
 
@@ -584,17 +730,23 @@ def environment(report: Report, shape: dict[str, Any], device: str, folder: Path
 
     wanted = ("jsonschema", "pyarrow", "trl", "datasets", "liger_kernel", "flash_attn", "vllm")
     values: dict[str, Any] = {
-        "python": sys.version.split()[0], "cores": os.cpu_count(), "packages": package_versions(),
-        "missing": [name for name in wanted if not installed(name)]
+        "python": sys.version.split()[0],
+        "cores": os.cpu_count(),
+        "packages": package_versions(),
+        "missing": [name for name in wanted if not installed(name)],
     }
     if device == "cuda":
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, check=False).stdout.strip()
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
         of_card = torch.cuda.get_device_properties(0)
         values |= {
-            "driver": driver, "memory_gb": of_card.total_memory / 1e9,
-            "capability": f"{of_card.major}.{of_card.minor}"
+            "driver": driver,
+            "memory_gb": of_card.total_memory / 1e9,
+            "capability": f"{of_card.major}.{of_card.minor}",
         }
     report.check("precision auto", True, dtype=compute_dtype("auto", device), **values)
 
@@ -619,13 +771,15 @@ def sdpa(report: Report, shape: dict[str, Any], device: str, folder: Path) -> No
                 report.measure(f"kernel {name}, width {width}", **values)
     model = make_model(shape["wide"], shape["shallow"], device)
     for width in shape["widths"]:
-        lengths = [(width // 2 - short, width // 2, width // 2 - short // 2)
-                   for short in (0, 5, width // 4, width // 3)]
+        lengths = [
+            (width // 2 - short, width // 2, width // 2 - short // 2)
+            for short in (0, 5, width // 4, width // 3)
+        ]
         pairs, found = make_pairs(shape["wide"]["vocab_size"], lengths), {}
         ways: dict[str, tuple[bool, Callable]] = {
             "as the project pads": (True, project_logps),
             "padded left, cuDNN off": (False, left_padded_logps),
-            "padded left, cuDNN on": (True, left_padded_logps)
+            "padded left, cuDNN on": (True, left_padded_logps),
         }
         for name, (on, logps_of) in ways.items():
             with report.step(f"{name}, width {width}"):
@@ -637,20 +791,23 @@ def sdpa(report: Report, shape: dict[str, Any], device: str, folder: Path) -> No
                 fine, norm = finite_gradient(model)
                 found[name] = logps.detach().float()
                 values = {
-                    "logps_finite": bool(logps.isfinite().all()), "gradient_finite": fine,
-                    "gradient_norm": norm
+                    "logps_finite": bool(logps.isfinite().all()),
+                    "gradient_finite": fine,
+                    "gradient_norm": norm,
                 }
                 # Known to fail on some cards; nothing of ours depends on it.
                 if name == "padded left, cuDNN on":
                     report.measure(f"{name}, width {width}", **values)
                 else:
-                    report.check(f"{name}, width {width}", values["logps_finite"] and fine,
-                                 **values)
+                    report.check(
+                        f"{name}, width {width}", values["logps_finite"] and fine, **values
+                    )
         if {"as the project pads", "padded left, cuDNN off"} <= found.keys():
             ours, left = found["as the project pads"], found["padded left, cuDNN off"]
             tokens = torch.tensor(
                 [len(p[f"{s}_token_ids"]) for s in ("chosen", "rejected") for p in pairs],
-                device=device)
+                device=device,
+            )
             gap = ((ours - left).abs() / tokens).max().item()
             report.check(f"padding changes nothing, width {width}", gap < 5e-2, nats_a_token=gap)
         cudnn(True)
@@ -664,26 +821,31 @@ def masked_kernel(name: str, width: int, device: str) -> dict[str, Any]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     kind = {
-        "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "math": SDPBackend.MATH,
     }[name]
     torch.manual_seed(0)
     query = torch.ones(2, 4, width, 64, device=device, dtype=torch.bfloat16) + 0.1 * torch.randn(
-        2, 4, width, 64, device=device, dtype=torch.bfloat16)
+        2, 4, width, 64, device=device, dtype=torch.bfloat16
+    )
     key = (-12.5 * query).detach().requires_grad_()
     query.requires_grad_()
     value = torch.randn_like(query).requires_grad_()
-    mask = torch.ones(width, width, dtype=torch.bool,
-                      device=device).tril()[None, None].repeat(2, 1, 1, 1)
-    mask[1, :, :, :width // 4] = False
+    mask = (
+        torch.ones(width, width, dtype=torch.bool, device=device)
+        .tril()[None, None]
+        .repeat(2, 1, 1, 1)
+    )
+    mask[1, :, :, : width // 4] = False
     with sdpa_kernel(kind):
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    seen = out[1, :, width // 4:]
+    seen = out[1, :, width // 4 :]
     (out[0].float().sum() + seen.float().sum()).backward()
     return {
         "output_finite": bool(seen.isfinite().all()),
         "padded_rows_finite": bool(out.isfinite().all()),
-        "gradient_finite": all(bool(part.grad.isfinite().all()) for part in (query, key, value))
+        "gradient_finite": all(bool(part.grad.isfinite().all()) for part in (query, key, value)),
     }
 
 
@@ -699,8 +861,9 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
 
     def logps(pairs: list[dict[str, Any]], dtype: torch.dtype, micro: int) -> torch.Tensor:
         rows = frozen_logps(model, pairs, dtype, device, micro)
-        return torch.tensor([[row["chosen_logp"], row["rejected_logp"]] for row in rows],
-                            dtype=torch.float64).flatten()
+        return torch.tensor(
+            [[row["chosen_logp"], row["rejected_logp"]] for row in rows], dtype=torch.float64
+        ).flatten()
 
     def stated(gap: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
         return {
@@ -712,36 +875,48 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
     all_pairs: list[dict[str, Any]] = []
     for tokens in shape["responses"]:
         with report.step(f"responses of {tokens} tokens"):
-            pairs = make_pairs(vocabulary, [(16 + 7 * i % 64, tokens, tokens) for i in range(8)],
-                               seed=tokens)
+            pairs = make_pairs(
+                vocabulary, [(16 + 7 * i % 64, tokens, tokens) for i in range(8)], seed=tokens
+            )
             all_pairs += pairs
-            counted = torch.full((16, ), tokens, dtype=torch.float64)
+            counted = torch.full((16,), tokens, dtype=torch.float64)
             exact = logps(pairs, torch.float32, 8)
-            report.measure(f"bfloat16 against float32, {tokens} tokens",
-                           **stated(logps(pairs, torch.bfloat16, 8) - exact, counted))
+            report.measure(
+                f"bfloat16 against float32, {tokens} tokens",
+                **stated(logps(pairs, torch.bfloat16, 8) - exact, counted),
+            )
     all_pairs = [pair | {"pair_id": i} for i, pair in enumerate(all_pairs)]
     counted = torch.tensor(
         [len(pair[f"{side}_token_ids"]) for pair in all_pairs for side in ("chosen", "rejected")],
-        dtype=torch.float64)
+        dtype=torch.float64,
+    )
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         with report.step(f"two batchings, {name}"):
             gap = logps(all_pairs, dtype, 4) - logps(all_pairs, dtype, 1)
             report.check(
-                f"two batchings, {name}", identity_fault(gap, counted, dtype) is None,
-                tolerance=IDENTITY_TOLERANCE[dtype], **stated(gap, counted))
+                f"two batchings, {name}",
+                identity_fault(gap, counted, dtype) is None,
+                tolerance=IDENTITY_TOLERANCE[dtype],
+                **stated(gap, counted),
+            )
     use_varlen(model)
-    with report.step("packed against padded"), torch.inference_mode(), forward_precision(
-            device, torch.bfloat16):
+    with (
+        report.step("packed against padded"),
+        torch.inference_mode(),
+        forward_precision(device, torch.bfloat16),
+    ):
         packed = torch.cat(
-            [packed_logps(model, [pair], device).double().cpu() for pair in all_pairs])
+            [packed_logps(model, [pair], device).double().cpu() for pair in all_pairs]
+        )
         model.set_attn_implementation("sdpa")
         gap = packed - logps(all_pairs, torch.bfloat16, 4)
         # Another kernel rounds otherwise: who packs must pack the reference too.
         report.measure(
             "packed against padded, bfloat16",
             within_step_0_tolerance=identity_fault(gap, counted, torch.bfloat16) is None,
-            **stated(gap, counted))
+            **stated(gap, counted),
+        )
 
 
 def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
@@ -758,35 +933,71 @@ def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -
     release()
     pairs = make_pairs(shape["narrow"]["vocab_size"], ragged(32, shape["longest"] // 4))
     write_table(folder / "pairs.parquet", pairs, "pairs")
-    shared = ("--pairs", folder / "pairs.parquet", "--policy", start, "--device", chosen,
-              "--precision", "bfloat16", "--micro-batch-size", 4)
+    shared = (
+        "--pairs",
+        folder / "pairs.parquet",
+        "--policy",
+        start,
+        "--device",
+        chosen,
+        "--precision",
+        "bfloat16",
+        "--micro-batch-size",
+        4,
+    )
 
     def score(name: str, *words: object) -> None:
         done = subprocess.run(
             program("score_reference", *shared, "--output", folder / f"{name}.parquet", *words),
-            capture_output=True, text=True, check=False)
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         rows = read_table(folder / f"{name}.parquet", "logps") if done.returncode == 0 else []
         finite = all(
-            math.isfinite(row[key]) for row in rows for key in ("chosen_logp", "rejected_logp"))
-        report.check(f"score_reference.py, {name}", done.returncode == 0 and len(rows) == 32
-                     and finite, said=done.stderr[-600:] if done.returncode else "")
+            math.isfinite(row[key]) for row in rows for key in ("chosen_logp", "rejected_logp")
+        )
+        report.check(
+            f"score_reference.py, {name}",
+            done.returncode == 0 and len(rows) == 32 and finite,
+            said=done.stderr[-600:] if done.returncode else "",
+        )
 
     def command(name: str, reference: str, *words: object) -> list[str]:
-        return program("train_policy", *shared, "--current", folder / f"{reference}.parquet",
-                       "--output", folder / name, "--log", folder / f"{name}.jsonl", "--batch-size",
-                       8, "--schedule-total-epochs", 1, "--checkpoint-steps", 2, "--learning-rate",
-                       1e-5, "--gradient-checkpointing", "true", *words)
+        return program(
+            "train_policy",
+            *shared,
+            "--current",
+            folder / f"{reference}.parquet",
+            "--output",
+            folder / name,
+            "--log",
+            folder / f"{name}.jsonl",
+            "--batch-size",
+            8,
+            "--schedule-total-epochs",
+            1,
+            "--checkpoint-steps",
+            2,
+            "--learning-rate",
+            1e-5,
+            "--gradient-checkpointing",
+            "true",
+            *words,
+        )
 
     def trained(name: str, reference: str, *words: object) -> list[str]:
         """Lines that the training said; a line of the report says how it went."""
-        done = subprocess.run(command(name, reference, *words), capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run(
+            command(name, reference, *words), capture_output=True, text=True, check=False
+        )
         values: dict[str, Any] = {"said": done.stderr[-600:]} if done.returncode else {}
         if not done.returncode:
             record = read_json(record_path(folder / name))
             values = {
-                "step_0": record["step_0"], "seconds": record["seconds"],
-                "final": record["final"]["loss"]
+                "step_0": record["step_0"],
+                "seconds": record["seconds"],
+                "final": record["final"]["loss"],
             }
         report.check(f"train_policy.py, {name}", done.returncode == 0, **values)
         return done.stdout.splitlines()
@@ -794,26 +1005,40 @@ def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -
     score("current")
     trained("whole", "current")
     with report.step("train_policy.py, killed"):
-        running = subprocess.Popen(command("resumed", "current"), stdout=subprocess.PIPE,
-                                   stderr=subprocess.DEVNULL, text=True)
+        running = subprocess.Popen(
+            command("resumed", "current"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         seen = next((line for line in running.stdout or () if line.startswith("step 3 ")), "")
         running.kill()
         running.wait()
-        report.check("train_policy.py, killed after a checkpoint",
-                     bool(seen) and not (folder / "resumed").exists(), last_line=seen)
+        report.check(
+            "train_policy.py, killed after a checkpoint",
+            bool(seen) and not (folder / "resumed").exists(),
+            last_line=seen,
+        )
         steps = [
             line.split()[1] for line in trained("resumed", "current") if line.startswith("step ")
         ]
-        one, other, before = (load_file(folder / name / "model.safetensors")
-                              for name in ("whole", "resumed", "start"))
+        one, other, before = (
+            load_file(folder / name / "model.safetensors") for name in ("whole", "resumed", "start")
+        )
         moved = max((one[key] - before[key]).abs().max().item() for key in one)
         apart = max((one[key] - other[key]).abs().mean().item() for key in one)
         # Summed in another order a gradient near 0 may change its sign, and RMSProp makes whole
         # steps of it.
-        report.check("resumed where it stopped, to the same weights", steps == ["3", "4"]
-                     and apart < 1e-2 * moved, steps=steps, moved=moved, mean_difference=apart)
+        report.check(
+            "resumed where it stopped, to the same weights",
+            steps == ["3", "4"] and apart < 1e-2 * moved,
+            steps=steps,
+            moved=moved,
+            mean_difference=apart,
+        )
         small = max(
-            (one[key] - before[key]).ne(0).float().mean().item() for key in one if "up_proj" in key)
+            (one[key] - before[key]).ne(0).float().mean().item() for key in one if "up_proj" in key
+        )
         report.check("the update arrives", small > 0.5, share_of_weights_moved=small)
     score("current_lora", "--lora-rank", 16)
     trained("lora", "current_lora", "--lora-rank", 16, "--lora-alpha", 32)
@@ -826,13 +1051,28 @@ def fsdp2(report: Report, shape: dict[str, Any], device: str, folder: Path) -> N
     from sppo.training.distributed import CONFIGS
 
     own = [
-        "--section", FSDP_CHILD, "--output",
-        str(report.path), "--device", "cpu" if device == "cpu" else "gpu", "--shape",
-        next(name for name, sizes in SHAPES.items() if sizes is shape)
+        "--section",
+        FSDP_CHILD,
+        "--output",
+        str(report.path),
+        "--device",
+        "cpu" if device == "cpu" else "gpu",
+        "--shape",
+        next(name for name, sizes in SHAPES.items() if sizes is shape),
     ]
     words = [
-        "--config_file", CONFIGS / "fsdp2.yaml", "--num_processes", 1, "--num_machines", 1,
-        "--main_process_port", 0, "--fsdp_activation_checkpointing", "true", __file__, *own
+        "--config_file",
+        CONFIGS / "fsdp2.yaml",
+        "--num_processes",
+        1,
+        "--num_machines",
+        1,
+        "--main_process_port",
+        0,
+        "--fsdp_activation_checkpointing",
+        "true",
+        __file__,
+        *own,
     ]
     if device == "cpu":
         os.environ["GPU_CHECK_DIVIDE_ON_CPU"] = "1"
@@ -852,9 +1092,16 @@ def fsdp2_child(report: Report, shape: dict[str, Any], device: str, folder: Path
     from sppo.training.trainer import make_trainer
 
     dtype = torch.bfloat16
-    options = options_of_training(batch_size=8, micro_batch_size=4, checkpoint_steps=2,
-                                  schedule_total_epochs=1, learning_rate=1e-5,
-                                  gradient_checkpointing=True, parallel="fsdp2", max_grad_norm=1.0)
+    options = options_of_training(
+        batch_size=8,
+        micro_batch_size=4,
+        checkpoint_steps=2,
+        schedule_total_epochs=1,
+        learning_rate=1e-5,
+        gradient_checkpointing=True,
+        parallel="fsdp2",
+        max_grad_norm=1.0,
+    )
     pairs = make_pairs(shape["narrow"]["vocab_size"], ragged(32, shape["longest"] // 4))
     model = make_model(shape["narrow"], shape["shallow"], device)
     before = {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
@@ -866,23 +1113,38 @@ def fsdp2_child(report: Report, shape: dict[str, Any], device: str, folder: Path
         # The checkpoint of the last step alone would leave nothing to go on with.
         trainer.args.save_total_limit = None
         trainer.train()
-        kinds = sorted({
-            type(part).__name__
-            for state in trainer.optimizer.state.values()
-            for part in state.values() if torch.is_tensor(part) and part.ndim > 0
-        })
+        kinds = sorted(
+            {
+                type(part).__name__
+                for state in trainer.optimizer.state.values()
+                for part in state.values()
+                if torch.is_tensor(part) and part.ndim > 0
+            }
+        )
         log = [line for line in trainer.state.log_history if "loss" in line]
         fine = all(
-            math.isfinite(line["loss"]) and math.isfinite(float(line["grad_norm"])) for line in log)
-        report.check("train", fine and len(log) == 4 and kinds == ["DTensor"],
-                     step_0=trainer.step_0, optimizer_state=kinds,
-                     gradient_norms=[float(line["grad_norm"]) for line in log])
+            math.isfinite(line["loss"]) and math.isfinite(float(line["grad_norm"])) for line in log
+        )
+        report.check(
+            "train",
+            fine and len(log) == 4 and kinds == ["DTensor"],
+            step_0=trainer.step_0,
+            optimizer_state=kinds,
+            gradient_norms=[float(line["grad_norm"]) for line in log],
+        )
         fsdp2_afterwards(report, shape, device, folder, trainer, before, pairs, options)
 
 
-def fsdp2_afterwards(report: Report, shape: dict[str, Any], device: str, folder: Path, trainer: Any,
-                     before: dict[str, Any], pairs: list[dict[str, Any]],
-                     options: dict[str, Any]) -> None:
+def fsdp2_afterwards(
+    report: Report,
+    shape: dict[str, Any],
+    device: str,
+    folder: Path,
+    trainer: Any,
+    before: dict[str, Any],
+    pairs: list[dict[str, Any]],
+    options: dict[str, Any],
+) -> None:
     """Go on from a checkpoint of the trainer, then gather its weights and save them."""
     import torch
 
@@ -891,8 +1153,7 @@ def fsdp2_afterwards(report: Report, shape: dict[str, Any], device: str, folder:
 
     dtype, work = torch.bfloat16, folder / "policy" / "work"
     whole = {
-        name: part.full_tensor().detach().cpu()
-        for name, part in trainer.model.state_dict().items()
+        name: part.full_tensor().detach().cpu() for name, part in trainer.model.state_dict().items()
     }
     with report.step("resume"):
         half = work / "checkpoint-2"
@@ -905,8 +1166,9 @@ def fsdp2_afterwards(report: Report, shape: dict[str, Any], device: str, folder:
         }
         moved = max((whole[name] - before[name]).abs().max().item() for name in whole)
         apart = max((whole[name] - found[name]).abs().mean().item() for name in whole)
-        report.check("resume", apart < 1e-2 * moved, checkpoint=half.name, moved=moved,
-                     mean_difference=apart)
+        report.check(
+            "resume", apart < 1e-2 * moved, checkpoint=half.name, moved=moved, mean_difference=apart
+        )
     with report.step("gather and save"):
         kept, weights = whole_policy(trainer, argparse.Namespace(parallel="fsdp2", lora_rank=0))
         kept.save_pretrained(folder / "saved", state_dict=weights)
@@ -914,7 +1176,8 @@ def fsdp2_afterwards(report: Report, shape: dict[str, Any], device: str, folder:
 
         saved = load_file(folder / "saved" / "model.safetensors")
         same = saved.keys() == whole.keys() and all(
-            torch.equal(saved[name], whole[name]) for name in whole)
+            torch.equal(saved[name], whole[name]) for name in whole
+        )
         report.check("gather and save", same, tensors=len(saved))
 
 
@@ -929,23 +1192,34 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
     model = make_model(shape["wide"], shape["layers"], device)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     sets = {
-        "equal": make_pairs(vocabulary,
-                            [(longest // 4, longest // 4, longest // 4)] * shape["pairs"]),
-        "ragged": make_pairs(vocabulary, ragged(shape["pairs"], longest))
+        "equal": make_pairs(
+            vocabulary, [(longest // 4, longest // 4, longest // 4)] * shape["pairs"]
+        ),
+        "ragged": make_pairs(vocabulary, ragged(shape["pairs"], longest)),
     }
     liger = installed("liger_kernel")
     ways: dict[str, tuple[Callable, str, str | None]] = {
         "as the project pads": (project_logps, "sdpa", None),
         "packed, chunked head": (lambda *a: packed_logps(*a, chunked_head), "varlen", None),
-        "padded left, with a mask": (left_padded_logps, "sdpa", None), "packed": (packed_logps,
-                                                                                  "varlen", None),
-        "packed, torch's fused head": (lambda *a: packed_logps(*a, fused_head), "varlen",
-                                       None if hasattr(torch.nn.functional, "linear_cross_entropy")
-                                       else "torch has no linear_cross_entropy"),
-        "packed, TRL's fused head": (lambda *a: packed_logps(*a, trl_head), "varlen",
-                                     None if installed("trl") else "no trl"),
-        "packed, Liger's head": (lambda *a: packed_logps(*a, liger_head), "varlen", None
-                                 if liger and device == "cuda" else "no liger_kernel, or no GPU")
+        "padded left, with a mask": (left_padded_logps, "sdpa", None),
+        "packed": (packed_logps, "varlen", None),
+        "packed, torch's fused head": (
+            lambda *a: packed_logps(*a, fused_head),
+            "varlen",
+            None
+            if hasattr(torch.nn.functional, "linear_cross_entropy")
+            else "torch has no linear_cross_entropy",
+        ),
+        "packed, TRL's fused head": (
+            lambda *a: packed_logps(*a, trl_head),
+            "varlen",
+            None if installed("trl") else "no trl",
+        ),
+        "packed, Liger's head": (
+            lambda *a: packed_logps(*a, liger_head),
+            "varlen",
+            None if liger and device == "cuda" else "no liger_kernel, or no GPU",
+        ),
     }
     for kind in ("ragged", "equal"):
         batches = micro_batches_of(sets[kind], micro)
@@ -956,45 +1230,59 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
                 continue
             with report.step(title):
                 use_varlen(model) if attention == "varlen" else model.set_attn_implementation(
-                    "sdpa")
+                    "sdpa"
+                )
                 release()
                 for repeat in range(shape["repeats"] + 1):  # the first warms up, on one micro-batch
                     if repeat == 1:
                         synchronise(device)
                         began = time.perf_counter()
-                    for batch in batches[:None if repeat else 1]:
+                    for batch in batches[: None if repeat else 1]:
                         with forward_precision(device, torch.bfloat16):
                             loss = logps_of(model, batch, device).mean()
                         loss.backward()
                 synchronise(device)
                 report.measure(
-                    title, loss=loss.item(),
-                    **speed(sets[kind], shape, (time.perf_counter() - began) / shape["repeats"],
-                            device))
+                    title,
+                    loss=loss.item(),
+                    **speed(
+                        sets[kind], shape, (time.perf_counter() - began) / shape["repeats"], device
+                    ),
+                )
             model.zero_grad()
     model.set_attn_implementation("sdpa")
-    options = options_of_training(loss="sppo_hard", batch_size=len(sets["ragged"]),
-                                  micro_batch_size=micro, checkpoint_steps=1000,
-                                  gradient_checkpointing=True, schedule_total_epochs=3,
-                                  stop_epoch=3)
+    options = options_of_training(
+        loss="sppo_hard",
+        batch_size=len(sets["ragged"]),
+        micro_batch_size=micro,
+        checkpoint_steps=1000,
+        gradient_checkpointing=True,
+        schedule_total_epochs=3,
+        stop_epoch=3,
+    )
     with report.step("ragged: the project's trainer"):
         began = time.perf_counter()
         pairs = with_reference(
-            sets["ragged"], frozen_logps(model.eval(), sets["ragged"], torch.bfloat16, device,
-                                         micro))
+            sets["ragged"],
+            frozen_logps(model.eval(), sets["ragged"], torch.bfloat16, device, micro),
+        )
         synchronise(device)
         scored = time.perf_counter() - began
         trainer = make_trainer(model, pairs, options, torch.bfloat16, device, folder / "ours", 0)
         release()
         trainer.train()
         last = [
-            line["tokens_per_second"] for line in trainer.state.log_history
+            line["tokens_per_second"]
+            for line in trainer.state.log_history
             if "tokens_per_second" in line
         ][1:]
         tokens = tokens_of(sets["ragged"])
-        report.measure("ragged: the project's trainer", reference_tokens_per_second=tokens / scored,
-                       step_0=trainer.step_0,
-                       **speed(sets["ragged"], shape, tokens / (sum(last) / len(last)), device))
+        report.measure(
+            "ragged: the project's trainer",
+            reference_tokens_per_second=tokens / scored,
+            step_0=trainer.step_0,
+            **speed(sets["ragged"], shape, tokens / (sum(last) / len(last)), device),
+        )
         del trainer
     if not (installed("trl") and installed("datasets")):
         report.skip("ragged: TRL's DPOTrainer", "no trl or no datasets")
@@ -1007,13 +1295,23 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
         small = make_model(TINY | {"vocab_size": vocabulary}, 1, "cpu")
         save_policy(small, folder / "tokenizer")
         release()
-        trl = make_trl_trainer(model, AutoTokenizer.from_pretrained(folder / "tokenizer"),
-                               sets["ragged"], options, torch.bfloat16, device, folder / "trl", 0)
+        trl = make_trl_trainer(
+            model,
+            AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            sets["ragged"],
+            options,
+            torch.bfloat16,
+            device,
+            folder / "trl",
+            0,
+        )
         began = time.perf_counter()
         trl.train()
         synchronise(device)
-        report.measure("ragged: TRL's DPOTrainer",
-                       **speed(sets["ragged"], shape, (time.perf_counter() - began) / 3, device))
+        report.measure(
+            "ragged: TRL's DPOTrainer",
+            **speed(sets["ragged"], shape, (time.perf_counter() - began) / 3, device),
+        )
 
 
 def micro_batches_of(pairs: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
@@ -1021,17 +1319,20 @@ def micro_batches_of(pairs: list[dict[str, Any]], size: int) -> list[list[dict[s
     from sppo.training.logps import pair_length
 
     order = sorted(pairs, key=pair_length, reverse=True)
-    return [order[i:i + size] for i in range(0, len(order), size)]
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def tokens_of(pairs: list[dict[str, Any]]) -> int:
     """Tokens of both sequences of every pair, without padding."""
-    return sum(2 * len(p["prompt_token_ids"]) + len(p["chosen_token_ids"]) +
-               len(p["rejected_token_ids"]) for p in pairs)
+    return sum(
+        2 * len(p["prompt_token_ids"]) + len(p["chosen_token_ids"]) + len(p["rejected_token_ids"])
+        for p in pairs
+    )
 
 
-def speed(pairs: list[dict[str, Any]], shape: dict[str, Any], seconds: float,
-          device: str) -> dict[str, Any]:
+def speed(
+    pairs: list[dict[str, Any]], shape: dict[str, Any], seconds: float, device: str
+) -> dict[str, Any]:
     """Of one pass over the pairs, forward and backward: real tokens a second, MFU by the data
     sheet, peak memory.
     """
@@ -1046,16 +1347,18 @@ def speed(pairs: list[dict[str, Any]], shape: dict[str, Any], seconds: float,
             length = len(pair["prompt_token_ids"]) + answer
             flops += 3 * forward_flops(size, length, length / 2, answer)
     values = {
-        "seconds": seconds, "real_tokens_per_second": tokens_of(pairs) / seconds,
-        "tflops": flops / seconds / 1e12
+        "seconds": seconds,
+        "real_tokens_per_second": tokens_of(pairs) / seconds,
+        "tflops": flops / seconds / 1e12,
     }
     if device == "cuda":
         card = torch.cuda.get_device_name()
-        peak = next((gpu.flops for name, gpu in GPUS.items() if name in card.replace(" ", "")),
-                    None)
+        peak = next(
+            (gpu.flops for name, gpu in GPUS.items() if name in card.replace(" ", "")), None
+        )
         values |= {
             "mfu": flops / seconds / peak if peak else None,
-            "peak_gb": torch.cuda.max_memory_allocated() / 1e9
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
         }
     return values
 
@@ -1082,12 +1385,17 @@ def memory(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
             model = make_model(shape["wide"], layers, device)
             peak = step_peak(model, pairs, device, folder / f"{layers}", 0)
             del model
-            estimated = train_bytes(shape_of_model(shape["wide"], layers), 1, 1, tokens, tokens, 0,
-                                    True)
+            estimated = train_bytes(
+                shape_of_model(shape["wide"], layers), 1, 1, tokens, tokens, 0, True
+            )
             off = peak / estimated if device == "cuda" else None
-            report.line(title,
-                        "measured" if off is None else "ok" if 0.85 < off < 1.15 else "failed",
-                        peak_gb=peak / 1e9, estimated_gb=estimated / 1e9, peak_by_estimate=off)
+            report.line(
+                title,
+                "measured" if off is None else "ok" if 0.85 < off < 1.15 else "failed",
+                peak_gb=peak / 1e9,
+                estimated_gb=estimated / 1e9,
+                peak_by_estimate=off,
+            )
     title = f"LoRA, {shape['full']} layers, within 24 GB"
     with report.step(title):
         release()
@@ -1097,10 +1405,16 @@ def memory(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
         model = make_model(shape["wide"], shape["full"], device, "bfloat16")
         release()
         peak = step_peak(model, pairs, device, folder / "lora", 16)
-        estimated = train_bytes(shape_of_model(shape["wide"], shape["full"]), 1, 1, tokens, tokens,
-                                16, True)
-        report.check(title, True, peak_gb=peak / 1e9, estimated_gb=estimated / 1e9,
-                     peak_by_estimate=peak / estimated)
+        estimated = train_bytes(
+            shape_of_model(shape["wide"], shape["full"]), 1, 1, tokens, tokens, 16, True
+        )
+        report.check(
+            title,
+            True,
+            peak_gb=peak / 1e9,
+            estimated_gb=estimated / 1e9,
+            peak_by_estimate=peak / estimated,
+        )
     if card:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -1115,9 +1429,15 @@ def step_peak(model: Any, pairs: list[dict[str, Any]], device: str, work: Path, 
 
     from sppo.training.trainer import make_trainer
 
-    options = options_of_training(batch_size=2, micro_batch_size=1, checkpoint_steps=1000,
-                                  schedule_total_epochs=1, gradient_checkpointing=True,
-                                  lora_rank=rank, lora_alpha=32)
+    options = options_of_training(
+        batch_size=2,
+        micro_batch_size=1,
+        checkpoint_steps=1000,
+        schedule_total_epochs=1,
+        gradient_checkpointing=True,
+        lora_rank=rank,
+        lora_alpha=32,
+    )
     # References of zero are not this policy's, and whether they are is not the question here.
     trainer = make_trainer(model, pairs, options, torch.bfloat16, device, work, 0)
     trainer._check_step_0 = lambda *_: None
@@ -1136,31 +1456,41 @@ def pairrm(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
     from transformers import DebertaV2Config
 
-    from sppo.preferences.pairrm import DEBERTA_V3_LARGE, MARKS, SEPARATOR, PairRanker, PairRM
     from sppo.preferences.estimates import win_probabilities
+    from sppo.preferences.pairrm import DEBERTA_V3_LARGE, MARKS, SEPARATOR, PairRanker, PairRM
 
     words, special = 2000, ["[PAD]", "[CLS]", SEPARATOR, "[UNK]"]
     whole = Tokenizer(
         models.WordLevel(
-            {name: i
-             for i, name in enumerate([*special, *(f"w{i}" for i in range(words))])}, "[UNK]"))
+            {name: i for i, name in enumerate([*special, *(f"w{i}" for i in range(words))])},
+            "[UNK]",
+        )
+    )
     whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    whole.add_special_tokens(
-        [AddedToken(mark, special=True) for mark in (*special, *MARKS)])
+    whole.add_special_tokens([AddedToken(mark, special=True) for mark in (*special, *MARKS)])
     whole.post_processor = processors.TemplateProcessing(
-        single=f"[CLS] $A {SEPARATOR}", special_tokens=[("[CLS]", 1), (SEPARATOR, 2)])
+        single=f"[CLS] $A {SEPARATOR}", special_tokens=[("[CLS]", 1), (SEPARATOR, 2)]
+    )
     folder.mkdir(exist_ok=True)
     whole.save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
-    config = DebertaV2Config(**DEBERTA_V3_LARGE | shape["pairrm"],
-                             vocab_size=whole.get_vocab_size(), architectures=["DebertaV2PairRM"])
+    config = DebertaV2Config(
+        **DEBERTA_V3_LARGE | shape["pairrm"],
+        vocab_size=whole.get_vocab_size(),
+        architectures=["DebertaV2PairRM"],
+    )
     network = PairRanker(config, 1)
-    save_file({name: weight.contiguous()
-               for name, weight in network.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: weight.contiguous() for name, weight in network.state_dict().items()},
+        folder / "model.safetensors",
+    )
     named = {
         key: whole.token_to_id(mark)
-        for key, mark in zip(("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id"),
-                             (MARKS[0], *MARKS[2:]), strict=True)
+        for key, mark in zip(
+            ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id"),
+            (MARKS[0], *MARKS[2:]),
+            strict=True,
+        )
     }
     (folder / "config.json").write_text(json.dumps(config.to_dict() | named), encoding="utf-8")
     draw, (asked, answered) = random.Random(0), shape["pairrm_words"]
@@ -1168,8 +1498,9 @@ def pairrm(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
     def text(length: int) -> str:
         return " ".join(f"w{draw.randrange(words)}" for _ in range(length))
 
-    groups = [(text(asked), [text(answered) for _ in range(5)])
-              for _ in range(shape["pairrm_prompts"])]
+    groups = [
+        (text(asked), [text(answered) for _ in range(5)]) for _ in range(shape["pairrm_prompts"])
+    ]
     found = {}
     for precision in ("float32", "bfloat16"):
         with report.step(precision):
@@ -1180,21 +1511,30 @@ def pairrm(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
             logits = np.array(model.all_pair_logits(groups))
             seconds = time.perf_counter() - began
             found[precision] = logits
-            report.check(precision, bool(np.isfinite(logits).all()),
-                         pairs_per_second=20 * len(groups) / seconds,
-                         tokens_of_a_pair=asked + 2 * answered)
+            report.check(
+                precision,
+                bool(np.isfinite(logits).all()),
+                pairs_per_second=20 * len(groups) / seconds,
+                tokens_of_a_pair=asked + 2 * answered,
+            )
             del model
             release()
     # Of random weights the logits hardly differ; stretched as far as those of a trained model, they
     # would stretch the rounding with them. So the rounding is told beside the spread.
     gap, spread = found["bfloat16"] - found["float32"], float(found["float32"].std())
-    P, rounded = (np.array([win_probabilities(each) for each in found[name]])
-                  for name in ("float32", "bfloat16"))
-    report.check("P by bfloat16",
-                 np.abs(P - rounded).mean() < 0.01, spread_of_logits=spread,
-                 rounding=float(gap.std()),
-                 largest_difference_of_P=float(np.abs(P - rounded).max()), P_from=float(P.min()),
-                 P_to=float(P.max()))
+    P, rounded = (
+        np.array([win_probabilities(each) for each in found[name]])
+        for name in ("float32", "bfloat16")
+    )
+    report.check(
+        "P by bfloat16",
+        np.abs(P - rounded).mean() < 0.01,
+        spread_of_logits=spread,
+        rounding=float(gap.std()),
+        largest_difference_of_P=float(np.abs(P - rounded).max()),
+        P_from=float(P.min()),
+        P_to=float(P.max()),
+    )
 
 
 def generation(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
@@ -1209,37 +1549,62 @@ def generation(report: Report, shape: dict[str, Any], device: str, folder: Path)
         with report.step(precision):
             found, seconds = [], 0.0
             for together in (4, 4 * shape["prompts"]):
-                engine = TransformersEngine(folder, precision=precision, device=device,
-                                            attention=None, batch_size=together)
+                engine = TransformersEngine(
+                    folder, precision=precision, device=device, attention=None, batch_size=together
+                )
                 draw.seed(0)
-                prompts = [{
-                    "prompt_id": f"p{i}",
-                    "prompt_token_ids": prompt_token_ids(engine.tokenizer, [{
-                        "role": "user", "content": " ".join(f"w{draw.randrange(5, 500)}"
-                                                            for _ in range(draw.randrange(4, 64)))
-                    }])
-                } for i in range(shape["prompts"])]
+                prompts = [
+                    {
+                        "prompt_id": f"p{i}",
+                        "prompt_token_ids": prompt_token_ids(
+                            engine.tokenizer,
+                            [
+                                {
+                                    "role": "user",
+                                    "content": " ".join(
+                                        f"w{draw.randrange(5, 500)}"
+                                        for _ in range(draw.randrange(4, 64))
+                                    ),
+                                }
+                            ],
+                        ),
+                    }
+                    for i in range(shape["prompts"])
+                ]
                 some = prompts if together > 4 else prompts[:4]  # one prompt at a time is slow
                 engine.generate(some[:1], sampling, 0, "warm-up")
                 synchronise(device)
                 began = time.perf_counter()
                 found.append(engine.generate(some, sampling, 0, "check"))
                 seconds = time.perf_counter() - began
-            alone, both = found[0], found[1][:len(found[0])]
-            same = sum(a["token_ids"] == b["token_ids"]
-                       for a, b in zip(alone, both, strict=True)) / len(alone)
-            first = sum(a["token_ids"][0] == b["token_ids"][0]
-                        for a, b in zip(alone, both, strict=True)) / len(alone)
+            alone, both = found[0], found[1][: len(found[0])]
+            same = sum(
+                a["token_ids"] == b["token_ids"] for a, b in zip(alone, both, strict=True)
+            ) / len(alone)
+            first = sum(
+                a["token_ids"][0] == b["token_ids"][0] for a, b in zip(alone, both, strict=True)
+            ) / len(alone)
             drawn = sum(len(row["token_ids"]) for row in found[1])
-            report.check(f"equal seeds in different batches, {precision}", first > 0.9
-                         and (precision == "bfloat16" or same > 0.8), same_responses=same,
-                         same_first_tokens=first, tokens_per_second=drawn / seconds)
+            report.check(
+                f"equal seeds in different batches, {precision}",
+                first > 0.9 and (precision == "bfloat16" or same > 0.8),
+                same_responses=same,
+                same_first_tokens=first,
+                tokens_per_second=drawn / seconds,
+            )
 
 
 SECTIONS: dict[str, Callable[[Report, dict[str, Any], str, Path], None]] = {
-    ENVIRONMENT: environment, "sdpa": sdpa, "numerics": numerics, "programs": programs,
-    "fsdp2": fsdp2, FSDP_CHILD: fsdp2_child, "throughput": throughput, "memory": memory,
-    "pairrm": pairrm, "generation": generation
+    ENVIRONMENT: environment,
+    "sdpa": sdpa,
+    "numerics": numerics,
+    "programs": programs,
+    "fsdp2": fsdp2,
+    FSDP_CHILD: fsdp2_child,
+    "throughput": throughput,
+    "memory": memory,
+    "pairrm": pairrm,
+    "generation": generation,
 }
 
 if __name__ == "__main__":

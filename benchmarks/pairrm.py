@@ -31,11 +31,22 @@ K = 5
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--official", type=Path, help="interpreter of llm-blender's environment; not given, ours alone")
+    parser.add_argument(
+        "--official",
+        type=Path,
+        help="interpreter of llm-blender's environment; not given, ours alone",
+    )
     parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--backend", choices=["transformers", "llm_blender"], default="transformers", help="for this file's call of itself")
+    parser.add_argument(
+        "--backend",
+        choices=["transformers", "llm_blender"],
+        default="transformers",
+        help="for this file's call of itself",
+    )
     args = parser.parse_args()
     start_torch()
     device, groups = pick_device("auto"), questions(args.prompts)
@@ -49,23 +60,42 @@ def main() -> None:
     probabilities = {}
     for precision in ("float32", "bfloat16"):
         model = PairRM(args.model, device, precision)
-        probabilities[precision] = np.array([win_probabilities(logits) for logits in timed(f"ours {precision}", model, groups)])
+        probabilities[precision] = np.array(
+            [win_probabilities(logits) for logits in timed(f"ours {precision}", model, groups)]
+        )
     if args.official:
-        subprocess.run([args.official, __file__, "--model", args.model, "--prompts", str(args.prompts), "--backend", "llm_blender"], check=True)
+        subprocess.run(
+            [
+                args.official,
+                __file__,
+                "--model",
+                args.model,
+                "--prompts",
+                str(args.prompts),
+                "--backend",
+                "llm_blender",
+            ],
+            check=True,
+        )
     gap = np.abs(probabilities["float32"] - probabilities["bfloat16"])
-    print(f"P by bfloat16   differs from float32's by {gap.max():.4f} at most, {gap.mean():.4f} in the mean, where P is {probabilities['float32'].min():.2f} "
-          f"to {probabilities['float32'].max():.2f}")
+    print(
+        f"P by bfloat16   differs from float32's by {gap.max():.4f} at most, {gap.mean():.4f} in the mean, where P is {probabilities['float32'].min():.2f} "
+        f"to {probabilities['float32'].max():.2f}"
+    )
 
 
 def questions(prompts: int) -> list[tuple[str, list[str]]]:
     """Instructions of ours, each with K answers made of others."""
     draw = random.Random(0)
-    texts = [json.loads(line)["instruction"] for line in (REPOSITORY / "data/prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [
+        json.loads(line)["instruction"]
+        for line in (REPOSITORY / "data/prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     words = " ".join(texts).split()
 
     def answer() -> str:
         start, length = draw.randrange(len(words) - 300), draw.randrange(10, 300)
-        return " ".join(words[start:start + length])
+        return " ".join(words[start : start + length])
 
     return [(text, [answer() for _ in range(K)]) for text in draw.sample(texts, prompts)]
 
@@ -76,7 +106,10 @@ def timed(name: str, model, groups: list[tuple[str, list[str]]]) -> list[np.ndar
     began = time.perf_counter()
     logits = model.all_pair_logits(groups)
     seconds = time.perf_counter() - began
-    print(f"{name:15} {len(groups) * K * (K - 1) / seconds:7.1f} ordered pairs/s on {model.device}", flush=True)
+    print(
+        f"{name:15} {len(groups) * K * (K - 1) / seconds:7.1f} ordered pairs/s on {model.device}",
+        flush=True,
+    )
     return logits
 
 

@@ -29,8 +29,14 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
+from sppo.policies.models import (
+    load_policy,
+    load_tokenizer,
+    pick_device,
+    prompt_token_ids,
+    start_torch,
+)
 from sppo.training.logps import collate, forward_precision, response_logps, token_logps
-from sppo.policies.models import load_policy, load_tokenizer, pick_device, prompt_token_ids, start_torch
 from sppo.training.trainer import identity_fault
 
 DRAWS = 10_000
@@ -48,8 +54,9 @@ def main() -> None:
     parser.add_argument("--responses", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0, help="of texts, weights and batches")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    parser.add_argument("--precision", choices=["bfloat16", "float32"], nargs="*",
-                        default=["bfloat16", "float32"])
+    parser.add_argument(
+        "--precision", choices=["bfloat16", "float32"], nargs="*", default=["bfloat16", "float32"]
+    )
     args = parser.parse_args()
     start_torch()
     device = pick_device(args.device)
@@ -75,8 +82,7 @@ def read_sequences(policy: Path, count: int, seed: int) -> Sequences:
     return found
 
 
-def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str,
-            seed: int) -> None:
+def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str, seed: int) -> None:
     model = load_generic(policy, device, seed)
     by_length = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
     shuffled = random.Random(seed + 1).sample(by_length, len(by_length))
@@ -90,8 +96,10 @@ def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str,
     for n in LENGTHS:
         sums = torch.stack([row[:n].sum() for row in noise if len(row) >= n])
         deviation = sums.std().item()
-        print(f"| {n} | {len(sums)} | {deviation:.4f} | {sums.abs().max():.4f} | "
-              f"{deviation / of_token / n**0.5:.2f} |")
+        print(
+            f"| {n} | {len(sums)} | {deviation:.4f} | {sums.abs().max():.4f} | "
+            f"{deviation / of_token / n**0.5:.2f} |"
+        )
     false = ", ".join(str(alarms(noise, dtype, DRAWS, pairs)) for pairs in PAIRS)
     print(f"\nFalse alarms in {DRAWS} draws of {PAIRS} pairs: {false}", flush=True)
     few = shuffled[:400]
@@ -115,19 +123,25 @@ def load_generic(policy: Path, device: str, seed: int) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def score(model: torch.nn.Module, sequences: Sequences, order: list[int], size: int,
-          dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+def score(
+    model: torch.nn.Module,
+    sequences: Sequences,
+    order: list[int],
+    size: int,
+    dtype: torch.dtype,
+    device: str,
+) -> list[torch.Tensor]:
     """Log-probabilities of each response's tokens, scored in batches of `size` in this order."""
     found: dict[int, torch.Tensor] = {}
     for start in range(0, len(order), size):
-        rows = order[start:start + size]
+        rows = order[start : start + size]
         batch = collate(*zip(*(sequences[i] for i in rows), strict=True))
         batch = {key: value.to(device) for key, value in batch.items()}
         with forward_precision(device, dtype):
             logps = token_logps(model, batch).cpu().double()
         for row, i in zip(logps, rows, strict=True):
             begin = len(sequences[i][0])
-            found[i] = row[begin:begin + len(sequences[i][1])]
+            found[i] = row[begin : begin + len(sequences[i][1])]
     return [found.get(i, torch.empty(0)) for i in range(len(sequences))]
 
 
@@ -139,15 +153,16 @@ def alarms(ratios: list[torch.Tensor], dtype: torch.dtype, draws: int, pairs: in
     draw, found = random.Random(2), 0
     for _ in range(draws):
         drawn = [draw.choice(ratios) for _ in range(2 * pairs)]
-        kept = [row[:draw.randint(1, len(row))] for row in drawn]
+        kept = [row[: draw.randint(1, len(row))] for row in drawn]
         sums = torch.stack([row.sum() for row in kept])
         tokens = torch.tensor([float(len(row)) for row in kept])
         found += identity_fault(sums, tokens, dtype) is not None
     return found
 
 
-def take_step(model: torch.nn.Module, sequences: Sequences, step: float, dtype: torch.dtype,
-              device: str) -> None:
+def take_step(
+    model: torch.nn.Module, sequences: Sequences, step: float, dtype: torch.dtype, device: str
+) -> None:
     """Move each weight by `step` against its gradient; half of the responses win, half lose."""
     batch = collate(*zip(*sequences, strict=True))
     with forward_precision(device, dtype):

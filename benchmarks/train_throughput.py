@@ -32,15 +32,32 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from sppo.core.artifacts import package_versions
 from sppo.core.config import default_of, schema
-from sppo.training.logps import frozen_logps
 from sppo.policies.models import compute_dtype, pick_device, start_torch
+from sppo.training.logps import frozen_logps
 from sppo.training.trainer import make_trainer, make_trl_trainer
 
 SHAPES = {
-    "mistral-7b": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-                   "num_key_value_heads": 8, "max_position_embeddings": 32768, "rms_norm_eps": 1e-5, "sliding_window": None},
-    "tiny": {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "max_position_embeddings": 2048, "sliding_window": None},
+    "mistral-7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+    },
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "sliding_window": None,
+    },
 }
 
 
@@ -56,19 +73,31 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trainer", choices=["ours", "trl", "trl_precomputed"], required=True)
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
-    parser.add_argument("--layers", type=int, help="fewer than the shape has, for a GPU of less memory")
+    parser.add_argument(
+        "--layers", type=int, help="fewer than the shape has, for a GPU of less memory"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--response-tokens", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64, help="pairs in a step")
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--lora-rank", type=int, default=0)
-    parser.add_argument("--no-checkpointing", action="store_true", help="keep activations; TRL's default, and ours here, is to compute them twice")
+    parser.add_argument(
+        "--no-checkpointing",
+        action="store_true",
+        help="keep activations; TRL's default, and ours here, is to compute them twice",
+    )
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warmup", type=int, default=2, help="first steps that do not count")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, by its data sheet; measured with one large product if not given")
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="of the device, by its data sheet; measured with one large product if not given",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     args = parser.parse_args()
     if not 1 <= args.warmup < args.steps:
@@ -76,10 +105,19 @@ def main() -> None:
     start_torch()
     device = pick_device(args.device)
     dtype = compute_dtype("auto", device)
-    row = {"trainer": args.trainer, "shape": args.shape, "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
-           "tokens": f"{args.prompt_tokens} + {args.response_tokens}", "batch_size": args.batch_size, "micro_batch_size": args.micro_batch_size,
-           "lora_rank": args.lora_rank, "checkpointing": not args.no_checkpointing, "computed_in": str(dtype).removeprefix("torch."),
-           "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "packages": package_versions()}
+    row = {
+        "trainer": args.trainer,
+        "shape": args.shape,
+        "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
+        "tokens": f"{args.prompt_tokens} + {args.response_tokens}",
+        "batch_size": args.batch_size,
+        "micro_batch_size": args.micro_batch_size,
+        "lora_rank": args.lora_rank,
+        "checkpointing": not args.no_checkpointing,
+        "computed_in": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "packages": package_versions(),
+    }
     try:
         row |= measured(args, device, dtype)
     except torch.OutOfMemoryError:
@@ -89,9 +127,19 @@ def main() -> None:
 
 def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """Seconds of a step, tokens a second, MFU and peak memory of one trainer."""
-    options = {key: default_of(rule, "paper") for key, rule in schema()["properties"]["train"]["properties"].items()}
-    options |= {"loss": "sppo_hard", "batch_size": args.batch_size, "micro_batch_size": args.micro_batch_size, "lora_rank": args.lora_rank,
-                "gradient_checkpointing": not args.no_checkpointing, "checkpoint_steps": args.steps, "schedule_total_epochs": 1}
+    options = {
+        key: default_of(rule, "paper")
+        for key, rule in schema()["properties"]["train"]["properties"].items()
+    }
+    options |= {
+        "loss": "sppo_hard",
+        "batch_size": args.batch_size,
+        "micro_batch_size": args.micro_batch_size,
+        "lora_rank": args.lora_rank,
+        "gradient_checkpointing": not args.no_checkpointing,
+        "checkpoint_steps": args.steps,
+        "schedule_total_epochs": 1,
+    }
     shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     pairs = random_pairs(args, shape["vocab_size"])
     model = random_policy(shape, device)
@@ -99,24 +147,54 @@ def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
     with tempfile.TemporaryDirectory() as work:
         if args.trainer == "ours":
             rows = frozen_logps(model, pairs, dtype, device, args.micro_batch_size)
-            pairs = [pair | {f"{of}_{side}": row[f"{side}_logp"] for of in ("current", "reference") for side in ("chosen", "rejected")}
-                     for pair, row in zip(pairs, rows, strict=True)]
+            pairs = [
+                pair
+                | {
+                    f"{of}_{side}": row[f"{side}_logp"]
+                    for of in ("current", "reference")
+                    for side in ("chosen", "rejected")
+                }
+                for pair, row in zip(pairs, rows, strict=True)
+            ]
             trainer = make_trainer(model, pairs, options, dtype, device, Path(work), 0)
         else:
             reference = random_policy(shape, device) if args.trainer == "trl" else None
-            trainer = make_trl_trainer(model, tokenizer(shape["vocab_size"]), pairs, options, dtype, device, Path(work), 0, reference)
+            trainer = make_trl_trainer(
+                model,
+                tokenizer(shape["vocab_size"]),
+                pairs,
+                options,
+                dtype,
+                device,
+                Path(work),
+                0,
+                reference,
+            )
         synchronise(device)
         before = 0.0 if args.trainer == "trl" else (time.perf_counter() - began) / args.steps
         trainer.add_callback(clock)
         trainer.train()
-    ends = clock.ends[args.warmup - 1:]
+    ends = clock.ends[args.warmup - 1 :]
     step = statistics.median(b - a for a, b in zip(ends, ends[1:])) + before
     tokens = 2 * args.batch_size * (args.prompt_tokens + args.response_tokens)
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
+    )
     peak = args.peak_tflops or product_tflops(dtype, device)
-    return {"steps": len(ends) - 1, "seconds_a_step": round(step, 3), "of_these_reference_beforehand": round(before, 3),
-            "tokens_per_second": round(tokens / step, 1), "mfu_percent": round(100 * 2 * args.batch_size * flops(args, shape) / step / peak / 1e12, 2),
-            "peak_tflops": round(peak, 3), "peak_from": "data sheet" if args.peak_tflops else "measured", "peak_memory_gib": round(memory / 2**30, 2)}
+    return {
+        "steps": len(ends) - 1,
+        "seconds_a_step": round(step, 3),
+        "of_these_reference_beforehand": round(before, 3),
+        "tokens_per_second": round(tokens / step, 1),
+        "mfu_percent": round(
+            100 * 2 * args.batch_size * flops(args, shape) / step / peak / 1e12, 2
+        ),
+        "peak_tflops": round(peak, 3),
+        "peak_from": "data sheet" if args.peak_tflops else "measured",
+        "peak_memory_gib": round(memory / 2**30, 2),
+    }
 
 
 def random_pairs(args: argparse.Namespace, vocabulary: int) -> list[dict[str, Any]]:
@@ -125,23 +203,47 @@ def random_pairs(args: argparse.Namespace, vocabulary: int) -> list[dict[str, An
 
     def ids(length: int) -> list[int]:
         return torch.randint(3, vocabulary, (length,), generator=draw).tolist()
-    return [{"pair_id": i, "prompt_token_ids": ids(args.prompt_tokens), "chosen_token_ids": ids(args.response_tokens),
-             "rejected_token_ids": ids(args.response_tokens), "p_hat_chosen": 0.8, "p_hat_rejected": 0.2, "p_chosen_beats_rejected": 0.9}
-            for i in range(args.batch_size * args.steps)]
+
+    return [
+        {
+            "pair_id": i,
+            "prompt_token_ids": ids(args.prompt_tokens),
+            "chosen_token_ids": ids(args.response_tokens),
+            "rejected_token_ids": ids(args.response_tokens),
+            "p_hat_chosen": 0.8,
+            "p_hat_rejected": 0.2,
+            "p_chosen_beats_rejected": 0.9,
+        }
+        for i in range(args.batch_size * args.steps)
+    ]
 
 
 def random_policy(shape: dict[str, Any], device: str) -> MistralForCausalLM:
     """A policy of this shape, float32, the same at each call."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = MistralForCausalLM(MistralConfig(**shape, tie_word_embeddings=False, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+        model = MistralForCausalLM(
+            MistralConfig(
+                **shape,
+                tie_word_embeddings=False,
+                use_cache=False,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+            )
+        )
     return model.eval()
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     """What TRL wants for its pad id; the pairs are token ids already."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<pad>")), pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "<pad>")),
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
 
 
 def flops(args: argparse.Namespace, shape: dict[str, Any]) -> float:
@@ -152,7 +254,10 @@ def flops(args: argparse.Namespace, shape: dict[str, Any]) -> float:
     length, hidden = args.prompt_tokens + args.response_tokens, shape["hidden_size"]
     keys = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * shape["intermediate_size"]
-    forward = shape["num_hidden_layers"] * (2 * layer * length + 2 * hidden * length**2) + 2 * hidden * shape["vocab_size"] * args.response_tokens
+    forward = (
+        shape["num_hidden_layers"] * (2 * layer * length + 2 * hidden * length**2)
+        + 2 * hidden * shape["vocab_size"] * args.response_tokens
+    )
     return (1 + 3) * forward
 
 

@@ -6,7 +6,11 @@ ANSWER_KEYS = ("limit", "temperature", "top_p", "max_new_tokens")
 # Every policy answers with the same noise, so that they differ by their weights alone; the reference has its own,
 # so that iter0 against it shows what noise does.
 # Sample k of best-of-n has the same noise whatever n is, so that every n takes the first of the same samples.
-NOISE = {"alpaca_eval_outputs": "alpaca_eval", "reference_outputs": "alpaca_eval_reference", "best_of_n_answers": "best_of_n"}
+NOISE = {
+    "alpaca_eval_outputs": "alpaca_eval",
+    "reference_outputs": "alpaca_eval_reference",
+    "best_of_n_answers": "best_of_n",
+}
 
 
 def answer_flags(wildcards):
@@ -27,13 +31,20 @@ def reference_outputs(wildcards):
 
 def answers_as_main(run):
     """Whether the run answers the same instructions in the same way, so that answers can be compared."""
-    return all(run["alpaca_eval"][key] == MAIN["alpaca_eval"][key] for key in (*ANSWER_KEYS, "instructions"))
+    return all(
+        run["alpaca_eval"][key] == MAIN["alpaca_eval"][key]
+        for key in (*ANSWER_KEYS, "instructions")
+    )
 
 
 def judge(wildcards):
     """Who judges: the configured judge, or, for the estimate, the preference model that training saw."""
     run = settings(wildcards)
-    return run["alpaca_eval"]["judge"] if wildcards.verdict == "alpaca_eval" else preference_model(wildcards.run)
+    return (
+        run["alpaca_eval"]["judge"]
+        if wildcards.verdict == "alpaca_eval"
+        else preference_model(wildcards.run)
+    )
 
 
 def judge_files(wildcards):
@@ -47,14 +58,28 @@ def judge_files(wildcards):
 
 def difficulty_file(wildcards):
     """Instruction difficulties, where the length-controlled metric takes them."""
-    return settings(wildcards)["alpaca_eval"]["difficulty"] if wildcards.verdict == "alpaca_eval" else None
+    return (
+        settings(wildcards)["alpaca_eval"]["difficulty"]
+        if wildcards.verdict == "alpaca_eval"
+        else None
+    )
 
 
 def judge_flags(wildcards):
     """The judge and how its verdicts are summed up. What the ranker believes it gained needs no interval of LC."""
     chosen = settings(wildcards)["alpaca_eval"]
-    keys = ("judge_model", "judge_base_url", "difficulty", "bootstrap", "length_controlled_bootstrap")
-    rest = {key: chosen[key] for key in keys} if wildcards.verdict == "alpaca_eval" else {"bootstrap": chosen["bootstrap"], "length_controlled_bootstrap": 0}
+    keys = (
+        "judge_model",
+        "judge_base_url",
+        "difficulty",
+        "bootstrap",
+        "length_controlled_bootstrap",
+    )
+    rest = (
+        {key: chosen[key] for key in keys}
+        if wildcards.verdict == "alpaca_eval"
+        else {"bootstrap": chosen["bootstrap"], "length_controlled_bootstrap": 0}
+    )
     return flags({"judge": judge(wildcards)} | rest)
 
 
@@ -70,7 +95,9 @@ def policy_name(wildcards):
 
 def generator_name(wildcards):
     """What it is called in outputs; alpaca-eval compares nothing if two generators have one name."""
-    return policy_name(wildcards) + ("-reference" if wildcards.answers == "reference_outputs" else "")
+    return policy_name(wildcards) + (
+        "-reference" if wildcards.answers == "reference_outputs" else ""
+    )
 
 
 rule fetch_alpaca_eval:
@@ -111,10 +138,10 @@ rule answer_instructions:
         f"{LOGS}{{run}}iter{{t}}/{{answers}}.log",
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/{{answers}}.tsv"
-    conda:
-        ENGINE_ENVIRONMENT
     wildcard_constraints:
         answers="alpaca_eval_outputs|reference_outputs",
+    conda:
+        ENGINE_ENVIRONMENT
     threads: MODEL_THREADS
     resources:
         mem_mb=6000,
@@ -152,10 +179,10 @@ rule judge_outputs:
         f"{LOGS}{{run}}iter{{t}}/{{verdict}}.log",
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/{{verdict}}.tsv"
-    conda:
-        "../envs/eval.yaml"
     wildcard_constraints:
         verdict="alpaca_eval|ranker_estimate",
+    conda:
+        "../envs/eval.yaml"
     threads: MODEL_THREADS
     resources:
         mem_mb=4000,

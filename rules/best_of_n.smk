@@ -34,10 +34,10 @@ rule pick_best_of_n:
         f"{LOGS}{{run}}iter{{t}}/best_of_{{n}}/pick_best_of_n.log",
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/best_of_{{n}}/pick_best_of_n.tsv"
-    conda:
-        "../envs/core.yaml"
     wildcard_constraints:
         n=r"[1-9]\d*",
+    conda:
+        "../envs/core.yaml"
     threads: MODEL_THREADS
     resources:
         mem_mb=4000,
@@ -90,11 +90,19 @@ def powers_of_two(wildcards):
 rule plot_best_of_n:
     """Win rate and length over n, from the same samples."""
     input:
-        lambda wildcards: [at(f"best_of_{n}/alpaca_eval.json").format(**wildcards) for n in powers_of_two(wildcards)],
+        lambda wildcards: [
+            at(f"best_of_{n}/alpaca_eval.json").format(**wildcards)
+            for n in powers_of_two(wildcards)
+        ],
     output:
         csv=at("best_of_n.csv"),
         png=at("best_of_n.png"),
-        svg=report(at("best_of_n.svg"), caption="captions/best_of_n.rst", category="AlpacaEval", labels=labels("best of n, iteration {t}")),
+        svg=report(
+            at("best_of_n.svg"),
+            caption="captions/best_of_n.rst",
+            category="AlpacaEval",
+            labels=labels("best of n, iteration {t}"),
+        ),
         csv_record=record(at("best_of_n.csv")),
         png_record=record(at("best_of_n.png")),
         svg_record=record(at("best_of_n.svg")),

@@ -26,10 +26,14 @@ from sppo.core.stages import STAGES
 
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 if IN_CONDA:
-    os.environ["PYTHONNOUSERSITE"] = "1"  # a user's ~/.local would stand before the environment's own packages
+    os.environ["PYTHONNOUSERSITE"] = (
+        "1"  # a user's ~/.local would stand before the environment's own packages
+    )
 if workflow.is_main_process and not os.path.samefile(workflow.basedir, os.getcwd()):
-    fail("the workflow's paths begin in the Snakefile's folder; run in it: "
-         f"cd {shlex.quote(str(workflow.basedir))}")
+    fail(
+        "the workflow's paths begin in the Snakefile's folder; run in it: "
+        f"cd {shlex.quote(str(workflow.basedir))}"
+    )
 
 CONFIG_FILES = [Path("config/config.yaml").absolute(), *workflow.overwrite_configfiles]
 try:
@@ -75,26 +79,54 @@ MODEL_GPUS = 1 if ON_GPU else 0
 # Snakemake makes OMP_NUM_THREADS of these. A GPU's job loads, casts and writes weights with them.
 CORES = workflow.resource_settings.cores or 1
 MODEL_THREADS = max(CORES // (max(GPUS_AT_ONCE, 1) if ON_GPU else 1), 1)
-TRAINING_GPUS = MODEL_GPUS * max(run["train"]["processes"] // run["train"]["machines"] for run in RUNS.values())
+TRAINING_GPUS = MODEL_GPUS * max(
+    run["train"]["processes"] // run["train"]["machines"] for run in RUNS.values()
+)
 TRAINING_THREADS = min(MODEL_THREADS * max(TRAINING_GPUS, 1), max(CORES, 1))
 ENGINE_GPUS = MODEL_GPUS * (MAIN["responses"]["tensor_parallel"] or 1)
 # What the configuration makes a rule's jobs use on a cluster, over all nodes, where its profile says what they get.
-GPUS_USED = {} if MAIN["device"] == "cpu" else {
-    **dict.fromkeys(("generate_responses", "answer_instructions", "answer_instructions_n_times", "answer_mt_bench"), MAIN["responses"]["tensor_parallel"] or 1),
-    **dict.fromkeys(("train_policy", "train_dropped_policy"), max(run["train"]["processes"] for run in RUNS.values())),
-}
+GPUS_USED = (
+    {}
+    if MAIN["device"] == "cpu"
+    else {
+        **dict.fromkeys(
+            (
+                "generate_responses",
+                "answer_instructions",
+                "answer_instructions_n_times",
+                "answer_mt_bench",
+            ),
+            MAIN["responses"]["tensor_parallel"] or 1,
+        ),
+        **dict.fromkeys(
+            ("train_policy", "train_dropped_policy"),
+            max(run["train"]["processes"] for run in RUNS.values()),
+        ),
+    }
+)
 # vLLM wants another transformers than the rest.
-ENGINE_ENVIRONMENT = "../envs/vllm.yaml" if MAIN["responses"]["engine"] == "vllm" else "../envs/core.yaml"
+ENGINE_ENVIRONMENT = (
+    "../envs/vllm.yaml" if MAIN["responses"]["engine"] == "vllm" else "../envs/core.yaml"
+)
 # Shell commands take it as it is; all else that they name they quote themselves, with :q.
 PYTHON = "python" if IN_CONDA else shlex.quote(sys.executable)
 if sys.stderr.isatty():
     os.environ["SPPO_WATCHED"] = "1"
 
 # AlpacaEval's own files, where the configuration says `official`: a rule fetches them.
-OFFICIAL_OUTPUTS, OFFICIAL_DIFFICULTIES = f"{MODELS}alpaca_eval/{OFFICIAL_REFERENCE}", f"{MODELS}alpaca_eval/{DIFFICULTY}"
+OFFICIAL_OUTPUTS, OFFICIAL_DIFFICULTIES = (
+    f"{MODELS}alpaca_eval/{OFFICIAL_REFERENCE}",
+    f"{MODELS}alpaca_eval/{DIFFICULTY}",
+)
 for each in RUNS.values():
-    fetched = {"instructions": OFFICIAL_OUTPUTS, "reference": OFFICIAL_OUTPUTS, "difficulty": OFFICIAL_DIFFICULTIES}
-    each["alpaca_eval"] |= {key: file for key, file in fetched.items() if each["alpaca_eval"][key] == "official"}
+    fetched = {
+        "instructions": OFFICIAL_OUTPUTS,
+        "reference": OFFICIAL_OUTPUTS,
+        "difficulty": OFFICIAL_DIFFICULTIES,
+    }
+    each["alpaca_eval"] |= {
+        key: file for key, file in fetched.items() if each["alpaca_eval"][key] == "official"
+    }
 
 
 def any_of(runs):
@@ -115,7 +147,10 @@ def settings(wildcards):
 
 def labels(figure):
     """What tells a file from others in the report: its run, and what it shows, which may name wildcards."""
-    return lambda wildcards: {"run": getattr(wildcards, "run", "all").rstrip("/") or "main", "figure": figure.format(**dict(wildcards.items()))}
+    return lambda wildcards: {
+        "run": getattr(wildcards, "run", "all").rstrip("/") or "main",
+        "figure": figure.format(**dict(wildcards.items())),
+    }
 
 
 def at(artifact):
@@ -162,7 +197,10 @@ def sampled(wildcards, artifact, t=None):
 
 def shards(wildcards, folder, t=None):
     """All shards of an artifact, a fixed number known from the configuration."""
-    return [sampled(wildcards, f"{folder}/{shard}.parquet", t) for shard in range(settings(wildcards)["responses"]["shards"])]
+    return [
+        sampled(wildcards, f"{folder}/{shard}.parquet", t)
+        for shard in range(settings(wildcards)["responses"]["shards"])
+    ]
 
 
 def section_flags(name, skip=()):
@@ -182,11 +220,27 @@ def gpus_if(needed):
 
 def asked_of_cluster(rule, attempts):
     """What a rule's jobs ask of a cluster, at the last attempt. The profile's expressions may name the attempt."""
+
     def value(name):
         resource = rule.resources.get(name)
-        return resource and resource.evaluate(None, input=[], attempt=attempts, threads=1, rulename=rule.name, async_run=None).value
-    partition, account = (str(value(name) or "") for name in ("slurm_partition", "slurm_account"))  # YAML reads 12345 as a number
-    return Asked(rule.name, partition, account, value("runtime"), value("gpu") or 0, GPUS_USED.get(rule.name, 0))
+        return (
+            resource
+            and resource.evaluate(
+                None, input=[], attempt=attempts, threads=1, rulename=rule.name, async_run=None
+            ).value
+        )
+
+    partition, account = (
+        str(value(name) or "") for name in ("slurm_partition", "slurm_account")
+    )  # YAML reads 12345 as a number
+    return Asked(
+        rule.name,
+        partition,
+        account,
+        value("runtime"),
+        value("gpu") or 0,
+        GPUS_USED.get(rule.name, 0),
+    )
 
 
 class Checked(type(workflow)):
@@ -204,15 +258,23 @@ class Checked(type(workflow)):
 
     def execute(self, executor_plugin, executor_settings, **others):
         if executor_plugin.name == "slurm":
-            os.environ.pop("SPPO_WATCHED", None)  # jobs take over the environment, and nobody sits before their logs
-            asked = [asked_of_cluster(rule, self.execution_settings.retries + 1) for rule in self.rules if not rule.norun]
+            os.environ.pop(
+                "SPPO_WATCHED", None
+            )  # jobs take over the environment, and nobody sits before their logs
+            asked = [
+                asked_of_cluster(rule, self.execution_settings.retries + 1)
+                for rule in self.rules
+                if not rule.norun
+            ]
             most = self.resource_settings.resources.get("gpu")
             try:
                 check_folder_for_slurm(os.getcwd())
                 check_cluster(asked, executor_settings.status_command, most and most.value)
             except UserError as error:
                 fail(str(error))
-        return super().execute(executor_plugin=executor_plugin, executor_settings=executor_settings, **others)
+        return super().execute(
+            executor_plugin=executor_plugin, executor_settings=executor_settings, **others
+        )
 
 
 if workflow.is_main_process:
@@ -222,8 +284,14 @@ if workflow.is_main_process:
 onstart:
     # What a dry run does without: before the first job, not after hours.
     if workflow.is_main_process:
-        to_come = {(job.wildcards.get("verdict", job.rule.name), job.wildcards.get("run", "").rstrip("/"), bool(job.resources.get("gpu")))
-                   for job in workflow.dag.needrun_jobs()}
+        to_come = {
+            (
+                job.wildcards.get("verdict", job.rule.name),
+                job.wildcards.get("run", "").rstrip("/"),
+                bool(job.resources.get("gpu")),
+            )
+            for job in workflow.dag.needrun_jobs()
+        }
         try:
             check_machine(RUNS, to_come, gpus_here() if workflow.local_exec else None, IN_CONDA)
         except UserError as error:

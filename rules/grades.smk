@@ -5,12 +5,20 @@ def grade_files(wildcards, t=None):
     """All shards of a run's own grades, by which its pairs are chosen; none where they are chosen by preferences."""
     run = settings(wildcards)
     folder = f"{ROOT}{wildcards.run}iter{t or wildcards.t}/grades"
-    return [f"{folder}/{shard}.parquet" for shard in range(run["responses"]["shards"])] if run["pairs"]["construction"] == "graded" else []
+    return (
+        [f"{folder}/{shard}.parquet" for shard in range(run["responses"]["shards"])]
+        if run["pairs"]["construction"] == "graded"
+        else []
+    )
 
 
 def preference_shards(wildcards, t=None):
     """All shards of the preferences by which a run's pairs are chosen; none where grades or gold responses choose them."""
-    return shards(wildcards, "preferences", t) if settings(wildcards)["pairs"]["construction"] in ("extremes", "all") else []
+    return (
+        shards(wildcards, "preferences", t)
+        if settings(wildcards)["pairs"]["construction"] in ("extremes", "all")
+        else []
+    )
 
 
 def by_preference(wildcards):
@@ -24,13 +32,21 @@ def grader(wildcards):
     chosen = flags({key: run["grades"][key] for key in GRADING})
     if not by_preference(wildcards):
         return chosen
-    return chosen + comparison_flags(wildcards) + flags({key: run["preference"][key] for key in ("probability", "logit_scale")})
+    return (
+        chosen
+        + comparison_flags(wildcards)
+        + flags({key: run["preference"][key] for key in ("probability", "logit_scale")})
+    )
 
 
 def thresholds(wildcards):
     """Which pairs grades make, where they make any."""
     run = settings(wildcards)
-    return flags({key: run["grades"][key] for key in THRESHOLDS}) if run["pairs"]["construction"] == "graded" else []
+    return (
+        flags({key: run["grades"][key] for key in THRESHOLDS})
+        if run["pairs"]["construction"] == "graded"
+        else []
+    )
 
 
 rule grade_responses:
@@ -41,7 +57,9 @@ rule grade_responses:
         gold=lambda wildcards: settings(wildcards)["pairs"]["gold"] or [],
         policy=BASE_POLICY,
         ranker_base=lambda wildcards: ranker_base(wildcards.run) if by_preference(wildcards) else [],
-        model=lambda wildcards: preference_model_files(wildcards.run) if by_preference(wildcards) else [],
+        model=lambda wildcards: (
+            preference_model_files(wildcards.run) if by_preference(wildcards) else []
+        ),
     output:
         grades=at("grades/{shard}.parquet"),
         record=record(at("grades/{shard}.parquet")),

@@ -3,7 +3,11 @@
 
 def pushed_policies():
     """What stands for main's policies on the hub; nothing unless the configuration says so."""
-    return [f"{ROOT}iter{t}/pushed_to_hub.json" for t in range(1, MAIN["iterations"] + 1)] if MAIN["push_to_hub"] else []
+    return (
+        [f"{ROOT}iter{t}/pushed_to_hub.json" for t in range(1, MAIN["iterations"] + 1)]
+        if MAIN["push_to_hub"]
+        else []
+    )
 
 
 rule push_policy:
@@ -18,17 +22,19 @@ rule push_policy:
         f"{LOGS}iter{{t}}/push_policy.log",
     benchmark:
         f"{BENCHMARKS}iter{{t}}/push_policy.tsv"
-    conda:
-        "../envs/core.yaml"
     wildcard_constraints:
         t=r"[1-9]\d*",
+    conda:
+        "../envs/core.yaml"
     threads: 1
     resources:
         mem_mb=4000,
         runtime=240,
     params:
         version=STAGES["push"],
-        repository=lambda wildcards: MAIN["push_to_hub"].replace("{t}", wildcards.t) if MAIN["push_to_hub"] else "",
+        repository=lambda wildcards: (
+            MAIN["push_to_hub"].replace("{t}", wildcards.t) if MAIN["push_to_hub"] else ""
+        ),
     message:
         "Uploading the policy of iteration {wildcards.t} to the hub"
     shell:

@@ -1,7 +1,10 @@
 """Requires: iter{t}/policy, questions in FastChat's form, a judge. Gives: iter{t}/mt_bench.json and what it is made of."""
 
 FASTCHAT_DATA = f"{MODELS}mt_bench"
-MT_BENCH_NOISE = {"mt_bench_answers": "mt_bench", "mt_bench_reference_answers": "mt_bench_reference"}
+MT_BENCH_NOISE = {
+    "mt_bench_answers": "mt_bench",
+    "mt_bench_reference_answers": "mt_bench_reference",
+}
 
 
 def mt_bench_folder(wildcards):
@@ -25,11 +28,17 @@ def mt_bench_flags(wildcards):
 
 def mt_bench_judge(wildcards):
     """What an embedded judge needs: the base's answers, its own base and adapter. One behind an API needs nothing."""
-    judge, as_main = settings(wildcards)["mt_bench"]["judge"], settings(wildcards)["mt_bench"] == MAIN["mt_bench"]
+    judge, as_main = (
+        settings(wildcards)["mt_bench"]["judge"],
+        settings(wildcards)["mt_bench"] == MAIN["mt_bench"],
+    )
     if not adapter_files(judge):
         return {}
-    return {"reference": f"{ROOT}{'' if as_main else wildcards.run}iter0/mt_bench_reference_answers.jsonl", "base": EMBEDDED_POLICY,
-            "adapter": adapter_files(judge)}
+    return {
+        "reference": f"{ROOT}{'' if as_main else wildcards.run}iter0/mt_bench_reference_answers.jsonl",
+        "base": EMBEDDED_POLICY,
+        "adapter": adapter_files(judge),
+    }
 
 
 rule fetch_mt_bench:
@@ -67,10 +76,10 @@ rule answer_mt_bench:
         f"{LOGS}{{run}}iter{{t}}/{{mt_bench_answers}}.log",
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/{{mt_bench_answers}}.tsv"
-    conda:
-        ENGINE_ENVIRONMENT
     wildcard_constraints:
         mt_bench_answers="mt_bench_answers|mt_bench_reference_answers",
+    conda:
+        ENGINE_ENVIRONMENT
     threads: MODEL_THREADS
     resources:
         mem_mb=6000,
@@ -118,8 +127,17 @@ rule evaluate_mt_bench:
     params:
         version=STAGES["mt_bench"],
         data=mt_bench_folder,
-        judge=lambda wildcards: flags({key: settings(wildcards)["mt_bench"][key] for key in ("judge", "judge_model", "judge_base_url")}),
-        embedded=lambda wildcards, input: flags({"reference": input.reference, "judge_base": input.base}) if "reference" in input.keys() else [],
+        judge=lambda wildcards: flags(
+            {
+                key: settings(wildcards)["mt_bench"][key]
+                for key in ("judge", "judge_model", "judge_base_url")
+            }
+        ),
+        embedded=lambda wildcards, input: (
+            flags({"reference": input.reference, "judge_base": input.base})
+            if "reference" in input.keys()
+            else []
+        ),
     message:
         "Judging MT-Bench: {wildcards.run}iteration {wildcards.t}"
     shell:

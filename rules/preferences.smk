@@ -3,14 +3,23 @@
 
 def preference_model(run):
     """The preference model of a run as programs take it: its name, or the folder that PairRM is put into, one for all runs with the same."""
-    chosen, of_main = ({key: RUNS[name]["preference"][key] for key in ("model", "revision", "backend")} for name in (run.rstrip("/"), ""))
-    return f"{ROOT}{'' if chosen == of_main else run}iter0/preference_model" if is_pairrm(chosen["model"]) else chosen["model"]
+    chosen, of_main = (
+        {key: RUNS[name]["preference"][key] for key in ("model", "revision", "backend")}
+        for name in (run.rstrip("/"), "")
+    )
+    return (
+        f"{ROOT}{'' if chosen == of_main else run}iter0/preference_model"
+        if is_pairrm(chosen["model"])
+        else chosen["model"]
+    )
 
 
 def preference_model_files(run):
     """What that lies in, so that a new one compares anew."""
     model = preference_model(run)
-    return [model] if is_pairrm(RUNS[run.rstrip("/")]["preference"]["model"]) else adapter_files(model)
+    return (
+        [model] if is_pairrm(RUNS[run.rstrip("/")]["preference"]["model"]) else adapter_files(model)
+    )
 
 
 def ranker_base(run):
@@ -21,7 +30,11 @@ def ranker_base(run):
 def comparison_flags(wildcards):
     """The preference model and what it reads; the embedded ones have nothing else to set."""
     chosen = settings(wildcards)["preference"]
-    keys = [key for key in COMPARISON if key not in ("model", "revision")] if is_pairrm(chosen["model"]) else ["source"]
+    keys = (
+        [key for key in COMPARISON if key not in ("model", "revision")]
+        if is_pairrm(chosen["model"])
+        else ["source"]
+    )
     read = {"model": preference_model(wildcards.run)} | {key: chosen[key] for key in keys}
     return flags(read) + CHATS
 
@@ -37,16 +50,21 @@ rule preference_model:
         f"{LOGS}{{run}}preference_model.log",
     benchmark:
         f"{BENCHMARKS}{{run}}preference_model.tsv"
+    priority: 1
     conda:
         "../envs/core.yaml"
     threads: 1
-    priority: 1
     resources:
         mem_mb=2000,
         runtime=60,
     params:
         version=STAGES["preference_source"],
-        options=lambda wildcards: flags({key: settings(wildcards)["preference"][key] for key in ("model", "revision", "backend")}),
+        options=lambda wildcards: flags(
+            {
+                key: settings(wildcards)["preference"][key]
+                for key in ("model", "revision", "backend")
+            }
+        ),
     message:
         "Putting PairRM into {output.model}"
     shell:
@@ -117,7 +135,9 @@ rule annotate_implicitly:
         gpu=MODEL_GPUS,
     params:
         version=STAGES["annotate"],
-        beta=lambda wildcards: of_iteration(settings(wildcards)["train"], int(wildcards.t) - 1)["beta"],
+        beta=lambda wildcards: of_iteration(settings(wildcards)["train"], int(wildcards.t) - 1)[
+            "beta"
+        ],
         options=lambda wildcards: scoring_flags(wildcards),  # of a file that is read later
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
@@ -136,13 +156,15 @@ ruleorder: annotate_implicitly > annotate_preferences
 BLENDING = [name for name, run in RUNS.items() if run["preference"]["backend"] == "llm_blender"]
 if BLENDING:
     if workflow.is_main_process and not IN_CONDA:
-        fail("config: preference.backend is llm_blender, which needs an environment of its own; run with --use-conda, or set transformers")
+        fail(
+            "config: preference.backend is llm_blender, which needs an environment of its own; run with --use-conda, or set transformers"
+        )
 
     use rule annotate_preferences as annotate_with_llm_blender with:
-        conda:
-            "../envs/llm_blender.yaml"
         wildcard_constraints:
             run=any_of(BLENDING),
+        conda:
+            "../envs/llm_blender.yaml"
 
     ruleorder: annotate_implicitly > annotate_with_llm_blender > annotate_preferences
 
@@ -150,7 +172,11 @@ if BLENDING:
 def previous_pairs(wildcards):
     """An earlier iteration's pairs, where some of them are trained on again."""
     t, chosen = int(wildcards.t), settings(wildcards)["pairs"]
-    return f"{ROOT}{wildcards.run}iter{1 if chosen['replay_from'] == 'first' else t - 1}/pairs.parquet" if chosen["replay"] and t > 1 else []
+    return (
+        f"{ROOT}{wildcards.run}iter{1 if chosen['replay_from'] == 'first' else t - 1}/pairs.parquet"
+        if chosen["replay"] and t > 1
+        else []
+    )
 
 
 rule build_pairs:
@@ -162,7 +188,11 @@ rule build_pairs:
         grades=lambda wildcards: grade_files(wildcards),
         previous=previous_pairs,
         gold=lambda wildcards: settings(wildcards)["pairs"]["gold"] or [],
-        policy=lambda wildcards: current_policy(wildcards) if settings(wildcards)["pairs"]["gold"] or settings(wildcards)["pairs"]["goals"] else [],
+        policy=lambda wildcards: (
+            current_policy(wildcards)
+            if settings(wildcards)["pairs"]["gold"] or settings(wildcards)["pairs"]["goals"]
+            else []
+        ),
     output:
         pairs=at("pairs.parquet"),
         record=record(at("pairs.parquet")),
@@ -180,9 +210,15 @@ rule build_pairs:
         version=STAGES["select"],
         options=section_flags("preference", skip=COMPARISON),
         construction=section_flags("pairs", skip=CHAINING),
-        more=lambda wildcards, input: flags({"policy": input.policy or None, "previous": input.previous or None,
-                                             "replay_seed": settings(wildcards)["seeds"]["data"]})
-        + thresholds(wildcards) + CHATS,
+        more=lambda wildcards, input: flags(
+            {
+                "policy": input.policy or None,
+                "previous": input.previous or None,
+                "replay_seed": settings(wildcards)["seeds"]["data"],
+            }
+        )
+        + thresholds(wildcards)
+        + CHATS,
     message:
         "Building the pairs of {wildcards.run}iteration {wildcards.t}"
     shell:

@@ -9,14 +9,20 @@ def prompt_file(wildcards):
 def earlier_prompts(wildcards):
     """The prompts of the iterations before, where each has a source of its own; portions of one source are disjoint by themselves."""
     one_each = "{t}" in settings(wildcards)["prompts"]["source"]
-    return [sampled(wildcards, "prompts.parquet", t) for t in range(1, int(wildcards.t))] if one_each else []
+    return (
+        [sampled(wildcards, "prompts.parquet", t) for t in range(1, int(wildcards.t))]
+        if one_each
+        else []
+    )
 
 
 def questions(wildcards):
     """What the evaluations ask, which is not trained on."""
     folder = mt_bench_folder(wildcards)
-    return [settings(wildcards)["alpaca_eval"]["instructions"],
-            folder if folder == FASTCHAT_DATA else f"{folder}/question.jsonl"]
+    return [
+        settings(wildcards)["alpaca_eval"]["instructions"],
+        folder if folder == FASTCHAT_DATA else f"{folder}/question.jsonl",
+    ]
 
 
 rule sample_prompts:
@@ -33,10 +39,10 @@ rule sample_prompts:
         f"{LOGS}{{run}}iter{{t}}/sample_prompts.log",
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/sample_prompts.tsv"
+    priority: 1  # a hub that lacks a later iteration's prompts says so at once
     conda:
         "../envs/core.yaml"
     threads: 1
-    priority: 1  # a hub that lacks a later iteration's prompts says so at once
     resources:
         mem_mb=4000,
         runtime=30,

@@ -10,10 +10,17 @@ def trainings(wildcards):
 rule plot_training:
     """Loss, log-ratios of winner and loser, and how often the winner is ranked first, over all iterations."""
     input:
-        logs=lambda wildcards: [f"{ROOT}{wildcards.run}iter{t}/train_log.jsonl" for t in trainings(wildcards)],
+        logs=lambda wildcards: [
+            f"{ROOT}{wildcards.run}iter{t}/train_log.jsonl" for t in trainings(wildcards)
+        ],
     output:
         png=f"{ROOT}{{run}}figures/training.png",
-        svg=report(f"{ROOT}{{run}}figures/training.svg", caption="captions/training.rst", category="Training", labels=labels("curves")),
+        svg=report(
+            f"{ROOT}{{run}}figures/training.svg",
+            caption="captions/training.rst",
+            category="Training",
+            labels=labels("curves"),
+        ),
         png_record=record(f"{ROOT}{{run}}figures/training.png"),
         svg_record=record(f"{ROOT}{{run}}figures/training.svg"),
     log:
@@ -40,14 +47,27 @@ rule build_response_browser:
     input:
         template="src/sppo/reporting/response_browser.html",
         instructions=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],
-        prompts=lambda wildcards: [sampled(wildcards, "prompts.parquet", t) for t in trainings(wildcards)],
-        responses=lambda wildcards: [path for t in trainings(wildcards) for path in shards(wildcards, "responses", t)],
-        preferences=lambda wildcards: [path for t in trainings(wildcards) for path in shards(wildcards, "preferences", t)],
-        pairs=lambda wildcards: [f"{ROOT}{wildcards.run}iter{t}/pairs.parquet" for t in trainings(wildcards)],
+        prompts=lambda wildcards: [
+            sampled(wildcards, "prompts.parquet", t) for t in trainings(wildcards)
+        ],
+        responses=lambda wildcards: [
+            path for t in trainings(wildcards) for path in shards(wildcards, "responses", t)
+        ],
+        preferences=lambda wildcards: [
+            path for t in trainings(wildcards) for path in shards(wildcards, "preferences", t)
+        ],
+        pairs=lambda wildcards: [
+            f"{ROOT}{wildcards.run}iter{t}/pairs.parquet" for t in trainings(wildcards)
+        ],
         answers=of_every_iteration("alpaca_eval_outputs.json"),
         annotations=of_every_iteration("alpaca_eval_annotations.json"),
     output:
-        page=report(f"{ROOT}{{run}}response_browser.html", caption="captions/responses.rst", category="Responses", labels=labels("response browser")),
+        page=report(
+            f"{ROOT}{{run}}response_browser.html",
+            caption="captions/responses.rst",
+            category="Responses",
+            labels=labels("response browser"),
+        ),
         record=record(f"{ROOT}{{run}}response_browser.html"),
     log:
         f"{LOGS}{{run}}response_browser.log",
@@ -76,11 +96,24 @@ rule build_response_browser:
 rule tabulate_evaluations:
     """One line for every iterate of every run, with all that was evaluated of it."""
     input:
-        files=already_made(["alpaca_eval.json", "ranker_estimate.json", "mt_bench.json", "open_llm.json", record("pairs.parquet")]),
+        files=already_made(
+            [
+                "alpaca_eval.json",
+                "ranker_estimate.json",
+                "mt_bench.json",
+                "open_llm.json",
+                record("pairs.parquet"),
+            ]
+        ),
     output:
         csv=f"{ROOT}tables/evaluations.csv",
         md=f"{ROOT}tables/evaluations.md",
-        html=report(f"{ROOT}tables/evaluations.html", caption="captions/evaluations.rst", category="Tables", labels=labels("all evaluations")),
+        html=report(
+            f"{ROOT}tables/evaluations.html",
+            caption="captions/evaluations.rst",
+            category="Tables",
+            labels=labels("all evaluations"),
+        ),
         csv_record=record(f"{ROOT}tables/evaluations.csv"),
         md_record=record(f"{ROOT}tables/evaluations.md"),
         html_record=record(f"{ROOT}tables/evaluations.html"),
@@ -104,8 +137,17 @@ rule tabulate_evaluations:
 
 
 SHARDS = range(max(run["responses"]["shards"] for run in RUNS.values()))
-COSTS = [*(f"{folder}/{shard}.parquet" for folder in ("responses", "preferences", "grades") for shard in SHARDS), "pairs.parquet",
-         "logps/current.parquet", "logps/reference.parquet", "policy"]
+COSTS = [
+    *(
+        f"{folder}/{shard}.parquet"
+        for folder in ("responses", "preferences", "grades")
+        for shard in SHARDS
+    ),
+    "pairs.parquet",
+    "logps/current.parquet",
+    "logps/reference.parquet",
+    "policy",
+]
 
 
 rule tabulate_methods:
@@ -115,9 +157,19 @@ rule tabulate_methods:
     output:
         md=f"{ROOT}tables/methods.md",
         tables=expand(f"{ROOT}tables/methods.{{form}}", form=["csv", "tex"]),
-        page=report(f"{ROOT}tables/methods.html", caption="captions/methods.rst", category="Tables", labels=labels("methods")),
+        page=report(
+            f"{ROOT}tables/methods.html",
+            caption="captions/methods.rst",
+            category="Tables",
+            labels=labels("methods"),
+        ),
         png=f"{ROOT}figures/methods.png",
-        svg=report(f"{ROOT}figures/methods.svg", caption="captions/methods.rst", category="AlpacaEval", labels=labels("methods")),
+        svg=report(
+            f"{ROOT}figures/methods.svg",
+            caption="captions/methods.rst",
+            category="AlpacaEval",
+            labels=labels("methods"),
+        ),
         md_record=record(f"{ROOT}tables/methods.md"),
         table_records=expand(record(f"{ROOT}tables/methods.{{form}}"), form=["csv", "tex"]),
         page_record=record(f"{ROOT}tables/methods.html"),

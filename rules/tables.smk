@@ -1,5 +1,6 @@
 """Requires: the evaluations of a run's iterations. Gives: summary.md and figures/{win_rate,length}.{png,svg} of that run;
-figures/pairwise_{ranker,judge}.{csv,png,svg}; tables/*.{csv,md,tex}, tables/all.{md,html} and tables/measured.md, the papers' figures with ours beside them."""
+figures/pairwise_{ranker,judge}.{csv,png,svg}; tables/*.{csv,md,tex}, tables/all.{md,html} and tables/measured.md, the papers' figures with ours beside them.
+"""
 
 import csv
 
@@ -15,33 +16,54 @@ def iterations(wildcards):
 def base_of(wildcards):
     """Where the base is evaluated for a run: as main's iter0, unless the run evaluates otherwise."""
     run = settings(wildcards)
-    as_main = run["alpaca_eval"] == MAIN["alpaca_eval"] and preference_model(wildcards.run) == preference_model("")
+    as_main = run["alpaca_eval"] == MAIN["alpaca_eval"] and preference_model(
+        wildcards.run
+    ) == preference_model("")
     return "" if as_main else wildcards.run
 
 
 def of_every_iteration(artifact):
     """Input function: one artifact of each iteration."""
     return lambda wildcards: [
-        f"{ROOT}{wildcards.run if t else base_of(wildcards)}iter{t}/{artifact}" for t in iterations(wildcards)
+        f"{ROOT}{wildcards.run if t else base_of(wildcards)}iter{t}/{artifact}"
+        for t in iterations(wildcards)
     ]
 
 
 def records_of_every_iteration(wildcards):
     """Records whose seconds add up to an iteration's minutes."""
     run = wildcards.run
-    made = [f"{ROOT}{run if t else base_of(wildcards)}iter{t}/{name}" for t in iterations(wildcards) for name in ("alpaca_eval_outputs.json", "alpaca_eval.json")]
+    made = [
+        f"{ROOT}{run if t else base_of(wildcards)}iter{t}/{name}"
+        for t in iterations(wildcards)
+        for name in ("alpaca_eval_outputs.json", "alpaca_eval.json")
+    ]
     for t in range(1, settings(wildcards)["iterations"] + 1):
         if settings(wildcards)["extrapolation"] is not None:
             made.append(f"{ROOT}{run}iter{t}/policy")
             continue
-        made += shards(wildcards, "responses", t) + grade_files(wildcards, t) + preference_shards(wildcards, t)
-        made += [f"{ROOT}{run}iter{t}/{name}" for name in ("pairs.parquet", "logps/current.parquet", "policy")]
+        made += (
+            shards(wildcards, "responses", t)
+            + grade_files(wildcards, t)
+            + preference_shards(wildcards, t)
+        )
+        made += [
+            f"{ROOT}{run}iter{t}/{name}"
+            for name in ("pairs.parquet", "logps/current.parquet", "policy")
+        ]
     return [record(artifact) for artifact in made]
 
 
 def summary_files(run):
     """What the summary of a run consists of; `run` is "" or "<name>/"."""
-    return [f"{ROOT}{run}summary.md", *(f"{ROOT}{run}figures/{name}.{form}" for name in ("win_rate", "length") for form in ("png", "svg"))]
+    return [
+        f"{ROOT}{run}summary.md",
+        *(
+            f"{ROOT}{run}figures/{name}.{form}"
+            for name in ("win_rate", "length")
+            for form in ("png", "svg")
+        ),
+    ]
 
 
 rule summarize_run:
@@ -53,9 +75,19 @@ rule summarize_run:
     output:
         table=f"{ROOT}{{run}}summary.md",
         png=f"{ROOT}{{run}}figures/win_rate.png",
-        svg=report(f"{ROOT}{{run}}figures/win_rate.svg", caption="captions/win_rate.rst", category="AlpacaEval", labels=labels("by iteration")),
+        svg=report(
+            f"{ROOT}{{run}}figures/win_rate.svg",
+            caption="captions/win_rate.rst",
+            category="AlpacaEval",
+            labels=labels("by iteration"),
+        ),
         length_png=f"{ROOT}{{run}}figures/length.png",
-        length_svg=report(f"{ROOT}{{run}}figures/length.svg", caption="captions/length.rst", category="AlpacaEval", labels=labels("over length")),
+        length_svg=report(
+            f"{ROOT}{{run}}figures/length.svg",
+            caption="captions/length.rst",
+            category="AlpacaEval",
+            labels=labels("over length"),
+        ),
         table_record=record(f"{ROOT}{{run}}summary.md"),
         png_record=record(f"{ROOT}{{run}}figures/win_rate.png"),
         svg_record=record(f"{ROOT}{{run}}figures/win_rate.svg"),
@@ -84,8 +116,12 @@ rule summarize_run:
 def comparable_outputs(wildcards):
     """Answers of main's iterates, and of those of other runs that are there already and answer the same instructions alike."""
     same = [run for run in RUNS if run and answers_as_main(RUNS[run])]
-    made = [path for run in same for t in range(1, RUNS[run]["iterations"] + 1)
-            if os.path.exists(path := f"{ROOT}{run}/iter{t}/alpaca_eval_outputs.json")]
+    made = [
+        path
+        for run in same
+        for t in range(1, RUNS[run]["iterations"] + 1)
+        if os.path.exists(path := f"{ROOT}{run}/iter{t}/alpaca_eval_outputs.json")
+    ]
     return [f"{ROOT}iter{t}/alpaca_eval_outputs.json" for t in range(MAIN["iterations"] + 1)] + made
 
 
@@ -100,12 +136,23 @@ rule compare_policies:
     """Win rates of all iterates and runs against each other, by the ranker and by the judge that training did not see."""
     input:
         outputs=comparable_outputs,
-        model=lambda wildcards: preference_model_files("") if wildcards.model == "ranker" else adapter_files(compared_by(wildcards)),
-        ranker_base=lambda wildcards: ranker_base("") if wildcards.model == "ranker" else EMBEDDED_POLICY,
+        model=lambda wildcards: (
+            preference_model_files("")
+            if wildcards.model == "ranker"
+            else adapter_files(compared_by(wildcards))
+        ),
+        ranker_base=lambda wildcards: (
+            ranker_base("") if wildcards.model == "ranker" else EMBEDDED_POLICY
+        ),
     output:
         csv=f"{ROOT}figures/pairwise_{{model}}.csv",
         png=f"{ROOT}figures/pairwise_{{model}}.png",
-        svg=report(f"{ROOT}figures/pairwise_{{model}}.svg", caption="captions/pairwise.rst", category="AlpacaEval", labels=labels("against each other, by the {model}")),
+        svg=report(
+            f"{ROOT}figures/pairwise_{{model}}.svg",
+            caption="captions/pairwise.rst",
+            category="AlpacaEval",
+            labels=labels("against each other, by the {model}"),
+        ),
         csv_record=record(f"{ROOT}figures/pairwise_{{model}}.csv"),
         png_record=record(f"{ROOT}figures/pairwise_{{model}}.png"),
         svg_record=record(f"{ROOT}figures/pairwise_{{model}}.svg"),
@@ -113,10 +160,10 @@ rule compare_policies:
         f"{LOGS}compare_policies.{{model}}.log",
     benchmark:
         f"{BENCHMARKS}compare_policies.{{model}}.tsv"
-    conda:
-        "../envs/eval.yaml"
     wildcard_constraints:
         model="ranker|judge",
+    conda:
+        "../envs/eval.yaml"
     threads: MODEL_THREADS
     resources:
         mem_mb=4000,
@@ -135,21 +182,39 @@ rule compare_policies:
 
 def already_made(names):
     """Input function: what is there of all runs' iterations. A table shows what was run and asks for nothing more."""
-    return lambda wildcards: [path for run in RUNS for t in range(RUNS[run]["iterations"] + 1) for name in names
-                              if os.path.exists(path := f"{ROOT}{run + '/' if run else ''}iter{t}/{name}")]
+    return lambda wildcards: [
+        path
+        for run in RUNS
+        for t in range(RUNS[run]["iterations"] + 1)
+        for name in names
+        if os.path.exists(path := f"{ROOT}{run + '/' if run else ''}iter{t}/{name}")
+    ]
 
 
 rule paper_tables:
     """The tables of the papers, published beside measured, a dash where a run was not made."""
     input:
         published=expand("config/published/{table}.csv", table=["index", *PAPER_TABLES]),
-        measured=already_made(["alpaca_eval.json", "best_of_16/alpaca_eval.json", "mt_bench.json", "open_llm.json"]),
+        measured=already_made(
+            ["alpaca_eval.json", "best_of_16/alpaca_eval.json", "mt_bench.json", "open_llm.json"]
+        ),
     output:
-        tables=expand(f"{ROOT}tables/{{table}}.{{form}}", table=PAPER_TABLES, form=["csv", "md", "tex"]),
-        records=expand(record(f"{ROOT}tables/{{table}}.{{form}}"), table=PAPER_TABLES, form=["csv", "md", "tex"]),
+        tables=expand(
+            f"{ROOT}tables/{{table}}.{{form}}", table=PAPER_TABLES, form=["csv", "md", "tex"]
+        ),
+        records=expand(
+            record(f"{ROOT}tables/{{table}}.{{form}}"),
+            table=PAPER_TABLES,
+            form=["csv", "md", "tex"],
+        ),
         all=f"{ROOT}tables/all.md",
         ours=f"{ROOT}tables/measured.md",
-        page=report(f"{ROOT}tables/all.html", caption="captions/tables.rst", category="Tables", labels=labels("published and measured")),
+        page=report(
+            f"{ROOT}tables/all.html",
+            caption="captions/tables.rst",
+            category="Tables",
+            labels=labels("published and measured"),
+        ),
         all_record=record(f"{ROOT}tables/all.md"),
         ours_record=record(f"{ROOT}tables/measured.md"),
         page_record=record(f"{ROOT}tables/all.html"),
@@ -165,7 +230,11 @@ rule paper_tables:
         runtime=10,
     params:
         version=STAGES["tabulate"],
-        base=lambda wildcards: "SmolLM2-135M-Instruct" if MAIN["policy"]["model"] == "embedded" else MAIN["policy"]["model"],
+        base=lambda wildcards: (
+            "SmolLM2-135M-Instruct"
+            if MAIN["policy"]["model"] == "embedded"
+            else MAIN["policy"]["model"]
+        ),
     message:
         "Setting the papers' tables beside what was measured"
     shell:

@@ -2,13 +2,24 @@
 theory/checks.json, every claim of the theory with its value, theory/trained_policies.json, whether the real trainer does what
 the theory says, and theory/*.{csv,png,svg}, the figures of the page."""
 
-THEORY_FIGURES = ["gap_by_iteration", "gap_by_horizon", "simplex", "regularised_gap", "self_improvement", "bt_control"]
+THEORY_FIGURES = [
+    "gap_by_iteration",
+    "gap_by_horizon",
+    "simplex",
+    "regularised_gap",
+    "self_improvement",
+    "bt_control",
+]
 
 
 def theory_figure(name):
     """A figure as the report shows it."""
-    return report(f"{ROOT}theory/{name}.svg", caption=f"captions/theory_{name}.rst", category="Theory",
-                  labels={"run": "exact games", "figure": name.replace("_", " ")})
+    return report(
+        f"{ROOT}theory/{name}.svg",
+        caption=f"captions/theory_{name}.rst",
+        category="Theory",
+        labels={"run": "exact games", "figure": name.replace("_", " ")},
+    )
 
 
 rule check_theory:
@@ -76,7 +87,9 @@ rule plot_theory:
         svg=[theory_figure(name) for name in THEORY_FIGURES],
         svg_records=[record(f"{ROOT}theory/{name}.svg") for name in THEORY_FIGURES],
         others=expand(f"{ROOT}theory/{{name}}.{{form}}", name=THEORY_FIGURES, form=["csv", "png"]),
-        other_records=expand(record(f"{ROOT}theory/{{name}}.{{form}}"), name=THEORY_FIGURES, form=["csv", "png"]),
+        other_records=expand(
+            record(f"{ROOT}theory/{{name}}.{{form}}"), name=THEORY_FIGURES, form=["csv", "png"]
+        ),
     log:
         f"{LOGS}plot_theory.log",
     benchmark:

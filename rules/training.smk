@@ -10,18 +10,29 @@ def reference_iteration(wildcards):
 def scoring_flags(wildcards):
     """How the pairs are scored: as the trainer computes, or log-ratios would not begin at 0."""
     train = settings(wildcards)["train"]
-    return flags({key: train[key] for key in ("micro_batch_size", "precision")} | {"lora_rank": train["lora_rank"] or None})
+    return flags(
+        {key: train[key] for key in ("micro_batch_size", "precision")}
+        | {"lora_rank": train["lora_rank"] or None}
+    )
 
 
 def frozen_policy(wildcards):
     """What scores the pairs: pi_t, or the method's reference where that is another."""
-    return current_policy(wildcards) if wildcards.frozen == "current" else policy(wildcards.run, reference_iteration(wildcards))
+    return (
+        current_policy(wildcards)
+        if wildcards.frozen == "current"
+        else policy(wildcards.run, reference_iteration(wildcards))
+    )
 
 
 def other_reference(wildcards):
     """Log-probabilities under the reference, where it is not pi_t."""
     same = reference_iteration(wildcards) == int(wildcards.t) - 1
-    return {} if same else {"reference": f"{ROOT}{wildcards.run}iter{wildcards.t}/logps/reference.parquet"}
+    return (
+        {}
+        if same
+        else {"reference": f"{ROOT}{wildcards.run}iter{wildcards.t}/logps/reference.parquet"}
+    )
 
 
 rule score_reference:
@@ -96,7 +107,11 @@ ruleorder: extrapolate_policy > train_policy
 def on_each_machine(wildcards):
     """What starts a command on all machines of the job that runs it; the program starts the processes of its own."""
     machines = settings(wildcards)["train"]["machines"]
-    return f"srun --overlap --nodes={machines} --ntasks={machines} --ntasks-per-node=1 " if machines > 1 else ""
+    return (
+        f"srun --overlap --nodes={machines} --ntasks={machines} --ntasks-per-node=1 "
+        if machines > 1
+        else ""
+    )
 
 
 rule train_policy:
@@ -126,8 +141,12 @@ rule train_policy:
         version=STAGES["train"],
         on_each_machine=on_each_machine,
         seed=lambda wildcards: settings(wildcards)["seeds"]["train"],
-        options=lambda wildcards: flags(of_iteration(settings(wildcards)["train"], int(wildcards.t)), skip=("reference_every",)),
-        reference=lambda wildcards, input: flags({"reference": input.reference}) if "reference" in input.keys() else [],
+        options=lambda wildcards: flags(
+            of_iteration(settings(wildcards)["train"], int(wildcards.t)), skip=("reference_every",)
+        ),
+        reference=lambda wildcards, input: (
+            flags({"reference": input.reference}) if "reference" in input.keys() else []
+        ),
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
         "Training the policy of {wildcards.run}iteration {wildcards.t}"

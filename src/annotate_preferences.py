@@ -15,20 +15,26 @@ import argparse
 from collections import defaultdict
 from pathlib import Path
 
-from sppo.preferences.adapters import adapter_files
 from sppo.core.artifacts import recorded
 from sppo.core.config import OF_CHATS, SELECTION, add_section
 from sppo.core.errors import UserError, run
 from sppo.core.tables import read_table, write_table
+from sppo.preferences.adapters import adapter_files
 from sppo.preferences.loading import chat_tokenizer, load_model, prompt_text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--responses", type=Path, required=True)
-    parser.add_argument("--policy", type=Path, help="its chat template is used by --source chat_template")
-    parser.add_argument("--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on")
+    parser.add_argument(
+        "--policy", type=Path, help="its chat template is used by --source chat_template"
+    )
+    parser.add_argument(
+        "--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     add_section(parser, "preference", skip=("revision", *SELECTION))
@@ -39,19 +45,39 @@ def main() -> None:
     responses = defaultdict(list)
     for row in read_table(args.responses, "responses"):
         if row["prompt_id"] not in prompts:
-            raise UserError(f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; delete it and run again")
+            raise UserError(
+                f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; delete it and run again"
+            )
         responses[row["prompt_id"]].append(row)
     from sppo.policies.models import start_torch
 
     start_torch()
-    with recorded("annotate", args.output, [args.prompts, args.responses, *adapter_files(args.model, args.ranker_base)], vars(args)) as facts:
+    with recorded(
+        "annotate",
+        args.output,
+        [args.prompts, args.responses, *adapter_files(args.model, args.ranker_base)],
+        vars(args),
+    ) as facts:
         model = load_model(args)
         tokenizer = chat_tokenizer(args)
         groups = []
         for prompt_id, candidates in responses.items():
-            groups.append((prompt_text(prompts[prompt_id]["messages"], tokenizer), [row["text"] for row in candidates]))
-        rows = [{"prompt_id": prompt_id, "sample_ids": [row["sample_id"] for row in candidates], "logits": logits.tolist()}
-                for (prompt_id, candidates), logits in zip(responses.items(), model.all_pair_logits(groups), strict=True)]
+            groups.append(
+                (
+                    prompt_text(prompts[prompt_id]["messages"], tokenizer),
+                    [row["text"] for row in candidates],
+                )
+            )
+        rows = [
+            {
+                "prompt_id": prompt_id,
+                "sample_ids": [row["sample_id"] for row in candidates],
+                "logits": logits.tolist(),
+            }
+            for (prompt_id, candidates), logits in zip(
+                responses.items(), model.all_pair_logits(groups), strict=True
+            )
+        ]
         write_table(args.output, rows, "preferences")
         facts |= {"prompts": len(rows), "preference_model": model.name}
 

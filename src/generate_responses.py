@@ -20,7 +20,9 @@ from sppo.core.tables import read_table, write_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -32,10 +34,10 @@ def main() -> None:
     add_section(parser, "policy", skip=MODEL_SOURCE)
     args = parser.parse_args()
 
-    prompts = read_table(args.prompts, "prompts")[args.shard::args.shards]
+    prompts = read_table(args.prompts, "prompts")[args.shard :: args.shards]
     from sppo.policies.engines import open_engine
     from sppo.policies.generation import Sampling, summary
-    from sppo.policies.models import template_hash, start_torch
+    from sppo.policies.models import start_torch, template_hash
 
     start_torch(args.tensor_parallel or 1)
     with recorded("generate", args.output, [args.prompts, args.policy], vars(args)) as facts:
@@ -43,7 +45,10 @@ def main() -> None:
         sampling = Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens)
         rows = engine.generate(prompts, sampling, args.seed, f"iter{args.iteration}")
         write_table(args.output, rows, "responses")
-        facts |= summary(rows) | {"computed_in": str(engine.dtype), "chat_template_sha256": template_hash(engine.tokenizer)}
+        facts |= summary(rows) | {
+            "computed_in": str(engine.dtype),
+            "chat_template_sha256": template_hash(engine.tokenizer),
+        }
 
 
 if __name__ == "__main__":

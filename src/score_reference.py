@@ -17,13 +17,25 @@ from sppo.core.tables import read_table, write_table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--policy", type=Path, required=True, help="the frozen policy")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--micro-batch-size", type=int, default=8, help="pairs in one forward pass")
-    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto", help="the same as in training")
-    parser.add_argument("--lora-rank", type=int, default=0, help="the same as in training: LoRA keeps the weights in that precision")
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="the same as in training",
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=int,
+        default=0,
+        help="the same as in training: LoRA keeps the weights in that precision",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
     args = parser.parse_args()
@@ -31,14 +43,22 @@ def main() -> None:
     pairs = read_table(args.pairs, "pairs")
     if not pairs:
         raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
+    from sppo.policies.models import (
+        compute_dtype,
+        load_policy,
+        pick_device,
+        start_torch,
+        weights_dtype,
+    )
     from sppo.training.logps import frozen_logps
-    from sppo.policies.models import compute_dtype, load_policy, pick_device, start_torch, weights_dtype
 
     start_torch()
     device = pick_device(args.device)
     dtype = compute_dtype(args.precision, device)
     with recorded("reference", args.output, [args.pairs, args.policy], vars(args)) as facts:
-        model = load_policy(args.policy, weights_dtype(args.lora_rank, dtype), device, args.attention)
+        model = load_policy(
+            args.policy, weights_dtype(args.lora_rank, dtype), device, args.attention
+        )
         rows = frozen_logps(model, pairs, dtype, device, args.micro_batch_size)
         write_table(args.output, rows, "logps")
         facts |= {"pairs": len(rows), "computed_in": str(dtype)}

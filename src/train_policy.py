@@ -27,26 +27,67 @@ from typing import Any
 
 import numpy as np
 
-from sppo.core.artifacts import (STAGES, file_hash, known_hash, parse_json, read_record, recorded, remove,
-                            write_json, write_text, written_whole)
-from sppo.reporting.cards import data_of, model_card, table
-from sppo.training.checkpoints import alone, last_checkpoint, remove_damaged
+from sppo.core.artifacts import (
+    STAGES,
+    file_hash,
+    known_hash,
+    parse_json,
+    read_record,
+    recorded,
+    remove,
+    write_json,
+    write_text,
+    written_whole,
+)
 from sppo.core.config import add_section, check_training
 from sppo.core.errors import UserError, run, writing
-from sppo.preferences.estimates import p_hat_weighted
-from sppo.training.distributed import first_alone, is_first, is_launched, launch, meet, one_voice
 from sppo.core.tables import read_table
+from sppo.preferences.estimates import p_hat_weighted
+from sppo.reporting.cards import data_of, model_card, table
+from sppo.training.checkpoints import alone, last_checkpoint, remove_damaged
+from sppo.training.distributed import first_alone, is_first, is_launched, launch, meet, one_voice
 
 # What the model card tells of the method; the record beside the policy has all.
-METHOD = ("loss", "beta", "tau", "gamma", "label_smoothing", "ipo_target", "per_token", "sft_weight", "optimism", "learning_rate", "optimizer",
-          "lr_schedule", "warmup_ratio", "schedule_total_epochs", "stop_epoch", "batch_size", "max_grad_norm", "loss_scale", "lora_rank", "seed")
+METHOD = (
+    "loss",
+    "beta",
+    "tau",
+    "gamma",
+    "label_smoothing",
+    "ipo_target",
+    "per_token",
+    "sft_weight",
+    "optimism",
+    "learning_rate",
+    "optimizer",
+    "lr_schedule",
+    "warmup_ratio",
+    "schedule_total_epochs",
+    "stop_epoch",
+    "batch_size",
+    "max_grad_norm",
+    "loss_scale",
+    "lora_rank",
+    "seed",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=Path, required=True)
-    parser.add_argument("--current", type=Path, required=True, help="logps/current.parquet, under the policy to start from")
-    parser.add_argument("--reference", type=Path, help="logps/reference.parquet, where the method refers to another policy")
+    parser.add_argument(
+        "--current",
+        type=Path,
+        required=True,
+        help="logps/current.parquet, under the policy to start from",
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="logps/reference.parquet, where the method refers to another policy",
+    )
     parser.add_argument("--policy", type=Path, required=True, help="policy to start from")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained policy")
     parser.add_argument("--log", type=Path, required=True, help="train_log.jsonl")
@@ -105,32 +146,65 @@ def train(args: argparse.Namespace) -> None:
     if args.loss == "nash_md":
         pairs = against_mixture(pairs, args.tau / args.beta)
     # Only now what takes seconds to import.
-    from sppo.policies.models import compute_dtype, load_policy, load_tokenizer, pick_device, start_torch, weights_dtype
-    from sppo.training.trainer import check_kept_update, make_trainer, make_trl_trainer
     import torch
 
+    from sppo.policies.models import (
+        compute_dtype,
+        load_policy,
+        load_tokenizer,
+        pick_device,
+        start_torch,
+        weights_dtype,
+    )
+    from sppo.training.trainer import check_kept_update, make_trainer, make_trl_trainer
+
     start_torch()
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard"))  # the work folder goes when all is done
+    os.environ.setdefault(
+        "TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard")
+    )  # the work folder goes when all is done
     device = pick_device(args.device)
     meet(args.processes, device)
     dtype = compute_dtype(args.precision, device)
     options, inputs = vars(args), inputs_of(args)
     record = recorded if is_first() else lambda *_: contextlib.nullcontext({})
-    with record("train", args.output, inputs, options) as facts, record("train", args.log, inputs, options):
+    with (
+        record("train", args.output, inputs, options) as facts,
+        record("train", args.log, inputs, options),
+    ):
         tokenizer = load_tokenizer(args.policy)
-        model = load_policy(args.policy, weights_dtype(args.lora_rank, dtype), device if args.parallel == "ddp" else None, args.attention)
+        model = load_policy(
+            args.policy,
+            weights_dtype(args.lora_rank, dtype),
+            device if args.parallel == "ddp" else None,
+            args.attention,
+        )
         model.config.use_cache = False
         work = work_folder(args)
         if args.backend == "trl":
-            trainer: Any = make_trl_trainer(model, tokenizer, pairs, options, dtype, device, work, args.seed)
+            trainer: Any = make_trl_trainer(
+                model, tokenizer, pairs, options, dtype, device, work, args.seed
+            )
         else:
             trainer = make_trainer(model, pairs, options, dtype, device, work, args.seed)
         with writing(work):
-            trainer.train(resume_from_checkpoint=str(last) if (last := last_checkpoint(work)) else None)
+            trainer.train(
+                resume_from_checkpoint=str(last) if (last := last_checkpoint(work)) else None
+            )
         history = [line for line in trainer.state.log_history if "loss" in line]
-        if not all(math.isfinite(line[key]) for line in history for key in ("loss", "grad_norm") if key in line):
-            raise UserError(f"training of {args.output} gave a loss or gradient that is not a number; lower train.learning_rate")
-        kept = check_kept_update(trainer.model) if args.lora_rank and dtype == torch.bfloat16 and is_first() else None
+        if not all(
+            math.isfinite(line[key])
+            for line in history
+            for key in ("loss", "grad_norm")
+            if key in line
+        ):
+            raise UserError(
+                f"training of {args.output} gave a loss or gradient that is not a number; lower train.learning_rate"
+            )
+        kept = (
+            check_kept_update(trainer.model)
+            if args.lora_rank and dtype == torch.bfloat16 and is_first()
+            else None
+        )
         trained, weights = whole_policy(trainer, args)
         if not is_first():
             return
@@ -138,27 +212,54 @@ def train(args: argparse.Namespace) -> None:
         with written_whole(args.output) as temporary:
             trained.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(card(args, len(pairs), trainer.state.global_step, history[-1]), encoding="utf-8")
+            (temporary / "README.md").write_text(
+                card(args, len(pairs), trainer.state.global_step, history[-1]), encoding="utf-8"
+            )
         write_text(args.log, "".join(json.dumps(line) + "\n" for line in history))
-        tokens = sum(len(p["prompt_token_ids"]) * 2 + len(p["chosen_token_ids"]) + len(p["rejected_token_ids"]) for p in pairs)
-        facts |= {"pairs": len(pairs), "steps": trainer.state.global_step, "tokens_an_epoch": tokens, "computed_in": str(dtype),
-                  "step_0": getattr(trainer, "step_0", None), "final": history[-1]}
+        tokens = sum(
+            len(p["prompt_token_ids"]) * 2
+            + len(p["chosen_token_ids"])
+            + len(p["rejected_token_ids"])
+            for p in pairs
+        )
+        facts |= {
+            "pairs": len(pairs),
+            "steps": trainer.state.global_step,
+            "tokens_an_epoch": tokens,
+            "computed_in": str(dtype),
+            "step_0": getattr(trainer, "step_0", None),
+            "final": history[-1],
+        }
         facts |= {"lora_update_left_in_bfloat16": kept} if kept is not None else {}
         shutil.rmtree(work)
 
 
 def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any]) -> str:
     """The policy's model card, of what is known when it is trained."""
-    method = {key: value for key, value in vars(args).items() if key in METHOD and value is not None}
-    figures = {key: last[key] for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "order_right") if key in last}
+    method = {
+        key: value for key, value in vars(args).items() if key in METHOD and value is not None
+    }
+    figures = {
+        key: last[key]
+        for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "order_right")
+        if key in last
+    }
     other = f"The loss `{args.loss}`, whose paper src/sppo/training/losses.py names, in the workflow of SPPO"
-    words = ("Self-play preference optimisation" if args.loss.startswith("sppo") else other) + ", https://arxiv.org/abs/2405.00675"
+    words = (
+        "Self-play preference optimisation" if args.loss.startswith("sppo") else other
+    ) + ", https://arxiv.org/abs/2405.00675"
     if args.loss != "simpo":
         words += f"; log-ratios refer to {'the' if args.reference == args.current else 'an older policy than the'} policy it was trained from"
-    return model_card(args.policy, f"A policy of iterative preference optimisation, loss {args.loss}", {
-        "Data": data_of(args.pairs),
-        "Method": f"{words}.\n\n" + table(method | {"pairs": pairs, "steps": steps}),
-        "Figures of the last step": table(figures)}, tag=args.loss)
+    return model_card(
+        args.policy,
+        f"A policy of iterative preference optimisation, loss {args.loss}",
+        {
+            "Data": data_of(args.pairs),
+            "Method": f"{words}.\n\n" + table(method | {"pairs": pairs, "steps": steps}),
+            "Figures of the last step": table(figures),
+        },
+        tag=args.loss,
+    )
 
 
 def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | None]:
@@ -169,9 +270,17 @@ def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | No
 
     weights = None
     if args.parallel != "ddp":
-        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}  # the first one's; tied weights as if they were two
-        weights = {name: weight for name, weight in gathered.items() if name not in trainer.model.all_tied_weights_keys}
-    if torch.distributed.is_initialized():  # for the others' patience has a limit, and the first one has yet to write
+        gathered = (
+            trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+        )  # the first one's; tied weights as if they were two
+        weights = {
+            name: weight
+            for name, weight in gathered.items()
+            if name not in trainer.model.all_tied_weights_keys
+        }
+    if (
+        torch.distributed.is_initialized()
+    ):  # for the others' patience has a limit, and the first one has yet to write
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return merged(trainer.model) if args.lora_rank else trainer.model, weights
@@ -181,9 +290,17 @@ def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]
     """Pairs, read from `source`, with the log-probabilities of `path` as <name>_chosen and <name>_rejected."""
     by_id = {row["pair_id"]: row for row in read_table(path, "logps")}
     if by_id.keys() != {pair["pair_id"] for pair in pairs}:
-        raise UserError(f"{path} does not belong to {source}: their pairs differ; delete it and run again")
-    return [{**pair, f"{name}_chosen": by_id[pair["pair_id"]]["chosen_logp"], f"{name}_rejected": by_id[pair["pair_id"]]["rejected_logp"]}
-            for pair in pairs]
+        raise UserError(
+            f"{path} does not belong to {source}: their pairs differ; delete it and run again"
+        )
+    return [
+        {
+            **pair,
+            f"{name}_chosen": by_id[pair["pair_id"]]["chosen_logp"],
+            f"{name}_rejected": by_id[pair["pair_id"]]["rejected_logp"],
+        }
+        for pair in pairs
+    ]
 
 
 def against_mixture(pairs: list[dict], share: float) -> list[dict]:
@@ -196,7 +313,11 @@ def against_mixture(pairs: list[dict], share: float) -> list[dict]:
         prompts.setdefault(pair["prompt_id"], []).append(pair)
     found = {}
     for prompt_id, own in prompts.items():
-        ratio = {pair[f"{end}_sample_id"]: pair[f"reference_{end}"] - pair[f"current_{end}"] for pair in own for end in ("chosen", "rejected")}
+        ratio = {
+            pair[f"{end}_sample_id"]: pair[f"reference_{end}"] - pair[f"current_{end}"]
+            for pair in own
+            for end in ("chosen", "rejected")
+        }
         place = {sample: i for i, sample in enumerate(ratio)}
         P = np.full((len(place), len(place)), 0.5)
         for pair in own:
@@ -204,7 +325,14 @@ def against_mixture(pairs: list[dict], share: float) -> list[dict]:
             P[w, l], P[l, w] = pair["p_chosen_beats_rejected"], 1 - pair["p_chosen_beats_rejected"]
         estimates = p_hat_weighted(P, share * np.array(list(ratio.values())))
         found[prompt_id] = {sample: float(estimates[i]) for sample, i in place.items()}
-    return [pair | {f"p_hat_{end}": found[pair["prompt_id"]][pair[f"{end}_sample_id"]] for end in ("chosen", "rejected")} for pair in pairs]
+    return [
+        pair
+        | {
+            f"p_hat_{end}": found[pair["prompt_id"]][pair[f"{end}_sample_id"]]
+            for end in ("chosen", "rejected")
+        }
+        for pair in pairs
+    ]
 
 
 def work_folder(args: argparse.Namespace) -> Path:
@@ -213,9 +341,15 @@ def work_folder(args: argparse.Namespace) -> Path:
     work = args.output.with_name(f".{args.output.name}.work")
     with first_alone() as here:
         if here:
-            settings = {key: str(value) for key, value in vars(args).items() if key not in ("output", "log", "report_to")}
+            settings = {
+                key: str(value)
+                for key, value in vars(args).items()
+                if key not in ("output", "log", "report_to")
+            }
             inputs = [known_hash(path) for path in inputs_of(args)]
-            fingerprint = hashlib.sha256(json.dumps([settings, inputs, STAGES["train"]], sort_keys=True).encode()).hexdigest()
+            fingerprint = hashlib.sha256(
+                json.dumps([settings, inputs, STAGES["train"]], sort_keys=True).encode()
+            ).hexdigest()
             label = work / "made_for.json"
             if made_for(label) != fingerprint:
                 remove(work)

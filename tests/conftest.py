@@ -11,16 +11,19 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest  # noqa: E402
+import pytest
 
-from convert_embedded_policy import CONTEXT, GGUF, package_folder  # noqa: E402
+from convert_embedded_policy import CONTEXT, GGUF, package_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--auto-precision", choices=["bfloat16", "float32"],
-                     help="what `precision: auto` is in all tests, whatever this processor has")
+    parser.addoption(
+        "--auto-precision",
+        choices=["bfloat16", "float32"],
+        help="what `precision: auto` is in all tests, whatever this processor has",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,14 +34,20 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def copy_repository() -> Callable[[Path], Path]:
     """Copies the repository as git sees it, with nothing made yet, into a folder."""
+
     def copy(folder: Path) -> Path:
-        files = subprocess.run(["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-                               check=True, capture_output=True, text=True).stdout.split("\0")
+        files = subprocess.run(
+            ["git", "-C", ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split("\0")
         for name in filter(None, files):
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
         return folder
+
     return copy
 
 
@@ -47,7 +56,10 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     """The tokenizer of SmolLM2-135M-Instruct: as the workflow converted it, else from the package (some seconds)."""
     from transformers import AutoTokenizer
 
-    folder, converted = tmp_path_factory.mktemp("tokenizer"), ROOT / "results" / "models" / "SmolLM2-135M-Instruct"
+    folder, converted = (
+        tmp_path_factory.mktemp("tokenizer"),
+        ROOT / "results" / "models" / "SmolLM2-135M-Instruct",
+    )
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     if all((converted / name).is_file() for name in names):
         for name in names:
@@ -67,10 +79,22 @@ def tiny_policy(tokenizer_folder, tmp_path_factory) -> Path:
 
     torch.manual_seed(0)
     # Weights wider than usual, so that its distributions are far from uniform.
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
-        tie_word_embeddings=True, initializer_range=0.2))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+        )
+    )
     folder = tmp_path_factory.mktemp("tiny") / "policy"
     model.save_pretrained(folder)
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
@@ -80,7 +104,9 @@ def tiny_policy(tokenizer_folder, tmp_path_factory) -> Path:
 @pytest.fixture
 def program(monkeypatch):
     """Run a program's main() in this process, as `python src/NAME.py WORDS` would but for the exit."""
+
     def call(module, *words: object) -> None:
         monkeypatch.setattr("sys.argv", [module.__file__, *map(str, words)])
         module.main()
+
     return call

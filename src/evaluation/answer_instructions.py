@@ -19,15 +19,23 @@ from sppo.policies.prompts import BEST_GRADE, read_instructions, with_goal
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--instructions", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=None, help="only the first so many")
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--generator", required=True, help="name of the policy in the outputs")
-    parser.add_argument("--noise", required=True, help="name of the noise; policies that share it share their noise")
+    parser.add_argument(
+        "--noise", required=True, help="name of the noise; policies that share it share their noise"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=1, help="answers to each instruction")
-    parser.add_argument("--best-grade", action="store_true", help="a reward-conditioned policy is asked for its best")
+    parser.add_argument(
+        "--best-grade",
+        action="store_true",
+        help="a reward-conditioned policy is asked for its best",
+    )
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--max-new-tokens", type=int, default=2048)
@@ -37,8 +45,14 @@ def main() -> None:
     instructions = read_instructions(args.instructions, args.limit)
     from sppo.policies.engines import open_engine
     from sppo.policies.generation import Sampling, summary
-    from sppo.policies.models import (check_no_control_tokens, context_length, control_tokens,
-                             prompt_token_ids, start_torch, template_hash)
+    from sppo.policies.models import (
+        check_no_control_tokens,
+        context_length,
+        control_tokens,
+        prompt_token_ids,
+        start_torch,
+        template_hash,
+    )
 
     start_torch(args.tensor_parallel or 1)
     with recorded("answer", args.output, [args.instructions, args.policy], vars(args)) as facts:
@@ -52,17 +66,40 @@ def main() -> None:
             asked = with_goal(messages, BEST_GRADE) if args.best_grade else messages
             ids = prompt_token_ids(engine.tokenizer, asked, name)
             if context and len(ids) + args.max_new_tokens > context:
-                raise UserError(f"{name} has {len(ids)} tokens and does not fit the policy's "
-                                f"context of {context} with alpaca_eval.max_new_tokens = {args.max_new_tokens}; lower that")
-            prompts.append({"prompt_id": str(row.get("prompt_id", number)), "prompt_token_ids": ids})
-        rows = engine.generate(prompts, Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens), args.seed, args.noise)
+                raise UserError(
+                    f"{name} has {len(ids)} tokens and does not fit the policy's "
+                    f"context of {context} with alpaca_eval.max_new_tokens = {args.max_new_tokens}; lower that"
+                )
+            prompts.append(
+                {"prompt_id": str(row.get("prompt_id", number)), "prompt_token_ids": ids}
+            )
+        rows = engine.generate(
+            prompts,
+            Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens),
+            args.seed,
+            args.noise,
+        )
         answered = [instruction for instruction in instructions for _ in range(args.samples)]
-        write_json(args.output, [
-            {"dataset": instruction.get("dataset", ""), "instruction": instruction["instruction"], "output": row["text"],
-             "generator": args.generator, "prompt_id": row["prompt_id"], "sample_id": row["sample_id"],
-             "finish_reason": row["finish_reason"], "tokens": len(row["token_ids"])}
-            for instruction, row in zip(answered, rows, strict=True)])
-        facts |= summary(rows) | {"computed_in": str(engine.dtype), "chat_template_sha256": template_hash(engine.tokenizer)}
+        write_json(
+            args.output,
+            [
+                {
+                    "dataset": instruction.get("dataset", ""),
+                    "instruction": instruction["instruction"],
+                    "output": row["text"],
+                    "generator": args.generator,
+                    "prompt_id": row["prompt_id"],
+                    "sample_id": row["sample_id"],
+                    "finish_reason": row["finish_reason"],
+                    "tokens": len(row["token_ids"]),
+                }
+                for instruction, row in zip(answered, rows, strict=True)
+            ],
+        )
+        facts |= summary(rows) | {
+            "computed_in": str(engine.dtype),
+            "chat_template_sha256": template_hash(engine.tokenizer),
+        }
 
 
 if __name__ == "__main__":

@@ -16,29 +16,65 @@ from importlib import metadata
 from pathlib import Path
 
 import _path  # noqa: F401
-from sppo.preferences.adapters import adapter_files, adapter_folder
 from sppo.core.artifacts import file_hash, recorded, write_json, write_text
 from sppo.core.errors import UserError, run
+from sppo.evaluation.mt_bench import (
+    OFFICIAL,
+    Client,
+    check_judge,
+    grade_by_api,
+    grade_locally,
+    is_official,
+    rating_is_readable,
+    read_answers,
+    read_questions,
+    scores,
+    win_rates,
+)
 from sppo.evaluation.results import check_policy
-from sppo.evaluation.mt_bench import (OFFICIAL, Client, check_judge, grade_by_api, grade_locally, is_official,
-                           rating_is_readable, read_answers, read_questions, scores, win_rates)
+from sppo.preferences.adapters import adapter_files, adapter_folder
 
 VERSIONS = ("fschat", "openai", "torch", "transformers")
 PUBLISHED_JUDGES = ("gpt-4", "gpt-4-0613")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with question.jsonl, judge_prompts.jsonl, reference_answer*.jsonl")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with question.jsonl, judge_prompts.jsonl, reference_answer*.jsonl",
+    )
     parser.add_argument("--answers", type=Path, required=True, help="the policy's answers")
-    parser.add_argument("--reference", type=Path, help="the base policy's answers, for an embedded judge")
-    parser.add_argument("--judge", required=True, help="judge, ranker, an adapter folder, openai, or a model of OpenAI's such as gpt-6-luna")
-    parser.add_argument("--judge-base", type=Path, help="Hugging Face folder of the embedded judge's base")
+    parser.add_argument(
+        "--reference", type=Path, help="the base policy's answers, for an embedded judge"
+    )
+    parser.add_argument(
+        "--judge",
+        required=True,
+        help="judge, ranker, an adapter folder, openai, or a model of OpenAI's such as gpt-6-luna",
+    )
+    parser.add_argument(
+        "--judge-base", type=Path, help="Hugging Face folder of the embedded judge's base"
+    )
     parser.add_argument("--judge-model", help="model name for openai")
-    parser.add_argument("--judge-base-url", help="address of the server for openai, such as http://localhost:8000/v1")
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="where the embedded judge runs")
+    parser.add_argument(
+        "--judge-base-url",
+        help="address of the server for openai, such as http://localhost:8000/v1",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "gpu"],
+        default="auto",
+        help="where the embedded judge runs",
+    )
     parser.add_argument("--output", type=Path, required=True, help="mt_bench.json")
-    parser.add_argument("--judgments", type=Path, required=True, help="where the judgments go, .jsonl")
+    parser.add_argument(
+        "--judgments", type=Path, required=True, help="where the judgments go, .jsonl"
+    )
     args = parser.parse_args()
 
     check_judge(args.judge, args.judge_model, args.judge_base_url)
@@ -46,20 +82,37 @@ def main() -> None:
     answers = read_answers(args.answers, questions)
     policy = next(iter(answers.values()))["model_id"]
     check_policy(args.answers, policy)
-    inputs = [path for path in (args.answers, args.reference, args.data, args.judge_base, *adapter_files(args.judge)) if path]
+    inputs = [
+        path
+        for path in (
+            args.answers,
+            args.reference,
+            args.data,
+            args.judge_base,
+            *adapter_files(args.judge),
+        )
+        if path
+    ]
     adapter = adapter_folder(args.judge)
     with recorded("mt_bench", args.output, inputs, vars(args)):
         if adapter:
             if not args.reference or not args.judge_base:
-                raise UserError(f"judge {args.judge} compares: name the base's answers with --reference and its model with --judge-base")
+                raise UserError(
+                    f"judge {args.judge} compares: name the base's answers with --reference and its model with --judge-base"
+                )
             from sppo.policies.models import pick_device, start_torch
             from sppo.preferences.embedded import EmbeddedRanker
 
             start_torch()
             model = EmbeddedRanker(adapter, args.judge_base, device=pick_device(args.device))
-            rows = grade_locally(questions, answers, read_answers(args.reference, questions), model, args.judge)
-            details = {"adapter": args.judge, "adapter_sha256": file_hash(adapter / "adapter.safetensors"),
-                       "grade": "1 + 9 P(answer beats the base's answer)"}
+            rows = grade_locally(
+                questions, answers, read_answers(args.reference, questions), model, args.judge
+            )
+            details = {
+                "adapter": args.judge,
+                "adapter_sha256": file_hash(adapter / "adapter.safetensors"),
+                "grade": "1 + 9 P(answer beats the base's answer)",
+            }
         else:
             name = args.judge_model if args.judge == "openai" else args.judge
             cache = args.output.parent / ".judgments" / "mt_bench.jsonl"
@@ -67,14 +120,25 @@ def main() -> None:
             rows = grade_by_api(questions, answers, args.data, client)
             details = {"model": name, "base_url": args.judge_base_url}
         with recorded("mt_bench", args.judgments, inputs, vars(args)):
-            write_text(args.judgments, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(
+                args.judgments, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            )
         official = all(is_official(args.data, name) for name in OFFICIAL)
-        write_json(args.output, scores(rows, {row["question_id"]: row["category"] for row in questions}) | {
-            "against_base": win_rates(rows) if adapter else None,
-            "comparable_with_published": official and args.judge in PUBLISHED_JUDGES,
-            "official_questions": official, "data": str(args.data), "judge": args.judge, "judge_details": details,
-            "policy": policy,
-            "versions": {name: metadata.version(name) for name in VERSIONS}, "judgments": str(args.judgments)})
+        write_json(
+            args.output,
+            scores(rows, {row["question_id"]: row["category"] for row in questions})
+            | {
+                "against_base": win_rates(rows) if adapter else None,
+                "comparable_with_published": official and args.judge in PUBLISHED_JUDGES,
+                "official_questions": official,
+                "data": str(args.data),
+                "judge": args.judge,
+                "judge_details": details,
+                "policy": policy,
+                "versions": {name: metadata.version(name) for name in VERSIONS},
+                "judgments": str(args.judgments),
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -12,19 +12,29 @@ from collections import defaultdict
 from pathlib import Path
 
 import _path  # noqa: F401
-from sppo.preferences.adapters import adapter_files
 from sppo.core.artifacts import known_hash, read_json, recorded, write_json
 from sppo.core.errors import UserError, run
+from sppo.preferences.adapters import adapter_files
 from sppo.preferences.estimates import mean_logits
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--n", type=int, required=True)
-    parser.add_argument("--model", required=True, help="preference model: ranker, judge, an adapter's folder or PairRM's")
-    parser.add_argument("--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on")
-    parser.add_argument("--generator", required=True, help="name of the reranked policy in the outputs")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="preference model: ranker, judge, an adapter's folder or PairRM's",
+    )
+    parser.add_argument(
+        "--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on"
+    )
+    parser.add_argument(
+        "--generator", required=True, help="name of the reranked policy in the outputs"
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     args = parser.parse_args()
@@ -36,18 +46,28 @@ def main() -> None:
         answers[row["instruction"]].append(row)
     fewest = min((len(rows) for rows in answers.values()), default=0)
     if not 1 <= args.n <= fewest:
-        raise UserError(f"best of {args.n} needs {args.n} answers to every instruction, {args.answers} has {fewest}; raise best_of_n.samples")
-    from sppo.policies.models import pick_device, start_torch
+        raise UserError(
+            f"best of {args.n} needs {args.n} answers to every instruction, {args.answers} has {fewest}; raise best_of_n.samples"
+        )
     from sppo.core.progress import progress
+    from sppo.policies.models import pick_device, start_torch
     from sppo.preferences.embedded import load_preference_model
 
     start_torch()
-    with recorded("answer", args.output, [args.answers, *adapter_files(args.model, args.ranker_base)], vars(args)) as facts:
+    with recorded(
+        "answer",
+        args.output,
+        [args.answers, *adapter_files(args.model, args.ranker_base)],
+        vars(args),
+    ) as facts:
         model = load_preference_model(args.model, args.ranker_base, pick_device(args.device))
         best = []
         for instruction, rows in progress(list(answers.items()), "rank"):
-            texts = [row["output"] for row in rows[:args.n]]
-            best.append(rows[int(mean_logits(model.pair_logits(instruction, texts)).argmax())] | {"generator": args.generator})
+            texts = [row["output"] for row in rows[: args.n]]
+            best.append(
+                rows[int(mean_logits(model.pair_logits(instruction, texts)).argmax())]
+                | {"generator": args.generator}
+            )
         write_json(args.output, best)
         facts |= {"preference_model": model.name, "instructions": len(best)}
 

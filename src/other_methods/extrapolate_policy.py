@@ -14,24 +14,29 @@ from typing import TYPE_CHECKING
 
 import _path  # noqa: F401
 from sppo.core.artifacts import read_json, recorded, written_whole
-from sppo.reporting.cards import model_card
 from sppo.core.errors import UserError, run
 from sppo.policies.models import check_policy
+from sppo.reporting.cards import model_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--aligned", type=Path, required=True)
-    parser.add_argument("--alpha", type=float, required=True, help="how far beyond: 0 is the aligned policy itself")
+    parser.add_argument(
+        "--alpha", type=float, required=True, help="how far beyond: 0 is the aligned policy itself"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder of the new policy")
     args = parser.parse_args()
 
-    from sppo.policies.models import load_policy, load_tokenizer, start_torch
     import torch
+
+    from sppo.policies.models import load_policy, load_tokenizer, start_torch
 
     start_torch(gpus=0)
     with recorded("train", args.output, [args.base, args.aligned], vars(args)):
@@ -41,7 +46,10 @@ def main() -> None:
             model.save_pretrained(temporary)
             load_tokenizer(args.aligned).save_pretrained(temporary)
             text = f"theta_aligned + {args.alpha:g} (theta_aligned - theta_base) for every weight, without training: https://arxiv.org/abs/2404.16792"
-            (temporary / "README.md").write_text(model_card(args.aligned, "A policy of ExPO", {"Method": text}, tag="expo"), encoding="utf-8")
+            (temporary / "README.md").write_text(
+                model_card(args.aligned, "A policy of ExPO", {"Method": text}, tag="expo"),
+                encoding="utf-8",
+            )
 
 
 def carry_on(model: PreTrainedModel, base: Path, aligned: Path, alpha: float) -> None:
@@ -65,15 +73,21 @@ def carry_on(model: PreTrainedModel, base: Path, aligned: Path, alpha: float) ->
         names: dict[int, list[str]] = {}  # of each weight; tied ones have two, files one of them
         for name, weight in weights.items():
             names.setdefault(weight.data_ptr(), []).append(name)
-        pairs = [(weights[own[0]], next((name for name in own if name in of_base), None))
-                 for own in names.values()]
-        same = all(name and of_base[name].get_slice(name).get_shape() == list(weight.shape)
-                   for weight, name in pairs)
+        pairs = [
+            (weights[own[0]], next((name for name in own if name in of_base), None))
+            for own in names.values()
+        ]
+        same = all(
+            name and of_base[name].get_slice(name).get_shape() == list(weight.shape)
+            for weight, name in pairs
+        )
         # Old checkpoints hold the frequencies of rotary embeddings, which are computed.
         more = [name for name in of_base if name not in weights and not name.endswith("inv_freq")]
         if more or not same:
-            raise UserError(f"{base} and {aligned} are models of different shapes; give a base and "
-                            "what was trained from it")
+            raise UserError(
+                f"{base} and {aligned} are models of different shapes; give a base and "
+                "what was trained from it"
+            )
         for weight, name in pairs:
             weight.add_(alpha * (weight - of_base[name].get_tensor(name).to(torch.float32)))
 

@@ -18,16 +18,16 @@ from collections import defaultdict
 from pathlib import Path
 
 import _path  # noqa: F401
-from sppo.preferences.adapters import adapter_files
 from sppo.core.artifacts import recorded
 from sppo.core.config import OF_CHATS, THRESHOLDS, add_section
 from sppo.core.errors import UserError, run
-from sppo.preferences.grades import GOLD, HIGHEST, loops, read_score, rubric
-from sppo.evaluation.mt_bench import Client, check_grader, concurrently
-from sppo.preferences.estimates import p_hat, win_probabilities
-from sppo.policies.prompts import read_gold
-from sppo.preferences.loading import chat_tokenizer, load_model, prompt_text
 from sppo.core.tables import read_table, write_table
+from sppo.evaluation.mt_bench import Client, check_grader, concurrently
+from sppo.policies.prompts import read_gold
+from sppo.preferences.adapters import adapter_files
+from sppo.preferences.estimates import p_hat, win_probabilities
+from sppo.preferences.grades import GOLD, HIGHEST, loops, read_score, rubric
+from sppo.preferences.loading import chat_tokenizer, load_model, prompt_text
 
 LONGEST = 1024  # tokens of a judgment
 Pools = dict[str, dict[int, str]]  # texts by prompt and sample_id
@@ -35,14 +35,30 @@ Grades = dict[tuple[str, int], float | None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--responses", type=Path, required=True)
-    parser.add_argument("--gold", type=Path, nargs="?", help="JSONL of gold responses, with id of the prompt and response")
-    parser.add_argument("--policy", type=Path, help="its chat template is used by --source chat_template")
-    parser.add_argument("--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on")
+    parser.add_argument(
+        "--gold",
+        type=Path,
+        nargs="?",
+        help="JSONL of gold responses, with id of the prompt and response",
+    )
+    parser.add_argument(
+        "--policy", type=Path, help="its chat template is used by --source chat_template"
+    )
+    parser.add_argument(
+        "--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on"
+    )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto", help="where the preference model runs")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "gpu"],
+        default="auto",
+        help="where the preference model runs",
+    )
     add_section(parser, "preference", skip=("revision", "winner_by", "truncated"))
     add_section(parser, "grades", skip=THRESHOLDS)
     add_section(parser, "policy", only=OF_CHATS)
@@ -53,49 +69,95 @@ def main() -> None:
     pools: Pools = defaultdict(dict)
     for row in read_table(args.responses, "responses"):
         if row["prompt_id"] not in messages:
-            raise UserError(f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; delete it and run again")
+            raise UserError(
+                f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; delete it and run again"
+            )
         pools[row["prompt_id"]][row["sample_id"]] = row["text"]
     gold = read_gold(args.gold) if args.gold else {}
     for prompt_id in pools.keys() & gold.keys():
         pools[prompt_id][GOLD] = gold[prompt_id]
-    looping = {(prompt_id, k) for prompt_id, pool in pools.items() for k, text in pool.items() if loops(text)}
+    looping = {
+        (prompt_id, k)
+        for prompt_id, pool in pools.items()
+        for k, text in pool.items()
+        if loops(text)
+    }
     model_files = adapter_files(args.model, args.ranker_base) if args.judge == "preference" else []
-    with recorded("grade", args.output, [args.prompts, args.responses, *([args.gold] if args.gold else []), *model_files], vars(args)) as facts:
-        grades, grader = by_preference(pools, messages, args) if args.judge == "preference" else by_judge(pools, messages, looping, args)
+    with recorded(
+        "grade",
+        args.output,
+        [args.prompts, args.responses, *([args.gold] if args.gold else []), *model_files],
+        vars(args),
+    ) as facts:
+        grades, grader = (
+            by_preference(pools, messages, args)
+            if args.judge == "preference"
+            else by_judge(pools, messages, looping, args)
+        )
         grades |= dict.fromkeys(looping, 0.0)
-        rows = [{"prompt_id": prompt_id, "sample_id": k, "grade": grades[prompt_id, k]}
-                for prompt_id, pool in pools.items() for k in sorted(pool) if grades[prompt_id, k] is not None]
+        rows = [
+            {"prompt_id": prompt_id, "sample_id": k, "grade": grades[prompt_id, k]}
+            for prompt_id, pool in pools.items()
+            for k in sorted(pool)
+            if grades[prompt_id, k] is not None
+        ]
         write_table(args.output, rows, "grades")
-        facts |= {"prompts": len(pools), "grader": grader, "graded": len(rows), "ungraded": len(grades) - len(rows), "looping": len(looping),
-                  "gold": sum(GOLD in pool for pool in pools.values()), "mean_grade": mean([row for row in rows if row["sample_id"] != GOLD]),
-                  "mean_grade_gold": mean([row for row in rows if row["sample_id"] == GOLD])}
+        facts |= {
+            "prompts": len(pools),
+            "grader": grader,
+            "graded": len(rows),
+            "ungraded": len(grades) - len(rows),
+            "looping": len(looping),
+            "gold": sum(GOLD in pool for pool in pools.values()),
+            "mean_grade": mean([row for row in rows if row["sample_id"] != GOLD]),
+            "mean_grade_gold": mean([row for row in rows if row["sample_id"] == GOLD]),
+        }
 
 
-def by_preference(pools: Pools, messages: dict[str, list[dict]], args: argparse.Namespace) -> tuple[Grades, str]:
+def by_preference(
+    pools: Pools, messages: dict[str, list[dict]], args: argparse.Namespace
+) -> tuple[Grades, str]:
     """6 P-hat of each text within its pool, and the preference model's name."""
     from sppo.policies.models import start_torch
 
     start_torch()
     model = load_model(args)
     tokenizer = chat_tokenizer(args)
-    groups = [(prompt_text(messages[prompt_id], tokenizer), list(pool.values())) for prompt_id, pool in pools.items()]
+    groups = [
+        (prompt_text(messages[prompt_id], tokenizer), list(pool.values()))
+        for prompt_id, pool in pools.items()
+    ]
     grades: Grades = {}
     for (prompt_id, pool), logits in zip(pools.items(), model.all_pair_logits(groups), strict=True):
         estimates = p_hat(win_probabilities(logits, args.probability, args.logit_scale))
-        grades |= {(prompt_id, k): HIGHEST * float(estimate) for k, estimate in zip(pool, estimates, strict=True)}
+        grades |= {
+            (prompt_id, k): HIGHEST * float(estimate)
+            for k, estimate in zip(pool, estimates, strict=True)
+        }
     return grades, model.name
 
 
-def by_judge(pools: Pools, messages: dict[str, list[dict]], looping: set, args: argparse.Namespace) -> tuple[Grades, str]:
+def by_judge(
+    pools: Pools, messages: dict[str, list[dict]], looping: set, args: argparse.Namespace
+) -> tuple[Grades, str]:
     """The judge's score of each text that has no loop, None where its answer has none; and the judge's name."""
     name = args.judge_model if args.judge == "openai" else args.judge
     cache = args.output.parent / ".judgments" / f"{args.output.stem}.jsonl"
     client = Client(name, args.judge_base_url, cache, lambda answer: read_score(answer) is not None)
-    asked = [(prompt_id, k) for prompt_id, pool in pools.items() for k in pool if (prompt_id, k) not in looping]
+    asked = [
+        (prompt_id, k)
+        for prompt_id, pool in pools.items()
+        for k in pool
+        if (prompt_id, k) not in looping
+    ]
 
     def grade(place: tuple[str, int]) -> float | None:
         prompt_id, k = place
-        return read_score(client.ask(rubric(messages[prompt_id], pools[prompt_id][k]), temperature=0, max_tokens=LONGEST))
+        return read_score(
+            client.ask(
+                rubric(messages[prompt_id], pools[prompt_id][k]), temperature=0, max_tokens=LONGEST
+            )
+        )
 
     grades = dict(zip(asked, concurrently(grade, asked, "graded responses"), strict=True))
     client.check_unreadable(len(asked))

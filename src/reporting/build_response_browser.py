@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 import _path  # noqa: F401
-from sppo.evaluation.alpaca_eval import read_outputs
 from sppo.core.artifacts import ROOT, file_hash, iteration, read_json, recorded, write_text
 from sppo.core.config import CHAINING, COMPARISON, add_section
 from sppo.core.errors import UserError, run
-from sppo.preferences.pairs import select
-from sppo.preferences.estimates import p_hat, win_probabilities
-from sppo.policies.prompts import read_instructions
 from sppo.core.tables import read_table
+from sppo.evaluation.alpaca_eval import read_outputs
+from sppo.policies.prompts import read_instructions
+from sppo.preferences.estimates import p_hat, win_probabilities
+from sppo.preferences.pairs import select
 
 TEMPLATE = ROOT / "src" / "sppo" / "reporting" / "response_browser.html"
 PLACEHOLDER = "@DATA@"
@@ -33,39 +33,105 @@ Record = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="prompts.parquet, one an iteration")
-    parser.add_argument("--responses", type=Path, nargs="+", required=True, help="all shards of all these iterations")
-    parser.add_argument("--preferences", type=Path, nargs="+", required=True, help="all shards of all these iterations")
-    parser.add_argument("--pairs", type=Path, nargs="+", required=True, help="pairs.parquet, one an iteration")
-    parser.add_argument("--answers", type=Path, nargs="+", required=True, help="alpaca_eval_outputs.json, one an iteration from 0 on")
-    parser.add_argument("--annotations", type=Path, nargs="+", required=True, help="alpaca_eval_annotations.json of the same iterations")
-    parser.add_argument("--instructions", type=Path, required=True, help="evaluation instructions with their categories")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--prompts", type=Path, nargs="+", required=True, help="prompts.parquet, one an iteration"
+    )
+    parser.add_argument(
+        "--responses",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="all shards of all these iterations",
+    )
+    parser.add_argument(
+        "--preferences",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="all shards of all these iterations",
+    )
+    parser.add_argument(
+        "--pairs", type=Path, nargs="+", required=True, help="pairs.parquet, one an iteration"
+    )
+    parser.add_argument(
+        "--answers",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="alpaca_eval_outputs.json, one an iteration from 0 on",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="alpaca_eval_annotations.json of the same iterations",
+    )
+    parser.add_argument(
+        "--instructions",
+        type=Path,
+        required=True,
+        help="evaluation instructions with their categories",
+    )
     parser.add_argument("--output", type=Path, required=True, help="the page, .html")
     add_section(parser, "preference", skip=COMPARISON)
     add_section(parser, "pairs", skip=CHAINING)
     args = parser.parse_args()
     if args.construction != "extremes" or args.even_lengths or args.goals or args.replay:
-        raise UserError("the response browser shows runs that are trained on the best and the worst response of each prompt, and nothing else; this run has "
-                        "pairs.construction, even_lengths, goals or replay set")
+        raise UserError(
+            "the response browser shows runs that are trained on the best and the worst response of each prompt, and nothing else; this run has "
+            "pairs.construction, even_lengths, goals or replay set"
+        )
 
-    inputs = [*args.prompts, *args.responses, *args.preferences, *args.pairs, *args.answers, *args.annotations, args.instructions]
+    inputs = [
+        *args.prompts,
+        *args.responses,
+        *args.preferences,
+        *args.pairs,
+        *args.answers,
+        *args.annotations,
+        args.instructions,
+    ]
     with recorded("tabulate", args.output, inputs, vars(args)) as facts:
         training, evaluation = training_items(args), evaluation_items(args)
-        write_text(args.output, page({"probability": args.probability, "logit_scale": args.logit_scale,
-                                      "training": training, "evaluation": evaluation}))
-        facts |= {"prompts": len(training), "instructions": len(evaluation), "template_sha256": file_hash(TEMPLATE)}
-    print(f"{args.output}: {len(training)} prompts, {len(evaluation)} instructions; open it in a browser")
+        write_text(
+            args.output,
+            page(
+                {
+                    "probability": args.probability,
+                    "logit_scale": args.logit_scale,
+                    "training": training,
+                    "evaluation": evaluation,
+                }
+            ),
+        )
+        facts |= {
+            "prompts": len(training),
+            "instructions": len(evaluation),
+            "template_sha256": file_hash(TEMPLATE),
+        }
+    print(
+        f"{args.output}: {len(training)} prompts, {len(evaluation)} instructions; open it in a browser"
+    )
 
 
 def training_items(args: argparse.Namespace) -> list[Record]:
     """Every prompt of every iteration: its responses, P, P-hat, winner and loser (indices) or why it has none."""
-    tables = {name: read_iterations(getattr(args, name), name) for name in ("prompts", "responses", "preferences", "pairs")}
+    tables = {
+        name: read_iterations(getattr(args, name), name)
+        for name in ("prompts", "responses", "preferences", "pairs")
+    }
     same_iterations({name: getattr(args, name) for name in tables})
     items = []
     for number in sorted(tables["prompts"]):
         rows = {name: table[number] for name, table in tables.items()}
-        given = {name: ", ".join(str(path) for path in getattr(args, name) if iteration(path) == number) for name in tables}
+        given = {
+            name: ", ".join(str(path) for path in getattr(args, name) if iteration(path) == number)
+            for name in tables
+        }
         responses: dict[str, dict[int, Record]] = {}
         for (prompt_id, sample_id), row in rows["responses"].items():
             responses.setdefault(prompt_id, {})[sample_id] = row
@@ -73,38 +139,80 @@ def training_items(args: argparse.Namespace) -> list[Record]:
         for name in ("responses", "preferences", "pairs"):
             strange = {prompt_id for prompt_id, _ in rows[name]} - asked
             if strange:
-                raise UserError(f"{given[name]} has prompt {min(strange)}, which {given['prompts']} lacks; give files of one run")
+                raise UserError(
+                    f"{given[name]} has prompt {min(strange)}, which {given['prompts']} lacks; give files of one run"
+                )
         for (prompt_id, _), prompt in rows["prompts"].items():
-            preference, candidates = rows["preferences"].get((prompt_id, None)), responses.get(prompt_id, {})
+            preference, candidates = (
+                rows["preferences"].get((prompt_id, None)),
+                responses.get(prompt_id, {}),
+            )
             if preference is None or preference["sample_ids"] != sorted(candidates):
-                raise UserError(f"prompt {prompt_id} of {given['prompts']} lacks responses or preferences; give all shards")
+                raise UserError(
+                    f"prompt {prompt_id} of {given['prompts']} lacks responses or preferences; give all shards"
+                )
             pair = select(preference, candidates, args)
             if not agree(pair, rows["pairs"].get((prompt_id, None))):
-                raise UserError(f"{given['pairs']} holds another pair for prompt {prompt_id} than responses, preferences and flags give; "
-                                "give files of one run and the flags that build_pairs.py had")
-            items.append({"iteration": number, "id": prompt_id, "category": prompt["category"], "messages": prompt["messages"],
-                          **estimates(preference, candidates, pair, args)})
+                raise UserError(
+                    f"{given['pairs']} holds another pair for prompt {prompt_id} than responses, preferences and flags give; "
+                    "give files of one run and the flags that build_pairs.py had"
+                )
+            items.append(
+                {
+                    "iteration": number,
+                    "id": prompt_id,
+                    "category": prompt["category"],
+                    "messages": prompt["messages"],
+                    **estimates(preference, candidates, pair, args),
+                }
+            )
     return items
 
 
-def estimates(preference: Record, candidates: dict[int, Record], pair: Record | str, args: argparse.Namespace) -> Record:
+def estimates(
+    preference: Record, candidates: dict[int, Record], pair: Record | str, args: argparse.Namespace
+) -> Record:
     """What the preference model made of one prompt's responses, as build_pairs.py reads it."""
-    probabilities = win_probabilities(np.array(preference["logits"]), args.probability, args.logit_scale)
+    probabilities = win_probabilities(
+        np.array(preference["logits"]), args.probability, args.logit_scale
+    )
     made = isinstance(pair, dict)
-    ends = [preference["sample_ids"].index(pair[f"{end}_sample_id"]) if made else None for end in ("chosen", "rejected")]
-    return {"responses": [{"sample": row["sample_id"], "text": row["text"], "tokens": len(row["token_ids"]), "finish": row["finish_reason"]}
-                          for row in (candidates[sample_id] for sample_id in preference["sample_ids"])],
-            "p": probabilities.tolist(), "p_hat": p_hat(probabilities).tolist(), "winner": ends[0], "loser": ends[1],
-            "outcome": "pair" if made else pair, "margin": float(pair["p_hat_chosen"] - pair["p_hat_rejected"]) if made else None}
+    ends = [
+        preference["sample_ids"].index(pair[f"{end}_sample_id"]) if made else None
+        for end in ("chosen", "rejected")
+    ]
+    return {
+        "responses": [
+            {
+                "sample": row["sample_id"],
+                "text": row["text"],
+                "tokens": len(row["token_ids"]),
+                "finish": row["finish_reason"],
+            }
+            for row in (candidates[sample_id] for sample_id in preference["sample_ids"])
+        ],
+        "p": probabilities.tolist(),
+        "p_hat": p_hat(probabilities).tolist(),
+        "winner": ends[0],
+        "loser": ends[1],
+        "outcome": "pair" if made else pair,
+        "margin": float(pair["p_hat_chosen"] - pair["p_hat_rejected"]) if made else None,
+    }
 
 
 def agree(pair: Record | str, kept: Record | None) -> bool:
     """Whether the pair computed here is the row of pairs.parquet; None is no row."""
     if isinstance(pair, str) or kept is None:
         return isinstance(pair, str) and kept is None
-    same = all(pair[name] == kept[name] for name in ("chosen", "rejected", "chosen_sample_id", "rejected_sample_id"))
+    same = all(
+        pair[name] == kept[name]
+        for name in ("chosen", "rejected", "chosen_sample_id", "rejected_sample_id")
+    )
     # Not to the last bit: pairs may come from another machine.
-    return same and all(abs(pair[name] - kept[name]) < 1e-9 for name in ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected"))
+    return same and all(
+        abs(pair[name] - kept[name]) < 1e-9
+        for name in ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected")
+    )
 
 
 def evaluation_items(args: argparse.Namespace) -> list[Record]:
@@ -112,31 +220,65 @@ def evaluation_items(args: argparse.Namespace) -> list[Record]:
     same_iterations({"answers": args.answers, "annotations": args.annotations})
     answers, judged = one_an_iteration(args.answers), one_an_iteration(args.annotations)
     if 0 not in answers:
-        raise UserError(f"{args.answers[0]} has no file of iteration 0 beside it; give iter0/alpaca_eval_outputs.json too")
-    rows = {number: {row["instruction"]: row for row in read_outputs(path)} for number, path in answers.items()}
+        raise UserError(
+            f"{args.answers[0]} has no file of iteration 0 beside it; give iter0/alpaca_eval_outputs.json too"
+        )
+    rows = {
+        number: {row["instruction"]: row for row in read_outputs(path)}
+        for number, path in answers.items()
+    }
     verdicts = {number: read_annotations(path) for number, path in judged.items()}
-    instructions = {row["instruction"]: (str(row.get("prompt_id", position)), str(row.get("dataset", "")))
-                    for position, row in enumerate(read_instructions(args.instructions))}
+    instructions = {
+        row["instruction"]: (str(row.get("prompt_id", position)), str(row.get("dataset", "")))
+        for position, row in enumerate(read_instructions(args.instructions))
+    }
     for number, path in answers.items():
         if rows[number].keys() != rows[0].keys():
-            raise UserError(f"{path} and {answers[0]} answer different instructions; answer the same")
-        if {text: row["output"] for text, row in rows[number].items()} != {text: row["output_2"] for text, row in verdicts[number].items()}:
-            raise UserError(f"{judged[number]} judges other answers than those in {path}; delete it and judge again")
-        if any(verdicts[number][text]["output_1"] != verdicts[0][text]["output_1"] for text in rows[0]):
-            raise UserError(f"{judged[number]} and {judged[0]} compare with different references; judge with the same")
+            raise UserError(
+                f"{path} and {answers[0]} answer different instructions; answer the same"
+            )
+        if {text: row["output"] for text, row in rows[number].items()} != {
+            text: row["output_2"] for text, row in verdicts[number].items()
+        }:
+            raise UserError(
+                f"{judged[number]} judges other answers than those in {path}; delete it and judge again"
+            )
+        if any(
+            verdicts[number][text]["output_1"] != verdicts[0][text]["output_1"] for text in rows[0]
+        ):
+            raise UserError(
+                f"{judged[number]} and {judged[0]} compare with different references; judge with the same"
+            )
     strange = [text for text in rows[0] if text not in instructions]
     if strange:
-        raise UserError(f"{args.instructions} lacks the instruction {strange[0][:60]!r} of {answers[0]}; give the file that was answered")
+        raise UserError(
+            f"{args.instructions} lacks the instruction {strange[0][:60]!r} of {answers[0]}; give the file that was answered"
+        )
     items = []
     for text, (identity, category) in instructions.items():
         if text not in rows[0]:
             continue  # alpaca_eval.limit answers only the first
         wins = {number: wins_of(verdicts[number][text]) for number in answers}
-        items.append({"id": identity, "category": category, "instruction": text,
-                      "reference": verdicts[0][text]["output_1"], "reference_name": verdicts[0][text]["generator_1"],
-                      "answers": [{"iteration": number, "name": rows[number][text]["generator"], "text": rows[number][text]["output"],
-                                   "finish": rows[number][text].get("finish_reason"), "wins": wins[number]} for number in answers],
-                      "margin": wins[max(answers)] - wins[0]})
+        items.append(
+            {
+                "id": identity,
+                "category": category,
+                "instruction": text,
+                "reference": verdicts[0][text]["output_1"],
+                "reference_name": verdicts[0][text]["generator_1"],
+                "answers": [
+                    {
+                        "iteration": number,
+                        "name": rows[number][text]["generator"],
+                        "text": rows[number][text]["output"],
+                        "finish": rows[number][text].get("finish_reason"),
+                        "wins": wins[number],
+                    }
+                    for number in answers
+                ],
+                "margin": wins[max(answers)] - wins[0],
+            }
+        )
     return items
 
 
@@ -144,11 +286,17 @@ def read_annotations(path: Path) -> dict[str, Record]:
     """Judgments in alpaca-eval's form by instruction. UserError on a missing field or a judgment that failed."""
     rows = read_json(path)
     needed = ("instruction", "output_1", "output_2", "generator_1")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get(key), str) for row in rows for key in needed):
-        raise UserError(f"{path} is not a list of objects with {', '.join(needed)}; make it with evaluate_alpaca_eval.py")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get(key), str) for row in rows for key in needed
+    ):
+        raise UserError(
+            f"{path} is not a list of objects with {', '.join(needed)}; make it with evaluate_alpaca_eval.py"
+        )
     for row in rows:
         if not isinstance(row.get("preference"), (int, float)) or not 0 <= wins_of(row) <= 1:
-            raise UserError(f"{path} has no preference between 1 and 2 for {row['instruction'][:60]!r}; judge again")
+            raise UserError(
+                f"{path} has no preference between 1 and 2 for {row['instruction'][:60]!r}; judge again"
+            )
     return {row["instruction"]: row for row in rows}
 
 
@@ -157,7 +305,9 @@ def wins_of(annotation: Record) -> float:
     return (annotation["preference"] or 1.5) - 1
 
 
-def read_iterations(paths: Iterable[Path], name: str) -> dict[int, dict[tuple[str, int | None], Record]]:
+def read_iterations(
+    paths: Iterable[Path], name: str
+) -> dict[int, dict[tuple[str, int | None], Record]]:
     """Rows of the table `name` by iteration, then by prompt and sample (None where it has no samples)."""
     found: dict[int, dict[tuple[str, int | None], Record]] = {}
     for path in paths:
@@ -165,7 +315,9 @@ def read_iterations(paths: Iterable[Path], name: str) -> dict[int, dict[tuple[st
         for row in read_table(path, name):
             key = (row["prompt_id"], row.get("sample_id"))
             if key in rows:
-                raise UserError(f"{path} has {name} of prompt {key[0]} that another file has too; give files of one run, each once")
+                raise UserError(
+                    f"{path} has {name} of prompt {key[0]} that another file has too; give files of one run, each once"
+                )
             rows[key] = row
     return found
 
@@ -175,7 +327,9 @@ def one_an_iteration(paths: Iterable[Path]) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for path in paths:
         if iteration(path) in found:
-            raise UserError(f"{path} is a second file of iteration {iteration(path)} beside {found[iteration(path)]}; give one")
+            raise UserError(
+                f"{path} is a second file of iteration {iteration(path)} beside {found[iteration(path)]}; give one"
+            )
         found[iteration(path)] = path
     return dict(sorted(found.items()))
 
@@ -187,13 +341,17 @@ def same_iterations(files: dict[str, list[Path]]) -> None:
     for name, more in others:
         differing = wanted ^ {iteration(path) for path in more}
         if differing:
-            raise UserError(f"--{name} ({more[0]}, ...) and --{first} differ in iteration {min(differing)}; give files of the same")
+            raise UserError(
+                f"--{name} ({more[0]}, ...) and --{first} differ in iteration {min(differing)}; give files of the same"
+            )
 
 
 def page(data: Record) -> str:
     """The template with the data in it. Neither `</script>` nor `<!--` in a text may end or hide the script that holds it."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, text.replace("</", "<\\/").replace("<!--", "\\u003c!--"), 1)
+    return TEMPLATE.read_text(encoding="utf-8").replace(
+        PLACEHOLDER, text.replace("</", "<\\/").replace("<!--", "\\u003c!--"), 1
+    )
 
 
 if __name__ == "__main__":

@@ -21,10 +21,16 @@ COLUMNS = ("win_rate", "standard_error", "length_controlled_winrate", "avg_lengt
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--alpaca-eval", type=Path, nargs="+", required=True, help="best_of_{n}/alpaca_eval.json")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--alpaca-eval", type=Path, nargs="+", required=True, help="best_of_{n}/alpaca_eval.json"
+    )
     parser.add_argument("--output", type=Path, required=True, help="best_of_n.csv")
-    parser.add_argument("--plot", type=Path, required=True, help="best_of_n.png; an .svg is written beside it")
+    parser.add_argument(
+        "--plot", type=Path, required=True, help="best_of_n.png; an .svg is written beside it"
+    )
     args = parser.parse_args()
     judged = {}
     for path in args.alpaca_eval:
@@ -37,7 +43,13 @@ def main() -> None:
     with contextlib.ExitStack() as records:
         for artifact in (args.output, *plots):
             records.enter_context(recorded("tabulate", artifact, args.alpaca_eval, {}))
-        lines = [",".join(("n", *COLUMNS)), *(",".join(str(v) for v in (n, *(line[c] for c in COLUMNS))) for n, line in judged.items())]
+        lines = [
+            ",".join(("n", *COLUMNS)),
+            *(
+                ",".join(str(v) for v in (n, *(line[c] for c in COLUMNS)))
+                for n, line in judged.items()
+            ),
+        ]
         write_text(args.output, "\n".join(lines) + "\n")
         plot_win_rates(judged, "n of best-of-n (1 is the policy itself)", plots)
 

@@ -15,13 +15,23 @@ from sppo.core.artifacts import iteration, json_lines, recorded
 from sppo.core.errors import UserError, run
 from sppo.reporting.figures import pyplot, save
 
-PANELS = (("loss", "loss (nats², mean of the pair's two)"), ("log_ratio", "log π/π$_t$, mean (nats)"), ("order_right", "winner above loser (share)"))
+PANELS = (
+    ("loss", "loss (nats², mean of the pair's two)"),
+    ("log_ratio", "log π/π$_t$, mean (nats)"),
+    ("order_right", "winner above loser (share)"),
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--logs", type=Path, nargs="+", required=True, help="train_log.jsonl, one an iteration")
-    parser.add_argument("--plot", type=Path, required=True, help=".png; an .svg is written beside it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--logs", type=Path, nargs="+", required=True, help="train_log.jsonl, one an iteration"
+    )
+    parser.add_argument(
+        "--plot", type=Path, required=True, help=".png; an .svg is written beside it"
+    )
     args = parser.parse_args()
 
     steps = {iteration(path): read_log(path) for path in args.logs}
@@ -37,7 +47,9 @@ def read_log(path: Path) -> list[dict[str, float]]:
     try:
         rows = json_lines(path)
     except (OSError, UserError) as error:
-        raise UserError(f"{path} is not a whole training log ({error}); delete it and run again") from None
+        raise UserError(
+            f"{path} is not a whole training log ({error}); delete it and run again"
+        ) from None
     rows = [row for row in rows if "log_ratio_chosen" in row]
     if not rows:
         raise UserError(f"{path} has no steps; delete it and run again")
@@ -53,10 +65,30 @@ def plot_training(logs: dict[int, list[dict[str, float]]], files: list[Path]) ->
         at = [before + row["step"] for row in rows]
         first = number == min(logs)
         axes[0].plot(at, [row["loss"] for row in rows], color="#0072B2", marker=".")
-        axes[1].plot(at, [row["log_ratio_chosen"] for row in rows], color="#009E73", marker=".", label="winner" if first else None)
-        axes[1].plot(at, [row["log_ratio_rejected"] for row in rows], color="#D55E00", marker=".", linestyle="--", label="loser" if first else None)
+        axes[1].plot(
+            at,
+            [row["log_ratio_chosen"] for row in rows],
+            color="#009E73",
+            marker=".",
+            label="winner" if first else None,
+        )
+        axes[1].plot(
+            at,
+            [row["log_ratio_rejected"] for row in rows],
+            color="#D55E00",
+            marker=".",
+            linestyle="--",
+            label="loser" if first else None,
+        )
         axes[2].plot(at, [row["order_right"] for row in rows], color="#CC79A7", marker=".")
-        axes[0].annotate(f"iteration {number}", (before + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(4, -12), textcoords="offset points", fontsize=8)
+        axes[0].annotate(
+            f"iteration {number}",
+            (before + 0.5, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, -12),
+            textcoords="offset points",
+            fontsize=8,
+        )
         before = at[-1]
         for panel in axes:
             panel.axvline(before + 0.5, color="0.8", linewidth=1)

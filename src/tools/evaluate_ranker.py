@@ -33,17 +33,25 @@ import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import numpy as np
 import pandas as pd
 
-from sppo.preferences.adapters import EMBEDDED, adapter_folder
 from sppo.core.errors import UserError, run
-from sppo.reporting.figures import pyplot, save
-from sppo.preferences.embedded_data import CORRUPTIONS, MIN_WORDS, balance, instruction_hash, load_annotations
+from sppo.preferences.adapters import EMBEDDED, adapter_folder
 from sppo.preferences.embedded import EmbeddedRanker
+from sppo.preferences.embedded_data import (
+    CORRUPTIONS,
+    MIN_WORDS,
+    balance,
+    instruction_hash,
+    load_annotations,
+)
+from sppo.reporting.figures import pyplot, save
 
 CHUNK = 24  # rows of one instruction judged in one call
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranker", required=True, choices=EMBEDDED)
     parser.add_argument("--annotations", required=True, type=Path)
     parser.add_argument("--base", type=Path, default=Path("results/models/SmolLM2-135M-Instruct"))
@@ -53,15 +61,19 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def select_pairs(args: argparse.Namespace, training: set[str]) -> tuple[pd.DataFrame, dict[str, int], bool]:
+def select_pairs(
+    args: argparse.Namespace, training: set[str]
+) -> tuple[pd.DataFrame, dict[str, int], bool]:
     """The pairs to judge, what was left out by reason, and whether both sides win equally often."""
     frame, excluded = load_annotations(args.annotations)
     hashes = {text: instruction_hash(text) for text in frame["instruction"].unique()}
     mine = frame["instruction"].map(hashes).isin(training)
     excluded["training_instruction"] = int(mine.sum())
     if mine.all():
-        raise UserError(f"every usable row of {args.annotations} is about an instruction that the "
-                        f"{args.ranker} was trained on; nothing is left to evaluate it with")
+        raise UserError(
+            f"every usable row of {args.annotations} is about an instruction that the "
+            f"{args.ranker} was trained on; nothing is left to evaluate it with"
+        )
     frame = frame[~mine]
     even = balance(frame, args.seed)
     balanced = len(even) > 0  # where one side never wins there is nothing to balance with
@@ -87,14 +99,16 @@ def judge(ranker: EmbeddedRanker, frame: pd.DataFrame, seed: int) -> tuple[pd.Da
     told = time.monotonic()
     for done, (instruction, all_rows) in enumerate(by_instruction):
         for start in range(0, len(all_rows), CHUNK):
-            rows = all_rows[start:start + CHUNK].to_dict("records")
+            rows = all_rows[start : start + CHUNK].to_dict("records")
             texts = [text for row in rows for text in (row["output_1"], row["output_2"])]
             copies: dict[str, str] = {}
             originals = [text for text in texts if len(text.split()) >= MIN_WORDS]
             if start == 0 and originals:
                 original = rng.choice(originals)
                 away = rng.choice(by_instruction)
-                copies = corrupted_copies(original, list(away[1]["output_2"]) * (away[0] != instruction), rng)
+                copies = corrupted_copies(
+                    original, list(away[1]["output_2"]) * (away[0] != instruction), rng
+                )
             candidates = sorted({*texts, *copies.values()})
             at = {text: number for number, text in enumerate(candidates)}
             L = ranker.pair_logits(instruction, candidates)
@@ -103,23 +117,60 @@ def judge(ranker: EmbeddedRanker, frame: pd.DataFrame, seed: int) -> tuple[pd.Da
                 if rng.random() < 0.5:
                     first, second, sign = second, first, -1
                 forward, backward = L[at[first], at[second]], L[at[second], at[first]]
-                direct.append((instruction, (forward - backward) / 2, forward, backward,
-                               (row["preference"] < 1.5) == (sign == 1), len(first), len(second)))
+                direct.append(
+                    (
+                        instruction,
+                        (forward - backward) / 2,
+                        forward,
+                        backward,
+                        (row["preference"] < 1.5) == (sign == 1),
+                        len(first),
+                        len(second),
+                    )
+                )
             for i, a in enumerate(rows):
                 for b in rows[:i]:
                     gap = a["preference"] - b["preference"]
-                    if abs(gap) > 0.5 and a["output_1"] == b["output_1"] and a["output_2"] != b["output_2"]:
-                        logit = L[at[a["output_2"]], at[b["output_2"]]] - L[at[b["output_2"]], at[a["output_2"]]]
-                        cross.append((instruction, score(logit, gap > 0),
-                                      score(len(a["output_2"]) - len(b["output_2"]), gap > 0)))
-            corrupted += [(instruction, kind, score(L[at[original], at[copy]] - L[at[copy], at[original]], True))
-                          for kind, copy in copies.items() if copy != original]
+                    if (
+                        abs(gap) > 0.5
+                        and a["output_1"] == b["output_1"]
+                        and a["output_2"] != b["output_2"]
+                    ):
+                        logit = (
+                            L[at[a["output_2"]], at[b["output_2"]]]
+                            - L[at[b["output_2"]], at[a["output_2"]]]
+                        )
+                        cross.append(
+                            (
+                                instruction,
+                                score(logit, gap > 0),
+                                score(len(a["output_2"]) - len(b["output_2"]), gap > 0),
+                            )
+                        )
+            corrupted += [
+                (
+                    instruction,
+                    kind,
+                    score(L[at[original], at[copy]] - L[at[copy], at[original]], True),
+                )
+                for kind, copy in copies.items()
+                if copy != original
+            ]
         if time.monotonic() - told >= 60:
-            print(f"judged {done + 1} of {len(by_instruction)} instructions", file=sys.stderr, flush=True)
+            print(
+                f"judged {done + 1} of {len(by_instruction)} instructions",
+                file=sys.stderr,
+                flush=True,
+            )
             told = time.monotonic()
-    return (pd.DataFrame(direct, columns=["instruction", "logit", "forward", "backward", "first_wins", "len_1", "len_2"]),
-            pd.DataFrame(cross, columns=["instruction", "right", "length_right"]),
-            pd.DataFrame(corrupted, columns=["instruction", "kind", "right"]))
+    return (
+        pd.DataFrame(
+            direct,
+            columns=["instruction", "logit", "forward", "backward", "first_wins", "len_1", "len_2"],
+        ),
+        pd.DataFrame(cross, columns=["instruction", "right", "length_right"]),
+        pd.DataFrame(corrupted, columns=["instruction", "kind", "right"]),
+    )
 
 
 def score(margin: float, wins: bool) -> float:
@@ -139,7 +190,9 @@ def reliability(probability: np.ndarray, happened: np.ndarray, bins: int = 10) -
     """Per bin of the predicted probability: n, mean prediction, observed frequency."""
     frame = pd.DataFrame({"predicted": probability, "observed": happened.astype(float)})
     number = np.minimum((probability * bins).astype(int), bins - 1)
-    return frame.groupby(number).agg(n=("observed", "size"), predicted=("predicted", "mean"), observed=("observed", "mean"))
+    return frame.groupby(number).agg(
+        n=("observed", "size"), predicted=("predicted", "mean"), observed=("observed", "mean")
+    )
 
 
 def plot(table: pd.DataFrame, title: str, path: Path) -> None:
@@ -147,8 +200,20 @@ def plot(table: pd.DataFrame, title: str, path: Path) -> None:
     axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
     axes.plot(table["predicted"], table["observed"], marker="o")
     for _, row in table.iterrows():
-        axes.annotate(int(row["n"]), (row["predicted"], row["observed"]), xytext=(4, -10), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="P(first beats second)", ylabel="GPT-4 prefers the first", title=title, xlim=(0, 1), ylim=(0, 1))
+        axes.annotate(
+            int(row["n"]),
+            (row["predicted"], row["observed"]),
+            xytext=(4, -10),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    axes.set(
+        xlabel="P(first beats second)",
+        ylabel="GPT-4 prefers the first",
+        title=title,
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
     save(figure, [path])
 
 
@@ -157,8 +222,10 @@ def main() -> None:
     folder = adapter_folder(args.ranker)
     training = folder / "training_instructions.txt"
     if not training.is_file():
-        raise UserError(f"{training} is missing: without it training instructions cannot be left out; "
-                        "run from the top of the repository")
+        raise UserError(
+            f"{training} is missing: without it training instructions cannot be left out; "
+            "run from the top of the repository"
+        )
     frame, excluded, balanced = select_pairs(args, set(training.read_text().split()))
     direct, cross, corrupted = judge(EmbeddedRanker(folder, args.base), frame, args.seed)
     chance = 1 / (1 + np.exp(-direct[["logit", "forward", "backward"]]))
@@ -167,22 +234,44 @@ def main() -> None:
     direct["length_right"] = [score(m, w) for m, w in zip(longer, direct["first_wins"])]
     matched = direct[longer.abs() < 0.2 * direct[["len_1", "len_2"]].max(axis=1)]
     table = reliability(chance["logit"].to_numpy(), direct["first_wins"].to_numpy())
-    result = {"ranker": args.ranker, "annotations": args.annotations.name, "n": len(direct),
-              "instructions": int(direct["instruction"].nunique()), "balanced": balanced, "excluded": excluded}
+    result = {
+        "ranker": args.ranker,
+        "annotations": args.annotations.name,
+        "n": len(direct),
+        "instructions": int(direct["instruction"].nunique()),
+        "balanced": balanced,
+        "excluded": excluded,
+    }
     errors = {}
-    figures = {"agreement": (direct, "right"), "length_agreement": (direct, "length_right"),
-               "matched_agreement": (matched, "right"), "cross_model_agreement": (cross, "right"),
-               "cross_model_length_agreement": (cross, "length_right")}
+    figures = {
+        "agreement": (direct, "right"),
+        "length_agreement": (direct, "length_right"),
+        "matched_agreement": (matched, "right"),
+        "cross_model_agreement": (cross, "right"),
+        "cross_model_length_agreement": (cross, "length_right"),
+    }
     for name, (rows, column) in figures.items():
         result[name], errors[name] = mean_and_error(rows[column], rows["instruction"])
-    result |= {"matched_n": len(matched), "cross_model_n": len(cross),
-               "ece": round(float((table["n"] * (table["predicted"] - table["observed"]).abs()).sum() / len(direct)), 4),
-               "asymmetry": float((chance["forward"] + chance["backward"] - 1).abs().mean())}
-    kinds = {kind: rows for kind, rows in corrupted.groupby("kind")}
-    rates = {kind: mean_and_error(rows["right"], rows["instruction"]) for kind, rows in kinds.items()}
+    result |= {
+        "matched_n": len(matched),
+        "cross_model_n": len(cross),
+        "ece": round(
+            float(
+                (table["n"] * (table["predicted"] - table["observed"]).abs()).sum() / len(direct)
+            ),
+            4,
+        ),
+        "asymmetry": float((chance["forward"] + chance["backward"] - 1).abs().mean()),
+    }
+    kinds = dict(corrupted.groupby("kind"))
+    rates = {
+        kind: mean_and_error(rows["right"], rows["instruction"]) for kind, rows in kinds.items()
+    }
     result["corrupted"] = {kind: rate for kind, (rate, _) in rates.items()}
     result["corrupted_n"] = {kind: len(rows) for kind, rows in kinds.items()}
-    result["standard_errors"] = errors | {"corrupted": {kind: error for kind, (_, error) in rates.items()}}
+    result["standard_errors"] = errors | {
+        "corrupted": {kind: error for kind, (_, error) in rates.items()}
+    }
     if args.plot:
         plot(table, f"{args.ranker}, {args.annotations.stem[:30]}", args.plot)
     print(json.dumps(result, indent=2, allow_nan=False))

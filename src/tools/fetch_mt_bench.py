@@ -19,7 +19,9 @@ from sppo.evaluation.mt_bench import FASTCHAT, OFFICIAL
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="the folder")
     parser.add_argument("--source", default=FASTCHAT, help="address of FastChat's llm_judge/data/")
     args = parser.parse_args()
@@ -30,11 +32,15 @@ def main() -> None:
             try:
                 content = urllib.request.urlopen(args.source + path, timeout=60).read()
             except (urllib.error.URLError, OSError) as error:
-                raise UserError(f"cannot fetch {args.source + path} ({error}); check the network, or copy the three files into a folder "
-                                "and name it as mt_bench.data") from None
+                raise UserError(
+                    f"cannot fetch {args.source + path} ({error}); check the network, or copy the three files into a folder "
+                    "and name it as mt_bench.data"
+                ) from None
             if hashlib.sha256(content).hexdigest() != sha256:
-                raise UserError(f"{args.source + path} is not the file of FastChat 0.2.36; copy the three files into a folder and name it "
-                                "as mt_bench.data")
+                raise UserError(
+                    f"{args.source + path} is not the file of FastChat 0.2.36; copy the three files into a folder and name it "
+                    "as mt_bench.data"
+                )
             (folder / name).write_bytes(content)
 
 

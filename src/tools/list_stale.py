@@ -16,7 +16,9 @@ from sppo.core.errors import UserError, run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
     args = parser.parse_args()
 
@@ -43,8 +45,14 @@ def differences(record: dict) -> list[str]:
     if not program.is_file():
         return ["program (gone)"]
     now = code_hashes(program)
-    why = [name for name, key in (("program", "program_sha256"), ("src/sppo", "sppo_sha256")) if now[key] != made_by[key]]
-    return why + (["stage version"] if STAGES.get(record["stage"]) != record["stage_version"] else [])
+    why = [
+        name
+        for name, key in (("program", "program_sha256"), ("src/sppo", "sppo_sha256"))
+        if now[key] != made_by[key]
+    ]
+    return why + (
+        ["stage version"] if STAGES.get(record["stage"]) != record["stage_version"] else []
+    )
 
 
 if __name__ == "__main__":

@@ -12,11 +12,20 @@ from pathlib import Path
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, written_whole
 from sppo.core.errors import run
-from sppo.policies.models import check_policy, fetch, link_files, load_config, load_tokenizer, template_hash
+from sppo.policies.models import (
+    check_policy,
+    fetch,
+    link_files,
+    load_config,
+    load_tokenizer,
+    template_hash,
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a model folder or a hub id")
     parser.add_argument("--revision", default=None, help="commit of the hub model")
     parser.add_argument("--output", type=Path, required=True)

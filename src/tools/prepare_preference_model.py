@@ -10,17 +10,24 @@ import argparse
 from pathlib import Path
 
 import _path  # noqa: F401
-from sppo.preferences.adapters import check_pairrm
 from sppo.core.artifacts import recorded, written_whole
 from sppo.core.errors import run
 from sppo.policies.models import fetch, link_files
+from sppo.preferences.adapters import check_pairrm
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a folder or a hub id")
     parser.add_argument("--revision", default=None, help="commit of the hub model")
-    parser.add_argument("--backend", choices=["transformers", "llm_blender"], default="transformers", help="what will run it")
+    parser.add_argument(
+        "--backend",
+        choices=["transformers", "llm_blender"],
+        default="transformers",
+        help="what will run it",
+    )
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 

@@ -13,16 +13,20 @@ from pathlib import Path
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
-from sppo.reporting.cards import table
 from sppo.core.errors import UserError, run
 from sppo.evaluation.results import read_evaluation
 from sppo.policies.hub import check_push, hub_failure
+from sppo.reporting.cards import table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--policy", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True, help="the policy's alpaca_eval.json")
+    parser.add_argument(
+        "--evaluation", type=Path, required=True, help="the policy's alpaca_eval.json"
+    )
     parser.add_argument("--repository", required=True, help="such as me/my-policy")
     parser.add_argument("--output", type=Path, required=True, help="what was pushed where, .json")
     args = parser.parse_args()
@@ -35,17 +39,42 @@ def main() -> None:
         text = card(args.policy, read_evaluation(args.evaluation))
         try:
             api.create_repo(args.repository, private=True, exist_ok=True)
-            api.upload_folder(repo_id=args.repository, folder_path=args.policy, ignore_patterns=["README.md"], commit_message="Policy")
-            done = api.upload_file(repo_id=args.repository, path_or_fileobj=text.encode(), path_in_repo="README.md", commit_message="Model card")
-        except Exception as error:  # the hub client raises many types; each is a matter of name, network or access
-            raise UserError(f"cannot push {args.policy} to {args.repository} {hub_failure(error)}") from error
-        write_json(args.output, {"repository": args.repository, "commit": done.oid, "policy": str(args.policy)})
+            api.upload_folder(
+                repo_id=args.repository,
+                folder_path=args.policy,
+                ignore_patterns=["README.md"],
+                commit_message="Policy",
+            )
+            done = api.upload_file(
+                repo_id=args.repository,
+                path_or_fileobj=text.encode(),
+                path_in_repo="README.md",
+                commit_message="Model card",
+            )
+        except (
+            Exception
+        ) as error:  # the hub client raises many types; each is a matter of name, network or access
+            raise UserError(
+                f"cannot push {args.policy} to {args.repository} {hub_failure(error)}"
+            ) from error
+        write_json(
+            args.output,
+            {"repository": args.repository, "commit": done.oid, "policy": str(args.policy)},
+        )
     print(f"Pushed {args.policy} to {args.repository}")
 
 
 def card(policy: Path, evaluation: dict) -> str:
     """The policy's card with what its evaluation found."""
-    keys = ("win_rate", "length_controlled_winrate", "avg_length", "n_total", "judge", "reference", "length_controlled_model")
+    keys = (
+        "win_rate",
+        "length_controlled_winrate",
+        "avg_length",
+        "n_total",
+        "judge",
+        "reference",
+        "length_controlled_model",
+    )
     doubts = [key for key in ("n_empty", "length_controlled_warning") if evaluation.get(key)]
     facts = {key: evaluation[key] for key in (*keys, *doubts)}
     own = (policy / "README.md").read_text(encoding="utf-8", errors="replace")

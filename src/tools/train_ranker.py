@@ -33,8 +33,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from sppo.core.errors import UserError, run
 from sppo.policies.models import compute_dtype
-from sppo.preferences.embedded_data import Group, instruction_hash, load_annotations, make_groups, part_of, shorter_weight
 from sppo.preferences.embedded import PreferenceEmbedder, length_gaps, load_base, skew_logits
+from sppo.preferences.embedded_data import (
+    Group,
+    instruction_hash,
+    load_annotations,
+    make_groups,
+    part_of,
+    shorter_weight,
+)
 
 CORRUPTED_SHARE = 0.3  # of the loss
 HEAD_RATE = 1e-3  # the head's learning rate; --learning-rate is the low-rank updates'
@@ -42,7 +49,9 @@ RELEVANCE_RATE = 1e-2  # of one weight of order 1
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", required=True, choices=("ranker", "judge"))
     parser.add_argument("--base", required=True, type=Path, help="folder of the base model")
     parser.add_argument("--annotations", required=True, nargs="+", type=Path)
@@ -57,17 +66,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dimensions", type=int, default=4)
     parser.add_argument("--max-prompt-tokens", type=int, default=96)
     parser.add_argument("--max-answer-tokens", type=int, default=208)
-    parser.add_argument("--longer-wins", type=float, default=0.6, help="share of the pairs, by weight")
-    parser.add_argument("--check-every", type=int, default=100, help="steps between looks at held-out pairs")
+    parser.add_argument(
+        "--longer-wins", type=float, default=0.6, help="share of the pairs, by weight"
+    )
+    parser.add_argument(
+        "--check-every", type=int, default=100, help="steps between looks at held-out pairs"
+    )
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
 
 def group_loss(logits: torch.Tensor, group: Group, shorter: float) -> torch.Tensor:
     """Mean cross entropy of the labelled pairs of one group, from its logits (K, K)."""
+
     def mean_loss(pairs: list[tuple[int, int, float]], weights: list[float]) -> torch.Tensor:
         better, worse, target = zip(*pairs)
-        losses = cross_entropy(logits[list(better), list(worse)], torch.tensor(target), reduction="none")
+        losses = cross_entropy(
+            logits[list(better), list(worse)], torch.tensor(target), reduction="none"
+        )
         return (losses * torch.tensor(weights)).sum() / sum(weights)
 
     longer = [len(group.texts[i]) > len(group.texts[j]) for i, j, _ in group.pairs]
@@ -75,7 +91,9 @@ def group_loss(logits: torch.Tensor, group: Group, shorter: float) -> torch.Tens
     if not group.corrupted:
         return loss
     copies = [worse for _, worse, _ in group.corrupted]
-    each_once = [1 / copies.count(worse) for worse in copies]  # an off-topic answer loses to the whole group
+    each_once = [
+        1 / copies.count(worse) for worse in copies
+    ]  # an off-topic answer loses to the whole group
     return (1 - CORRUPTED_SHARE) * loss + CORRUPTED_SHARE * mean_loss(group.corrupted, each_once)
 
 
@@ -87,7 +105,10 @@ def held_out_logits(model: PreferenceEmbedder, groups: list[Group]) -> pd.DataFr
     for group in groups:
         s = skew_logits(model(group.instruction, group.texts).double())
         gaps = length_gaps(group.texts)
-        rows += [("reference" if 0 in (i, j) else "cross", float(s[i, j]), gaps[i, j]) for i, j, _ in group.pairs]
+        rows += [
+            ("reference" if 0 in (i, j) else "cross", float(s[i, j]), gaps[i, j])
+            for i, j, _ in group.pairs
+        ]
         rows += [("corrupted", float(s[i, j]), gaps[i, j]) for i, j, _ in group.corrupted]
     model.train()
     return pd.DataFrame(rows, columns=["kind", "logit", "gap"])
@@ -107,11 +128,15 @@ def calibrate(rows: pd.DataFrame) -> tuple[float, float]:
     w = np.zeros(2)
     for _ in range(30):
         lost = 1 / (1 + np.exp(x @ w))
-        w += np.linalg.solve((x.T * (lost * (1 - lost))) @ x + 0.01 * np.eye(2), x.T @ lost - 0.01 * w)
+        w += np.linalg.solve(
+            (x.T * (lost * (1 - lost))) @ x + 0.01 * np.eye(2), x.T @ lost - 0.01 * w
+        )
     return float(w[0]), float(w[1])
 
 
-def train(args: argparse.Namespace, model: PreferenceEmbedder, files: list, held_out: list) -> list[dict]:
+def train(
+    args: argparse.Namespace, model: PreferenceEmbedder, files: list, held_out: list
+) -> list[dict]:
     """Adam with warm-up and linear decay to zero at --steps; returns the log's lines."""
     epochs, groups, log = 0, [], []
     needed = args.steps * args.groups_per_step
@@ -122,16 +147,22 @@ def train(args: argparse.Namespace, model: PreferenceEmbedder, files: list, held
     model.standardise([(group.instruction, group.texts) for group in groups[:32]])
     head = list(model.head.parameters())
     lora = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("backbone")]
-    optimizer = torch.optim.AdamW([{"params": lora, "lr": args.learning_rate, "weight_decay": 0.0},
-                                   {"params": head, "lr": HEAD_RATE, "weight_decay": 0.1},
-                                   {"params": [model.relevance], "lr": RELEVANCE_RATE, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": lora, "lr": args.learning_rate, "weight_decay": 0.0},
+            {"params": head, "lr": HEAD_RATE, "weight_decay": 0.1},
+            {"params": [model.relevance], "lr": RELEVANCE_RATE, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+    )
     warm_up = max(1, args.steps // 15)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (args.steps - step) / max(1, args.steps - warm_up)))
+        optimizer,
+        lambda step: min((step + 1) / warm_up, (args.steps - step) / max(1, args.steps - warm_up)),
+    )
     began, told, recent = time.monotonic(), 0.0, []
     for step in range(args.steps):
-        for group in groups[step * args.groups_per_step:(step + 1) * args.groups_per_step]:
+        for group in groups[step * args.groups_per_step : (step + 1) * args.groups_per_step]:
             loss = group_loss(skew_logits(model(group.instruction, group.texts)), group, shorter)
             (loss / args.groups_per_step).backward()
             recent.append(loss.item())
@@ -141,7 +172,11 @@ def train(args: argparse.Namespace, model: PreferenceEmbedder, files: list, held
         optimizer.zero_grad()
         check = (step + 1) % args.check_every == 0
         if check or time.monotonic() - told >= 60:
-            line = {"step": step + 1, "loss": round(float(np.mean(recent)), 4), "seconds": round(time.monotonic() - began)}
+            line = {
+                "step": step + 1,
+                "loss": round(float(np.mean(recent)), 4),
+                "seconds": round(time.monotonic() - began),
+            }
             if check:
                 line |= agreement(held_out_logits(model, held_out[:20]))
             print(json.dumps(line), file=sys.stderr, flush=True)
@@ -156,9 +191,19 @@ def write(args: argparse.Namespace, model: PreferenceEmbedder, spec: dict, files
     folder = args.output.with_name(f".{args.output.name}.unfinished")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    save_file({n: t.to(torch.bfloat16).contiguous() for n, t in model.adapter().items()}, folder / "adapter.safetensors")
+    save_file(
+        {n: t.to(torch.bfloat16).contiguous() for n, t in model.adapter().items()},
+        folder / "adapter.safetensors",
+    )
     (folder / "ranker.json").write_text(json.dumps(spec, indent=2) + "\n")
-    hashes = sorted({instruction_hash(i) for f in files for i in f["instruction"].unique() if part_of(i) == args.name})
+    hashes = sorted(
+        {
+            instruction_hash(i)
+            for f in files
+            for i in f["instruction"].unique()
+            if part_of(i) == args.name
+        }
+    )
     (folder / "training_instructions.txt").write_text("\n".join(hashes) + "\n")
     args.output.mkdir(exist_ok=True)
     for file in sorted(folder.iterdir()):  # the model card and its plot stay where they are
@@ -173,9 +218,20 @@ def main() -> None:
     torch.manual_seed(args.seed)
     files = [load_annotations(path)[0] for path in args.annotations]
     backbone, tokenizer = load_base(args.base, compute_dtype("auto", "cpu"))
-    shape = [backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size]
+    shape = [
+        backbone.config.hidden_size,
+        backbone.config.num_hidden_layers,
+        backbone.config.vocab_size,
+    ]
     recipe = {k: v for k, v in vars(args).items() if k not in ("base", "annotations", "output")}
-    spec = {"name": args.name, "base": args.base.name, "base_shape": shape, **recipe, "logit_scale": 1.0, "length_weight": 0.0}
+    spec = {
+        "name": args.name,
+        "base": args.base.name,
+        "base_shape": shape,
+        **recipe,
+        "logit_scale": 1.0,
+        "length_weight": 0.0,
+    }
     model = PreferenceEmbedder(backbone, tokenizer, spec, args.seed).train()
     held_out = make_groups(files, args.group_size, args.seed, True, args.name)
     spec["log"] = train(args, model, files, held_out)

@@ -26,20 +26,27 @@ from sppo.core.errors import UserError, run
 
 # The stage of an artifact by its path below a run's folder: what a record can be rebuilt from.
 STAGE_OF = {
-    r"iter0/policy": "policy_source", r"iter0/preference_model": "preference_source",
-    r"iter\d+/prompts\.parquet": "sample", r"iter\d+/responses/\d+\.parquet": "generate",
-    r"iter\d+/preferences/\d+\.parquet": "annotate", r"iter\d+/grades/\d+\.parquet": "grade",
-    r"iter\d+/pairs\.parquet": "select", r"iter\d+/logps/\w+\.parquet": "reference",
+    r"iter0/policy": "policy_source",
+    r"iter0/preference_model": "preference_source",
+    r"iter\d+/prompts\.parquet": "sample",
+    r"iter\d+/responses/\d+\.parquet": "generate",
+    r"iter\d+/preferences/\d+\.parquet": "annotate",
+    r"iter\d+/grades/\d+\.parquet": "grade",
+    r"iter\d+/pairs\.parquet": "select",
+    r"iter\d+/logps/\w+\.parquet": "reference",
     r"iter\d+/(policy|train_log\.jsonl)": "train",
     r"iter\d+/(.*/)?(alpaca_eval_outputs\.json|\w+_answers\.jsonl?)": "answer",
     r"iter\d+/(.*/)?(alpaca_eval|ranker_estimate)\w*\.json": "judge",
-    r"iter\d+/mt_bench\w*\.jsonl?": "mt_bench", r"iter\d+/open_llm\.json": "open_llm",
-    r"iter\d+/pushed_to_hub\.json": "push"}
+    r"iter\d+/mt_bench\w*\.jsonl?": "mt_bench",
+    r"iter\d+/open_llm\.json": "open_llm",
+    r"iter\d+/pushed_to_hub\.json": "push",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
     parser.add_argument("--fix", action="store_true", help="rebuild broken and missing records")
     args = parser.parse_args()
@@ -47,8 +54,10 @@ def main() -> None:
         raise UserError(f"there is no folder {args.results}; name one with results")
 
     # Also those that have only one of the two, the artifact or the record.
-    artifacts = {Path(str(record).removesuffix(".record.json"))
-                 for record in args.results.rglob("*.record.json")}
+    artifacts = {
+        Path(str(record).removesuffix(".record.json"))
+        for record in args.results.rglob("*.record.json")
+    }
     artifacts |= {path for path in args.results.rglob("*") if stage_of(path)}
     faults = gone_policies = 0
     for artifact in sorted(artifacts):
@@ -62,8 +71,10 @@ def main() -> None:
             else:
                 faults += 1
             print(f"{artifact}: {fault}", flush=True)
-    print(f"{len(artifacts)} artifacts, {faults} faults"
-          + f"; {gone_policies} policies are gone, which is no fault" * bool(gone_policies))
+    print(
+        f"{len(artifacts)} artifacts, {faults} faults"
+        + f"; {gone_policies} policies are gone, which is no fault" * bool(gone_policies)
+    )
     if faults:
         sys.exit(1)
 
@@ -97,17 +108,29 @@ hash_of = functools.cache(file_hash)
 def rebuild(artifact: Path) -> None:
     """Write a record that knows an artifact's hash and stage alone, as old as the artifact."""
     record = record_path(artifact)
-    write_json(record, {
-        "artifact": str(artifact), "sha256": hash_of(artifact), "stage": stage_of(artifact),
-        "stage_version": None, "inputs": {}, "arguments": {}, "rebuilt": True})
+    write_json(
+        record,
+        {
+            "artifact": str(artifact),
+            "sha256": hash_of(artifact),
+            "stage": stage_of(artifact),
+            "stage_version": None,
+            "inputs": {},
+            "arguments": {},
+            "rebuilt": True,
+        },
+    )
     time = artifact.stat().st_mtime_ns
     os.utime(record, ns=(time, time))
 
 
 def stage_of(artifact: Path) -> str | None:
     """The stage that makes an artifact, None if its path does not say."""
-    found = [stage for pattern, stage in STAGE_OF.items()
-             if re.search(rf"(^|/){pattern}$", artifact.as_posix())]
+    found = [
+        stage
+        for pattern, stage in STAGE_OF.items()
+        if re.search(rf"(^|/){pattern}$", artifact.as_posix())
+    ]
     return found[0] if found else None
 
 

@@ -30,30 +30,47 @@ def test_every_section_reports_on_a_processor_and_none_fails(tmp_path):
     report = tmp_path / "report.jsonl"
     done = subprocess.run(
         [sys.executable, PROGRAM, "--shape", "tiny", "--device", "cpu", "--output", report],
-        capture_output=True, text=True, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
-        check=False)
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+        check=False,
+    )
     rows = lines(report)
-    assert [row for row in rows if row["status"] == "failed"
-            ] == [] and done.returncode == 0, done.stderr
+    assert [row for row in rows if row["status"] == "failed"] == [] and done.returncode == 0, (
+        done.stderr
+    )
     assert {row["section"] for row in rows} == {"environment", *gpu_check.LIMITS, "summary"}
     assert rows[-1]["section"] == "summary" and rows[-1]["values"]["failed"] == 0
     assert {
-        "section", "name", "status", "values", "seconds", "card", "torch", "cuda", "transformers"
+        "section",
+        "name",
+        "status",
+        "values",
+        "seconds",
+        "card",
+        "torch",
+        "cuda",
+        "transformers",
     } == rows[0].keys()
     assert all(row["card"] == "cpu" and row["torch"] for row in rows)
 
 
-@pytest.mark.parametrize(("command", "name", "value"),
-                         [(["sleep", "60"], "time limit", {"limit_seconds": 0.2}),
-                          (["false"], "crash", {"exit_status": 1})])
+@pytest.mark.parametrize(
+    ("command", "name", "value"),
+    [
+        (["sleep", "60"], "time limit", {"limit_seconds": 0.2}),
+        (["false"], "crash", {"exit_status": 1}),
+    ],
+)
 def test_a_section_that_hangs_or_crashes_is_a_line(command, name, value, tmp_path, monkeypatch):
     report, start = tmp_path / "report.jsonl", subprocess.Popen
     report.touch()
     monkeypatch.setattr(gpu_check.subprocess, "Popen", lambda words, **more: start(command, **more))
     monkeypatch.setitem(gpu_check.LIMITS, "sdpa", 0.2 if name == "time limit" else 60)
     gpu_check.supervise("sdpa", argparse.Namespace(shape="7b", device="cpu", output=report))
-    assert [(row["section"], row["name"], row["status"], row["values"])
-            for row in lines(report)] == [("sdpa", name, "failed", value)]
+    assert [
+        (row["section"], row["name"], row["status"], row["values"]) for row in lines(report)
+    ] == [("sdpa", name, "failed", value)]
 
 
 def test_what_fails_in_one_step_is_a_line_and_the_section_goes_on(tmp_path):
@@ -61,9 +78,12 @@ def test_what_fails_in_one_step_is_a_line_and_the_section_goes_on(tmp_path):
     with report.step("one"):
         raise RuntimeError("CUDA out of memory")
     report.measure("two", loss=math.nan)
-    assert [(row["name"], row["status"], row["values"]) for row in lines(tmp_path / "report.jsonl")
-            ] == [("one", "failed", {"error": "RuntimeError: CUDA out of memory"}),
-                  ("two", "measured", {"loss": "nan"})]
+    assert [
+        (row["name"], row["status"], row["values"]) for row in lines(tmp_path / "report.jsonl")
+    ] == [
+        ("one", "failed", {"error": "RuntimeError: CUDA out of memory"}),
+        ("two", "measured", {"loss": "nan"}),
+    ]
 
 
 def test_sections_may_take_ten_minutes_together():
@@ -83,5 +103,6 @@ def test_ways_to_compute_log_probabilities_agree():
         assert torch.allclose(ours, gpu_check.left_padded_logps(model, pairs, "cpu"), atol=1e-4)
         gpu_check.use_varlen(model)
         for head in (gpu_check.plain_head, lambda *a: gpu_check.chunked_head(*a, size=4)):
-            assert torch.allclose(ours, gpu_check.packed_logps(model, pairs, "cpu", head),
-                                  atol=1e-4)
+            assert torch.allclose(
+                ours, gpu_check.packed_logps(model, pairs, "cpu", head), atol=1e-4
+            )

@@ -22,23 +22,57 @@ spec.loader.exec_module(train_throughput)
 
 def test_flops_are_those_that_pytorch_counts():
     """PyTorch counts all of eager attention's products, of which causal attention needs half, and logits at the prompt's last token as well."""
-    args, shape = argparse.Namespace(prompt_tokens=24, response_tokens=40), train_throughput.SHAPES["tiny"]
+    args, shape = (
+        argparse.Namespace(prompt_tokens=24, response_tokens=40),
+        train_throughput.SHAPES["tiny"],
+    )
     model = train_throughput.random_policy(shape, "cpu")
     model.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model(torch.ones(1, 64, dtype=torch.long), logits_to_keep=41)
-    needless = 2 * shape["num_hidden_layers"] * shape["hidden_size"] * 64**2 + 2 * shape["hidden_size"] * shape["vocab_size"]
+    needless = (
+        2 * shape["num_hidden_layers"] * shape["hidden_size"] * 64**2
+        + 2 * shape["hidden_size"] * shape["vocab_size"]
+    )
     assert train_throughput.flops(args, shape) == 4 * (counted.get_total_flops() - needless)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ours", "trl", "trl_precomputed"])
 def test_row_on_a_tiny_shape(trainer):
-    done = subprocess.run([sys.executable, PROGRAM, "--trainer", trainer, "--shape", "tiny", "--prompt-tokens", "16", "--response-tokens", "16",
-                           "--batch-size", "4", "--micro-batch-size", "2", "--steps", "4", "--device", "cpu"], check=True, capture_output=True, text=True,
-                          env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            PROGRAM,
+            "--trainer",
+            trainer,
+            "--shape",
+            "tiny",
+            "--prompt-tokens",
+            "16",
+            "--response-tokens",
+            "16",
+            "--batch-size",
+            "4",
+            "--micro-batch-size",
+            "2",
+            "--steps",
+            "4",
+            "--device",
+            "cpu",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+    )
     row = json.loads(done.stdout.splitlines()[-1])
-    assert (row["trainer"], row["tokens"], row["steps"], row["device"]) == (trainer, "16 + 16", 2, "cpu")
+    assert (row["trainer"], row["tokens"], row["steps"], row["device"]) == (
+        trainer,
+        "16 + 16",
+        2,
+        "cpu",
+    )
     assert row["tokens_per_second"] == pytest.approx(2 * 4 * 32 / row["seconds_a_step"], rel=0.1)
     assert 0 < row["mfu_percent"] < 100 and row["peak_memory_gib"] > 0
     assert (row["of_these_reference_beforehand"] > 0) == (trainer != "trl")

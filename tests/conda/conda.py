@@ -25,7 +25,11 @@ def main(words: list[str]) -> int:
     if words == ["--version"]:
         print(f"conda {VERSION}")
     elif words[:1] == ["info"]:
-        print(json.dumps({"conda_prefix": str(ROOT), "platform": "linux-64", "conda_version": VERSION}))
+        print(
+            json.dumps(
+                {"conda_prefix": str(ROOT), "platform": "linux-64", "conda_version": VERSION}
+            )
+        )
     elif words[:2] == ["config", "--get"]:
         print(json.dumps({"get": {"channel_priority": "strict"}}))
     elif words[:1] == ["clean"]:
@@ -54,21 +58,36 @@ def create(file: Path, prefix: Path) -> None:
 
     environment = yaml.safe_load(file.read_text(encoding="utf-8"))
     packages = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
-    from_pip = [word for entry in environment["dependencies"] if isinstance(entry, dict) for word in entry["pip"]]
+    from_pip = [
+        word
+        for entry in environment["dependencies"]
+        if isinstance(entry, dict)
+        for word in entry["pip"]
+    ]
     asyncio.run(link(prefix, environment["channels"], packages))
     if from_pip:
         requirements = prefix / "conda-meta" / "pip-requirements.txt"
         requirements.write_text("\n".join(from_pip) + "\n", encoding="utf-8")
-        subprocess.run([prefix / "bin/python", "-m", "pip", "install", "--quiet", "-r", requirements], check=True, stdin=subprocess.DEVNULL)
+        subprocess.run(
+            [prefix / "bin/python", "-m", "pip", "install", "--quiet", "-r", requirements],
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
 
 
 async def link(prefix: Path, channels: list[str], packages: list[str]) -> None:
     """Solve for conda packages and put them into the new environment."""
     import rattler
 
-    solved = await rattler.solve([(ROOT / "channels" / name).as_uri() for name in channels], packages, platforms=["linux-64", "noarch"],
-                                 virtual_packages=rattler.VirtualPackage.detect())
-    await rattler.install(solved, target_prefix=prefix, show_progress=False, cache_dir=ROOT / "packages")
+    solved = await rattler.solve(
+        [(ROOT / "channels" / name).as_uri() for name in channels],
+        packages,
+        platforms=["linux-64", "noarch"],
+        virtual_packages=rattler.VirtualPackage.detect(),
+    )
+    await rattler.install(
+        solved, target_prefix=prefix, show_progress=False, cache_dir=ROOT / "packages"
+    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from tests.fuzz.tiny_run import EVALUATION, POLICY, command, finish, make_copy
 
 

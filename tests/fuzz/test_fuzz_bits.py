@@ -18,16 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.fuzz.tiny_run import half_written
 
 import verify_results
 from sppo.core.artifacts import file_hash
 from sppo.core.errors import explained, on_one_line
-from tests.fuzz.tiny_run import half_written
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
 ARTIFACTS, RECORDS, DATA = 50, 20, 10
 WRITES = ("--output", "--log", "--annotations")
-DATA_FILES = ("data/prompts.jsonl", "data/evaluation.json", "data/ranker/ranker.json", "data/ranker/adapter.safetensors", "data/judge/ranker.json")
+DATA_FILES = (
+    "data/prompts.jsonl",
+    "data/evaluation.json",
+    "data/ranker/ranker.json",
+    "data/ranker/adapter.safetensors",
+    "data/judge/ranker.json",
+)
 pytestmark = pytest.mark.slow
 
 
@@ -59,8 +65,16 @@ def run(finished):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(copy)
         commands = commands_of(printed)
-        assert {"sample_prompts", "generate_responses", "annotate_preferences", "build_pairs", "score_reference", "train_policy", "answer_instructions",
-                "evaluate_alpaca_eval"} <= {command.module.__name__ for command in commands}
+        assert {
+            "sample_prompts",
+            "generate_responses",
+            "annotate_preferences",
+            "build_pairs",
+            "score_reference",
+            "train_policy",
+            "answer_instructions",
+            "evaluate_alpaca_eval",
+        } <= {command.module.__name__ for command in commands}
         for name in ("results/tiny", "data"):
             shutil.copytree(name, f"kept/{name}", symlinks=True)
         yield copy, commands
@@ -82,7 +96,7 @@ def damage(draw: random.Random, file: Path) -> str:
         content[place] ^= 1 << bit
         how = f"bit {bit} of byte {place}"
     else:
-        del content[draw.randrange(len(content)):]
+        del content[draw.randrange(len(content)) :]
         how = f"cut to {len(content)}"
     file.write_bytes(content)
     return f"{file}: {how}"
@@ -91,7 +105,10 @@ def damage(draw: random.Random, file: Path) -> str:
 def plain(artifact: Path) -> Any:
     """An artifact's hash, or its content without times and versions of itself."""
     if artifact.name == "train_log.jsonl":
-        return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_second"} for line in artifact.read_text().splitlines()]
+        return [
+            {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
+            for line in artifact.read_text().splitlines()
+        ]
     return file_hash(artifact)
 
 
@@ -99,7 +116,9 @@ def outcome(command: Command, program) -> str | None:
     """Run a program as Snakemake would, which deletes its outputs first; its line, None if it ended well."""
     for path in command.writes:
         for each in (path, Path(f"{path}.record.json")):
-            shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink(missing_ok=True)
+            shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink(
+                missing_ok=True
+            )
     try:
         program(command.module, *command.words)
     except Exception as error:
@@ -111,7 +130,15 @@ def outcome(command: Command, program) -> str | None:
 
 
 def files_of(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file() and file.name != ".snakemake_timestamp") if path.is_dir() else [path]
+    return (
+        sorted(
+            file
+            for file in path.rglob("*")
+            if file.is_file() and file.name != ".snakemake_timestamp"
+        )
+        if path.is_dir()
+        else [path]
+    )
 
 
 def check(command: Command, what: str, program, same: bool) -> None:
@@ -121,7 +148,9 @@ def check(command: Command, what: str, program, same: bool) -> None:
         raise AssertionError(f"{command.module.__name__} with {what}") from error
     said = f"{command.module.__name__} with {what}: {line}"
     if line is not None:
-        assert len(line) < 1000 and any(Path(word.strip(",;:()'")).exists() for word in line.split()), said
+        assert len(line) < 1000 and any(
+            Path(word.strip(",;:()'")).exists() for word in line.split()
+        ), said
         assert not [path for path in command.writes if Path(f"{path}.record.json").exists()], said
     elif same:
         for path in command.writes:
@@ -152,7 +181,12 @@ def test_damaged_artifact_is_refused_or_does_not_matter(seed, run, program, caps
 def test_damaged_record_is_refused_or_does_not_matter(seed, run, program):
     _, commands = run
     draw = random.Random(f"records {seed}")
-    readers = [(command, record) for command in commands for path in command.reads if (record := Path(f"{path}.record.json")).is_file()]
+    readers = [
+        (command, record)
+        for command in commands
+        for path in command.reads
+        if (record := Path(f"{path}.record.json")).is_file()
+    ]
     for _ in range(RECORDS):
         command, record = draw.choice(readers)
         what = damage(draw, record)
@@ -167,7 +201,12 @@ def test_damaged_data_of_the_user_s_own_has_one_line_or_is_taken(seed, run, prog
     draw = random.Random(f"data {seed}")
     for _ in range(DATA):
         name = draw.choice(DATA_FILES)
-        readers = [command for command in commands if {Path(name), Path(name).parent} & set(command.reads) or Path(name).parent.name in command.words]
+        readers = [
+            command
+            for command in commands
+            if {Path(name), Path(name).parent} & set(command.reads)
+            or Path(name).parent.name in command.words
+        ]
         assert readers, name
         what = damage(draw, Path(name))
         check(draw.choice(readers), what, program, same=False)

@@ -12,10 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.unit.test_training import (  # noqa: F401, killed is a fixture
+    RESUMABLE,
+    Place,
+    distance,
+    killed,
+    steps_said,
+)
 
 from sppo.core.errors import UserError
-from tests.unit.test_training import (  # noqa: F401, killed is a fixture
-    RESUMABLE, Place, distance, killed, steps_said)
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
 RANDOM = 20
@@ -50,13 +55,34 @@ def to_dead_link(draw: random.Random, file: Path) -> None:
 
 
 def replace(draw: random.Random, file: Path) -> None:
-    file.write_bytes(draw.choice([b"{}", b"[]", b"null", b"0", b'"x"', b"\xff\xfe", b'{"a": 1}', b'{"model.safetensors": 3}', b"[" * 5000]))
+    file.write_bytes(
+        draw.choice(
+            [
+                b"{}",
+                b"[]",
+                b"null",
+                b"0",
+                b'"x"',
+                b"\xff\xfe",
+                b'{"a": 1}',
+                b'{"model.safetensors": 3}',
+                b"[" * 5000,
+            ]
+        )
+    )
 
 
 DAMAGES: dict[str, Callable[[random.Random, Path], None]] = {
-    "removed": lambda draw, file: file.unlink(), "emptied": lambda draw, file: file.write_bytes(b"") and None,
-    "cut": cut, "a bit flipped": flip, "longer": lengthen, "a folder": to_folder, "a dead link": to_dead_link, "other content": replace,
-    "unreadable": lambda draw, file: file.chmod(0)}
+    "removed": lambda draw, file: file.unlink(),
+    "emptied": lambda draw, file: file.write_bytes(b"") and None,
+    "cut": cut,
+    "a bit flipped": flip,
+    "longer": lengthen,
+    "a folder": to_folder,
+    "a dead link": to_dead_link,
+    "other content": replace,
+    "unreadable": lambda draw, file: file.chmod(0),
+}
 
 
 def work_of(place: Place) -> Path:
@@ -126,8 +152,20 @@ def test_random_damage_to_any_of_the_files(seed, killed, capsys):
         assert steps in (["4", "5"], ["3", "4", "5"], ["1", "2", "3", "4", "5"]), (what, steps)
 
 
-@pytest.mark.parametrize("what", ["a file as the work folder", "a file as a checkpoint", "an empty newest checkpoint", "a dead link as a checkpoint",
-                                  "a foreign folder", "a checkpoint beyond the end", "an empty work folder", "no checkpoint", "one checkpoint in two places"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a file as the work folder",
+        "a file as a checkpoint",
+        "an empty newest checkpoint",
+        "a dead link as a checkpoint",
+        "a foreign folder",
+        "a checkpoint beyond the end",
+        "an empty work folder",
+        "no checkpoint",
+        "one checkpoint in two places",
+    ],
+)
 def test_odd_work_folder(what, killed, capsys):
     work = work_of(killed[0])
     if what == "a file as the work folder":

@@ -35,24 +35,186 @@ RULES = schema()["properties"]
 LEAVES = [(section, key) for section, rule in RULES.items() for key in rule.get("properties", {})]
 TOP = [key for key, rule in RULES.items() if rule["type"] != "object"]
 
-TEXTS = ["", " ", "\n", "a\nb", "\t", "\x00", "\x07\x1b[31m", "\x7f\x85", "\u2028", "\ufeff", "\ud800", "a\udfffb", "{", "}", "{x}", "{t}", "{{t}}",
-         "~", "~/x", "~nouser/x", "-x", "--x=1", "x" * 5000, "x/" * 2500, "é", "名/前", "🙂", "a b", "'", '"', "$(true)", "`true`", ";true", "%s",
-         "../..", "/", ".", "..", "/dev/null", "/proc/self/mem", "data", "Snakefile", "data/prompts.jsonl", "data/evaluation.json", "fifo",
-         "loop", "hub/name", "hub/name/more", "https://x.y/z", "http://[::1", "http://a b/v1", "http://u:p@h/v1", "http://h:99999/v1", "main", "null",
-         "none", "true", "1", "1.0", "1e400", "nan", "-inf", "0x10", "1_000", "١٢", "9" * 5000, "iter1", "official", "openai", "judge", "ranker",
-         "embedded", "2024-02-30", "2024-07-26\n"]
-NUMBERS = [0, -1, 1, 2, 3, 7, 64, 255, 257, -0.0, 0.5, 1.0, 1e-320, 1e-9, 1.7e308, float("nan"), float("inf"), -float("inf"), 10**9, 2**31, 2**63, 2**64,
-           10**30, 10**400, -10**400, 16**5000]
-CONTAINERS: list[Any] = [[], {}, [None], [[]], [1, "a"], [0.1, -1], [1e-6, "5e-7"], ["nan"], {"a": {"b": []}}, {"x": 1}, {"": ""}, [{}] * 3, [1] * 2000,
-                         {"enable_thinking": False}, {"tools": []}, {1: 2}, [float("nan")]]
-OTHERS: list[Any] = [None, True, False, *(yaml.safe_load(text) for text in ("2024-07-26", "2024-07-26 10:00:00", "!!binary aGk=", "!!set {a}"))]
-SNIPPETS = ["train:\n", "train: {}\ntrain: {}\n", "- a\n- b\n", "a\n", "", "---\n", "a: 1\n---\nb: 2\n", "train: &a\n  beta: *a\n", "train: *nowhere\n",
-            "train: [\n", "\t", "%YAML 9.9\n---\n{}\n", "train: !!python/object:os.system {}\n", "? [1, 2]\n: 3\n", "? {a: 1}\n: 3\n", "<<: {iterations: 1}\n",
-            "<<: 1\n", "train: {<<: [1]}\n", "yes: 1\n", "1: 1\n", "null: 1\n", "~: 1\n", "{", '{"train": {"beta": NaN}}', '{"a": 1, "a": 2}',
-            "iterations: 0o17\n", "iterations: 1:30\n", "iterations: " + "9" * 5000 + "\n", "iterations: 0x" + "f" * 5000 + "\n", "name: 2024-13-45\n",
-            "seeds: {data: !!int x}\n", "train: {beta: !!float x}\n", "name: !!timestamp x\n", "[" * 3000 + "]" * 3000, "name: \x07\n", "runs: [a]\n",
-            "runs: {a: 1}\n", "runs: {a: null}\n", "runs: {a: {}}\n", "runs: {a: {runs: {}}}\n", "runs: {main: {}}\n", "runs: {a: {train: null}}\n",
-            "runs: {a: {first_iteration_from: [1]}}\n", "__use_yte__: {}\n", "train: {beta: 1}\n" * 2, "name: x\nruns: {x: {}}\n"]
+TEXTS = [
+    "",
+    " ",
+    "\n",
+    "a\nb",
+    "\t",
+    "\x00",
+    "\x07\x1b[31m",
+    "\x7f\x85",
+    "\u2028",
+    "\ufeff",
+    "\ud800",
+    "a\udfffb",
+    "{",
+    "}",
+    "{x}",
+    "{t}",
+    "{{t}}",
+    "~",
+    "~/x",
+    "~nouser/x",
+    "-x",
+    "--x=1",
+    "x" * 5000,
+    "x/" * 2500,
+    "é",
+    "名/前",
+    "🙂",
+    "a b",
+    "'",
+    '"',
+    "$(true)",
+    "`true`",
+    ";true",
+    "%s",
+    "../..",
+    "/",
+    ".",
+    "..",
+    "/dev/null",
+    "/proc/self/mem",
+    "data",
+    "Snakefile",
+    "data/prompts.jsonl",
+    "data/evaluation.json",
+    "fifo",
+    "loop",
+    "hub/name",
+    "hub/name/more",
+    "https://x.y/z",
+    "http://[::1",
+    "http://a b/v1",
+    "http://u:p@h/v1",
+    "http://h:99999/v1",
+    "main",
+    "null",
+    "none",
+    "true",
+    "1",
+    "1.0",
+    "1e400",
+    "nan",
+    "-inf",
+    "0x10",
+    "1_000",
+    "١٢",
+    "9" * 5000,
+    "iter1",
+    "official",
+    "openai",
+    "judge",
+    "ranker",
+    "embedded",
+    "2024-02-30",
+    "2024-07-26\n",
+]
+NUMBERS = [
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    64,
+    255,
+    257,
+    -0.0,
+    0.5,
+    1.0,
+    1e-320,
+    1e-9,
+    1.7e308,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    10**9,
+    2**31,
+    2**63,
+    2**64,
+    10**30,
+    10**400,
+    -(10**400),
+    16**5000,
+]
+CONTAINERS: list[Any] = [
+    [],
+    {},
+    [None],
+    [[]],
+    [1, "a"],
+    [0.1, -1],
+    [1e-6, "5e-7"],
+    ["nan"],
+    {"a": {"b": []}},
+    {"x": 1},
+    {"": ""},
+    [{}] * 3,
+    [1] * 2000,
+    {"enable_thinking": False},
+    {"tools": []},
+    {1: 2},
+    [float("nan")],
+]
+OTHERS: list[Any] = [
+    None,
+    True,
+    False,
+    *(
+        yaml.safe_load(text)
+        for text in ("2024-07-26", "2024-07-26 10:00:00", "!!binary aGk=", "!!set {a}")
+    ),
+]
+SNIPPETS = [
+    "train:\n",
+    "train: {}\ntrain: {}\n",
+    "- a\n- b\n",
+    "a\n",
+    "",
+    "---\n",
+    "a: 1\n---\nb: 2\n",
+    "train: &a\n  beta: *a\n",
+    "train: *nowhere\n",
+    "train: [\n",
+    "\t",
+    "%YAML 9.9\n---\n{}\n",
+    "train: !!python/object:os.system {}\n",
+    "? [1, 2]\n: 3\n",
+    "? {a: 1}\n: 3\n",
+    "<<: {iterations: 1}\n",
+    "<<: 1\n",
+    "train: {<<: [1]}\n",
+    "yes: 1\n",
+    "1: 1\n",
+    "null: 1\n",
+    "~: 1\n",
+    "{",
+    '{"train": {"beta": NaN}}',
+    '{"a": 1, "a": 2}',
+    "iterations: 0o17\n",
+    "iterations: 1:30\n",
+    "iterations: " + "9" * 5000 + "\n",
+    "iterations: 0x" + "f" * 5000 + "\n",
+    "name: 2024-13-45\n",
+    "seeds: {data: !!int x}\n",
+    "train: {beta: !!float x}\n",
+    "name: !!timestamp x\n",
+    "[" * 3000 + "]" * 3000,
+    "name: \x07\n",
+    "runs: [a]\n",
+    "runs: {a: 1}\n",
+    "runs: {a: null}\n",
+    "runs: {a: {}}\n",
+    "runs: {a: {runs: {}}}\n",
+    "runs: {main: {}}\n",
+    "runs: {a: {train: null}}\n",
+    "runs: {a: {first_iteration_from: [1]}}\n",
+    "__use_yte__: {}\n",
+    "train: {beta: 1}\n" * 2,
+    "name: x\nruns: {x: {}}\n",
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +236,32 @@ def likely(draw: random.Random, rule: dict[str, Any]) -> Any:
     if kind == "integer":
         return draw.randint(int(least), int(min(most, least + draw.choice([1, 8, 100]))))
     if kind == "number":
-        return draw.choice([least, most, draw.uniform(least, most), draw.randint(int(least), int(most))])
-    return {"boolean": lambda: draw.random() < 0.5, "null": lambda: None, "object": lambda: draw.choice(CONTAINERS),
-            "array": lambda: [draw.choice([1e-6, 0.1, 1]) for _ in range(draw.randint(0, 4))],
-            "string": lambda: draw.choice([rule.get("default", "x"), *TEXTS])}[kind]()
+        return draw.choice(
+            [least, most, draw.uniform(least, most), draw.randint(int(least), int(most))]
+        )
+    return {
+        "boolean": lambda: draw.random() < 0.5,
+        "null": lambda: None,
+        "object": lambda: draw.choice(CONTAINERS),
+        "array": lambda: [draw.choice([1e-6, 0.1, 1]) for _ in range(draw.randint(0, 4))],
+        "string": lambda: draw.choice([rule.get("default", "x"), *TEXTS]),
+    }[kind]()
 
 
 def odd(draw: random.Random) -> Any:
     """Any value at all."""
-    return draw.choice([lambda: draw.choice(TEXTS), lambda: draw.choice(NUMBERS), lambda: draw.choice(CONTAINERS), lambda: draw.choice(OTHERS),
-                        lambda: "".join(chr(draw.choice([draw.randrange(128), draw.randrange(0x110000)])) for _ in range(draw.randint(1, 12)))])()
+    return draw.choice(
+        [
+            lambda: draw.choice(TEXTS),
+            lambda: draw.choice(NUMBERS),
+            lambda: draw.choice(CONTAINERS),
+            lambda: draw.choice(OTHERS),
+            lambda: "".join(
+                chr(draw.choice([draw.randrange(128), draw.randrange(0x110000)]))
+                for _ in range(draw.randint(1, 12))
+            ),
+        ]
+    )()
 
 
 def keys(draw: random.Random) -> dict[str, Any]:
@@ -94,7 +272,14 @@ def keys(draw: random.Random) -> dict[str, Any]:
             key = draw.choice(TOP)
             found[key] = likely(draw, RULES[key]) if draw.random() < 0.5 else odd(draw)
         elif draw.random() < 0.06:
-            found[draw.choice([draw.choice(list(RULES)), draw.choice(TEXTS) if draw.random() < 0.5 else "iteratoins"])] = odd(draw)
+            found[
+                draw.choice(
+                    [
+                        draw.choice(list(RULES)),
+                        draw.choice(TEXTS) if draw.random() < 0.5 else "iteratoins",
+                    ]
+                )
+            ] = odd(draw)
         else:
             section, key = draw.choice(LEAVES)
             rule = RULES[section]["properties"][key]
@@ -113,15 +298,23 @@ def overlay(draw: random.Random) -> bytes:
         return draw.choice(SNIPPETS).encode()
     content = keys(draw)
     if draw.random() < 0.3:
-        runs = {draw.choice(["a", "dpo", "k2", "expo", "spin", draw.choice(TEXTS)]): keys(draw) if draw.random() < 0.9 else odd(draw)
-                for _ in range(draw.randint(1, 2))}
+        runs = {
+            draw.choice(["a", "dpo", "k2", "expo", "spin", draw.choice(TEXTS)]): keys(draw)
+            if draw.random() < 0.9
+            else odd(draw)
+            for _ in range(draw.randint(1, 2))
+        }
         for run in runs.values():
             if isinstance(run, dict) and draw.random() < 0.3:
                 run["first_iteration_from"] = draw.choice(["main", "main", odd(draw)])
         content["runs"] = runs
     if draw.random() < 0.5:  # without the shipped runs, whose own needs hide what comes after them
         shipped = yaml.safe_load(Path("config/config.yaml").read_text(encoding="utf-8"))["runs"]
-        content["runs"] = dict.fromkeys(shipped) | content["runs"] if isinstance(content.get("runs", {}), dict) and "runs" in content else dict.fromkeys(shipped)
+        content["runs"] = (
+            dict.fromkeys(shipped) | content["runs"]
+            if isinstance(content.get("runs", {}), dict) and "runs" in content
+            else dict.fromkeys(shipped)
+        )
     with limits_off():
         text = yaml.safe_dump(content, allow_unicode=False, sort_keys=False)
     lines = text.splitlines(keepends=True)
@@ -130,7 +323,7 @@ def overlay(draw: random.Random) -> bytes:
     content_bytes = "".join(lines).encode()
     if draw.random() < 0.05:
         at = draw.randrange(len(content_bytes))
-        content_bytes = content_bytes[:at] + bytes([draw.randrange(256)]) + content_bytes[at + 1:]
+        content_bytes = content_bytes[:at] + bytes([draw.randrange(256)]) + content_bytes[at + 1 :]
     return content_bytes
 
 
@@ -148,8 +341,10 @@ def limits_off() -> Iterator[None]:
 @contextlib.contextmanager
 def at_most(seconds: int) -> Iterator[None]:
     """AssertionError where the block takes longer, also where it waits for a file."""
+
     def late(*_: object) -> None:
         raise AssertionError(f"longer than {seconds} seconds")
+
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     try:
@@ -187,7 +382,9 @@ def refusal(file: Path) -> str | None:
 
 def shortened(content: bytes) -> bytes:
     """Without what makes a long text of it."""
-    return re.sub(rb"(.{1,3}?)\1{30,}", rb"\1 and so on", re.sub(rb"\d{90,}", b"and so on", content))[:1500]
+    return re.sub(
+        rb"(.{1,3}?)\1{30,}", rb"\1 and so on", re.sub(rb"\d{90,}", b"and so on", content)
+    )[:1500]
 
 
 def check_line(line: str, file: Path) -> None:
@@ -195,7 +392,9 @@ def check_line(line: str, file: Path) -> None:
     assert line.isprintable() and len(line) < LONGEST_LINE, (len(line), line)
     line.encode()
     names = {file.name, "runs", "key", *RULES, *(f"{section}.{key}" for section, key in LEAVES)}
-    assert any(name in line for name in names) or any(Path(word.rstrip(",;")).exists() for word in line.split()), line
+    assert any(name in line for name in names) or any(
+        Path(word.rstrip(",;")).exists() for word in line.split()
+    ), line
 
 
 @pytest.mark.slow
@@ -216,8 +415,10 @@ def test_random_overlay_is_accepted_or_one_line(seed, copy, monkeypatch, tmp_pat
                 accepted += 1
             else:
                 check_line(line, file)
-        except Exception as error:  # noqa: BLE001 - every one is a finding
-            faults.append(f"{shortened(file.read_bytes())!r}\n    {type(error).__name__}: {str(error)[:500]}")
+        except Exception as error:
+            faults.append(
+                f"{shortened(file.read_bytes())!r}\n    {type(error).__name__}: {str(error)[:500]}"
+            )
     assert not faults, f"{len(faults)} of {IN_PROCESS}:\n" + "\n".join(faults[:40])
     assert IN_PROCESS / 50 < accepted < IN_PROCESS * 0.9
 
@@ -242,8 +443,24 @@ def test_random_overlay_is_planned_by_snakemake_or_one_line(seed, copy, monkeypa
         while not is_loaded(file):
             file.write_bytes(overlay(draw))
         began = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "snakemake", "--cores", "2", "-n", "--quiet", "--configfile", file.name], cwd=copy,
-                              capture_output=True, text=True, errors="backslashreplace", timeout=6 * SECONDS)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "snakemake",
+                "--cores",
+                "2",
+                "-n",
+                "--quiet",
+                "--configfile",
+                file.name,
+            ],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            errors="backslashreplace",
+            timeout=6 * SECONDS,
+        )
         said = done.stdout + done.stderr
         shown = f"{shortened(file.read_bytes())!r}\n{said[-3000:]}"
         assert time.monotonic() - began < 3 * SECONDS, shown  # two cores may be shared

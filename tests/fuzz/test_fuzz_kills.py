@@ -16,15 +16,30 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from tests.fuzz.tiny_run import ENVIRONMENT, EVALUATION, POLICY, command, finish, half_written, make_copy, records
+from tests.fuzz.tiny_run import (
+    ENVIRONMENT,
+    EVALUATION,
+    POLICY,
+    command,
+    finish,
+    half_written,
+    make_copy,
+    records,
+)
 
 KILLS = 9 * int(os.environ.get("FUZZ", "1"))
 pytestmark = pytest.mark.slow
 
 
 def start(copy: Path, words: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(words, cwd=copy, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True)
+    return subprocess.Popen(
+        words,
+        cwd=copy,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
 
 
 def unlock(copy: Path, policy: Path) -> None:
@@ -59,11 +74,16 @@ def test_killed_at_random_moments(finished, tmp_path, tiny_policy, copy_reposito
     assert not half_written(copy)
 
 
-def test_snakemake_alone_is_killed_while_the_trainer_works(finished, tmp_path, tiny_policy, copy_repository):
+def test_snakemake_alone_is_killed_while_the_trainer_works(
+    finished, tmp_path, tiny_policy, copy_repository
+):
     """The trainer goes on as an orphan. It is held up here until the next run's trainer waits for it."""
     whole, _ = finished
     copy = make_copy(tmp_path / "sppo", copy_repository)
-    lock, log = copy / "results/tiny/iter1/.policy.lock", copy / "results/tiny/logs/iter1/train_policy.log"
+    lock, log = (
+        copy / "results/tiny/iter1/.policy.lock",
+        copy / "results/tiny/logs/iter1/train_policy.log",
+    )
     process = start(copy, command(tiny_policy, POLICY))
     wait_for(lambda: lock.is_file() and "process" in lock.read_text(), process)
     orphan = int(re.search(r"process (\d+)", lock.read_text())[1])
@@ -82,5 +102,8 @@ def test_snakemake_alone_is_killed_while_the_trainer_works(finished, tmp_path, t
     assert "waiting for its end" in log.read_text() and "has been made meanwhile" in log.read_text()
     assert os.path.samestat(made, (copy / POLICY / "model.safetensors").stat())
     ours = records(copy)
-    assert ours == {name: record for name, record in records(whole).items() if name in ours} and POLICY in ours
+    assert (
+        ours == {name: record for name, record in records(whole).items() if name in ours}
+        and POLICY in ours
+    )
     assert not half_written(copy)

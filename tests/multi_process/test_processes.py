@@ -17,15 +17,33 @@ from safetensors.torch import load_file
 
 import score_reference
 from sppo.core.artifacts import read_json, record_path
-from sppo.policies.models import check_policy, load_policy, load_tokenizer
 from sppo.core.tables import write_table
+from sppo.policies.models import check_policy, load_policy, load_tokenizer
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "train_policy_on_cpu.py"
-DIVIDED = ["fsdp2", pytest.param("zero3", marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed"))]
-PLAIN = {"precision": "float32", "device": "cpu", "learning_rate": 1e-4, "beta": 0.01, "optimizer": "sgd", "max_grad_norm": 0.0, "warmup_ratio": 0.0,
-         "lr_schedule": "constant", "schedule_total_epochs": 1, "stop_epoch": 1, "batch_size": 8, "micro_batch_size": 8}
+DIVIDED = [
+    "fsdp2",
+    pytest.param(
+        "zero3",
+        marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed"),
+    ),
+]
+PLAIN = {
+    "precision": "float32",
+    "device": "cpu",
+    "learning_rate": 1e-4,
+    "beta": 0.01,
+    "optimizer": "sgd",
+    "max_grad_norm": 0.0,
+    "warmup_ratio": 0.0,
+    "lr_schedule": "constant",
+    "schedule_total_epochs": 1,
+    "stop_epoch": 1,
+    "batch_size": 8,
+    "micro_batch_size": 8,
+}
 
 
 def make_pairs(n: int) -> list[dict]:
@@ -34,10 +52,24 @@ def make_pairs(n: int) -> list[dict]:
 
     def ids(low: int, high: int) -> list[int]:
         return [draw.randrange(3, 49152) for _ in range(draw.randint(low, high))]
-    return [{"pair_id": i, "prompt_id": f"p{i}", "prompt_token_ids": ids(3, 12), "chosen": "a", "chosen_token_ids": ids(2, 14) + [2],
-             "chosen_sample_id": 0, "rejected": "b", "rejected_token_ids": ids(2, 14), "rejected_sample_id": 1,
-             "p_hat_chosen": draw.uniform(0.5, 0.9), "p_hat_rejected": draw.uniform(0.1, 0.5), "p_chosen_beats_rejected": draw.uniform(0.5, 1.0)}
-            for i in range(n)]
+
+    return [
+        {
+            "pair_id": i,
+            "prompt_id": f"p{i}",
+            "prompt_token_ids": ids(3, 12),
+            "chosen": "a",
+            "chosen_token_ids": ids(2, 14) + [2],
+            "chosen_sample_id": 0,
+            "rejected": "b",
+            "rejected_token_ids": ids(2, 14),
+            "rejected_sample_id": 1,
+            "p_hat_chosen": draw.uniform(0.5, 0.9),
+            "p_hat_rejected": draw.uniform(0.1, 0.5),
+            "p_chosen_beats_rejected": draw.uniform(0.5, 1.0),
+        }
+        for i in range(n)
+    ]
 
 
 class Place:
@@ -50,18 +82,60 @@ class Place:
             self.score(policy, precision)
 
     def score(self, policy: Path, precision: str, name: str | None = None) -> None:
-        subprocess.run([sys.executable, score_reference.__file__, "--pairs", self.folder / "pairs.parquet", "--policy", policy, "--precision", precision,
-                        "--device", "cpu", "--micro-batch-size", "3", "--output", self.folder / f"{name or precision}.parquet"], check=True)
+        subprocess.run(
+            [
+                sys.executable,
+                score_reference.__file__,
+                "--pairs",
+                self.folder / "pairs.parquet",
+                "--policy",
+                policy,
+                "--precision",
+                precision,
+                "--device",
+                "cpu",
+                "--micro-batch-size",
+                "3",
+                "--output",
+                self.folder / f"{name or precision}.parquet",
+            ],
+            check=True,
+        )
 
     def command(self, name: str, reference: str | None = None, **options: object) -> list[str]:
         options = PLAIN | options
-        words = [str(word) for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+        words = [
+            str(word)
+            for key, value in options.items()
+            for word in (f"--{key.replace('_', '-')}", value)
+        ]
         current = self.folder / f"{reference or options['precision']}.parquet"
-        return [sys.executable, str(PROGRAM), "--pairs", str(self.folder / "pairs.parquet"), "--current", str(current), "--policy", str(self.policy),
-                "--output", str(self.folder / name), "--log", str(self.folder / f"{name}.jsonl"), *words]
+        return [
+            sys.executable,
+            str(PROGRAM),
+            "--pairs",
+            str(self.folder / "pairs.parquet"),
+            "--current",
+            str(current),
+            "--policy",
+            str(self.policy),
+            "--output",
+            str(self.folder / name),
+            "--log",
+            str(self.folder / f"{name}.jsonl"),
+            *words,
+        ]
 
-    def run(self, name: str, environment: dict[str, str] | None = None, **options: object) -> subprocess.CompletedProcess:
-        return subprocess.run(self.command(name, **options), env=os.environ | (environment or {}), capture_output=True, text=True, timeout=300)
+    def run(
+        self, name: str, environment: dict[str, str] | None = None, **options: object
+    ) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(name, **options),
+            env=os.environ | (environment or {}),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
 
     def train(self, name: str, **options: object) -> dict[str, torch.Tensor]:
         """Weights of the policy that these options train, in files as Hugging Face writes them."""
@@ -73,7 +147,9 @@ class Place:
         return load_file(self.folder / name / "model.safetensors")
 
     def log(self, name: str) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text().splitlines()
+        ]
 
     def start(self) -> dict[str, torch.Tensor]:
         return load_file(self.policy / "model.safetensors")
@@ -96,13 +172,21 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def assert_same(place: Place, alone: dict[str, torch.Tensor], name: str, weights: dict[str, torch.Tensor]) -> None:
+def assert_same(
+    place: Place, alone: dict[str, torch.Tensor], name: str, weights: dict[str, torch.Tensor]
+) -> None:
     """The same weights but for rounding, all float32, and the same log."""
     moved = distance(place.start(), alone)
     assert moved > 1e-3 and distance(alone, weights) < 1e-4 * moved
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     for ours, theirs in zip(place.log(name), place.log("alone"), strict=True):
-        for column in ("loss", "log_ratio_chosen", "log_ratio_rejected", "grad_norm", "learning_rate"):
+        for column in (
+            "loss",
+            "log_ratio_chosen",
+            "log_ratio_rejected",
+            "grad_norm",
+            "learning_rate",
+        ):
             assert ours[column] == pytest.approx(theirs[column], rel=1e-4, abs=1e-3), column
 
 
@@ -112,17 +196,25 @@ def test_two_processes_train_what_one_does(micro_batch_size, accumulation, place
     weights = place.train(name, processes=2, micro_batch_size=micro_batch_size)
     assert_same(place, alone, name, weights)
     step_0 = read_json(record_path(place.folder / name))["step_0"]
-    assert step_0["log_ratio_per_token"] < 1e-3 and step_0["loss"] == pytest.approx(step_0["closed_form"], rel=1e-3)
+    assert step_0["log_ratio_per_token"] < 1e-3 and step_0["loss"] == pytest.approx(
+        step_0["closed_form"], rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(("micro_batch_size", "accumulation"), [(4, 1), (1, 4)])
 @pytest.mark.parametrize("parallel", DIVIDED)
-def test_a_divided_policy_is_trained_as_one_process_does(parallel, micro_batch_size, accumulation, place, alone):
+def test_a_divided_policy_is_trained_as_one_process_does(
+    parallel, micro_batch_size, accumulation, place, alone
+):
     name = f"{parallel}_{accumulation}"
     weights = place.train(name, parallel=parallel, processes=2, micro_batch_size=micro_batch_size)
     assert_same(place, alone, name, weights)
-    assert type(load_policy(place.folder / name, torch.float32, "cpu")).__name__ == "LlamaForCausalLM"
-    assert read_json(place.folder / name / "config.json") | {"use_cache": True} == read_json(place.folder / "alone" / "config.json")
+    assert (
+        type(load_policy(place.folder / name, torch.float32, "cpu")).__name__ == "LlamaForCausalLM"
+    )
+    assert read_json(place.folder / name / "config.json") | {"use_cache": True} == read_json(
+        place.folder / "alone" / "config.json"
+    )
 
 
 @pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
@@ -137,33 +229,66 @@ def test_an_output_layer_of_its_own(parallel, tmp_path, tiny_policy):
 
     alone = place.train("alone")
 
-    assert {"lm_head.weight", "model.embed_tokens.weight"} <= alone.keys() and distance(alone, place.start()) > 0
-    assert_same(place, alone, parallel, place.train(parallel, parallel=parallel, processes=2, micro_batch_size=4))
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= alone.keys() and distance(
+        alone, place.start()
+    ) > 0
+    assert_same(
+        place,
+        alone,
+        parallel,
+        place.train(parallel, parallel=parallel, processes=2, micro_batch_size=4),
+    )
 
 
 @pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
 def test_step_0_holds_and_updates_below_bfloat16_arrive_with_float32_masters(parallel, place):
     """bfloat16 computes, with gradient checkpointing: the same log-ratios at step 0 as in one process, and updates far below 2^-8 of a weight."""
-    options = {"precision": "bfloat16", "optimizer": "rmsprop", "learning_rate": 1e-6, "gradient_checkpointing": "true"}
+    options = {
+        "precision": "bfloat16",
+        "optimizer": "rmsprop",
+        "learning_rate": 1e-6,
+        "gradient_checkpointing": "true",
+    }
     place.train(f"bf16_{parallel}", processes=2, parallel=parallel, micro_batch_size=2, **options)
-    trained, start = load_file(place.folder / f"bf16_{parallel}" / "model.safetensors"), place.start()
+    trained, start = (
+        load_file(place.folder / f"bf16_{parallel}" / "model.safetensors"),
+        place.start(),
+    )
     step_0 = read_json(record_path(place.folder / f"bf16_{parallel}"))["step_0"]
     assert step_0["log_ratio_per_token"] < 5e-2 and step_0["mean_log_ratio_per_token"] < 1e-2
     name = "model.layers.0.mlp.up_proj.weight"
     step = (trained[name] - start[name]).abs()
-    assert trained[name].dtype == torch.float32 and (step > 0).float().mean() > 0.9 and step.max() < 1e-4
+    assert (
+        trained[name].dtype == torch.float32
+        and (step > 0).float().mean() > 0.9
+        and step.max() < 1e-4
+    )
 
 
 @pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
 def test_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(parallel, place):
     """Process 1 is killed before the fourth of six steps; RMSProp, so that the optimiser's state counts."""
-    options = {"processes": 2, "parallel": parallel, "batch_size": 2, "micro_batch_size": 1, "checkpoint_steps": 1,
-               "optimizer": "rmsprop", "learning_rate": 1e-4, "lr_schedule": "linear", "warmup_ratio": 0.3, "schedule_total_epochs": 2}
+    options = {
+        "processes": 2,
+        "parallel": parallel,
+        "batch_size": 2,
+        "micro_batch_size": 1,
+        "checkpoint_steps": 1,
+        "optimizer": "rmsprop",
+        "learning_rate": 1e-4,
+        "lr_schedule": "linear",
+        "warmup_ratio": 0.3,
+        "schedule_total_epochs": 2,
+    }
     whole = place.train(f"whole_{parallel}", **options)
     name = f"resumed_{parallel}"
     killed = place.run(name, {"KILL_STEP": "3"}, **options)
     errors = [line for line in killed.stderr.splitlines() if line.startswith("error: ")]
-    assert killed.returncode == 1 and len(errors) == 1 and "process 1 of the training was ended by SIGKILL" in errors[0], killed.stderr
+    assert (
+        killed.returncode == 1
+        and len(errors) == 1
+        and "process 1 of the training was ended by SIGKILL" in errors[0]
+    ), killed.stderr
     assert not (place.folder / name).exists() and not record_path(place.folder / name).exists()
     done = place.run(name, **options)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -172,7 +297,9 @@ def test_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(paralle
     # RMSProp makes steps of like size from gradients that are 0 but for rounding, which FSDP2 does not repeat: their signs may differ in single weights.
     resumed = load_file(place.folder / name / "model.safetensors")
     spread = torch.cat([(whole[weight] - resumed[weight]).abs().flatten() for weight in whole])
-    assert whole.keys() == resumed.keys() and spread.mean().item() < 1e-5 * distance(place.start(), whole)
+    assert whole.keys() == resumed.keys() and spread.mean().item() < 1e-5 * distance(
+        place.start(), whole
+    )
     for ours, theirs in zip(place.log(name), place.log(f"whole_{parallel}"), strict=True):
         for column in ("step", "epoch", "learning_rate", "loss", "grad_norm"):
             assert ours[column] == pytest.approx(theirs[column], rel=1e-5), column
@@ -184,11 +311,21 @@ def test_two_machines_meet(place, alone):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = place.command("machines", processes=2, machines=2, micro_batch_size=2)
-    running = [subprocess.Popen(command, env=os.environ | {"NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in "01"]
+    running = [
+        subprocess.Popen(
+            command,
+            env=os.environ | {"NODE_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in "01"
+    ]
     said = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], said
-    assert_same(place, alone, "machines", load_file(place.folder / "machines" / "model.safetensors"))
+    assert_same(
+        place, alone, "machines", load_file(place.folder / "machines" / "model.safetensors")
+    )
 
 
 def test_error_of_all_processes_is_one_line_and_nothing_is_kept(place, tmp_path):
@@ -203,6 +340,11 @@ def test_error_of_all_processes_is_one_line_and_nothing_is_kept(place, tmp_path)
     place.score(tmp_path, "float32", "other")
     done = place.run("refused", reference="other", processes=2, micro_batch_size=2)
     lines = done.stderr.splitlines()
-    assert done.returncode == 1 and [line for line in lines if line.startswith("error: ")] == [lines[-1]], done.stderr
+    assert done.returncode == 1 and [line for line in lines if line.startswith("error: ")] == [
+        lines[-1]
+    ], done.stderr
     assert "step-0 identity" in lines[-1] and "Traceback" not in done.stderr
-    assert not (place.folder / "refused").exists() and not record_path(place.folder / "refused").exists()
+    assert (
+        not (place.folder / "refused").exists()
+        and not record_path(place.folder / "refused").exists()
+    )

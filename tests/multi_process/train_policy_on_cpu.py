@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 import train_policy
-from sppo.training import distributed
 from sppo.core.errors import run
+from sppo.training import distributed
 
 
 def divide_on_cpu() -> None:
@@ -24,6 +24,7 @@ def divide_on_cpu() -> None:
 
     def not_cpu(self, cpu=False, **more):
         began(self, cpu=False, **more)
+
     began, PartialState.__init__ = PartialState.__init__, not_cpu
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
@@ -35,6 +36,7 @@ def kill_before(step: int) -> None:
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
+
     Say.on_step_begin = on_step_begin
 
 

@@ -66,9 +66,17 @@ def install() -> None:
     """Debian's packages, where they are missing; their services are not started."""
     if all(shutil.which(name) for name in (*DAEMONS, "munged", "mariadbd")):
         return
-    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}  # invoke-rc.d starts nothing in runlevel 1
-    for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
-        subprocess.run(["apt-get", *words], check=True, env=quiet, stdout=subprocess.DEVNULL, timeout=600)
+    quiet = os.environ | {
+        "DEBIAN_FRONTEND": "noninteractive",
+        "RUNLEVEL": "1",
+    }  # invoke-rc.d starts nothing in runlevel 1
+    for words in (
+        ["update", "-qq"],
+        ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES],
+    ):
+        subprocess.run(
+            ["apt-get", *words], check=True, env=quiet, stdout=subprocess.DEVNULL, timeout=600
+        )
 
 
 def slurm(*words: str) -> str:
@@ -90,18 +98,40 @@ def running(folder: Path, accounting: bool) -> Iterator[None]:
         for link in links:
             link.unlink(missing_ok=True)  # of a test that was killed
             link.symlink_to(folder / link.name)
-        _start(daemons, folder, "munged", "--foreground", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket",
-               f"--pid-file={folder}/munge.pid", f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed")
+        _start(
+            daemons,
+            folder,
+            "munged",
+            "--foreground",
+            "--force",
+            f"--key-file={folder}/munge.key",
+            f"--socket={folder}/munge.socket",
+            f"--pid-file={folder}/munge.pid",
+            f"--log-file={folder}/munge.log",
+            f"--seed-file={folder}/munge.seed",
+        )
         _until(lambda: (folder / "munge.socket").exists(), daemons, folder, "munged")
         if accounting:
             _start_database(daemons, folder)
         _start(daemons, folder, "slurmctld", "-D", "-c")
         if accounting:
-            _until(lambda: "sppo" in slurm("sacctmgr", "-n", "-P", "show", "cluster", "format=cluster"), daemons, folder, "slurmctld's database")
+            _until(
+                lambda: (
+                    "sppo" in slurm("sacctmgr", "-n", "-P", "show", "cluster", "format=cluster")
+                ),
+                daemons,
+                folder,
+                "slurmctld's database",
+            )
             slurm("sacctmgr", "-i", "add", "account", ACCOUNT, "cluster=sppo")
             slurm("sacctmgr", "-i", "add", "user", "root", f"account={ACCOUNT}", "cluster=sppo")
         _start(daemons, folder, "slurmd", "-D", "-c")
-        _until(lambda: slurm("sinfo", "-h", "-p", "gpu", "-o", "%t").strip() == "idle", daemons, folder, "the node")
+        _until(
+            lambda: slurm("sinfo", "-h", "-p", "gpu", "-o", "%t").strip() == "idle",
+            daemons,
+            folder,
+            "the node",
+        )
         yield
     finally:
         with contextlib.suppress(OSError, RuntimeError, subprocess.SubprocessError):
@@ -134,11 +164,16 @@ def _configure(folder: Path, accounting: bool) -> None:
     at the end of the name for the GPU's."""
     template = Path(__file__).with_name("slurm.conf").read_text(encoding="utf-8")
     kept = WITH_ACCOUNTING.format(folder=folder) if accounting else WITHOUT_ACCOUNTING
-    (folder / "slurm.conf").write_text(template.format(folder=folder, host=socket.gethostname().split(".")[0], accounting=kept))
+    (folder / "slurm.conf").write_text(
+        template.format(folder=folder, host=socket.gethostname().split(".")[0], accounting=kept)
+    )
     (folder / "gres.conf").write_text(f"Name=gpu Type=fake File={folder}/nvidia[0-7]\n")
     for number in range(8):
         (folder / f"nvidia{number}").symlink_to("/dev/null")
-    for name, content in (("munge.key", os.urandom(1024)), ("slurmdbd.conf", DATABASE_CONF.format(folder=folder).encode())):
+    for name, content in (
+        ("munge.key", os.urandom(1024)),
+        ("slurmdbd.conf", DATABASE_CONF.format(folder=folder).encode()),
+    ):
         (folder / name).touch(mode=0o600)
         (folder / name).write_bytes(content)
 
@@ -146,14 +181,33 @@ def _configure(folder: Path, accounting: bool) -> None:
 def _start(daemons: list[subprocess.Popen], folder: Path, *words: str) -> None:
     """Start a daemon that ends with this process, also where that one is killed."""
     with (folder / f"{words[0]}.out").open("wb") as output:
-        daemons.append(subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *words], env=os.environ | {"SLURM_CONF": str(folder / "slurm.conf")},
-                                        stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True))
+        daemons.append(
+            subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", *words],
+                env=os.environ | {"SLURM_CONF": str(folder / "slurm.conf")},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        )
 
 
 def _start_database(daemons: list[subprocess.Popen], folder: Path) -> None:
     """MariaDB, open to this machine alone, and slurmdbd before it."""
-    _start(daemons, folder, "mariadbd", "--no-defaults", "--skip-grant-tables", f"--datadir={folder}/mysql", f"--socket={folder}/mysql.socket",
-           "--user=root", "--bind-address=127.0.0.1", "--port=16806", f"--pid-file={folder}/mysql.pid")
+    _start(
+        daemons,
+        folder,
+        "mariadbd",
+        "--no-defaults",
+        "--skip-grant-tables",
+        f"--datadir={folder}/mysql",
+        f"--socket={folder}/mysql.socket",
+        "--user=root",
+        "--bind-address=127.0.0.1",
+        "--port=16806",
+        f"--pid-file={folder}/mysql.pid",
+    )
     _until(lambda: _listening(16806), daemons, folder, "mariadbd")
     _start(daemons, folder, "slurmdbd", "-D")
     _until(lambda: _listening(16819), daemons, folder, "slurmdbd")
@@ -164,7 +218,9 @@ def _listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _until(holds: Callable[[], bool], daemons: list[subprocess.Popen], folder: Path, what: str) -> None:
+def _until(
+    holds: Callable[[], bool], daemons: list[subprocess.Popen], folder: Path, what: str
+) -> None:
     """Wait until something holds, a minute at most; a daemon that ended, or the minute, is an error with the last lines of all logs."""
     deadline = time.monotonic() + 60
     while True:
@@ -172,6 +228,9 @@ def _until(holds: Callable[[], bool], daemons: list[subprocess.Popen], folder: P
             if holds():
                 return
         if time.monotonic() > deadline or any(daemon.poll() is not None for daemon in daemons):
-            tails = "\n".join(f"{log.name}: {log.read_text(errors='replace')[-1000:]}" for log in (*folder.glob("*.out"), *folder.glob("*.log")))
+            tails = "\n".join(
+                f"{log.name}: {log.read_text(errors='replace')[-1000:]}"
+                for log in (*folder.glob("*.out"), *folder.glob("*.log"))
+            )
             raise RuntimeError(f"Slurm for the tests: waited in vain for {what}\n{tails}")
         time.sleep(0.2)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from tests.slurm import one_machine
 from tests.slurm.one_machine import slurm
 from tests.workflow.test_workflow import ENVIRONMENT, make_clone, redone, snakemake, times
@@ -23,7 +22,11 @@ pytestmark = pytest.mark.slow
 PROFILE = "profiles/slurm/config.yaml"
 SPY = Path(__file__).with_name("spy")
 EDITED = {"your_account": one_machine.ACCOUNT, "your_partition": "gpu"}
-WITHOUT_ACCOUNTING = {"  slurm_account: your_account": "#", "# slurm-status-command": "slurm-status-command", "your_partition": "gpu"}
+WITHOUT_ACCOUNTING = {
+    "  slurm_account: your_account": "#",
+    "# slurm-status-command": "slurm-status-command",
+    "your_partition": "gpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +41,15 @@ def installed(tmp_path_factory):
     if reason := one_machine.refusal():
         pytest.skip(reason)
     one_machine.install()
-    plugin, pip = tmp_path_factory.mktemp("plugin"), [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--target", plugin, "-r", SPY.parents[2] / "requirements-slurm.txt"], check=True, timeout=300)
+    plugin, pip = (
+        tmp_path_factory.mktemp("plugin"),
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"],
+    )
+    subprocess.run(
+        [*pip, "--target", plugin, "-r", SPY.parents[2] / "requirements-slurm.txt"],
+        check=True,
+        timeout=300,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENVIRONMENT, "PYTHONPATH", f"{SPY}:{plugin}")
         yield
@@ -47,12 +57,16 @@ def installed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(installed, clone, tmp_path_factory):
-    (clone[0] / "started.jsonl").unlink(missing_ok=True)  # of another Slurm, whose jobs had the same numbers
+    (clone[0] / "started.jsonl").unlink(
+        missing_ok=True
+    )  # of another Slurm, whose jobs had the same numbers
     with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=True):
         yield
 
 
-def start(clone, *targets: str, edits: dict[str, str] = EDITED, more: tuple[str, ...] = ()) -> subprocess.Popen:
+def start(
+    clone, *targets: str, edits: dict[str, str] = EDITED, more: tuple[str, ...] = ()
+) -> subprocess.Popen:
     """Snakemake with the profile as a user edits it; asked more often than on a real cluster whether jobs have ended."""
     folder, policy = clone
     profile = (SPY.parents[2] / PROFILE).read_text(encoding="utf-8")
@@ -61,12 +75,36 @@ def start(clone, *targets: str, edits: dict[str, str] = EDITED, more: tuple[str,
         profile = profile.replace(old, new)
     (folder / PROFILE).write_text(profile, encoding="utf-8")
     # What a shell started in the background ignores Ctrl-C, and hands that down; hence env.
-    words = ["env", "--default-signal=INT", sys.executable, "-m", "snakemake", "--workflow-profile", "profiles/slurm",
-             "--configfile", "tests/workflow/config.yaml", "--config", f"policy={{model: {policy}}}", "--latency-wait", "5",
-             "--slurm-init-seconds-before-status-checks", "2", "--seconds-between-status-checks", "2", *more, "--", *targets]
-    environment = ENVIRONMENT | {"SPPO_STARTED": str(folder / "started.jsonl"), "OMP_WAIT_POLICY": "PASSIVE"}
+    words = [
+        "env",
+        "--default-signal=INT",
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--workflow-profile",
+        "profiles/slurm",
+        "--configfile",
+        "tests/workflow/config.yaml",
+        "--config",
+        f"policy={{model: {policy}}}",
+        "--latency-wait",
+        "5",
+        "--slurm-init-seconds-before-status-checks",
+        "2",
+        "--seconds-between-status-checks",
+        "2",
+        *more,
+        "--",
+        *targets,
+    ]
+    environment = ENVIRONMENT | {
+        "SPPO_STARTED": str(folder / "started.jsonl"),
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     with (folder / "snakemake.out").open("w") as output:
-        return subprocess.Popen(words, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True)
+        return subprocess.Popen(
+            words, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
 
 
 def finish(clone, process: subprocess.Popen, status: int = 0) -> str:
@@ -93,15 +131,23 @@ def started(clone, program: str) -> list[dict]:
 
 def jobs(rule: str) -> list[dict[str, str]]:
     """Slurm's own account of every job of a rule, as `scontrol show job` has it, in the order of submission."""
-    fields = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in slurm("scontrol", "--oneliner", "show", "jobs").splitlines()]
-    return sorted((job for job in fields if (job.get("Comment", "") + "_").startswith(f"rule_{rule}_")), key=lambda job: int(job["JobId"]))
+    fields = [
+        dict(re.findall(r"(\S+?)=(\S*)", line))
+        for line in slurm("scontrol", "--oneliner", "show", "jobs").splitlines()
+    ]
+    return sorted(
+        (job for job in fields if (job.get("Comment", "") + "_").startswith(f"rule_{rule}_")),
+        key=lambda job: int(job["JobId"]),
+    )
 
 
 def until(holds: Callable[[], object], process: subprocess.Popen | None = None):
     """What is waited for, while this process runs."""
     deadline = time.monotonic() + 300
     while not (found := holds()):
-        assert (process is None or process.poll() is None) and time.monotonic() < deadline, "ended, or waited in vain"
+        assert (process is None or process.poll() is None) and time.monotonic() < deadline, (
+            "ended, or waited in vain"
+        )
         time.sleep(0.1)
     return found
 
@@ -117,7 +163,9 @@ def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
     with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=False):
         assert "take the # from slurm-status-command" in one_error(run(clone, target, status=1))
         with_account = {"# slurm-status-command": "slurm-status-command"} | EDITED
-        assert "this cluster keeps no accounts; delete the line" in one_error(run(clone, target, status=1, edits=with_account))
+        assert "this cluster keeps no accounts; delete the line" in one_error(
+            run(clone, target, status=1, edits=with_account)
+        )
 
         run(clone, target, edits=WITHOUT_ACCOUNTING)
 
@@ -128,30 +176,45 @@ def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
 def test_what_cannot_run_is_one_line_before_any_job(cluster, clone):
     def said(edits: dict[str, str]) -> str:
         return one_error(run(clone, "results/tiny/iter1/policy", status=1, edits=edits))
+
     assert "slurm_account is your_account, but root may use physics" in said({})
-    assert "slurm_partition is your_partition, but this cluster has gpu, short" in said({"your_account": "physics"})
+    assert "slurm_partition is your_partition, but this cluster has gpu, short" in said(
+        {"your_account": "physics"}
+    )
     limited = run(clone, "results/tiny/iter1/policy", status=1, more=("--resources", "gpu=1"))
     assert "train_policy asks for 8 GPUs, but no more than 1" in one_error(limited)
     too_short = said(EDITED | {"your_partition": "short"})
-    assert "more than the 30 minutes that partition short gives, train_policy for 1440" in too_short and PROFILE in too_short
+    assert (
+        "more than the 30 minutes that partition short gives, train_policy for 1440" in too_short
+        and PROFILE in too_short
+    )
     assert not slurm("squeue", "--states=all", "--noheader")
 
 
 def test_shards_run_side_by_side_each_on_a_gpu_of_its_own(cluster, clone):
     run(clone, "results/tiny/iter1/pairs.parquet")
 
-    for rule, program in (("generate_responses", "src/generate_responses.py"), ("annotate_preferences", "src/annotate_preferences.py")):
+    for rule, program in (
+        ("generate_responses", "src/generate_responses.py"),
+        ("annotate_preferences", "src/annotate_preferences.py"),
+    ):
         first, second = jobs(rule)
         assert first["JobState"] == second["JobState"] == "COMPLETED"
-        assert max(first["StartTime"], second["StartTime"]) < min(first["EndTime"], second["EndTime"])
-        assert sorted(start["job"] for start in started(clone, program)) == sorted((first["JobId"], second["JobId"]))
+        assert max(first["StartTime"], second["StartTime"]) < min(
+            first["EndTime"], second["EndTime"]
+        )
+        assert sorted(start["job"] for start in started(clone, program)) == sorted(
+            (first["JobId"], second["JobId"])
+        )
         gpus = [start["gpus"] for start in started(clone, program)]
         assert len(set(gpus)) == 2 and all(re.fullmatch("[0-7]", gpu) for gpu in gpus)
 
 
 def test_killed_and_timed_out_jobs_are_submitted_again_and_succeed(cluster, clone):
     process = start(clone, "results/tiny/iter1/policy")
-    os.kill(until(lambda: started(clone, "src/score_reference.py"), process)[0]["pid"], signal.SIGKILL)
+    os.kill(
+        until(lambda: started(clone, "src/score_reference.py"), process)[0]["pid"], signal.SIGKILL
+    )
     hung = until(lambda: started(clone, "src/train_policy.py"), process)[0]
     os.kill(hung["pid"], signal.SIGSTOP)
     slurm("scontrol", "update", f"JobId={hung['job']}", "TimeLimit=1")
@@ -168,7 +231,10 @@ def test_killed_and_timed_out_jobs_are_submitted_again_and_succeed(cluster, clon
 
 def test_an_interrupted_and_a_killed_snakemake_lose_no_finished_stage(cluster, clone):
     target, root = "results/tiny/iter2/alpaca_eval.json", clone[0] / "results/tiny"
-    done = {str(path.relative_to(root)).removesuffix(".record.json") for path in (root / "iter1").rglob("*.record.json")} | {"iter0/policy"}
+    done = {
+        str(path.relative_to(root)).removesuffix(".record.json")
+        for path in (root / "iter1").rglob("*.record.json")
+    } | {"iter0/policy"}
     finished = times(clone)
     assert {"iter1/policy", "iter1/responses/1.parquet"} <= done <= finished.keys()
 
@@ -186,14 +252,20 @@ def test_an_interrupted_and_a_killed_snakemake_lose_no_finished_stage(cluster, c
     finished |= {"iter2/prompts.parquet": times(clone)["iter2/prompts.parquet"]}
     assert "--unlock" in run(clone, target, status=1)
     # As docs/cluster.md says.
-    subprocess.run("squeue --me --noheader --format '%i %j' | grep ' sppo' | cut -d' ' -f1 | xargs -r scancel", shell=True, check=True)
+    subprocess.run(
+        "squeue --me --noheader --format '%i %j' | grep ' sppo' | cut -d' ' -f1 | xargs -r scancel",
+        shell=True,
+        check=True,
+    )
     run(clone, target, more=("--unlock",))
     run(clone, target)
 
     assert not (done | {"iter2/prompts.parquet"}) & redone(finished, times(clone))
     result = json.loads((clone[0] / target).read_text(encoding="utf-8"))
     assert 0 <= result["win_rate"] <= 100
-    assert "Nothing to be done" in run(clone, target) and "Nothing to be done" in snakemake(clone, target)  # the latter without Slurm
+    assert "Nothing to be done" in run(clone, target) and "Nothing to be done" in snakemake(
+        clone, target
+    )  # the latter without Slurm
 
 
 def test_every_job_starts_its_program_once_and_training_has_the_node(cluster, clone):
@@ -203,4 +275,6 @@ def test_every_job_starts_its_program_once_and_training_has_the_node(cluster, cl
     assert set(counted.values()) == {1}
     trainings = started(clone, "src/train_policy.py")
     assert len(trainings) == 3 and {start["gpus"] for start in trainings} == {"0,1,2,3,4,5,6,7"}
-    assert {start["job"] for start in trainings} == {job["JobId"] for job in jobs("train_policy") if job["JobState"] != "CANCELLED"}
+    assert {start["job"] for start in trainings} == {
+        job["JobId"] for job in jobs("train_policy") if job["JobState"] != "CANCELLED"
+    }

@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT / "src"))
 
 import evaluate_alpaca_eval  # noqa: E402
 import summarize_run  # noqa: E402
-from sppo.evaluation import alpaca_eval  # noqa: E402
 from sppo.core.artifacts import read_json, write_json  # noqa: E402
 from sppo.core.errors import UserError  # noqa: E402
+from sppo.evaluation import alpaca_eval  # noqa: E402
 
 SHARED = ROOT.parent / "shared" / "data"
 KEY = "sk-secret-of-the-test"
@@ -30,8 +30,17 @@ KEY = "sk-secret-of-the-test"
 
 def outputs(generator: str, n: int = 30, seed: int = 0) -> list[dict]:
     lengths = np.random.default_rng(seed).integers(20, 400, size=n)
-    return [{"instruction": f"Write about {number}.", "output": f"{generator} {'x' * length}", "generator": generator,
-             "dataset": "ours", "prompt_id": str(number), "finish_reason": "stop"} for number, length in enumerate(lengths)]
+    return [
+        {
+            "instruction": f"Write about {number}.",
+            "output": f"{generator} {'x' * length}",
+            "generator": generator,
+            "dataset": "ours",
+            "prompt_id": str(number),
+            "finish_reason": "stop",
+        }
+        for number, length in enumerate(lengths)
+    ]
 
 
 class Judge:
@@ -60,10 +69,33 @@ def call(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "sppo.preferences.embedded", rankers)
         (tmp_path / "ours.json").write_text(json.dumps(ours))
         (tmp_path / "base.json").write_text(json.dumps(base))
-        arguments = ["--outputs", tmp_path / "ours.json", "--reference", tmp_path / "base.json",
-                     "--output", tmp_path / "out" / "alpaca_eval.json", "--annotations", tmp_path / "out" / "annotations.json",
-                     "--judge", judge or adapter, "--judge-base", adapter, "--seed", seed, "--length-controlled-bootstrap", fits]
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "evaluation/evaluate_alpaca_eval.py"), *map(str, arguments), *map(str, more)])
+        arguments = [
+            "--outputs",
+            tmp_path / "ours.json",
+            "--reference",
+            tmp_path / "base.json",
+            "--output",
+            tmp_path / "out" / "alpaca_eval.json",
+            "--annotations",
+            tmp_path / "out" / "annotations.json",
+            "--judge",
+            judge or adapter,
+            "--judge-base",
+            adapter,
+            "--seed",
+            seed,
+            "--length-controlled-bootstrap",
+            fits,
+        ]
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            [
+                str(ROOT / "src" / "evaluation/evaluate_alpaca_eval.py"),
+                *map(str, arguments),
+                *map(str, more),
+            ],
+        )
         evaluate_alpaca_eval.main()
         return read_json(tmp_path / "out" / "alpaca_eval.json")
 
@@ -83,23 +115,45 @@ def test_figures_are_the_package_s_own(call, tmp_path):
     rows = read_json(tmp_path / "out" / "annotations.json")
     wins = np.array([row["preference"] for row in rows]) - 1
     assert result["win_rate"] == pytest.approx(100 * wins.mean(), abs=1e-9)
-    assert result["standard_error"] == pytest.approx(100 * wins.std(ddof=1) / np.sqrt(len(wins)), abs=1e-9)
-    assert (result["n_wins"], result["n_wins_base"], result["n_draws"]) == ((wins > 0.5).sum(), (wins < 0.5).sum(), 0)
+    assert result["standard_error"] == pytest.approx(
+        100 * wins.std(ddof=1) / np.sqrt(len(wins)), abs=1e-9
+    )
+    assert (result["n_wins"], result["n_wins_base"], result["n_draws"]) == (
+        (wins > 0.5).sum(),
+        (wins < 0.5).sum(),
+        0,
+    )
     assert result["n_total"] == 30 and result["avg_length"] != result["reference_avg_length"]
-    with alpaca_eval.length_model(30, None) as (formula, file), pytest.MonkeyPatch.context() as patch:
+    with (
+        alpaca_eval.length_model(30, None) as (formula, file),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(glm_winrate, "hf_hub_download", lambda **_: file)
-        package = glm_winrate.get_length_controlled_winrate(rows, glm_name=formula, save_weights_dir=None)
+        package = glm_winrate.get_length_controlled_winrate(
+            rows, glm_name=formula, save_weights_dir=None
+        )
     assert result["length_controlled_winrate"] == package["length_controlled_winrate"] != 50.0
     assert (tmp_path / "out" / "alpaca_eval.json.record.json").exists()
     assert (tmp_path / "out" / "annotations.json.record.json").exists()
 
 
 def test_annotations_have_the_package_s_form(call, tmp_path):
-    call(outputs("policy", seed=1)[::-1], outputs("base"), probability=soft)  # another order is put right
+    call(
+        outputs("policy", seed=1)[::-1], outputs("base"), probability=soft
+    )  # another order is put right
     rows = read_json(tmp_path / "out" / "annotations.json")
     assert [row["instruction"] for row in rows] == [row["instruction"] for row in outputs("base")]
     for row in rows:
-        assert {"instruction", "dataset", "output_1", "generator_1", "output_2", "generator_2", "annotator", "preference"} <= set(row)
+        assert {
+            "instruction",
+            "dataset",
+            "output_1",
+            "generator_1",
+            "output_2",
+            "generator_2",
+            "annotator",
+            "preference",
+        } <= set(row)
         assert (row["generator_1"], row["generator_2"]) == ("base", "policy")
         assert row["output_1"].startswith("base") and row["output_2"].startswith("policy")
 
@@ -118,19 +172,38 @@ def test_equal_outputs_are_draws_that_no_judge_reads(call):
     ours, base = outputs("policy", seed=1), outputs("base")
     for one, other in zip(ours[:4], base):
         one["output"] = other["output"]
-    result = call(ours, base, probability=lambda prompt, first, second: 1 / 0 if first == second else 0.9)
+    result = call(
+        ours, base, probability=lambda prompt, first, second: 1 / 0 if first == second else 0.9
+    )
     assert result["n_draws"] == 4 and result["n_wins"] == 26
     assert result["win_rate"] == pytest.approx((4 * 50 + 26 * 90) / 30)
 
 
 def test_a_policy_equal_to_its_reference_gets_50(call):
-    result = call([row | {"generator": "policy"} for row in outputs("base")], outputs("base"), probability=soft, fits=3)
-    assert result["win_rate"] == result["length_controlled_winrate"] == 50.0 and result["n_draws"] == 30
+    result = call(
+        [row | {"generator": "policy"} for row in outputs("base")],
+        outputs("base"),
+        probability=soft,
+        fits=3,
+    )
+    assert (
+        result["win_rate"] == result["length_controlled_winrate"] == 50.0
+        and result["n_draws"] == 30
+    )
 
 
 def test_a_policy_that_lost_everything_does_not_get_50():
-    rows = [{"preference": 1.0, "instruction": row["instruction"], "output_1": row["output"], "output_2": "short",
-             "generator_1": "base", "generator_2": "policy"} for row in outputs("base")]
+    rows = [
+        {
+            "preference": 1.0,
+            "instruction": row["instruction"],
+            "output_1": row["output"],
+            "output_2": "short",
+            "generator_1": "base",
+            "generator_2": "policy",
+        }
+        for row in outputs("base")
+    ]
     with alpaca_eval.length_model(len(rows), None) as (formula, file):
         assert alpaca_eval.metrics(rows, formula, file)["length_controlled_winrate"] == 0.0
 
@@ -152,8 +225,7 @@ def test_a_policy_that_says_nothing_is_flagged(call, capfd, answer):
     )
     assert (
         "warning: do not rely on the length-controlled win rate: "
-        f"{result['length_controlled_warning']}\n"
-        in said
+        f"{result['length_controlled_warning']}\n" in said
     )
     assert result["n_empty"] == (0 if answer.strip() else 30)
     assert ("30 of 30 answers" in said and "are empty" in said) == (not answer.strip())
@@ -193,13 +265,23 @@ def test_outputs_of_another_policy_are_refused(call, tmp_path):
 
 def test_values_of_the_stand_in_do_not_matter(tmp_path):
     ours, base = outputs("policy", seed=1), outputs("base")
-    rows = alpaca_eval.PreferenceAnnotator("judge", Judge(soft)).annotate_head2head(*map(_frame, (base, ours)))
+    rows = alpaca_eval.PreferenceAnnotator("judge", Judge(soft)).annotate_head2head(
+        *map(_frame, (base, ours))
+    )
     with alpaca_eval.length_model(len(base), None) as (formula, file):
         neutral = alpaca_eval.metrics(rows, formula, file)
         lines = file.read_text().splitlines()
     rng = np.random.default_rng(0)
     other = tmp_path / "df_gamed.csv"
-    other.write_text("\n".join([lines[0]] + [f"{rng.random()},{i},{rng.normal()},{rng.normal()},False,x" for i in range(len(rows))]))
+    other.write_text(
+        "\n".join(
+            [lines[0]]
+            + [
+                f"{rng.random()},{i},{rng.normal()},{rng.normal()},False,x"
+                for i in range(len(rows))
+            ]
+        )
+    )
     assert alpaca_eval.metrics(rows, formula, other) == neutral
 
 
@@ -226,34 +308,69 @@ def test_intervals_hold_the_estimate_and_shrink(call):
 def test_same_seed_same_bytes_whatever_the_threads(call, tmp_path):
     file, seen = tmp_path / "out" / "alpaca_eval.json", []
     for threads in (1, 2):
-        call(outputs("policy", seed=1), outputs("base"), "--threads", threads, probability=soft, fits=6)
+        call(
+            outputs("policy", seed=1),
+            outputs("base"),
+            "--threads",
+            threads,
+            probability=soft,
+            fits=6,
+        )
         seen.append(file.read_bytes())
     assert seen[0] == seen[1]
-    assert call(outputs("policy", seed=1), outputs("base"), probability=soft, seed=1)["win_rate_interval"] != json.loads(seen[0])["win_rate_interval"]
+    assert (
+        call(outputs("policy", seed=1), outputs("base"), probability=soft, seed=1)[
+            "win_rate_interval"
+        ]
+        != json.loads(seen[0])["win_rate_interval"]
+    )
 
 
 def test_a_failed_judgment_is_an_error_not_a_smaller_n(call, tmp_path):
-    with pytest.raises(UserError, match=r"failed on 1 of 30 instructions, first on 'Write about 7\.'"):
-        with pytest.MonkeyPatch.context() as patch:
-            whole = alpaca_eval.PreferenceAnnotator._annotation
-            patch.setattr(alpaca_eval.PreferenceAnnotator, "_annotation", lambda self, one, two: whole(self, one, two) | (
-                {"preference": float("nan")} if one["instruction"] == "Write about 7." else {}))
-            call(outputs("policy", seed=1), outputs("base"), probability=soft)
+    with (
+        pytest.raises(
+            UserError, match=r"failed on 1 of 30 instructions, first on 'Write about 7\.'"
+        ),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        whole = alpaca_eval.PreferenceAnnotator._annotation
+        patch.setattr(
+            alpaca_eval.PreferenceAnnotator,
+            "_annotation",
+            lambda self, one, two: (
+                whole(self, one, two)
+                | ({"preference": float("nan")} if one["instruction"] == "Write about 7." else {})
+            ),
+        )
+        call(outputs("policy", seed=1), outputs("base"), probability=soft)
     assert not (tmp_path / "out").exists()
 
 
 # --- Evaluation files ---
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda rows: rows.append(rows[2]), r"entries 3 and 31 have the same instruction 'Write about 2\.'"),
-    (lambda rows: rows.pop(4), r"outputs lack the reference's instruction 'Write about 4\.'"),
-    (lambda rows: rows[5].update(instruction="Another"), r"outputs lack the reference's instruction 'Write about 5\.'"),
-    (lambda rows: rows.append(rows[0] | {"instruction": "More"}), "reference lacks the outputs' instruction 'More'"),
-    (lambda rows: rows[1].pop("output"), "entry 2 has no text in 'output'"),
-    (lambda rows: rows[1].update(generator="x"), "entry 2 is by x, entry 1 by policy"),
-    (lambda rows: [row.update(generator="base") for row in rows], "name them apart"),
-    (lambda rows: rows.clear(), "not a list of outputs"),
-])
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda rows: rows.append(rows[2]),
+            r"entries 3 and 31 have the same instruction 'Write about 2\.'",
+        ),
+        (lambda rows: rows.pop(4), r"outputs lack the reference's instruction 'Write about 4\.'"),
+        (
+            lambda rows: rows[5].update(instruction="Another"),
+            r"outputs lack the reference's instruction 'Write about 5\.'",
+        ),
+        (
+            lambda rows: rows.append(rows[0] | {"instruction": "More"}),
+            "reference lacks the outputs' instruction 'More'",
+        ),
+        (lambda rows: rows[1].pop("output"), "entry 2 has no text in 'output'"),
+        (lambda rows: rows[1].update(generator="x"), "entry 2 is by x, entry 1 by policy"),
+        (lambda rows: [row.update(generator="base") for row in rows], "name them apart"),
+        (lambda rows: rows.clear(), "not a list of outputs"),
+    ],
+)
 def test_bad_outputs_are_named(call, change, message):
     rows = outputs("policy")
     change(rows)
@@ -263,30 +380,62 @@ def test_bad_outputs_are_named(call, change, message):
 
 def test_difficulty_needs_the_canonical_order(call, tmp_path):
     with pytest.raises(UserError, match="not AlpacaEval's 805 instructions in their order"):
-        call(outputs("policy"), outputs("base"), "--difficulty", tmp_path / "df_gamed.csv", probability=soft)
+        call(
+            outputs("policy"),
+            outputs("base"),
+            "--difficulty",
+            tmp_path / "df_gamed.csv",
+            probability=soft,
+        )
 
 
 # --- Judges ---
 
+
 def test_missing_judges_keys_and_models_are_one_line(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    for arguments, message in [(("weighted_alpaca_eval_gpt4_turbo",), "needs a key; export OPENAI_API_KEY"),
-                               (("openai", None, "http://localhost:1/v1"), "alpaca_eval.judge_model"),
-                               (("openai", "m", None), "alpaca_eval.judge_base_url"),
-                               (("no_such_judge",), "unknown judge no_such_judge"),
-                               ((str(tmp_path / "none"),), "is missing")]:
+    for arguments, message in [
+        (("weighted_alpaca_eval_gpt4_turbo",), "needs a key; export OPENAI_API_KEY"),
+        (("openai", None, "http://localhost:1/v1"), "alpaca_eval.judge_model"),
+        (("openai", "m", None), "alpaca_eval.judge_base_url"),
+        (("no_such_judge",), "unknown judge no_such_judge"),
+        ((str(tmp_path / "none"),), "is missing"),
+    ]:
         with pytest.raises(UserError, match=message):
             alpaca_eval.check_judge(*arguments)
     alpaca_eval.check_judge("openai", "m", "http://localhost:1/v1")  # a local server wants no key
-    program = subprocess.run([sys.executable, ROOT / "src" / "evaluation/evaluate_alpaca_eval.py", "--outputs", "a", "--reference", "b", "--output", "c",
-                              "--annotations", "d", "--judge", "weighted_alpaca_eval_gpt4_turbo"], capture_output=True, text=True, cwd=tmp_path)
+    program = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "src" / "evaluation/evaluate_alpaca_eval.py",
+            "--outputs",
+            "a",
+            "--reference",
+            "b",
+            "--output",
+            "c",
+            "--annotations",
+            "d",
+            "--judge",
+            "weighted_alpaca_eval_gpt4_turbo",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert program.returncode == 1 and not list(tmp_path.iterdir())
-    assert program.stderr.startswith("error: ") and program.stderr.count("\n") == 1 and "OPENAI_API_KEY" in program.stderr
+    assert (
+        program.stderr.startswith("error: ")
+        and program.stderr.count("\n") == 1
+        and "OPENAI_API_KEY" in program.stderr
+    )
 
 
 def test_checking_a_judge_imports_nothing_heavy():
-    code = ("import sys; from sppo.evaluation.alpaca_eval import check_judge; check_judge('openai', 'm', 'http://x/v1');"
-            "assert not {'torch', 'alpaca_eval', 'pandas', 'openai', 'sklearn'} & set(sys.modules)")
+    code = (
+        "import sys; from sppo.evaluation.alpaca_eval import check_judge; check_judge('openai', 'm', 'http://x/v1');"
+        "assert not {'torch', 'alpaca_eval', 'pandas', 'openai', 'sklearn'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "src")
 
 
@@ -296,8 +445,17 @@ class Server(ThreadingHTTPServer):
     def __init__(self, logprobs: str, broken: str = "") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.html = False  # whether a web page is the answer to everything
-        self.plan: list[int | str] = []  # statuses, or bodies that are no completion, of the next answers to judgments
-        self.logprobs, self.broken, self.judged, self.status, self.keys, self.letters = logprobs, broken, 0, 200, set(), set()
+        self.plan: list[
+            int | str
+        ] = []  # statuses, or bodies that are no completion, of the next answers to judgments
+        self.logprobs, self.broken, self.judged, self.status, self.keys, self.letters = (
+            logprobs,
+            broken,
+            0,
+            200,
+            set(),
+            set(),
+        )
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -311,10 +469,36 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, b"<html>\n<body>Welcome</body></html>", "text/html")
         if self.server.status != 200:
             return self.reply(self.server.status, {"error": {"message": f"bad key {key}"}})
-        if "max_tokens" in request and self.server.logprobs in ("after reasoning", "if told not to reason"):
-            return self.reply(400, {"error": {"message": "use max_completion_tokens", "code": "unsupported_parameter", "param": "max_tokens"}})
-        if {"temperature", "top_p", "logprobs", "reasoning_effort"} & request.keys() and self.server.logprobs == "after reasoning":
-            return self.reply(400, {"error": {"message": "temperature does not support 0", "code": "unsupported_value", "param": "temperature"}})
+        if "max_tokens" in request and self.server.logprobs in (
+            "after reasoning",
+            "if told not to reason",
+        ):
+            return self.reply(
+                400,
+                {
+                    "error": {
+                        "message": "use max_completion_tokens",
+                        "code": "unsupported_parameter",
+                        "param": "max_tokens",
+                    }
+                },
+            )
+        if {
+            "temperature",
+            "top_p",
+            "logprobs",
+            "reasoning_effort",
+        } & request.keys() and self.server.logprobs == "after reasoning":
+            return self.reply(
+                400,
+                {
+                    "error": {
+                        "message": "temperature does not support 0",
+                        "code": "unsupported_value",
+                        "param": "temperature",
+                    }
+                },
+            )
         if request.get("logprobs") and self.server.logprobs == "refused":
             return self.reply(400, {"error": {"message": "logprobs are not supported"}})
         text = request["messages"][-1]["content"]
@@ -326,7 +510,11 @@ class Handler(BaseHTTPRequestHandler):
         letter = "m" if not answers or answers[0] == "policy" else "M"
         if answers and self.server.plan:
             answer = self.server.plan.pop(0)
-            return self.reply(answer, {"error": {"message": "busy"}}) if isinstance(answer, int) else self.send(200, answer.encode())
+            return (
+                self.reply(answer, {"error": {"message": "busy"}})
+                if isinstance(answer, int)
+                else self.send(200, answer.encode())
+            )
         if answers:
             self.server.judged += 1
             self.server.letters.add(letter)
@@ -334,13 +522,33 @@ class Handler(BaseHTTPRequestHandler):
             letter = "?"
         content = None
         if request.get("logprobs") and self.server.logprobs in ("given", "if told not to reason"):
-            odds = [(letter, 0.8), ("M" if letter == "m" else "m", 0.2)] if letter != "?" else [("?", 1.0)]
-            tops = [{"token": token, "logprob": float(np.log(p)), "bytes": None} for token, p in odds]
+            odds = (
+                [(letter, 0.8), ("M" if letter == "m" else "m", 0.2)]
+                if letter != "?"
+                else [("?", 1.0)]
+            )
+            tops = [
+                {"token": token, "logprob": float(np.log(p)), "bytes": None} for token, p in odds
+            ]
             content = {"content": [tops[0] | {"top_logprobs": tops}]}
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"],
-                         "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
-                         "choices": [{"index": 0, "finish_reason": "stop", "logprobs": content,
-                                      "message": {"role": "assistant", "content": letter}}]})
+        self.reply(
+            200,
+            {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": request["model"],
+                "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "logprobs": content,
+                        "message": {"role": "assistant", "content": letter},
+                    }
+                ],
+            },
+        )
 
     def reply(self, status, body):
         self.send(status, json.dumps(body).encode())
@@ -373,18 +581,42 @@ def serve():
 READING = {"temperature": 1, "top_p": 1.0, "logprobs": True, "top_logprobs": 5}
 
 
-@pytest.mark.parametrize(("logprobs", "rate", "request_"), [
-    ("given", 80, {"max_tokens": 1} | READING), ("if told not to reason", 80, {"max_completion_tokens": 1, "reasoning_effort": "none"} | READING),
-    ("ignored", 100, {"max_tokens": 8, "temperature": 0, "top_p": 1.0}), ("refused", 100, {"max_tokens": 8, "temperature": 0, "top_p": 1.0}),
-    ("after reasoning", 100, {})])
-def test_openai_compatible_server(call, serve, monkeypatch, tmp_path, capfd, logprobs, rate, request_):
+@pytest.mark.parametrize(
+    ("logprobs", "rate", "request_"),
+    [
+        ("given", 80, {"max_tokens": 1} | READING),
+        (
+            "if told not to reason",
+            80,
+            {"max_completion_tokens": 1, "reasoning_effort": "none"} | READING,
+        ),
+        ("ignored", 100, {"max_tokens": 8, "temperature": 0, "top_p": 1.0}),
+        ("refused", 100, {"max_tokens": 8, "temperature": 0, "top_p": 1.0}),
+        ("after reasoning", 100, {}),
+    ],
+)
+def test_openai_compatible_server(
+    call, serve, monkeypatch, tmp_path, capfd, logprobs, rate, request_
+):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(logprobs)
     # A model with "instruct" in its name is still asked through the chat interface.
-    result = call(outputs("policy", seed=1), outputs("base"), "--judge-model", "tiny-instruct", "--judge-base-url", server.url, judge="openai")
+    result = call(
+        outputs("policy", seed=1),
+        outputs("base"),
+        "--judge-model",
+        "tiny-instruct",
+        "--judge-base-url",
+        server.url,
+        judge="openai",
+    )
     assert result["win_rate"] == pytest.approx(rate) and result["n_total"] == server.judged == 30
-    assert result["judge_details"] == {"model": "tiny-instruct", "base_url": server.url, "reads": "logprobs" if rate == 80 else "text",
-                                       "request": request_}
+    assert result["judge_details"] == {
+        "model": "tiny-instruct",
+        "base_url": server.url,
+        "reads": "logprobs" if rate == 80 else "text",
+        "request": request_,
+    }
     # The package swaps the order at random, and the win rate does not show it.
     assert server.letters == {"m", "M"}
     assert server.keys == {f"Bearer {KEY}"}
@@ -400,16 +632,31 @@ def test_stock_gpt4_judge_by_name(call, serve, monkeypatch, tmp_path):
     server = serve("given")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)  # the OpenAI client's own variable
-    result = call(outputs("policy", seed=1), outputs("base"), judge="weighted_alpaca_eval_gpt4_turbo")
+    result = call(
+        outputs("policy", seed=1), outputs("base"), judge="weighted_alpaca_eval_gpt4_turbo"
+    )
     assert result["win_rate"] == pytest.approx(80) and server.judged == 30
-    assert read_json(tmp_path / "out" / "annotations.json")[0]["annotator"] == "weighted_alpaca_eval_gpt4_turbo"
-    assert {file for file in package.rglob("*") if "__pycache__" not in file.parts} == before  # no weights, no cache
+    assert (
+        read_json(tmp_path / "out" / "annotations.json")[0]["annotator"]
+        == "weighted_alpaca_eval_gpt4_turbo"
+    )
+    assert {
+        file for file in package.rglob("*") if "__pycache__" not in file.parts
+    } == before  # no weights, no cache
 
 
 def test_a_local_server_wants_no_key(call, serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "")
     server = serve("given")
-    call(outputs("policy", 6, 1), outputs("base", 6), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
+    call(
+        outputs("policy", 6, 1),
+        outputs("base", 6),
+        "--judge-model",
+        "m",
+        "--judge-base-url",
+        server.url,
+        judge="openai",
+    )
     assert server.keys == {"Bearer EMPTY"}
 
 
@@ -417,11 +664,21 @@ def test_failed_judgments_alone_are_asked_again(call, serve, monkeypatch, tmp_pa
     """And what will be asked, which may cost money, is said before."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given", "Write about 7.")
-    arguments = (outputs("policy", seed=1), outputs("base"), "--judge-model", "m", "--judge-base-url", server.url)
+    arguments = (
+        outputs("policy", seed=1),
+        outputs("base"),
+        "--judge-model",
+        "m",
+        "--judge-base-url",
+        server.url,
+    )
     with pytest.raises(UserError, match="failed on 1 of 30"):
         call(*arguments, judge="openai")
     assert not (tmp_path / "out" / "alpaca_eval.json").exists()
-    assert re.search(r"Judgments to ask for: 30, about [1-9][\d,]+ tokens to read, .* Kept from before: 0", capfd.readouterr().err)
+    assert re.search(
+        r"Judgments to ask for: 30, about [1-9][\d,]+ tokens to read, .* Kept from before: 0",
+        capfd.readouterr().err,
+    )
     server.broken, server.judged = "", 0
     assert call(*arguments, judge="openai")["win_rate"] == pytest.approx(80)
     assert server.judged == 1
@@ -433,7 +690,15 @@ def test_a_server_that_refuses_is_one_line_without_the_key(call, serve, monkeypa
     server = serve("given")
     server.status = 401
     with pytest.raises(UserError, match="bad key") as error:
-        call(outputs("policy"), outputs("base"), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
+        call(
+            outputs("policy"),
+            outputs("base"),
+            "--judge-model",
+            "m",
+            "--judge-base-url",
+            server.url,
+            judge="openai",
+        )
     assert KEY not in str(error.value) + "".join(capfd.readouterr())
 
 
@@ -441,7 +706,15 @@ def test_a_busy_server_is_asked_again(call, serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given")
     server.plan = [429, 503]
-    result = call(outputs("policy", 6, 1), outputs("base", 6), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
+    result = call(
+        outputs("policy", 6, 1),
+        outputs("base", 6),
+        "--judge-model",
+        "m",
+        "--judge-base-url",
+        server.url,
+        judge="openai",
+    )
     assert result["n_total"] == 6 and server.judged == 6
 
 
@@ -451,7 +724,15 @@ def test_an_answer_that_is_no_completion_is_one_line(call, serve, monkeypatch, t
     server = serve("given")
     server.plan = [body] * 200
     with pytest.raises(UserError, match="fix it and run again"):
-        call(outputs("policy", 6, 1), outputs("base", 6), "--judge-model", "m", "--judge-base-url", server.url, judge="openai")
+        call(
+            outputs("policy", 6, 1),
+            outputs("base", 6),
+            "--judge-model",
+            "m",
+            "--judge-base-url",
+            server.url,
+            judge="openai",
+        )
     assert not (tmp_path / "out" / "alpaca_eval.json").exists()
 
 
@@ -499,12 +780,21 @@ def test_what_is_judged_already_needs_no_trial(call, serve, monkeypatch):
 def test_a_changed_prompt_takes_no_old_judgment(call, serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given")
-    arguments = (outputs("policy", 6, 1), outputs("base", 6), "--judge-model", "m", "--judge-base-url", server.url)
+    arguments = (
+        outputs("policy", 6, 1),
+        outputs("base", 6),
+        "--judge-model",
+        "m",
+        "--judge-base-url",
+        server.url,
+    )
     call(*arguments, judge="openai")
     call(*arguments, judge="openai")
     assert server.judged == 6
     settings = alpaca_eval._settings_of
-    monkeypatch.setattr(alpaca_eval, "_settings_of", lambda config: settings(config) + "one word more")
+    monkeypatch.setattr(
+        alpaca_eval, "_settings_of", lambda config: settings(config) + "one word more"
+    )
     call(*arguments, judge="openai")
     assert server.judged == 12
     server.logprobs = "refused"  # read otherwise
@@ -515,12 +805,20 @@ def test_a_changed_prompt_takes_no_old_judgment(call, serve, monkeypatch):
 def test_instructions_that_the_judge_was_trained_on_are_counted(call, tmp_path, capfd):
     from sppo.preferences.embedded_data import instruction_hash
 
-    (tmp_path / "adapter" / "training_instructions.txt").write_text("\n".join(instruction_hash(f"Write about {n}.") for n in (3, 5, 99)))
-    assert call(outputs("policy"), outputs("base"), probability=soft)["judge_details"]["instructions_seen_in_training"] == 2
+    (tmp_path / "adapter" / "training_instructions.txt").write_text(
+        "\n".join(instruction_hash(f"Write about {n}.") for n in (3, 5, 99))
+    )
+    assert (
+        call(outputs("policy"), outputs("base"), probability=soft)["judge_details"][
+            "instructions_seen_in_training"
+        ]
+        == 2
+    )
     assert "trained on 2 of these 30" in capfd.readouterr().err
 
 
 # --- Against what was published ---
+
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the published annotations are not on this machine")
 def test_published_preferences_give_the_published_row(call, tmp_path):
@@ -528,43 +826,108 @@ def test_published_preferences_give_the_published_row(call, tmp_path):
     import pandas as pd
 
     model = "claude-2"
-    rows = pd.read_parquet(SHARED / "alpaca_eval_2_gpt4_turbo_annotations.parquet").query("model == @model").sort_values("row")
+    rows = (
+        pd.read_parquet(SHARED / "alpaca_eval_2_gpt4_turbo_annotations.parquet")
+        .query("model == @model")
+        .sort_values("row")
+    )
     given = dict(zip(rows["instruction"], rows["preference"] - 1))
     base = read_json(SHARED / "alpaca_eval_reference_outputs_gpt4_1106_preview.json")
     assert [row["instruction"] for row in base] == list(rows["instruction"])
-    ours = [{"instruction": one, "output": two, "generator": model} for one, two in zip(rows["instruction"], rows["output_2"])]
-    result = call(ours, base, "--difficulty", SHARED / "alpaca_eval_df_gamed_reconstructed.csv",
-                  probability=lambda prompt, first, second: given[prompt])
-    board = Path(alpaca_eval.__file__).parent / "leaderboards" / "data_AlpacaEval_2" / "weighted_alpaca_eval_gpt4_turbo_leaderboard.csv"
+    ours = [
+        {"instruction": one, "output": two, "generator": model}
+        for one, two in zip(rows["instruction"], rows["output_2"])
+    ]
+    result = call(
+        ours,
+        base,
+        "--difficulty",
+        SHARED / "alpaca_eval_df_gamed_reconstructed.csv",
+        probability=lambda prompt, first, second: given[prompt],
+    )
+    board = (
+        Path(alpaca_eval.__file__).parent
+        / "leaderboards"
+        / "data_AlpacaEval_2"
+        / "weighted_alpaca_eval_gpt4_turbo_leaderboard.csv"
+    )
     published = pd.read_csv(board, index_col=0).loc[model]
-    for key in ("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "avg_length"):
+    for key in (
+        "win_rate",
+        "standard_error",
+        "n_wins",
+        "n_wins_base",
+        "n_draws",
+        "n_total",
+        "avg_length",
+    ):
         assert result[key] == pytest.approx(published[key], abs=1e-9), key
     # The file of difficulties is our reconstruction, and the result says that it is not the official one.
-    assert result["length_controlled_winrate"] == pytest.approx(published["length_controlled_winrate"], abs=0.5)
-    assert result["length_controlled_model"] == "length_controlled_v1" and result["difficulty"]["official"] is False
+    assert result["length_controlled_winrate"] == pytest.approx(
+        published["length_controlled_winrate"], abs=0.5
+    )
+    assert (
+        result["length_controlled_model"] == "length_controlled_v1"
+        and result["difficulty"]["official"] is False
+    )
 
 
 # --- The summary ---
+
 
 @pytest.fixture
 def run_folder(tmp_path):
     for number in range(3):
         for name, rate in (("alpaca_eval.json", 50 + 3 * number), ("ranker.json", 50 + 5 * number)):
-            write_json(tmp_path / f"iter{number}" / name, {
-                "win_rate": rate, "win_rate_interval": [rate - 4, rate + 4], "length_controlled_winrate": rate - 1.0,
-                "length_controlled_winrate_interval": [rate - 5, rate + 3] if number else None, "avg_length": 300 + number,
-                "reference_avg_length": 299, "n_total": 100, "judge": "judge" if name == "alpaca_eval.json" else "ranker", "judge_details": {},
-                "reference": "base"})
+            write_json(
+                tmp_path / f"iter{number}" / name,
+                {
+                    "win_rate": rate,
+                    "win_rate_interval": [rate - 4, rate + 4],
+                    "length_controlled_winrate": rate - 1.0,
+                    "length_controlled_winrate_interval": [rate - 5, rate + 3] if number else None,
+                    "avg_length": 300 + number,
+                    "reference_avg_length": 299,
+                    "n_total": 100,
+                    "judge": "judge" if name == "alpaca_eval.json" else "ranker",
+                    "judge_details": {},
+                    "reference": "base",
+                },
+            )
         for stage in ("a", "b"):
-            write_json(tmp_path / f"iter{number}" / f"{stage}.record.json", {"seconds": 30.0 * (number + 1)})
+            write_json(
+                tmp_path / f"iter{number}" / f"{stage}.record.json",
+                {"seconds": 30.0 * (number + 1)},
+            )
     return tmp_path
 
 
 def summarize(folder, monkeypatch, *more):
-    lists = {"--alpaca-eval": "iter*/alpaca_eval.json", "--ranker": "iter*/ranker.json", "--records": "iter*/?.record.json"}
-    arguments = [word for flag, pattern in lists.items() for word in (flag, *map(str, sorted(folder.glob(pattern))))]
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "src" / "reporting/summarize_run.py"), *arguments, "--output", str(folder / "summary.md"),
-                                      "--plot", str(folder / "figures" / "win_rate.png"), "--length-plot", str(folder / "figures" / "length.png"), *more])
+    lists = {
+        "--alpaca-eval": "iter*/alpaca_eval.json",
+        "--ranker": "iter*/ranker.json",
+        "--records": "iter*/?.record.json",
+    }
+    arguments = [
+        word
+        for flag, pattern in lists.items()
+        for word in (flag, *map(str, sorted(folder.glob(pattern))))
+    ]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            str(ROOT / "src" / "reporting/summarize_run.py"),
+            *arguments,
+            "--output",
+            str(folder / "summary.md"),
+            "--plot",
+            str(folder / "figures" / "win_rate.png"),
+            "--length-plot",
+            str(folder / "figures" / "length.png"),
+            *more,
+        ],
+    )
     summarize_run.main()
 
 
@@ -572,7 +935,11 @@ def test_summary_tells_every_iteration(run_folder, monkeypatch, capsys):
     summarize(run_folder, monkeypatch)
     text = (run_folder / "summary.md").read_text()
     assert capsys.readouterr().out == text and "on 100 instructions, by the embedded judge" in text
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     assert cells[2] == ["0", "50.0 [46.0, 54.0]", "49.0", "50.0", "300", "1.0"]
     assert cells[4] == ["2", "56.0 [52.0, 60.0]", "55.0 [51.0, 59.0]", "60.0", "302", "3.0"]
     assert (run_folder / "figures" / "win_rate.png").read_bytes().startswith(b"\x89PNG")

@@ -11,8 +11,8 @@ import torch
 import annotate_implicitly
 from sppo.core.artifacts import read_json, record_path
 from sppo.core.errors import UserError
-from sppo.policies.models import load_policy
 from sppo.core.tables import read_table, write_table
+from sppo.policies.models import load_policy
 
 
 @pytest.fixture
@@ -33,34 +33,89 @@ def annotate(tmp_path, policies, program):
     before, policy = policies
 
     def call(responses: list[dict], *more: object):
-        write_table(tmp_path / "prompts.parquet", [{"prompt_id": name, "category": "", "messages": [{"role": "user", "content": name}],
-                                                    "prompt_token_ids": [5, 6], "source": "s"} for name in "ab"], "prompts")
+        write_table(
+            tmp_path / "prompts.parquet",
+            [
+                {
+                    "prompt_id": name,
+                    "category": "",
+                    "messages": [{"role": "user", "content": name}],
+                    "prompt_token_ids": [5, 6],
+                    "source": "s",
+                }
+                for name in "ab"
+            ],
+            "prompts",
+        )
         write_table(tmp_path / "responses.parquet", responses, "responses")
-        program(annotate_implicitly, "--prompts", tmp_path / "prompts.parquet", "--responses", tmp_path / "responses.parquet", "--policy", policy,
-                "--before", before, "--output", tmp_path / "out.parquet", "--beta", "0.1", "--device", "cpu", *more)
+        program(
+            annotate_implicitly,
+            "--prompts",
+            tmp_path / "prompts.parquet",
+            "--responses",
+            tmp_path / "responses.parquet",
+            "--policy",
+            policy,
+            "--before",
+            before,
+            "--output",
+            tmp_path / "out.parquet",
+            "--beta",
+            "0.1",
+            "--device",
+            "cpu",
+            *more,
+        )
         return read_table(tmp_path / "out.parquet", "preferences")
+
     return call
 
 
 def response(prompt_id: str, sample: int, *tokens: int) -> dict:
-    return {"prompt_id": prompt_id, "sample_id": sample, "seed": 0, "prompt_token_ids": [5, 6], "token_ids": list(tokens), "text": "t", "finish_reason": "stop"}
+    return {
+        "prompt_id": prompt_id,
+        "sample_id": sample,
+        "seed": 0,
+        "prompt_token_ids": [5, 6],
+        "token_ids": list(tokens),
+        "text": "t",
+        "finish_reason": "stop",
+    }
 
 
-RESPONSES = [response("a", 0, 7, 8, 2), response("a", 1, 9, 2), response("b", 0, 7, 2), response("b", 1, 30, 31, 32, 33, 2), response("b", 2, 2)]
+RESPONSES = [
+    response("a", 0, 7, 8, 2),
+    response("a", 1, 9, 2),
+    response("b", 0, 7, 2),
+    response("b", 1, 30, 31, 32, 33, 2),
+    response("b", 2, 2),
+]
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2e-5), ("bfloat16", 1e-2)])
 def test_logits_are_differences_of_rewards(precision, tolerance, annotate, policies, tmp_path):
     def logp(folder, tokens: list[int]) -> float:
         with torch.inference_mode():
-            logits = load_policy(folder, torch.float64, "cpu")(torch.tensor([[5, 6, *tokens]])).logits[0]
-        return sum(torch.log_softmax(logits[1 + place], 0)[token].item() for place, token in enumerate(tokens))
+            logits = load_policy(folder, torch.float64, "cpu")(
+                torch.tensor([[5, 6, *tokens]])
+            ).logits[0]
+        return sum(
+            torch.log_softmax(logits[1 + place], 0)[token].item()
+            for place, token in enumerate(tokens)
+        )
 
     before, policy = policies
     rows = annotate(RESPONSES, "--micro-batch-size", "1", "--precision", precision)
-    assert [(row["prompt_id"], row["sample_ids"]) for row in rows] == [("a", [0, 1]), ("b", [0, 1, 2])]
+    assert [(row["prompt_id"], row["sample_ids"]) for row in rows] == [
+        ("a", [0, 1]),
+        ("b", [0, 1, 2]),
+    ]
     for row in rows:
-        r = [0.1 * (logp(policy, one["token_ids"]) - logp(before, one["token_ids"])) for one in RESPONSES if one["prompt_id"] == row["prompt_id"]]
+        r = [
+            0.1 * (logp(policy, one["token_ids"]) - logp(before, one["token_ids"]))
+            for one in RESPONSES
+            if one["prompt_id"] == row["prompt_id"]
+        ]
         np.testing.assert_allclose(row["logits"], np.subtract.outer(r, r), atol=tolerance)
         assert np.abs(row["logits"]).max() > 2 * tolerance
     assert read_json(record_path(tmp_path / "out.parquet"))["prompts"] == 2

@@ -7,14 +7,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sppo.evaluation import alpaca_eval, mt_bench
 from sppo.core import openai_api
 from sppo.core.errors import UserError
+from sppo.evaluation import alpaca_eval, mt_bench
 
 
 @pytest.fixture
 def openai(monkeypatch):
     """A server in OpenAI's place: `status` is what it answers, `asked` what it was asked with which key."""
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.asked.append((self.path, self.headers["Authorization"]))
@@ -36,15 +37,23 @@ def openai(monkeypatch):
     server.server_close()
 
 
-@pytest.mark.parametrize(("judge", "model"), [
-    (("weighted_alpaca_eval_gpt4_turbo", None, None), "gpt-4-1106-preview"), (("gpt-4", None, None), "gpt-4"), (("openai", "o9", "{OPENAI}"), "o9")])
+@pytest.mark.parametrize(
+    ("judge", "model"),
+    [
+        (("weighted_alpaca_eval_gpt4_turbo", None, None), "gpt-4-1106-preview"),
+        (("gpt-4", None, None), "gpt-4"),
+        (("openai", "o9", "{OPENAI}"), "o9"),
+    ],
+)
 def test_a_model_of_openai_is_asked_for(openai, judge, model):
     judge = [word and word.format(OPENAI=openai_api.OPENAI) for word in judge]
     openai_api.check_served(*judge, "mt_bench")
     assert openai.asked == [(f"/v1/models/{model}", "Bearer sk-key")]
 
     openai.status = 404
-    with pytest.raises(UserError, match=f"mt_bench.judge is {judge[0]}, but OpenAI has no {model} .*name another") as caught:
+    with pytest.raises(
+        UserError, match=f"mt_bench.judge is {judge[0]}, but OpenAI has no {model} .*name another"
+    ) as caught:
         openai_api.check_served(*judge, "mt_bench")
     assert "\n" not in str(caught.value)
     openai.status = 401
@@ -61,7 +70,12 @@ def test_a_server_that_fails_or_does_not_answer_says_nothing(openai, monkeypatch
 
 
 def test_who_is_not_openai_s_is_not_asked_for(openai, monkeypatch):
-    for judge in (("judge", None, None), ("preference", None, None), ("openai", "mine", "http://localhost:8000/v1"), ("some_annotators_config", None, None)):
+    for judge in (
+        ("judge", None, None),
+        ("preference", None, None),
+        ("openai", "mine", "http://localhost:8000/v1"),
+        ("some_annotators_config", None, None),
+    ):
         openai_api.check_served(*judge, "alpaca_eval")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
     openai_api.check_served("gpt-4", None, None, "mt_bench")
@@ -70,7 +84,9 @@ def test_who_is_not_openai_s_is_not_asked_for(openai, monkeypatch):
 
 def test_openai_s_own_address_needs_a_key(openai, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(UserError, match="export OPENAI_API_KEY, or choose another alpaca_eval.judge"):
+    with pytest.raises(
+        UserError, match="export OPENAI_API_KEY, or choose another alpaca_eval.judge"
+    ):
         openai_api.check_served("openai", "o9", openai_api.OPENAI, "alpaca_eval")
 
 

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from sppo.workflow.cluster import Asked, check_cluster
 from sppo.core.errors import UserError
 from sppo.policies.models import pick_device
+from sppo.workflow.cluster import Asked, check_cluster
 
 FITS = Asked("train_policy", "gpu", "physics", 1440)
 
@@ -16,10 +16,16 @@ FITS = Asked("train_policy", "gpu", "physics", 1440)
 @pytest.fixture
 def answers(tmp_path, monkeypatch):
     """Commands of Slurm that print what they are told to."""
+
     def put(sinfo: str, sacct: str = "", sacctmgr: str = "echo physics; echo Chemistry") -> None:
-        for name, script in (("sinfo", f"printf '{sinfo}'"), ("sacct", sacct), ("sacctmgr", sacctmgr)):
+        for name, script in (
+            ("sinfo", f"printf '{sinfo}'"),
+            ("sacct", sacct),
+            ("sacctmgr", sacctmgr),
+        ):
             (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
             (tmp_path / name).chmod(0o755)
+
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     return put
 
@@ -28,19 +34,35 @@ TWO = "gpu*|1-00:00:00\\nshort|30:00\\nlong|infinite\\n"
 DISABLED = "echo Slurm accounting storage is disabled >&2; exit 1"
 
 
-@pytest.mark.parametrize(("job", "status_command"), [
-    (FITS, "sacct"), (Asked("train_policy", "", "", 1440), "sacct"), (Asked("train_policy", "long", "CHEMISTRY", 10**6), "squeue"),
-    (Asked("train_policy", "gpu,long", "physics", None), "sacct")])
+@pytest.mark.parametrize(
+    ("job", "status_command"),
+    [
+        (FITS, "sacct"),
+        (Asked("train_policy", "", "", 1440), "sacct"),
+        (Asked("train_policy", "long", "CHEMISTRY", 10**6), "squeue"),
+        (Asked("train_policy", "gpu,long", "physics", None), "sacct"),
+    ],
+)
 def test_what_fits_passes(answers, job, status_command):
     answers(TWO)
     check_cluster([job], status_command)
 
 
-@pytest.mark.parametrize(("job", "said"), [
-    (Asked("train_policy", "gpus", "physics", 1), "slurm_partition is gpus, but this cluster has gpu, long, short; edit profiles/slurm/config.yaml"),
-    (Asked("train_policy", "gpu,gpus", "physics", 1), "slurm_partition is gpus"),
-    (Asked("train_policy", "gpu", "biology", 1), "may use chemistry, physics"),
-    (Asked("train_policy", "short", "physics", 31), "more than the 30 minutes that partition short gives, train_policy for 31")])
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        (
+            Asked("train_policy", "gpus", "physics", 1),
+            "slurm_partition is gpus, but this cluster has gpu, long, short; edit profiles/slurm/config.yaml",
+        ),
+        (Asked("train_policy", "gpu,gpus", "physics", 1), "slurm_partition is gpus"),
+        (Asked("train_policy", "gpu", "biology", 1), "may use chemistry, physics"),
+        (
+            Asked("train_policy", "short", "physics", 31),
+            "more than the 30 minutes that partition short gives, train_policy for 31",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_named_with_what_would(answers, job, said):
     answers(TWO)
     with pytest.raises(UserError, match=said):
@@ -51,20 +73,31 @@ def test_a_limit_on_gpus_below_what_one_job_asks_for(answers):
     answers(TWO)
     training = Asked("train_policy", "gpu", "physics", 1, gpus=8)
     check_cluster([training], "sacct", most_gpus=8)
-    with pytest.raises(UserError, match="train_policy asks for 8 GPUs, but no more than 1 may be in use at a time; give --workflow-profile"):
+    with pytest.raises(
+        UserError,
+        match="train_policy asks for 8 GPUs, but no more than 1 may be in use at a time; give --workflow-profile",
+    ):
         check_cluster([training], "sacct", most_gpus=1)
 
 
 def test_fewer_gpus_than_the_configuration_uses(answers):
     answers(TWO)
     check_cluster([Asked("train_policy", "gpu", "physics", 1, gpus=8, gpus_needed=8)], "sacct")
-    with pytest.raises(UserError, match="generate_responses needs 2 GPUs .*tensor_parallel.* profiles/slurm/config.yaml gives it 1; edit gpu there"):
-        check_cluster([Asked("generate_responses", "gpu", "physics", 1, gpus=1, gpus_needed=2)], "sacct")
+    with pytest.raises(
+        UserError,
+        match="generate_responses needs 2 GPUs .*tensor_parallel.* profiles/slurm/config.yaml gives it 1; edit gpu there",
+    ):
+        check_cluster(
+            [Asked("generate_responses", "gpu", "physics", 1, gpus=1, gpus_needed=2)], "sacct"
+        )
 
 
 def test_no_partition_where_there_is_no_default_one(answers):
     answers("gpu|1-00:00:00\\nshort|30:00\\n")
-    with pytest.raises(UserError, match="no slurm_partition is given, and this cluster has no default one but gpu, short"):
+    with pytest.raises(
+        UserError,
+        match="no slurm_partition is given, and this cluster has no default one but gpu, short",
+    ):
         check_cluster([Asked("train_policy", "", "", 1)], "sacct")
 
 
@@ -73,13 +106,17 @@ def test_a_cluster_without_accounting_wants_squeue_and_no_account(answers):
     check_cluster([Asked("train_policy", "gpu", "", 1)], "squeue")
     with pytest.raises(UserError, match="take the # from slurm-status-command: squeue"):
         check_cluster([Asked("train_policy", "gpu", "", 1)], "sacct")
-    with pytest.raises(UserError, match="slurm_account is physics, but this cluster keeps no accounts"):
+    with pytest.raises(
+        UserError, match="slurm_account is physics, but this cluster keeps no accounts"
+    ):
         check_cluster([FITS], "squeue")
 
 
 def test_no_slurm_and_a_silent_one(answers, tmp_path, monkeypatch):
     answers("", sacct="true")
-    (tmp_path / "sinfo").write_text("#!/bin/sh\necho slurm_load_partitions: Unable to contact slurm controller >&2\nexit 1\n")
+    (tmp_path / "sinfo").write_text(
+        "#!/bin/sh\necho slurm_load_partitions: Unable to contact slurm controller >&2\nexit 1\n"
+    )
     with pytest.raises(UserError, match=r"Slurm does not answer \(slurm_load_partitions: Unable"):
         check_cluster([FITS], "sacct")
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
@@ -95,11 +132,15 @@ def test_a_gpu_that_slurm_gave_is_used_or_missed(sees, monkeypatch):
     if sees:
         assert pick_device("auto") == "cuda"
     else:
-        with pytest.raises(UserError, match=r"Slurm gave this job a GPU \(number 3\), but PyTorch sees none"):
+        with pytest.raises(
+            UserError, match=r"Slurm gave this job a GPU \(number 3\), but PyTorch sees none"
+        ):
             pick_device("auto")
 
 
-@pytest.mark.parametrize(("limit", "minutes"), [("30:00", 30), ("1:00:00", 60), ("2-12:30:00", 3630)])
+@pytest.mark.parametrize(
+    ("limit", "minutes"), [("30:00", 30), ("1:00:00", 60), ("2-12:30:00", 3630)]
+)
 def test_time_limits_are_read_as_slurm_prints_them(answers, limit, minutes):
     answers(f"gpu*|{limit}\\n")
     check_cluster([Asked("train_policy", "gpu", "physics", minutes)], "sacct")

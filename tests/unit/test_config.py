@@ -57,14 +57,29 @@ def refusal(written: dict) -> str:
 
 def test_defaults_alone_are_a_valid_configuration_and_resolve_to_themselves():
     main = resolve({})[""]
-    assert resolve({key: value for key, value in main.items() if key != "first_iteration_from"})[""] == main
-    assert main["train"] | {"beta": 1e-3, "loss": "sppo", "optimizer": "rmsprop", "learning_rate": 5e-7, "batch_size": 64} == main["train"]
+    assert (
+        resolve({key: value for key, value in main.items() if key != "first_iteration_from"})[""]
+        == main
+    )
+    assert (
+        main["train"]
+        | {
+            "beta": 1e-3,
+            "loss": "sppo",
+            "optimizer": "rmsprop",
+            "learning_rate": 5e-7,
+            "batch_size": 64,
+        }
+        == main["train"]
+    )
 
 
 @pytest.mark.parametrize(("name", "rule"), list(leaves()))
 def test_key_is_described_typed_and_has_a_valid_default(name, rule):
     assert rule["description"].strip() and rule["type"], name
-    assert ("default" in rule) != ("x-settings" in rule), f"{name} needs a default or x-settings, and only one"
+    assert ("default" in rule) != ("x-settings" in rule), (
+        f"{name} needs a default or x-settings, and only one"
+    )
     if "x-settings" in rule:
         assert set(rule["x-settings"]) == {"paper", "repo"}
     for settings in ("paper", "repo"):
@@ -79,8 +94,13 @@ def test_shipped_file_resolves_and_only_the_default_is_unnamed(file):
 
 def test_numbers_and_booleans_spelled_as_text_are_read():
     """As `snakemake --config section={key: 1}` hands them over, and as YAML reads 1e-6."""
-    run = resolve({"train": {"learning_rate": "1e-6", "gradient_checkpointing": "true"}, "responses": {"shards": "2"},
-                   "alpaca_eval": {"limit": "null"}})[""]
+    run = resolve(
+        {
+            "train": {"learning_rate": "1e-6", "gradient_checkpointing": "true"},
+            "responses": {"shards": "2"},
+            "alpaca_eval": {"limit": "null"},
+        }
+    )[""]
     assert run["train"]["learning_rate"] == 1e-6 and run["train"]["gradient_checkpointing"] is True
     assert run["responses"]["shards"] == 2 and run["alpaca_eval"]["limit"] is None
 
@@ -88,8 +108,13 @@ def test_numbers_and_booleans_spelled_as_text_are_read():
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_shipped_file_reads_every_number_as_a_number(file):
     """YAML reads 1e-6 as text; the schema would refuse it where a number is wanted, not where a text is."""
-    texts = [value for section in yaml.safe_load(file.read_text(encoding="utf-8")).values() if isinstance(section, dict)
-             for value in section.values() if isinstance(value, str)]
+    texts = [
+        value
+        for section in yaml.safe_load(file.read_text(encoding="utf-8")).values()
+        if isinstance(section, dict)
+        for value in section.values()
+        if isinstance(value, str)
+    ]
     for text in texts:
         with pytest.raises(ValueError):
             float(text)
@@ -97,43 +122,85 @@ def test_shipped_file_reads_every_number_as_a_number(file):
 
 def test_settings_switch_between_paper_and_official_code():
     paper, repo = resolve({"settings": "paper"})[""], resolve({"settings": "repo"})[""]
-    assert (paper["responses"]["temperature"], paper["responses"]["top_p"], paper["preference"]["probability"],
-            paper["preference"]["source"], paper["train"]["schedule_total_epochs"],
-            paper["train"]["max_grad_norm"]) == (1.0, 1.0, "pairwise", "instruction", 18, 1.0)
-    assert (repo["responses"]["temperature"], repo["responses"]["top_p"], repo["preference"]["probability"],
-            repo["preference"]["source"], repo["train"]["schedule_total_epochs"],
-            repo["train"]["max_grad_norm"]) == (0.7, 0.9, "blender", "chat_template", 1, 0)
+    assert (
+        paper["responses"]["temperature"],
+        paper["responses"]["top_p"],
+        paper["preference"]["probability"],
+        paper["preference"]["source"],
+        paper["train"]["schedule_total_epochs"],
+        paper["train"]["max_grad_norm"],
+    ) == (1.0, 1.0, "pairwise", "instruction", 18, 1.0)
+    assert (
+        repo["responses"]["temperature"],
+        repo["responses"]["top_p"],
+        repo["preference"]["probability"],
+        repo["preference"]["source"],
+        repo["train"]["schedule_total_epochs"],
+        repo["train"]["max_grad_norm"],
+    ) == (0.7, 0.9, "blender", "chat_template", 1, 0)
 
 
 def test_one_key_set_by_hand_wins_over_settings_and_moves_no_other():
-    base, one = resolve({"settings": "repo"})[""], resolve({"settings": "repo", "responses": {"top_p": 0.5}})[""]
+    base, one = (
+        resolve({"settings": "repo"})[""],
+        resolve({"settings": "repo", "responses": {"top_p": 0.5}})[""],
+    )
     assert one["responses"].pop("top_p") == 0.5 and base["responses"].pop("top_p") == 0.9
     assert one == base
 
 
-@pytest.mark.parametrize(("train", "cut"), [
-    ({"batch_size": 64, "micro_batch_size": 8, "processes": 1}, (8, 8)), ({"batch_size": 64, "micro_batch_size": 8, "processes": 8}, (8, 1)),
-    ({"batch_size": 64, "micro_batch_size": 4, "processes": 8}, (4, 2)), ({"batch_size": 64, "micro_batch_size": 32, "processes": 16}, (4, 1)),
-    ({"batch_size": 8, "micro_batch_size": 64, "processes": 1}, (8, 1))])
+@pytest.mark.parametrize(
+    ("train", "cut"),
+    [
+        ({"batch_size": 64, "micro_batch_size": 8, "processes": 1}, (8, 8)),
+        ({"batch_size": 64, "micro_batch_size": 8, "processes": 8}, (8, 1)),
+        ({"batch_size": 64, "micro_batch_size": 4, "processes": 8}, (4, 2)),
+        ({"batch_size": 64, "micro_batch_size": 32, "processes": 16}, (4, 1)),
+        ({"batch_size": 8, "micro_batch_size": 64, "processes": 1}, (8, 1)),
+    ],
+)
 def test_processes_micro_batches_and_accumulation_make_the_batch(train, cut):
     assert micro_batches(train) == cut
     assert train["processes"] * cut[0] * cut[1] == train["batch_size"] and resolve({"train": train})
 
 
 def test_run_takes_its_override_then_the_main_run_then_its_own_settings():
-    runs = resolve({"train": {"beta": 0.5}, "responses": {"samples": 3}, "runs": {"k2": {"responses": {"samples": 2}, "settings": "repo"}}})
+    runs = resolve(
+        {
+            "train": {"beta": 0.5},
+            "responses": {"samples": 3},
+            "runs": {"k2": {"responses": {"samples": 2}, "settings": "repo"}},
+        }
+    )
     assert runs["k2"]["responses"]["samples"] == 2 and runs[""]["responses"]["samples"] == 3
     assert runs["k2"]["train"]["beta"] == 0.5
-    assert (runs[""]["responses"]["temperature"], runs["k2"]["responses"]["temperature"]) == (1.0, 0.7)
+    assert (runs[""]["responses"]["temperature"], runs["k2"]["responses"]["temperature"]) == (
+        1.0,
+        0.7,
+    )
 
 
 def test_null_undoes_what_a_file_below_set():
     """An overlay hands a key back to its settings; of some keys null is a value, and stays one."""
     for settings, epochs in (("paper", 18), ("repo", 1)):
-        run = resolve({"settings": settings, "iterations": None, "train": {"schedule_total_epochs": None, "learning_rate": "null", "reference_every": None},
-                       "prompts": {"per_iteration": None}})[""]
+        run = resolve(
+            {
+                "settings": settings,
+                "iterations": None,
+                "train": {
+                    "schedule_total_epochs": None,
+                    "learning_rate": "null",
+                    "reference_every": None,
+                },
+                "prompts": {"per_iteration": None},
+            }
+        )[""]
         assert run == resolve({"settings": settings, "train": {"reference_every": None}})[""]
-        assert (run["train"]["schedule_total_epochs"], run["train"]["learning_rate"], run["iterations"]) == (epochs, 5e-7, 3)
+        assert (
+            run["train"]["schedule_total_epochs"],
+            run["train"]["learning_rate"],
+            run["iterations"],
+        ) == (epochs, 5e-7, 3)
         assert run["train"]["reference_every"] is None and run["prompts"]["per_iteration"] is None
 
 
@@ -141,133 +208,359 @@ def test_null_in_a_run_undoes_what_main_sets_and_a_run_that_is_null_is_not_there
     written = {"spin": None, "dpo": {}, "own": {"train": {"beta": None}}}
     runs = resolve({"train": {"beta": 0.5, "batch_size": 32}, "runs": written})
     assert list(runs) == ["", "dpo", "own"]
-    assert [(run["train"]["beta"], run["train"]["batch_size"]) for run in runs.values()] == [(0.5, 32), (0.5, 32), (0.001, 32)]
+    assert [(run["train"]["beta"], run["train"]["batch_size"]) for run in runs.values()] == [
+        (0.5, 32),
+        (0.5, 32),
+        (0.001, 32),
+    ]
 
 
 def test_run_may_share_the_first_iteration_and_train_otherwise():
-    runs = resolve({"runs": {"hard": {"first_iteration_from": "main", "train": {"loss": "sppo_hard"}, "seeds": {"train": 5}}}})
-    assert runs["hard"]["first_iteration_from"] == "main" and runs[""]["first_iteration_from"] is None
+    runs = resolve(
+        {
+            "runs": {
+                "hard": {
+                    "first_iteration_from": "main",
+                    "train": {"loss": "sppo_hard"},
+                    "seeds": {"train": 5},
+                }
+            }
+        }
+    )
+    assert (
+        runs["hard"]["first_iteration_from"] == "main" and runs[""]["first_iteration_from"] is None
+    )
 
 
 BAD = {
     "unknown key": ({"iteratoins": 3}, ["unknown key iteratoins", "did you mean iterations?"]),
-    "unknown nested key": ({"train": {"betta": 1}}, ["unknown key train.betta", "did you mean beta?"]),
-    "unknown key in a run": ({"runs": {"dpo": {"train": {"betta": 1}}}}, ["unknown key runs.dpo.train.betta"]),
-    "unknown top-level key in a run": ({"runs": {"dpo": {"trian": {}}}}, ["unknown key runs.dpo.trian"]),
+    "unknown nested key": (
+        {"train": {"betta": 1}},
+        ["unknown key train.betta", "did you mean beta?"],
+    ),
+    "unknown key in a run": (
+        {"runs": {"dpo": {"train": {"betta": 1}}}},
+        ["unknown key runs.dpo.train.betta"],
+    ),
+    "unknown top-level key in a run": (
+        {"runs": {"dpo": {"trian": {}}}},
+        ["unknown key runs.dpo.trian"],
+    ),
     "wrong type": ({"iterations": "three"}, ["iterations is 'three'", "integer"]),
     "boolean as text": ({"keep_policies": "yes"}, ["keep_policies is 'yes'", "boolean"]),
     "K = 1": ({"responses": {"samples": 1}}, ["responses.samples", "K = 1"]),
-    "K = 1 in a run": ({"runs": {"k1": {"responses": {"samples": 1}}}}, ["runs.k1.responses.samples", "K = 1"]),
+    "K = 1 in a run": (
+        {"runs": {"k1": {"responses": {"samples": 1}}}},
+        ["runs.k1.responses.samples", "K = 1"],
+    ),
     "beta = 0": ({"train": {"beta": 0}}, ["train.beta is 0", "greater than 0"]),
-    "text where a number belongs": ({"train": {"learning_rate": "small"}}, ["train.learning_rate is 'small'", "number"]),
+    "text where a number belongs": (
+        {"train": {"learning_rate": "small"}},
+        ["train.learning_rate is 'small'", "number"],
+    ),
     "not a choice": ({"train": {"loss": "dop"}}, ["train.loss is 'dop'", "sppo_hard"]),
     "too large": ({"responses": {"top_p": 1.5}}, ["responses.top_p is 1.5", "at most 1"]),
     "section is null": ({"train": None}, ["train is None", "object"]),
     "runs is null": ({"runs": None}, ["runs is None", "object"]),
-    "a run's section is null": ({"runs": {"dpo": {"train": None}}}, ["runs.dpo.train is None", "object"]),
-    "unknown key that is null": ({"train": {"betta": None}}, ["unknown key train.betta", "did you mean beta?"]),
-    "a hub repository without the iteration": ({"push_to_hub": "me/policy"}, ["push_to_hub", "me/policy"]),
+    "a run's section is null": (
+        {"runs": {"dpo": {"train": None}}},
+        ["runs.dpo.train is None", "object"],
+    ),
+    "unknown key that is null": (
+        {"train": {"betta": None}},
+        ["unknown key train.betta", "did you mean beta?"],
+    ),
+    "a hub repository without the iteration": (
+        {"push_to_hub": "me/policy"},
+        ["push_to_hub", "me/policy"],
+    ),
     "a run on the hub": ({"runs": {"a": {"push_to_hub": "me/a-{t}"}}}, ["runs.a", "push_to_hub"]),
     "reserved run name": ({"runs": {"tables": {}}}, ["runs.tables", "reserved"]),
     "run called like an iteration": ({"runs": {"iter1": {}}}, ["runs.iter1", "reserved"]),
     "run name with a slash": ({"runs": {"a/b": {}}}, ["a/b"]),
     "name outside results": ({"name": "../x"}, ["name"]),
-    "run overrides what all share": ({"runs": {"big": {"policy": {"model": "x/y"}}}}, ["runs.big", "policy"]),
+    "run overrides what all share": (
+        {"runs": {"big": {"policy": {"model": "x/y"}}}},
+        ["runs.big", "policy"],
+    ),
     "runs inside a run": ({"runs": {"a": {"runs": {}}}}, ["runs.a", "runs"]),
-    "first iteration from another run": ({"runs": {"a": {"first_iteration_from": "b"}}}, ["runs.a.first_iteration_from", "'b'"]),
-    "shared first iteration, other K": ({"runs": {"a": {"first_iteration_from": "main", "responses": {"samples": 2}}}},
-                                        ["runs.a", "responses.samples"]),
-    "shared first iteration, other data seed": ({"runs": {"a": {"first_iteration_from": "main", "seeds": {"data": 1}}}},
-                                                ["runs.a", "seeds.data"]),
-    "stops after the schedule": ({"train": {"schedule_total_epochs": 1, "stop_epoch": 2}},
-                                 ["train.stop_epoch", "train.schedule_total_epochs"]),
+    "first iteration from another run": (
+        {"runs": {"a": {"first_iteration_from": "b"}}},
+        ["runs.a.first_iteration_from", "'b'"],
+    ),
+    "shared first iteration, other K": (
+        {"runs": {"a": {"first_iteration_from": "main", "responses": {"samples": 2}}}},
+        ["runs.a", "responses.samples"],
+    ),
+    "shared first iteration, other data seed": (
+        {"runs": {"a": {"first_iteration_from": "main", "seeds": {"data": 1}}}},
+        ["runs.a", "seeds.data"],
+    ),
+    "stops after the schedule": (
+        {"train": {"schedule_total_epochs": 1, "stop_epoch": 2}},
+        ["train.stop_epoch", "train.schedule_total_epochs"],
+    ),
     "TRL has no soft loss": ({"train": {"backend": "trl"}}, ["TRL", "train.loss"]),
-    "TRL scales no loss": ({"train": {"backend": "trl", "loss": "sppo_hard", "loss_scale": "beta_squared"}}, ["TRL", "train.loss_scale"]),
+    "TRL scales no loss": (
+        {"train": {"backend": "trl", "loss": "sppo_hard", "loss_scale": "beta_squared"}},
+        ["TRL", "train.loss_scale"],
+    ),
     "greedy responses": ({"responses": {"temperature": 0}}, ["responses.temperature", "above 0"]),
-    "too few instructions": ({"alpaca_eval": {"limit": 3}}, ["alpaca_eval.limit is 3", "at least 5"]),
-    "experiment called like a run": ({"name": "k2", "runs": {"k2": {}}}, ["name is k2", "results/k2/"]),
-    "policies kept by one run alone": ({"runs": {"a": {"keep_policies": False}}}, ["runs.a", "keep_policies"]),
+    "too few instructions": (
+        {"alpaca_eval": {"limit": 3}},
+        ["alpaca_eval.limit is 3", "at least 5"],
+    ),
+    "experiment called like a run": (
+        {"name": "k2", "runs": {"k2": {}}},
+        ["name is k2", "results/k2/"],
+    ),
+    "policies kept by one run alone": (
+        {"runs": {"a": {"keep_policies": False}}},
+        ["runs.a", "keep_policies"],
+    ),
     "shared first iteration, other held-out instructions": (
-        {"runs": {"a": {"first_iteration_from": "main", "alpaca_eval": {"instructions": "x.json"}}}}, ["runs.a", "alpaca_eval.instructions"]),
-    "shared first iteration, other split": ({"runs": {"a": {"first_iteration_from": "main", "iterations": 5}}}, ["runs.a", "iterations"]),
-    "TRL has another IPO": ({"train": {"backend": "trl", "loss": "ipo"}}, ["TRL", "train.per_token"]),
-    "TRL refers to the previous iterate": ({"train": {"backend": "trl", "loss": "dpo", "reference_every": None}}, ["TRL", "train.reference_every"]),
-    "KTO's means over part of a step": ({"train": {"loss": "kto_pair"}}, ["kto_pair", "train.micro_batch_size"]),
-    "Nash-MD on winner and loser alone": ({"train": {"loss": "nash_md", "tau": 0.0003}}, ["nash_md", "pairs.construction: all"]),
-    "pi_t with a negative weight": ({"train": {"loss": "inpo", "beta": 0.01, "tau": 0.02}}, ["train.tau", "train.beta"]),
+        {
+            "runs": {
+                "a": {"first_iteration_from": "main", "alpaca_eval": {"instructions": "x.json"}}
+            }
+        },
+        ["runs.a", "alpaca_eval.instructions"],
+    ),
+    "shared first iteration, other split": (
+        {"runs": {"a": {"first_iteration_from": "main", "iterations": 5}}},
+        ["runs.a", "iterations"],
+    ),
+    "TRL has another IPO": (
+        {"train": {"backend": "trl", "loss": "ipo"}},
+        ["TRL", "train.per_token"],
+    ),
+    "TRL refers to the previous iterate": (
+        {"train": {"backend": "trl", "loss": "dpo", "reference_every": None}},
+        ["TRL", "train.reference_every"],
+    ),
+    "KTO's means over part of a step": (
+        {"train": {"loss": "kto_pair"}},
+        ["kto_pair", "train.micro_batch_size"],
+    ),
+    "Nash-MD on winner and loser alone": (
+        {"train": {"loss": "nash_md", "tau": 0.0003}},
+        ["nash_md", "pairs.construction: all"],
+    ),
+    "pi_t with a negative weight": (
+        {"train": {"loss": "inpo", "beta": 0.01, "tau": 0.02}},
+        ["train.tau", "train.beta"],
+    ),
     "extrapolation of nothing": ({"extrapolation": 0.3}, ["extrapolation", "belongs to a run"]),
-    "gold without a file": ({"pairs": {"construction": "gold"}, "train": {"loss": "dpo"}}, ["pairs.construction", "pairs.gold"]),
-    "a file of gold responses for the ends of K": ({"pairs": {"gold": "gold.jsonl"}}, ["pairs.construction", "pairs.gold"]),
-    "grades for a loss that learns from P-hat": ({"pairs": {"construction": "graded"}}, ["train.loss sppo", "P-hat", "pairs.construction graded"]),
-    "grades for DNO's soft labels in a run": ({"runs": {"a": {"pairs": {"construction": "graded"}, "train": {"loss": "dno"}}}},
-                                              ["runs.a", "train.loss dno", "pairs.construction graded"]),
-    "gold responses for SPPO": ({"pairs": {"construction": "gold", "gold": "x.jsonl"}}, ["train.loss sppo", "P-hat", "pairs.construction gold"]),
-    "INPO without a weight": ({"train": {"loss": "inpo", "reference_every": None}}, ["train.loss inpo", "train.tau above 0"]),
-    "INPO held near pi_t alone": ({"train": {"loss": "inpo", "beta": 0.01, "tau": 0.005}}, ["train.loss inpo", "train.reference_every: null"]),
-    "grades and goals": ({"pairs": {"construction": "graded", "goals": True}, "train": {"loss": "dpo"}}, ["pairs.goals", "pairs.construction graded"]),
-    "grades by llm-blender": ({"pairs": {"construction": "graded"}, "train": {"loss": "dpo"}, "preference": {"backend": "llm_blender"}},
-                              ["grades.judge preference", "preference.backend llm_blender"]),
-    "grades without a margin": ({"grades": {"own_margin": 0}}, ["grades.own_margin is 0", "greater than 0"]),
-    "pairs turned round for a loss of win rates": ({"pairs": {"goals": True}}, ["pairs.goals", "train.loss sppo"]),
-    "goals of gold": ({"pairs": {"goals": True, "construction": "gold", "gold": "x.jsonl"}, "train": {"loss": "dpo"}}, ["pairs.goals", "construction gold"]),
-    "own rewards against the base": ({"pairs": {"implicit": True}, "train": {"loss": "dpo", "reference_every": None}}, ["pairs.implicit", "reference_every: 1"]),
-    "own rewards without a reference": ({"pairs": {"implicit": True}, "train": {"loss": "simpo"}}, ["pairs.implicit", "simpo"]),
-    "own rewards of graded": ({"pairs": {"implicit": True, "construction": "graded"}, "train": {"loss": "dpo"}}, ["pairs.implicit", "graded"]),
-    "TRL without optimism": ({"train": {"backend": "trl", "loss": "dpo", "optimism": 0.1}}, ["TRL", "optimism"]),
-    "Nash-MD without near pairs": ({"pairs": {"construction": "all", "margin": 0.2}, "train": {"loss": "nash_md"}}, ["nash_md", "pairs.margin: 0"]),
-    "even lengths of every two": ({"pairs": {"even_lengths": True, "construction": "all"}}, ["pairs.even_lengths", "pairs.construction: extremes"]),
+    "gold without a file": (
+        {"pairs": {"construction": "gold"}, "train": {"loss": "dpo"}},
+        ["pairs.construction", "pairs.gold"],
+    ),
+    "a file of gold responses for the ends of K": (
+        {"pairs": {"gold": "gold.jsonl"}},
+        ["pairs.construction", "pairs.gold"],
+    ),
+    "grades for a loss that learns from P-hat": (
+        {"pairs": {"construction": "graded"}},
+        ["train.loss sppo", "P-hat", "pairs.construction graded"],
+    ),
+    "grades for DNO's soft labels in a run": (
+        {"runs": {"a": {"pairs": {"construction": "graded"}, "train": {"loss": "dno"}}}},
+        ["runs.a", "train.loss dno", "pairs.construction graded"],
+    ),
+    "gold responses for SPPO": (
+        {"pairs": {"construction": "gold", "gold": "x.jsonl"}},
+        ["train.loss sppo", "P-hat", "pairs.construction gold"],
+    ),
+    "INPO without a weight": (
+        {"train": {"loss": "inpo", "reference_every": None}},
+        ["train.loss inpo", "train.tau above 0"],
+    ),
+    "INPO held near pi_t alone": (
+        {"train": {"loss": "inpo", "beta": 0.01, "tau": 0.005}},
+        ["train.loss inpo", "train.reference_every: null"],
+    ),
+    "grades and goals": (
+        {"pairs": {"construction": "graded", "goals": True}, "train": {"loss": "dpo"}},
+        ["pairs.goals", "pairs.construction graded"],
+    ),
+    "grades by llm-blender": (
+        {
+            "pairs": {"construction": "graded"},
+            "train": {"loss": "dpo"},
+            "preference": {"backend": "llm_blender"},
+        },
+        ["grades.judge preference", "preference.backend llm_blender"],
+    ),
+    "grades without a margin": (
+        {"grades": {"own_margin": 0}},
+        ["grades.own_margin is 0", "greater than 0"],
+    ),
+    "pairs turned round for a loss of win rates": (
+        {"pairs": {"goals": True}},
+        ["pairs.goals", "train.loss sppo"],
+    ),
+    "goals of gold": (
+        {
+            "pairs": {"goals": True, "construction": "gold", "gold": "x.jsonl"},
+            "train": {"loss": "dpo"},
+        },
+        ["pairs.goals", "construction gold"],
+    ),
+    "own rewards against the base": (
+        {"pairs": {"implicit": True}, "train": {"loss": "dpo", "reference_every": None}},
+        ["pairs.implicit", "reference_every: 1"],
+    ),
+    "own rewards without a reference": (
+        {"pairs": {"implicit": True}, "train": {"loss": "simpo"}},
+        ["pairs.implicit", "simpo"],
+    ),
+    "own rewards of graded": (
+        {"pairs": {"implicit": True, "construction": "graded"}, "train": {"loss": "dpo"}},
+        ["pairs.implicit", "graded"],
+    ),
+    "TRL without optimism": (
+        {"train": {"backend": "trl", "loss": "dpo", "optimism": 0.1}},
+        ["TRL", "optimism"],
+    ),
+    "Nash-MD without near pairs": (
+        {"pairs": {"construction": "all", "margin": 0.2}, "train": {"loss": "nash_md"}},
+        ["nash_md", "pairs.margin: 0"],
+    ),
+    "even lengths of every two": (
+        {"pairs": {"even_lengths": True, "construction": "all"}},
+        ["pairs.even_lengths", "pairs.construction: extremes"],
+    ),
     "an empty list of rates": ({"train": {"learning_rate": []}}, ["train.learning_rate"]),
-    "a run that cannot take over main's processes": ({"train": {"processes": 2}, "runs": {"a": {"train": {"loss": "kto_pair", "micro_batch_size": 64}}}},
-                                                     ["runs.a: train.loss kto_pair", "{runs: {a: null}}"]),
-    "KTO's means over processes": ({"train": {"loss": "kto_pair", "micro_batch_size": 64, "processes": 2}}, ["kto_pair", "train.processes: 1"]),
-    "processes that do not make a batch": ({"train": {"processes": 6}}, ["train.batch_size (64)", "train.micro_batch_size (8) x train.processes (6)"]),
-    "more processes than pairs": ({"train": {"processes": 128}}, ["train.batch_size (64)", "train.processes (128)"]),
-    "accumulation that does not make a batch": ({"train": {"processes": 4, "micro_batch_size": 3}}, ["train.micro_batch_size (3) x train.processes (4)"]),
-    "processes that do not divide over machines": ({"train": {"processes": 8, "machines": 3}}, ["train.processes (8)", "train.machines (3)"]),
-    "machines without processes": ({"train": {"machines": 2}}, ["train.processes (1)", "train.machines (2)"]),
-    "one process that divides a policy": ({"train": {"parallel": "fsdp2"}}, ["train.parallel fsdp2", "train.processes is 1"]),
-    "FSDP2 on the CPU": ({"device": "cpu", "train": {"parallel": "fsdp2", "processes": 2}}, ["train.parallel fsdp2 needs GPUs"]),
-    "LoRA divided": ({"train": {"parallel": "zero3", "processes": 8, "lora_rank": 8}}, ["train.parallel zero3", "train.lora_rank"]),
-    "TRL in processes": ({"train": {"backend": "trl", "loss": "dpo", "processes": 2}}, ["TRL", "train.processes: 1"]),
-    "a model divided by transformers": ({"responses": {"tensor_parallel": 2}}, ["responses.tensor_parallel is 2", "engine: vllm"]),
-    "a run by another engine": ({"runs": {"a": {"responses": {"engine": "vllm"}}}}, ["runs.a", "responses.engine"]),
-    "a run on more GPUs": ({"responses": {"engine": "vllm"}, "runs": {"a": {"responses": {"tensor_parallel": 2}}}}, ["runs.a", "responses.tensor_parallel"]),
+    "a run that cannot take over main's processes": (
+        {
+            "train": {"processes": 2},
+            "runs": {"a": {"train": {"loss": "kto_pair", "micro_batch_size": 64}}},
+        },
+        ["runs.a: train.loss kto_pair", "{runs: {a: null}}"],
+    ),
+    "KTO's means over processes": (
+        {"train": {"loss": "kto_pair", "micro_batch_size": 64, "processes": 2}},
+        ["kto_pair", "train.processes: 1"],
+    ),
+    "processes that do not make a batch": (
+        {"train": {"processes": 6}},
+        ["train.batch_size (64)", "train.micro_batch_size (8) x train.processes (6)"],
+    ),
+    "more processes than pairs": (
+        {"train": {"processes": 128}},
+        ["train.batch_size (64)", "train.processes (128)"],
+    ),
+    "accumulation that does not make a batch": (
+        {"train": {"processes": 4, "micro_batch_size": 3}},
+        ["train.micro_batch_size (3) x train.processes (4)"],
+    ),
+    "processes that do not divide over machines": (
+        {"train": {"processes": 8, "machines": 3}},
+        ["train.processes (8)", "train.machines (3)"],
+    ),
+    "machines without processes": (
+        {"train": {"machines": 2}},
+        ["train.processes (1)", "train.machines (2)"],
+    ),
+    "one process that divides a policy": (
+        {"train": {"parallel": "fsdp2"}},
+        ["train.parallel fsdp2", "train.processes is 1"],
+    ),
+    "FSDP2 on the CPU": (
+        {"device": "cpu", "train": {"parallel": "fsdp2", "processes": 2}},
+        ["train.parallel fsdp2 needs GPUs"],
+    ),
+    "LoRA divided": (
+        {"train": {"parallel": "zero3", "processes": 8, "lora_rank": 8}},
+        ["train.parallel zero3", "train.lora_rank"],
+    ),
+    "TRL in processes": (
+        {"train": {"backend": "trl", "loss": "dpo", "processes": 2}},
+        ["TRL", "train.processes: 1"],
+    ),
+    "a model divided by transformers": (
+        {"responses": {"tensor_parallel": 2}},
+        ["responses.tensor_parallel is 2", "engine: vllm"],
+    ),
+    "a run by another engine": (
+        {"runs": {"a": {"responses": {"engine": "vllm"}}}},
+        ["runs.a", "responses.engine"],
+    ),
+    "a run on more GPUs": (
+        {"responses": {"engine": "vllm"}, "runs": {"a": {"responses": {"tensor_parallel": 2}}}},
+        ["runs.a", "responses.tensor_parallel"],
+    ),
     "an experiment in capitals": ({"name": "MyRun"}, ["name is 'MyRun'", "lower-case letters"]),
-    "a run in capitals": ({"runs": {"MyRun": {}}},
-        ["name of a run in runs is 'MyRun'", "lower-case letters"]),
-    "an experiment's name that ends in a newline": ({"name": "mine\n"},
-        ["name is 'mine\\n'", "form"]),
+    "a run in capitals": (
+        {"runs": {"MyRun": {}}},
+        ["name of a run in runs is 'MyRun'", "lower-case letters"],
+    ),
+    "an experiment's name that ends in a newline": (
+        {"name": "mine\n"},
+        ["name is 'mine\\n'", "form"],
+    ),
     "a run's name that ends in a newline": ({"runs": {"mine\n": {}}}, ["'mine\\n'", "form"]),
     "a repository that ends in a newline": ({"push_to_hub": "me/a-{t}\n"}, ["push_to_hub", "form"]),
     "a name of 300 letters": ({"name": "x" * 300}, ["name is 'xxx", "100 at most"]),
     "a run's name of 300 letters": ({"runs": {"x" * 300: {}}}, ["'xxx", "100 at most"]),
     "shards without end": ({"responses": {"shards": 257}}, ["responses.shards", "at most 256"]),
-    "more shards than prompts": ({"responses": {"shards": 9}, "prompts": {"per_iteration": 8}},
-                                 ["responses.shards is 9", "prompts.per_iteration is 8"]),
+    "more shards than prompts": (
+        {"responses": {"shards": 9}, "prompts": {"per_iteration": 8}},
+        ["responses.shards is 9", "prompts.per_iteration is 8"],
+    ),
     "iterations without end": ({"iterations": 101}, ["iterations", "at most 100"]),
     "more than 64 bits": ({"iterations": 10**30}, ["iterations is 1000000", "64 bits"]),
-    "more digits than Python writes": ({"train": {"beta": 16**5000}}, ["train.beta is a number of thousands of digits"]),
+    "more digits than Python writes": (
+        {"train": {"beta": 16**5000}},
+        ["train.beta is a number of thousands of digits"],
+    ),
     "more than a float holds": ({"train": {"tau": 10**400}}, ["train.tau is 10000", "64 bits"]),
-    "such a number in a list": ({"train": {"learning_rate": [10**400]}}, ["train.learning_rate", "64 bits"]),
-    "such a number in a run": ({"runs": {"a": {"prompts": {"source": 16**5000}}}}, ["runs.a.prompts.source", "thousands of digits"]),
+    "such a number in a list": (
+        {"train": {"learning_rate": [10**400]}},
+        ["train.learning_rate", "64 bits"],
+    ),
+    "such a number in a run": (
+        {"runs": {"a": {"prompts": {"source": 16**5000}}}},
+        ["runs.a.prompts.source", "thousands of digits"],
+    ),
     "such a number as a key": ({16**5000: 1}, ["key a number of thousands of digits is not text"]),
-    "a seed of more than 32 bits": ({"seeds": {"train": 2**32}}, ["seeds.train is 4294967296", "at most 4294967295"]),
+    "a seed of more than 32 bits": (
+        {"seeds": {"train": 2**32}},
+        ["seeds.train is 4294967296", "at most 4294967295"],
+    ),
     "a key of thousands of letters": ({"x" * 5000: 1}, ["unknown key xxxxx", "...; known are"]),
-    "a list of texts": ({"train": {"learning_rate": ["fast"]}},
-        ["train.learning_rate.0 is 'fast'", "number"]),
-    "the home of nobody": ({"policy": {"model": "~no such user/x"}},
-        ["policy.model", "no such user"]),
-    "a run's home of nobody": ({"runs": {"a": {"pairs": {"gold": "~no such user/x"}}}},
-                               ["runs.a", "pairs.gold", "no such user"]),
-    "braces in a path": ({"open_llm": {"data": "/data/{x}"}},
-        ["open_llm.data is '/data/{x}'", "braces"]),
-    "braces in a revision": ({"policy": {"revision": "{x}"}},
-        ["policy.revision is '{x}'", "braces"]),
-    "braces in a run's path": ({"runs": {"a": {"mt_bench": {"data": "{x}"}}}},
-        ["runs.a.mt_bench.data", "braces"]),
-    "another wildcard than the iteration": ({"prompts": {"source": "me/p{t}{x}"}},
-        ["prompts.source", "braces"]),
-    "ragged micro-batches": ({"train": {"batch_size": 10, "micro_batch_size": 4}}, ["train.batch_size", "train.micro_batch_size"]),
+    "a list of texts": (
+        {"train": {"learning_rate": ["fast"]}},
+        ["train.learning_rate.0 is 'fast'", "number"],
+    ),
+    "the home of nobody": (
+        {"policy": {"model": "~no such user/x"}},
+        ["policy.model", "no such user"],
+    ),
+    "a run's home of nobody": (
+        {"runs": {"a": {"pairs": {"gold": "~no such user/x"}}}},
+        ["runs.a", "pairs.gold", "no such user"],
+    ),
+    "braces in a path": (
+        {"open_llm": {"data": "/data/{x}"}},
+        ["open_llm.data is '/data/{x}'", "braces"],
+    ),
+    "braces in a revision": (
+        {"policy": {"revision": "{x}"}},
+        ["policy.revision is '{x}'", "braces"],
+    ),
+    "braces in a run's path": (
+        {"runs": {"a": {"mt_bench": {"data": "{x}"}}}},
+        ["runs.a.mt_bench.data", "braces"],
+    ),
+    "another wildcard than the iteration": (
+        {"prompts": {"source": "me/p{t}{x}"}},
+        ["prompts.source", "braces"],
+    ),
+    "ragged micro-batches": (
+        {"train": {"batch_size": 10, "micro_batch_size": 4}},
+        ["train.batch_size", "train.micro_batch_size"],
+    ),
 }
 
 
@@ -377,37 +670,59 @@ def test_every_key_that_names_files_is_a_path():
 
 IDLE = {
     "tau": ({"train": {"tau": 0.1}}, "train.tau has no effect where train.loss is sppo"),
-    "gamma": ({"train": {"gamma": 2, "loss": "dpo"}},
-        "train.gamma has no effect where train.loss is dpo"),
+    "gamma": (
+        {"train": {"gamma": 2, "loss": "dpo"}},
+        "train.gamma has no effect where train.loss is dpo",
+    ),
     "smoothing": ({"train": {"label_smoothing": 0.1}}, "train.label_smoothing"),
     "IPO's target": ({"train": {"ipo_target": 1}}, "train.ipo_target"),
     "IPO per token": ({"train": {"per_token": True}}, "train.per_token"),
-    "LoRA's scale": ({"train": {"lora_alpha": 32}},
-        "train.lora_alpha has no effect where train.lora_rank is 0"),
+    "LoRA's scale": (
+        {"train": {"lora_alpha": 32}},
+        "train.lora_alpha has no effect where train.lora_rank is 0",
+    ),
     "warm-up": ({"train": {"lr_schedule": "constant", "warmup_ratio": 0.2}}, "train.warmup_ratio"),
-    "older pairs": ({"pairs": {"replay_older": 0.5}},
-        "pairs.replay_older has no effect where pairs.replay is 0"),
+    "older pairs": (
+        {"pairs": {"replay_older": 0.5}},
+        "pairs.replay_older has no effect where pairs.replay is 0",
+    ),
     "first pairs": ({"pairs": {"replay_from": "first"}}, "pairs.replay_from"),
-    "grades": ({"grades": {"positive": 4}},
-        "grades.positive has no effect where pairs.construction is extremes"),
-    "gold's margin": ({"grades": {"gold_margin": 1}, "pairs": {"construction": "graded"},
-                       "train": {"loss": "dpo"}},
-                      "grades.gold_margin has no effect where pairs.gold is null"),
-    "a server nobody asks": ({"mt_bench": {"judge_base_url": "http://h"}},
-        "mt_bench.judge_base_url"),
-    "a model nobody asks": ({"alpaca_eval": {"judge_model": "m"}},
-        "alpaca_eval.judge_model has no effect where alpaca_eval.judge is judge"),
+    "grades": (
+        {"grades": {"positive": 4}},
+        "grades.positive has no effect where pairs.construction is extremes",
+    ),
+    "gold's margin": (
+        {
+            "grades": {"gold_margin": 1},
+            "pairs": {"construction": "graded"},
+            "train": {"loss": "dpo"},
+        },
+        "grades.gold_margin has no effect where pairs.gold is null",
+    ),
+    "a server nobody asks": (
+        {"mt_bench": {"judge_base_url": "http://h"}},
+        "mt_bench.judge_base_url",
+    ),
+    "a model nobody asks": (
+        {"alpaca_eval": {"judge_model": "m"}},
+        "alpaca_eval.judge_model has no effect where alpaca_eval.judge is judge",
+    ),
     "PairRM's precision": ({"preference": {"precision": "float32"}}, "preference.precision"),
     "PairRM's window": ({"preference": {"max_prompt_tokens": 100}}, "preference.max_prompt_tokens"),
-    "a scale of the blender": ({"preference": {"logit_scale": 1, "probability": "blender"}},
-        "preference.logit_scale"),
+    "a scale of the blender": (
+        {"preference": {"logit_scale": 1, "probability": "blender"}},
+        "preference.logit_scale",
+    ),
     "a commit of the embedded policy": ({"policy": {"revision": "abc"}}, "policy.revision"),
     "a commit of a file": ({"prompts": {"revision": "abc"}}, "prompts.revision"),
-    "a run's tau": ({"runs": {"a": {"train": {"tau": 0.1}}}},
-        "runs.a.train.tau has no effect where train.loss is sppo"),
+    "a run's tau": (
+        {"runs": {"a": {"train": {"tau": 0.1}}}},
+        "runs.a.train.tau has no effect where train.loss is sppo",
+    ),
     "training of a run that is not trained": (
         {"runs": {"a": {"extrapolation": 0.3, "train": {"beta": 1}}}},
-        "runs.a.train.beta has no effect where extrapolation is 0.3"),
+        "runs.a.train.beta has no effect where extrapolation is 0.3",
+    ),
 }
 
 
@@ -464,12 +779,16 @@ def test_reserved_word_is_no_experiment(name):
     assert name in refusal({"name": name})
 
 
-@pytest.mark.parametrize("written", [{3: 1}, {"runs": {2: {}}}, {"train": {True: 1}}], ids=["top", "run", "nested"])
+@pytest.mark.parametrize(
+    "written", [{3: 1}, {"runs": {2: {}}}, {"train": {True: 1}}], ids=["top", "run", "nested"]
+)
 def test_key_that_yaml_reads_as_no_text_is_one_line(written):
     refusal(written)
 
 
-@pytest.mark.parametrize("written", [{"iterations": 3.0}, {"responses": {"samples": 5.0}}], ids=["iterations", "samples"])
+@pytest.mark.parametrize(
+    "written", [{"iterations": 3.0}, {"responses": {"samples": 5.0}}], ids=["iterations", "samples"]
+)
 def test_whole_number_with_a_point_is_refused_or_made_whole(written):
     """JSON Schema takes 5.0 for an integer; a program's --samples does not."""
     try:
@@ -490,21 +809,33 @@ def other_value(rule: dict):
     defaults = [default_of(rule, "paper"), default_of(rule, "repo")]
     types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
     if "enum" in rule:
-        return next((value for value in rule["enum"] if value not in defaults and value is not None), rule["enum"][0])
+        return next(
+            (value for value in rule["enum"] if value not in defaults and value is not None),
+            rule["enum"][0],
+        )
     if "boolean" in types:
         return not defaults[0]
     if "object" in types:
-        return {"enable_thinking": False, "date_string": "it's \"so\"", "levels": [1, None]}
+        return {"enable_thinking": False, "date_string": 'it\'s "so"', "levels": [1, None]}
     if rule.get("pattern", "").startswith("^[0-9]{4}-"):
         return "1999-12-31"
-    return {"integer": 123, "number": 0.1234567890123, "string": "a folder/with 'quotes' {t}"}[types[0]] if "pattern" not in rule else "x"
+    return (
+        {"integer": 123, "number": 0.1234567890123, "string": "a folder/with 'quotes' {t}"}[
+            types[0]
+        ]
+        if "pattern" not in rule
+        else "x"
+    )
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("settings", ["paper", "repo", "other"])
 def test_flags_give_a_program_the_section_back(section, settings):
     rules = schema()["properties"][section]["properties"]
-    values = {key: other_value(rule) if settings == "other" else default_of(rule, settings) for key, rule in rules.items()}
+    values = {
+        key: other_value(rule) if settings == "other" else default_of(rule, settings)
+        for key, rule in rules.items()
+    }
     if settings == "other":
         for key, rule in rules.items():
             jsonschema.validate(values[key], rule)
@@ -524,9 +855,13 @@ def test_value_that_begins_as_a_flag_does_is_a_value():
 def test_variables_of_the_chat_template_keep_their_types():
     """Also where `snakemake --config policy={...}` hands over text alone; null takes back what a file below sets."""
     given = {"enable_thinking": "false", "effort": "high", "budget": 5}
-    assert resolve({"policy": {"chat_template_kwargs": given}})[""]["policy"]["chat_template_kwargs"] == {
-        "enable_thinking": False, "effort": "high", "budget": 5}
-    assert resolve({"policy": {"chat_template_kwargs": None}})[""]["policy"]["chat_template_kwargs"] == {}
+    assert resolve({"policy": {"chat_template_kwargs": given}})[""]["policy"][
+        "chat_template_kwargs"
+    ] == {"enable_thinking": False, "effort": "high", "budget": 5}
+    assert (
+        resolve({"policy": {"chat_template_kwargs": None}})[""]["policy"]["chat_template_kwargs"]
+        == {}
+    )
 
 
 @pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "Enable", "a b", "a-b"])
@@ -537,7 +872,9 @@ def test_a_chat_template_has_no_variable_of_that_name(name):
 def test_a_date_without_quotes_is_one_and_no_other_day_is():
     written = yaml.safe_load("policy: {template_date: 2025-01-31}")
     assert resolve(written)[""]["policy"]["template_date"] == "2025-01-31"
-    assert "policy.template_date is 2025-02-31" in refusal({"policy": {"template_date": "2025-02-31"}})
+    assert "policy.template_date is 2025-02-31" in refusal(
+        {"policy": {"template_date": "2025-02-31"}}
+    )
     assert "policy.template_date" in refusal({"policy": {"template_date": "today"}})
 
 
@@ -552,9 +889,20 @@ def test_flags_of_objects_take_json_alone(capsys):
 
 def test_graded_pairs_go_with_or_without_gold_responses():
     for gold in (None, "gold.jsonl"):
-        run = resolve({"pairs": {"construction": "graded", "gold": gold}, "train": {"loss": "dpo"}})[""]
-        assert (run["pairs"]["gold"], run["grades"]) == (gold, {"judge": "preference", "judge_model": None, "judge_base_url": None, "positive": 5,
-                                                                "gold_margin": 2, "own_margin": 1})
+        run = resolve(
+            {"pairs": {"construction": "graded", "gold": gold}, "train": {"loss": "dpo"}}
+        )[""]
+        assert (run["pairs"]["gold"], run["grades"]) == (
+            gold,
+            {
+                "judge": "preference",
+                "judge_model": None,
+                "judge_base_url": None,
+                "positive": 5,
+                "gold_margin": 2,
+                "own_margin": 1,
+            },
+        )
 
 
 def test_a_list_gives_one_value_an_iteration_and_the_last_for_all_after():

@@ -19,12 +19,14 @@ import generate_responses
 import prepare_policy
 from sppo.core.artifacts import record_path, write_json
 from sppo.core.errors import UserError, run
-from sppo.policies.models import load_policy
 from sppo.core.tables import write_table
+from sppo.policies.models import load_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted(
-    file for file in (ROOT / "src").rglob("*.py") if '"__main__"' in file.read_text(encoding="utf-8")
+    file
+    for file in (ROOT / "src").rglob("*.py")
+    if '"__main__"' in file.read_text(encoding="utf-8")
 )
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -42,12 +44,15 @@ def line_of(capsys, main) -> str:
 def raising(error: BaseException):
     def main() -> None:
         raise error
+
     return main
 
 
 @pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.stem)
 def test_help_is_the_docstring_and_runs_alone(file, tmp_path):
-    done = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(file), "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     docstring = file.read_text(encoding="utf-8").split('"""')[1]
     assert docstring.strip().splitlines()[0] in done.stdout and "usage:" in done.stdout
@@ -55,8 +60,12 @@ def test_help_is_the_docstring_and_runs_alone(file, tmp_path):
 
 # --- what becomes of an exception ---
 
+
 def test_user_error_is_one_line_even_if_its_text_has_several(capsys):
-    assert line_of(capsys, raising(UserError("no\n  such thing;\tmend it"))) == "error: no such thing; mend it"
+    assert (
+        line_of(capsys, raising(UserError("no\n  such thing;\tmend it")))
+        == "error: no such thing; mend it"
+    )
 
 
 def test_control_characters_of_a_line_are_written_out(capsys):
@@ -64,8 +73,15 @@ def test_control_characters_of_a_line_are_written_out(capsys):
     assert line == "error: \\x1b[31m\\x00 é名 is \\ud800; correct it"
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device", "/tmp/x.parquet"), OSError(errno.EDQUOT, "quota", "/tmp/x.parquet"),
-                                   RuntimeError("I/O error: No space left on device (os error 28)")], ids=["disk", "quota", "wrapped"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/tmp/x.parquet"),
+        OSError(errno.EDQUOT, "quota", "/tmp/x.parquet"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["disk", "quota", "wrapped"],
+)
 def test_full_disk_is_one_line(error, capsys):
     line = line_of(capsys, raising(error))
     assert "no space left" in line and "MiB free" in line
@@ -73,25 +89,39 @@ def test_full_disk_is_one_line(error, capsys):
 
 
 LINES = {
-    "a limit on sizes": (OSError(errno.EFBIG, "File too large", "/tmp/x.parquet"),
-        ["/tmp/x.parquet", "no space left"]),
-    "a wrapped limit on sizes": (RuntimeError("I/O error: File too large (os error 27)"),
-        ["no space left"]),
+    "a limit on sizes": (
+        OSError(errno.EFBIG, "File too large", "/tmp/x.parquet"),
+        ["/tmp/x.parquet", "no space left"],
+    ),
+    "a wrapped limit on sizes": (
+        RuntimeError("I/O error: File too large (os error 27)"),
+        ["no space left"],
+    ),
     "memory": (MemoryError(), ["not enough memory", "ulimit -v"]),
     "the system's memory": (OSError(errno.ENOMEM, "Cannot allocate memory"), ["not enough memory"]),
-    "PyTorch's memory": (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-                         ["not enough memory"]),
-    "no right to read": (PermissionError(errno.EACCES, "Permission denied", "/data/x.json"),
-        ["/data/x.json", "permissions"]),
+    "PyTorch's memory": (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        ["not enough memory"],
+    ),
+    "no right to read": (
+        PermissionError(errno.EACCES, "Permission denied", "/data/x.json"),
+        ["/data/x.json", "permissions"],
+    ),
     "a folder": (IsADirectoryError(errno.EISDIR, "Is a directory", "/tmp"), ["/tmp is a folder"]),
     "missing": (FileNotFoundError(errno.ENOENT, "No such file", b"/tmp/x"), ["/tmp/x is missing"]),
-    "a file as a folder": (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/tmp/x/y"),
-        ["/tmp/x/y", "as if it were a folder"]),
-    "a long name": (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000),
-        ["xxx... is longer than"]),
+    "a file as a folder": (
+        NotADirectoryError(errno.ENOTDIR, "Not a directory", "/tmp/x/y"),
+        ["/tmp/x/y", "as if it were a folder"],
+    ),
+    "a long name": (
+        OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000),
+        ["xxx... is longer than"],
+    ),
     "a loop of links": (OSError(errno.ELOOP, "Too many levels", "/tmp/x"), ["/tmp/x is a link"]),
-    "a disk that is read-only": (OSError(errno.EROFS, "Read-only", "/mnt/x"),
-        ["/mnt/x", "read-only"]),
+    "a disk that is read-only": (
+        OSError(errno.EROFS, "Read-only", "/mnt/x"),
+        ["/mnt/x", "read-only"],
+    ),
 }
 
 
@@ -122,7 +152,11 @@ def test_limit_on_file_sizes_met_by_a_program_is_one_line_and_leaves_nothing(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("error", [ValueError("bug"), OSError(errno.EACCES, "denied"), KeyError("x")], ids=["value", "access", "key"])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("bug"), OSError(errno.EACCES, "denied"), KeyError("x")],
+    ids=["value", "access", "key"],
+)
 def test_a_bug_of_ours_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         run(raising(error))
@@ -137,9 +171,14 @@ def test_a_good_end_is_no_exit():
 ROWS = [{"pair_id": 0, "chosen_logp": -1.0, "rejected_logp": -2.0}]
 
 
-@pytest.mark.parametrize("write", [
-    lambda path: write_table(path, ROWS, "logps"), lambda path: write_json(path, {"a": 1})], ids=["table", "json"])
-def test_full_disk_while_writing_keeps_the_old_file_and_no_half_of_the_new(write, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "write",
+    [lambda path: write_table(path, ROWS, "logps"), lambda path: write_json(path, {"a": 1})],
+    ids=["table", "json"],
+)
+def test_full_disk_while_writing_keeps_the_old_file_and_no_half_of_the_new(
+    write, tmp_path, monkeypatch, capsys
+):
     write(tmp_path / "artifact")
     old = (tmp_path / "artifact").read_bytes()
 
@@ -148,31 +187,81 @@ def test_full_disk_while_writing_keeps_the_old_file_and_no_half_of_the_new(write
         with open(target, "wb") as stream:
             stream.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
     monkeypatch.setattr(pq, "write_table", full)
     monkeypatch.setattr(Path, "write_text", full)
     line = line_of(capsys, lambda: write(tmp_path / "artifact"))
     assert str(tmp_path) in line
-    assert [path.name for path in tmp_path.iterdir()] == ["artifact"] and (tmp_path / "artifact").read_bytes() == old
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"] and (
+        tmp_path / "artifact"
+    ).read_bytes() == old
 
 
-def test_full_disk_in_the_middle_of_a_program_leaves_no_artifact_and_no_record(tmp_path, monkeypatch, capsys, program):
-    write_table(tmp_path / "prompts", [{"prompt_id": "p", "category": "", "messages": MESSAGES, "prompt_token_ids": [1], "source": "x"}], "prompts")
-    write_table(tmp_path / "responses", [{"prompt_id": "p", "sample_id": k, "seed": k, "prompt_token_ids": [1], "token_ids": [k], "text": f"{k}",
-                                          "finish_reason": "length"} for k in range(2)], "responses")
-    write_table(tmp_path / "preferences", [{"prompt_id": "p", "sample_ids": [0, 1], "logits": [[0.0, 1.0], [0.0, 0.0]]}], "preferences")
-    words = ("--prompts", tmp_path / "prompts", "--responses", tmp_path / "responses", "--preferences", tmp_path / "preferences")
+def test_full_disk_in_the_middle_of_a_program_leaves_no_artifact_and_no_record(
+    tmp_path, monkeypatch, capsys, program
+):
+    write_table(
+        tmp_path / "prompts",
+        [
+            {
+                "prompt_id": "p",
+                "category": "",
+                "messages": MESSAGES,
+                "prompt_token_ids": [1],
+                "source": "x",
+            }
+        ],
+        "prompts",
+    )
+    write_table(
+        tmp_path / "responses",
+        [
+            {
+                "prompt_id": "p",
+                "sample_id": k,
+                "seed": k,
+                "prompt_token_ids": [1],
+                "token_ids": [k],
+                "text": f"{k}",
+                "finish_reason": "length",
+            }
+            for k in range(2)
+        ],
+        "responses",
+    )
+    write_table(
+        tmp_path / "preferences",
+        [{"prompt_id": "p", "sample_ids": [0, 1], "logits": [[0.0, 1.0], [0.0, 0.0]]}],
+        "preferences",
+    )
+    words = (
+        "--prompts",
+        tmp_path / "prompts",
+        "--responses",
+        tmp_path / "responses",
+        "--preferences",
+        tmp_path / "preferences",
+    )
 
     def full(table, where, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device", str(where))
+
     with monkeypatch.context() as patch:
         patch.setattr(pq, "write_table", full)
-        line_of(capsys, lambda: program(build_pairs, *words, "--output", tmp_path / "out" / "pairs.parquet"))
+        line_of(
+            capsys,
+            lambda: program(build_pairs, *words, "--output", tmp_path / "out" / "pairs.parquet"),
+        )
     assert list((tmp_path / "out").iterdir()) == []
     program(build_pairs, *words, "--output", tmp_path / "out" / "pairs.parquet")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pairs.parquet", "pairs.parquet.record.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "pairs.parquet",
+        "pairs.parquet.record.json",
+    ]
 
 
 # --- broken model folders ---
+
 
 def without(name: str):
     return lambda folder: (folder / name).unlink()
@@ -189,7 +278,9 @@ def cut_in_the_header(folder: Path) -> None:
 
 
 def no_safetensors(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    (folder / "model.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
 
 
 def no_template(folder: Path) -> None:
@@ -201,8 +292,16 @@ def no_template(folder: Path) -> None:
 
 def sharded_with_one_missing(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors",
-                                                                                     "b": "model-00002-of-00002.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(
+            {
+                "weight_map": {
+                    "a": "model-00001-of-00002.safetensors",
+                    "b": "model-00002-of-00002.safetensors",
+                }
+            }
+        )
+    )
 
 
 def no_tokenizer(folder: Path) -> None:
@@ -219,43 +318,85 @@ def broken_index(folder: Path) -> None:
 
 
 BROKEN = {
-    "no config": (without("config.json"), "has no config.json"), "no weights": (without("model.safetensors"), "has no weights"),
-    "weights cut": (cut, "is cut off"), "weights cut in the header": (cut_in_the_header, "is cut off"),
-    "a pointer of git-lfs": (no_safetensors, "is cut off or is not a safetensors file"), "no chat template": (no_template, "no chat template"),
-    "one shard missing": (sharded_with_one_missing, "model-00002-of-00002.safetensors is missing"), "no tokenizer": (no_tokenizer, "has no tokenizer"),
-    "config cut": (broken_config, "config.json"), "index cut": (broken_index, "model.safetensors.index.json"),
+    "no config": (without("config.json"), "has no config.json"),
+    "no weights": (without("model.safetensors"), "has no weights"),
+    "weights cut": (cut, "is cut off"),
+    "weights cut in the header": (cut_in_the_header, "is cut off"),
+    "a pointer of git-lfs": (no_safetensors, "is cut off or is not a safetensors file"),
+    "no chat template": (no_template, "no chat template"),
+    "one shard missing": (sharded_with_one_missing, "model-00002-of-00002.safetensors is missing"),
+    "no tokenizer": (no_tokenizer, "has no tokenizer"),
+    "config cut": (broken_config, "config.json"),
+    "index cut": (broken_index, "model.safetensors.index.json"),
 }
 
 
 @pytest.mark.parametrize(("damage", "words"), BROKEN.values(), ids=BROKEN)
-def test_broken_model_folder_is_one_line_and_gives_no_policy(damage, words, tiny_policy, tmp_path, capsys, program):
+def test_broken_model_folder_is_one_line_and_gives_no_policy(
+    damage, words, tiny_policy, tmp_path, capsys, program
+):
     folder = tmp_path / "model"
     shutil.copytree(tiny_policy, folder)
     damage(folder)
-    line = line_of(capsys, lambda: program(prepare_policy, "--model", folder, "--output", tmp_path / "policy"))
+    line = line_of(
+        capsys, lambda: program(prepare_policy, "--model", folder, "--output", tmp_path / "policy")
+    )
     assert words in line and str(folder) in line, line
     assert not (tmp_path / "policy").exists() and not record_path(tmp_path / "policy").exists()
 
 
 def test_model_that_is_nowhere_is_one_line(tmp_path, capsys, program):
     for model in ("./nowhere", "not a model", "a/b/c"):
-        assert model in line_of(capsys, lambda: program(prepare_policy, "--model", model, "--output", tmp_path / "policy"))
+        assert model in line_of(
+            capsys,
+            lambda: program(prepare_policy, "--model", model, "--output", tmp_path / "policy"),
+        )
 
 
-def test_policy_whose_weights_were_lost_later_is_one_line_when_it_generates(tiny_policy, tmp_path, capsys, program):
+def test_policy_whose_weights_were_lost_later_is_one_line_when_it_generates(
+    tiny_policy, tmp_path, capsys, program
+):
     """As links into a hub cache that was emptied."""
-    write_table(tmp_path / "prompts", [{"prompt_id": "p", "category": "", "messages": MESSAGES, "prompt_token_ids": [1], "source": "x"}], "prompts")
+    write_table(
+        tmp_path / "prompts",
+        [
+            {
+                "prompt_id": "p",
+                "category": "",
+                "messages": MESSAGES,
+                "prompt_token_ids": [1],
+                "source": "x",
+            }
+        ],
+        "prompts",
+    )
     folder = tmp_path / "model"
     shutil.copytree(tiny_policy, folder)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(tmp_path / "emptied" / "model.safetensors")
-    line = line_of(capsys, lambda: program(generate_responses, "--prompts", tmp_path / "prompts", "--policy", folder, "--iteration", 1,
-                                           "--max-new-tokens", 2, "--output", tmp_path / "out.parquet"))
+    line = line_of(
+        capsys,
+        lambda: program(
+            generate_responses,
+            "--prompts",
+            tmp_path / "prompts",
+            "--policy",
+            folder,
+            "--iteration",
+            1,
+            "--max-new-tokens",
+            2,
+            "--output",
+            tmp_path / "out.parquet",
+        ),
+    )
     assert f"{folder}/model.safetensors is a link to {tmp_path}/emptied/model.safetensors" in line
     assert "which is not there" in line and not (tmp_path / "out.parquet").exists()
 
 
-def test_full_disk_while_a_policy_is_saved_leaves_no_folder(tiny_policy, tmp_path, monkeypatch, capsys):
+def test_full_disk_while_a_policy_is_saved_leaves_no_folder(
+    tiny_policy, tmp_path, monkeypatch, capsys
+):
     """safetensors wraps the error of the disk in one of its own."""
     import torch
 
@@ -264,12 +405,16 @@ def test_full_disk_while_a_policy_is_saved_leaves_no_folder(tiny_policy, tmp_pat
     model = load_policy(tiny_policy, torch.float32, "cpu")
 
     def full(*args, **kwargs):
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise safetensors.SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
+
     monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
 
     def main() -> None:
         with written_whole(tmp_path / "policy") as temporary:
             model.save_pretrained(temporary)
+
     assert "no space left" in line_of(capsys, main)
     assert list(tmp_path.iterdir()) == []
 
@@ -286,11 +431,16 @@ def test_file_larger_than_the_limit_is_one_line_whoever_writes_it(kind, tmp_path
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(UserError, match="no space left .*/x .* MiB free .*ulimit -f`, 100000 bytes a file"):
+        with pytest.raises(
+            UserError, match="no space left .*/x .* MiB free .*ulimit -f`, 100000 bytes a file"
+        ):
             if kind == "text":
                 write_text(target, "x" * 200_000)
             elif kind == "table":
-                rows = [{"pair_id": i, "chosen_logp": x, "rejected_logp": x * x} for i, x in enumerate(large.tolist())]
+                rows = [
+                    {"pair_id": i, "chosen_logp": x, "rejected_logp": x * x}
+                    for i, x in enumerate(large.tolist())
+                ]
                 write_table(target, rows, "logps")
             else:
                 with written_whole(target) as temporary:
@@ -305,5 +455,11 @@ def test_file_larger_than_the_limit_is_one_line_whoever_writes_it(kind, tmp_path
 
 def test_fail_prints_after_what_was_already_said():
     code = "import sys; sys.path.insert(0, 'src'); from sppo.core.errors import fail; print('said'); fail('no')"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+    )
     assert (done.stdout, done.returncode) == ("said\nerror: no\n", 1)

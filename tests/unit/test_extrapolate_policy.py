@@ -25,9 +25,22 @@ def aligned(tiny_policy, tmp_path):
 
 
 def test_weights_are_carried_on_from_the_base(program, tiny_policy, aligned, tmp_path):
-    program(extrapolate_policy, "--base", tiny_policy, "--aligned", aligned, "--alpha", "0.5", "--output", tmp_path / "out")
+    program(
+        extrapolate_policy,
+        "--base",
+        tiny_policy,
+        "--aligned",
+        aligned,
+        "--alpha",
+        "0.5",
+        "--output",
+        tmp_path / "out",
+    )
 
-    base, middle, out = (load_file(folder / "model.safetensors") for folder in (tiny_policy, aligned, tmp_path / "out"))
+    base, middle, out = (
+        load_file(folder / "model.safetensors")
+        for folder in (tiny_policy, aligned, tmp_path / "out")
+    )
     assert base.keys() == out.keys()
     for name in base:
         torch.testing.assert_close(out[name], 1.5 * middle[name] - 0.5 * base[name])
@@ -35,22 +48,38 @@ def test_weights_are_carried_on_from_the_base(program, tiny_policy, aligned, tmp
 
 
 @pytest.mark.parametrize("shard", ["10GB", "2MB"])
-def test_the_base_is_read_tensor_by_tensor_to_the_same_bytes(program, tiny_policy, aligned,
-                                                            tmp_path, shard, monkeypatch):
+def test_the_base_is_read_tensor_by_tensor_to_the_same_bytes(
+    program, tiny_policy, aligned, tmp_path, shard, monkeypatch
+):
     """Of a base in bfloat16, in one file or several: what whole policies side by side give."""
     base = tmp_path / "base"
     shutil.copytree(tiny_policy, base, ignore=shutil.ignore_patterns("*.safetensors"))
     load_policy(tiny_policy, torch.bfloat16, "cpu").save_pretrained(base, max_shard_size=shard)
-    whole = {name: load_policy(folder, torch.float32, "cpu").state_dict()
-             for name, folder in (("base", base), ("aligned", aligned))}
-    wanted = {name: weight + 0.3 * (weight - whole["base"][name])
-              for name, weight in whole["aligned"].items()}
+    whole = {
+        name: load_policy(folder, torch.float32, "cpu").state_dict()
+        for name, folder in (("base", base), ("aligned", aligned))
+    }
+    wanted = {
+        name: weight + 0.3 * (weight - whole["base"][name])
+        for name, weight in whole["aligned"].items()
+    }
     loaded = []
-    monkeypatch.setattr("sppo.policies.models.load_policy",
-                        lambda folder, *rest: loaded.append(folder) or load_policy(folder, *rest))
+    monkeypatch.setattr(
+        "sppo.policies.models.load_policy",
+        lambda folder, *rest: loaded.append(folder) or load_policy(folder, *rest),
+    )
 
-    program(extrapolate_policy, "--base", base, "--aligned", aligned, "--alpha", "0.3",
-            "--output", tmp_path / "out")
+    program(
+        extrapolate_policy,
+        "--base",
+        base,
+        "--aligned",
+        aligned,
+        "--alpha",
+        "0.3",
+        "--output",
+        tmp_path / "out",
+    )
 
     found = load_policy(tmp_path / "out", torch.float32, "cpu").state_dict()
     assert found.keys() == wanted.keys()
@@ -67,16 +96,43 @@ def test_a_base_with_other_layers_is_refused(change, program, aligned, tmp_path,
     shutil.copytree(tiny_policy, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="different shapes"):
-        program(extrapolate_policy, "--base", tmp_path / "base", "--aligned", aligned,
-                "--alpha", "0.5", "--output", tmp_path / "out")
+        program(
+            extrapolate_policy,
+            "--base",
+            tmp_path / "base",
+            "--aligned",
+            aligned,
+            "--alpha",
+            "0.5",
+            "--output",
+            tmp_path / "out",
+        )
 
 
 def test_policies_of_other_shapes_are_refused(program, tiny_policy, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    small = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2))
+    small = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
     small.save_pretrained(tmp_path / "small")
     shutil.copy(tiny_policy / "tokenizer_config.json", tmp_path / "small")
     with pytest.raises(UserError, match="different shapes"):
-        program(extrapolate_policy, "--base", tmp_path / "small", "--aligned", tiny_policy, "--alpha", "0.5", "--output", tmp_path / "out")
+        program(
+            extrapolate_policy,
+            "--base",
+            tmp_path / "small",
+            "--aligned",
+            tiny_policy,
+            "--alpha",
+            "0.5",
+            "--output",
+            tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()

@@ -14,11 +14,11 @@ from scipy.optimize import minimize
 
 import check_theory
 import plot_theory
-from sppo.theory import games as g
-from sppo.theory import claims
 from sppo.core.errors import UserError
-from sppo.theory.games import duality_gap, kl, play
+from sppo.theory import claims
+from sppo.theory import games as g
 from sppo.theory.claims import TOPICS
+from sppo.theory.games import duality_gap, kl, play
 
 COMAL3, START = g.GAMES["comal3"].P, g.GAMES["comal3"].start
 UNIFORM = np.full(3, 1 / 3)
@@ -27,14 +27,24 @@ GAMES = [*g.GAMES.values(), *RANDOM]
 # Reference values: one step from (.2, .5, .3) on comal3.
 ONE_STEP = {
     "mwu": (g.mwu(COMAL3, START, 1.0), (0.178338678183976, 0.4781742284659429, 0.3434870933500812)),
-    "inpo": (g.inpo(COMAL3, START, UNIFORM, 2, 0.3), (0.20593083004975005, 0.464697872584393, 0.3293712973658571)),
-    "nash_md": (g.nash_md(COMAL3, START, UNIFORM, 2, 0.3), (0.2072708891173716, 0.46580053753858286, 0.3269285733440454)),
-    "mmd": (g.mmd(COMAL3, START, UNIFORM, 1, 0.3), (0.20871887257797417, 0.44571218454634653, 0.34556894287567935)),
+    "inpo": (
+        g.inpo(COMAL3, START, UNIFORM, 2, 0.3),
+        (0.20593083004975005, 0.464697872584393, 0.3293712973658571),
+    ),
+    "nash_md": (
+        g.nash_md(COMAL3, START, UNIFORM, 2, 0.3),
+        (0.2072708891173716, 0.46580053753858286, 0.3269285733440454),
+    ),
+    "mmd": (
+        g.mmd(COMAL3, START, UNIFORM, 1, 0.3),
+        (0.20871887257797417, 0.44571218454634653, 0.34556894287567935),
+    ),
     "dno": (g.dno(COMAL3, START, 1.0), (0.178338678183976, 0.4781742284659429, 0.3434870933500812)),
 }
 
 
 # --- every numbered check ---
+
 
 @pytest.fixture(scope="module")
 def checks():
@@ -49,29 +59,45 @@ def test_numbered_check(number, checks):
 
 # methods.md 2.2: what is printed there for comal3, so that no one mends a wrong result by its expectation.
 PRINTED = {
-    2: [0.2849, 0.00417, 0.7674, 0.01034, 0.7888, 0.00961], 3: [0.0232, 0.28, 0.0199, 0.16, 0.0117, 0.30, 0.0088, 0.37, 0.00298, 0.27],
-    4: [0.0588, 0.1888], 6: [2e-4, 3e-4], 9: [0.1888, 0.0376, 1.3e-5, 6e-5], 10: [0.212, 0.047, 1.3e-4],
-    11: [0.367, 0.217, 0.599, 0.6, 0.223], 12: [2e-4, 0.0046], 16: [0.5093, 0.5085, 0.5167, 0.5014, 0.636, 0.28, 0.589],
+    2: [0.2849, 0.00417, 0.7674, 0.01034, 0.7888, 0.00961],
+    3: [0.0232, 0.28, 0.0199, 0.16, 0.0117, 0.30, 0.0088, 0.37, 0.00298, 0.27],
+    4: [0.0588, 0.1888],
+    6: [2e-4, 3e-4],
+    9: [0.1888, 0.0376, 1.3e-5, 6e-5],
+    10: [0.212, 0.047, 1.3e-4],
+    11: [0.367, 0.217, 0.599, 0.6, 0.223],
+    12: [2e-4, 0.0046],
+    16: [0.5093, 0.5085, 0.5167, 0.5014, 0.636, 0.28, 0.589],
 }
 
 
 @pytest.mark.parametrize("number", PRINTED)
 def test_printed_numbers_are_those_expected(number, checks):
-    assert [one["expected"] for one in checks if one["number"] == number and one["relation"] == "="] == PRINTED[number]
+    assert [
+        one["expected"] for one in checks if one["number"] == number and one["relation"] == "="
+    ] == PRINTED[number]
 
 
 def test_printed_bounds_on_the_average_of_multiplicative_weights():
     """methods.md 2.2, items 2 and 3: for T = 2000, and for the best eta of each T."""
-    assert [round(g.mwu_bound(START, eta, 2000), 4) for eta in (0.05, 0.3, 1.0)] == [0.0447, 0.0804, 0.2516]
+    assert [round(g.mwu_bound(START, eta, 2000), 4) for eta in (0.05, 0.3, 1.0)] == [
+        0.0447,
+        0.0804,
+        0.2516,
+    ]
     best = [g.mwu_bound(START, g.mwu_step(START, T), T) for T in (100, 400, 1600, 6400, 25600)]
     assert best == pytest.approx([0.179, 0.0897, 0.0449, 0.0224, 0.0112], abs=5e-4)
-    assert best == pytest.approx([math.sqrt(2 * math.log(1 / 0.2) / T) for T in (100, 400, 1600, 6400, 25600)])
+    assert best == pytest.approx(
+        [math.sqrt(2 * math.log(1 / 0.2) / T) for T in (100, 400, 1600, 6400, 25600)]
+    )
 
 
 def test_law_whose_value_is_no_number_on_one_game_does_not_pass_by_the_others(monkeypatch):
     values = iter([0.1, float("nan"), 0.2])
     monkeypatch.setattr(check_theory, "laws", lambda game: [(1, "a law", next(values), "<=", "1")])
-    assert [one["holds"] for one in check_theory.laws_on({name: RANDOM[0] for name in "abc"})] == [False]
+    assert [one["holds"] for one in check_theory.laws_on(dict.fromkeys("abc", RANDOM[0]))] == [
+        False
+    ]
 
 
 def loop_gap(P, pi):
@@ -94,7 +120,10 @@ def test_last_and_average_by_plain_loops():
     for _ in range(2000):
         total = [a + b for a, b in zip(total, pi)]
         pi = loop_step(P, pi, [0.05 * w for w in wins(P, pi)])
-    assert round(loop_gap(P, pi), 4) == 0.2849 and round(loop_gap(P, [a / 2000 for a in total]), 5) == 0.00417
+    assert (
+        round(loop_gap(P, pi), 4) == 0.2849
+        and round(loop_gap(P, [a / 2000 for a in total]), 5) == 0.00417
+    )
 
 
 def test_optimism_by_plain_loops():
@@ -114,7 +143,10 @@ def test_moving_magnet_by_plain_loops():
         magnet = pi
         for _ in range(50):
             now = wins(P, pi)
-            weight = [(p * m ** (1.88 * 0.3) * math.exp(1.88 * w)) ** (1 / (1 + 1.88 * 0.3)) for p, m, w in zip(pi, magnet, now)]
+            weight = [
+                (p * m ** (1.88 * 0.3) * math.exp(1.88 * w)) ** (1 / (1 + 1.88 * 0.3))
+                for p, m, w in zip(pi, magnet, now)
+            ]
             pi = [w / sum(weight) for w in weight]
         gaps.append(loop_gap(P, pi))
     assert (round(gaps[0], 4), round(gaps[9], 4), round(gaps[49], 6)) == (0.1888, 0.0376, 1.3e-5)
@@ -123,6 +155,7 @@ def test_moving_magnet_by_plain_loops():
 
 
 # --- one step of every algorithm ---
+
 
 @pytest.mark.parametrize("name", ONE_STEP)
 def test_golden_step(name):
@@ -142,11 +175,23 @@ def by_products(game, ref, eta, tau):
     return {
         "mwu": (g.mwu(P, pi, eta), normal(pi * np.exp(eta * (P @ pi)))),
         "omwu": (g.omwu(P, pi, eta), normal(pi * np.exp(eta * (P @ pi)))),
-        "inpo": (g.inpo(P, pi, ref, eta, tau), normal(np.exp(P @ pi / eta) * ref ** (tau / eta) * pi ** (1 - tau / eta))),
+        "inpo": (
+            g.inpo(P, pi, ref, eta, tau),
+            normal(np.exp(P @ pi / eta) * ref ** (tau / eta) * pi ** (1 - tau / eta)),
+        ),
         "nash_md": (g.nash_md(P, pi, ref, eta, tau), normal(m * np.exp(P @ m / eta))),
-        "egpo": (g.egpo(P, pi, ref, 1 / eta, tau), normal(b * np.exp(P @ normal(b * np.exp(P @ pi / eta)) / eta))),
-        "mmd": (g.mmd(P, pi, ref, eta, tau), normal((pi * ref ** (eta * tau) * np.exp(eta * (P @ pi))) ** (1 / (1 + eta * tau)))),
-        "mpo": (g.mpo(P, pi, eta, tau, 5), normal((pi ** (1 + eta * tau) * np.exp(eta * (P @ pi))) ** (1 / (1 + eta * tau)))),
+        "egpo": (
+            g.egpo(P, pi, ref, 1 / eta, tau),
+            normal(b * np.exp(P @ normal(b * np.exp(P @ pi / eta)) / eta)),
+        ),
+        "mmd": (
+            g.mmd(P, pi, ref, eta, tau),
+            normal((pi * ref ** (eta * tau) * np.exp(eta * (P @ pi))) ** (1 / (1 + eta * tau))),
+        ),
+        "mpo": (
+            g.mpo(P, pi, eta, tau, 5),
+            normal((pi ** (1 + eta * tau) * np.exp(eta * (P @ pi))) ** (1 / (1 + eta * tau))),
+        ),
         "comal": (g.comal(P, pi, eta, tau), normal(np.exp(P @ pi / eta) * pi)),
         "ipo": (g.iterative_ipo(P, pi, eta), normal(pi * np.exp((P @ pi - 0.5) / eta))),
         "dno": (g.dno(P, pi, eta), normal(pi * np.exp(P @ pi / eta))),
@@ -170,8 +215,13 @@ def test_second_step_of_optimism_looks_back():
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_magnet_and_reference_move_every_n_steps(every):
-    for moving, still in ((lambda pi: g.mpo(COMAL3, pi, 1.0, 0.3, every), lambda pi: g.mmd(COMAL3, pi, pi, 1.0, 0.3)),
-                          (lambda pi: g.comal(COMAL3, pi, 1.0, 0.3, every), lambda pi: g.inpo(COMAL3, pi, pi, 1.0, 0.3))):
+    for moving, still in (
+        (lambda pi: g.mpo(COMAL3, pi, 1.0, 0.3, every), lambda pi: g.mmd(COMAL3, pi, pi, 1.0, 0.3)),
+        (
+            lambda pi: g.comal(COMAL3, pi, 1.0, 0.3, every),
+            lambda pi: g.inpo(COMAL3, pi, pi, 1.0, 0.3),
+        ),
+    ):
         expected = [START]
         while len(expected) < 8:
             expected += list(play(still(expected[-1]), every)[1:])
@@ -180,15 +230,26 @@ def test_magnet_and_reference_move_every_n_steps(every):
 
 def test_step_may_be_a_function_of_t():
     pi = play(g.inpo(COMAL3, START, UNIFORM, lambda t: float(t + 1), 0.3), 2)
-    np.testing.assert_allclose(pi[2], play(g.inpo(COMAL3, pi[1], UNIFORM, 3.0, 0.3), 1)[1], atol=1e-15)
+    np.testing.assert_allclose(
+        pi[2], play(g.inpo(COMAL3, pi[1], UNIFORM, 3.0, 0.3), 1)[1], atol=1e-15
+    )
 
 
 def all_algorithms(P, start):
-    return {"mwu": g.mwu(P, start, 5.0), "l2": g.sppo_l2(P, start, 5.0), "omwu": g.omwu(P, start, 5.0),
-            "inpo": g.inpo(P, start, start, 0.5, 0.1), "nash_md": g.nash_md(P, start, start, 0.5, 0.1),
-            "egpo": g.egpo(P, start, start, 2.0, 0.1), "mmd": g.mmd(P, start, start, 5.0, 0.1),
-            "mpo": g.mpo(P, start, 5.0, 0.1, 6), "comal": g.comal(P, start, 0.2, 0.1), "dpo": g.iterative_dpo(P, start, 1.0),
-            "ipo": g.iterative_ipo(P, start, 0.2), "dno": g.dno(P, start, 0.2)}
+    return {
+        "mwu": g.mwu(P, start, 5.0),
+        "l2": g.sppo_l2(P, start, 5.0),
+        "omwu": g.omwu(P, start, 5.0),
+        "inpo": g.inpo(P, start, start, 0.5, 0.1),
+        "nash_md": g.nash_md(P, start, start, 0.5, 0.1),
+        "egpo": g.egpo(P, start, start, 2.0, 0.1),
+        "mmd": g.mmd(P, start, start, 5.0, 0.1),
+        "mpo": g.mpo(P, start, 5.0, 0.1, 6),
+        "comal": g.comal(P, start, 0.2, 0.1),
+        "dpo": g.iterative_dpo(P, start, 1.0),
+        "ipo": g.iterative_ipo(P, start, 0.2),
+        "dno": g.dno(P, start, 0.2),
+    }
 
 
 @pytest.mark.parametrize("name", all_algorithms(COMAL3, START))
@@ -197,19 +258,28 @@ def test_policies_are_distributions_and_gaps_are_gaps(name):
         if name == "dpo" and not g.has_finite_rewards(game.P):
             continue
         pi = play(all_algorithms(game.P, game.start)[name], 300)
-        assert pi.shape == (301, len(game.P)) and (pi >= 0).all() and np.abs(pi.sum(axis=1) - 1).max() < 1e-12
+        assert (
+            pi.shape == (301, len(game.P))
+            and (pi >= 0).all()
+            and np.abs(pi.sum(axis=1) - 1).max() < 1e-12
+        )
         assert min(duality_gap(game.P, one) for one in pi) > -1e-12
         np.testing.assert_allclose(pi[0], game.start, atol=1e-15)
 
 
 # --- fixed points ---
 
+
 def test_equilibrium_stays_where_it_is():
     star = g.nash(COMAL3)
     for name, policies in all_algorithms(COMAL3, star).items():
         if name != "dpo":
-            np.testing.assert_allclose(play(policies, 5), np.tile(star, (6, 1)), atol=1e-13, err_msg=name)
-    np.testing.assert_allclose(play(g.mwu(g.GAMES["rps"].P, UNIFORM, 1.0), 5), np.full((6, 3), 1 / 3), atol=1e-15)
+            np.testing.assert_allclose(
+                play(policies, 5), np.tile(star, (6, 1)), atol=1e-13, err_msg=name
+            )
+    np.testing.assert_allclose(
+        play(g.mwu(g.GAMES["rps"].P, UNIFORM, 1.0), 5), np.full((6, 3), 1 / 3), atol=1e-15
+    )
 
 
 def test_offline_dpo_never_moves_on_rock_paper_scissors():
@@ -227,12 +297,17 @@ def test_control_game_is_won_by_its_best_action():
 
 # --- games, gaps, equilibria ---
 
+
 @pytest.mark.parametrize("n", [2, 3, 10, 50])
 def test_games_are_constant_sum(n):
     for game in (g.random_game(n, seed=n), *g.GAMES.values()):
         np.testing.assert_allclose(game.P + game.P.T, 1, atol=1e-15)
         assert (np.diag(game.P) == 0.5).all() and game.P.min() >= 0
-        assert game.start.sum() == pytest.approx(1, abs=1e-15) and game.start.min() > 0 and len(game.actions) == len(game.P)
+        assert (
+            game.start.sum() == pytest.approx(1, abs=1e-15)
+            and game.start.min() > 0
+            and len(game.actions) == len(game.P)
+        )
     assert not np.array_equal(g.random_game(n, 0).P, g.random_game(n, 1).P)
     np.testing.assert_array_equal(g.random_game(n, 1).P, g.random_game(n, 1).P)
 
@@ -243,7 +318,10 @@ def test_gap_by_enumeration():
         for pi in draw.dirichlet(np.ones(len(game.P)), size=20):
             most = max(wins(game.P.tolist(), pi))
             least = min(wins(game.P.T.tolist(), pi))
-            assert duality_gap(game.P, pi) == pytest.approx(most - least, abs=1e-14) and duality_gap(game.P, pi) >= -1e-15
+            assert (
+                duality_gap(game.P, pi) == pytest.approx(most - least, abs=1e-14)
+                and duality_gap(game.P, pi) >= -1e-15
+            )
     assert duality_gap(COMAL3, START) == pytest.approx(0.28, abs=1e-15)
 
 
@@ -262,21 +340,31 @@ def test_equilibrium_of_any_game_has_gap_zero(n):
     for seed in range(3):
         game = g.random_game(n, seed)
         star = g.nash(game.P)
-        assert abs(duality_gap(game.P, star)) < 1e-9 and star.min() >= 0 and star.sum() == pytest.approx(1)
+        assert (
+            abs(duality_gap(game.P, star)) < 1e-9
+            and star.min() >= 0
+            and star.sum() == pytest.approx(1)
+        )
 
 
-@pytest.mark.parametrize(("ref", "tau", "expected"), [
-    (START, 0.1, (0.2749172052514869, 0.2797225767864398, 0.44536021796207337)),
-    (START, 0.3, (0.19225058981618767, 0.3801564412866035, 0.4275929688972088)),
-    (UNIFORM, 0.1, (0.33713585006567026, 0.28346410909888264, 0.379400040835447)),
-    (UNIFORM, 0.3, (0.31858630742193494, 0.3126310745773747, 0.3687826180006904))])
+@pytest.mark.parametrize(
+    ("ref", "tau", "expected"),
+    [
+        (START, 0.1, (0.2749172052514869, 0.2797225767864398, 0.44536021796207337)),
+        (START, 0.3, (0.19225058981618767, 0.3801564412866035, 0.4275929688972088)),
+        (UNIFORM, 0.1, (0.33713585006567026, 0.28346410909888264, 0.379400040835447)),
+        (UNIFORM, 0.3, (0.31858630742193494, 0.3126310745773747, 0.3687826180006904)),
+    ],
+)
 def test_regularised_equilibrium(ref, tau, expected):
     """Golden values, the fixed-point equation, and where magnetic mirror descent with its guaranteed step ends."""
     pi = g.regularised_nash(COMAL3, ref, tau)
     np.testing.assert_allclose(pi, expected, atol=1e-12)
     response = ref * np.exp(COMAL3 @ pi / tau)
     np.testing.assert_allclose(pi, response / response.sum(), atol=1e-13)
-    np.testing.assert_allclose(pi, play(g.mmd(COMAL3, START, ref, 4 * tau, tau), 2000)[-1], atol=1e-13)
+    np.testing.assert_allclose(
+        pi, play(g.mmd(COMAL3, START, ref, 4 * tau, tau), 2000)[-1], atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("tau", [0.005, 0.1, 2.0])
@@ -314,16 +402,28 @@ def test_divergence():
 
 # --- fits ---
 
+
 @pytest.mark.parametrize("eta", [0.3, 1.0, 4.0])
 def test_least_squares_over_policies_by_a_general_solver(eta):
     for game in GAMES:
         pi, c = game.start, eta * (game.P @ game.start - 0.5)
-        found = minimize(lambda u: pi @ (u - c) ** 2, c, jac=lambda u: 2 * pi * (u - c), method="SLSQP",
-                         options={"ftol": 1e-15, "maxiter": 500},
-                         constraints={"type": "eq", "fun": lambda u: pi @ np.exp(u) - 1, "jac": lambda u: pi * np.exp(u)})
+        found = minimize(
+            lambda u: pi @ (u - c) ** 2,
+            c,
+            jac=lambda u: 2 * pi * (u - c),
+            method="SLSQP",
+            options={"ftol": 1e-15, "maxiter": 500},
+            constraints={
+                "type": "eq",
+                "fun": lambda u: pi @ np.exp(u) - 1,
+                "jac": lambda u: pi * np.exp(u),
+            },
+        )
         u = g.l2_log_ratio(pi, c)
         np.testing.assert_allclose(u, found.x, atol=2e-6)
-        np.testing.assert_allclose(play(g.sppo_l2(game.P, pi, eta), 1)[1], pi * np.exp(u), atol=1e-14)
+        np.testing.assert_allclose(
+            play(g.sppo_l2(game.P, pi, eta), 1)[1], pi * np.exp(u), atol=1e-14
+        )
 
 
 def test_least_squares_is_no_worse_than_any_policy():
@@ -331,7 +431,9 @@ def test_least_squares_is_no_worse_than_any_policy():
     for eta in (1.0, 30.0, 1000.0):
         c = eta * (COMAL3 @ START - 0.5)
         u = g.l2_log_ratio(START, c)
-        others = [np.log(draw.dirichlet(np.ones(3)) / START) for _ in range(300)] + [np.log(play(g.mwu(COMAL3, START, eta), 1)[1] / START)]
+        others = [np.log(draw.dirichlet(np.ones(3)) / START) for _ in range(300)] + [
+            np.log(play(g.mwu(COMAL3, START, eta), 1)[1] / START)
+        ]
         assert START @ np.exp(u) == pytest.approx(1, abs=1e-12)
         assert START @ (u - c) ** 2 <= min(START @ (other - c) ** 2 for other in others) + 1e-12
 
@@ -343,17 +445,26 @@ def test_rewards_of_highest_likelihood_by_a_general_solver():
         if not g.has_finite_rewards(game.P):
             continue
         for w in (np.full(n, 1 / n), draw.dirichlet(np.ones(n))):
+
             def cost(r):
-                return sum(w[i] * w[j] * game.P[i, j] * math.log1p(math.exp(r[j] - r[i])) for i in range(n) for j in range(n))
+                return sum(
+                    w[i] * w[j] * game.P[i, j] * math.log1p(math.exp(r[j] - r[i]))
+                    for i in range(n)
+                    for j in range(n)
+                )
 
             found = minimize(cost, np.zeros(n), method="BFGS", options={"gtol": 1e-9}).x
             np.testing.assert_allclose(g.bt_rewards(game.P, w), found - found.mean(), atol=1e-4)
             win = g.bradley_terry(g.bt_rewards(game.P, w))
-            np.testing.assert_allclose(w[:, None] * w * win @ np.ones(n), w[:, None] * w * game.P @ np.ones(n), atol=1e-14)
+            np.testing.assert_allclose(
+                w[:, None] * w * win @ np.ones(n), w[:, None] * w * game.P @ np.ones(n), atol=1e-14
+            )
 
 
 def test_golden_rewards_and_the_weights_that_do_not_matter():
-    assert g.bt_rewards(g.GAMES["transitive_nonBT"].P) == pytest.approx([0.756307612615893, 0, -0.756307612615893], abs=1e-12)
+    assert g.bt_rewards(g.GAMES["transitive_nonBT"].P) == pytest.approx(
+        [0.756307612615893, 0, -0.756307612615893], abs=1e-12
+    )
     for w in (UNIFORM, START, np.array([0.98, 0.01, 0.01])):
         assert g.bt_rewards(g.GAMES["bt3"].P, w) == pytest.approx([1, 0, -1], abs=1e-10)
 
@@ -370,11 +481,18 @@ def test_target_of_dno_is_the_minimum_of_its_soft_label_loss():
 
     def loss(logits):
         ratio = eta * (logits - np.log(START))
-        return sum(START[i] * START[j] * (1 / (1 + math.exp(r[j] - r[i]))) * math.log1p(math.exp(ratio[j] - ratio[i]))
-                   for i, j in itertools.product(range(3), repeat=2))
+        return sum(
+            START[i]
+            * START[j]
+            * (1 / (1 + math.exp(r[j] - r[i])))
+            * math.log1p(math.exp(ratio[j] - ratio[i]))
+            for i, j in itertools.product(range(3), repeat=2)
+        )
 
     found = np.exp(minimize(loss, np.log(START), method="BFGS", options={"gtol": 1e-10}).x)
-    np.testing.assert_allclose(play(g.dno(COMAL3, START, eta), 1)[1], found / found.sum(), atol=1e-5)
+    np.testing.assert_allclose(
+        play(g.dno(COMAL3, START, eta), 1)[1], found / found.sum(), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("on_policy", [False, True])
@@ -382,11 +500,15 @@ def test_contrastive_gradient_by_finite_differences(on_policy):
     game = g.random_game(5, seed=6)
     ref, pi, n = UNIFORM.repeat(2)[:5] / UNIFORM.repeat(2)[:5].sum(), game.start, 5
     weight = np.outer(pi, pi) if on_policy else np.full((n, n), 1 / n**2)
-    target = (game.P - 0.5) / 0.1 if on_policy else np.subtract.outer(game.P @ pi, game.P @ pi) / 0.1
+    target = (
+        (game.P - 0.5) / 0.1 if on_policy else np.subtract.outer(game.P @ pi, game.P @ pi) / 0.1
+    )
 
     def loss(logits):
         d = logits - np.log(np.exp(logits).sum()) - np.log(ref)
-        return sum(weight[i, j] * (d[i] - d[j] - target[i, j]) ** 2 for i in range(n) for j in range(n))
+        return sum(
+            weight[i, j] * (d[i] - d[j] - target[i, j]) ** 2 for i in range(n) for j in range(n)
+        )
 
     steps = 1e-5 * np.eye(n)
     expected = [(loss(np.log(pi) + step) - loss(np.log(pi) - step)) / 2e-5 for step in steps]
@@ -398,6 +520,7 @@ def test_contrastive_gradient_by_finite_differences(on_policy):
 
 # --- a user's game ---
 
+
 def test_game_from_csv():
     plain = g.parse_game("0.5,0.9\n0.1,0.5\n", "x.csv")
     named = g.parse_game(",first,second\nfirst, 0.5, 0.9\nsecond, 0.1, 0.5\n\n", "x.csv")
@@ -408,12 +531,21 @@ def test_game_from_csv():
 
 
 BAD = {
-    "too wide": (".5,.5\n.5,.5,.2\n", "x.csv is not square: 2 lines, but line 2 of them has 3 numbers"),
+    "too wide": (
+        ".5,.5\n.5,.5,.2\n",
+        "x.csv is not square: 2 lines, but line 2 of them has 3 numbers",
+    ),
     "too few lines": (".5,.5,.5\n.5,.5,.5\n", "x.csv is not square"),
     "more names": (",a,b,c\na,.5,.5\nb,.5,.5\n", "x.csv has 3 names over 2 columns of numbers"),
-    "not constant-sum": (".5,.6\n.5,.5\n", r"x.csv: P \+ P\^T is not 1: row 1, column 2 is 0.6 and its mirror 0.5"),
+    "not constant-sum": (
+        ".5,.6\n.5,.5\n",
+        r"x.csv: P \+ P\^T is not 1: row 1, column 2 is 0.6 and its mirror 0.5",
+    ),
     "diagonal": (".4,.6\n.4,.5\n", r"x.csv: P \+ P\^T is not 1: row 1, column 1"),
-    "per cent": ("50,60\n40,50\n", r"x.csv: '50' in row 1, column 1 is not in \[0, 1\]; give probabilities, not per cent"),
+    "per cent": (
+        "50,60\n40,50\n",
+        r"x.csv: '50' in row 1, column 1 is not in \[0, 1\]; give probabilities, not per cent",
+    ),
     "negative": (".5,-.1\n1.1,.5\n", r"x.csv: '-.1' in row 1, column 2 is not in \[0, 1\]"),
     "a word": (".5,x\n.5,.5\n", "x.csv: 'x' in row 1, column 2 is not a number"),
     "nan": (".5,nan\nnan,.5\n", "x.csv: 'nan' in row 1, column 2 is not a number"),
@@ -444,7 +576,9 @@ def undrawn(figure, files):
         file.touch()
 
 
-@pytest.mark.parametrize(("text", "simplex"), [("\ufeffa,b,c\n.5,1,1\n0,.5,1\n0,0,.5\n", True), (None, False)])
+@pytest.mark.parametrize(
+    ("text", "simplex"), [("\ufeffa,b,c\n.5,1,1\n0,.5,1\n0,0,.5\n", True), (None, False)]
+)
 def test_both_programs_on_a_game_of_ones_own(text, simplex, program, tmp_path, monkeypatch):
     """A total order, where rewards are infinite and policies reach the corner; and a random game of six."""
     monkeypatch.setattr(plot_theory, "STEPS", 1500)
@@ -458,12 +592,22 @@ def test_both_programs_on_a_game_of_ones_own(text, simplex, program, tmp_path, m
     program(plot_theory, *game, "--checks", found, "--output", tmp_path / "out" / "README.md")
     checks = json.loads(found.read_text())
     assert len(checks) > 25 and all(one["holds"] and one["games"] == "mine" for one in checks)
-    names = {"gap_by_iteration", "gap_by_horizon", "regularised_gap", "self_improvement"} | ({"simplex"} if simplex else set())
+    names = {"gap_by_iteration", "gap_by_horizon", "regularised_gap", "self_improvement"} | (
+        {"simplex"} if simplex else set()
+    )
     made = {path.name for path in (tmp_path / "out").iterdir()}
-    artifacts = {"README.md", "checks.json", *(f"{name}.{form}" for name in names for form in ("csv", "png", "svg"))}
+    artifacts = {
+        "README.md",
+        "checks.json",
+        *(f"{name}.{form}" for name in names for form in ("csv", "png", "svg")),
+    }
     assert made == artifacts | {f"{name}.record.json" for name in artifacts}
     page = (tmp_path / "out" / "README.md").read_text()
-    assert f"{len(checks)} of {len(checks)} checks hold" in page and all(f"({name}.png)" in page for name in names) and "nan" not in page
+    assert (
+        f"{len(checks)} of {len(checks)} checks hold" in page
+        and all(f"({name}.png)" in page for name in names)
+        and "nan" not in page
+    )
 
 
 def test_page_and_tables_of_the_embedded_game(checks, program, tmp_path, monkeypatch):
@@ -474,7 +618,11 @@ def test_page_and_tables_of_the_embedded_game(checks, program, tmp_path, monkeyp
     program(check_theory, "--output", tmp_path / "checks.json")
     program(plot_theory, "--checks", tmp_path / "checks.json", "--output", tmp_path / "README.md")
     page = (tmp_path / "README.md").read_text()
-    assert "a 0.3636, b 0.2727, c 0.3636" in page and page.count("| yes |") == len(checks) and "bt_control" in page
+    assert (
+        "a 0.3636, b 0.2727, c 0.3636" in page
+        and page.count("| yes |") == len(checks)
+        and "bt_control" in page
+    )
     with (tmp_path / "gap_by_iteration.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 101 and float(rows[0]["SPPO"]) == pytest.approx(0.28)

@@ -17,11 +17,18 @@ from sppo.policies.models import load_policy, load_tokenizer, prompt_token_ids, 
 from sppo.policies.vllm_engine import VllmEngine, request_seed
 
 EOS = 2
-QUESTIONS = ["Hi", "Name three rivers.", "Why is the sky blue in the day and red in the evening, and black at night?",
-             "Ein Satz mit Umlauten: Äpfel, Öl, Übermut.", "def f(x):\n    return x", "1 + 1 ="]
+QUESTIONS = [
+    "Hi",
+    "Name three rivers.",
+    "Why is the sky blue in the day and red in the evening, and black at night?",
+    "Ein Satz mit Umlauten: Äpfel, Öl, Übermut.",
+    "def f(x):\n    return x",
+    "1 + 1 =",
+]
 
 
 # --- seeds ---
+
 
 def test_seed_never_changes_silently():
     assert sample_seed(0, "iter1", "p1", 0) == 10329470296240424038
@@ -29,12 +36,19 @@ def test_seed_never_changes_silently():
 
 
 def test_seed_is_another_for_every_data_seed_purpose_prompt_and_sample():
-    seeds = {sample_seed(d, f"iter{t}", f"p{i}", k) for d in range(3) for t in range(1, 4) for i in range(30) for k in range(12)}
+    seeds = {
+        sample_seed(d, f"iter{t}", f"p{i}", k)
+        for d in range(3)
+        for t in range(1, 4)
+        for i in range(30)
+        for k in range(12)
+    }
     assert len(seeds) == 3 * 3 * 30 * 12 and max(seeds) < 2**64
     assert sample_seed(0, "iter1", "p1", 11) != sample_seed(0, "iter1", "p11", 1)
 
 
 # --- draws ---
+
 
 def by_hand(logits: list[float], u: float, temperature: float, top_p: float) -> int:
     """Inverse of the cumulative distribution over the nucleus in the order of the vocabulary, in loops."""
@@ -59,12 +73,21 @@ def by_hand(logits: list[float], u: float, temperature: float, top_p: float) -> 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize(("vocabulary", "spread"), [(20, 2.0), (3000, 0.5)], ids=["peaked", "nucleus beyond the top 1024"])
+@pytest.mark.parametrize(
+    ("vocabulary", "spread"),
+    [(20, 2.0), (3000, 0.5)],
+    ids=["peaked", "nucleus beyond the top 1024"],
+)
 def test_draw_equals_the_loop(temperature, top_p, vocabulary, spread):
     draw = np.random.default_rng(vocabulary)
     logits, uniforms = draw.normal(scale=spread, size=(40, vocabulary)), draw.random(40)
-    got = draw_tokens(torch.tensor(logits, dtype=torch.float32), torch.tensor(uniforms), temperature, top_p).tolist()
-    expected = [by_hand(row, u, temperature, top_p) for row, u in zip(logits.astype(np.float32).tolist(), uniforms.tolist(), strict=True)]
+    got = draw_tokens(
+        torch.tensor(logits, dtype=torch.float32), torch.tensor(uniforms), temperature, top_p
+    ).tolist()
+    expected = [
+        by_hand(row, u, temperature, top_p)
+        for row, u in zip(logits.astype(np.float32).tolist(), uniforms.tolist(), strict=True)
+    ]
     assert got == expected
 
 
@@ -74,12 +97,14 @@ def test_frequencies_are_the_distribution(temperature, top_p):
     p = torch.softmax(logits.double() / temperature, 0).numpy()
     if top_p < 1:
         ranked = np.argsort(-p)
-        p[ranked[int((p[ranked].cumsum() < top_p).sum()) + 1:]] = 0
+        p[ranked[int((p[ranked].cumsum() < top_p).sum()) + 1 :]] = 0
         assert (p == 0).any()
         p /= p.sum()
     n = 40_000
     uniforms = torch.from_numpy(np.random.default_rng(5).random(n))
-    counts = np.bincount(draw_tokens(logits.expand(n, -1), uniforms, temperature, top_p).numpy(), minlength=6)
+    counts = np.bincount(
+        draw_tokens(logits.expand(n, -1), uniforms, temperature, top_p).numpy(), minlength=6
+    )
     assert (counts[p == 0] == 0).all()
     chi_square = ((counts[p > 0] - n * p[p > 0]) ** 2 / (n * p[p > 0])).sum()
     assert chi_square < 20.5  # 5 degrees of freedom, one in a thousand; the uniforms are fixed
@@ -95,23 +120,37 @@ def test_impossible_tokens_are_never_drawn_even_at_the_ends(top_p):
 
 def test_a_row_draws_the_same_alone_and_among_others():
     draw = torch.Generator().manual_seed(0)
-    logits, uniforms = torch.randn(30, 500, generator=draw), torch.rand(30, generator=draw, dtype=torch.float64)
+    logits, uniforms = (
+        torch.randn(30, 500, generator=draw),
+        torch.rand(30, generator=draw, dtype=torch.float64),
+    )
     for top_p in (0.9, 1.0):
-        alone = [draw_tokens(logits[i:i + 1], uniforms[i:i + 1], 1.0, top_p).item() for i in range(30)]
+        alone = [
+            draw_tokens(logits[i : i + 1], uniforms[i : i + 1], 1.0, top_p).item()
+            for i in range(30)
+        ]
         assert draw_tokens(logits, uniforms, 1.0, top_p).tolist() == alone
 
 
 # --- the engine on the tiny policy ---
 
+
 @pytest.fixture(scope="module")
 def prompts(tiny_policy) -> list[dict]:
     tokenizer = load_tokenizer(tiny_policy)
-    return [{"prompt_id": f"p{i}", "prompt_token_ids": prompt_token_ids(tokenizer, [{"role": "user", "content": text}])}
-            for i, text in enumerate(QUESTIONS)]
+    return [
+        {
+            "prompt_id": f"p{i}",
+            "prompt_token_ids": prompt_token_ids(tokenizer, [{"role": "user", "content": text}]),
+        }
+        for i, text in enumerate(QUESTIONS)
+    ]
 
 
 def engine(folder, batch_size: int = 64) -> TransformersEngine:
-    return TransformersEngine(folder, precision="float32", device="cpu", attention=None, batch_size=batch_size)
+    return TransformersEngine(
+        folder, precision="float32", device="cpu", attention=None, batch_size=batch_size
+    )
 
 
 @pytest.fixture(scope="module")
@@ -140,27 +179,51 @@ def test_batch_size_changes_no_token(batch_size, tiny_policy, prompts, responses
 @pytest.mark.parametrize("shards", [2, 3])
 def test_shards_and_their_order_change_no_token(shards, tiny_policy, prompts, responses):
     made = engine(tiny_policy)
-    rows = [row for shard in reversed(range(shards)) for row in made.generate(prompts[shard::shards], SAMPLING, 0, "iter1")]
+    rows = [
+        row
+        for shard in reversed(range(shards))
+        for row in made.generate(prompts[shard::shards], SAMPLING, 0, "iter1")
+    ]
     assert sorted(rows, key=lambda row: (row["prompt_id"], row["sample_id"])) == responses
 
 
 def test_rows_come_in_the_order_of_the_prompts_with_k_different_samples_each(prompts, responses):
-    assert [(row["prompt_id"], row["sample_id"]) for row in responses] == [(p["prompt_id"], k) for p in prompts for k in range(3)]
+    assert [(row["prompt_id"], row["sample_id"]) for row in responses] == [
+        (p["prompt_id"], k) for p in prompts for k in range(3)
+    ]
     for prompt in prompts:
-        assert len({tuple(row["token_ids"]) for row in responses if row["prompt_id"] == prompt["prompt_id"]}) == 3
+        assert (
+            len(
+                {
+                    tuple(row["token_ids"])
+                    for row in responses
+                    if row["prompt_id"] == prompt["prompt_id"]
+                }
+            )
+            == 3
+        )
 
 
 @pytest.mark.parametrize(("seed", "purpose"), [(1, "iter1"), (0, "iter2")])
-def test_another_data_seed_or_iteration_gives_other_tokens(seed, purpose, tiny_policy, prompts, responses):
+def test_another_data_seed_or_iteration_gives_other_tokens(
+    seed, purpose, tiny_policy, prompts, responses
+):
     others = engine(tiny_policy).generate(prompts, SAMPLING, seed, purpose)
-    assert all(a["token_ids"] != b["token_ids"] and a["seed"] != b["seed"] for a, b in zip(responses, others, strict=True))
+    assert all(
+        a["token_ids"] != b["token_ids"] and a["seed"] != b["seed"]
+        for a, b in zip(responses, others, strict=True)
+    )
 
 
-def test_tokens_are_the_loop_s_draws_from_the_model_s_own_distribution(tiny_policy, prompts, responses):
+def test_tokens_are_the_loop_s_draws_from_the_model_s_own_distribution(
+    tiny_policy, prompts, responses
+):
     """One sample again: unbatched, without a cache, in loops, from the seed that its row keeps."""
     model = load_policy(tiny_policy, torch.float32, "cpu")
     for row in (responses[0], responses[7]):
-        uniforms = np.random.Generator(np.random.Philox(row["seed"])).random(SAMPLING.max_new_tokens)
+        uniforms = np.random.Generator(np.random.Philox(row["seed"])).random(
+            SAMPLING.max_new_tokens
+        )
         ids = list(row["prompt_token_ids"])
         for u in uniforms[:4]:
             with torch.inference_mode():
@@ -172,11 +235,15 @@ def test_prompt_ids_are_the_template_s_with_nothing_before_them(tiny_policy, pro
     tokenizer = load_tokenizer(tiny_policy)
     for prompt, text in zip(prompts, QUESTIONS, strict=True):
         ids = prompt["prompt_token_ids"]
-        rendered = ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-                    f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+        rendered = (
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        )
         assert tokenizer.decode(ids) == rendered
         assert ids == tokenizer.encode(rendered, add_special_tokens=False)
-        assert ids[0] == 1 and ids.count(1) == 3 and ids[1] != 1  # one <|im_start|> a turn: no second BOS
+        assert (
+            ids[0] == 1 and ids.count(1) == 3 and ids[1] != 1
+        )  # one <|im_start|> a turn: no second BOS
 
 
 def test_stop_id_ends_a_response_if_and_only_if_it_stopped(wordy, prompts):
@@ -185,13 +252,25 @@ def test_stop_id_ends_a_response_if_and_only_if_it_stopped(wordy, prompts):
     assert reasons == {"stop", "length"}
     for row in rows:
         if row["finish_reason"] == "stop":
-            assert row["token_ids"][-1] == EOS and EOS not in row["token_ids"][:-1] and len(row["token_ids"]) <= 12
+            assert (
+                row["token_ids"][-1] == EOS
+                and EOS not in row["token_ids"][:-1]
+                and len(row["token_ids"]) <= 12
+            )
         else:
             assert EOS not in row["token_ids"] and len(row["token_ids"]) == 12
-    assert any({0, 1} & set(row["token_ids"]) for row in rows), "the policy emitted no other special token: nothing was tested"
-    assert not any(token in row["text"] for row in rows for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+    assert any({0, 1} & set(row["token_ids"]) for row in rows), (
+        "the policy emitted no other special token: nothing was tested"
+    )
+    assert not any(
+        token in row["text"]
+        for row in rows
+        for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    )
     facts = summary(rows)
-    assert facts["tokens"] == sum(len(row["token_ids"]) for row in rows) and facts["responses"] == 30
+    assert (
+        facts["tokens"] == sum(len(row["token_ids"]) for row in rows) and facts["responses"] == 30
+    )
     assert facts["cut_by_max_new_tokens"] == sum(row["finish_reason"] == "length" for row in rows)
 
 
@@ -223,22 +302,43 @@ def test_temperature_zero_equals_greedy_generation_one_by_one(tiny_policy, promp
     model = load_policy(tiny_policy, torch.float32, "cpu")
     for row in engine(tiny_policy).generate(prompts, Sampling(1, 0.0, 1.0, 10), 0, "iter1"):
         ids = torch.tensor([row["prompt_token_ids"]])
-        greedy = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=10, pad_token_id=EOS)
-        assert row["token_ids"] == greedy[0, ids.shape[1]:].tolist()
+        greedy = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=10,
+            pad_token_id=EOS,
+        )
+        assert row["token_ids"] == greedy[0, ids.shape[1] :].tolist()
 
 
-def test_the_model_s_own_generation_config_does_not_warp_the_samples(tiny_policy, prompts, responses, tmp_path):
+def test_the_model_s_own_generation_config_does_not_warp_the_samples(
+    tiny_policy, prompts, responses, tmp_path
+):
     """Qwen and Llama folders carry temperature, top_k and repetition penalties of their own."""
     from transformers import GenerationConfig
 
     folder = tmp_path / "policy"
     shutil.copytree(tiny_policy, folder)
-    GenerationConfig(do_sample=True, temperature=0.1, top_p=0.1, top_k=2, repetition_penalty=1.9, min_p=0.5, typical_p=0.5,
-                     max_length=40, no_repeat_ngram_size=1, min_new_tokens=5, suppress_tokens=list(range(9000)), eos_token_id=EOS).save_pretrained(folder)
+    GenerationConfig(
+        do_sample=True,
+        temperature=0.1,
+        top_p=0.1,
+        top_k=2,
+        repetition_penalty=1.9,
+        min_p=0.5,
+        typical_p=0.5,
+        max_length=40,
+        no_repeat_ngram_size=1,
+        min_new_tokens=5,
+        suppress_tokens=list(range(9000)),
+        eos_token_id=EOS,
+    ).save_pretrained(folder)
     assert engine(folder).generate(prompts, SAMPLING, 0, "iter1") == responses
 
 
 # --- policies that are broken, and the device ---
+
 
 def broken(folder, value: float, first_step: int = 0) -> TransformersEngine:
     """An engine with one logit of one row replaced from that step on."""
@@ -249,6 +349,7 @@ def broken(folder, value: float, first_step: int = 0) -> TransformersEngine:
         if logits.shape[1] == 1 and next(steps) >= first_step:
             logits[1, 0, 7] = value
         return logits
+
     made.model.lm_head.register_forward_hook(replace)
     return made
 
@@ -257,7 +358,8 @@ def broken(folder, value: float, first_step: int = 0) -> TransformersEngine:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("first_step", [1, 5], ids=["from the start", "later"])
 def test_logits_that_are_not_finite_are_one_line_that_names_the_policy(
-        value, temperature, first_step, tiny_policy, prompts):
+    value, temperature, first_step, tiny_policy, prompts
+):
     made = broken(tiny_policy, value, first_step)
     with pytest.raises(UserError) as caught:
         made.generate(prompts, Sampling(2, temperature, 1.0, 8), 0, "iter1")
@@ -290,7 +392,8 @@ def test_a_row_without_a_distribution_draws_a_token_of_the_vocabulary(top_p):
 
 
 def test_a_policy_whose_config_forbids_the_cache_generates_the_same(
-        tiny_policy, prompts, responses, tmp_path):
+    tiny_policy, prompts, responses, tmp_path
+):
     folder = tmp_path / "policy"
     shutil.copytree(tiny_policy, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -304,7 +407,8 @@ def test_prompts_of_full_attention_are_read_once(tiny_policy, prompts):
     assert made.reads_prompts_once
     tokens = []
     made.model.model.embed_tokens.register_forward_hook(
-        lambda module, inputs, output: tokens.append(inputs[0].numel()))
+        lambda module, inputs, output: tokens.append(inputs[0].numel())
+    )
     made.generate(prompts, Sampling(4, 1.0, 1.0, 1), 0, "iter1")
     longest = max(len(prompt["prompt_token_ids"]) for prompt in prompts)
     assert tokens == [len(prompts) * (longest - 1), 4 * len(prompts)]
@@ -320,7 +424,8 @@ def test_generation_on_a_gpu_does_without_cudnn_s_attention(tiny_policy, monkeyp
         engine(tiny_policy)
         assert torch.backends.cuda.cudnn_sdp_enabled()
         TransformersEngine(
-            tiny_policy, precision="float32", device="cuda", attention=None, batch_size=64)
+            tiny_policy, precision="float32", device="cuda", attention=None, batch_size=64
+        )
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
@@ -328,18 +433,35 @@ def test_generation_on_a_gpu_does_without_cudnn_s_attention(tiny_policy, monkeyp
 
 # --- vLLM; tests/vllm runs it ---
 
+
 def test_vllm_s_seeds_never_change_silently_and_fit_signed_64_bits():
-    assert request_seed(0, "iter1", "p1") == sample_seed(0, "iter1", "p1", 0) // 4 == 2582367574060106009
+    assert (
+        request_seed(0, "iter1", "p1")
+        == sample_seed(0, "iter1", "p1", 0) // 4
+        == 2582367574060106009
+    )
     assert max(request_seed(0, "iter1", f"p{i}") for i in range(1000)) < 2**62
 
 
-@pytest.mark.parametrize(("device", "tensor_parallel", "said"), [
-    ("cpu", 2, "responses.tensor_parallel is 2, but there is no GPU here"),
-    ("cuda", 2, "responses.tensor_parallel is 2, but PyTorch sees 1 GPU here"),
-    ("cpu", 1, "responses.engine is vllm, but vLLM cannot be imported here")])
-def test_vllm_without_what_it_needs_is_one_line(device, tensor_parallel, said, tiny_policy, monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "tensor_parallel", "said"),
+    [
+        ("cpu", 2, "responses.tensor_parallel is 2, but there is no GPU here"),
+        ("cuda", 2, "responses.tensor_parallel is 2, but PyTorch sees 1 GPU here"),
+        ("cpu", 1, "responses.engine is vllm, but vLLM cannot be imported here"),
+    ],
+)
+def test_vllm_without_what_it_needs_is_one_line(
+    device, tensor_parallel, said, tiny_policy, monkeypatch
+):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError) as caught:
-        VllmEngine(tiny_policy, precision="float32", device=device, batch_size=4, tensor_parallel=tensor_parallel)
+        VllmEngine(
+            tiny_policy,
+            precision="float32",
+            device=device,
+            batch_size=4,
+            tensor_parallel=tensor_parallel,
+        )
     assert said in str(caught.value) and "\n" not in str(caught.value)

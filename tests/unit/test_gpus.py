@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from sppo.policies.gpus import cores_of_job
 from sppo.core.errors import UserError
+from sppo.policies.gpus import cores_of_job
 from sppo.policies.models import compute_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
-TAKE = ("import os, sys\nfrom sppo.core.errors import run\nfrom sppo.policies.gpus import take_gpus\n"
-        "run(lambda: (take_gpus(int(sys.argv[1])), print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True), sys.stdin.read()))")
+TAKE = (
+    "import os, sys\nfrom sppo.core.errors import run\nfrom sppo.policies.gpus import take_gpus\n"
+    "run(lambda: (take_gpus(int(sys.argv[1])), print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True), sys.stdin.read()))"
+)
 
 # A training of as many processes; in their place, accelerate's launcher says what they would see.
 LAUNCH = """
@@ -41,11 +43,24 @@ def job(tmp_path):
     started = []
 
     def start(count: int, visible: str | None, code: str = TAKE) -> subprocess.Popen:
-        environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
-        environment |= {"PYTHONPATH": str(ROOT / "src"), "TMPDIR": str(tmp_path)} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
-        started.append(subprocess.Popen([sys.executable, "-c", code, str(count)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True))
+        environment = {
+            key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"
+        }
+        environment |= {"PYTHONPATH": str(ROOT / "src"), "TMPDIR": str(tmp_path)} | (
+            {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+        )
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(count)],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
         return started[-1]
+
     yield start
     for process in started:
         process.communicate()
@@ -61,7 +76,12 @@ def test_jobs_side_by_side_take_different_gpus_and_give_them_back(job):
     assert took(job(2, "0,1,2,3")) == "2,3"
     none_left = job(2, "0,1,2,3")
     _, said = none_left.communicate()
-    assert none_left.returncode == 1 and said.startswith("error: of the 4 GPUs here 4 are taken") and "--resources gpu=4" in said and said.count("\n") == 1
+    assert (
+        none_left.returncode == 1
+        and said.startswith("error: of the 4 GPUs here 4 are taken")
+        and "--resources gpu=4" in said
+        and said.count("\n") == 1
+    )
     first.kill()
     first.wait()
     second.communicate()
@@ -86,8 +106,16 @@ def test_a_job_without_a_gpu_takes_none_and_waits_for_none(job):
     assert took(job(0, "0,1")) == ""
 
 
-@pytest.mark.parametrize(("count", "visible", "taken"), [
-    (1, "3", "3"), (2, "GPU-a,GPU-b", "GPU-a,GPU-b"), (1, "MIG-a/7/0,MIG-b", "MIG-a/7/0"), (2, "5", "5"), (1, "", "")])
+@pytest.mark.parametrize(
+    ("count", "visible", "taken"),
+    [
+        (1, "3", "3"),
+        (2, "GPU-a,GPU-b", "GPU-a,GPU-b"),
+        (1, "MIG-a/7/0,MIG-b", "MIG-a/7/0"),
+        (2, "5", "5"),
+        (1, "", ""),
+    ],
+)
 def test_what_a_cluster_gave_is_kept_to(count, visible, taken, job):
     """With fewer than asked for, the engine says so: it knows what the model needs them for."""
     assert took(job(count, visible)) == taken
@@ -101,8 +129,9 @@ def test_a_machine_without_gpus_locks_nothing(job):
     assert took(job(1, None)) == took(job(1, None)) == "0"
 
 
-@pytest.mark.parametrize(("slurm", "snakemake", "cores"), [
-    ("4", "1", 4), (None, "3", 3), (None, None, os.cpu_count())])
+@pytest.mark.parametrize(
+    ("slurm", "snakemake", "cores"), [("4", "1", 4), (None, "3", 3), (None, None, os.cpu_count())]
+)
 def test_a_job_computes_with_the_cores_that_it_was_given(slurm, snakemake, cores, monkeypatch):
     for name, value in (("SLURM_CPUS_PER_TASK", slurm), ("OMP_NUM_THREADS", snakemake)):
         monkeypatch.delenv(name, raising=False)
@@ -113,13 +142,25 @@ def test_a_job_computes_with_the_cores_that_it_was_given(slurm, snakemake, cores
 
 def started(environment: dict[str, str], gpus: int = 1) -> list[str]:
     """Threads and allocator settings of a program that started PyTorch."""
-    code = (f"import os; from sppo.policies.models import start_torch; start_torch({gpus}); import torch\n"
-            "print(torch.get_num_threads(), os.environ.get('PYTORCH_ALLOC_CONF'))")
-    left = {key: value for key, value in os.environ.items() if key not in (
-        "LOCAL_RANK", "SLURM_CPUS_PER_TASK", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")}
+    code = (
+        f"import os; from sppo.policies.models import start_torch; start_torch({gpus}); import torch\n"
+        "print(torch.get_num_threads(), os.environ.get('PYTORCH_ALLOC_CONF'))"
+    )
+    left = {
+        key: value
+        for key, value in os.environ.items()
+        if key
+        not in (
+            "LOCAL_RANK",
+            "SLURM_CPUS_PER_TASK",
+            "PYTORCH_ALLOC_CONF",
+            "PYTORCH_CUDA_ALLOC_CONF",
+        )
+    }
     more = {"PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""} | environment
-    return subprocess.run([sys.executable, "-c", code], env=left | more, check=True,
-                          capture_output=True, text=True).stdout.split()
+    return subprocess.run(
+        [sys.executable, "-c", code], env=left | more, check=True, capture_output=True, text=True
+    ).stdout.split()
 
 
 def test_pytorch_starts_with_the_job_s_cores_and_memory_that_fits_other_lengths():
@@ -137,8 +178,11 @@ def test_bfloat16_that_a_gpu_emulates_is_not_taken(native, dtype, monkeypatch):
     import torch
 
     monkeypatch.delenv("SPPO_AUTO_PRECISION", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                        lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: native or including_emulation,
+    )
     assert compute_dtype("auto", "cuda") == getattr(torch, dtype)
     assert compute_dtype("bfloat16", "cuda") == torch.bfloat16
 
@@ -152,5 +196,7 @@ def test_environment_says_what_auto_is(dtype, device, monkeypatch):
     assert compute_dtype("auto", device) == getattr(torch, dtype)
     assert compute_dtype("float32", device) == torch.float32
     monkeypatch.setenv("SPPO_AUTO_PRECISION", "float16")
-    with pytest.raises(UserError, match="SPPO_AUTO_PRECISION is 'float16'; set bfloat16 or float32"):
+    with pytest.raises(
+        UserError, match="SPPO_AUTO_PRECISION is 'float16'; set bfloat16 or float32"
+    ):
         compute_dtype("auto", device)

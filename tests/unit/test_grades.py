@@ -7,18 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_mt_bench import KEY, server  # noqa: F401, server is a fixture
 
 import build_pairs
 import grade_responses
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
-from sppo.preferences.grades import GOLD, far_apart, loops, read_score, rubric
-from sppo.evaluation.mt_bench import check_grader
 from sppo.core.tables import read_table, write_table
-from test_mt_bench import KEY, server  # noqa: F401, server is a fixture
+from sppo.evaluation.mt_bench import check_grader
+from sppo.preferences.grades import GOLD, far_apart, loops, read_score, rubric
 
 PROMPTS = {"a": "What is tea?", "b": "What is rye?"}
-TEXTS = {"a": ["A plant and a drink.", "No idea.", "tea is tea is tea is " * 9], "b": ["A grain.", "A grain, sown in autumn.", "Rye."]}
+TEXTS = {
+    "a": ["A plant and a drink.", "No idea.", "tea is tea is tea is " * 9],
+    "b": ["A grain.", "A grain, sown in autumn.", "Rye."],
+}
 
 
 # --- pure ---
@@ -26,16 +29,27 @@ TEXTS = {"a": ["A plant and a drink.", "No idea.", "tea is tea is tea is " * 9],
 PAPER = (5, 2, 1)  # positive, gold_margin, own_margin
 
 
-@pytest.mark.parametrize(("grades", "thresholds", "pairs"), [
-    ({GOLD: 6, 0: 4, 1: 5}, PAPER, [(GOLD, 0), (1, 0)]),  # gold beats what is 2 below, the policy's own what is 1 below
-    ({GOLD: 5, 0: 3, 1: 4, 2: 3.5}, PAPER, [(GOLD, 0)]),  # 4 is no winner, and too close to gold
-    ({GOLD: 0, 0: 6, 1: 6}, PAPER, []),  # gold never loses; equal grades make no pair
-    ({GOLD: 4, 0: 4, 1: 0}, PAPER, []),  # nobody is good enough
-    ({0: 6, 1: 5, 2: 4}, PAPER, [(0, 1), (0, 2), (1, 2)]),  # without gold
-    ({GOLD: 3.9, 0: 3.4, 1: 2.5}, (3.6, 1.0, 0.5), [(GOLD, 1)]),
-    ({}, PAPER, []),
-    ({3: 6}, PAPER, []),
-])
+@pytest.mark.parametrize(
+    ("grades", "thresholds", "pairs"),
+    [
+        (
+            {GOLD: 6, 0: 4, 1: 5},
+            PAPER,
+            [(GOLD, 0), (1, 0)],
+        ),  # gold beats what is 2 below, the policy's own what is 1 below
+        (
+            {GOLD: 5, 0: 3, 1: 4, 2: 3.5},
+            PAPER,
+            [(GOLD, 0)],
+        ),  # 4 is no winner, and too close to gold
+        ({GOLD: 0, 0: 6, 1: 6}, PAPER, []),  # gold never loses; equal grades make no pair
+        ({GOLD: 4, 0: 4, 1: 0}, PAPER, []),  # nobody is good enough
+        ({0: 6, 1: 5, 2: 4}, PAPER, [(0, 1), (0, 2), (1, 2)]),  # without gold
+        ({GOLD: 3.9, 0: 3.4, 1: 2.5}, (3.6, 1.0, 0.5), [(GOLD, 1)]),
+        ({}, PAPER, []),
+        ({3: 6}, PAPER, []),
+    ],
+)
 def test_pairs_are_those_far_enough_apart(grades, thresholds, pairs):
     assert far_apart(grades, *thresholds) == pairs
 
@@ -43,7 +57,9 @@ def test_pairs_are_those_far_enough_apart(grades, thresholds, pairs):
 def test_a_loop_is_eight_words_four_times():
     once = "the cat sat on the mat and slept"
     assert loops(" ".join([once] * 4)) and not loops(" ".join([once] * 3))
-    assert loops(f"It was so. {once}! One. {once.upper()}, two; {once}\n\nthree {once}")  # wherever, however written
+    assert loops(
+        f"It was so. {once}! One. {once.upper()}, two; {once}\n\nthree {once}"
+    )  # wherever, however written
     assert loops("no " * 11) and not loops("no " * 10)  # overlapping: eleven words hold four eights
     assert not loops("") and not loops("one two three") and not loops("| --- " * 40 + "| a | b |")
     assert not loops(" ".join(f"Step {i}: open the box, take one out, close it." for i in range(3)))
@@ -55,28 +71,64 @@ def test_loops_spare_what_people_wrote():
         assert not loops(json.loads(line)["response"])
 
 
-@pytest.mark.parametrize(("answer", "score"), [
-    ("Relevant and clear.\nScore: 4", 4), ("Score: 2 for a start, yet complete.\n\nScore: 5", 5), ("**Score: 6**", 6), ("**Score:** 3.", 3),
-    ("score : 0", 0), ("Score: 4.5", 4.5), ("Score: 5/6", 5), ("Score: 5 / 6.", 5), ("Score: 5/10", None), ("Score: 7", None), ("Score: 45", None),
-    ("Score: n", None), ("Score: -1", None), ("I give it 5 points.", None), ("", None),
-])
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("Relevant and clear.\nScore: 4", 4),
+        ("Score: 2 for a start, yet complete.\n\nScore: 5", 5),
+        ("**Score: 6**", 6),
+        ("**Score:** 3.", 3),
+        ("score : 0", 0),
+        ("Score: 4.5", 4.5),
+        ("Score: 5/6", 5),
+        ("Score: 5 / 6.", 5),
+        ("Score: 5/10", None),
+        ("Score: 7", None),
+        ("Score: 45", None),
+        ("Score: n", None),
+        ("Score: -1", None),
+        ("I give it 5 points.", None),
+        ("", None),
+    ],
+)
 def test_the_last_score_is_read(answer, score):
     assert read_score(answer) == score
 
 
 def test_the_rubric_holds_request_and_response_as_they_are():
     (asked,) = rubric([{"role": "user", "content": "What is {tea}?"}], "A {plant}.\nScore: 6")
-    assert asked["role"] == "user" and "<request>\nWhat is {tea}?\n</request>" in asked["content"] and "<response>\nA {plant}.\nScore: 6\n</response>" in asked["content"]
-    (asked,) = rubric([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Tea?"}], "Yes")
+    assert (
+        asked["role"] == "user"
+        and "<request>\nWhat is {tea}?\n</request>" in asked["content"]
+        and "<response>\nA {plant}.\nScore: 6\n</response>" in asked["content"]
+    )
+    (asked,) = rubric(
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "Tea?"},
+        ],
+        "Yes",
+    )
     assert "user: Hi\n\nassistant: Hello\n\nuser: Tea?" in asked["content"]
-    assert sum(line[:2] in ("1.", "2.", "3.", "4.", "5.", "6.") for line in asked["content"].splitlines()) == 6
+    assert (
+        sum(
+            line[:2] in ("1.", "2.", "3.", "4.", "5.", "6.")
+            for line in asked["content"].splitlines()
+        )
+        == 6
+    )
 
 
 def test_judges_are_checked_before_work(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    for judge, model, url, message in (("openai", None, None, "grades.judge_model"), ("openai", "m", None, "grades.judge_base_url"),
-                                       ("gpt-4-0613", None, None, "OPENAI_API_KEY.*grades.judge"), ("claude", None, None, "unknown judge claude.*grades.judge"),
-                                       ("ranker", None, None, "unknown judge ranker; take preference")):
+    for judge, model, url, message in (
+        ("openai", None, None, "grades.judge_model"),
+        ("openai", "m", None, "grades.judge_base_url"),
+        ("gpt-4-0613", None, None, "OPENAI_API_KEY.*grades.judge"),
+        ("claude", None, None, "unknown judge claude.*grades.judge"),
+        ("ranker", None, None, "unknown judge ranker; take preference"),
+    ):
         with pytest.raises(UserError, match=message):
             check_grader(judge, model, url)
     check_grader("preference", None, None)
@@ -85,12 +137,40 @@ def test_judges_are_checked_before_work(monkeypatch):
 
 # --- the programs ---
 
+
 @pytest.fixture
 def files(tmp_path):
-    write_table(tmp_path / "prompts.parquet", [{"prompt_id": i, "category": "", "messages": [{"role": "user", "content": text}], "prompt_token_ids": [1],
-                                                "source": "s"} for i, text in PROMPTS.items()], "prompts")
-    write_table(tmp_path / "responses.parquet", [{"prompt_id": i, "sample_id": k, "seed": k, "prompt_token_ids": [1], "token_ids": [10 + k, 2], "text": text,
-                                                  "finish_reason": "stop"} for i in PROMPTS for k, text in enumerate(TEXTS[i])], "responses")
+    write_table(
+        tmp_path / "prompts.parquet",
+        [
+            {
+                "prompt_id": i,
+                "category": "",
+                "messages": [{"role": "user", "content": text}],
+                "prompt_token_ids": [1],
+                "source": "s",
+            }
+            for i, text in PROMPTS.items()
+        ],
+        "prompts",
+    )
+    write_table(
+        tmp_path / "responses.parquet",
+        [
+            {
+                "prompt_id": i,
+                "sample_id": k,
+                "seed": k,
+                "prompt_token_ids": [1],
+                "token_ids": [10 + k, 2],
+                "text": text,
+                "finish_reason": "stop",
+            }
+            for i in PROMPTS
+            for k, text in enumerate(TEXTS[i])
+        ],
+        "responses",
+    )
     (tmp_path / "gold.jsonl").write_text('{"id": "a", "response": "An infusion of leaves."}\n')
     return tmp_path
 
@@ -98,9 +178,23 @@ def files(tmp_path):
 @pytest.fixture
 def grade(program, files):
     def call(*flags):
-        program(grade_responses, "--prompts", files / "prompts.parquet", "--responses", files / "responses.parquet", "--gold", files / "gold.jsonl",
-                "--output", files / "grades/0.parquet", *flags)
-        return {(row["prompt_id"], row["sample_id"]): row["grade"] for row in read_table(files / "grades/0.parquet", "grades")}
+        program(
+            grade_responses,
+            "--prompts",
+            files / "prompts.parquet",
+            "--responses",
+            files / "responses.parquet",
+            "--gold",
+            files / "gold.jsonl",
+            "--output",
+            files / "grades/0.parquet",
+            *flags,
+        )
+        return {
+            (row["prompt_id"], row["sample_id"]): row["grade"]
+            for row in read_table(files / "grades/0.parquet", "grades")
+        }
+
     return call
 
 
@@ -122,20 +216,35 @@ def test_the_preference_model_s_grade_is_six_p_hat_in_the_pool_with_gold(grade, 
 
     def sigma(x):
         return 1 / (1 + np.exp(-x))
-    pool = {k: len(text) for k, text in enumerate(TEXTS["a"])} | {GOLD: len("An infusion of leaves.")}
+
+    pool = {k: len(text) for k, text in enumerate(TEXTS["a"])} | {
+        GOLD: len("An infusion of leaves.")
+    }
     for k in (0, 1, GOLD):
-        assert grades["a", k] == pytest.approx(6 * np.mean([sigma((pool[k] - other) / 10) for other in pool.values()]))
+        assert grades["a", k] == pytest.approx(
+            6 * np.mean([sigma((pool[k] - other) / 10) for other in pool.values()])
+        )
     assert grades["a", 2] == 0  # the longest of all, and a loop
-    assert sum(grade for (prompt, _), grade in grades.items() if prompt == "b") == pytest.approx(9)  # mean 3, without gold
+    assert sum(grade for (prompt, _), grade in grades.items() if prompt == "b") == pytest.approx(
+        9
+    )  # mean 3, without gold
     record = read_json(files / "grades/0.parquet.record.json")
-    assert (record["graded"], record["ungraded"], record["looping"], record["gold"], record["grader"]) == (7, 0, 1, 1, "longer")
+    assert (
+        record["graded"],
+        record["ungraded"],
+        record["looping"],
+        record["gold"],
+        record["grader"],
+    ) == (7, 0, 1, 1, "longer")
     assert str(files / "gold.jsonl") in record["inputs"]
 
 
 @pytest.fixture
 def by_api(grade, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    return lambda: grade("--judge", "openai", "--judge-model", "judge-1", "--judge-base-url", server.url)
+    return lambda: grade(
+        "--judge", "openai", "--judge-model", "judge-1", "--judge-base-url", server.url
+    )
 
 
 def test_an_api_grades_by_the_rubric_and_what_has_no_score_is_left_out(by_api, server, files):
@@ -146,7 +255,12 @@ def test_an_api_grades_by_the_rubric_and_what_has_no_score_is_left_out(by_api, s
     assert len(server.prompts) == 6  # the loop is not asked about
     assert all("Score: n" in prompt[-1]["content"] for prompt in server.prompts)
     record = read_json(files / "grades/0.parquet.record.json")
-    assert (record["graded"], record["ungraded"], record["looping"], record["grader"]) == (6, 1, 1, "judge-1")
+    assert (record["graded"], record["ungraded"], record["looping"], record["grader"]) == (
+        6,
+        1,
+        1,
+        "judge-1",
+    )
 
 
 def test_what_has_no_score_is_said_and_asked_for_again(by_api, server, files, capfd):
@@ -194,7 +308,9 @@ def test_missing_gold_file_and_foreign_responses_are_named(grade, files):
     with pytest.raises(UserError, match="gold.jsonl is missing"):
         grade()
     (files / "gold.jsonl").write_text("")
-    write_table(files / "prompts.parquet", read_table(files / "prompts.parquet", "prompts")[:1], "prompts")
+    write_table(
+        files / "prompts.parquet", read_table(files / "prompts.parquet", "prompts")[:1], "prompts"
+    )
     with pytest.raises(UserError, match="answers prompt b"):
         grade()
 
@@ -202,22 +318,62 @@ def test_missing_gold_file_and_foreign_responses_are_named(grade, files):
 @pytest.fixture
 def build(program, files, tiny_policy):
     """Pairs from grades by (prompt, sample)."""
+
     def call(grades, *flags):
-        write_table(files / "grades.parquet", [{"prompt_id": i, "sample_id": k, "grade": grade} for (i, k), grade in grades.items()], "grades")
-        program(build_pairs, "--construction", "graded", "--prompts", files / "prompts.parquet", "--responses", files / "responses.parquet", "--gold",
-                files / "gold.jsonl", "--policy", tiny_policy, "--preferences", "--grades", files / "grades.parquet", "--output", files / "pairs.parquet", *flags)
-        return read_table(files / "pairs.parquet", "pairs"), read_json(files / "pairs.parquet.record.json")
+        write_table(
+            files / "grades.parquet",
+            [{"prompt_id": i, "sample_id": k, "grade": grade} for (i, k), grade in grades.items()],
+            "grades",
+        )
+        program(
+            build_pairs,
+            "--construction",
+            "graded",
+            "--prompts",
+            files / "prompts.parquet",
+            "--responses",
+            files / "responses.parquet",
+            "--gold",
+            files / "gold.jsonl",
+            "--policy",
+            tiny_policy,
+            "--preferences",
+            "--grades",
+            files / "grades.parquet",
+            "--output",
+            files / "pairs.parquet",
+            *flags,
+        )
+        return read_table(files / "pairs.parquet", "pairs"), read_json(
+            files / "pairs.parquet.record.json"
+        )
+
     return call
 
 
 def test_graded_pairs_carry_grades_in_place_of_p_hat(build, files):
-    pairs, record = build({("a", GOLD): 6, ("a", 0): 5, ("a", 1): 3, ("a", 2): 0, ("b", 0): 4, ("b", 1): 4.5})  # ("b", 2) has no grade
+    pairs, record = build(
+        {("a", GOLD): 6, ("a", 0): 5, ("a", 1): 3, ("a", 2): 0, ("b", 0): 4, ("b", 1): 4.5}
+    )  # ("b", 2) has no grade
 
-    assert [(pair["prompt_id"], pair["chosen_sample_id"], pair["rejected_sample_id"]) for pair in pairs] == [("a", -1, 1), ("a", -1, 2), ("a", 0, 1), ("a", 0, 2)]
-    assert (pairs[0]["chosen"], pairs[0]["rejected"], pairs[0]["prompt_token_ids"]) == ("An infusion of leaves.", "No idea.", [1])
+    assert [
+        (pair["prompt_id"], pair["chosen_sample_id"], pair["rejected_sample_id"]) for pair in pairs
+    ] == [("a", -1, 1), ("a", -1, 2), ("a", 0, 1), ("a", 0, 2)]
+    assert (pairs[0]["chosen"], pairs[0]["rejected"], pairs[0]["prompt_token_ids"]) == (
+        "An infusion of leaves.",
+        "No idea.",
+        [1],
+    )
     assert pairs[0]["chosen_token_ids"][-1] == 2 and pairs[0]["rejected_token_ids"] == [11, 2]
-    assert (pairs[2]["p_hat_chosen"], pairs[2]["p_hat_rejected"], pairs[2]["p_chosen_beats_rejected"]) == (5 / 6, 0.5, 1)
-    assert record["dropped"] == {"tie": 0, "identical": 0, "empty": 0, "truncated": 0, "no_pair": 1} and str(files / "grades.parquet") in record["inputs"]
+    assert (
+        pairs[2]["p_hat_chosen"],
+        pairs[2]["p_hat_rejected"],
+        pairs[2]["p_chosen_beats_rejected"],
+    ) == (5 / 6, 0.5, 1)
+    assert (
+        record["dropped"] == {"tie": 0, "identical": 0, "empty": 0, "truncated": 0, "no_pair": 1}
+        and str(files / "grades.parquet") in record["inputs"]
+    )
     assert len(build({("b", 0): 4, ("b", 1): 3}, "--positive", 4, "--own-margin", 0.5)[0]) == 1
 
 
@@ -225,8 +381,14 @@ def test_graded_pairs_are_replayed(build, files):
     first, _ = build({("a", GOLD): 6, ("a", 0): 5, ("a", 1): 3, ("a", 2): 0})
     for name in ("pairs.parquet", "pairs.parquet.record.json"):
         (files / name).rename(files / name.replace("pairs", "before"))
-    pairs, record = build({("b", 0): 6, ("b", 1): 3}, "--previous", files / "before.parquet", "--replay", 0.3)
-    assert record["replayed"] == 1 and pairs[0]["prompt_id"] == "b" and pairs[1]["chosen"] in {pair["chosen"] for pair in first}
+    pairs, record = build(
+        {("b", 0): 6, ("b", 1): 3}, "--previous", files / "before.parquet", "--replay", 0.3
+    )
+    assert (
+        record["replayed"] == 1
+        and pairs[0]["prompt_id"] == "b"
+        and pairs[1]["chosen"] in {pair["chosen"] for pair in first}
+    )
 
 
 def test_grades_of_other_responses_and_shards_that_lack_are_named(build, program, files):
@@ -235,5 +397,14 @@ def test_grades_of_other_responses_and_shards_that_lack_are_named(build, program
     with pytest.raises(UserError, match="grades response -1 to prompt b"):
         build({("b", GOLD): 5})
     with pytest.raises(UserError, match="needs a shard of --grades"):
-        program(build_pairs, "--construction", "graded", "--prompts", files / "prompts.parquet", "--responses", files / "responses.parquet",
-                "--output", files / "pairs.parquet")
+        program(
+            build_pairs,
+            "--construction",
+            "graded",
+            "--prompts",
+            files / "prompts.parquet",
+            "--responses",
+            files / "responses.parquet",
+            "--output",
+            files / "pairs.parquet",
+        )

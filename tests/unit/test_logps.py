@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from sppo.core.errors import UserError
-from sppo.training.logps import collate, forward_precision, frozen_logps, frozen_response_logps, pair_batch, pair_length, response_logps
 from sppo.policies.models import load_policy
+from sppo.training.logps import (
+    collate,
+    forward_precision,
+    frozen_logps,
+    frozen_response_logps,
+    pair_batch,
+    pair_length,
+    response_logps,
+)
 
 EOS = 2  # and the tokenizer's pad
 
@@ -24,7 +32,10 @@ def sequences() -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and responses of many lengths, some with EOS, which is pad, inside and at the end; one of EOS alone."""
     draw = random.Random(0)
     prompts = [[draw.randrange(49152) for _ in range(draw.randint(1, 30))] for _ in range(12)]
-    responses = [[draw.randrange(49152) for _ in range(draw.randint(1, 40))] + [EOS] * (i % 3) for i in range(11)] + [[EOS]]
+    responses = [
+        [draw.randrange(49152) for _ in range(draw.randint(1, 40))] + [EOS] * (i % 3)
+        for i in range(11)
+    ] + [[EOS]]
     responses[4][len(responses[4]) // 2] = EOS
     return prompts, responses
 
@@ -42,6 +53,7 @@ def loop(tiny_policy):
             row = logits[len(prompt) + place - 1]
             total += (row[token] - row.max() - torch.log(torch.exp(row - row.max()).sum())).item()
         return total
+
     return logp
 
 
@@ -54,7 +66,7 @@ def in_batches(model, prompts, responses, order: list[int], size: int) -> list[f
     found: dict[int, float] = {}
     with torch.inference_mode():
         for start in range(0, len(order), size):
-            rows = order[start:start + size]
+            rows = order[start : start + size]
             batch = collate([prompts[i] for i in rows], [responses[i] for i in rows])
             found |= dict(zip(rows, response_logps(model, batch).tolist(), strict=True))
     return [found[i] for i in range(len(order))]
@@ -62,7 +74,9 @@ def in_batches(model, prompts, responses, order: list[int], size: int) -> list[f
 
 @pytest.mark.parametrize("size", [1, 5, 12])
 def test_equals_the_loop_whatever_the_batch_size(size, model, sequences, by_hand):
-    assert in_batches(model, *sequences, list(range(12)), size) == pytest.approx(by_hand, abs=1e-4, rel=1e-6)
+    assert in_batches(model, *sequences, list(range(12)), size) == pytest.approx(
+        by_hand, abs=1e-4, rel=1e-6
+    )
 
 
 def test_order_and_neighbours_do_not_matter(model, sequences, by_hand):
@@ -75,13 +89,17 @@ def test_wider_padding_does_not_matter(model, sequences, by_hand):
     prompts, responses = sequences
     batch = collate([prompts[0], [7] * 200], [responses[0], [9] * 150])
     with torch.inference_mode():
-        assert response_logps(model, batch)[0].item() == pytest.approx(by_hand[0], abs=1e-4, rel=1e-6)
+        assert response_logps(model, batch)[0].item() == pytest.approx(
+            by_hand[0], abs=1e-4, rel=1e-6
+        )
 
 
 def test_a_response_of_eos_alone_and_eos_at_the_end_count(model, sequences, by_hand):
     prompts, responses = sequences
     assert responses[11] == [EOS] and by_hand[11] < -1e-3
-    longer, shorter = in_batches(model, [prompts[0]] * 2, [responses[0] + [EOS], responses[0]], [0, 1], 2)
+    longer, shorter = in_batches(
+        model, [prompts[0]] * 2, [responses[0] + [EOS], responses[0]], [0, 1], 2
+    )
     assert longer < shorter - 1e-3
 
 
@@ -89,13 +107,22 @@ def test_collate_pads_right_with_places_from_lengths():
     batch = collate([[11, 12], [13]], [[21], [EOS, 22, EOS]])
     assert batch["input_ids"].tolist() == [[11, 12, 21, 0], [13, EOS, 22, EOS]]
     assert batch["response_places"].tolist() == [2, 5, 6, 7]
-    assert batch.keys() == {"input_ids", "response_places"}, "a mask of attention would cost cuDNN's backward"
+    assert batch.keys() == {"input_ids", "response_places"}, (
+        "a mask of attention would cost cuDNN's backward"
+    )
 
 
 def make_pairs(sequences) -> list[dict]:
     prompts, responses = sequences
-    return [{"pair_id": 10 * i, "prompt_token_ids": prompts[i], "chosen_token_ids": responses[i], "rejected_token_ids": responses[i + 6]}
-            for i in range(6)]
+    return [
+        {
+            "pair_id": 10 * i,
+            "prompt_token_ids": prompts[i],
+            "chosen_token_ids": responses[i],
+            "rejected_token_ids": responses[i + 6],
+        }
+        for i in range(6)
+    ]
 
 
 def test_pair_batch_holds_all_chosen_then_all_rejected(sequences):
@@ -104,13 +131,22 @@ def test_pair_batch_holds_all_chosen_then_all_rejected(sequences):
     wanted = [p[f"{side}_token_ids"] for side in ("chosen", "rejected") for p in pairs]
     prompts = [p["prompt_token_ids"] for p in pairs] * 2
     for row, (prompt, response) in enumerate(zip(prompts, wanted, strict=True)):
-        assert batch["input_ids"][row, :len(prompt) + len(response)].tolist() == prompt + response
+        assert batch["input_ids"][row, : len(prompt) + len(response)].tolist() == prompt + response
     held = batch["input_ids"].flatten()[batch["response_places"]].tolist()
     assert held == [token for response in wanted for token in response]
 
 
 def test_pair_length_is_that_of_its_longer_sequence():
-    assert pair_length({"prompt_token_ids": [1] * 3, "chosen_token_ids": [1] * 5, "rejected_token_ids": [1] * 7}) == 10
+    assert (
+        pair_length(
+            {
+                "prompt_token_ids": [1] * 3,
+                "chosen_token_ids": [1] * 5,
+                "rejected_token_ids": [1] * 7,
+            }
+        )
+        == 10
+    )
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
@@ -125,20 +161,31 @@ def test_frozen_logps_keep_the_order_of_the_pairs(size, model, sequences, loop):
 
 @pytest.mark.parametrize("size", [1, 5, 100])
 def test_frozen_logps_of_responses_keep_their_order(size, model, sequences, by_hand):
-    rows = [{"prompt_id": "p", "sample_id": 0, "prompt_token_ids": prompt, "token_ids": response} for prompt, response in zip(*sequences, strict=True)]
-    assert frozen_response_logps(model, rows, torch.float32, "cpu", size) == pytest.approx(by_hand, abs=1e-4, rel=1e-6)
+    rows = [
+        {"prompt_id": "p", "sample_id": 0, "prompt_token_ids": prompt, "token_ids": response}
+        for prompt, response in zip(*sequences, strict=True)
+    ]
+    assert frozen_response_logps(model, rows, torch.float32, "cpu", size) == pytest.approx(
+        by_hand, abs=1e-4, rel=1e-6
+    )
 
 
 def test_frozen_logps_in_bfloat16_are_near_and_summed_in_float32(model, sequences, by_hand):
     rows = frozen_logps(model, make_pairs(sequences), torch.bfloat16, "cpu", 4)
     tokens = [len(response) for response in sequences[1][:6]]
-    errors = [abs(row["chosen_logp"] - exact) / n for row, exact, n in zip(rows, by_hand[:6], tokens, strict=True)]
+    errors = [
+        abs(row["chosen_logp"] - exact) / n
+        for row, exact, n in zip(rows, by_hand[:6], tokens, strict=True)
+    ]
     assert 0 < max(errors) < 0.1
     # A sum kept in bfloat16 would have 8 bits.
-    assert any(row["chosen_logp"] != torch.tensor(row["chosen_logp"]).bfloat16().item() for row in rows)
+    assert any(
+        row["chosen_logp"] != torch.tensor(row["chosen_logp"]).bfloat16().item() for row in rows
+    )
 
 
 # --- the head ---
+
 
 def large_logits(folder, scale: float):
     """The tiny policy with logits far above 16, where bfloat16 has steps of an eighth and more."""
@@ -188,8 +235,12 @@ def test_the_model_s_own_head_is_back_after_a_pass(model, sequences):
 
 def test_a_log_probability_that_is_no_number_names_its_pair(tiny_policy, sequences):
     model = load_policy(tiny_policy, torch.float32, "cpu")
-    model.model.embed_tokens.register_forward_hook(lambda _, ids, states: states.masked_fill((ids[0] == 5)[..., None], torch.nan))
+    model.model.embed_tokens.register_forward_hook(
+        lambda _, ids, states: states.masked_fill((ids[0] == 5)[..., None], torch.nan)
+    )
     pairs = make_pairs(sequences)
     pairs[3]["prompt_token_ids"] = [5]
-    with pytest.raises(UserError, match="log-probability under the frozen policy of pair 30 is nan"):
+    with pytest.raises(
+        UserError, match="log-probability under the frozen policy of pair 30 is nan"
+    ):
         frozen_logps(model, pairs, torch.float32, "cpu", 4)

@@ -9,18 +9,39 @@ import numpy as np
 import pytest
 import torch
 
-from sppo.theory import games
 from sppo.core.config import OF_P_HAT, default_of, schema
+from sppo.theory import games
 from sppo.training.losses import LOSSES, pair_loss
 
-OPTIONS = {key: default_of(rule, "paper") for key, rule in schema()["properties"]["train"]["properties"].items()}
+OPTIONS = {
+    key: default_of(rule, "paper")
+    for key, rule in schema()["properties"]["train"]["properties"].items()
+}
 # One pair with reference values of its losses: log-probabilities under the policy, the reference and pi_t, tokens, P-hat, P(w beats l).
-GOLDEN = dict(logp_chosen=-50.0, logp_rejected=-61.0, reference_chosen=-52.0, reference_rejected=-60.0, current_chosen=-51.0,
-              current_rejected=-60.5, tokens_chosen=20.0, tokens_rejected=25.0, p_hat_chosen=0.8, p_hat_rejected=0.2, p_chosen_beats_rejected=0.9)
+GOLDEN = {
+    "logp_chosen": -50.0,
+    "logp_rejected": -61.0,
+    "reference_chosen": -52.0,
+    "reference_rejected": -60.0,
+    "current_chosen": -51.0,
+    "current_rejected": -60.5,
+    "tokens_chosen": 20.0,
+    "tokens_rejected": 25.0,
+    "p_hat_chosen": 0.8,
+    "p_hat_rejected": 0.2,
+    "p_chosen_beats_rejected": 0.9,
+}
 # Losses with the options that the checks below give them.
 CASES = {name: {} for name in LOSSES} | {
-    "dpo": {"label_smoothing": 0.1, "sft_weight": 0.005}, "ipo": {"per_token": True, "ipo_target": 1.0}, "simpo": {"gamma": 1.5}, "hinge": {"optimism": 0.01},
-    "mmpo": {"gamma": 3.0}, "inpo": {"tau": 0.03}, "nash_md": {"tau": 0.0005}, "mpo": {"tau": 0.3}}
+    "dpo": {"label_smoothing": 0.1, "sft_weight": 0.005},
+    "ipo": {"per_token": True, "ipo_target": 1.0},
+    "simpo": {"gamma": 1.5},
+    "hinge": {"optimism": 0.01},
+    "mmpo": {"gamma": 3.0},
+    "inpo": {"tau": 0.03},
+    "nash_md": {"tau": 0.0005},
+    "mpo": {"tau": 0.3},
+}
 
 
 def log_sigmoid(x: float) -> float:
@@ -31,15 +52,27 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def by_hand(name: str, rows: list[dict[str, float]], beta: float, tau=0.0, gamma=1.0, label_smoothing=0.0, ipo_target=0.5, per_token=False,
-            sft_weight=0.0, optimism=0.0) -> list[float]:
+def by_hand(
+    name: str,
+    rows: list[dict[str, float]],
+    beta: float,
+    tau=0.0,
+    gamma=1.0,
+    label_smoothing=0.0,
+    ipo_target=0.5,
+    per_token=False,
+    sft_weight=0.0,
+    optimism=0.0,
+) -> list[float]:
     """Pairs in plain Python, from the formulas of the specification and not from ours."""
     losses = []
     ratio_w = [row["logp_chosen"] - row["reference_chosen"] for row in rows]
     ratio_l = [row["logp_rejected"] - row["reference_rejected"] for row in rows]
     for row, w, l in zip(rows, ratio_w, ratio_l):
         pw, pl, p = row["p_hat_chosen"], row["p_hat_rejected"], row["p_chosen_beats_rejected"]
-        h, ref, prev = (row[f"{x}_chosen"] - row[f"{x}_rejected"] for x in ("logp", "reference", "current"))
+        h, ref, prev = (
+            row[f"{x}_chosen"] - row[f"{x}_rejected"] for x in ("logp", "reference", "current")
+        )
         eta = 1 / beta
         if name == "sppo":
             loss = ((w - eta * (pw - 0.5)) ** 2 + (l - eta * (pl - 0.5)) ** 2) / 2
@@ -48,7 +81,11 @@ def by_hand(name: str, rows: list[dict[str, float]], beta: float, tau=0.0, gamma
         elif name == "sppo_hard":
             loss = (w - eta / 2) ** 2 + (l + eta / 2) ** 2  # TRL has no factor 1/2
         elif name in ("dpo", "dno", "mmpo"):
-            q = {"dpo": 1 - label_smoothing, "dno": sigmoid(pw - pl), "mmpo": sigmoid(gamma * (pw - pl))}[name]
+            q = {
+                "dpo": 1 - label_smoothing,
+                "dno": sigmoid(pw - pl),
+                "mmpo": sigmoid(gamma * (pw - pl)),
+            }[name]
             loss = -q * log_sigmoid(beta * (w - l)) - (1 - q) * log_sigmoid(beta * (l - w))
         elif name == "hinge":
             loss = max(0.0, 1 - beta * (w - l))
@@ -59,7 +96,14 @@ def by_hand(name: str, rows: list[dict[str, float]], beta: float, tau=0.0, gamma
             kl_w, kl_l = max(0.0, sum(ratio_w) / len(rows)), max(0.0, sum(ratio_l) / len(rows))
             loss = (1 - sigmoid(beta * (w - kl_l)) + 1 - sigmoid(beta * (kl_w - l))) / 2
         elif name == "simpo":
-            loss = -log_sigmoid(beta * (row["logp_chosen"] / row["tokens_chosen"] - row["logp_rejected"] / row["tokens_rejected"]) - gamma)
+            loss = -log_sigmoid(
+                beta
+                * (
+                    row["logp_chosen"] / row["tokens_chosen"]
+                    - row["logp_rejected"] / row["tokens_rejected"]
+                )
+                - gamma
+            )
         elif name == "inpo":
             loss = (h - tau / beta * ref - (beta - tau) / beta * prev - 1 / (2 * beta)) ** 2
         elif name == "nash_md":
@@ -67,11 +111,17 @@ def by_hand(name: str, rows: list[dict[str, float]], beta: float, tau=0.0, gamma
             loss = (h - mixture - (pw - pl) / beta) ** 2
         elif name == "mpo":
             loss = ((1 + eta * tau) * h - prev - eta * tau * ref - eta * (pw - pl)) ** 2
-        losses.append(loss + sft_weight * -row["logp_chosen"] / row["tokens_chosen"] + optimism * beta * (w + l) / 2)
+        losses.append(
+            loss
+            + sft_weight * -row["logp_chosen"] / row["tokens_chosen"]
+            + optimism * beta * (w + l) / 2
+        )
     return losses
 
 
-def ours(name: str, rows: list[dict[str, float]], beta: float, **options: object) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def ours(
+    name: str, rows: list[dict[str, float]], beta: float, **options: object
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a batch in float64, and its columns with the policy's log-probabilities as leaves."""
     pair = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in rows[0]}
     for side in ("chosen", "rejected"):
@@ -86,18 +136,37 @@ def random_rows(n: int, seed: int) -> list[dict[str, float]]:
         row = {f"tokens_{side}": float(draw.randint(3, 60)) for side in ("chosen", "rejected")}
         for side in ("chosen", "rejected"):
             row[f"logp_{side}"] = -2 * row[f"tokens_{side}"] + draw.gauss(0, 8)
-            row |= {f"{of}_{side}": row[f"logp_{side}"] + draw.gauss(0, 8) for of in ("current", "reference")}
-        rows.append(row | {name: draw.random() for name in ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected")})
+            row |= {
+                f"{of}_{side}": row[f"logp_{side}"] + draw.gauss(0, 8)
+                for of in ("current", "reference")
+            }
+        rows.append(
+            row
+            | {
+                name: draw.random()
+                for name in ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected")
+            }
+        )
     return rows
 
 
-@pytest.mark.parametrize(("name", "value", "options"), [
-    ("sppo", 89102.5, {"beta": 1e-3}), ("sppo_single", 158802.5, {"beta": 1e-3}), ("sppo_hard", 497005.0, {"beta": 1e-3}),
-    ("dpo", 0.5543552444685271, {"beta": 0.1}), ("dpo", 0.5843552444685272, {"beta": 0.1, "label_smoothing": 0.1}),
-    ("dpo", 0.5668552444685271, {"beta": 0.1, "sft_weight": 0.005}), ("ipo", 4.0, {"beta": 0.1}),
-    ("ipo", 23.619600000000002, {"beta": 0.1, "per_token": True}), ("ipo", 0.49 / 0.1 ** 2, {"beta": 0.1, "ipo_target": 1.0}),
-    ("simpo", 1.4023778760079761, {"beta": 2.0, "gamma": 1.0}), ("hinge", 0.7, {"beta": 0.1}), ("inpo", 9604.0, {"beta": 0.005, "tau": 0.005 / 3}),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "options"),
+    [
+        ("sppo", 89102.5, {"beta": 1e-3}),
+        ("sppo_single", 158802.5, {"beta": 1e-3}),
+        ("sppo_hard", 497005.0, {"beta": 1e-3}),
+        ("dpo", 0.5543552444685271, {"beta": 0.1}),
+        ("dpo", 0.5843552444685272, {"beta": 0.1, "label_smoothing": 0.1}),
+        ("dpo", 0.5668552444685271, {"beta": 0.1, "sft_weight": 0.005}),
+        ("ipo", 4.0, {"beta": 0.1}),
+        ("ipo", 23.619600000000002, {"beta": 0.1, "per_token": True}),
+        ("ipo", 0.49 / 0.1**2, {"beta": 0.1, "ipo_target": 1.0}),
+        ("simpo", 1.4023778760079761, {"beta": 2.0, "gamma": 1.0}),
+        ("hinge", 0.7, {"beta": 0.1}),
+        ("inpo", 9604.0, {"beta": 0.005, "tau": 0.005 / 3}),
+    ],
+)
 def test_golden_value(name, value, options):
     assert ours(name, [GOLDEN], **options)[0].item() == pytest.approx(value, rel=1e-12)
 
@@ -106,18 +175,22 @@ def test_golden_value_of_a_soft_label():
     """The golden soft label is P(w beats l) = 0.9 itself; DNO's is sigma of the difference of two P-hats, MMPO's of gamma times it."""
     loss, _ = ours("mmpo", [GOLDEN], beta=0.1, gamma=math.log(9) / 0.6)
     assert loss.item() == pytest.approx(0.5843552444685273, rel=1e-12)
-    assert ours("dno", [GOLDEN], beta=0.1)[0].item() == pytest.approx(0.66066, abs=5e-6)  # methods.md: sigma(0.6) = 0.6457 of it on the winner
+    assert ours("dno", [GOLDEN], beta=0.1)[0].item() == pytest.approx(
+        0.66066, abs=5e-6
+    )  # methods.md: sigma(0.6) = 0.6457 of it on the winner
 
 
 def test_golden_value_times_beta_squared():
-    assert 1e-3 ** 2 * ours("sppo", [GOLDEN], 1e-3)[0].item() == pytest.approx(0.0891025, rel=1e-12)
+    assert 1e-3**2 * ours("sppo", [GOLDEN], 1e-3)[0].item() == pytest.approx(0.0891025, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [1e-3, 0.1, 2.0])
 def test_batch_equals_a_loop_over_pairs(name, beta):
     rows = random_rows(17, seed=1)
-    assert ours(name, rows, beta, **CASES[name])[0].tolist() == pytest.approx(by_hand(name, rows, beta, **CASES[name]), rel=1e-12)
+    assert ours(name, rows, beta, **CASES[name])[0].tolist() == pytest.approx(
+        by_hand(name, rows, beta, **CASES[name]), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -128,12 +201,26 @@ def test_gradients_equal_central_differences_of_the_loop(name, beta):
     loss.sum().backward()
     for key in ("logp_chosen", "logp_rejected"):
         for i, got in enumerate(pair[key].grad.tolist()):
-            up, down = (sum(by_hand(name, rows[:i] + [{**rows[i], key: rows[i][key] + step}] + rows[i + 1:], beta, **CASES[name])) for step in (h, -h))
+            up, down = (
+                sum(
+                    by_hand(
+                        name,
+                        rows[:i] + [{**rows[i], key: rows[i][key] + step}] + rows[i + 1 :],
+                        beta,
+                        **CASES[name],
+                    )
+                )
+                for step in (h, -h)
+            )
             assert got == pytest.approx((up - down) / (2 * h), rel=1e-4, abs=1e-5)
 
 
 def test_registry_and_schema_name_the_same_losses_the_official_code_s_among_them():
-    assert set(LOSSES) == set(schema()["properties"]["train"]["properties"]["loss"]["enum"]) > {"sppo", "sppo_single", "dpo", "hinge", "ipo", "kto_pair"}
+    assert (
+        set(LOSSES)
+        == set(schema()["properties"]["train"]["properties"]["loss"]["enum"])
+        > {"sppo", "sppo_single", "dpo", "hinge", "ipo", "kto_pair"}
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -141,16 +228,37 @@ def test_losses_that_read_p_hat_are_listed_as_such(name):
     """The configuration refuses these where pairs have none. A new loss that reads P-hat goes into OF_P_HAT of src/sppo/core/config.py."""
     rows = random_rows(5, seed=3)
     other = [row | {key: 1 - row[key] ** 2 for key in row if key.startswith("p_")} for row in rows]
-    changed = ours(name, rows, 0.1, **CASES[name])[0].tolist() != ours(name, other, 0.1, **CASES[name])[0].tolist()
+    changed = (
+        ours(name, rows, 0.1, **CASES[name])[0].tolist()
+        != ours(name, other, 0.1, **CASES[name])[0].tolist()
+    )
     assert changed == (name in OF_P_HAT)
 
 
-def pair_of(delta_w: float, delta_l: float, n: int = 1, **numbers: float) -> dict[str, torch.Tensor]:
+def pair_of(
+    delta_w: float, delta_l: float, n: int = 1, **numbers: float
+) -> dict[str, torch.Tensor]:
     """Pairs with these log-ratios to both the reference and pi_t."""
-    zeros = {f"{of}_{side}": 0.0 for of in ("reference", "current") for side in ("chosen", "rejected")}
-    row = zeros | {"logp_chosen": delta_w, "logp_rejected": delta_l, "tokens_chosen": 1.0, "tokens_rejected": 1.0, "p_hat_chosen": 0.5,
-                   "p_hat_rejected": 0.5, "p_chosen_beats_rejected": 0.5} | numbers
-    return {key: torch.full((n,), value, dtype=torch.float64, requires_grad=key.startswith("logp_")) for key, value in row.items()}
+    zeros = {
+        f"{of}_{side}": 0.0 for of in ("reference", "current") for side in ("chosen", "rejected")
+    }
+    row = (
+        zeros
+        | {
+            "logp_chosen": delta_w,
+            "logp_rejected": delta_l,
+            "tokens_chosen": 1.0,
+            "tokens_rejected": 1.0,
+            "p_hat_chosen": 0.5,
+            "p_hat_rejected": 0.5,
+            "p_chosen_beats_rejected": 0.5,
+        }
+        | numbers
+    )
+    return {
+        key: torch.full((n,), value, dtype=torch.float64, requires_grad=key.startswith("logp_"))
+        for key, value in row.items()
+    }
 
 
 def test_sppo_is_least_where_every_log_ratio_meets_its_own_target():
@@ -159,13 +267,19 @@ def test_sppo_is_least_where_every_log_ratio_meets_its_own_target():
     loss = pair_loss("sppo", pair, OPTIONS | {"beta": 0.01})
     loss.sum().backward()
     assert loss.item() == pytest.approx(0, abs=1e-20)
-    assert pair["logp_chosen"].grad.item() == pair["logp_rejected"].grad.item() == pytest.approx(0, abs=1e-10)
+    assert (
+        pair["logp_chosen"].grad.item()
+        == pair["logp_rejected"].grad.item()
+        == pytest.approx(0, abs=1e-10)
+    )
 
 
 def test_first_step_of_a_strict_order_of_five_costs_160000():
     """K = 5 in a strict total order: P-hat 0.9 and 0.1, targets of +-400 nats at eta = 1000."""
     pair = pair_of(0.0, 0.0, 3, p_hat_chosen=0.9, p_hat_rejected=0.1)
-    assert pair_loss("sppo", pair, OPTIONS | {"beta": 1e-3}).tolist() == pytest.approx([160000.0] * 3, rel=1e-6)
+    assert pair_loss("sppo", pair, OPTIONS | {"beta": 1e-3}).tolist() == pytest.approx(
+        [160000.0] * 3, rel=1e-6
+    )
 
 
 def test_inpo_and_mpo_have_one_minimiser_where_the_label_is_the_margin():
@@ -188,8 +302,21 @@ def test_the_exact_step_of_nash_md_on_a_game_has_no_loss():
     start, once, twice = games.play(games.nash_md(game.P, game.start, game.start, beta, tau), 2)
     mixture = once ** (1 - tau / beta) * start ** (tau / beta)
     won = game.P @ (mixture / mixture.sum())
-    rows = [{"logp_chosen": np.log(twice[w]), "logp_rejected": np.log(twice[l]), "current_chosen": np.log(once[w]), "current_rejected": np.log(once[l]),
-             "reference_chosen": np.log(start[w]), "reference_rejected": np.log(start[l]), "p_hat_chosen": won[w], "p_hat_rejected": won[l],
-             "p_chosen_beats_rejected": game.P[w, l], "tokens_chosen": 1.0, "tokens_rejected": 1.0} for w, l in ((0, 1), (1, 2), (2, 0))]
+    rows = [
+        {
+            "logp_chosen": np.log(twice[w]),
+            "logp_rejected": np.log(twice[l]),
+            "current_chosen": np.log(once[w]),
+            "current_rejected": np.log(once[l]),
+            "reference_chosen": np.log(start[w]),
+            "reference_rejected": np.log(start[l]),
+            "p_hat_chosen": won[w],
+            "p_hat_rejected": won[l],
+            "p_chosen_beats_rejected": game.P[w, l],
+            "tokens_chosen": 1.0,
+            "tokens_rejected": 1.0,
+        }
+        for w, l in ((0, 1), (1, 2), (2, 0))
+    ]
     assert ours("nash_md", rows, beta, tau=tau)[0].tolist() == pytest.approx([0, 0, 0], abs=1e-20)
     assert min(ours("nash_md", rows, beta, tau=0.0)[0].tolist()) > 1e-5

@@ -13,12 +13,28 @@ from sppo.reporting.table_formats import latex_table
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "config" / "published"
 INDEX = program.read_csv(PUBLISHED / "index.csv", ("table", "title", "base"))
-LINES = {entry["table"]: program.read_csv(PUBLISHED / f"{entry['table']}.csv", program.PUBLISHED) for entry in INDEX}
+LINES = {
+    entry["table"]: program.read_csv(PUBLISHED / f"{entry['table']}.csv", program.PUBLISHED)
+    for entry in INDEX
+}
 
 
 def make(monkeypatch, folder, base="mistralai/Mistral-7B-Instruct-v0.2"):
-    monkeypatch.setattr(sys, "argv", [program.__file__, "--published", str(PUBLISHED), "--results", str(folder), "--base", base,
-                                      "--output", str(folder / "tables" / "all.md")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            program.__file__,
+            "--published",
+            str(PUBLISHED),
+            "--results",
+            str(folder),
+            "--base",
+            base,
+            "--output",
+            str(folder / "tables" / "all.md"),
+        ],
+    )
     program.main()
     with (folder / "tables" / "sppo_alpaca_eval.csv").open(encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream))
@@ -29,7 +45,11 @@ def test_every_file_is_listed_and_every_figure_parses():
     for table, lines in LINES.items():
         assert all(line["table"] == table and line["source"] for line in lines)
         assert all(float(line["published"]) >= 0 for line in lines)
-        measured = [(line["run"], line["iteration"], line["artifact"], line["metric"]) for line in lines if line["run"] != "-"]
+        measured = [
+            (line["run"], line["iteration"], line["artifact"], line["metric"])
+            for line in lines
+            if line["run"] != "-"
+        ]
         assert len(measured) == len(set(measured))
 
 
@@ -41,7 +61,9 @@ PARTS = {"sppo_open_llm": 6, "sppo_open_llm_llama3": 6, "spin_open_llm": 6, "spp
 def test_printed_averages_are_the_means_of_their_parts(table, parts):
     rows = {}
     for line in LINES[table]:
-        rows.setdefault((line["row"], line["iteration"]), {})[line["metric"]] = float(line["published"])
+        rows.setdefault((line["row"], line["iteration"]), {})[line["metric"]] = float(
+            line["published"]
+        )
     whole = [row for row in rows.values() if len(row) == parts + 1]
     assert whole
     for row in whole:
@@ -51,11 +73,19 @@ def test_printed_averages_are_the_means_of_their_parts(table, parts):
 
 def test_known_figures():
     def published(table, row, metric):
-        return [line["published"] for line in LINES[table] if line["row"] == row and line["metric"] == metric]
+        return [
+            line["published"]
+            for line in LINES[table]
+            if line["row"] == row and line["metric"] == metric
+        ]
 
-    assert published("sppo_alpaca_eval", "Mistral-7B-SPPO Iter3", "length_controlled_winrate") == ["28.53"]
+    assert published("sppo_alpaca_eval", "Mistral-7B-SPPO Iter3", "length_controlled_winrate") == [
+        "28.53"
+    ]
     assert published("sppo_alpaca_eval", "Mistral-7B-SPPO Iter3", "win_rate") == ["31.02"]
-    assert published("sppo_alpaca_eval_llama3", "Llama-3-8B-SPPO Iter3", "length_controlled_winrate") == ["38.77"]
+    assert published(
+        "sppo_alpaca_eval_llama3", "Llama-3-8B-SPPO Iter3", "length_controlled_winrate"
+    ) == ["38.77"]
 
 
 def test_dno_s_figures_stand_beside_its_practical_algorithm():
@@ -75,22 +105,54 @@ def test_dno_s_figures_stand_beside_its_practical_algorithm():
 
 
 def test_ours_stand_beside_the_published(monkeypatch, tmp_path):
-    for folder, content in (("iter3", {"win_rate": 30.5, "length_controlled_winrate": 29.0, "n_total": 805,
-                                       "judge": "weighted_alpaca_eval_gpt4_turbo", "reference": "gpt4_1106_preview", "avg_length": 2000}),
-                            ("dpo/iter1", {"win_rate": 20.0, "length_controlled_winrate": 21.0, "n_total": 100,
-                                           "judge": "openai", "judge_details": {"model": "gpt-6-luna"},
-                                           "reference": "sppo/iter0-reference", "avg_length": 1000})):
+    for folder, content in (
+        (
+            "iter3",
+            {
+                "win_rate": 30.5,
+                "length_controlled_winrate": 29.0,
+                "n_total": 805,
+                "judge": "weighted_alpaca_eval_gpt4_turbo",
+                "reference": "gpt4_1106_preview",
+                "avg_length": 2000,
+            },
+        ),
+        (
+            "dpo/iter1",
+            {
+                "win_rate": 20.0,
+                "length_controlled_winrate": 21.0,
+                "n_total": 100,
+                "judge": "openai",
+                "judge_details": {"model": "gpt-6-luna"},
+                "reference": "sppo/iter0-reference",
+                "avg_length": 1000,
+            },
+        ),
+    ):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "alpaca_eval.json").write_text(json.dumps(content))
     rows = {(row["row"], row["metric"]): row for row in make(monkeypatch, tmp_path)}
     ours = rows["Mistral-7B-SPPO Iter3", "win_rate"]
-    assert (ours["published"], ours["ours"], ours["difference"], ours["comparable"]) == ("31.02", "30.50", "-0.52", "yes")
+    assert (ours["published"], ours["ours"], ours["difference"], ours["comparable"]) == (
+        "31.02",
+        "30.50",
+        "-0.52",
+        "yes",
+    )
     assert rows["Mistral-7B-SPPO Iter3", "avg_length"]["ours"] == "2000"
     other = next(row for row in rows.values() if row["ours"] == "20.00")
-    assert "DPO" in other["row"] and other["comparable"] == "judged by gpt-6-luna, against sppo/iter0-reference, 100 other instructions"
+    assert (
+        "DPO" in other["row"]
+        and other["comparable"]
+        == "judged by gpt-6-luna, against sppo/iter0-reference, 100 other instructions"
+    )
     none = rows["Mistral-7B-SPPO Iter1", "win_rate"]
     assert none["ours"] == none["difference"] == none["comparable"] == "-"
-    assert "other base model" in {row["comparable"].split(",")[0] for row in make(monkeypatch, tmp_path, "SmolLM2-135M-Instruct")}
+    assert "other base model" in {
+        row["comparable"].split(",")[0]
+        for row in make(monkeypatch, tmp_path, "SmolLM2-135M-Instruct")
+    }
 
 
 def test_all_three_forms_hold_every_figure(monkeypatch, tmp_path):
@@ -100,7 +162,9 @@ def test_all_three_forms_hold_every_figure(monkeypatch, tmp_path):
             text = (tmp_path / "tables" / f"{table}.{form}").read_text(encoding="utf-8")
             assert all(line["published"] in text for line in lines)
     assert r"first\_turn" in (tmp_path / "tables" / "sppo_mt_bench.tex").read_text()
-    assert r"a\textbackslash{}b\_c & 50\%" in latex_table(["x", "y"], [["a\\b_c", "50%"]], "ll", "t")
+    assert r"a\textbackslash{}b\_c & 50\%" in latex_table(
+        ["x", "y"], [["a\\b_c", "50%"]], "ll", "t"
+    )
     assert (tmp_path / "tables" / "all.md").read_text().count("\n## ") == len(LINES)
 
 

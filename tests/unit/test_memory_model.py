@@ -64,23 +64,43 @@ def mesh():
 def make_model(shape: Shape, dtype: torch.dtype, eager: bool) -> torch.nn.Module:
     llama_or_mistral = LlamaConfig if shape.vocabulary > 1e5 else MistralConfig
     kind = Gemma2Config if shape.softcap else llama_or_mistral
-    config = kind(vocab_size=shape.vocabulary, hidden_size=shape.hidden, head_dim=shape.head_dim,
-                  intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-                  num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-                  tie_word_embeddings=shape.tied, use_cache=False)
+    config = kind(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+        use_cache=False,
+    )
     return AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager" if eager else "sdpa", dtype=dtype)
+        config, attn_implementation="eager" if eager else "sdpa", dtype=dtype
+    )
 
 
 def batch_of(micro: int, prompt: int, response: int) -> dict[str, torch.Tensor]:
-    one = {"prompt_token_ids": [5] * prompt, "chosen_token_ids": [5] * response,
-           "rejected_token_ids": [5] * response}
+    one = {
+        "prompt_token_ids": [5] * prompt,
+        "chosen_token_ids": [5] * response,
+        "rejected_token_ids": [5] * response,
+    }
     return pair_batch([one] * micro)
 
 
-def training_peak(shape: Shape, micro: int, prompt: int, response: int, *, lora: int = 0,
-                  checkpointing: bool = True, eager: bool = False, mesh: DeviceMesh | None = None,
-                  width: int = 2) -> int:
+def training_peak(
+    shape: Shape,
+    micro: int,
+    prompt: int,
+    response: int,
+    *,
+    lora: int = 0,
+    checkpointing: bool = True,
+    eager: bool = False,
+    mesh: DeviceMesh | None = None,
+    width: int = 2,
+) -> int:
     """Of two steps of two micro-batches by PyTorch's RMSProp, as it runs on a GPU."""
     dtype = torch.bfloat16 if width == 2 else torch.float32
     batch = batch_of(micro, prompt, response)
@@ -97,8 +117,9 @@ def training_peak(shape: Shape, micro: int, prompt: int, response: int, *, lora:
         elif checkpointing:
             inner.activation_checkpointing_enable()
         model.train()
-        optimizer = torch.optim.RMSprop([p for p in model.parameters() if p.requires_grad],
-                                        foreach=mesh is None)
+        optimizer = torch.optim.RMSprop(
+            [p for p in model.parameters() if p.requires_grad], foreach=mesh is None
+        )
         with Peak(model) as peak:
             for _ in range(2):
                 for _ in range(2):
@@ -115,23 +136,40 @@ def deep(name: str, layers: int) -> Shape:
     return replace(SHAPES[name], layers=layers)
 
 
-@pytest.mark.parametrize(("shape", "micro", "prompt", "response"), [
-    (deep(MISTRAL, 4), 1, 512, 512), (deep(MISTRAL, 2), 4, 2048, 64),
-    (deep(MISTRAL, 2), 4, 16, 2048), (deep(GEMMA, 2), 1, 2048, 16),
-    (deep(GEMMA, 4), 1, 4096, 16), (deep(GEMMA, 2), 1, 16, 2048)])
+@pytest.mark.parametrize(
+    ("shape", "micro", "prompt", "response"),
+    [
+        (deep(MISTRAL, 4), 1, 512, 512),
+        (deep(MISTRAL, 2), 4, 2048, 64),
+        (deep(MISTRAL, 2), 4, 16, 2048),
+        (deep(GEMMA, 2), 1, 2048, 16),
+        (deep(GEMMA, 4), 1, 4096, 16),
+        (deep(GEMMA, 2), 1, 16, 2048),
+    ],
+)
 def test_peak_of_one_gpu_s_training(shape, micro, prompt, response):
     found = training_peak(shape, micro, prompt, response, eager=shape.softcap)
-    formula = cost_model.train_bytes(shape, 1, micro, prompt, response, 0, True, eager=shape.softcap)
+    formula = cost_model.train_bytes(
+        shape, 1, micro, prompt, response, 0, True, eager=shape.softcap
+    )
     assert formula == pytest.approx(found, rel=0.15)
 
 
-@pytest.mark.parametrize(("shape", "micro", "prompt", "response"), [
-    (deep(MISTRAL, 4), 4, 4096, 2048), (deep(LLAMA, 4), 2, 6144, 2048),
-    (deep(GEMMA, 4), 1, 2048, 2048), (deep(GEMMA, 2), 1, 64, 64)])
+@pytest.mark.parametrize(
+    ("shape", "micro", "prompt", "response"),
+    [
+        (deep(MISTRAL, 4), 4, 4096, 2048),
+        (deep(LLAMA, 4), 2, 6144, 2048),
+        (deep(GEMMA, 4), 1, 2048, 2048),
+        (deep(GEMMA, 2), 1, 64, 64),
+    ],
+)
 def test_peak_of_one_of_eight_gpus(shape, micro, prompt, response, mesh):
     """FSDP2 gathers what it computes with: layers, and the embeddings and output layer."""
     found = training_peak(shape, micro, prompt, response, eager=shape.softcap, mesh=mesh)
-    formula = cost_model.train_bytes(shape, 8, micro, prompt, response, 0, True, eager=shape.softcap)
+    formula = cost_model.train_bytes(
+        shape, 8, micro, prompt, response, 0, True, eager=shape.softcap
+    )
     assert formula == pytest.approx(found, rel=0.15)
 
 
@@ -143,18 +181,28 @@ def test_peak_without_checkpointing(layers, width):
     assert formula == pytest.approx(found, rel=0.15)
 
 
-@pytest.mark.parametrize(("shape", "prompt", "response"), [
-    (replace(SMALL, layers=4), 1024, 16), (SMALL, 16, 512),
-    (replace(SMALL, intermediate=448), 1024, 64)])
+@pytest.mark.parametrize(
+    ("shape", "prompt", "response"),
+    [
+        (replace(SMALL, layers=4), 1024, 16),
+        (SMALL, 16, 512),
+        (replace(SMALL, intermediate=448), 1024, 64),
+    ],
+)
 def test_peak_of_lora(shape, prompt, response):
     found = training_peak(shape, 1, prompt, response, lora=8)
     formula = cost_model.train_bytes(shape, 1, 1, prompt, response, 8, True)
     assert formula == pytest.approx(found, rel=0.15)
 
 
-@pytest.mark.parametrize(("shape", "micro", "prompt", "response"), [
-    (deep(MISTRAL, 2), 4, 2048, 16), (deep(MISTRAL, 2), 1, 16, 2048),
-    (deep(GEMMA, 2), 1, 4096, 16)])
+@pytest.mark.parametrize(
+    ("shape", "micro", "prompt", "response"),
+    [
+        (deep(MISTRAL, 2), 4, 2048, 16),
+        (deep(MISTRAL, 2), 1, 16, 2048),
+        (deep(GEMMA, 2), 1, 4096, 16),
+    ],
+)
 def test_peak_of_scoring(shape, micro, prompt, response):
     batch = batch_of(micro, prompt, response)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():

@@ -13,15 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("fastchat.llm_judge.gen_judgment", reason="FastChat is not installed in this environment")
+pytest.importorskip(
+    "fastchat.llm_judge.gen_judgment", reason="FastChat is not installed in this environment"
+)
 
 import answer_mt_bench
 import evaluate_mt_bench
 import fetch_mt_bench
-from sppo.policies import models
-from sppo.evaluation import mt_bench
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
+from sppo.evaluation import mt_bench
+from sppo.policies import models
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data/mt_bench"
@@ -35,7 +37,10 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.plan, self.prompts, self.dead_after, self.lock = [], [], None, threading.Lock()
-        self.refused, self.requests = {}, []  # parameters that a 400 names with its code; parameters of all other requests
+        self.refused, self.requests = (
+            {},
+            [],
+        )  # parameters that a 400 names with its code; parameters of all other requests
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -44,11 +49,25 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         for name in self.server.refused.keys() & request.keys():
-            return self.reply(400, {"error": {"message": f"{name} is not supported", "param": name, "code": self.server.refused[name]}})
+            return self.reply(
+                400,
+                {
+                    "error": {
+                        "message": f"{name} is not supported",
+                        "param": name,
+                        "code": self.server.refused[name],
+                    }
+                },
+            )
         with self.server.lock:
-            self.server.requests.append({key: value for key, value in request.items() if key not in ("model", "messages")})
+            self.server.requests.append(
+                {key: value for key, value in request.items() if key not in ("model", "messages")}
+            )
             turn = self.server.plan.pop() if self.server.plan else "Fine. Rating: [[7]]"
-            if self.server.dead_after is not None and len(self.server.prompts) >= self.server.dead_after:
+            if (
+                self.server.dead_after is not None
+                and len(self.server.prompts) >= self.server.dead_after
+            ):
                 turn = 401
             if isinstance(turn, str):
                 self.server.prompts.append(request["messages"])
@@ -57,16 +76,38 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(turn, str) and turn.startswith("{"):
             return self.send(200, turn.encode(), {})
         if isinstance(turn, int):
-            return self.reply(turn, {"error": {"message": f"no, {self.headers['Authorization']}"}}, {"retry-after-ms": "1"})
-        self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": turn}}]})
+            return self.reply(
+                turn,
+                {"error": {"message": f"no, {self.headers['Authorization']}"}},
+                {"retry-after-ms": "1"},
+            )
+        self.reply(
+            200,
+            {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": request["model"],
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": turn},
+                    }
+                ],
+            },
+        )
 
     def reply(self, status, body, headers=None):
         self.send(status, json.dumps(body).encode(), headers or {})
 
     def send(self, status, content, headers):
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
@@ -89,10 +130,28 @@ def answers(tmp_path):
     files = {}
     for name in ("policy", "base"):
         files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps({
-            "question_id": row["question_id"], "answer_id": "a", "model_id": name,
-            "choices": [{"index": 0, "turns": [f"{name} one {row['question_id']}", f"{name} two {row['question_id']}"]}]}) + "\n"
-            for row in mt_bench.read_questions(DATA)))
+        files[name].write_text(
+            "".join(
+                json.dumps(
+                    {
+                        "question_id": row["question_id"],
+                        "answer_id": "a",
+                        "model_id": name,
+                        "choices": [
+                            {
+                                "index": 0,
+                                "turns": [
+                                    f"{name} one {row['question_id']}",
+                                    f"{name} two {row['question_id']}",
+                                ],
+                            }
+                        ],
+                    }
+                )
+                + "\n"
+                for row in mt_bench.read_questions(DATA)
+            )
+        )
     return files
 
 
@@ -102,9 +161,25 @@ def grade(program, answers, server, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def call(data=DATA, model="judge-1"):
-        program(evaluate_mt_bench, "--data", data, "--answers", answers["policy"], "--judge", "openai", "--judge-model", model,
-                "--judge-base-url", server.url, "--output", tmp_path / "mt_bench.json", "--judgments", tmp_path / "judgments.jsonl")
+        program(
+            evaluate_mt_bench,
+            "--data",
+            data,
+            "--answers",
+            answers["policy"],
+            "--judge",
+            "openai",
+            "--judge-model",
+            model,
+            "--judge-base-url",
+            server.url,
+            "--output",
+            tmp_path / "mt_bench.json",
+            "--judgments",
+            tmp_path / "judgments.jsonl",
+        )
         return read_json(tmp_path / "mt_bench.json")
+
     return call
 
 
@@ -112,13 +187,17 @@ def test_every_turn_is_graded_with_fastchat_s_prompts(grade, server, tmp_path):
     result = grade()
 
     assert (result["average"], result["first_turn"], result["second_turn"]) == (7, 7, 7)
-    assert (result["n"], result["failures"], result["questions"]) == (64, 0, 32) and result["standard_error"] == 0
+    assert (result["n"], result["failures"], result["questions"]) == (64, 0, 32) and result[
+        "standard_error"
+    ] == 0
     assert set(result["by_category"]) == set(mt_bench.TEMPERATURES)
     assert not result["comparable_with_published"] and not result["official_questions"]
     guided = [m for m in server.prompts if "correct answer" in m[-1]["content"].lower()]
     assert len(guided) == 24  # math, reasoning and coding: 12 questions, 2 turns
     rows = [json.loads(line) for line in (tmp_path / "judgments.jsonl").read_text().splitlines()]
-    assert {(row["question_id"], row["turn"]) for row in rows} == {(q["question_id"], t) for q in mt_bench.read_questions(DATA) for t in (1, 2)}
+    assert {(row["question_id"], row["turn"]) for row in rows} == {
+        (q["question_id"], t) for q in mt_bench.read_questions(DATA) for t in (1, 2)
+    }
     assert all(row["judge"][0] == "judge-1" and row["score"] == 7 for row in rows)
 
 
@@ -271,10 +350,17 @@ def test_line_separators_in_an_answer_are_no_end_of_line(tmp_path):
     assert [row["question_id"] for row in mt_bench.read_lines(tmp_path / "a.jsonl")] == [1, 2]
 
 
-@pytest.mark.parametrize(("refused", "taken"), [
-    ({}, {"max_tokens": 2048, "temperature": 0}),
-    ({"max_tokens": "unsupported_parameter"}, {"max_completion_tokens": 2048, "reasoning_effort": "none", "temperature": 0}),
-    ({"max_tokens": "unsupported_parameter", "temperature": "unsupported_value"}, {})])
+@pytest.mark.parametrize(
+    ("refused", "taken"),
+    [
+        ({}, {"max_tokens": 2048, "temperature": 0}),
+        (
+            {"max_tokens": "unsupported_parameter"},
+            {"max_completion_tokens": 2048, "reasoning_effort": "none", "temperature": 0},
+        ),
+        ({"max_tokens": "unsupported_parameter", "temperature": "unsupported_value"}, {}),
+    ],
+)
 def test_a_request_takes_the_form_that_the_server_wants(grade, server, refused, taken):
     server.refused = refused
 
@@ -307,7 +393,9 @@ def test_a_changed_judge_or_template_uses_no_old_judgment(grade, server, tmp_pat
     assert len(server.prompts) == 128
     other = shutil.copytree(DATA, tmp_path / "data")
     prompts = other / "judge_prompts.jsonl"
-    prompts.write_text(prompts.read_text().replace("You grade the answers", "You grade strictly the answers"))
+    prompts.write_text(
+        prompts.read_text().replace("You grade the answers", "You grade strictly the answers")
+    )
     grade(data=other)
     assert len(server.prompts) == 192
 
@@ -325,7 +413,9 @@ def test_the_embedded_judge_compares_with_the_base(answers):
         def pair_logits(self, instruction, texts):
             assert [text.split()[0] for text in texts] == ["base", "policy"]
             second = "two" in texts[0]
-            assert instruction.count("\n\n") >= second  # the second turn is read with the first question
+            assert (
+                instruction.count("\n\n") >= second
+            )  # the second turn is read with the first question
             logit = np.log(3) if second else 0.0
             return np.array([[0.0, -logit], [logit, 0.0]])
 
@@ -334,8 +424,12 @@ def test_the_embedded_judge_compares_with_the_base(answers):
     rows = mt_bench.grade_locally(questions, policy, base, Model(), "judge")
 
     rates = mt_bench.win_rates(rows)
-    assert (rates["first_turn"], rates["second_turn"], rates["win_rate"]) == pytest.approx((50, 75, 62.5))
-    assert mt_bench.scores(rows, {row["question_id"]: row["category"] for row in questions})["average"] == pytest.approx(1 + 9 * 0.625)
+    assert (rates["first_turn"], rates["second_turn"], rates["win_rate"]) == pytest.approx(
+        (50, 75, 62.5)
+    )
+    assert mt_bench.scores(rows, {row["question_id"]: row["category"] for row in questions})[
+        "average"
+    ] == pytest.approx(1 + 9 * 0.625)
     alike = mt_bench.grade_locally(questions, base, base, Model(), "judge")
     assert mt_bench.win_rates(alike)["win_rate"] == 50
 
@@ -347,15 +441,33 @@ def test_scores_are_fastchat_s(tmp_path, capsys):
     from fastchat.llm_judge import show_result
 
     generator = np.random.default_rng(0)
-    rows = [{"question_id": q, "model": "m", "judge": ["j", "p"], "turn": turn, "score": int(generator.choice([-1, *range(1, 11)]))}
-            for q in range(40) for turn in (1, 2)]
+    rows = [
+        {
+            "question_id": q,
+            "model": "m",
+            "judge": ["j", "p"],
+            "turn": turn,
+            "score": int(generator.choice([-1, *range(1, 11)])),
+        }
+        for q in range(40)
+        for turn in (1, 2)
+    ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    show_result.display_result_single(argparse.Namespace(input_file=str(file), bench_name="mt_bench", judge_model="j", model_list=None))
+    show_result.display_result_single(
+        argparse.Namespace(
+            input_file=str(file), bench_name="mt_bench", judge_model="j", model_list=None
+        )
+    )
 
-    printed = [float(value) for value in re.findall(r"^m\s+(?:\d\s+)?([\d.]+)$", capsys.readouterr().out, re.M)]
+    printed = [
+        float(value)
+        for value in re.findall(r"^m\s+(?:\d\s+)?([\d.]+)$", capsys.readouterr().out, re.M)
+    ]
     ours = mt_bench.scores(rows, dict.fromkeys(range(40), "writing"))
-    assert printed == pytest.approx([ours["first_turn"], ours["second_turn"], ours["average"]], abs=1e-5)
+    assert printed == pytest.approx(
+        [ours["first_turn"], ours["second_turn"], ours["average"]], abs=1e-5
+    )
 
 
 def test_temperatures_are_fastchat_s():
@@ -371,50 +483,129 @@ def test_answers_have_two_turns_and_equal_seeds_give_equal_files(program, tiny_p
     (data / "question.jsonl").write_text("".join(json.dumps(rows[i]) + "\n" for i in (0, 12, 25)))
     texts = []
     for name, batch in (("a", 2), ("b", 3)):
-        program(answer_mt_bench, "--data", data, "--policy", tiny_policy, "--model-id", "tiny", "--noise", "n", "--max-new-tokens", 8,
-                "--batch-size", batch, "--precision", "float32", "--output", tmp_path / f"{name}.jsonl")
+        program(
+            answer_mt_bench,
+            "--data",
+            data,
+            "--policy",
+            tiny_policy,
+            "--model-id",
+            "tiny",
+            "--noise",
+            "n",
+            "--max-new-tokens",
+            8,
+            "--batch-size",
+            batch,
+            "--precision",
+            "float32",
+            "--output",
+            tmp_path / f"{name}.jsonl",
+        )
         texts.append((tmp_path / f"{name}.jsonl").read_text())
 
     assert texts[0] == texts[1]
     found = mt_bench.read_answers(tmp_path / "a.jsonl", mt_bench.read_questions(data))
-    assert all(len(row["choices"][0]["turns"]) == 2 for row in found.values()) and read_json(tmp_path / "a.jsonl.record.json")["responses"] == 6
+    assert (
+        all(len(row["choices"][0]["turns"]) == 2 for row in found.values())
+        and read_json(tmp_path / "a.jsonl.record.json")["responses"] == 6
+    )
     with pytest.raises(UserError, match="mt_bench.max_new_tokens = 500"):
-        program(answer_mt_bench, "--data", data, "--policy", tiny_policy, "--model-id", "tiny", "--noise", "n", "--max-new-tokens", 500,
-                "--output", tmp_path / "c.jsonl")
+        program(
+            answer_mt_bench,
+            "--data",
+            data,
+            "--policy",
+            tiny_policy,
+            "--model-id",
+            "tiny",
+            "--noise",
+            "n",
+            "--max-new-tokens",
+            500,
+            "--output",
+            tmp_path / "c.jsonl",
+        )
 
 
-def test_a_reward_conditioned_policy_is_asked_for_its_best_in_both_turns(program, tiny_policy, tmp_path, monkeypatch):
-    question = {"question_id": 1, "category": "math", "turns": ["Add one and one.", "And once more."]}
+def test_a_reward_conditioned_policy_is_asked_for_its_best_in_both_turns(
+    program, tiny_policy, tmp_path, monkeypatch
+):
+    question = {
+        "question_id": 1,
+        "category": "math",
+        "turns": ["Add one and one.", "And once more."],
+    }
     (tmp_path / "question.jsonl").write_text(json.dumps(question) + "\n")
     asked, tokens_of = [], models.prompt_token_ids
-    monkeypatch.setattr(models, "prompt_token_ids", lambda tokenizer, chat, name: asked.append(chat) or tokens_of(tokenizer, chat))
-    program(answer_mt_bench, "--data", tmp_path, "--policy", tiny_policy, "--model-id", "tiny", "--noise", "n", "--max-new-tokens", 4,
-            "--best-grade", "--output", tmp_path / "a.jsonl")
+    monkeypatch.setattr(
+        models,
+        "prompt_token_ids",
+        lambda tokenizer, chat, name: asked.append(chat) or tokens_of(tokenizer, chat),
+    )
+    program(
+        answer_mt_bench,
+        "--data",
+        tmp_path,
+        "--policy",
+        tiny_policy,
+        "--model-id",
+        "tiny",
+        "--noise",
+        "n",
+        "--max-new-tokens",
+        4,
+        "--best-grade",
+        "--output",
+        tmp_path / "a.jsonl",
+    )
 
-    first, second = ([message["content"] for message in chat if message["role"] == "user"] for chat in asked)
-    assert first[0] == second[0] and "quality is 10" in first[0] and first[0].endswith("Add one and one.") and second[1] == "And once more."
+    first, second = (
+        [message["content"] for message in chat if message["role"] == "user"] for chat in asked
+    )
+    assert (
+        first[0] == second[0]
+        and "quality is 10" in first[0]
+        and first[0].endswith("Add one and one.")
+        and second[1] == "And once more."
+    )
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    ('{"question_id": 1', "line 2 is not JSON"),
-    ('["question_id"]', "line 2 is no JSON object with a question_id"),
-    ('{"question_id": 8, "category": "math", "turns": ["a", "\\ud83d"]}', "line 2 spells half a character"),
-    ('{"question_id": 8, "category": "math", "turns": ["a", 5]}', "question 8 needs two turns"),
-    ('{"question_id": 7, "category": "math", "turns": ["a", "b"]}', "question 7 stands twice"),
-    ('{"question_id": 8, "category": "maths", "turns": ["a", "b"]}', "question 8 needs two turns"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question_id": 1', "line 2 is not JSON"),
+        ('["question_id"]', "line 2 is no JSON object with a question_id"),
+        (
+            '{"question_id": 8, "category": "math", "turns": ["a", "\\ud83d"]}',
+            "line 2 spells half a character",
+        ),
+        ('{"question_id": 8, "category": "math", "turns": ["a", 5]}', "question 8 needs two turns"),
+        ('{"question_id": 7, "category": "math", "turns": ["a", "b"]}', "question 7 stands twice"),
+        (
+            '{"question_id": 8, "category": "maths", "turns": ["a", "b"]}',
+            "question 8 needs two turns",
+        ),
+    ],
+)
 def test_bad_questions_are_named(tmp_path, line, message):
-    (tmp_path / "question.jsonl").write_text('{"question_id": 7, "category": "math", "turns": ["a", "b"]}\n' + line)
+    (tmp_path / "question.jsonl").write_text(
+        '{"question_id": 7, "category": "math", "turns": ["a", "b"]}\n' + line
+    )
     with pytest.raises(UserError, match=message):
         mt_bench.read_questions(tmp_path)
 
 
 def test_questions_and_answers_may_hold_what_python_takes_for_ends_of_lines(tmp_path):
     question = {"question_id": 7, "category": "math", "turns": ["a\u2028b", "c\x85d"]}
-    (tmp_path / "question.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(question, ensure_ascii=False).encode() + b"\r\n\n")
+    (tmp_path / "question.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(question, ensure_ascii=False).encode() + b"\r\n\n"
+    )
     assert mt_bench.read_questions(tmp_path) == [question]
     answer = {"question_id": 7, "choices": [{"turns": ["x\u2029y", "z"]}]}
-    (tmp_path / "answers.jsonl").write_text(json.dumps(answer, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "answers.jsonl").write_text(
+        json.dumps(answer, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     assert mt_bench.read_answers(tmp_path / "answers.jsonl", [question]) == {7: answer}
 
 
@@ -422,17 +613,25 @@ def test_missing_answers_and_references_are_named(grade, answers, tmp_path):
     data = shutil.copytree(DATA, tmp_path / "data")
     lines = (data / "reference_answer.jsonl").read_text().splitlines()
     (data / "reference_answer.jsonl").write_text("\n".join(lines[1:]))
-    with pytest.raises(UserError, match=f"no reference answer to question {json.loads(lines[0])['question_id']}"):
+    with pytest.raises(
+        UserError, match=f"no reference answer to question {json.loads(lines[0])['question_id']}"
+    ):
         grade(data=data)
-    answers["policy"].write_text("".join(line + "\n" for line in answers["policy"].read_text().splitlines()[1:]))
+    answers["policy"].write_text(
+        "".join(line + "\n" for line in answers["policy"].read_text().splitlines()[1:])
+    )
     with pytest.raises(UserError, match="has no answer to question 1001"):
         grade()
 
 
 def test_judges_are_checked_before_work(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    for judge, model, url, message in (("openai", None, None, "mt_bench.judge_model"), ("openai", "m", None, "mt_bench.judge_base_url"),
-                                       ("gpt-4-0613", None, None, "OPENAI_API_KEY"), ("claude", None, None, "unknown judge claude")):
+    for judge, model, url, message in (
+        ("openai", None, None, "mt_bench.judge_model"),
+        ("openai", "m", None, "mt_bench.judge_base_url"),
+        ("gpt-4-0613", None, None, "OPENAI_API_KEY"),
+        ("claude", None, None, "unknown judge claude"),
+    ):
         with pytest.raises(UserError, match=message):
             mt_bench.check_judge(judge, model, url)
     mt_bench.check_judge("judge", None, None)
@@ -443,9 +642,13 @@ def test_a_changed_file_of_fastchat_is_refused(program, tmp_path):
         (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "source" / path).write_text("{}")
     with pytest.raises(UserError, match="is not the file of FastChat"):
-        program(fetch_mt_bench, "--source", f"file://{tmp_path}/source/", "--output", tmp_path / "data")
+        program(
+            fetch_mt_bench, "--source", f"file://{tmp_path}/source/", "--output", tmp_path / "data"
+        )
     with pytest.raises(UserError, match="cannot fetch"):
-        program(fetch_mt_bench, "--source", f"file://{tmp_path}/nowhere/", "--output", tmp_path / "data")
+        program(
+            fetch_mt_bench, "--source", f"file://{tmp_path}/nowhere/", "--output", tmp_path / "data"
+        )
     assert not (tmp_path / "data").exists()
 
 
@@ -455,4 +658,6 @@ def test_fastchat_s_own_data_is_fetched_whole(program, tmp_path):
         (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SHARED / name, tmp_path / "source" / path)
     program(fetch_mt_bench, "--source", f"file://{tmp_path}/source/", "--output", tmp_path / "data")
-    assert len(mt_bench.read_questions(tmp_path / "data")) == 80 and all(mt_bench.is_official(tmp_path / "data", name) for name in mt_bench.OFFICIAL)
+    assert len(mt_bench.read_questions(tmp_path / "data")) == 80 and all(
+        mt_bench.is_official(tmp_path / "data", name) for name in mt_bench.OFFICIAL
+    )

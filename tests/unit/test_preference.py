@@ -8,14 +8,40 @@ import numpy as np
 import pytest
 
 from sppo.core.errors import UserError
-from sppo.preferences.estimates import even_length_penalty, mean_logits, p_hat, p_hat_weighted, win_probabilities, winner_and_loser
+from sppo.preferences.estimates import (
+    even_length_penalty,
+    mean_logits,
+    p_hat,
+    p_hat_weighted,
+    win_probabilities,
+    winner_and_loser,
+)
 
 # Logits of one prompt, and reference values of what follows from them.
-L = np.array([[0.0, 1.2, -0.3, 2.0, 0.7], [-0.8, 0.0, 0.5, 0.1, -1.0], [0.6, -0.2, 0.0, 1.4, 0.3],
-              [-1.7, 0.4, -1.1, 0.0, -0.6], [-0.2, 0.9, -0.5, 0.8, 0.0]])
+L = np.array(
+    [
+        [0.0, 1.2, -0.3, 2.0, 0.7],
+        [-0.8, 0.0, 0.5, 0.1, -1.0],
+        [0.6, -0.2, 0.0, 1.4, 0.3],
+        [-1.7, 0.4, -1.1, 0.0, -0.6],
+        [-0.2, 0.9, -0.5, 0.8, 0.0],
+    ]
+)
 SCORE = [1.14, -0.7, 0.7, -1.46, 0.32]
-CODE_P_HAT = [0.7192611315871478, 0.35624970766787695, 0.6368795018575921, 0.22709765442061788, 0.5605120044667654]
-DIRECT_P_HAT = [0.6713340113120425, 0.36861133034832455, 0.6313756063126414, 0.274448765938398, 0.5542302860885935]
+CODE_P_HAT = [
+    0.7192611315871478,
+    0.35624970766787695,
+    0.6368795018575921,
+    0.22709765442061788,
+    0.5605120044667654,
+]
+DIRECT_P_HAT = [
+    0.6713340113120425,
+    0.36861133034832455,
+    0.6313756063126414,
+    0.274448765938398,
+    0.5542302860885935,
+]
 # a beats b beats c beats a, each reading in its own strength: scores are equal, pairs are not.
 CYCLE = np.array([[9.0, 2.0, -2.0], [-1.0, 9.0, 2.0], [1.0, -1.0, 9.0]])
 
@@ -34,7 +60,13 @@ def by_hand(logits, probability: str, scale: float) -> list[list[float]]:
     if probability == "blender":
         s = [sum(logits[i][j] - logits[j][i] for j in range(k) if j != i) / k for i in range(k)]
         return [[1 / (1 + math.exp(s[j] - s[i])) for j in range(k)] for i in range(k)]
-    return [[0.5 if i == j else 1 / (1 + math.exp(-scale * (logits[i][j] - logits[j][i]))) for j in range(k)] for i in range(k)]
+    return [
+        [
+            0.5 if i == j else 1 / (1 + math.exp(-scale * (logits[i][j] - logits[j][i])))
+            for j in range(k)
+        ]
+        for i in range(k)
+    ]
 
 
 def test_golden_scores_winner_and_loser():
@@ -42,7 +74,9 @@ def test_golden_scores_winner_and_loser():
     assert winner_and_loser(mean_logits(L)) == (0, 3)
 
 
-@pytest.mark.parametrize(("probability", "expected"), [("blender", CODE_P_HAT), ("pairwise", DIRECT_P_HAT)])
+@pytest.mark.parametrize(
+    ("probability", "expected"), [("blender", CODE_P_HAT), ("pairwise", DIRECT_P_HAT)]
+)
 def test_golden_p_hat(probability, expected):
     # The golden value of the pairwise estimate sums both orders.
     assert p_hat(win_probabilities(L, probability, 1.0)) == pytest.approx(expected, abs=1e-12)
@@ -55,7 +89,9 @@ def test_p_equals_loops_and_ignores_the_diagonal(probability, scale):
         logits = np.clip(logits, -100, 100)
         expected = np.array(by_hand(logits.tolist(), probability, scale))
         np.fill_diagonal(logits, 1e6)
-        np.testing.assert_allclose(win_probabilities(logits, probability, scale), expected, rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(
+            win_probabilities(logits, probability, scale), expected, rtol=1e-9, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("probability", ["pairwise", "blender"])
@@ -88,20 +124,29 @@ def test_both_estimates_agree_on_additive_logits():
     """L_ij = (u_i - u_j) / 2 is Bradley-Terry; the collapse sums both orders, so `pairwise` must too (scale 1)."""
     u = np.random.default_rng(0).normal(size=6)
     logits = (u[:, None] - u[None, :]) / 2
-    np.testing.assert_allclose(win_probabilities(logits, "pairwise", 1.0), win_probabilities(logits, "blender"), atol=1e-14)
+    np.testing.assert_allclose(
+        win_probabilities(logits, "pairwise", 1.0), win_probabilities(logits, "blender"), atol=1e-14
+    )
 
 
 def test_logit_scale_half_is_the_mean_of_both_orders_and_one_their_sum():
     logits = np.array([[0.0, 1.5], [-0.5, 0.0]])
-    assert win_probabilities(logits, logit_scale=0.5)[0, 1] == pytest.approx(1 / (1 + math.exp(-1.0)))
-    assert win_probabilities(logits, logit_scale=1.0)[0, 1] == pytest.approx(1 / (1 + math.exp(-2.0)))
+    assert win_probabilities(logits, logit_scale=0.5)[0, 1] == pytest.approx(
+        1 / (1 + math.exp(-1.0))
+    )
+    assert win_probabilities(logits, logit_scale=1.0)[0, 1] == pytest.approx(
+        1 / (1 + math.exp(-2.0))
+    )
 
 
 def test_relabelling_the_responses_relabels_the_estimates():
     for logits in random_logits():
         order = np.random.default_rng(1).permutation(len(logits))
-        np.testing.assert_allclose(p_hat(win_probabilities(logits[np.ix_(order, order)])), p_hat(win_probabilities(logits))[order],
-                                   atol=1e-15)
+        np.testing.assert_allclose(
+            p_hat(win_probabilities(logits[np.ix_(order, order)])),
+            p_hat(win_probabilities(logits))[order],
+            atol=1e-15,
+        )
 
 
 def test_equal_scores_have_no_winner():
@@ -147,7 +192,10 @@ def test_the_length_penalty_is_the_best_of_a_fine_grid(seed):
     scores = [0.01 * n + draw.normal(size=len(n)) for n in lengths]  # longer is better, as a rule
 
     def difference(alpha: float) -> float:
-        ends = [(max(zip(s - alpha * n, n))[1], min(zip(s - alpha * n, n))[1]) for s, n in zip(scores, lengths, strict=True)]
+        ends = [
+            (max(zip(s - alpha * n, n))[1], min(zip(s - alpha * n, n))[1])
+            for s, n in zip(scores, lengths, strict=True)
+        ]
         return abs(float(np.mean([winner - loser for winner, loser in ends])))
 
     alpha = even_length_penalty(scores, lengths)

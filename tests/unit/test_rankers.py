@@ -14,11 +14,21 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT / "src"))
 
-from sppo.preferences import embedded_data  # noqa: E402
 from sppo.core.errors import UserError  # noqa: E402
+from sppo.preferences import embedded_data  # noqa: E402
 
-SPEC = {"name": "tiny", "base": "tiny", "layers": 2, "lora_from": 1, "lora_rank": 2, "dimensions": 4,
-        "max_prompt_tokens": 24, "max_answer_tokens": 32, "logit_scale": 0.5, "length_weight": 0.3}
+SPEC = {
+    "name": "tiny",
+    "base": "tiny",
+    "layers": 2,
+    "lora_from": 1,
+    "lora_rank": 2,
+    "dimensions": 4,
+    "max_prompt_tokens": 24,
+    "max_answer_tokens": 32,
+    "logit_scale": 0.5,
+    "length_weight": 0.3,
+}
 ANSWERS = ["A short answer.", "Another one, somewhat longer than the first.", "", "no", "x " * 100]
 
 
@@ -35,14 +45,28 @@ def base_dir(tmp_path_factory):
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(special + letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2],
-                                   pad_token=special[2], unk_token=special[0])
-    fast.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=special[1],
+        eos_token=special[2],
+        pad_token=special[2],
+        unk_token=special[0],
+    )
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, vocab_size=len(special + letters), max_position_embeddings=512)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=len(special + letters),
+        max_position_embeddings=512,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -57,9 +81,16 @@ def adapter_dir(base_dir, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("adapter")
     backbone, tokenizer = load_base(base_dir, torch.float32)
-    shape = [backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size]
+    shape = [
+        backbone.config.hidden_size,
+        backbone.config.num_hidden_layers,
+        backbone.config.vocab_size,
+    ]
     torch.manual_seed(1)
-    tensors = {name: torch.randn_like(t) / 3 for name, t in PreferenceEmbedder(backbone, tokenizer, SPEC).adapter().items()}
+    tensors = {
+        name: torch.randn_like(t) / 3
+        for name, t in PreferenceEmbedder(backbone, tokenizer, SPEC).adapter().items()
+    }
     tensors |= {name: t.abs() + 0.5 for name, t in tensors.items() if name.endswith("_scale")}
     save_file(tensors, folder / "adapter.safetensors")
     (folder / "ranker.json").write_text(json.dumps(SPEC | {"base_shape": shape}))
@@ -75,11 +106,14 @@ def ranker(adapter_dir, base_dir):
 
 # ---------------------------------------------------------------- the model
 
+
 def test_logits_are_skew_symmetric(ranker):
     L = ranker.pair_logits("Say something.", ANSWERS)
     assert L.shape == (5, 5) and L.dtype == np.float64
     np.testing.assert_array_equal(L, -L.T)
-    assert np.abs(L[np.triu_indices(5, 1)]).min() > 0  # no two of these answers are the same to the model
+    assert (
+        np.abs(L[np.triu_indices(5, 1)]).min() > 0
+    )  # no two of these answers are the same to the model
 
 
 def test_skew_logits_equal_the_paper_formula():
@@ -92,7 +126,9 @@ def test_skew_logits_equal_the_paper_formula():
     R = torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)] * 3)
     torch.testing.assert_close(skew_logits(e), e @ R @ e.T)
     reward = torch.tensor([0.3, -1.0, 2.0])
-    torch.testing.assert_close(skew_logits(torch.stack([torch.ones(3), reward], 1)), reward[:, None] - reward)
+    torch.testing.assert_close(
+        skew_logits(torch.stack([torch.ones(3), reward], 1)), reward[:, None] - reward
+    )
     angles = torch.arange(3) * 2 * torch.pi / 3  # rock, paper, scissors: what no reward can express
     cycle = skew_logits(torch.stack([angles.cos(), angles.sin()], 1))
     assert (cycle[1, 0] > 0) and (cycle[2, 1] > 0) and (cycle[0, 2] > 0)
@@ -103,7 +139,9 @@ def test_order_and_company_of_candidates_do_not_matter(ranker):
     order = [3, 0, 4, 2, 1]
     shuffled = ranker.pair_logits("Say something.", [ANSWERS[i] for i in order])
     np.testing.assert_array_equal(shuffled, L[np.ix_(order, order)])
-    np.testing.assert_allclose(ranker.pair_logits("Say something.", ANSWERS[:2]), L[:2, :2], atol=1e-4)
+    np.testing.assert_allclose(
+        ranker.pair_logits("Say something.", ANSWERS[:2]), L[:2, :2], atol=1e-4
+    )
     ranker.pair_logits("Quite another prompt.", ["a", "b"])
     np.testing.assert_array_equal(ranker.pair_logits("Say something.", ANSWERS), L)
 
@@ -116,10 +154,20 @@ def test_sharing_the_prompt_equals_reading_each_answer_alone(ranker):
     with torch.inference_mode():
         together = ranker.model.states("Say something.", ANSWERS)
         for row, ids in enumerate(map(text.answer, ANSWERS)):
-            states = ranker.model.backbone(input_ids=torch.tensor([prompt + ids])).last_hidden_state[0]
-            at = next(i for i in range(len(prompt)) if prompt[i:i + len(instruction)] == instruction)
-            alone = {"instruction": states[at:at + len(instruction)].mean(0), "mean": states[len(prompt):].mean(0), "last": states[-1]}
-            torch.testing.assert_close(together["instruction"], alone["instruction"], atol=1e-4, rtol=1e-4)
+            states = ranker.model.backbone(
+                input_ids=torch.tensor([prompt + ids])
+            ).last_hidden_state[0]
+            at = next(
+                i for i in range(len(prompt)) if prompt[i : i + len(instruction)] == instruction
+            )
+            alone = {
+                "instruction": states[at : at + len(instruction)].mean(0),
+                "mean": states[len(prompt) :].mean(0),
+                "last": states[-1],
+            }
+            torch.testing.assert_close(
+                together["instruction"], alone["instruction"], atol=1e-4, rtol=1e-4
+            )
             for part in ("mean", "last"):
                 torch.testing.assert_close(together[part][row], alone[part], atol=1e-4, rtol=1e-4)
 
@@ -130,11 +178,18 @@ def test_relevance_is_the_likeness_of_instruction_and_answer_up_to_what_is_enoug
     model, instruction = ranker.model, "Say something."
     with torch.inference_mode():
         states = model.states(instruction, ANSWERS)
-        standard = {part: (x - getattr(model, f"{part}_center")) / getattr(model, f"{part}_scale") for part, x in states.items()}
-        e = model(instruction, ANSWERS) - model.head(torch.cat([standard["mean"], standard["last"]], dim=1))
+        standard = {
+            part: (x - getattr(model, f"{part}_center")) / getattr(model, f"{part}_scale")
+            for part, x in states.items()
+        }
+        e = model(instruction, ANSWERS) - model.head(
+            torch.cat([standard["mean"], standard["last"]], dim=1)
+        )
     a, b = standard["mean"].double().numpy(), standard["instruction"].double().numpy()
     cosine = a @ b / np.linalg.norm(a, axis=1) / np.linalg.norm(b)
-    np.testing.assert_allclose(e[:, 1], model.relevance.item() * 10 * np.minimum(cosine, 0.2), atol=1e-4)
+    np.testing.assert_allclose(
+        e[:, 1], model.relevance.item() * 10 * np.minimum(cosine, 0.2), atol=1e-4
+    )
     np.testing.assert_allclose(e[:, [0, 2, 3]], 0, atol=1e-6)
 
 
@@ -147,7 +202,9 @@ def test_merged_update_equals_the_low_rank_layers(adapter_dir, base_dir, ranker)
     unmerged = PreferenceEmbedder(*load_base(base_dir, torch.float32), SPEC).eval()
     unmerged.load_state_dict(load_file(adapter_dir / "adapter.safetensors"), strict=False)
     with torch.inference_mode():
-        torch.testing.assert_close(unmerged("Hello", ANSWERS), ranker.model("Hello", ANSWERS), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            unmerged("Hello", ANSWERS), ranker.model("Hello", ANSWERS), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_few_and_empty_candidates(ranker):
@@ -163,8 +220,9 @@ def test_control_tokens_in_text_stay_text(ranker):
     assert ranker.model.text.answer("") == [end]
     plain = ranker.model.text.prompt("hello")
     assert ranker.model.text.prompt("<|im_end|>").count(end) == plain.count(end)
-    template = ranker.model.text.tokenizer.apply_chat_template([{"role": "user", "content": "hello"}],
-                                                         add_generation_prompt=True, tokenize=False)
+    template = ranker.model.text.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, tokenize=False
+    )
     assert plain == ranker.model.text.tokenizer(template, add_special_tokens=False).input_ids
 
 
@@ -172,7 +230,9 @@ def test_long_texts_keep_head_and_tail(ranker):
     ids = ranker.model.text.answer("a" * 60 + "z" * 60)
     assert len(ids) == SPEC["max_answer_tokens"] + 1
     kept = ranker.model.text.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
-    assert kept == "a" * 19 + " [...] " + "z" * 6  # 25 tokens of room beside the mark's 7, 6 for the tail
+    assert (
+        kept == "a" * 19 + " [...] " + "z" * 6
+    )  # 25 tokens of room beside the mark's 7, 6 for the tail
     assert ids[0] == ranker.model.text.plain("a")[0] and ids[-2] == ranker.model.text.plain("z")[0]
 
 
@@ -200,7 +260,9 @@ def test_unusable_folders_are_one_line_errors(adapter_dir, base_dir, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["renamed", "one missing", "one too many", "another shape"])
-def test_adapter_whose_tensors_are_not_all_used_is_one_line(change, adapter_dir, base_dir, tmp_path):
+def test_adapter_whose_tensors_are_not_all_used_is_one_line(
+    change, adapter_dir, base_dir, tmp_path
+):
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -208,10 +270,12 @@ def test_adapter_whose_tensors_are_not_all_used_is_one_line(change, adapter_dir,
 
     folder = Path(shutil.copytree(adapter_dir, tmp_path / "adapter"))
     tensors = load_file(folder / "adapter.safetensors")
-    tensors = {"renamed": {f"model.{name}": tensor for name, tensor in tensors.items()},
-               "one missing": {name: tensor for name, tensor in tensors.items() if name != "head.bias"},
-               "one too many": tensors | {"extra": torch.ones(1)},
-               "another shape": tensors | {"head.bias": torch.ones(3)}}[change]
+    tensors = {
+        "renamed": {f"model.{name}": tensor for name, tensor in tensors.items()},
+        "one missing": {name: tensor for name, tensor in tensors.items() if name != "head.bias"},
+        "one too many": tensors | {"extra": torch.ones(1)},
+        "another shape": tensors | {"head.bias": torch.ones(3)},
+    }[change]
     save_file(tensors, folder / "adapter.safetensors")
     with pytest.raises(UserError, match="adapter is broken: "):
         EmbeddedRanker(folder, base_dir)
@@ -229,8 +293,12 @@ def annotations(instructions=30, models=6, seed=0):
         for model in range(models):
             output = f"model {model} says " * rng.randint(3, 40)
             wins = rng.random() < (0.8 if len(output) > len(reference) else 0.4)
-            rows.append((f"instruction {number}", reference, output, 2.0 if wins else 1.0, f"model {model}"))
-    return pd.DataFrame(rows, columns=["instruction", "output_1", "output_2", "preference", "generator_2"])
+            rows.append(
+                (f"instruction {number}", reference, output, 2.0 if wins else 1.0, f"model {model}")
+            )
+    return pd.DataFrame(
+        rows, columns=["instruction", "output_1", "output_2", "preference", "generator_2"]
+    )
 
 
 def test_parts_are_stable_disjoint_and_of_the_stated_sizes():
@@ -249,26 +317,42 @@ def test_shipped_training_instructions_are_disjoint():
         assert all(len(line) == 64 for line in listed[name]) and len(listed[name]) > 250
         assert (ROOT / "data" / name / "adapter.safetensors").stat().st_size <= 5_000_000
         shares = [int(line[:8], 16) / 2**32 for line in listed[name]]
-        assert min(shares) >= (0 if name == "ranker" else 0.4) and max(shares) < (0.4 if name == "ranker" else 0.8)
+        assert min(shares) >= (0 if name == "ranker" else 0.4) and max(shares) < (
+            0.4 if name == "ranker" else 0.8
+        )
     assert not listed["ranker"] & listed["judge"]
 
 
 def test_unusable_rows_are_left_out_and_counted(tmp_path):
     frame = annotations(2, 5)
     frame["preference"] = frame["preference"].astype(float)
-    frame.loc[0, "preference"], frame.loc[1, "preference"], frame.loc[2, "preference"] = np.nan, 0.0, 1.5
+    frame.loc[0, "preference"], frame.loc[1, "preference"], frame.loc[2, "preference"] = (
+        np.nan,
+        0.0,
+        1.5,
+    )
     frame.loc[3, "preference"], frame.loc[4, "output_2"] = 3.0, frame.loc[4, "output_1"]
     frame.loc[5, "output_2"] = None
     frame.to_parquet(tmp_path / "a.parquet")
     rows, excluded = embedded_data.load_annotations(tmp_path / "a.parquet")
     assert len(rows) == 4
-    assert excluded == {"missing_preference": 1, "missing_text": 1, "draw": 2, "out_of_range": 1, "identical_outputs": 1}
+    assert excluded == {
+        "missing_preference": 1,
+        "missing_text": 1,
+        "draw": 2,
+        "out_of_range": 1,
+        "identical_outputs": 1,
+    }
 
 
 def test_balance_gives_equally_many_wins_and_is_seeded():
     frame = annotations()
     even = embedded_data.balance(frame, 3)
-    assert (even["preference"] > 1.5).sum() == (even["preference"] < 1.5).sum() == min((frame["preference"] > 1.5).sum(), (frame["preference"] < 1.5).sum())
+    assert (
+        (even["preference"] > 1.5).sum()
+        == (even["preference"] < 1.5).sum()
+        == min((frame["preference"] > 1.5).sum(), (frame["preference"] < 1.5).sum())
+    )
     pd.testing.assert_frame_equal(even, embedded_data.balance(frame, 3))
 
 
@@ -290,12 +374,16 @@ def test_groups_are_fair_to_the_reference_and_seeded():
 
 
 def test_log_odds():
-    np.testing.assert_allclose(embedded_data.log_odds([1.0, 1.5, 2.0, 1.75]), [-16, 0, 16, np.log(3)], atol=1e-9)
+    np.testing.assert_allclose(
+        embedded_data.log_odds([1.0, 1.5, 2.0, 1.75]), [-16, 0, 16, np.log(3)], atol=1e-9
+    )
 
 
 def test_corruptions():
     text = "The first sentence is here. The second follows it at once. A third one comes. Then the fourth. And the end of it all."
-    made = {kind: corrupt(text, random.Random(1)) for kind, corrupt in embedded_data.CORRUPTIONS.items()}
+    made = {
+        kind: corrupt(text, random.Random(1)) for kind, corrupt in embedded_data.CORRUPTIONS.items()
+    }
     assert text.startswith(made["cut"]) and 0 < len(made["cut"]) < 0.7 * len(text)
     assert sorted(made["shuffled"].split()) == sorted(text.split()) and made["shuffled"] != text
     assert made["shuffled_sentences"] != text and len(made["shuffled_sentences"]) == len(text)
@@ -303,14 +391,26 @@ def test_corruptions():
     assert made["repeated"].count(opening) >= 3 and text.startswith(opening)
     for kind, corrupt in embedded_data.CORRUPTIONS.items():
         assert corrupt(text, random.Random(1)) == made[kind]
-        corrupt("", random.Random(0)), corrupt("one", random.Random(0))  # nothing to corrupt is no crash
+        (
+            corrupt("", random.Random(0)),
+            corrupt("one", random.Random(0)),
+        )  # nothing to corrupt is no crash
 
 
 # ---------------------------------------------------------------- the programs
 
-@pytest.mark.parametrize("case, says", [
-    ("absent", "no annotation file"), ("not_parquet", "not a readable parquet"), ("no_column", "lacks the column"),
-    ("empty", "none that can be used"), ("all_training", "nothing is left"), ("no_base", "no model folder")])
+
+@pytest.mark.parametrize(
+    "case, says",
+    [
+        ("absent", "no annotation file"),
+        ("not_parquet", "not a readable parquet"),
+        ("no_column", "lacks the column"),
+        ("empty", "none that can be used"),
+        ("all_training", "nothing is left"),
+        ("no_base", "no model folder"),
+    ],
+)
 def test_evaluation_errors_are_one_line(tmp_path, case, says, monkeypatch, capsys):
     """Through main() in this process, for an interpreter that imports torch takes seconds to start."""
     import evaluate_ranker
@@ -320,19 +420,41 @@ def test_evaluation_errors_are_one_line(tmp_path, case, says, monkeypatch, capsy
     file, frame = tmp_path / "a.parquet", annotations(6)
     adapters = tmp_path / "data" / "judge"
     adapters.mkdir(parents=True)
-    hashes = [embedded_data.instruction_hash(i) for i in frame["instruction"]] if case == "all_training" else []
+    hashes = (
+        [embedded_data.instruction_hash(i) for i in frame["instruction"]]
+        if case == "all_training"
+        else []
+    )
     (adapters / "training_instructions.txt").write_text("\n".join(hashes))
     (adapters / "ranker.json").write_text(json.dumps(dict.fromkeys(SPEC, "judge")))
-    (adapters / "adapter.safetensors").write_bytes((0).to_bytes(8, "little") if case != "no_base" else
-                                                   (2).to_bytes(8, "little") + b"{}")
+    (adapters / "adapter.safetensors").write_bytes(
+        (0).to_bytes(8, "little") if case != "no_base" else (2).to_bytes(8, "little") + b"{}"
+    )
     monkeypatch.chdir(tmp_path)  # data/ is looked for where the command runs
     if case == "not_parquet":
         file.write_bytes(b"PAR1 cut")
     elif case != "absent":
-        frame = frame.drop(columns="preference") if case == "no_column" else frame[:0] if case == "empty" else frame
+        frame = (
+            frame.drop(columns="preference")
+            if case == "no_column"
+            else frame[:0]
+            if case == "empty"
+            else frame
+        )
         frame.to_parquet(file)
-    monkeypatch.setattr(sys, "argv", ["evaluate_ranker.py", "--ranker", "judge", "--annotations", str(file),
-                                      "--base", str(tmp_path / "no-such-model")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "evaluate_ranker.py",
+            "--ranker",
+            "judge",
+            "--annotations",
+            str(file),
+            "--base",
+            str(tmp_path / "no-such-model"),
+        ],
+    )
     with pytest.raises(SystemExit) as stop:
         run(evaluate_ranker.main)
     error = capsys.readouterr().err.strip()
@@ -347,16 +469,30 @@ def test_train_then_evaluate(base_dir, tmp_path, monkeypatch, capsys):
     file = tmp_path / "a.parquet"
     annotations(60).to_parquet(file)
     for output in ("data/ranker", "again"):
-        monkeypatch.setattr(sys, "argv", f"train_ranker.py --name ranker --base {base_dir} --annotations {file} "
-                            f"--steps 2 --layers 2 --lora-from 1 --lora-rank 2 --max-answer-tokens 40 "
-                            f"--output {tmp_path / output}".split())
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            f"train_ranker.py --name ranker --base {base_dir} --annotations {file} "
+            f"--steps 2 --layers 2 --lora-from 1 --lora-rank 2 --max-answer-tokens 40 "
+            f"--output {tmp_path / output}".split(),
+        )
         train_ranker.main()
     folder = tmp_path / "data" / "ranker"
-    assert (folder / "adapter.safetensors").read_bytes() == (tmp_path / "again" / "adapter.safetensors").read_bytes()
-    assert sorted(f.name for f in folder.iterdir()) == ["adapter.safetensors", "ranker.json", "training_instructions.txt"]
+    assert (folder / "adapter.safetensors").read_bytes() == (
+        tmp_path / "again" / "adapter.safetensors"
+    ).read_bytes()
+    assert sorted(f.name for f in folder.iterdir()) == [
+        "adapter.safetensors",
+        "ranker.json",
+        "training_instructions.txt",
+    ]
     monkeypatch.chdir(tmp_path)  # data/ is looked for where the command runs
-    monkeypatch.setattr(sys, "argv", f"evaluate_ranker.py --ranker ranker --base {base_dir} --annotations {file} "
-                        f"--limit 40".split())
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        f"evaluate_ranker.py --ranker ranker --base {base_dir} --annotations {file} "
+        f"--limit 40".split(),
+    )
     capsys.readouterr()
     evaluate_ranker.main()
     result = json.loads(capsys.readouterr().out)
@@ -364,8 +500,17 @@ def test_train_then_evaluate(base_dir, tmp_path, monkeypatch, capsys):
     assert sum(result["excluded"].values()) + 40 == 360
     trained = (folder / "training_instructions.txt").read_text().split()
     assert result["excluded"]["training_instruction"] == 6 * len(trained) > 0
-    assert all(0 <= result[k] <= 1 for k in ("agreement", "length_agreement", "cross_model_agreement", "ece"))
-    assert set(result["corrupted"]) == {"cut", "shuffled", "shuffled_sentences", "off_topic", "repeated"}
+    assert all(
+        0 <= result[k] <= 1
+        for k in ("agreement", "length_agreement", "cross_model_agreement", "ece")
+    )
+    assert set(result["corrupted"]) == {
+        "cut",
+        "shuffled",
+        "shuffled_sentences",
+        "off_topic",
+        "repeated",
+    }
 
 
 def test_half_of_the_shared_annotations_are_usable():

@@ -9,23 +9,44 @@ import pandas as pd
 import pytest
 
 import recompute_alpaca_eval as program
-from sppo.evaluation import alpaca_eval
 from sppo.core.errors import UserError
+from sppo.evaluation import alpaca_eval
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the published annotations are not on this machine")
-FILES = {1: ("alpaca_eval_1_gpt4_annotations.parquet", "data_AlpacaEval/alpaca_eval_gpt4_leaderboard.csv"),
-         2: ("alpaca_eval_2_gpt4_turbo_annotations.parquet", "data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo_leaderboard.csv")}
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the published annotations are not on this machine"
+)
+FILES = {
+    1: (
+        "alpaca_eval_1_gpt4_annotations.parquet",
+        "data_AlpacaEval/alpaca_eval_gpt4_leaderboard.csv",
+    ),
+    2: (
+        "alpaca_eval_2_gpt4_turbo_annotations.parquet",
+        "data_AlpacaEval_2/weighted_alpaca_eval_gpt4_turbo_leaderboard.csv",
+    ),
+}
 
 
 def rows(n=40, model="policy"):
     rng = random.Random(0)
-    return [{"instruction": f"question {i}", "output_1": "a" * rng.randint(1, 90), "generator_1": "base",
-             "output_2": "b" * rng.randint(1, 90), "generator_2": model, "preference": 1 + rng.random()} for i in range(n)]
+    return [
+        {
+            "instruction": f"question {i}",
+            "output_1": "a" * rng.randint(1, 90),
+            "generator_1": "base",
+            "output_2": "b" * rng.randint(1, 90),
+            "generator_2": model,
+            "preference": 1 + rng.random(),
+        }
+        for i in range(n)
+    ]
 
 
 def recompute(monkeypatch, capsys, path, *flags):
-    monkeypatch.setattr(sys, "argv", ["recompute_alpaca_eval.py", "--annotations", str(path), *map(str, flags)])
+    monkeypatch.setattr(
+        sys, "argv", ["recompute_alpaca_eval.py", "--annotations", str(path), *map(str, flags)]
+    )
     program.main()
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
@@ -37,19 +58,31 @@ def test_the_packaged_leaderboard_is_reproduced(monkeypatch, capsys, version):
 
     file, board = FILES[version]
     listed = pd.read_csv(Path(alpaca_eval.__file__).parent / "leaderboards" / board, index_col=0)
-    difficulty = ("--difficulty", SHARED / "alpaca_eval_df_gamed_reconstructed.csv") if version == 2 else ()
-    found = [row for row in recompute(monkeypatch, capsys, SHARED / file, *difficulty) if row["model"] in listed.index]
+    difficulty = (
+        ("--difficulty", SHARED / "alpaca_eval_df_gamed_reconstructed.csv") if version == 2 else ()
+    )
+    found = [
+        row
+        for row in recompute(monkeypatch, capsys, SHARED / file, *difficulty)
+        if row["model"] in listed.index
+    ]
     assert len(found) >= 46
     for row in found:
         published = listed.loc[row["model"]]
         assert row["win_rate"] == pytest.approx(published["win_rate"], abs=1e-9)
         assert row["standard_error"] == pytest.approx(published["standard_error"], abs=1e-9)
         assert row["n_total"] == published["n_total"]
-        if row["model"] != "falcon-7b-instruct" or version == 2:  # whose AlpacaEval 1 annotations are not those of its outputs
-            assert abs(row["avg_length"] - published["avg_length"]) <= (2 if "absent" in row.get("note", "") else 0)
+        if (
+            row["model"] != "falcon-7b-instruct" or version == 2
+        ):  # whose AlpacaEval 1 annotations are not those of its outputs
+            assert abs(row["avg_length"] - published["avg_length"]) <= (
+                2 if "absent" in row.get("note", "") else 0
+            )
         if version == 2:
             assert row["lc_source"].endswith("approximate")
-            lc = row.get("length_controlled_winrate_by_place_in_file", row["length_controlled_winrate"])
+            lc = row.get(
+                "length_controlled_winrate_by_place_in_file", row["length_controlled_winrate"]
+            )
             assert lc == pytest.approx(published["length_controlled_winrate"], abs=0.9)
 
 
@@ -62,23 +95,47 @@ def test_rows_are_aligned_by_instruction(monkeypatch, capsys, tmp_path):
     ordered = tmp_path / "ordered.json"
     frame.to_json(ordered, orient="records")
     difficulty = ("--difficulty", SHARED / "alpaca_eval_df_gamed_reconstructed.csv")
-    [one], [other] = (recompute(monkeypatch, capsys, path, *difficulty) for path in (ordered, shuffled))
-    assert other["length_controlled_winrate"] == pytest.approx(one["length_controlled_winrate"], abs=1e-9)
+    [one], [other] = (
+        recompute(monkeypatch, capsys, path, *difficulty) for path in (ordered, shuffled)
+    )
+    assert other["length_controlled_winrate"] == pytest.approx(
+        one["length_controlled_winrate"], abs=1e-9
+    )
     assert "by place" not in one.get("note", "") and "by place" in other["note"]
 
 
 def test_json_of_two_models_and_other_instructions(monkeypatch, capsys, tmp_path):
     file = tmp_path / "annotations.json"
-    file.write_text(json.dumps([*rows(), *rows(12, "other"), rows(13, "other")[-1] | {"preference": None}]))
+    file.write_text(
+        json.dumps([*rows(), *rows(12, "other"), rows(13, "other")[-1] | {"preference": None}])
+    )
     one, other = recompute(monkeypatch, capsys, file)
-    assert (one["model"], one["n_total"], other["model"], other["n_total"]) == ("policy", 40, "other", 12)
+    assert (one["model"], one["n_total"], other["model"], other["n_total"]) == (
+        "policy",
+        40,
+        "other",
+        12,
+    )
     assert one["win_rate"] == pytest.approx(100 * sum(row["preference"] - 1 for row in rows()) / 40)
-    assert "not the leaderboard's" in one["lc_source"] and "note" not in one and "1 annotations" in other["note"]
+    assert (
+        "not the leaderboard's" in one["lc_source"]
+        and "note" not in one
+        and "1 annotations" in other["note"]
+    )
 
 
-@pytest.mark.parametrize(("case", "says"), [
-    ("absent", "no annotations"), ("torn", "not"), ("column", "no column preference"), ("twice", "two annotations"),
-    ("few", "at least 5"), ("difficulty", "missing"), ("foreign", "not one of AlpacaEval's")])
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("absent", "no annotations"),
+        ("torn", "not"),
+        ("column", "no column preference"),
+        ("twice", "two annotations"),
+        ("few", "at least 5"),
+        ("difficulty", "missing"),
+        ("foreign", "not one of AlpacaEval's"),
+    ],
+)
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, case, says):
     file, flags, table = tmp_path / "annotations.json", [], rows()
     if case == "column":
@@ -89,7 +146,9 @@ def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, case, says):
     if case in ("difficulty", "foreign"):
         flags = ["--difficulty", tmp_path / "df_gamed.csv"]
     if case == "foreign":
-        flags[1].write_text("preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model\n")
+        flags[1].write_text(
+            "preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model\n"
+        )
     with pytest.raises(UserError, match=says) as error:
         recompute(monkeypatch, capsys, file, *flags)
     assert "\n" not in str(error.value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +16,8 @@ import yaml
 from snakemake.utils import update_config
 
 from sppo.core.artifacts import file_hash, record_path, write_json
-from sppo.core.config_files import check_files
 from sppo.core.config import ENGINE_KEYS, default_of, resolve, schema
+from sppo.core.config_files import check_files
 from sppo.core.errors import UserError, explained
 from sppo.workflow.preflight import check_folder_for_slurm, check_inputs, check_machine, gpus_here
 
@@ -25,30 +25,46 @@ ROOT = Path(__file__).resolve().parents[2]
 RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
 PRESETS = sorted((ROOT / "config" / "presets").glob("*.yaml"))
 PAPER_SCALE = ("mistral-7b", "llama-3-8b", "gemma-2-9b", "single-gpu")
-FROM_OUTSIDE = ("policies.embedded_policy", "mt_bench.fetch_mt_bench", "alpaca_eval.fetch_alpaca_eval")  # they read a package or the network
+FROM_OUTSIDE = (
+    "policies.embedded_policy",
+    "mt_bench.fetch_mt_bench",
+    "alpaca_eval.fetch_alpaca_eval",
+)  # they read a package or the network
 SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
 
 
 def test_the_snakefile_needs_only_snakemake():
     """With conda, Snakemake runs in an environment of its own, without the programs' packages."""
-    code = ("import sys\nfor name in ('numpy', 'pandas', 'pyarrow', 'torch', 'transformers', 'openai', 'alpaca_eval', 'fastchat', 'datasets'):\n"
-            "    sys.modules[name] = None\n"
-            "import sppo.preferences.adapters, sppo.core.config, sppo.core.errors, sppo.workflow.preflight, sppo.core.stages\n"
-            "import yaml\nsppo.workflow.preflight.check_inputs(sppo.core.config.resolve(yaml.safe_load(open('config/config.yaml'))))")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": "src"})
+    code = (
+        "import sys\nfor name in ('numpy', 'pandas', 'pyarrow', 'torch', 'transformers', 'openai', 'alpaca_eval', 'fastchat', 'datasets'):\n"
+        "    sys.modules[name] = None\n"
+        "import sppo.preferences.adapters, sppo.core.config, sppo.core.errors, sppo.workflow.preflight, sppo.core.stages\n"
+        "import yaml\nsppo.workflow.preflight.check_inputs(sppo.core.config.resolve(yaml.safe_load(open('config/config.yaml'))))"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": "src"}
+    )
 
 
 def rules() -> dict[str, str]:
     """Text of every rule in rules/, by file and name."""
     found = {}
     for file in RULE_FILES:
-        for name, body in re.findall(r"^rule (\w+):\n((?:[ \t]+.*\n|\n)+)", file.read_text(encoding="utf-8") + "\n", re.MULTILINE):
+        for name, body in re.findall(
+            r"^rule (\w+):\n((?:[ \t]+.*\n|\n)+)",
+            file.read_text(encoding="utf-8") + "\n",
+            re.MULTILINE,
+        ):
             found[f"{file.stem}.{name}"] = body
     return found
 
 
 def test_no_rule_escapes_this_lint():
-    declared = re.findall(r"^\s*(?:rule|checkpoint) \w*", "".join(file.read_text(encoding="utf-8") for file in RULE_FILES), re.MULTILINE)
+    declared = re.findall(
+        r"^\s*(?:rule|checkpoint) \w*",
+        "".join(file.read_text(encoding="utf-8") for file in RULE_FILES),
+        re.MULTILINE,
+    )
     assert len(declared) == len(rules()) > 5 and not any("checkpoint" in line for line in declared)
 
 
@@ -56,9 +72,24 @@ def test_no_rule_escapes_this_lint():
 def test_rule_is_described_logged_measured_and_isolated(rule):
     body = rules()[rule]
     assert re.match(r'\s*"""\S.+\S"""\n', body), "no docstring"
-    for key in ("input", "output", "log", "benchmark", "conda", "threads", "resources", "params", "message", "shell"):
-        assert re.search(rf"^    {key}:", body, re.MULTILINE) or (key == "input" and rule in FROM_OUTSIDE), f"no {key}"
-    assert re.search(r"^        mem_mb=\d+,$", body, re.MULTILINE) and re.search(r"^        runtime=\d+,$", body, re.MULTILINE)
+    for key in (
+        "input",
+        "output",
+        "log",
+        "benchmark",
+        "conda",
+        "threads",
+        "resources",
+        "params",
+        "message",
+        "shell",
+    ):
+        assert re.search(rf"^    {key}:", body, re.MULTILINE) or (
+            key == "input" and rule in FROM_OUTSIDE
+        ), f"no {key}"
+    assert re.search(r"^        mem_mb=\d+,$", body, re.MULTILINE) and re.search(
+        r"^        runtime=\d+,$", body, re.MULTILINE
+    )
     assert re.search(r'version=STAGES\["\w+"\],', body), "a raised stage version would not rerun it"
     environment = re.search(r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT)\n', body)
     assert environment and (ROOT / "rules" / (environment[1] or "../envs/core.yaml")).is_file()
@@ -88,7 +119,9 @@ def test_rules_file_opens_with_what_it_requires_and_gives(file):
     assert re.match(r'"""Requires: .+ Gives: .+', text)
 
 
-@pytest.mark.parametrize("file", [file for file in RULE_FILES if file.stem != "common"], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [file for file in RULE_FILES if file.stem != "common"], ids=lambda file: file.stem
+)
 def test_only_common_spells_the_results_folder(file):
     assert "results/" not in file.read_text(encoding="utf-8").replace("under results/", "")
 
@@ -98,23 +131,37 @@ def test_the_snakefile_leaves_functions_to_the_rules():
 
 
 def test_no_rules_file_is_left_out_of_the_snakefile():
-    included = re.findall(r'^include: "rules/(\w+)\.smk"', (ROOT / "Snakefile").read_text(encoding="utf-8"), re.MULTILINE)
+    included = re.findall(
+        r'^include: "rules/(\w+)\.smk"',
+        (ROOT / "Snakefile").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     assert sorted(included) == [file.stem for file in RULE_FILES]
 
 
 # --- profiles ---
 
+
 def test_the_slurm_profile_sizes_every_rule_and_gives_gpus_to_those_that_can_use_one():
-    sized = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8"))["set-resources"]
+    sized = yaml.safe_load(
+        (ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
+    )["set-resources"]
     text = {name.split(".")[1]: body for name, body in rules().items()}
-    derived = re.findall(r"^\s*use rule (\w+) as (\w+) with:", "".join(file.read_text(encoding="utf-8") for file in RULE_FILES), re.MULTILINE)
+    derived = re.findall(
+        r"^\s*use rule (\w+) as (\w+) with:",
+        "".join(file.read_text(encoding="utf-8") for file in RULE_FILES),
+        re.MULTILINE,
+    )
     text |= {name: text[base] for base, name in derived}
     assert sized.keys() == text.keys()
-    assert {name for name, asked in sized.items() if "gpu" in asked} == {name for name, body in text.items() if re.search(r"gpu=(\w+_GPUS|gpus_if)", body)}
+    assert {name for name, asked in sized.items() if "gpu" in asked} == {
+        name for name, body in text.items() if re.search(r"gpu=(\w+_GPUS|gpus_if)", body)
+    }
     assert all("attempt" in asked[key] for asked in sized.values() for key in ("mem_mb", "runtime"))
 
 
 # --- dry runs ---
+
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
@@ -128,7 +175,9 @@ def copy(tmp_path_factory) -> Path:
 
 def dry_run(folder: Path, *words: str) -> subprocess.CompletedProcess:
     environment = {key: value for key, value in os.environ.items() if key != "OPENAI_API_KEY"}
-    return subprocess.run([*SNAKEMAKE, "-n", *words], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [*SNAKEMAKE, "-n", *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def overlaid(text: str) -> dict:
@@ -148,21 +197,37 @@ def jobs(done: subprocess.CompletedProcess) -> dict[str, int]:
 def evaluated(done: subprocess.CompletedProcess) -> set[str]:
     """Evaluations that would be made."""
     written = re.findall(r"Missing output files: ([^;\n]+)", done.stdout + done.stderr)
-    return {name for line in written for name in line.split(", ") if name.endswith("/alpaca_eval.json")}
+    return {
+        name for line in written for name in line.split(", ") if name.endswith("/alpaca_eval.json")
+    }
 
 
-@pytest.mark.parametrize("preset", [None, *PRESETS], ids=lambda preset: preset.stem if preset else "default")
+@pytest.mark.parametrize(
+    "preset", [None, *PRESETS], ids=lambda preset: preset.stem if preset else "default"
+)
 @pytest.mark.parametrize("settings", ["paper", "repo"])
 def test_shipped_configuration_plans_every_stage_of_every_iteration(settings, preset, copy):
     """Within five seconds of a core, without a GPU, a key or the network."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = dry_run(copy, *(("--configfile", str(preset.relative_to(ROOT))) if preset else ()), "--config", f"settings={settings}")
+    done = dry_run(
+        copy,
+        *(("--configfile", str(preset.relative_to(ROOT))) if preset else ()),
+        "--config",
+        f"settings={settings}",
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
     main = resolve(overlaid(preset.read_text(encoding="utf-8") if preset else "{}"))[""]
     planned, t, shards = jobs(done), main["iterations"], main["responses"]["shards"]
-    expected = {"sample_prompts": t, "generate_responses": t * shards, "annotate_preferences": t * shards, "build_pairs": t,
-                "score_reference": t, "train_policy": t, "base_policy": 1}
+    expected = {
+        "sample_prompts": t,
+        "generate_responses": t * shards,
+        "annotate_preferences": t * shards,
+        "build_pairs": t,
+        "score_reference": t,
+        "train_policy": t,
+        "base_policy": 1,
+    }
     assert {name: planned.get(name, 0) for name in expected} == expected
     root = f"results/{main['name']}/" if main["name"] else "results/"
     assert evaluated(done) >= {f"{root}iter{i}/alpaca_eval.json" for i in range(t + 1)}
@@ -179,25 +244,41 @@ def test_a_preset_at_paper_scale_leaves_nothing_of_the_embedded_default(name, se
             if (written.get(section) or {}).get(key) is None:
                 assert run[section][key] == default_of(inner, settings), f"{section}.{key}"
     assert (run["iterations"], run["train"]["batch_size"], run["train"]["stop_epoch"]) == (3, 64, 1)
-    assert (run["responses"]["samples"], run["responses"]["engine"], run["preference"]["model"]) == (5, "vllm", "llm-blender/PairRM")
+    assert (
+        run["responses"]["samples"],
+        run["responses"]["engine"],
+        run["preference"]["model"],
+    ) == (5, "vllm", "llm-blender/PairRM")
     runs = resolve(overlaid(text))
-    assert not {"spin", "dno_prct"} & runs.keys() and {one["train"]["batch_size"] for one in runs.values()} == {64}
+    assert not {"spin", "dno_prct"} & runs.keys() and {
+        one["train"]["batch_size"] for one in runs.values()
+    } == {64}
 
 
-@pytest.mark.parametrize(("words", "threads"), [
-    (("--resources", "gpu=8", "--config", "device=gpu"), "2 2"),
-    (("--resources", "gpu=8", "--configfile", "config/presets/mistral-7b.yaml"), "2 16"),
-    (("--config", "device=gpu"), "16 16"),  # the default profile has one at a time
-    (("--resources", "gpu=8", "--config", "device=cpu"), "16 16")])
-def test_a_gpu_s_job_has_its_share_of_the_cores_and_a_training_that_of_its_gpus(words, threads, copy):
+@pytest.mark.parametrize(
+    ("words", "threads"),
+    [
+        (("--resources", "gpu=8", "--config", "device=gpu"), "2 2"),
+        (("--resources", "gpu=8", "--configfile", "config/presets/mistral-7b.yaml"), "2 16"),
+        (("--config", "device=gpu"), "16 16"),  # the default profile has one at a time
+        (("--resources", "gpu=8", "--config", "device=cpu"), "16 16"),
+    ],
+)
+def test_a_gpu_s_job_has_its_share_of_the_cores_and_a_training_that_of_its_gpus(
+    words, threads, copy
+):
     (copy / "threads.smk").write_text(
         'configfile: "config/config.yaml"\ninclude: "rules/common.smk"\n'
         'print("THREADS", MODEL_THREADS, TRAINING_THREADS, file=sys.stderr)\n'
-        "rule all:\n    shell: 'true'\n", encoding="utf-8")
+        "rule all:\n    shell: 'true'\n",
+        encoding="utf-8",
+    )
     done = dry_run(copy, "--cores", "16", "--snakefile", "threads.smk", *words)
     assert f"THREADS {threads}\n" in done.stderr, done.stderr
     text = rules()
-    used = {name.split(".")[1]: re.search(r"threads: (\w+)", body)[1] for name, body in text.items()}
+    used = {
+        name.split(".")[1]: re.search(r"threads: (\w+)", body)[1] for name, body in text.items()
+    }
     assert used["train_policy"] == "TRAINING_THREADS" and used["score_reference"] == "MODEL_THREADS"
 
 
@@ -207,8 +288,12 @@ def test_the_printed_command_of_a_preset_names_what_its_jobs_need(name):
     file = f"config/presets/{name}.yaml"
     run = resolve(overlaid((ROOT / file).read_text(encoding="utf-8")))[""]
     pages = [ROOT / file, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    printed = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()
-               if "snakemake --cores" in line and file in line and not line.endswith(" -n")]
+    printed = [
+        line
+        for page in pages
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if "snakemake --cores" in line and file in line and not line.endswith(" -n")
+    ]
     assert printed
     for line in printed:
         assert "--use-conda" in line or run["responses"]["engine"] != "vllm", line
@@ -220,32 +305,77 @@ def test_alpaca_eval_s_own_files_are_fetched_where_official_is_asked_for(copy):
     words = ("--configfile", "config/presets/mistral-7b.yaml", "--")
     done = dry_run(copy, *words, "results/mistral-7b/iter0/alpaca_eval.json")
     planned = jobs(done)
-    assert planned["fetch_alpaca_eval"] == planned["answer_instructions"] == planned["judge_outputs"] == 1 and "train_policy" not in planned
+    assert (
+        planned["fetch_alpaca_eval"]
+        == planned["answer_instructions"]
+        == planned["judge_outputs"]
+        == 1
+        and "train_policy" not in planned
+    )
     planned = jobs(dry_run(copy, *words, "results/mistral-7b/iter2/prompts.parquet"))
-    assert planned["fetch_alpaca_eval"] == 1 and planned["sample_prompts"] == 2  # a source each, so the second is drawn aside from the first
+    assert (
+        planned["fetch_alpaca_eval"] == 1 and planned["sample_prompts"] == 2
+    )  # a source each, so the second is drawn aside from the first
     assert "fetch_alpaca_eval" not in jobs(dry_run(copy))
 
 
 def test_a_released_checkpoint_is_evaluated_without_training(copy):
-    done = dry_run(copy, "--configfile", "config/presets/mistral-7b.yaml", "--config", "iterations=0", "name=sppo-iter3",
-                   "policy={model: UCLA-AGI/Mistral7B-PairRM-SPPO-Iter3}")
-    assert evaluated(done) == {"results/sppo-iter3/iter0/alpaca_eval.json"} and not {"train_policy", "generate_responses"} & jobs(done).keys()
-    assert {"mt_bench", "open_llm"} == {name for name in ("mt_bench", "open_llm") if jobs(dry_run(
-        copy, "--configfile", "config/presets/mistral-7b.yaml", "--config", "iterations=0", "name=sppo-iter3", "--", f"results/sppo-iter3/iter0/{name}.json"))}
+    done = dry_run(
+        copy,
+        "--configfile",
+        "config/presets/mistral-7b.yaml",
+        "--config",
+        "iterations=0",
+        "name=sppo-iter3",
+        "policy={model: UCLA-AGI/Mistral7B-PairRM-SPPO-Iter3}",
+    )
+    assert (
+        evaluated(done) == {"results/sppo-iter3/iter0/alpaca_eval.json"}
+        and not {"train_policy", "generate_responses"} & jobs(done).keys()
+    )
+    assert {"mt_bench", "open_llm"} == {
+        name
+        for name in ("mt_bench", "open_llm")
+        if jobs(
+            dry_run(
+                copy,
+                "--configfile",
+                "config/presets/mistral-7b.yaml",
+                "--config",
+                "iterations=0",
+                "name=sppo-iter3",
+                "--",
+                f"results/sppo-iter3/iter0/{name}.json",
+            )
+        )
+    }
 
 
 def test_policies_are_pushed_only_where_the_configuration_says_so(copy):
     assert "push_policy" not in jobs(dry_run(copy))
     done = dry_run(copy, "--config", "push_to_hub=me/mine-{t}", "iterations=2")
-    assert jobs(done)["push_policy"] == 2 and "results/iter2/pushed_to_hub.json" in done.stdout + done.stderr
+    assert (
+        jobs(done)["push_policy"] == 2
+        and "results/iter2/pushed_to_hub.json" in done.stdout + done.stderr
+    )
 
 
 def test_a_real_run_asks_for_gpus_first(copy):
     """On this machine, or on any without one: what a dry run of the same passes over is one line before the first job."""
     if gpus_here():
         pytest.skip("this machine has a GPU")
-    done = subprocess.run([*SNAKEMAKE, "--configfile", "config/presets/single-gpu.yaml", "--", "results/single-gpu/iter1/policy"],
-                          cwd=copy, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            *SNAKEMAKE,
+            "--configfile",
+            "config/presets/single-gpu.yaml",
+            "--",
+            "results/single-gpu/iter1/policy",
+        ],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+    )
     assert "device is gpu, but this machine shows no NVIDIA GPU" in one_error(done)
     assert not (copy / "results" / "single-gpu").exists()
     shutil.rmtree(copy / "results", ignore_errors=True)
@@ -257,25 +387,73 @@ def test_a_judge_behind_an_api_runs_without_a_gpu(copy, monkeypatch):
         pytest.skip("this machine has a GPU")
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    for file in ("models/alpaca_eval/alpaca_eval_gpt4_baseline.json", "models/alpaca_eval/df_gamed.csv", "single-gpu/iter0/alpaca_eval_outputs.json"):
+    for file in (
+        "models/alpaca_eval/alpaca_eval_gpt4_baseline.json",
+        "models/alpaca_eval/df_gamed.csv",
+        "single-gpu/iter0/alpaca_eval_outputs.json",
+    ):
         file = copy / "results" / file
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("{}")
         write_json(record_path(file), {"sha256": file_hash(file)})
-    done = subprocess.run([*SNAKEMAKE, "--configfile", "config/presets/single-gpu.yaml", "--", "results/single-gpu/iter0/alpaca_eval.json"],
-                          cwd=copy, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            *SNAKEMAKE,
+            "--configfile",
+            "config/presets/single-gpu.yaml",
+            "--",
+            "results/single-gpu/iter0/alpaca_eval.json",
+        ],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+    )
     shutil.rmtree(copy / "results")
-    assert "alpaca_eval_gpt4_baseline.json is not a list of outputs" in done.stdout + done.stderr  # judged, as far as these go
+    assert (
+        "alpaca_eval_gpt4_baseline.json is not a list of outputs" in done.stdout + done.stderr
+    )  # judged, as far as these go
 
 
 NEEDED = {
-    "a key": ({"alpaca_eval": {"judge": "weighted_alpaca_eval_gpt4_turbo"}}, ("alpaca_eval", "", False), 8, "export OPENAI_API_KEY"),
-    "a key for MT-Bench": ({"mt_bench": {"judge": "gpt-4"}}, ("evaluate_mt_bench", "", False), 8, "mt_bench.judge"),
-    "a key for grades": ({"runs": {"a": {"pairs": {"construction": "graded"}, "train": {"loss": "dpo"}, "grades": {"judge": "gpt-4"}}}},
-                         ("grade_responses", "a", False), 8, "export OPENAI_API_KEY.*grades.judge"),
+    "a key": (
+        {"alpaca_eval": {"judge": "weighted_alpaca_eval_gpt4_turbo"}},
+        ("alpaca_eval", "", False),
+        8,
+        "export OPENAI_API_KEY",
+    ),
+    "a key for MT-Bench": (
+        {"mt_bench": {"judge": "gpt-4"}},
+        ("evaluate_mt_bench", "", False),
+        8,
+        "mt_bench.judge",
+    ),
+    "a key for grades": (
+        {
+            "runs": {
+                "a": {
+                    "pairs": {"construction": "graded"},
+                    "train": {"loss": "dpo"},
+                    "grades": {"judge": "gpt-4"},
+                }
+            }
+        },
+        ("grade_responses", "a", False),
+        8,
+        "export OPENAI_API_KEY.*grades.judge",
+    ),
     "a GPU": ({"device": "gpu"}, ("train_policy", "", True), 0, "shows no NVIDIA GPU"),
-    "a GPU for each shard": ({"device": "gpu", "responses": {"shards": 8}}, ("generate_responses", "", True), 2, "responses.shards is 8, one GPU each, but this machine shows 2"),
-    "a run's GPU for each shard": ({"runs": {"a": {"responses": {"shards": 3}}}}, ("generate_responses", "a", True), 2, "runs.a.responses.shards is 3"),
+    "a GPU for each shard": (
+        {"device": "gpu", "responses": {"shards": 8}},
+        ("generate_responses", "", True),
+        2,
+        "responses.shards is 8, one GPU each, but this machine shows 2",
+    ),
+    "a run's GPU for each shard": (
+        {"runs": {"a": {"responses": {"shards": 3}}}},
+        ("generate_responses", "a", True),
+        2,
+        "runs.a.responses.shards is 3",
+    ),
     "a token": ({"push_to_hub": "me/a-{t}"}, ("push_policy", "", False), 8, "export HF_TOKEN"),
 }
 
@@ -329,8 +507,14 @@ def test_the_user_s_own_target_is_planned_whole(copy):
 
 def test_everything_is_every_evaluation_best_of_n_and_the_k2_run(copy):
     planned = jobs(dry_run(copy, "everything"))
-    assert planned["train_policy"] == 6 and planned["evaluate_mt_bench"] == planned["evaluate_open_llm"] == 4
-    assert planned["judge_best_of_n"] == 5 and planned["build_response_browser"] == planned["plot_training"] == 1
+    assert (
+        planned["train_policy"] == 6
+        and planned["evaluate_mt_bench"] == planned["evaluate_open_llm"] == 4
+    )
+    assert (
+        planned["judge_best_of_n"] == 5
+        and planned["build_response_browser"] == planned["plot_training"] == 1
+    )
     assert jobs(dry_run(copy, "paper_tables"))["paper_tables"] == 1
 
 
@@ -340,20 +524,41 @@ def test_methods_refer_to_the_base_the_previous_iterate_or_a_magnet(copy):
         done = dry_run(copy, f"results/{run}/iter3/policy")
         planned = jobs(done)
         assert planned["score_reference"] == 3 + len(scored) and planned["generate_responses"] == 3
-        found = {int(t) for t in re.findall(rf"results/{run}/iter(\d)/logps/reference\.parquet", done.stdout + done.stderr)}
+        found = {
+            int(t)
+            for t in re.findall(
+                rf"results/{run}/iter(\d)/logps/reference\.parquet", done.stdout + done.stderr
+            )
+        }
         assert found == scored, run
 
 
 def test_pairs_are_chosen_by_grades_in_place_of_preferences_where_a_run_says_so(copy):
     done = dry_run(copy, "results/dno_prct/summary.md", "--printshellcmds")
     planned, text = jobs(done), done.stdout + done.stderr
-    assert planned["grade_responses"] == planned["generate_responses"] == planned["build_pairs"] == 3 and "annotate_preferences" not in planned
-    assert "--grades results/dno_prct/iter2/grades/0.parquet" in text and "--previous results/dno_prct/iter1/pairs.parquet" in text
-    assert re.search(r"grade_responses\.py .*--gold data/gold\.jsonl .*--judge preference --model ranker .*--probability pairwise", text)
-    (copy / "graded.yaml").write_text("runs: {dpo: {pairs: {construction: graded}, grades: {judge: openai, judge_model: m, judge_base_url: http://localhost/v1}}}")
-    done = dry_run(copy, "results/dpo/iter1/pairs.parquet", "--configfile", "graded.yaml", "--printshellcmds")
+    assert (
+        planned["grade_responses"] == planned["generate_responses"] == planned["build_pairs"] == 3
+        and "annotate_preferences" not in planned
+    )
+    assert (
+        "--grades results/dno_prct/iter2/grades/0.parquet" in text
+        and "--previous results/dno_prct/iter1/pairs.parquet" in text
+    )
+    assert re.search(
+        r"grade_responses\.py .*--gold data/gold\.jsonl .*--judge preference --model ranker .*--probability pairwise",
+        text,
+    )
+    (copy / "graded.yaml").write_text(
+        "runs: {dpo: {pairs: {construction: graded}, grades: {judge: openai, judge_model: m, judge_base_url: http://localhost/v1}}}"
+    )
+    done = dry_run(
+        copy, "results/dpo/iter1/pairs.parquet", "--configfile", "graded.yaml", "--printshellcmds"
+    )
     text = done.stdout + done.stderr  # main's responses, the run's own grades
-    assert re.search(r"grade_responses\.py .*--responses results/iter1/responses/0\.parquet .*--judge openai .*--output results/dpo/iter1/grades/0\.parquet", text)
+    assert re.search(
+        r"grade_responses\.py .*--responses results/iter1/responses/0\.parquet .*--judge openai .*--output results/dpo/iter1/grades/0\.parquet",
+        text,
+    )
     assert "data/ranker" not in text and "annotate_preferences" not in jobs(done)
 
 
@@ -369,26 +574,49 @@ def test_dice_compares_by_its_own_reward_after_the_first_iteration(copy):
 
 def test_main_may_compare_by_its_own_reward(copy):
     shipped = yaml.safe_load((copy / "config/config.yaml").read_text())["runs"]
-    (copy / "own.yaml").write_text(yaml.safe_dump({"name": "own", "pairs": {"implicit": True}, "train": {"loss": "dpo"}, "runs": dict.fromkeys(shipped)}))
+    (copy / "own.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "name": "own",
+                "pairs": {"implicit": True},
+                "train": {"loss": "dpo"},
+                "runs": dict.fromkeys(shipped),
+            }
+        )
+    )
     planned = jobs(dry_run(copy, "--configfile", "own.yaml", "--", "results/own/iter3/policy"))
     assert (planned["annotate_preferences"], planned["annotate_implicitly"]) == (1, 2)
 
 
 def test_gold_responses_need_no_comparisons(copy):
-    assert not {"annotate_preferences", "grade_responses"} & jobs(dry_run(copy, "results/spin/iter3/policy")).keys()
+    assert (
+        not {"annotate_preferences", "grade_responses"}
+        & jobs(dry_run(copy, "results/spin/iter3/policy")).keys()
+    )
 
 
 def test_a_reward_conditioned_policy_is_asked_for_its_best_when_it_has_learned_to(copy):
-    done = dry_run(copy, "results/ra_dpo/iter2/alpaca_eval.json", "results/ra_dpo/iter1/mt_bench.json", "--printshellcmds")
+    done = dry_run(
+        copy,
+        "results/ra_dpo/iter2/alpaca_eval.json",
+        "results/ra_dpo/iter1/mt_bench.json",
+        "--printshellcmds",
+    )
     asked = [line for line in (done.stdout + done.stderr).splitlines() if "--best-grade" in line]
     assert len(asked) == 3 and any("sample_prompts.py --iteration 2" in line for line in asked)
-    assert all(any(f"results/ra_dpo/{file}" in line for line in asked) for file in ("iter2/alpaca_eval_outputs.json", "iter1/mt_bench_answers.jsonl"))
+    assert all(
+        any(f"results/ra_dpo/{file}" in line for line in asked)
+        for file in ("iter2/alpaca_eval_outputs.json", "iter1/mt_bench_answers.jsonl")
+    )
 
 
 def test_a_run_that_evaluates_otherwise_has_a_base_of_its_own(copy):
     (copy / "mine.yaml").write_text("runs: {a: {alpaca_eval: {limit: 50}}}")
     made = evaluated(dry_run(copy, "results/a/summary.md", "--configfile", "mine.yaml"))
-    assert {"results/a/iter0/alpaca_eval.json", "results/a/iter3/alpaca_eval.json"} <= made and "results/iter0/alpaca_eval.json" not in made
+    assert {
+        "results/a/iter0/alpaca_eval.json",
+        "results/a/iter3/alpaca_eval.json",
+    } <= made and "results/iter0/alpaca_eval.json" not in made
 
 
 def test_without_keep_policies_all_but_the_last_are_temporary(copy):
@@ -398,25 +626,54 @@ def test_without_keep_policies_all_but_the_last_are_temporary(copy):
 
 def test_no_iterations_evaluate_the_base_alone(copy):
     done = dry_run(copy, "--config", "iterations=0")
-    assert evaluated(done) == {"results/iter0/alpaca_eval.json"} and not {"train_policy", "generate_responses"} & jobs(done).keys()
+    assert (
+        evaluated(done) == {"results/iter0/alpaca_eval.json"}
+        and not {"train_policy", "generate_responses"} & jobs(done).keys()
+    )
 
 
 def test_chats_are_written_alike_everywhere_and_no_evaluation_s_questions_are_drawn(copy):
-    (copy / "chats.yaml").write_text("policy: {chat_template_kwargs: {enable_thinking: false, words: it's}, thoughts: strip}\n"
-                                     "preference: {source: chat_template}\n")
-    done = dry_run(copy, "results/iter1/alpaca_eval.json", "results/iter1/mt_bench.json", "results/ra_dpo/iter1/pairs.parquet", "--configfile", "chats.yaml",
-                   "--printshellcmds")
+    (copy / "chats.yaml").write_text(
+        "policy: {chat_template_kwargs: {enable_thinking: false, words: it's}, thoughts: strip}\n"
+        "preference: {source: chat_template}\n"
+    )
+    done = dry_run(
+        copy,
+        "results/iter1/alpaca_eval.json",
+        "results/iter1/mt_bench.json",
+        "results/ra_dpo/iter1/pairs.parquet",
+        "--configfile",
+        "chats.yaml",
+        "--printshellcmds",
+    )
     lines = (done.stdout + done.stderr).splitlines()
     kwargs = shlex.quote('{"enable_thinking": false, "words": "it\'s"}')
-    for program in ("sample_prompts", "generate_responses", "annotate_preferences", "build_pairs", "answer_instructions", "answer_mt_bench"):
+    for program in (
+        "sample_prompts",
+        "generate_responses",
+        "annotate_preferences",
+        "build_pairs",
+        "answer_instructions",
+        "answer_mt_bench",
+    ):
         run = [line for line in lines if f"/{program}.py" in line]
-        assert run and all(f"--chat-template-kwargs {kwargs} --template-date 2024-07-26" in line for line in run), program
-        assert all(("--thoughts strip" in line) == program.startswith(("generate", "answer")) for line in run)
-    assert any("--held-out data/evaluation.json data/mt_bench/question.jsonl --earlier" in line for line in lines)
+        assert run and all(
+            f"--chat-template-kwargs {kwargs} --template-date 2024-07-26" in line for line in run
+        ), program
+        assert all(
+            ("--thoughts strip" in line) == program.startswith(("generate", "answer"))
+            for line in run
+        )
+    assert any(
+        "--held-out data/evaluation.json data/mt_bench/question.jsonl --earlier" in line
+        for line in lines
+    )
 
 
 def test_mt_bench_s_questions_are_fetched_before_prompts_are_drawn(copy):
-    planned = jobs(dry_run(copy, "results/iter1/prompts.parquet", "--config", "mt_bench={data: fastchat}"))
+    planned = jobs(
+        dry_run(copy, "results/iter1/prompts.parquet", "--config", "mt_bench={data: fastchat}")
+    )
     assert planned["fetch_mt_bench"] == planned["sample_prompts"] == 1
 
 
@@ -426,90 +683,173 @@ def test_named_experiment_and_run_share_the_base_and_the_first_iteration(copy):
     (copy / "run.yaml").write_text(config)
     done = dry_run(copy, "--configfile", "run.yaml", "--", "results/x/hard/iter2/alpaca_eval.json")
     planned = jobs(done)
-    assert {name: planned[name] for name in ("train_policy", "generate_responses", "annotate_preferences", "base_policy")} == \
-        {"train_policy": 2, "generate_responses": 2, "annotate_preferences": 2, "base_policy": 1}
+    assert {
+        name: planned[name]
+        for name in ("train_policy", "generate_responses", "annotate_preferences", "base_policy")
+    } == {"train_policy": 2, "generate_responses": 2, "annotate_preferences": 2, "base_policy": 1}
     text = done.stdout + done.stderr
-    assert "results/x/iter1/responses/0.parquet" in text and "results/x/hard/iter1/responses" not in text
+    assert (
+        "results/x/iter1/responses/0.parquet" in text
+        and "results/x/hard/iter1/responses" not in text
+    )
     assert "results/x/hard/iter1/policy" in text and "results/x/iter1/policy" not in text
 
 
 BAD = {
     "a file of a run that nobody asked for": (
-        "prompts: {field: prompt, source: chats.jsonl, per_iteration: 1}\n"
-        "responses: {shards: 1}",
+        "prompts: {field: prompt, source: chats.jsonl, per_iteration: 1}\nresponses: {shards: 1}",
         ["runs.spin: data/gold.jsonl line 1 has no prompt", "{runs: {spin: null}}"],
     ),
     "K = 1": ("responses: {samples: 1}", ["responses.samples", "K = 1"]),
     "missing prompts file": ("prompts: {source: data/nowhere.jsonl}", ["data/nowhere.jsonl"]),
-    "too many prompts": ("prompts: {per_iteration: 100000}", ["prompts.per_iteration asks for 100000"]),
-    "missing evaluation file": ("alpaca_eval: {instructions: nowhere.json}", ["nowhere.json is missing"]),
+    "too many prompts": (
+        "prompts: {per_iteration: 100000}",
+        ["prompts.per_iteration asks for 100000"],
+    ),
+    "missing evaluation file": (
+        "alpaca_eval: {instructions: nowhere.json}",
+        ["nowhere.json is missing"],
+    ),
     "limit beyond the end": ("alpaca_eval: {limit: 100000}", ["alpaca_eval.limit is 100000"]),
     "missing adapter": ("preference: {model: ./nowhere}", ["preference.model is ./nowhere"]),
     "missing judge": ("alpaca_eval: {judge: ./nowhere}", ["alpaca_eval.judge is ./nowhere"]),
     "missing base policy": ("policy: {model: ./nowhere}", ["policy.model is './nowhere'"]),
     "unknown judge": ("alpaca_eval: {judge: no_such_judge}", ["unknown judge no_such_judge"]),
-    "official reference for other instructions": ("alpaca_eval: {reference: official}", ["alpaca_eval.reference is official", "alpaca_eval.instructions"]),
-    "official difficulties for some": ("alpaca_eval: {instructions: official, difficulty: official, limit: 100}", ["alpaca_eval.difficulty is official", "limit"]),
-    "tracker that is not installed": ("train: {report_to: trackio}", ["train.report_to is trackio", "pip install trackio"]),
-    "DeepSpeed that is not installed": ("{train: {parallel: zero3, processes: 8}, runs: {kto_pair: null}}", ["train.parallel is zero3", "pip install deepspeed"]),
-    "missing MT-Bench questions": ("mt_bench: {data: nowhere}", ["nowhere/question.jsonl is missing"]),
-    "unknown MT-Bench judge": ("mt_bench: {judge: no_such_judge}", ["unknown judge no_such_judge", "mt_bench.judge"]),
-    "unknown judge of grades": ("grades: {judge: no_such_judge}", ["unknown judge no_such_judge", "grades.judge"]),
-    "judge of grades without a model": ("runs: {dno_prct: {grades: {judge: openai}}}", ["grades.judge_model"]),
-    "missing gold responses": ("runs: {dno_prct: {pairs: {gold: data/nowhere.jsonl}}}", ["data/nowhere.jsonl is missing", "pairs.gold"]),
+    "official reference for other instructions": (
+        "alpaca_eval: {reference: official}",
+        ["alpaca_eval.reference is official", "alpaca_eval.instructions"],
+    ),
+    "official difficulties for some": (
+        "alpaca_eval: {instructions: official, difficulty: official, limit: 100}",
+        ["alpaca_eval.difficulty is official", "limit"],
+    ),
+    "tracker that is not installed": (
+        "train: {report_to: trackio}",
+        ["train.report_to is trackio", "pip install trackio"],
+    ),
+    "DeepSpeed that is not installed": (
+        "{train: {parallel: zero3, processes: 8}, runs: {kto_pair: null}}",
+        ["train.parallel is zero3", "pip install deepspeed"],
+    ),
+    "missing MT-Bench questions": (
+        "mt_bench: {data: nowhere}",
+        ["nowhere/question.jsonl is missing"],
+    ),
+    "unknown MT-Bench judge": (
+        "mt_bench: {judge: no_such_judge}",
+        ["unknown judge no_such_judge", "mt_bench.judge"],
+    ),
+    "unknown judge of grades": (
+        "grades: {judge: no_such_judge}",
+        ["unknown judge no_such_judge", "grades.judge"],
+    ),
+    "judge of grades without a model": (
+        "runs: {dno_prct: {grades: {judge: openai}}}",
+        ["grades.judge_model"],
+    ),
+    "missing gold responses": (
+        "runs: {dno_prct: {pairs: {gold: data/nowhere.jsonl}}}",
+        ["data/nowhere.jsonl is missing", "pairs.gold"],
+    ),
     "missing Open LLM items": ("open_llm: {data: ./nowhere}", ["open_llm.data is ./nowhere"]),
-    "difficulties of other instructions": ("alpaca_eval: {difficulty: Snakefile}", ["not AlpacaEval's 805 instructions"]),
-    "reference of other instructions": ("alpaca_eval: {reference: other.json}", ["lack the reference's instruction"]),
-    "file of the run is missing": ("runs: {a: {prompts: {source: data/nowhere.jsonl}}}", ["data/nowhere.jsonl"]),
+    "difficulties of other instructions": (
+        "alpaca_eval: {difficulty: Snakefile}",
+        ["not AlpacaEval's 805 instructions"],
+    ),
+    "reference of other instructions": (
+        "alpaca_eval: {reference: other.json}",
+        ["lack the reference's instruction"],
+    ),
+    "file of the run is missing": (
+        "runs: {a: {prompts: {source: data/nowhere.jsonl}}}",
+        ["data/nowhere.jsonl"],
+    ),
     "a section that is null": ("train:", ["train is None"]),
-    "four instructions": ("alpaca_eval: {instructions: four.json, limit: null}",
-        ["four.json, which has 4 instructions", "needs 5"]),
-    "no instructions": ("alpaca_eval: {instructions: none.json, limit: null}",
-        ["none.json has no instructions"]),
-    "a blank instruction": ("alpaca_eval: {instructions: blank.json, limit: null}",
-        ["blank.json: instruction 2 is blank"]),
-    "half a character": ("alpaca_eval: {instructions: surrogate.json, limit: null}",
-        ["surrogate.json: instruction 1", "surrogate"]),
+    "four instructions": (
+        "alpaca_eval: {instructions: four.json, limit: null}",
+        ["four.json, which has 4 instructions", "needs 5"],
+    ),
+    "no instructions": (
+        "alpaca_eval: {instructions: none.json, limit: null}",
+        ["none.json has no instructions"],
+    ),
+    "a blank instruction": (
+        "alpaca_eval: {instructions: blank.json, limit: null}",
+        ["blank.json: instruction 2 is blank"],
+    ),
+    "half a character": (
+        "alpaca_eval: {instructions: surrogate.json, limit: null}",
+        ["surrogate.json: instruction 1", "surrogate"],
+    ),
     "a folder as instructions": ("alpaca_eval: {instructions: data}", ["data is a folder"]),
-    "a loop of links as instructions": ("alpaca_eval: {instructions: loop}",
-        ["loop is a link that leads back to itself"]),
-    "a long path as instructions": (f"alpaca_eval: {{instructions: {'x/' * 2500}y}}",
-        ["is longer than"]),
+    "a loop of links as instructions": (
+        "alpaca_eval: {instructions: loop}",
+        ["loop is a link that leads back to itself"],
+    ),
+    "a long path as instructions": (
+        f"alpaca_eval: {{instructions: {'x/' * 2500}y}}",
+        ["is longer than"],
+    ),
     "an empty folder as the policy": ("policy: {model: empty}", ["empty has no config.json"]),
-    "a file as the policy": ("policy: {model: four.json}",
-        ["policy.model is four.json, which is a file"]),
-    "a blank in the policy's name": ("policy: {model: a b}",
-        ["policy.model is 'a b'", "org/model"]),
-    "an address as the policy": ("policy: {model: 'https://huggingface.co/org/model'}",
-        ["policy.model is 'https", "org/model"]),
+    "a file as the policy": (
+        "policy: {model: four.json}",
+        ["policy.model is four.json, which is a file"],
+    ),
+    "a blank in the policy's name": (
+        "policy: {model: a b}",
+        ["policy.model is 'a b'", "org/model"],
+    ),
+    "an address as the policy": (
+        "policy: {model: 'https://huggingface.co/org/model'}",
+        ["policy.model is 'https", "org/model"],
+    ),
     "nothing as the policy": ("policy: {model: '  '}", ["policy.model is '  '"]),
     "a flag as the policy": ("policy: {model: -x/y}", ["policy.model is '-x/y'"]),
     "a long name as the policy": (f"policy: {{model: {'x' * 5000}}}", ["is longer than"]),
     "a loop of links as the policy": ("policy: {model: ./loop}", ["policy.model is './loop'"]),
-    "a typo in the policy's folder": ("policy: {model: data/rankr}",
-        ["data/rankr", "ranker is, in data", "policy.revision"]),
-    "a typo in the prompts' file": ("prompts: {source: data/promts}",
-        ["data/promts", "prompts.jsonl is, in data", "prompts.revision"]),
-    "a folder of prompts": ("prompts: {source: data/mt_bench}",
-        ["prompts.source is data/mt_bench, which is a folder"]),
-    "prompts of one iteration": ("prompts: {source: 'one/p{t}.jsonl', per_iteration: null}",
-        ["prompts.source is 'one/p2.jsonl'"]),
+    "a typo in the policy's folder": (
+        "policy: {model: data/rankr}",
+        ["data/rankr", "ranker is, in data", "policy.revision"],
+    ),
+    "a typo in the prompts' file": (
+        "prompts: {source: data/promts}",
+        ["data/promts", "prompts.jsonl is, in data", "prompts.revision"],
+    ),
+    "a folder of prompts": (
+        "prompts: {source: data/mt_bench}",
+        ["prompts.source is data/mt_bench, which is a folder"],
+    ),
+    "prompts of one iteration": (
+        "prompts: {source: 'one/p{t}.jsonl', per_iteration: null}",
+        ["prompts.source is 'one/p2.jsonl'"],
+    ),
     "a loop of links as prompts": ("prompts: {source: ./loop}", ["prompts.source is './loop'"]),
     "more shards than the file has prompts": (
         "{prompts: {source: few.jsonl, per_iteration: null}, responses: {shards: 3}, "
         "runs: {spin: null, dno_prct: null}}",
-        ["responses.shards is 3", "2 prompts"]),
+        ["responses.shards is 3", "2 prompts"],
+    ),
     "a loop of links as Open LLM items": ("open_llm: {data: loop}", ["open_llm.data is loop"]),
-    "a blank path as instructions": ("alpaca_eval: {instructions: '\t'}",
-        ["alpaca_eval.instructions is '\\t'", "is missing"]),
-    "a path that no system has as instructions": ('alpaca_eval: {instructions: "\\0"}',
-        ["alpaca_eval.instructions is '\\x00'", "is missing"]),
-    "a pipe as instructions": ("alpaca_eval: {instructions: pipe}",
-        ["alpaca_eval.instructions is 'pipe'", "neither a file nor a folder"]),
-    "JSON that nests too deeply as instructions": ("alpaca_eval: {instructions: deep.json}",
-        ["deep.json is not valid JSON", "too deeply"]),
-    "a number of thousands of digits in JSON": ("alpaca_eval: {instructions: digits.json}",
-        ["digits.json is not valid JSON"]),
+    "a blank path as instructions": (
+        "alpaca_eval: {instructions: '\t'}",
+        ["alpaca_eval.instructions is '\\t'", "is missing"],
+    ),
+    "a path that no system has as instructions": (
+        'alpaca_eval: {instructions: "\\0"}',
+        ["alpaca_eval.instructions is '\\x00'", "is missing"],
+    ),
+    "a pipe as instructions": (
+        "alpaca_eval: {instructions: pipe}",
+        ["alpaca_eval.instructions is 'pipe'", "neither a file nor a folder"],
+    ),
+    "JSON that nests too deeply as instructions": (
+        "alpaca_eval: {instructions: deep.json}",
+        ["deep.json is not valid JSON", "too deeply"],
+    ),
+    "a number of thousands of digits in JSON": (
+        "alpaca_eval: {instructions: digits.json}",
+        ["digits.json is not valid JSON"],
+    ),
     "a folder as gold": ("runs: {spin: {pairs: {gold: data}}}", ["data"]),
 }
 FILES = {
@@ -552,7 +892,9 @@ def test_bad_input_is_found_by_what_the_rules_call_first(text, said, copy, monke
     assert line and all(word in line for word in said) and "\n" not in line, caught.value
 
 
-def test_training_on_two_machines_is_started_on_both_and_refused_without_slurm(copy, tmp_path, monkeypatch):
+def test_training_on_two_machines_is_started_on_both_and_refused_without_slurm(
+    copy, tmp_path, monkeypatch
+):
     text = "{train: {machines: 2, processes: 2}, runs: {kto_pair: null}}"
     monkeypatch.chdir(copy)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -562,9 +904,14 @@ def test_training_on_two_machines_is_started_on_both_and_refused_without_slurm(c
     check_inputs(resolve(overlaid(text)))
     (copy / "machines.yaml").write_text(text)
     monkeypatch.undo()
-    done = dry_run(copy, "--configfile", "machines.yaml", "--printshellcmds", "--", "results/iter1/policy")
+    done = dry_run(
+        copy, "--configfile", "machines.yaml", "--printshellcmds", "--", "results/iter1/policy"
+    )
     if shutil.which("srun"):
-        assert re.search(r"srun --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 \S+ src/train_policy\.py ", done.stdout + done.stderr)
+        assert re.search(
+            r"srun --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 \S+ src/train_policy\.py ",
+            done.stdout + done.stderr,
+        )
     else:
         assert "train.machines is 2" in one_error(done)
 
@@ -590,15 +937,23 @@ def test_hub_id_with_a_commit_is_no_typo_of_a_folder_here(copy, monkeypatch):
 
 
 SOURCES = {
-    "a key twice": (b"train:\n  beta: 1\niterations: 1\ntrain: {tau: 1}\n",
-        ["odd.yaml", "train twice", "lines 1 and 4"]),
-    "a key twice in a run": (b"runs:\n  a:\n    train:\n      beta: 1\n      beta: 2\n",
-        ["beta twice", "lines 4 and 5"]),
-    "a key twice in JSON": (b'{"train": {"beta": 1},\n "train": {}}',
-        ["train twice", "lines 1 and 2"]),
+    "a key twice": (
+        b"train:\n  beta: 1\niterations: 1\ntrain: {tau: 1}\n",
+        ["odd.yaml", "train twice", "lines 1 and 4"],
+    ),
+    "a key twice in a run": (
+        b"runs:\n  a:\n    train:\n      beta: 1\n      beta: 2\n",
+        ["beta twice", "lines 4 and 5"],
+    ),
+    "a key twice in JSON": (
+        b'{"train": {"beta": 1},\n "train": {}}',
+        ["train twice", "lines 1 and 2"],
+    ),
     "another encoding": ("name: x  # é".encode("latin-1"), ["odd.yaml is not in UTF-8"]),
-    "an anchor that holds itself": (b"train: &a\n  beta: *a\n",
-        ["odd.yaml line 1", "holds itself"]),
+    "an anchor that holds itself": (
+        b"train: &a\n  beta: *a\n",
+        ["odd.yaml line 1", "holds itself"],
+    ),
     "no YAML": (b"train: [", ["odd.yaml is not a configuration in YAML"]),
     "missing": (None, ["odd.yaml is missing"]),
     "nothing": (b"", ["odd.yaml has no keys"]),
@@ -666,10 +1021,12 @@ BEFORE_THE_SNAKEFILE = {
 }
 
 
-@pytest.mark.parametrize("given", [("--configfile", "odd.yaml"), ("--configfile=odd.yaml", )],
-                         ids=len)
-@pytest.mark.parametrize(("content", "said"), BEFORE_THE_SNAKEFILE.values(),
-                         ids=BEFORE_THE_SNAKEFILE)
+@pytest.mark.parametrize(
+    "given", [("--configfile", "odd.yaml"), ("--configfile=odd.yaml",)], ids=len
+)
+@pytest.mark.parametrize(
+    ("content", "said"), BEFORE_THE_SNAKEFILE.values(), ids=BEFORE_THE_SNAKEFILE
+)
 def test_file_that_snakemake_cannot_read_is_one_line(content, said, given, copy):
     (copy / "odd.yaml").unlink(missing_ok=True)
     if content is not None:
@@ -727,4 +1084,9 @@ def test_unknown_key_on_the_command_line_is_one_line(copy):
 
 def test_number_of_a_section_can_be_set_on_the_command_line(copy):
     """Snakemake hands the values inside {...} over as text."""
-    assert jobs(dry_run(copy, "--config", "responses={shards: 2}", "iterations=1"))["generate_responses"] == 2
+    assert (
+        jobs(dry_run(copy, "--config", "responses={shards: 2}", "iterations=1"))[
+            "generate_responses"
+        ]
+        == 2
+    )

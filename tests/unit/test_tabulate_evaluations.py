@@ -13,30 +13,86 @@ from sppo.core.errors import UserError
 
 @pytest.fixture
 def results(tmp_path):
-    judged = {"win_rate": 55.04, "win_rate_interval": [50.0, 60.0], "length_controlled_winrate": 52.0, "length_controlled_winrate_interval": None,
-              "avg_length": 400, "n_total": 100, "judge": "judge", "reference": "base"}
+    judged = {
+        "win_rate": 55.04,
+        "win_rate_interval": [50.0, 60.0],
+        "length_controlled_winrate": 52.0,
+        "length_controlled_winrate_interval": None,
+        "avg_length": 400,
+        "n_total": 100,
+        "judge": "judge",
+        "reference": "base",
+    }
     write_json(tmp_path / "iter1/alpaca_eval.json", judged)
     write_json(tmp_path / "iter1/pairs.parquet.record.json", {"pairs": 31})
-    write_json(tmp_path / "iter1/mt_bench.json", {"average": 5.678, "first_turn": 6.0, "second_turn": None, "against_base": {"win_rate": 51.0},
-                                                  "questions": 32, "data": "data/mt_bench", "judge": "judge"})
+    write_json(
+        tmp_path / "iter1/mt_bench.json",
+        {
+            "average": 5.678,
+            "first_turn": 6.0,
+            "second_turn": None,
+            "against_base": {"win_rate": 51.0},
+            "questions": 32,
+            "data": "data/mt_bench",
+            "judge": "judge",
+        },
+    )
     write_json(tmp_path / "k2/iter1/ranker_estimate.json", {"win_rate": 61.0})
-    write_json(tmp_path / "k2/iter1/open_llm.json", {"arc_challenge": 25.0, "average": 30.0, "data": "hub", "shots": {"mmlu": 5}})
+    write_json(
+        tmp_path / "k2/iter1/open_llm.json",
+        {"arc_challenge": 25.0, "average": 30.0, "data": "hub", "shots": {"mmlu": 5}},
+    )
     return tmp_path
 
 
 def test_every_figure_stands_in_its_place(results, program):
-    program(tabulate_evaluations, "--results", results, "--files", *sorted(results.rglob("*.json")), "--output", results / "tables/evaluations.md")
+    program(
+        tabulate_evaluations,
+        "--results",
+        results,
+        "--files",
+        *sorted(results.rglob("*.json")),
+        "--output",
+        results / "tables/evaluations.md",
+    )
 
     with (results / "tables/evaluations.csv").open(newline="") as stream:
         main, k2 = csv.DictReader(stream)
-    assert (main["run"], main["iteration"], main["pairs"], main["win rate [95%]"], main["LC win rate [95%]"]) == ("main", "1", "31", "55.0 [50.0, 60.0]", "52.0")
-    assert (main["MT-Bench"], main["turn 2"], main["MT-Bench won against the base"], main["Open LLM: average"]) == ("5.68", "-", "51.0", "-")
-    assert (k2["run"], k2["by the ranker"], k2["win rate [95%]"], k2["Open LLM: arc_challenge"], k2["Open LLM: mmlu"]) == ("k2", "61.0", "-", "25.0", "-")
+    assert (
+        main["run"],
+        main["iteration"],
+        main["pairs"],
+        main["win rate [95%]"],
+        main["LC win rate [95%]"],
+    ) == ("main", "1", "31", "55.0 [50.0, 60.0]", "52.0")
+    assert (
+        main["MT-Bench"],
+        main["turn 2"],
+        main["MT-Bench won against the base"],
+        main["Open LLM: average"],
+    ) == ("5.68", "-", "51.0", "-")
+    assert (
+        k2["run"],
+        k2["by the ranker"],
+        k2["win rate [95%]"],
+        k2["Open LLM: arc_challenge"],
+        k2["Open LLM: mmlu"],
+    ) == ("k2", "61.0", "-", "25.0", "-")
     for suffix in ("md", "html"):
         text = (results / f"tables/evaluations.{suffix}").read_text()
-        assert "55.0 [50.0, 60.0]" in text and "100 instructions, judged by judge against base" in text
+        assert (
+            "55.0 [50.0, 60.0]" in text and "100 instructions, judged by judge against base" in text
+        )
 
 
 def test_files_of_another_experiment_are_refused(results, program, tmp_path):
     with pytest.raises(UserError, match="does not lie under"):
-        program(tabulate_evaluations, "--results", results / "k2", "--files", results / "iter1/mt_bench.json", "--output", results / "x.md")
+        program(
+            tabulate_evaluations,
+            "--results",
+            results / "k2",
+            "--files",
+            results / "iter1/mt_bench.json",
+            "--output",
+            results / "x.md",
+        )

@@ -12,8 +12,17 @@ from sppo.core.errors import UserError
 
 
 def judged(lc, low, high):
-    return {"win_rate": lc + 1, "win_rate_interval": [low + 1, high + 1], "length_controlled_winrate": lc, "length_controlled_winrate_interval": [low, high],
-            "avg_length": 400, "reference_avg_length": 420, "n_total": 100, "judge": "judge", "reference": "base"}
+    return {
+        "win_rate": lc + 1,
+        "win_rate_interval": [low + 1, high + 1],
+        "length_controlled_winrate": lc,
+        "length_controlled_winrate_interval": [low, high],
+        "avg_length": 400,
+        "reference_avg_length": 420,
+        "n_total": 100,
+        "judge": "judge",
+        "reference": "base",
+    }
 
 
 @pytest.fixture
@@ -26,15 +35,34 @@ def results(tmp_path):
     for path, tokens in zip(shared, ({"tokens": 1000}, {})):
         write_json(tmp_path / f"{path}.record.json", {"artifact": path, "seconds": 60.0, **tokens})
     for run, loss in (("", "sppo"), ("dpo/", "dpo")):
-        write_json(tmp_path / run / "iter1/pairs.parquet.record.json", {"pairs": 28, "seconds": 0.0, "inputs": dict.fromkeys(shared, "hash")})
+        write_json(
+            tmp_path / run / "iter1/pairs.parquet.record.json",
+            {"pairs": 28, "seconds": 0.0, "inputs": dict.fromkeys(shared, "hash")},
+        )
         write_json(tmp_path / run / "iter1/logps/current.parquet.record.json", {"seconds": 30.0})
-        write_json(tmp_path / run / "iter1/policy.record.json", {"seconds": 120.0, "tokens_an_epoch": 500, "arguments": {"loss": loss, "stop_epoch": 2.0}})
+        write_json(
+            tmp_path / run / "iter1/policy.record.json",
+            {
+                "seconds": 120.0,
+                "tokens_an_epoch": 500,
+                "arguments": {"loss": loss, "stop_epoch": 2.0},
+            },
+        )
     return tmp_path
 
 
 def tabulated(results, program):
-    program(tabulate_methods, "--results", results, "--files", *sorted(results.rglob("*.json")), "--output", results / "tables/methods.md",
-            "--plot", results / "figures/methods.png")
+    program(
+        tabulate_methods,
+        "--results",
+        results,
+        "--files",
+        *sorted(results.rglob("*.json")),
+        "--output",
+        results / "tables/methods.md",
+        "--plot",
+        results / "figures/methods.png",
+    )
     with (results / "tables/methods.csv").open(newline="") as stream:
         return list(csv.DictReader(stream))
 
@@ -42,8 +70,18 @@ def tabulated(results, program):
 def test_every_run_has_its_figures_and_costs(results, program):
     base, main, dpo = tabulated(results, program)
 
-    assert (base["run"], base["iteration"], base["loss"], base["minutes"]) == ("main", "0", "-", "-")
-    assert (main["loss"], main["LC win rate [95%]"], main["by the ranker"], main["pairs"]) == ("sppo", "70.0 [65.0, 75.0]", "72.0", "28")
+    assert (base["run"], base["iteration"], base["loss"], base["minutes"]) == (
+        "main",
+        "0",
+        "-",
+        "-",
+    )
+    assert (main["loss"], main["LC win rate [95%]"], main["by the ranker"], main["pairs"]) == (
+        "sppo",
+        "70.0 [65.0, 75.0]",
+        "72.0",
+        "28",
+    )
     assert (dpo["loss"], dpo["by the ranker"], dpo["tokens trained"]) == ("dpo", "-", "1000")
     assert main["tokens sampled"] == dpo["tokens sampled"] == "1000"
     assert main["minutes"] == dpo["minutes"] == "4.5"  # 60 + 60 + 30 + 120 s
@@ -60,4 +98,14 @@ def test_intervals_that_meet_give_no_order(results, program):
 
 def test_nothing_evaluated_is_one_line(results, program):
     with pytest.raises(UserError, match="no run under .* has been evaluated"):
-        program(tabulate_methods, "--results", results, "--files", results / "iter1/policy.record.json", "--output", results / "x.md", "--plot", results / "x.png")
+        program(
+            tabulate_methods,
+            "--results",
+            results,
+            "--files",
+            results / "iter1/policy.record.json",
+            "--output",
+            results / "x.md",
+            "--plot",
+            results / "x.png",
+        )

@@ -16,7 +16,9 @@ import sppo
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted(
-    file for file in (ROOT / "src").rglob("*.py") if '"__main__"' in file.read_text(encoding="utf-8")
+    file
+    for file in (ROOT / "src").rglob("*.py")
+    if '"__main__"' in file.read_text(encoding="utf-8")
 )
 # As src/train_policy.py does it: the package first, then a trainer of TRL's. A thread sends
 # reports, and may be late.
@@ -47,6 +49,7 @@ print("made")
 @pytest.fixture
 def hub():
     """A server in the place of huggingface.co; `asked` holds the paths that it was asked for."""
+
     class Handler(BaseHTTPRequestHandler):
         def answer(self):
             self.server.asked.append(self.path)
@@ -132,4 +135,4 @@ def test_every_program_imports_the_package_before_what_reports(program):
                 else [alias.name for alias in node.names]
             )
     packages = [module.split(".")[0] for module in modules]
-    assert "sppo" in packages and not reporting & set(packages[:packages.index("sppo")])
+    assert "sppo" in packages and not reporting & set(packages[: packages.index("sppo")])

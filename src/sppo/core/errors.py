@@ -10,10 +10,13 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 
-
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_IN_WORDS = (*map(os.strerror, FULL), *(f"os error {number})" for number in FULL),
-                 "PytorchStreamWriter", "unexpected pos ")
+FULL_IN_WORDS = (
+    *map(os.strerror, FULL),
+    *(f"os error {number})" for number in FULL),
+    "PytorchStreamWriter",
+    "unexpected pos ",
+)
 
 
 class UserError(Exception):
@@ -77,8 +80,9 @@ def fail(message: str) -> None:
 def on_one_line(message: str) -> str:
     """The message as one line: control characters, which a terminal would obey, are written out."""
     line = " ".join(message.split())
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode()
-                   for char in line)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in line
+    )
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -87,8 +91,9 @@ def is_disk_full(error: BaseException) -> bool:
     safetensors and arrow wrap it in types of their own. Of PyTorch's writer nothing else is left
     than that a file is shorter than it should be.
     """
-    return (getattr(error, "errno", None) in FULL or
-            any(words in str(error) for words in FULL_IN_WORDS))
+    return getattr(error, "errno", None) in FULL or any(
+        words in str(error) for words in FULL_IN_WORDS
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -115,10 +120,16 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
 def disk_full(path: str | os.PathLike) -> str:
     """The one line for a full disk met while writing `path`."""
     folder = os.path.dirname(path) or "."
-    free = f" ({shutil.disk_usage(folder).free // 2**20} MiB free there)" if os.path.isdir(folder) else ""
+    free = (
+        f" ({shutil.disk_usage(folder).free // 2**20} MiB free there)"
+        if os.path.isdir(folder)
+        else ""
+    )
     largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     limit = ""
     if largest != resource.RLIM_INFINITY:
         limit = f", or raise `ulimit -f`, {largest} bytes a file,"
-    return (f"no space left on device while writing {path}{free}; free some{limit} and run again: "
-            "finished artifacts are kept")
+    return (
+        f"no space left on device while writing {path}{free}; free some{limit} and run again: "
+        "finished artifacts are kept"
+    )

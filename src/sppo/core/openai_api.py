@@ -25,13 +25,23 @@ def request_forms(max_tokens: int, **sampling: Any) -> list[dict[str, Any]]:
     First as most servers want them; then as OpenAI's models from GPT-5 on, which must be told not to reason before they
     let anybody choose a temperature or read log-probabilities; then for models that always reason, and choose themselves.
     """
-    return [{"max_tokens": max_tokens, **sampling}, {"max_completion_tokens": max_tokens, "reasoning_effort": "none", **sampling}, {}]
+    return [
+        {"max_tokens": max_tokens, **sampling},
+        {"max_completion_tokens": max_tokens, "reasoning_effort": "none", **sampling},
+        {},
+    ]
 
 
 # What the openai package and its callers raise where a server's answer is no chat completion:
 # broken JSON, missing fields, HTML.
-NO_COMPLETION = (json.JSONDecodeError, TypeError, AttributeError, KeyError, IndexError,
-                 AssertionError)
+NO_COMPLETION = (
+    json.JSONDecodeError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    AssertionError,
+)
 
 
 def quoted(text: str | None) -> str:
@@ -47,13 +57,16 @@ def judge_failure(judge: str, error: Exception, key: str | None, cache: object) 
     """
     said = str(error).replace(key or "\0", "(key)")
     if isinstance(error, NO_COMPLETION):
-        said = (f"its answer is no chat completion ({type(error).__name__}: {said}); is the "
-                "address right? It often ends in /v1")
+        said = (
+            f"its answer is no chat completion ({type(error).__name__}: {said}); is the "
+            "address right? It often ends in /v1"
+        )
     else:
         said = f"{type(error).__name__}: {said}"
     short = textwrap.shorten(said, 500, placeholder="...")
-    return UserError(f"judge {judge}: {short}; fix it and run again, finished judgments are "
-                     f"kept in {cache}")
+    return UserError(
+        f"judge {judge}: {short}; fix it and run again, finished judgments are kept in {cache}"
+    )
 
 
 def check_address(url: str, where: str) -> None:
@@ -68,16 +81,22 @@ def check_address(url: str, where: str) -> None:
     except ValueError:  # a port out of range or not a number, brackets without an end
         scheme = host = port = None
     if re.search(r"(^|//)[^/?#]*@", url):
-        raise UserError(f"{where} holds a name or password, which would stand in results, records "
-                        "and logs; leave out what is before the @, and export the key as "
-                        "OPENAI_API_KEY")
+        raise UserError(
+            f"{where} holds a name or password, which would stand in results, records "
+            "and logs; leave out what is before the @, and export the key as "
+            "OPENAI_API_KEY"
+        )
     blank = re.search(r"[\s\x00-\x1f\x7f]", url)
     if scheme not in ("http", "https") or not host or port == 0 or blank:
-        raise UserError(f"{where} is {url!r}, which is no address of a server; give one such as "
-                        "http://localhost:8000/v1")
+        raise UserError(
+            f"{where} is {url!r}, which is no address of a server; give one such as "
+            "http://localhost:8000/v1"
+        )
 
 
-def check_served(judge: str, judge_model: str | None, judge_base_url: str | None, where: str) -> None:
+def check_served(
+    judge: str, judge_model: str | None, judge_base_url: str | None, where: str
+) -> None:
     """Raise UserError if the judge of the configuration section `where` is OpenAI's, and OpenAI does not have that model or refuses the key.
 
     Asked before hours of work, for models are shut down. What else comes back, or nothing, says nothing: jobs may have the
@@ -91,16 +110,24 @@ def check_served(judge: str, judge_model: str | None, judge_base_url: str | None
         return
     key = os.environ.get("OPENAI_API_KEY")
     if not key:
-        raise UserError(f"judge {model} needs a key; export OPENAI_API_KEY, or choose another {where}.judge")
-    request = urllib.request.Request(f"{OPENAI}/models/{model}", headers={"Authorization": f"Bearer {key}"})
+        raise UserError(
+            f"judge {model} needs a key; export OPENAI_API_KEY, or choose another {where}.judge"
+        )
+    request = urllib.request.Request(
+        f"{OPENAI}/models/{model}", headers={"Authorization": f"Bearer {key}"}
+    )
     try:
         with urllib.request.urlopen(request, timeout=10):
             pass
     except urllib.error.HTTPError as error:
         if error.code == 401:
-            raise UserError("OpenAI refuses the key in OPENAI_API_KEY; export a valid one") from None
+            raise UserError(
+                "OpenAI refuses the key in OPENAI_API_KEY; export a valid one"
+            ) from None
         if error.code == 404:
-            raise UserError(f"{where}.judge is {judge}, but OpenAI has no {model} for this key, or no longer; name another as "
-                            f"{where}.judge_model, with judge: openai and judge_base_url: {OPENAI}") from None
+            raise UserError(
+                f"{where}.judge is {judge}, but OpenAI has no {model} for this key, or no longer; name another as "
+                f"{where}.judge_model, with judge: openai and judge_base_url: {OPENAI}"
+            ) from None
     except OSError:
         pass

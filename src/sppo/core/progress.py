@@ -28,5 +28,9 @@ def progress(items: Sequence[T], what: str) -> Iterator[T]:
         yield item
         now = time.monotonic()
         if now - told >= 60 or done + 1 == len(items):
-            print(f"{what}: {done + 1} of {len(items)} after {now - began:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{what}: {done + 1} of {len(items)} after {now - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
             told = now

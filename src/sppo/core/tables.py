@@ -31,24 +31,60 @@ _ids = pa.list_(pa.int32())
 _message = pa.struct([("role", pa.string()), ("content", pa.string())])
 
 TABLES = {
-    "prompts": Table(_columns(prompt_id=pa.string(), category=pa.string(), messages=pa.list_(_message),
-                              prompt_token_ids=_ids, source=pa.string()), ("prompt_id",)),
-    "responses": Table(_columns(prompt_id=pa.string(), sample_id=pa.int32(), seed=pa.uint64(),
-                                prompt_token_ids=_ids, token_ids=_ids, text=pa.string(),
-                                finish_reason=pa.string()), ("prompt_id", "sample_id")),
+    "prompts": Table(
+        _columns(
+            prompt_id=pa.string(),
+            category=pa.string(),
+            messages=pa.list_(_message),
+            prompt_token_ids=_ids,
+            source=pa.string(),
+        ),
+        ("prompt_id",),
+    ),
+    "responses": Table(
+        _columns(
+            prompt_id=pa.string(),
+            sample_id=pa.int32(),
+            seed=pa.uint64(),
+            prompt_token_ids=_ids,
+            token_ids=_ids,
+            text=pa.string(),
+            finish_reason=pa.string(),
+        ),
+        ("prompt_id", "sample_id"),
+    ),
     # logits[i][j] is the logit that response i beats response j, read in the order (i, j).
-    "preferences": Table(_columns(prompt_id=pa.string(), sample_ids=_ids,
-                                  logits=pa.list_(pa.list_(pa.float64()))), ("prompt_id",)),
+    "preferences": Table(
+        _columns(prompt_id=pa.string(), sample_ids=_ids, logits=pa.list_(pa.list_(pa.float64()))),
+        ("prompt_id",),
+    ),
     # From 0 to 6; sample_id -1 is the gold response. A response that the judge gave no score to has no row.
-    "grades": Table(_columns(prompt_id=pa.string(), sample_id=pa.int32(), grade=pa.float64()), ("prompt_id", "sample_id")),
-    "pairs": Table(_columns(pair_id=pa.int64(), prompt_id=pa.string(), prompt_token_ids=_ids,
-                            chosen=pa.string(), chosen_token_ids=_ids, chosen_sample_id=pa.int32(),
-                            rejected=pa.string(), rejected_token_ids=_ids, rejected_sample_id=pa.int32(),
-                            p_hat_chosen=pa.float64(), p_hat_rejected=pa.float64(),
-                            p_chosen_beats_rejected=pa.float64()), ("pair_id",)),
+    "grades": Table(
+        _columns(prompt_id=pa.string(), sample_id=pa.int32(), grade=pa.float64()),
+        ("prompt_id", "sample_id"),
+    ),
+    "pairs": Table(
+        _columns(
+            pair_id=pa.int64(),
+            prompt_id=pa.string(),
+            prompt_token_ids=_ids,
+            chosen=pa.string(),
+            chosen_token_ids=_ids,
+            chosen_sample_id=pa.int32(),
+            rejected=pa.string(),
+            rejected_token_ids=_ids,
+            rejected_sample_id=pa.int32(),
+            p_hat_chosen=pa.float64(),
+            p_hat_rejected=pa.float64(),
+            p_chosen_beats_rejected=pa.float64(),
+        ),
+        ("pair_id",),
+    ),
     # Summed log-probabilities (nats) of the response tokens under a frozen model.
-    "logps": Table(_columns(pair_id=pa.int64(), chosen_logp=pa.float64(), rejected_logp=pa.float64()),
-                   ("pair_id",)),
+    "logps": Table(
+        _columns(pair_id=pa.int64(), chosen_logp=pa.float64(), rejected_logp=pa.float64()),
+        ("pair_id",),
+    ),
 }
 
 
@@ -64,9 +100,11 @@ def write_table(path: Path, rows: list[dict[str, Any]], name: str) -> None:
     if column:
         bad = [row for row in rows if not _finite(row[column])]
         first = ", ".join(f"{key} {bad[0][key]}" for key in TABLES[name].key)
-        raise UserError(f"{path} was not written: {column} of {name} is NaN or infinite in "
-                        f"{len(bad)} of {len(rows)} rows, first in {first}; check the weights of "
-                        "the model that gave it, or run it in float32")
+        raise UserError(
+            f"{path} was not written: {column} of {name} is NaN or infinite in "
+            f"{len(bad)} of {len(rows)} rows, first in {first}; check the weights of "
+            "the model that gave it, or run it in float32"
+        )
     with written_whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
@@ -83,11 +121,15 @@ def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make it or correct the path") from None
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(f"{path} is not a whole parquet file ({error}); delete it and run again") from None
+        raise UserError(
+            f"{path} is not a whole parquet file ({error}); delete it and run again"
+        ) from None
     wanted = TABLES[name].columns
     missing = [column for column in wanted.names if column not in table.column_names]
     if missing:
-        raise UserError(f"{path} is not a table of {name}: it lacks {', '.join(missing)}; delete it and run again")
+        raise UserError(
+            f"{path} is not a table of {name}: it lacks {', '.join(missing)}; delete it and run again"
+        )
     try:
         table = table.select(wanted.names).cast(wanted)
         _check(table, name)
@@ -95,7 +137,9 @@ def read_table(path: Path, name: str) -> list[dict[str, Any]]:
         if column:
             raise ValueError(f"column {column} has numbers that are NaN or infinite")
     except (pa.ArrowException, ValueError) as error:
-        raise UserError(f"{path} breaks the schema of {name} ({error}); delete it and run again") from None
+        raise UserError(
+            f"{path} breaks the schema of {name} ({error}); delete it and run again"
+        ) from None
     return table.to_pylist()
 
 

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sppo.preferences.adapters import EMBEDDED, adapter_files, adapter_folder
-from sppo.core.openai_api import NO_COMPLETION, check_address, judge_failure, quoted, request_forms
 from sppo.core.artifacts import ROOT, known_hash, parse_json, read_json
 from sppo.core.errors import UserError
+from sppo.core.openai_api import NO_COMPLETION, check_address, judge_failure, quoted, request_forms
+from sppo.preferences.adapters import EMBEDDED, adapter_files, adapter_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,34 +40,57 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 # What a judge behind an API is asked first, to see whether its answer can be read.
 TRIAL = {"instruction": "Which number is larger, 1 or 2?", "output_1": "2", "output_2": "1"}
-CANONICAL_ORDER = ROOT / "data" / "alpaca_eval_order.txt"  # hashes of AlpacaEval's instructions: difficulties go by position
+CANONICAL_ORDER = (
+    ROOT / "data" / "alpaca_eval_order.txt"
+)  # hashes of AlpacaEval's instructions: difficulties go by position
 CANONICAL_SIZE = 805
 # The data set, its commit, the file of instructions with GPT-4 turbo's answers, that of difficulties and its sha256.
 DATASET, DATASET_REVISION = "tatsu-lab/alpaca_eval", "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
-OFFICIAL_REFERENCE, OFFICIAL_GENERATOR, DIFFICULTY = "alpaca_eval_gpt4_baseline.json", "gpt4_1106_preview", "df_gamed.csv"
+OFFICIAL_REFERENCE, OFFICIAL_GENERATOR, DIFFICULTY = (
+    "alpaca_eval_gpt4_baseline.json",
+    "gpt4_1106_preview",
+    "df_gamed.csv",
+)
 OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
 
 
-def check_judge(judge: str, judge_model: str | None = None, judge_base_url: str | None = None, key: bool = True) -> None:
+def check_judge(
+    judge: str, judge_model: str | None = None, judge_base_url: str | None = None, key: bool = True
+) -> None:
     """Raise UserError if the judge cannot work: unknown name, missing folder, model, address or, if `key`, key. Cheap."""
     if judge_base_url is not None:  # also where no server is asked: records hold it
         check_address(judge_base_url, "alpaca_eval.judge_base_url")
     folder = adapter_folder(judge)
     if folder:
         if not folder.is_dir():
-            raise UserError(f"judge {judge}: the folder {folder} is missing; train the adapter or correct alpaca_eval.judge")
+            raise UserError(
+                f"judge {judge}: the folder {folder} is missing; train the adapter or correct alpaca_eval.judge"
+            )
     elif judge == "openai":
         if not judge_model:
             raise UserError("judge openai: no model is named; set alpaca_eval.judge_model")
         if not judge_base_url:
-            raise UserError("judge openai: no server is named; set alpaca_eval.judge_base_url, such as http://localhost:8000/v1")
+            raise UserError(
+                "judge openai: no server is named; set alpaca_eval.judge_base_url, such as http://localhost:8000/v1"
+            )
     else:
-        package = importlib.util.find_spec("alpaca_eval")  # finds, does not import; absent outside its environment
-        if package and not (Path(package.origin).parent / "evaluators_configs" / judge / "configs.yaml").exists():
-            raise UserError(f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or "
-                            "an annotators_config of alpaca-eval such as weighted_alpaca_eval_gpt4_turbo")
+        package = importlib.util.find_spec(
+            "alpaca_eval"
+        )  # finds, does not import; absent outside its environment
+        if (
+            package
+            and not (
+                Path(package.origin).parent / "evaluators_configs" / judge / "configs.yaml"
+            ).exists()
+        ):
+            raise UserError(
+                f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or "
+                "an annotators_config of alpaca-eval such as weighted_alpaca_eval_gpt4_turbo"
+            )
         if key and not os.environ.get("OPENAI_API_KEY"):
-            raise UserError(f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another alpaca_eval.judge")
+            raise UserError(
+                f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another alpaca_eval.judge"
+            )
 
 
 class PreferenceAnnotator:
@@ -84,6 +107,7 @@ class PreferenceAnnotator:
     def annotate_head2head(self, outputs_1: pd.DataFrame, outputs_2: pd.DataFrame) -> list[Record]:
         """Annotations in the package's form; both frames hold the same instructions in the same order."""
         from sppo.core.progress import progress
+
         pairs = list(zip(outputs_1.to_dict("records"), outputs_2.to_dict("records"), strict=True))
         return [self._annotation(one, two) for one, two in progress(pairs, "judged pairs")]
 
@@ -95,8 +119,15 @@ class PreferenceAnnotator:
             logits = self.model.pair_logits(one["instruction"], [one["output"], two["output"]])
             preference = 1.0 + float(win_probabilities(logits)[1, 0])
         shared = {key: one[key] for key in ("instruction", "dataset", "prompt_id") if key in one}
-        return {**shared, "output_1": one["output"], "generator_1": one["generator"], "output_2": two["output"],
-                "generator_2": two["generator"], "annotator": self.name, "preference": preference}
+        return {
+            **shared,
+            "output_1": one["output"],
+            "generator_1": one["generator"],
+            "output_2": two["output"],
+            "generator_2": two["generator"],
+            "annotator": self.name,
+            "preference": preference,
+        }
 
 
 @dataclass(frozen=True)
@@ -115,24 +146,37 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
     adapter = adapter_folder(judge.name)
     if adapter:
         if judge.base is None:
-            raise UserError(f"judge {judge.name} is an adapter; name its base model with --judge-base")
+            raise UserError(
+                f"judge {judge.name} is an adapter; name its base model with --judge-base"
+            )
         from sppo.policies.models import start_torch
         from sppo.preferences.embedded import load_preference_model
 
         start_torch()
         facts = {"adapter": judge.name, "adapter_sha256": known_hash(adapter_files(judge.name)[0])}
-        return {"annotators_config": judge.name, "Annotator": PreferenceAnnotator,
-                "model": load_preference_model(judge.name, judge.base, judge.device)}, facts
+        return {
+            "annotators_config": judge.name,
+            "Annotator": PreferenceAnnotator,
+            "model": load_preference_model(judge.name, judge.base, judge.device),
+        }, facts
     config, facts = judge.name, {"annotators_config": judge.name}
     if judge.name == "openai":
         file = folder / "server" / "configs.yaml"
         config, request = _accepted_request(file, judge.model, judge.base_url)
-        facts = {"model": judge.model, "base_url": judge.base_url, "reads": "logprobs" if "logprobs" in request else "text", "request": request}
+        facts = {
+            "model": judge.model,
+            "base_url": judge.base_url,
+            "reads": "logprobs" if "logprobs" in request else "text",
+            "request": request,
+        }
     # A changed prompt, parser, model or server must not take old judgments.
     name = hashlib.sha256(f"{judge.base_url}\0{_settings_of(config)}".encode()).hexdigest()[:16]
     # The package writes its cache after every chunk: at most 20 judgments are lost to a failure.
-    return {"annotators_config": config, "annotation_kwargs": {"chunksize": 20},
-            "caching_path": _clean_cache(cache / f"{name}.json")}, facts
+    return {
+        "annotators_config": config,
+        "annotation_kwargs": {"chunksize": 20},
+        "caching_path": _clean_cache(cache / f"{name}.json"),
+    }, facts
 
 
 def announce(outputs: list[Record], reference: list[Record], config: str, cache: str) -> int:
@@ -142,12 +186,22 @@ def announce(outputs: list[Record], reference: list[Record], config: str, cache:
     """
     kept = json.loads(Path(cache).read_text(encoding="utf-8")) if Path(cache).exists() else []
     done = {(row["instruction"], frozenset((row["output_1"], row["output_2"]))) for row in kept}
-    asked = [(one, two) for one, two in zip(outputs, reference, strict=True)
-             if one["output"] != two["output"] and (one["instruction"], frozenset((one["output"], two["output"]))) not in done]
+    asked = [
+        (one, two)
+        for one, two in zip(outputs, reference, strict=True)
+        if one["output"] != two["output"]
+        and (one["instruction"], frozenset((one["output"], two["output"]))) not in done
+    ]
     template = len(_settings_of(config))
-    characters = sum(template + len(one["instruction"]) + len(one["output"]) + len(two["output"]) for one, two in asked)
-    print(f"Judgments to ask for: {len(asked)}, about {characters // 4:,} tokens to read, of four characters each. Kept from before: {len(kept)}",
-          file=sys.stderr, flush=True)
+    characters = sum(
+        template + len(one["instruction"]) + len(one["output"]) + len(two["output"])
+        for one, two in asked
+    )
+    print(
+        f"Judgments to ask for: {len(asked)}, about {characters // 4:,} tokens to read, of four characters each. Kept from before: {len(kept)}",
+        file=sys.stderr,
+        flush=True,
+    )
     return len(asked)
 
 
@@ -155,9 +209,16 @@ def _settings_of(config: str) -> str:
     """An annotators_config with its prompt templates, as text."""
     from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
 
-    file = Path(config) if config.endswith(".yaml") else EVALUATORS_CONFIG_DIR / config / "configs.yaml"
+    file = (
+        Path(config)
+        if config.endswith(".yaml")
+        else EVALUATORS_CONFIG_DIR / config / "configs.yaml"
+    )
     text = file.read_text(encoding="utf-8")
-    prompts = (EVALUATORS_CONFIG_DIR / match for match in re.findall(r"prompt_template: \"?([^\s\"]+)", text))
+    prompts = (
+        EVALUATORS_CONFIG_DIR / match
+        for match in re.findall(r"prompt_template: \"?([^\s\"]+)", text)
+    )
     return "\0".join([text, *(prompt.read_text(encoding="utf-8") for prompt in prompts)])
 
 
@@ -171,7 +232,9 @@ def _accepted_request(path: Path, model: str, base_url: str) -> tuple[str, Recor
 
     refusal = unreadable = None
     with_logprobs = request_forms(1, temperature=1, top_p=1.0, logprobs=True, top_logprobs=5)
-    for request in [form for form in with_logprobs if form] + request_forms(8, temperature=0, top_p=1.0):
+    for request in [form for form in with_logprobs if form] + request_forms(
+        8, temperature=0, top_p=1.0
+    ):
         config = _server_config(path, model, base_url, request)
         try:
             unreadable = trial(config)
@@ -209,9 +272,11 @@ def trial(config: str) -> str | None:
 
 
 def _unreadable(judge: str, answer: str) -> UserError:
-    return UserError(f"judge {judge} cannot be read: asked in a trial which of two outputs is "
-                     f"better, it answers {quoted(answer)}; no judgment was asked for yet; fix the "
-                     "judge, or name another in alpaca_eval")
+    return UserError(
+        f"judge {judge} cannot be read: asked in a trial which of two outputs is "
+        f"better, it answers {quoted(answer)}; no judgment was asked for yet; fix the "
+        "judge, or name another in alpaca_eval"
+    )
 
 
 def _server_config(path: Path, model: str, base_url: str, request: Record) -> str:
@@ -224,19 +289,39 @@ def _server_config(path: Path, model: str, base_url: str, request: Record) -> st
     from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
 
     settings: Record = {
-        "prompt_template": str(EVALUATORS_CONFIG_DIR / "alpaca_eval_clf_gpt4_turbo" / "alpaca_eval_clf.txt"),
+        "prompt_template": str(
+            EVALUATORS_CONFIG_DIR / "alpaca_eval_clf_gpt4_turbo" / "alpaca_eval_clf.txt"
+        ),
         "fn_completions": "openai_completions",
         # The package takes any model with "instruct" in its name for one without a chat interface, and sends what is not None.
-        "completions_kwargs": {"model_name": model, "openai_api_base": base_url, "client_config_path": "", "requires_chatml": True,
-                               "price_per_token": 0.0, "max_tokens": None, "temperature": None, "top_p": None} | request,
+        "completions_kwargs": {
+            "model_name": model,
+            "openai_api_base": base_url,
+            "client_config_path": "",
+            "requires_chatml": True,
+            "price_per_token": 0.0,
+            "max_tokens": None,
+            "temperature": None,
+            "top_p": None,
+        }
+        | request,
         "batch_size": 1,
     }
     if "logprobs" in request:
-        settings |= {"fn_completion_parser": "logprob_parser", "completion_key": "completions_all",
-                     "completion_parser_kwargs": {"numerator_token": "m", "denominator_tokens": ["m", "M"], "is_binarize": False}}
+        settings |= {
+            "fn_completion_parser": "logprob_parser",
+            "completion_key": "completions_all",
+            "completion_parser_kwargs": {
+                "numerator_token": "m",
+                "denominator_tokens": ["m", "M"],
+                "is_binarize": False,
+            },
+        }
     else:
-        settings |= {"fn_completion_parser": "regex_parser",
-                     "completion_parser_kwargs": {"outputs_to_match": {1: r"\A\W*m\b", 2: r"\A\W*M\b"}}}
+        settings |= {
+            "fn_completion_parser": "regex_parser",
+            "completion_parser_kwargs": {"outputs_to_match": {1: r"\A\W*m\b", 2: r"\A\W*M\b"}},
+        }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({model: settings}), encoding="utf-8")
     return str(path)
@@ -247,7 +332,11 @@ def _clean_cache(path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-        kept = [row for row in parse_json(path.read_text(encoding="utf-8")) if row["preference"] not in (None, -1)]
+        kept = [
+            row
+            for row in parse_json(path.read_text(encoding="utf-8"))
+            if row["preference"] not in (None, -1)
+        ]
     path.unlink(missing_ok=True)
     if kept:  # the package does not read an empty list
         path.write_text(json.dumps(kept), encoding="utf-8")
@@ -264,17 +353,23 @@ def read_outputs(path: Path) -> list[Record]:
         known_hash(path)
     rows, seen = read_json(path), {}
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} is not a list of outputs; alpaca-eval's form is [{{instruction, output, generator}}, ...]")
+        raise UserError(
+            f"{path} is not a list of outputs; alpaca-eval's form is [{{instruction, output, generator}}, ...]"
+        )
     for number, row in enumerate(rows, start=1):
         for field in ("instruction", "output", "generator"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 raise UserError(f"{path}: entry {number} has no text in '{field}'; add it")
         first = seen.setdefault(row["instruction"], number)
         if first != number:
-            raise UserError(f"{path}: entries {first} and {number} have the same instruction {_short(row)}; drop one")
+            raise UserError(
+                f"{path}: entries {first} and {number} have the same instruction {_short(row)}; drop one"
+            )
         if row["generator"] != rows[0]["generator"]:
-            raise UserError(f"{path}: entry {number} is by {row['generator']}, entry 1 by {rows[0]['generator']}; "
-                            "one file holds one generator")
+            raise UserError(
+                f"{path}: entry {number} is by {row['generator']}, entry 1 by {rows[0]['generator']}; "
+                "one file holds one generator"
+            )
     return rows
 
 
@@ -283,15 +378,25 @@ def paired(outputs: list[Record], reference: list[Record]) -> list[Record]:
     answers = {row["instruction"]: row for row in outputs}
     for row in reference:
         if row["instruction"] not in answers:
-            raise UserError(f"the outputs lack the reference's instruction {_short(row)}; generate both for the same instructions")
+            raise UserError(
+                f"the outputs lack the reference's instruction {_short(row)}; generate both for the same instructions"
+            )
     asked = {row["instruction"] for row in reference}
     for row in outputs:
         if row["instruction"] not in asked:
-            raise UserError(f"the reference lacks the outputs' instruction {_short(row)}; generate both for the same instructions")
+            raise UserError(
+                f"the reference lacks the outputs' instruction {_short(row)}; generate both for the same instructions"
+            )
     if len(reference) < 5:  # the package fits LC by five-fold cross-validation
-        raise UserError(f"{len(reference)} instructions are too few for the length-controlled metric; give at least 5")
-    if outputs[0]["generator"] == reference[0]["generator"]:  # the package would answer 50 without looking
-        raise UserError(f"outputs and reference are both by generator {outputs[0]['generator']}; name them apart")
+        raise UserError(
+            f"{len(reference)} instructions are too few for the length-controlled metric; give at least 5"
+        )
+    if (
+        outputs[0]["generator"] == reference[0]["generator"]
+    ):  # the package would answer 50 without looking
+        raise UserError(
+            f"outputs and reference are both by generator {outputs[0]['generator']}; name them apart"
+        )
     return [answers[row["instruction"]] for row in reference]
 
 
@@ -324,8 +429,10 @@ def canonical_position(instruction: str) -> int | None:
 def check_order(reference: list[Record], difficulty: Path) -> None:
     """UserError unless the reference holds AlpacaEval's 805 instructions in their order, by which difficulties go."""
     if [canonical_position(row["instruction"]) for row in reference] != list(range(CANONICAL_SIZE)):
-        raise UserError(f"{difficulty} goes by position, and the reference is not AlpacaEval's 805 instructions in their "
-                        "order; put it in order, or set alpaca_eval.difficulty to null")
+        raise UserError(
+            f"{difficulty} goes by position, and the reference is not AlpacaEval's 805 instructions in their "
+            "order; put it in order, or set alpaca_eval.difficulty to null"
+        )
     if not difficulty.is_file():
         raise UserError(f"{difficulty} is missing; make it or correct alpaca_eval.difficulty")
 
@@ -343,23 +450,35 @@ def length_model(size: int, difficulty: Path | None) -> Iterator[tuple[str, Path
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "df_gamed.csv"
         rows = (f"0.5,{position},0.0,0.0,False,neutral\n" for position in range(size))
-        file.write_text("preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model\n" + "".join(rows))
+        file.write_text(
+            "preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model\n"
+            + "".join(rows)
+        )
         yield "length_controlled_minimal", file
 
 
-def metrics(annotations: list[Record] | pd.DataFrame, formula: str, difficulty: Path, cache: Path | None = None) -> Record:
+def metrics(
+    annotations: list[Record] | pd.DataFrame,
+    formula: str,
+    difficulty: Path,
+    cache: Path | None = None,
+) -> Record:
     """The package's win rate and LC win rate, in per cent. UserError if judgments are missing."""
     import pandas as pd
 
     with _quiet():
         from alpaca_eval.metrics import get_winrate, glm_winrate
-    frame = pd.DataFrame(annotations)[["preference", "instruction", "output_1", "output_2", "generator_1", "generator_2"]]
+    frame = pd.DataFrame(annotations)[
+        ["preference", "instruction", "output_1", "output_2", "generator_1", "generator_2"]
+    ]
     preference = frame["preference"].astype(float).replace(0.0, 1.5)  # 0 is an old form of a draw
     failed = frame[~preference.between(1, 2)]  # NaN is not between
     if len(failed):
         kept = f", the others are kept in {cache}" if cache else ""
-        raise UserError(f"the judge failed on {len(failed)} of {len(frame)} instructions, first on "
-                        f"{_short(failed.iloc[0])}; fix the judge and run again{kept}")
+        raise UserError(
+            f"the judge failed on {len(failed)} of {len(frame)} instructions, first on "
+            f"{_short(failed.iloc[0])}; fix the judge and run again{kept}"
+        )
     # Nothing to control for, or nothing to fit: the package stops on equal length differences, and answers
     # 50 for a policy that lost every comparison outright (liblinear drops zero weights and sees one class).
     differences = frame["output_1"].str.len() - frame["output_2"].str.len()
@@ -368,8 +487,9 @@ def metrics(annotations: list[Record] | pd.DataFrame, formula: str, difficulty: 
         return plain | {"length_controlled_winrate": plain["win_rate"]}
     glm_winrate.hf_hub_download = lambda **_: str(difficulty)  # its only download
     with _quiet():
-        return glm_winrate.get_length_controlled_winrate(frame, glm_name=formula, save_weights_dir=None,
-                                                         is_warn_extreme_changes=False)
+        return glm_winrate.get_length_controlled_winrate(
+            frame, glm_name=formula, save_weights_dir=None, is_warn_extreme_changes=False
+        )
 
 
 def length_controlled_warning(win_rate: float, length_controlled: float) -> str | None:
@@ -381,15 +501,26 @@ def length_controlled_warning(win_rate: float, length_controlled: float) -> str 
     from alpaca_eval.metrics.glm_winrate import get_is_extreme_changes
 
     if length_controlled == 50.0 != win_rate:
-        return (f"it is exactly 50, the win rate {win_rate:.1f}: alpaca-eval's model found no "
-                "effect, and this is no measurement")
+        return (
+            f"it is exactly 50, the win rate {win_rate:.1f}: alpaca-eval's model found no "
+            "effect, and this is no measurement"
+        )
     if get_is_extreme_changes(win_rate, length_controlled):
-        return (f"it is {length_controlled:.1f}, the win rate {win_rate:.1f}: so far apart that "
-                "alpaca-eval's model may have failed")
+        return (
+            f"it is {length_controlled:.1f}, the win rate {win_rate:.1f}: so far apart that "
+            "alpaca-eval's model may have failed"
+        )
     return None
 
 
-def evaluate(outputs: list[Record], reference: list[Record], formula: str, difficulty: Path, cache: Path, judge: Judge) -> tuple[Record, list[Record], Record]:
+def evaluate(
+    outputs: list[Record],
+    reference: list[Record],
+    formula: str,
+    difficulty: Path,
+    cache: Path,
+    judge: Judge,
+) -> tuple[Record, list[Record], Record]:
     """Run alpaca-eval's `evaluate()`: its row (per cent), the annotations, facts about the judge.
 
     `outputs` and `reference` come from `paired`; `cache` is a folder for the judgments of API judges.
@@ -397,10 +528,14 @@ def evaluate(outputs: list[Record], reference: list[Record], formula: str, diffi
     import openai
 
     if judge.name == "openai" and not os.environ.get("OPENAI_API_KEY"):
-        os.environ["OPENAI_API_KEY"] = "EMPTY"  # a local server wants no key, but the client insists on one
+        os.environ["OPENAI_API_KEY"] = (
+            "EMPTY"  # a local server wants no key, but the client insists on one
+        )
     with _quiet():
         from alpaca_eval.main import evaluate as package_evaluate
-    logging.disable(logging.CRITICAL)  # the package logs whole requests and server messages, which may quote the key
+    logging.disable(
+        logging.CRITICAL
+    )  # the package logs whole requests and server messages, which may quote the key
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             chosen, facts = _annotator(judge, cache, Path(folder))
@@ -412,10 +547,21 @@ def evaluate(outputs: list[Record], reference: list[Record], formula: str, diffi
                 if unreadable is not None:
                     raise _unreadable(judge.name, unreadable)
             board, annotations = package_evaluate(
-                model_outputs=outputs, reference_outputs=reference, name=outputs[0]["generator"], output_path=None,
-                precomputed_leaderboard=None, is_cache_leaderboard=False, is_return_instead_of_print=True,
-                fn_metric=functools.partial(metrics, formula=formula, difficulty=difficulty,
-                                            cache=chosen.get("caching_path")), **chosen)
+                model_outputs=outputs,
+                reference_outputs=reference,
+                name=outputs[0]["generator"],
+                output_path=None,
+                precomputed_leaderboard=None,
+                is_cache_leaderboard=False,
+                is_return_instead_of_print=True,
+                fn_metric=functools.partial(
+                    metrics,
+                    formula=formula,
+                    difficulty=difficulty,
+                    cache=chosen.get("caching_path"),
+                ),
+                **chosen,
+            )
     except (openai.OpenAIError, *NO_COMPLETION) as error:
         if adapter_folder(judge.name):
             raise  # no server answers: a bug

@@ -33,8 +33,9 @@ def check_policy(path: Path, policy: str | None) -> None:
     named = policy.removesuffix("/policy").removeprefix("results/")
     named = named.replace("-best-of-", "/best_of_")
     if not folder.endswith((f"/results/{named}", f"/results/{named.removeprefix('sppo/')}")):
-        raise UserError(f"{path} is of {policy}, which is not the policy of its place; delete it "
-                        "and run again")
+        raise UserError(
+            f"{path} is of {policy}, which is not the policy of its place; delete it and run again"
+        )
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -53,11 +54,16 @@ def collect(files: list[Path], results: Path) -> Evaluations:
         try:
             parts = file.relative_to(results).parts
         except ValueError:
-            raise UserError(f"{file} does not lie under {results}; give files of one experiment") from None
+            raise UserError(
+                f"{file} does not lie under {results}; give files of one experiment"
+            ) from None
         run = "main" if parts[0].startswith("iter") else parts[0]
-        name = "/".join(parts[(1 if run == "main" else 2):]).removesuffix(".json")
+        name = "/".join(parts[(1 if run == "main" else 2) :]).removesuffix(".json")
         found.setdefault((run, iteration(file)), {})[name] = read_evaluation(file)
-    return {place: found[place] for place in sorted(found, key=lambda place: (place[0] != "main", place))}
+    return {
+        place: found[place]
+        for place in sorted(found, key=lambda place: (place[0] != "main", place))
+    }
 
 
 def decimals(value: float | None, places: int = 1) -> str:
@@ -79,6 +85,8 @@ def doubts(evaluations: dict[str, dict[str, Any]]) -> list[str]:
         if found.get("n_empty"):
             said.append(f"{name}: {found['n_empty']} of {found['n_total']} answers are empty.")
         if found.get("length_controlled_warning"):
-            said.append(f"{name}:{DOUBTFUL} do not rely on the LC win rate: "
-                        f"{found['length_controlled_warning']}.")
+            said.append(
+                f"{name}:{DOUBTFUL} do not rely on the LC win rate: "
+                f"{found['length_controlled_warning']}."
+            )
     return said

@@ -18,7 +18,11 @@ class Engine(Protocol):
     dtype: torch.dtype
 
     def generate(
-            self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str,
+        self,
+        prompts: list[dict[str, Any]],
+        sampling: Sampling,
+        data_seed: int,
+        purpose: str,
     ) -> list[dict[str, Any]]: ...
 
 
@@ -27,15 +31,27 @@ def open_engine(args: argparse.Namespace) -> Engine:
     device = pick_device(args.device)
     chats = {
         "thoughts": args.thoughts,
-        "template": {"template_kwargs": args.chat_template_kwargs,
-                     "template_date": args.template_date},
+        "template": {
+            "template_kwargs": args.chat_template_kwargs,
+            "template_date": args.template_date,
+        },
     }
     if args.engine == "vllm":
         from sppo.policies.vllm_engine import VllmEngine  # it needs an environment of its own
 
         return VllmEngine(
-            args.policy, precision=args.precision, device=device, batch_size=args.batch_size,
-            tensor_parallel=args.tensor_parallel or 1, **chats)
+            args.policy,
+            precision=args.precision,
+            device=device,
+            batch_size=args.batch_size,
+            tensor_parallel=args.tensor_parallel or 1,
+            **chats,
+        )
     return TransformersEngine(
-        args.policy, precision=args.precision, device=device, attention=args.attention,
-        batch_size=args.batch_size, **chats)
+        args.policy,
+        precision=args.precision,
+        device=device,
+        attention=args.attention,
+        batch_size=args.batch_size,
+        **chats,
+    )

@@ -21,10 +21,15 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sppo.core.errors import UserError
-from sppo.policies.models import (THOUGHT, THOUGHT_END, compute_dtype, load_policy, load_tokenizer,
-                         stop_token_ids)
 from sppo.core.progress import progress
-
+from sppo.policies.models import (
+    THOUGHT,
+    THOUGHT_END,
+    compute_dtype,
+    load_policy,
+    load_tokenizer,
+    stop_token_ids,
+)
 
 BLOCK = 256  # tokens that are summed first when drawing
 READ_TOGETHER = 16  # prompts
@@ -53,25 +58,37 @@ def sample_seed(data_seed: int, purpose: str, prompt_id: str, sample_id: int) ->
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def response(prompt: dict[str, Any], sample: int, seed: int, tokens: list[int], stop_ids: list[int],
-             tokenizer: Any, thoughts: str = "keep") -> dict[str, Any]:
+def response(
+    prompt: dict[str, Any],
+    sample: int,
+    seed: int,
+    tokens: list[int],
+    stop_ids: list[int],
+    tokenizer: Any,
+    thoughts: str = "keep",
+) -> dict[str, Any]:
     """A row of the table `responses` from the tokens that an engine gave.
 
     What stands behind the first stop id is dropped.
     thoughts: `strip` leaves what stands in <think>...</think> out of the text; token_ids hold it.
     """
     stop = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
-    kept = tokens if stop is None else tokens[:stop + 1]
+    kept = tokens if stop is None else tokens[: stop + 1]
     spoken = kept if stop is None else kept[:-1]
     text = tokenizer.decode(spoken, skip_special_tokens=True)
     if thoughts == "strip":
         # Some templates open the first thought themselves.
         prompt_end = tokenizer.decode(list(prompt["prompt_token_ids"])[-8:]).rstrip()
         text = without_thoughts(THOUGHT + text if prompt_end.endswith(THOUGHT) else text)
-    return {"prompt_id": prompt["prompt_id"], "sample_id": sample, "seed": seed,
-            "prompt_token_ids": list(prompt["prompt_token_ids"]), "token_ids": kept,
-            "text": text,
-            "finish_reason": "length" if stop is None else "stop"}
+    return {
+        "prompt_id": prompt["prompt_id"],
+        "sample_id": sample,
+        "seed": seed,
+        "prompt_token_ids": list(prompt["prompt_token_ids"]),
+        "token_ids": kept,
+        "text": text,
+        "finish_reason": "length" if stop is None else "stop",
+    }
 
 
 def without_thoughts(text: str) -> str:
@@ -88,13 +105,17 @@ def without_thoughts(text: str) -> str:
             return kept.rpartition(THOUGHT_END)[2].strip()
 
 
-def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def draw_tokens(
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float
+) -> torch.Tensor:
     """Sample one token a row by inverting the cumulative distribution at that row's own uniform number.
 
     logits (B, V), uniforms (B,) in [0, 1); returns token ids (B,). A row's token depends on that row alone.
     top_p keeps the smallest set of most likely tokens whose probability reaches it.
     """
-    probabilities = torch.softmax(logits.float() if temperature == 1.0 else logits.float() / temperature, dim=-1)
+    probabilities = torch.softmax(
+        logits.float() if temperature == 1.0 else logits.float() / temperature, dim=-1
+    )
     if top_p < 1.0:
         # Sorting the whole vocabulary costs more than the model; the nucleus nearly always lies in the top few.
         ordered = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1).values
@@ -105,7 +126,9 @@ def draw_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     # In the order of the vocabulary: an order by probability would turn with the last bit of two like ones.
     # First the block of 256 tokens, then the token in it: only sums over blocks need double precision everywhere.
-    blocks = nn.functional.pad(probabilities, (0, -probabilities.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = nn.functional.pad(probabilities, (0, -probabilities.shape[-1] % BLOCK)).unflatten(
+        -1, (-1, BLOCK)
+    )
     block, rest = _invert(blocks.sum(dim=-1), 1.0 - uniforms)
     token, _ = _invert(blocks[torch.arange(len(block), device=block.device), block], rest)
     # Rows of NaN have no distribution. Their token must exist all the same: see FiniteLogits.
@@ -130,12 +153,20 @@ class OwnNoise(LogitsProcessor):
 
     def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int) -> None:
         self.sampling, self.prompt_length = sampling, prompt_length
-        rows = [np.random.Generator(np.random.Philox(seed)).random(sampling.max_new_tokens) for seed in seeds]
+        rows = [
+            np.random.Generator(np.random.Philox(seed)).random(sampling.max_new_tokens)
+            for seed in seeds
+        ]
         self.uniforms = torch.from_numpy(np.stack(rows))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         step = input_ids.shape[1] - self.prompt_length
-        tokens = draw_tokens(scores, self.uniforms[:, step].to(scores.device), self.sampling.temperature, self.sampling.top_p)
+        tokens = draw_tokens(
+            scores,
+            self.uniforms[:, step].to(scores.device),
+            self.sampling.temperature,
+            self.sampling.top_p,
+        )
         return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
@@ -165,7 +196,8 @@ class FiniteLogits(LogitsProcessor):
             raise UserError(
                 f"the policy {self.folder} gives logits that are NaN or infinite; its weights are "
                 "damaged or its training diverged: train it with a lower train.learning_rate, or "
-                "take another model")
+                "take another model"
+            )
 
 
 class PreallocatedCacheLayer(DynamicLayer):
@@ -179,28 +211,49 @@ class PreallocatedCacheLayer(DynamicLayer):
         self.lazy_initialization(filled.keys, filled.values)
         batch, heads, self.length, width = filled.keys.shape
         self.all_keys = filled.keys.new_empty(batch, heads, self.length + room, width)
-        self.all_values = filled.values.new_empty(batch, heads, self.length + room, filled.values.shape[-1])
+        self.all_values = filled.values.new_empty(
+            batch, heads, self.length + room, filled.values.shape[-1]
+        )
         self.length = 0
         self.update(filled.keys, filled.values)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         end = self.length + key_states.shape[-2]
-        self.all_keys[:, :, self.length:end], self.all_values[:, :, self.length:end] = key_states, value_states
-        self.length, self.keys, self.values = end, self.all_keys[:, :, :end], self.all_values[:, :, :end]
+        self.all_keys[:, :, self.length : end], self.all_values[:, :, self.length : end] = (
+            key_states,
+            value_states,
+        )
+        self.length, self.keys, self.values = (
+            end,
+            self.all_keys[:, :, :end],
+            self.all_values[:, :, :end],
+        )
         return self.keys, self.values
 
 
 class TransformersEngine:
     """transformers' `generate`, in batches of prompts of like length."""
 
-    def __init__(self, folder: Path, *, precision: str, device: str, attention: str | None,
-                 batch_size: int, thoughts: str = "keep",
-                 template: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        precision: str,
+        device: str,
+        attention: str | None,
+        batch_size: int,
+        thoughts: str = "keep",
+        template: dict[str, Any] | None = None,
+    ) -> None:
         self.tokenizer, self.thoughts = load_tokenizer(folder, **(template or {})), thoughts
         self.stop_ids = stop_token_ids(folder, self.tokenizer)
         self.dtype = compute_dtype(precision, device)
         self.model = load_policy(folder, self.dtype, device, attention)
-        self.model.generation_config = GenerationConfig()  # the model's own must not warp the logits as well
+        self.model.generation_config = (
+            GenerationConfig()
+        )  # the model's own must not warp the logits as well
         self.folder, self.device, self.batch_size = folder, device, batch_size
         # Other models, such as those with linear attention, read a prompt K times, into a cache
         # that transformers makes.
@@ -213,7 +266,9 @@ class TransformersEngine:
             # because the prompts of a batch have to end in one column.
             torch.backends.cuda.enable_cudnn_sdp(False)
 
-    def generate(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> list[dict[str, Any]]:
+    def generate(
+        self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str
+    ) -> list[dict[str, Any]]:
         """K responses to each prompt.
 
         `prompts` are rows with prompt_id and prompt_token_ids. Returns rows of the table `responses`, in the
@@ -222,18 +277,33 @@ class TransformersEngine:
         """
         by_length = sorted(prompts, key=lambda row: len(row["prompt_token_ids"]))
         width = max(1, self.batch_size // sampling.samples)
-        batches = [by_length[i:i + width] for i in range(0, len(by_length), width)]
-        rows = [row for batch in progress(batches, "generate") for row in self._batch(batch, sampling, data_seed, purpose)]
+        batches = [by_length[i : i + width] for i in range(0, len(by_length), width)]
+        rows = [
+            row
+            for batch in progress(batches, "generate")
+            for row in self._batch(batch, sampling, data_seed, purpose)
+        ]
         place = {row["prompt_id"]: i for i, row in enumerate(prompts)}
         return sorted(rows, key=lambda row: (place[row["prompt_id"]], row["sample_id"]))
 
-    def _batch(self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str) -> Iterator[dict[str, Any]]:
+    def _batch(
+        self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str
+    ) -> Iterator[dict[str, Any]]:
         samples = sampling.samples
-        wanted = [(row, k, sample_seed(data_seed, purpose, row["prompt_id"], k)) for row in prompts for k in range(samples)]
+        wanted = [
+            (row, k, sample_seed(data_seed, purpose, row["prompt_id"], k))
+            for row in prompts
+            for k in range(samples)
+        ]
         width = max(len(row["prompt_token_ids"]) for row in prompts)
         pad = self.stop_ids[0]  # masked out, so any id will do
         padding = [width - len(row["prompt_token_ids"]) for row in prompts]
-        ids = torch.tensor([[pad] * n + list(row["prompt_token_ids"]) for n, row in zip(padding, prompts, strict=True)]).to(self.device)
+        ids = torch.tensor(
+            [
+                [pad] * n + list(row["prompt_token_ids"])
+                for n, row in zip(padding, prompts, strict=True)
+            ]
+        ).to(self.device)
         mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding]).to(self.device)
         finite = FiniteLogits(self.folder)
         processors = LogitsProcessorList([finite])
@@ -244,10 +314,15 @@ class TransformersEngine:
             if self.reads_prompts_once and width > 1:
                 more["past_key_values"] = self._read_once(ids, mask, sampling)
             output = self.model.generate(
-                ids.repeat_interleave(samples, 0), do_sample=False,
+                ids.repeat_interleave(samples, 0),
+                do_sample=False,
                 attention_mask=mask.repeat_interleave(samples, 0),
-                max_new_tokens=sampling.max_new_tokens, eos_token_id=self.stop_ids,
-                pad_token_id=pad, logits_processor=processors, **more)
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self.stop_ids,
+                pad_token_id=pad,
+                logits_processor=processors,
+                **more,
+            )
         finite.check()
         for (row, k, seed), tokens in zip(wanted, output[:, width:].tolist(), strict=True):
             yield response(row, k, seed, tokens, self.stop_ids, self.tokenizer, self.thoughts)
@@ -257,20 +332,28 @@ class TransformersEngine:
 
         Prompts of like length are read together, for padding costs as much as text; the batch comes in order of length.
         """
-        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=self.model.config).layers):
+        if any(
+            type(layer) is not DynamicLayer
+            for layer in DynamicCache(config=self.model.config).layers
+        ):
             cache = self._read(ids, mask)  # layers with a sliding window stay as they are
             cache.batch_repeat_interleave(sampling.samples)
             return cache
         parts = []
         for rows in range(0, len(ids), READ_TOGETHER):
-            part = mask[rows:rows + READ_TOGETHER]
-            padding = min(ids.shape[1] - int(part.sum(1).max()), ids.shape[1] - 2)  # in all of these rows
-            parts.append(self._read(ids[rows:rows + READ_TOGETHER, padding:], part[:, padding:]))
+            part = mask[rows : rows + READ_TOGETHER]
+            padding = min(
+                ids.shape[1] - int(part.sum(1).max()), ids.shape[1] - 2
+            )  # in all of these rows
+            parts.append(self._read(ids[rows : rows + READ_TOGETHER, padding:], part[:, padding:]))
         cache = parts[0]
         for number, layer in enumerate(cache.layers):
             for name in ("keys", "values"):
                 read = [getattr(part.layers[number], name) for part in parts]
-                padded = [nn.functional.pad(states, (0, 0, ids.shape[1] - 1 - states.shape[2], 0)) for states in read]
+                padded = [
+                    nn.functional.pad(states, (0, 0, ids.shape[1] - 1 - states.shape[2], 0))
+                    for states in read
+                ]
                 setattr(layer, name, torch.cat(padded))
         cache.batch_repeat_interleave(sampling.samples)
         room = sampling.max_new_tokens
@@ -280,8 +363,14 @@ class TransformersEngine:
     def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
         """Keys and values of these rows but for their last token."""
         cache = DynamicCache(config=self.model.config)
-        self.model(ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0), past_key_values=cache,
-                   use_cache=True, logits_to_keep=1)
+        self.model(
+            ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=(mask[:, :-1].cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return cache
 
 
@@ -293,9 +382,15 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     tokens = [len(row["token_ids"]) for row in rows]
     cut = sum(row["finish_reason"] == "length" for row in rows)
     if len(rows) >= FEW and cut >= NEARLY_ALL * len(rows):
-        print(f"warning: {cut} of {len(rows)} responses were cut by max_new_tokens before they "
-              "ended; raise it, or, if the policy never ends its turn, name the token that ends it as "
-              "eos_token_id in its generation_config.json", file=sys.stderr)
-    return {"responses": len(rows), "tokens": sum(tokens),
-            "mean_tokens": round(float(np.mean(tokens)), 1) if rows else None,
-            "cut_by_max_new_tokens": cut}
+        print(
+            f"warning: {cut} of {len(rows)} responses were cut by max_new_tokens before they "
+            "ended; raise it, or, if the policy never ends its turn, name the token that ends it as "
+            "eos_token_id in its generation_config.json",
+            file=sys.stderr,
+        )
+    return {
+        "responses": len(rows),
+        "tokens": sum(tokens),
+        "mean_tokens": round(float(np.mean(tokens)), 1) if rows else None,
+        "cut_by_max_new_tokens": cut,
+    }

@@ -13,7 +13,9 @@ from typing import IO
 
 from sppo.core.errors import UserError
 
-_taken: list[IO[str]] = []  # open as long as the process lives; the system lets go of the locks when it ends
+_taken: list[
+    IO[str]
+] = []  # open as long as the process lives; the system lets go of the locks when it ends
 
 
 def take_gpus(count: int) -> None:
@@ -23,13 +25,21 @@ def take_gpus(count: int) -> None:
     on a file in the folder of temporary files. With no more than `count` there is nothing to choose.
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    here = named.split(",") if named is not None else [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))) or count)]
+    here = (
+        named.split(",")
+        if named is not None
+        else [
+            str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))) or count)
+        ]
+    )
     chosen = here
     if len(here) > count:
         chosen = [name for name in here if len(_taken) < count and _lock(name)]
         if len(chosen) < count:
-            raise UserError(f"of the {len(here)} GPUs here {len(here) - len(chosen)} are taken by other jobs, and this one needs {count}; "
-                            f"run Snakemake with --resources gpu={len(here)}, once at a time")
+            raise UserError(
+                f"of the {len(here)} GPUs here {len(here) - len(chosen)} are taken by other jobs, and this one needs {count}; "
+                f"run Snakemake with --resources gpu={len(here)}, once at a time"
+            )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
 
 
@@ -41,7 +51,9 @@ def cores_of_job() -> int:
 
 def _lock(name: str) -> bool:
     """Take the GPU's lock; False if another process has it."""
-    file = (Path(tempfile.gettempdir()) / f"sppo-gpu-{os.getuid()}-{name.replace('/', '-')}.lock").open("w", encoding="utf-8")
+    file = (
+        Path(tempfile.gettempdir()) / f"sppo-gpu-{os.getuid()}-{name.replace('/', '-')}.lock"
+    ).open("w", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -27,7 +27,12 @@ def hub_failure(error: BaseException) -> str:
     """The error's name and what to do, for a UserError."""
     kinds = [kind.__name__ for kind in type(error).__mro__]
     # A missing entry of the local cache is one of the client's EntryNotFound errors, but means that the hub was not asked.
-    if "LocalEntryNotFoundError" in kinds or {"ConnectError", "ConnectionError", "TimeoutException", "TransportError"} & set(kinds):
+    if "LocalEntryNotFoundError" in kinds or {
+        "ConnectError",
+        "ConnectionError",
+        "TimeoutException",
+        "TransportError",
+    } & set(kinds):
         return f"({kinds[0]}): {SILENT}"
     for name, remedy in REMEDIES.items():
         if any(kind.startswith(name) for kind in kinds):
@@ -38,6 +43,10 @@ def hub_failure(error: BaseException) -> str:
 def check_push() -> None:
     """UserError unless a token is exported and the hub may be asked."""
     if not os.environ.get("HF_TOKEN"):
-        raise UserError("push_to_hub needs a token that may write; export HF_TOKEN, or set push_to_hub to null")
+        raise UserError(
+            "push_to_hub needs a token that may write; export HF_TOKEN, or set push_to_hub to null"
+        )
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError("push_to_hub is set, and so is HF_HUB_OFFLINE; unset that, or set push_to_hub to null")
+        raise UserError(
+            "push_to_hub is set, and so is HF_HUB_OFFLINE; unset that, or set push_to_hub to null"
+        )

@@ -16,8 +16,9 @@ ROLES = ("system", "user", "assistant", "tool")
 BEST_GRADE = 10  # what a reward-conditioned policy is asked for when it is sampled or evaluated
 
 
-def read_prompts(source: str, revision: str | None, split: str,
-                 field: str | None) -> tuple[list[Prompt], str | None, int]:
+def read_prompts(
+    source: str, revision: str | None, split: str, field: str | None
+) -> tuple[list[Prompt], str | None, int]:
     """Prompts of a JSONL file or a hub data set, the hub commit (None for a file), and empty ones.
 
     field: the one that holds the prompt; None takes `messages`, else `instruction`. Empty prompts
@@ -32,7 +33,9 @@ def read_prompts(source: str, revision: str | None, split: str,
     elif HUB_ID.fullmatch(source) and path.suffix not in (".jsonl", ".json"):
         rows, commit = _hub(source, revision, split)
     else:
-        raise UserError(f"prompts.source {source} is neither a file nor a hub data set such as org/name; correct the path")
+        raise UserError(
+            f"prompts.source {source} is neither a file nor a hub data set such as org/name; correct the path"
+        )
     prompts, seen, empty = [], set(), 0
     for number, row in enumerate(rows, 1):
         prompt = _prompt(row, field, f"{source} line {number}")
@@ -44,7 +47,9 @@ def read_prompts(source: str, revision: str | None, split: str,
         if prompt["id"] in seen and commit:
             prompt["id"] = f"{prompt['id']}#{number}"
         if prompt["id"] in seen:
-            raise UserError(f"{source} line {number}: id {prompt['id']} is there twice; ids must differ")
+            raise UserError(
+                f"{source} line {number}: id {prompt['id']} is there twice; ids must differ"
+            )
         seen.add(prompt["id"])
         prompts.append(prompt)
     if not prompts:
@@ -62,12 +67,20 @@ def with_goal(messages: list[dict[str, str]], grade: float) -> list[dict[str, st
 def read_gold(path: Path) -> dict[str, str]:
     """Gold responses by prompt id, of a JSONL file with id and response. UserError names a broken line or a repeated id."""
     if not path.is_file():
-        raise UserError(f"{path} is missing; pairs.gold names a JSONL file of gold responses, with id and response")
+        raise UserError(
+            f"{path} is missing; pairs.gold names a JSONL file of gold responses, with id and response"
+        )
     found: dict[str, str] = {}
     for number, row in enumerate(json_lines(path), 1):
-        if not isinstance(row, dict) or not isinstance(row.get("response"), str) or "id" not in row or not row["response"].strip():
-            raise UserError(f"{path} line {number} is not an object with id and response; "
-                            "correct it")
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("response"), str)
+            or "id" not in row
+            or not row["response"].strip()
+        ):
+            raise UserError(
+                f"{path} line {number} is not an object with id and response; correct it"
+            )
         if str(row["id"]) in found:
             raise UserError(f"{path} line {number}: id {row['id']} is there twice; ids must differ")
         found[str(row["id"])] = row["response"]
@@ -77,8 +90,11 @@ def read_gold(path: Path) -> dict[str, str]:
 def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]:
     from datasets import load_dataset
     from huggingface_hub import snapshot_download
+
     try:
-        folder = Path(snapshot_download(source, repo_type="dataset", revision=revision, token=hub_token()))
+        folder = Path(
+            snapshot_download(source, repo_type="dataset", revision=revision, token=hub_token())
+        )
         rows = load_dataset(str(folder), split=split).to_list()
     except Exception as error:  # the hub client and datasets raise many types; each is a matter of name, network or access
         at = f" at revision {revision}" if revision else ""
@@ -97,36 +113,49 @@ def _prompt(row: Any, field: str | None, where: str) -> Prompt | None:
         chat = row.get("messages") is not None or "instruction" not in row
         field = "messages" if chat else "instruction"
         if field not in row:
-            raise UserError(f"{where} has neither messages nor instruction; set prompts.field to "
-                            "the field that holds the prompt")
+            raise UserError(
+                f"{where} has neither messages nor instruction; set prompts.field to "
+                "the field that holds the prompt"
+            )
     if field not in row:
-        raise UserError(f"{where} has no {field}; set prompts.field to the field that holds the "
-                        "prompt")
+        raise UserError(
+            f"{where} has no {field}; set prompts.field to the field that holds the prompt"
+        )
     content = row[field]
     if content is None:
         return None
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
     if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str) for m in messages):
-        raise UserError(f"{where}: {field} is neither a text nor a list of messages with role and "
-                        "content; convert it")
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in messages
+    ):
+        raise UserError(
+            f"{where}: {field} is neither a text nor a list of messages with role and "
+            "content; convert it"
+        )
     if foreign := next((m["role"] for m in messages if m["role"] not in ROLES), None):
         known = {"human": "user", "gpt": "assistant"}.get(foreign)
-        raise UserError(f"{where}: {field} has the role {foreign!r}, and roles are "
-                        f"{', '.join(ROLES)}; convert it" + (f" to {known}" if known else ""))
+        raise UserError(
+            f"{where}: {field} has the role {foreign!r}, and roles are "
+            f"{', '.join(ROLES)}; convert it" + (f" to {known}" if known else "")
+        )
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]  # data sets of conversations end in the answer
     if not messages:
         return None
     if messages[-1]["role"] != "user":
-        raise UserError(f"{where}: the last message of {field} is the {messages[-1]['role']}'s, so "
-                        "that there is nothing to answer; end it in the user's")
+        raise UserError(
+            f"{where}: the last message of {field} is the {messages[-1]['role']}'s, so "
+            "that there is nothing to answer; end it in the user's"
+        )
     if not messages[-1]["content"].strip():
         return None
     identity = row.get("id", row.get("prompt_id", where.rsplit(" ", 1)[1]))
-    return {"id": str(identity), "category": str(row.get("category", "")),
-            "messages": [{"role": m["role"], "content": m["content"]} for m in messages]}
+    return {
+        "id": str(identity),
+        "category": str(row.get("category", "")),
+        "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
+    }
 
 
 def normalised(text: str) -> str:
@@ -143,8 +172,10 @@ def normalised(text: str) -> str:
 
 def is_held_out(prompt: Prompt, held_out: set[str]) -> bool:
     """Whether a user's message of the prompt is one of these questions, which are `normalised`."""
-    return any(message["role"] == "user" and normalised(message["content"]) in held_out
-               for message in prompt["messages"])
+    return any(
+        message["role"] == "user" and normalised(message["content"]) in held_out
+        for message in prompt["messages"]
+    )
 
 
 def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
@@ -155,8 +186,12 @@ def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, An
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file in alpaca-eval's form")
     rows = read_json(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(row.get("instruction"), str) for row in rows):
-        raise UserError(f"{path} is not a list of objects with `instruction`; give a file in alpaca-eval's form")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and isinstance(row.get("instruction"), str) for row in rows
+    ):
+        raise UserError(
+            f"{path} is not a list of objects with `instruction`; give a file in alpaca-eval's form"
+        )
     if not rows:
         raise UserError(f"{path} has no instructions; give a file in alpaca-eval's form")
     seen: set[str] = set()
@@ -164,15 +199,22 @@ def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, An
         if not row["instruction"].strip():
             raise UserError(f"{path}: instruction {number} is blank; remove it")
         if has_lone_surrogate(row):
-            raise UserError(f"{path}: instruction {number} spells half a character (a lone surrogate "
-                            "such as \\ud83d), which no text can hold; correct or remove it")
+            raise UserError(
+                f"{path}: instruction {number} spells half a character (a lone surrogate "
+                "such as \\ud83d), which no text can hold; correct or remove it"
+            )
         if row["instruction"] in seen:
-            raise UserError(f"{path} has an instruction twice: {row['instruction'][:60]!r}; remove one")
+            raise UserError(
+                f"{path} has an instruction twice: {row['instruction'][:60]!r}; remove one"
+            )
         seen.add(row["instruction"])
     ids = [str(row["prompt_id"]) for row in rows if "prompt_id" in row]
     if len(set(ids)) < len(ids) or 0 < len(ids) < len(rows):
-        raise UserError(f"{path}: prompt_id must differ between all instructions, or be absent; "
-                        "correct it")
+        raise UserError(
+            f"{path}: prompt_id must differ between all instructions, or be absent; correct it"
+        )
     if limit and limit > len(rows):
-        raise UserError(f"alpaca_eval.limit is {limit}, but {path} has {len(rows)} instructions; lower it")
+        raise UserError(
+            f"alpaca_eval.limit is {limit}, but {path} has {len(rows)} instructions; lower it"
+        )
     return rows[:limit]

@@ -12,7 +12,11 @@ from sppo.policies.models import safetensors_header
 EMBEDDED = ("judge", "ranker")
 ADAPTER_FILES = ("adapter.safetensors", "ranker.json")
 PAIRRM_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*pairrm[\w.-]*", re.IGNORECASE)
-PAIRRM_TENSORS = ("pretrained_model.embeddings.word_embeddings.weight", "head_layer.1.weight", "head_layer.4.weight")
+PAIRRM_TENSORS = (
+    "pretrained_model.embeddings.word_embeddings.weight",
+    "head_layer.1.weight",
+    "head_layer.4.weight",
+)
 
 
 def adapter_files(model: str, base: Path | None = None) -> list[Path]:
@@ -20,7 +24,11 @@ def adapter_files(model: str, base: Path | None = None) -> list[Path]:
     folder = adapter_folder(model)
     if folder is None:
         return []
-    return [folder] if is_pairrm(folder) else [*(folder / name for name in ADAPTER_FILES), *([base] if base else [])]
+    return (
+        [folder]
+        if is_pairrm(folder)
+        else [*(folder / name for name in ADAPTER_FILES), *([base] if base else [])]
+    )
 
 
 def adapter_folder(model: str) -> Path | None:
@@ -50,23 +58,35 @@ def check_pairrm(folder: Path, backend: str = "transformers") -> str:
     folder = Path(folder).expanduser()
     config = read_json(folder / "config.json")
     config = config if isinstance(config, dict) else {}
-    if config.get("ranker_type") == "pairranker" and str(config.get("model_type")).startswith("deberta"):
+    if config.get("ranker_type") == "pairranker" and str(config.get("model_type")).startswith(
+        "deberta"
+    ):
         layout = "llm-blender"
     elif "DebertaV2PairRM" in (config.get("architectures") or ()):
         layout = "hf"
     else:
-        raise UserError(f"{folder} has another layout than PairRM: its config.json says neither ranker_type pairranker, as in "
-                        "llm-blender/PairRM, nor architecture DebertaV2PairRM, as in llm-blender/PairRM-hf; give one of these")
+        raise UserError(
+            f"{folder} has another layout than PairRM: its config.json says neither ranker_type pairranker, as in "
+            "llm-blender/PairRM, nor architecture DebertaV2PairRM, as in llm-blender/PairRM-hf; give one of these"
+        )
     if backend == "llm_blender" and layout != "llm-blender":
-        raise UserError(f"preference.backend is llm_blender, which does not read the layout of {folder}; give llm-blender/PairRM as preference.model, "
-                        "or set preference.backend: transformers")
+        raise UserError(
+            f"preference.backend is llm_blender, which does not read the layout of {folder}; give llm-blender/PairRM as preference.model, "
+            "or set preference.backend: transformers"
+        )
     for name in ("model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has another layout than PairRM: it has no {name}; copy the files of llm-blender/PairRM whole")
+            raise UserError(
+                f"{folder} has another layout than PairRM: it has no {name}; copy the files of llm-blender/PairRM whole"
+            )
     header = safetensors_header(folder / "model.safetensors")
     if header is None:
-        raise UserError(f"{folder}/model.safetensors is cut off or is not a safetensors file; copy it again")
+        raise UserError(
+            f"{folder}/model.safetensors is cut off or is not a safetensors file; copy it again"
+        )
     missing = [name for name in PAIRRM_TENSORS if name not in header]
     if missing:
-        raise UserError(f"{folder} has another layout than PairRM: its model.safetensors has no {missing[0]}; give the weights of llm-blender/PairRM")
+        raise UserError(
+            f"{folder} has another layout than PairRM: its model.safetensors has no {missing[0]}; give the weights of llm-blender/PairRM"
+        )
     return layout

@@ -26,18 +26,31 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from sppo.preferences.adapters import adapter_folder, is_pairrm
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
-from sppo.policies.models import compute_dtype, load_whole
 from sppo.core.progress import progress
+from sppo.policies.models import compute_dtype, load_whole
+from sppo.preferences.adapters import adapter_folder, is_pairrm
 
 # What ranker.json must say.
-SPEC = ("name", "base", "base_shape", "layers", "lora_from", "lora_rank", "dimensions", "max_prompt_tokens",
-        "max_answer_tokens", "logit_scale", "length_weight")
+SPEC = (
+    "name",
+    "base",
+    "base_shape",
+    "layers",
+    "lora_from",
+    "lora_rank",
+    "dimensions",
+    "max_prompt_tokens",
+    "max_answer_tokens",
+    "logit_scale",
+    "length_weight",
+)
 OMISSION = " [...] "  # stands where the middle of a long text was left out
 PLACEHOLDER = "\x00"  # marks the instruction's place in the chat template
-ENOUGH = 0.2  # relevance above it counts no more: most answers have that much, and echoing must not pay
+ENOUGH = (
+    0.2  # relevance above it counts no more: most answers have that much, and echoing must not pay
+)
 
 
 class LoraLinear(nn.Module):
@@ -73,7 +86,7 @@ class PreferenceEmbedder(nn.Module):
         backbone.norm = nn.Identity()  # the final norm belongs to the last layer, which is gone
         self.backbone = backbone.requires_grad_(False)
         self.text = PairText(tokenizer, spec["max_prompt_tokens"], spec["max_answer_tokens"])
-        for layer in backbone.layers[spec["lora_from"]:]:
+        for layer in backbone.layers[spec["lora_from"] :]:
             for block in (layer.self_attn, layer.mlp):
                 for name, child in list(block.named_children()):
                     if isinstance(child, nn.Linear):
@@ -85,7 +98,9 @@ class PreferenceEmbedder(nn.Module):
             self.register_buffer(f"{part}_scale", torch.ones(backbone.config.hidden_size))
         self.dropout = nn.Dropout(0.1)
         self.head = nn.Linear(2 * backbone.config.hidden_size, spec["dimensions"])
-        self.relevance = nn.Parameter(torch.tensor(1.0))  # weight of relevance, in tenths, in e's second entry
+        self.relevance = nn.Parameter(
+            torch.tensor(1.0)
+        )  # weight of relevance, in tenths, in e's second entry
         with torch.no_grad():  # start near e = (1, r, 0, 0, ...): close to a reward difference
             self.head.weight.copy_(0.01 * torch.randn(self.head.weight.shape, generator=generator))
             self.head.bias.zero_()
@@ -99,23 +114,48 @@ class PreferenceEmbedder(nn.Module):
         positions that it would have alone. Nothing is padded and nothing depends on other prompts.
         """
         device = self.mean_center.device
-        prompt, texts = self.text.prompt(instruction), [self.text.answer(answer) for answer in answers]
+        prompt, texts = (
+            self.text.prompt(instruction),
+            [self.text.answer(answer) for answer in answers],
+        )
         parts = [prompt, *texts]
         ids = torch.tensor([token for part in parts for token in part], device=device)
-        part = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(ids) for ids in parts])).to(device)
-        place = torch.cat([torch.arange(len(prompt)), *(torch.arange(len(prompt), len(prompt) + len(ids)) for ids in texts)]).to(device)
+        part = torch.repeat_interleave(
+            torch.arange(len(parts)), torch.tensor([len(ids) for ids in parts])
+        ).to(device)
+        place = torch.cat(
+            [
+                torch.arange(len(prompt)),
+                *(torch.arange(len(prompt), len(prompt) + len(ids)) for ids in texts),
+            ]
+        ).to(device)
         sees = ((part[:, None] == part) | (part == 0)) & (place[:, None] >= place)
-        states = self.backbone(input_ids=ids[None], attention_mask=sees[None, None], position_ids=place[None],
-                               use_cache=False).last_hidden_state[0].float()
-        each = states[len(prompt):].split([len(ids) for ids in texts])
-        return {"instruction": states[self.text.instruction(prompt)].mean(0), "mean": torch.stack([one.mean(0) for one in each]),
-                "last": torch.stack([one[-1] for one in each])}
+        states = (
+            self.backbone(
+                input_ids=ids[None],
+                attention_mask=sees[None, None],
+                position_ids=place[None],
+                use_cache=False,
+            )
+            .last_hidden_state[0]
+            .float()
+        )
+        each = states[len(prompt) :].split([len(ids) for ids in texts])
+        return {
+            "instruction": states[self.text.instruction(prompt)].mean(0),
+            "mean": torch.stack([one.mean(0) for one in each]),
+            "last": torch.stack([one[-1] for one in each]),
+        }
 
     def forward(self, instruction: str, answers: list[str]) -> torch.Tensor:
         """Embeddings, float32 (K, d), of K answers to one instruction."""
-        z = {part: (state - getattr(self, f"{part}_center")) / getattr(self, f"{part}_scale")
-             for part, state in self.states(instruction, answers).items()}
-        relevance = nn.functional.cosine_similarity(z["mean"], z["instruction"], dim=1).clamp(max=ENOUGH)
+        z = {
+            part: (state - getattr(self, f"{part}_center")) / getattr(self, f"{part}_scale")
+            for part, state in self.states(instruction, answers).items()
+        }
+        relevance = nn.functional.cosine_similarity(z["mean"], z["instruction"], dim=1).clamp(
+            max=ENOUGH
+        )
         e = self.head(self.dropout(torch.cat([z["mean"], z["last"]], dim=1)))
         return e + self.relevance * nn.functional.pad(10 * relevance[:, None], (1, e.shape[1] - 2))
 
@@ -132,7 +172,9 @@ class PreferenceEmbedder(nn.Module):
         """What was trained, and the feature constants: all that differs from the base model."""
         own = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         own |= {name for name, _ in self.named_buffers(recurse=False)}
-        return {name: tensor.detach().cpu() for name, tensor in self.state_dict().items() if name in own}
+        return {
+            name: tensor.detach().cpu() for name, tensor in self.state_dict().items() if name in own
+        }
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -173,9 +215,12 @@ class PairText:
         self.tokenizer = tokenizer
         self.max_prompt, self.max_answer = max_prompt_tokens, max_answer_tokens
         if not tokenizer.chat_template:
-            raise UserError("the preference model's base has no chat template; use an instruction-tuned base")
-        text = tokenizer.apply_chat_template([{"role": "user", "content": PLACEHOLDER}], tokenize=False,
-                                             add_generation_prompt=True)
+            raise UserError(
+                "the preference model's base has no chat template; use an instruction-tuned base"
+            )
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": PLACEHOLDER}], tokenize=False, add_generation_prompt=True
+        )
         before, after = text.split(PLACEHOLDER)
         self.before = tokenizer(before, add_special_tokens=False).input_ids
         self.after = tokenizer(after, add_special_tokens=False).input_ids
@@ -193,11 +238,15 @@ class PairText:
             return ids
         room = limit - len(self.omission)
         tail = room // 4
-        return ids[: room - tail] + self.omission + ids[len(ids) - tail:]
+        return ids[: room - tail] + self.omission + ids[len(ids) - tail :]
 
     def prompt(self, instruction: str) -> list[int]:
         """Ids of the chat up to where the assistant answers."""
-        return self.before + self.shorten(self.plain(instruction.strip()), self.max_prompt) + self.after
+        return (
+            self.before
+            + self.shorten(self.plain(instruction.strip()), self.max_prompt)
+            + self.after
+        )
 
     def instruction(self, prompt_ids: list[int]) -> slice:
         """Where the instruction stands in what `prompt` gave; all of it if the instruction is empty."""
@@ -206,7 +255,9 @@ class PairText:
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer and the end of its turn. An empty answer is the end of the turn alone."""
-        return self.shorten(self.plain(text.strip()), self.max_answer) + [self.tokenizer.eos_token_id]
+        return self.shorten(self.plain(text.strip()), self.max_answer) + [
+            self.tokenizer.eos_token_id
+        ]
 
 
 def load_base(base_dir: Path, dtype: torch.dtype):
@@ -215,8 +266,10 @@ def load_base(base_dir: Path, dtype: torch.dtype):
 
     base_dir = Path(base_dir)
     if not (base_dir / "config.json").is_file():
-        raise UserError(f"no model folder {base_dir}: make it with `.venv/bin/snakemake --cores all "
-                        "results/models/SmolLM2-135M-Instruct`, or name another with --base")
+        raise UserError(
+            f"no model folder {base_dir}: make it with `.venv/bin/snakemake --cores all "
+            "results/models/SmolLM2-135M-Instruct`, or name another with --base"
+        )
     model = load_whole(AutoModel, base_dir, head=False, dtype=dtype, local_files_only=True)
     try:
         return model.eval(), AutoTokenizer.from_pretrained(base_dir, local_files_only=True)
@@ -232,7 +285,9 @@ class EmbeddedRanker:
     broken, or made for another base.
     """
 
-    def __init__(self, adapter_dir: Path, base_dir: Path, dtype: str = "auto", device: str = "cpu") -> None:
+    def __init__(
+        self, adapter_dir: Path, base_dir: Path, dtype: str = "auto", device: str = "cpu"
+    ) -> None:
         adapter_dir = Path(adapter_dir)
         for name in ("ranker.json", "adapter.safetensors"):
             if not (adapter_dir / name).is_file():
@@ -248,16 +303,24 @@ class EmbeddedRanker:
         self.name = self.spec["name"]
         compute = compute_dtype(dtype, device)
         backbone, tokenizer = load_base(base_dir, torch.float32)
-        ours = (backbone.config.hidden_size, backbone.config.num_hidden_layers, backbone.config.vocab_size)
+        ours = (
+            backbone.config.hidden_size,
+            backbone.config.num_hidden_layers,
+            backbone.config.vocab_size,
+        )
         if list(ours) != self.spec["base_shape"]:
-            raise UserError(f"{adapter_dir} was trained on {self.spec['base']} (hidden size, layers, vocabulary "
-                            f"{self.spec['base_shape']}), and {base_dir} has {list(ours)}")
+            raise UserError(
+                f"{adapter_dir} was trained on {self.spec['base']} (hidden size, layers, vocabulary "
+                f"{self.spec['base_shape']}), and {base_dir} has {list(ours)}"
+            )
         self.model = PreferenceEmbedder(backbone, tokenizer, self.spec).eval()
         differ = sorted(self.model.adapter().keys() ^ weights.keys())
         if differ:
-            raise UserError(f"{adapter_dir} is broken: its adapter.safetensors and the model that "
-                            f"ranker.json describes differ in {len(differ)} tensors, {differ[0]} "
-                            "first; train it again with src/tools/train_ranker.py")
+            raise UserError(
+                f"{adapter_dir} is broken: its adapter.safetensors and the model that "
+                f"ranker.json describes differ in {len(differ)} tensors, {differ[0]} "
+                "first; train it again with src/tools/train_ranker.py"
+            )
         try:
             floats = {name: tensor.float() for name, tensor in weights.items()}
             self.model.load_state_dict(floats, strict=False)
@@ -269,7 +332,10 @@ class EmbeddedRanker:
 
     def all_pair_logits(self, groups: list[tuple[str, list[str]]]) -> list[np.ndarray]:
         """`pair_logits` of every prompt with its candidates."""
-        return [self.pair_logits(prompt, candidates) for prompt, candidates in progress(groups, "compare")]
+        return [
+            self.pair_logits(prompt, candidates)
+            for prompt, candidates in progress(groups, "compare")
+        ]
 
     @torch.inference_mode()
     def pair_logits(self, prompt: str, candidates: list[str]) -> np.ndarray:

@@ -21,13 +21,16 @@ from sppo.core.errors import UserError
 
 COLUMNS = ("instruction", "output_1", "output_2", "preference")
 PARTS = ("ranker", "judge", "test")
-MAX_LOG_ODDS = 16.0  # GPT-4-turbo's weighted preferences go down to 1e-7; 1.0 and 2.0 exactly mean "beyond"
+MAX_LOG_ODDS = (
+    16.0  # GPT-4-turbo's weighted preferences go down to 1e-7; 1.0 and 2.0 exactly mean "beyond"
+)
 MIN_GAP = 1.0  # pairs closer than this in log-odds are not labelled
 MAX_TARGET = 0.95  # GPT-4 is not always right, however sure it is
 MIN_WORDS = 12  # shorter answers are not corrupted: a cut "Yes." is still "Yes."
 
 
 # ---------------------------------------------------------------- instructions and their parts
+
 
 def instruction_hash(instruction: str) -> str:
     """The SHA-256 of the stripped instruction, in hex: what `training_instructions.txt` lists."""
@@ -47,6 +50,7 @@ def for_calibration(instruction: str) -> bool:
 
 # ---------------------------------------------------------------- reading and cleaning
 
+
 def load_annotations(path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     """Read an annotation file; return its usable rows and how many were left out, by reason.
 
@@ -63,7 +67,9 @@ def load_annotations(path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
         raise UserError(f"{path} is not a readable parquet file: {error}") from None
     missing = [column for column in COLUMNS if column not in frame]
     if missing:
-        raise UserError(f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(map(str, frame))}")
+        raise UserError(
+            f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(map(str, frame))}"
+        )
     if "model" not in frame:
         frame["model"] = frame["generator_2"] if "generator_2" in frame else "model"
     frame = frame[[*COLUMNS, "model"]].reset_index(drop=True)
@@ -71,9 +77,13 @@ def load_annotations(path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     texts = frame[["instruction", "output_1", "output_2"]]
     is_text = texts.map(lambda value: isinstance(value, str)).all(axis=1)
     preference = frame["preference"]
-    reasons = [("missing_preference", preference.isna()), ("missing_text", ~is_text),
-               ("draw", preference.isin([0.0, 1.5])), ("out_of_range", ~preference.between(1, 2)),
-               ("identical_outputs", frame["output_1"] == frame["output_2"])]
+    reasons = [
+        ("missing_preference", preference.isna()),
+        ("missing_text", ~is_text),
+        ("draw", preference.isin([0.0, 1.5])),
+        ("out_of_range", ~preference.between(1, 2)),
+        ("identical_outputs", frame["output_1"] == frame["output_2"]),
+    ]
     keep, excluded = pd.Series(True, index=frame.index), {}
     for reason, bad in reasons:  # each row is counted once, under its first reason
         excluded[reason] = int((keep & bad).sum())
@@ -100,6 +110,7 @@ def log_odds(preference: np.ndarray) -> np.ndarray:
 
 # ---------------------------------------------------------------- corrupted answers
 
+
 def cut(text: str, rng: random.Random) -> str:
     """Break off in the middle of a sentence, at 30 to 60% of the (first 120) words."""
     words = text.split(" ")
@@ -116,7 +127,9 @@ def shuffle_words(text: str, rng: random.Random) -> str:
 
 def shuffle_sentences(text: str, rng: random.Random) -> str:
     """All sentences (or lines) in random order."""
-    sentences = [part.strip() for line in text.split("\n") for part in line.split(". ") if part.strip()]
+    sentences = [
+        part.strip() for line in text.split("\n") for part in line.split(". ") if part.strip()
+    ]
     rng.shuffle(sentences)
     return ". ".join(sentences)
 
@@ -129,11 +142,16 @@ def repeat(text: str, rng: random.Random) -> str:
     return " ".join(opening * times)
 
 
-CORRUPTIONS = {"cut": cut, "shuffled": shuffle_words, "shuffled_sentences": shuffle_sentences,
-               "repeated": repeat}  # and "off_topic": an answer to another instruction
+CORRUPTIONS = {
+    "cut": cut,
+    "shuffled": shuffle_words,
+    "shuffled_sentences": shuffle_sentences,
+    "repeated": repeat,
+}  # and "off_topic": an answer to another instruction
 
 
 # ---------------------------------------------------------------- groups of labelled pairs
+
 
 @dataclass
 class Group:
@@ -187,20 +205,31 @@ def add_corrupted(group: Group, scores: list[float], others: list[str], rng: ran
         if kind != "off_topic" and not long:
             continue
         original = rng.choice(long if kind != "off_topic" else range(len(scores)))
-        worse = rng.choice(others) if kind == "off_topic" else CORRUPTIONS[kind](group.texts[original], rng)
+        worse = (
+            rng.choice(others)
+            if kind == "off_topic"
+            else CORRUPTIONS[kind](group.texts[original], rng)
+        )
         group.texts.append(worse)
         # Every answer that belongs beats one that does not, however short it is.
-        better = [i for i, score in enumerate(scores)
-                  if kind == "off_topic" or i == original or score - scores[original] >= MIN_GAP]
+        better = [
+            i
+            for i, score in enumerate(scores)
+            if kind == "off_topic" or i == original or score - scores[original] >= MIN_GAP
+        ]
         group.corrupted += [(i, len(group.texts) - 1, 0.97) for i in better]
 
 
-def make_groups(files: list[pd.DataFrame], size: int, seed: int, calibration: bool, part: str) -> list[Group]:
+def make_groups(
+    files: list[pd.DataFrame], size: int, seed: int, calibration: bool, part: str
+) -> list[Group]:
     """One group for each instruction of the part and file, in a random order that the seed fixes."""
     groups = []
     for number, frame in enumerate(files):
-        keep = {text: part_of(text) == part and for_calibration(text) == calibration
-                for text in frame["instruction"].unique()}
+        keep = {
+            text: part_of(text) == part and for_calibration(text) == calibration
+            for text in frame["instruction"].unique()
+        }
         frame = frame[frame["instruction"].map(keep)]
         for instruction, rows in frame.groupby("instruction", sort=True):
             key = f"{seed}/{number}/{instruction_hash(instruction)}"
@@ -216,6 +245,8 @@ def shorter_weight(groups: list[Group], longer_wins: float) -> float:
 
     Without it the model learns length first, for that is the easiest half of what GPT-4 prefers.
     """
-    longer = [len(group.texts[i]) > len(group.texts[j]) for group in groups for i, j, _ in group.pairs]
+    longer = [
+        len(group.texts[i]) > len(group.texts[j]) for group in groups for i, j, _ in group.pairs
+    ]
     share = float(np.mean(longer))
     return share / (1 - share) * (1 - longer_wins) / longer_wins

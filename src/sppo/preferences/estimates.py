@@ -27,8 +27,10 @@ def _relative(logits: Array) -> Array:
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"logits have shape {logits.shape}, not (K, K)")
     if not np.isfinite(logits).all():
-        raise UserError("the preference model gave logits that are NaN or infinite; check its "
-                        "weights, or run it in float32")
+        raise UserError(
+            "the preference model gave logits that are NaN or infinite; check its "
+            "weights, or run it in float32"
+        )
     return logits - logits.T
 
 
@@ -40,7 +42,9 @@ def mean_logits(logits: Array) -> Array:
     return _relative(logits).mean(axis=1)
 
 
-def win_probabilities(logits: Array, probability: str = "pairwise", logit_scale: float = 0.5) -> Array:
+def win_probabilities(
+    logits: Array, probability: str = "pairwise", logit_scale: float = 0.5
+) -> Array:
     """P(y_i beats y_j), shape (K, K); P + P^T = 1 and the diagonal is 1/2, exactly.
 
     `pairwise`: sigma(c (L - L^T)), a general preference that may be cyclic (the paper, section 5.1; c = 1/2
@@ -80,17 +84,29 @@ def even_length_penalty(scores: list[Array], lengths: list[Array]) -> float:
     DICE, 2406.09760, which tries alpha in steps of 0.001. The mean difference falls with alpha, in steps where two responses of a
     prompt change places, so that bisection over these finds it exactly. 0 if winners are no longer than losers without it.
     """
+
     def difference(alpha: float) -> float:
-        ends = [(length[(score - alpha * length).argmax()], length[(score - alpha * length).argmin()])
-                for score, length in zip(scores, lengths, strict=True)]
+        ends = [
+            (length[(score - alpha * length).argmax()], length[(score - alpha * length).argmin()])
+            for score, length in zip(scores, lengths, strict=True)
+        ]
         return float(np.mean([winner - loser for winner, loser in ends]))
 
-    places = np.concatenate([((s[:, None] - s)[longer] / (n[:, None] - n)[longer]) for s, n in zip(scores, lengths, strict=True)
-                             for longer in [n[:, None] > n]])
+    places = np.concatenate(
+        [
+            ((s[:, None] - s)[longer] / (n[:, None] - n)[longer])
+            for s, n in zip(scores, lengths, strict=True)
+            for longer in [n[:, None] > n]
+        ]
+    )
     places = np.unique(places[places > 0])
     alphas = [0.0, *(places[:-1] + places[1:]) / 2, *(2 * places[-1:])]  # one in each step
-    first = bisect.bisect_left(alphas, 0, key=lambda alpha: -difference(alpha))  # where winners are no longer than losers
-    return float(min(alphas[max(first - 1, 0):first + 1], key=lambda alpha: abs(difference(alpha))))
+    first = bisect.bisect_left(
+        alphas, 0, key=lambda alpha: -difference(alpha)
+    )  # where winners are no longer than losers
+    return float(
+        min(alphas[max(first - 1, 0) : first + 1], key=lambda alpha: abs(difference(alpha)))
+    )
 
 
 def winner_and_loser(scores: Array) -> tuple[int, int] | None:

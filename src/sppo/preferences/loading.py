@@ -27,11 +27,22 @@ def load_model(args: argparse.Namespace):
     from sppo.policies.models import pick_device
 
     device = pick_device(args.device)
-    reading = {"max_prompt_tokens": args.max_prompt_tokens, "max_response_tokens": args.max_response_tokens, "truncate_together": args.truncate_together}
+    reading = {
+        "max_prompt_tokens": args.max_prompt_tokens,
+        "max_response_tokens": args.max_response_tokens,
+        "truncate_together": args.truncate_together,
+    }
     if args.backend == "llm_blender":
         from sppo.preferences.llm_blender import LlmBlender
 
         return LlmBlender(Path(args.model), device, **reading)
     from sppo.preferences.embedded import load_preference_model
 
-    return load_preference_model(args.model, args.ranker_base, device, precision=args.precision, batch_tokens=args.batch_tokens, **reading)
+    return load_preference_model(
+        args.model,
+        args.ranker_base,
+        device,
+        precision=args.precision,
+        batch_tokens=args.batch_tokens,
+        **reading,
+    )

@@ -52,10 +52,17 @@ def shape_of(config: dict[str, Any]) -> Shape:
     """The shape in a config.json of the Llama, Mistral or Gemma family."""
     heads = config["num_attention_heads"]
     gemma = config.get("model_type", "").startswith("gemma")
-    return Shape(config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"], heads, config.get("num_key_value_heads") or heads,
-                 config.get("head_dim") or config["hidden_size"] // heads, config["vocab_size"],
-                 config.get("tie_word_embeddings", gemma),
-                 softcap=config.get("final_logit_softcapping") is not None)
+    return Shape(
+        config["num_hidden_layers"],
+        config["hidden_size"],
+        config["intermediate_size"],
+        heads,
+        config.get("num_key_value_heads") or heads,
+        config.get("head_dim") or config["hidden_size"] // heads,
+        config["vocab_size"],
+        config.get("tie_word_embeddings", gemma),
+        softcap=config.get("final_logit_softcapping") is not None,
+    )
 
 
 # Of the config.json that each model was published with.
@@ -99,18 +106,28 @@ class Use:
 
 def forward_flops(shape: Shape, tokens: float, context: float, logits: float) -> float:
     """Of `tokens` tokens that each look at `context` others, `logits` of them up to the vocabulary."""
-    return 2 * shape.body * tokens + 4 * shape.layers * shape.heads * shape.head_dim * context * tokens + 2 * shape.head * logits
+    return (
+        2 * shape.body * tokens
+        + 4 * shape.layers * shape.heads * shape.head_dim * context * tokens
+        + 2 * shape.head * logits
+    )
 
 
-def generate_flops(shape: Shape, prompts: float, prompt: float, samples: int, response: float) -> float:
+def generate_flops(
+    shape: Shape, prompts: float, prompt: float, samples: int, response: float
+) -> float:
     """`samples` responses to each prompt, which is read once."""
     drawn = prompts * samples * response
-    return forward_flops(shape, prompts * prompt, prompt / 2, 0) + forward_flops(shape, drawn, prompt + response / 2, drawn)
+    return forward_flops(shape, prompts * prompt, prompt / 2, 0) + forward_flops(
+        shape, drawn, prompt + response / 2, drawn
+    )
 
 
 def score_flops(shape: Shape, pairs: float, prompt: float, response: float) -> float:
     """Both responses of each pair, each behind its prompt; logits of the responses alone."""
-    return forward_flops(shape, 2 * pairs * (prompt + response), (prompt + response) / 2, 2 * pairs * response)
+    return forward_flops(
+        shape, 2 * pairs * (prompt + response), (prompt + response) / 2, 2 * pairs * response
+    )
 
 
 def train_factor(lora: bool, checkpointing: bool) -> int:
@@ -124,15 +141,30 @@ def pairrm_flops(prompts: float, prompt: float, samples: int, response: float) -
     return forward_flops(PAIRRM, prompts * samples * (samples - 1) * length, length, 0)
 
 
-def ranker_flops(shape: Shape, spec: dict[str, Any], prompts: float, prompt: float, samples: int, response: float) -> float:
+def ranker_flops(
+    shape: Shape, spec: dict[str, Any], prompts: float, prompt: float, samples: int, response: float
+) -> float:
     """An embedded preference model: the lower layers of its base, over the prompt once and each answer behind it."""
-    prompt, response = min(prompt, spec["max_prompt_tokens"]), min(response, spec["max_answer_tokens"])
-    return forward_flops(replace(shape, layers=spec["layers"]), prompts * (prompt + samples * response), prompt + response / 2, 0)
+    prompt, response = (
+        min(prompt, spec["max_prompt_tokens"]),
+        min(response, spec["max_answer_tokens"]),
+    )
+    return forward_flops(
+        replace(shape, layers=spec["layers"]),
+        prompts * (prompt + samples * response),
+        prompt + response / 2,
+        0,
+    )
 
 
 def concurrent_sequences(shape: Shape, gpu: Gpu, context: float, use: Use) -> int:
     """Sequences that fit beside the weights in 16 bits, in nine tenths of the memory as vLLM takes them. 0: not even the weights."""
-    return max(0, min(use.concurrent, int((0.9 * gpu.memory - 2 * shape.weights) / (shape.kv_bytes * context))))
+    return max(
+        0,
+        min(
+            use.concurrent, int((0.9 * gpu.memory - 2 * shape.weights) / (shape.kv_bytes * context))
+        ),
+    )
 
 
 def decode_seconds(shape: Shape, gpu: Gpu, use: Use, tokens: float, context: float) -> float | None:
@@ -140,14 +172,20 @@ def decode_seconds(shape: Shape, gpu: Gpu, use: Use, tokens: float, context: flo
     together = concurrent_sequences(shape, gpu, context, use)
     if not together:
         return None
-    read = (2 * shape.weights + together * context * shape.kv_bytes) / (gpu.bandwidth * use.bandwidth)
+    read = (2 * shape.weights + together * context * shape.kv_bytes) / (
+        gpu.bandwidth * use.bandwidth
+    )
     computed = forward_flops(shape, together, context, together) / (gpu.flops * use.forward)
     return tokens / together * (read + computed)
 
 
 def lora_weights(shape: Shape, rank: int) -> int:
     """Of adapters on every linear layer but the head."""
-    each_way = shape.hidden * 4 + shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads) + shape.mlp_matrices * (shape.hidden + shape.intermediate)
+    each_way = (
+        shape.hidden * 4
+        + shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+        + shape.mlp_matrices * (shape.hidden + shape.intermediate)
+    )
     return shape.layers * rank * each_way
 
 
@@ -183,8 +221,17 @@ def squares(shape: Shape, sequences: int, length: int) -> int:
     return sequences * shape.heads * length**2
 
 
-def train_bytes(shape: Shape, gpus: int, micro_batch: int, prompt: int, response: int,
-                lora_rank: int, checkpointing: bool, width: int = 2, eager: bool = False) -> float:
+def train_bytes(
+    shape: Shape,
+    gpus: int,
+    micro_batch: int,
+    prompt: int,
+    response: int,
+    lora_rank: int,
+    checkpointing: bool,
+    width: int = 2,
+    eager: bool = False,
+) -> float:
     """Peak of one GPU in training on sequences of `prompt` + `response` tokens.
 
     That is what it holds throughout and the largest of its phases. Weights, gradients and RMSProp's
@@ -209,8 +256,9 @@ def train_bytes(shape: Shape, gpus: int, micro_batch: int, prompt: int, response
         in_layer += SANDWICH * shape.hidden * tokens
     if eager:
         square = wide * squares(shape, sequences, length)
-        in_layer = max(in_layer + KEPT_EAGER * square,
-                       EAGER * square + BESIDE_EAGER * shape.hidden * tokens)
+        in_layer = max(
+            in_layer + KEPT_EAGER * square, EAGER * square + BESIDE_EAGER * shape.hidden * tokens
+        )
         kept += 0 if checkpointing else (shape.layers - 1) * KEPT_EAGER * square
     gathered = WEIGHT * root if divided else 0
     of_head = HEAD * shape.hidden * tokens + (LOGIT + (SOFT_CAP if shape.softcap else 0)) * entries
@@ -219,21 +267,34 @@ def train_bytes(shape: Shape, gpus: int, micro_batch: int, prompt: int, response
         kept + of_head + cast * shape.head + (WEIGHT * layer if divided else 0),
         # A layer; the output layer's gradient waits for that of the embeddings if these are tied or
         # gathered.
-        kept + in_layer
+        kept
+        + in_layer
         + (gathered + GATHERED_LAYERS * WEIGHT * layer if divided else cast * layer)
-        + (WEIGHT * shape.head if full and (shape.tied or divided) else 0)]
+        + (WEIGHT * shape.head if full and (shape.tied or divided) else 0),
+    ]
     if full:
         # Gradients of the embeddings and the output layer: tied ones are added up in a third.
         gradients = (3 if shape.tied else 2) * WEIGHT * shape.head
-        phases.append(gathered + gradients + (2 * WEIGHT * layer if divided else 0)
-                      + (0 if checkpointing else kept))
+        phases.append(
+            gathered
+            + gradients
+            + (2 * WEIGHT * layer if divided else 0)
+            + (0 if checkpointing else kept)
+        )
         if not divided:  # PyTorch's RMSProp on a GPU takes the roots of all squares at once
             phases.append(WEIGHT * shape.weights)
     return held + max(phases)
 
 
-def score_bytes(shape: Shape, micro_batch: int, prompt: int, response: int, lora: bool,
-                width: int = 2, eager: bool = False) -> float:
+def score_bytes(
+    shape: Shape,
+    micro_batch: int,
+    prompt: int,
+    response: int,
+    lora: bool,
+    width: int = 2,
+    eager: bool = False,
+) -> float:
     """Peak of the forward pass over pairs: the weights, and one layer's states or the logits.
 
     Weights are float32, with LoRA they have `width` bytes.

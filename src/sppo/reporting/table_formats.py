@@ -32,10 +32,17 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>\n"
 
 
-def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], ours: Sequence[bool] = ()) -> str:
+def html_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], ours: Sequence[bool] = ()
+) -> str:
     """A table of plain texts; rows for which `ours` is true are shaded."""
+
     def line(cells: Sequence[str], tag: str, shaded: bool = False) -> str:
-        return ("<tr class=ours>" if shaded else "<tr>") + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+        return (
+            ("<tr class=ours>" if shaded else "<tr>")
+            + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+            + "</tr>\n"
+        )
 
     body = [line(cells, "td", bool(ours) and ours[number]) for number, cells in enumerate(rows)]
     return f"<div><table>\n{line(head, 'th')}{''.join(body)}</table></div>\n"
@@ -44,7 +51,12 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], ours: Sequenc
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """The same in Markdown."""
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [list(head), ["---"] * len(head), *escaped]) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(row) + " |" for row in [list(head), ["---"] * len(head), *escaped]
+        )
+        + "\n"
+    )
 
 
 def csv_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -54,12 +66,25 @@ def csv_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return text.getvalue()
 
 
-def latex_table(head: Sequence[str], rows: Iterable[Sequence[str]], columns: str, comment: str) -> str:
+def latex_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], columns: str, comment: str
+) -> str:
     """The same as a booktabs table under a comment; `columns` is LaTeX's, such as `lrr`."""
-    special = {character: f"\\{character}" for character in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+    special = {character: f"\\{character}" for character in "&%$#_{}"} | {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+    }
 
     def line(cells: Sequence[str]) -> str:
-        return "  " + " & ".join("".join(special.get(character, character) for character in cell) for cell in cells) + " \\\\\n"
+        return (
+            "  "
+            + " & ".join(
+                "".join(special.get(character, character) for character in cell) for cell in cells
+            )
+            + " \\\\\n"
+        )
 
-    return (f"% {comment}\n\\begin{{tabular}}{{{columns}}}\n  \\toprule\n{line(head)}  \\midrule\n{''.join(map(line, rows))}"
-            "  \\bottomrule\n\\end{tabular}\n")
+    return (
+        f"% {comment}\n\\begin{{tabular}}{{{columns}}}\n  \\toprule\n{line(head)}  \\midrule\n{''.join(map(line, rows))}"
+        "  \\bottomrule\n\\end{tabular}\n"
+    )

@@ -34,6 +34,7 @@ Step = float | Callable[[int], float]  # a number, or a function of t = 1, 2, ..
 
 # --- games ---
 
+
 @dataclass(frozen=True)
 class Game:
     """P (n, n), the policy pi_1 (n,) that play starts from, and the names of the actions."""
@@ -48,7 +49,11 @@ def named_game(P: Array, start: Array | None = None, actions: tuple[str, ...] = 
     P = np.asarray(P, dtype=np.float64)
     ramp = np.arange(1.0, len(P) + 1)
     letters = tuple(chr(97 + i) if len(P) <= 26 else str(i + 1) for i in range(len(P)))
-    return Game(P, ramp / ramp.sum() if start is None else np.asarray(start, dtype=np.float64), actions or letters)
+    return Game(
+        P,
+        ramp / ramp.sum() if start is None else np.asarray(start, dtype=np.float64),
+        actions or letters,
+    )
 
 
 def bradley_terry(r: Array) -> Array:
@@ -68,7 +73,11 @@ def parse_game(text: str, name: str) -> Game:
 
     `name` is the file's, for the one-line UserError of what is not a game.
     """
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if any(cell.strip() for cell in row)]
+    rows = [
+        [cell.strip() for cell in row]
+        for row in csv.reader(text.splitlines())
+        if any(cell.strip() for cell in row)
+    ]
     actions: tuple[str, ...] = ()
     if rows and not any(map(_is_number, rows[0])):
         actions, rows = tuple(rows[0]), rows[1:]
@@ -79,7 +88,9 @@ def parse_game(text: str, name: str) -> Game:
         raise UserError(f"{name} holds {n} lines of numbers; a game has two actions or more")
     for i, row in enumerate(rows):
         if len(row) != n:
-            raise UserError(f"{name} is not square: {n} lines, but line {i + 1} of them has {len(row)} numbers")
+            raise UserError(
+                f"{name} is not square: {n} lines, but line {i + 1} of them has {len(row)} numbers"
+            )
         for j, cell in enumerate(row):
             where = f"{name}: {cell!r} in row {i + 1}, column {j + 1}"
             if not _is_number(cell):
@@ -91,7 +102,9 @@ def parse_game(text: str, name: str) -> Game:
     P = np.array(rows, dtype=np.float64)
     i, j = np.unravel_index(np.abs(P + P.T - 1).argmax(), P.shape)
     if abs(P[i, j] + P[j, i] - 1) > 1e-6:
-        raise UserError(f"{name}: P + P^T is not 1: row {i + 1}, column {j + 1} is {P[i, j]:g} and its mirror {P[j, i]:g}")
+        raise UserError(
+            f"{name}: P + P^T is not 1: row {i + 1}, column {j + 1} is {P[i, j]:g} and its mirror {P[j, i]:g}"
+        )
     return named_game((P + 1 - P.T) / 2, actions=actions)
 
 
@@ -104,13 +117,16 @@ def _is_number(cell: str) -> bool:
 
 GAMES = {
     "rps": named_game([[0.5, 0, 1], [1, 0.5, 0], [0, 1, 0.5]]),
-    "comal3": named_game([[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]], start=[0.2, 0.5, 0.3]),
+    "comal3": named_game(
+        [[0.5, 0.1, 0.8], [0.9, 0.5, 0.1], [0.2, 0.9, 0.5]], start=[0.2, 0.5, 0.3]
+    ),
     "transitive_nonBT": named_game([[0.5, 0.9, 0.6], [0.1, 0.5, 0.9], [0.4, 0.1, 0.5]]),
     "bt3": named_game(bradley_terry([1, 0, -1])),
 }
 
 
 # --- what a policy is worth ---
+
 
 def kl(p: Array, q: Array) -> float:
     """KL(p || q) in nats, 0 log 0 = 0; exact to rounding also where it is far smaller than the rounding of p and q."""
@@ -141,8 +157,15 @@ def regularised_gap(P: Array, pi: Array, ref: Array, tau: float) -> float:
 def nash(P: Array) -> Array:
     """A von Neumann winner, (n,): maximise v with sum_i pi_i P_ij >= v for every j, a linear program."""
     n = len(P)
-    found = linprog(np.r_[np.zeros(n), -1.0], A_ub=np.c_[-P.T, np.ones(n)], b_ub=np.zeros(n),
-                    A_eq=np.r_[np.ones(n), 0.0][None], b_eq=[1.0], bounds=[(0, None)] * n + [(None, None)], method="highs-ds")
+    found = linprog(
+        np.r_[np.zeros(n), -1.0],
+        A_ub=np.c_[-P.T, np.ones(n)],
+        b_ub=np.zeros(n),
+        A_eq=np.r_[np.ones(n), 0.0][None],
+        b_eq=[1.0],
+        bounds=[(0, None)] * n + [(None, None)],
+        method="highs-ds",
+    )
     if found.status:
         raise ArithmeticError(f"the linear program of the equilibrium ended with: {found.message}")
     pi = np.maximum(found.x[:n], 0.0)
@@ -154,9 +177,13 @@ def regularised_nash(P: Array, ref: Array, tau: float) -> Array:
 
     Newton's method on the logits; independent of the algorithms that ought to end here.
     """
+
     def residual(logits: Array) -> tuple[Array, Array]:
         pi = _softmax(logits)
-        return logits - np.log(ref) - P @ pi / tau, np.eye(len(P)) - P @ (np.diag(pi) - np.outer(pi, pi)) / tau
+        return logits - np.log(ref) - P @ pi / tau, np.eye(len(P)) - P @ (
+            np.diag(pi) - np.outer(pi, pi)
+        ) / tau
+
     return _softmax(_newton(residual, np.log(ref)))
 
 
@@ -169,13 +196,16 @@ def bt_rewards(P: Array, weights: Array | None = None) -> Array:
     n = len(P)
     w = np.full(n, 1 / n) if weights is None else weights
     if not has_finite_rewards(P):
-        raise ValueError("the rewards of highest likelihood are infinite: some actions always beat all others")
+        raise ValueError(
+            "the rewards of highest likelihood are infinite: some actions always beat all others"
+        )
 
     def residual(r: Array) -> tuple[Array, Array]:
         # The gradient, row i divided by w_i; 1 w^T fixes the constant that rewards leave free.
         win = bradley_terry(r)
         slope = win * (1 - win) * w
         return (win - P) @ w, np.diag(slope.sum(axis=1)) - slope + np.outer(np.ones(n), w)
+
     r = _newton(residual, np.zeros(n))
     return r - r.mean()
 
@@ -189,6 +219,7 @@ def has_finite_rewards(P: Array) -> bool:
 
 
 # --- algorithms: endless iterators of policies ---
+
 
 def play(policies: Policies, steps: int) -> Array:
     """pi_1 and what follows from it in `steps` steps, shape (steps + 1, n)."""
@@ -226,7 +257,9 @@ def l2_log_ratio(pi: Array, c: Array) -> Array:
     low, high = -745.0, float(np.log(c.max()))  # at mu = max c no u is above 0
     for _ in range(70):
         middle = (low + high) / 2
-        low, high = (middle, high) if pi @ np.exp(c - wrightomega(c + middle)) > 1 else (low, middle)
+        low, high = (
+            (middle, high) if pi @ np.exp(c - wrightomega(c + middle)) > 1 else (low, middle)
+        )
     return c - wrightomega(c + high)
 
 
@@ -239,6 +272,7 @@ def omwu(P: Array, pi: Array, eta: float) -> Policies:
         now, last = P @ pi, before
         before = now
         return log_pi + eta * (2 * now - last)
+
     return _iterate(pi, update)
 
 
@@ -247,7 +281,9 @@ def inpo(P: Array, pi: Array, ref: Array, eta: Step, tau: float) -> Policies:
 
     eta is an inverse step here, as in the paper. Fixed point, with a constant eta: `regularised_nash`.
     """
-    return _iterate(pi, lambda log_pi, pi, t: _inpo_step(P, log_pi, pi, np.log(ref), _at(eta, t), tau))
+    return _iterate(
+        pi, lambda log_pi, pi, t: _inpo_step(P, log_pi, pi, np.log(ref), _at(eta, t), tau)
+    )
 
 
 def nash_md(P: Array, pi: Array, ref: Array, eta: Step, tau: float) -> Policies:
@@ -255,10 +291,12 @@ def nash_md(P: Array, pi: Array, ref: Array, eta: Step, tau: float) -> Policies:
 
     eta as in `inpo`. With a constant eta the fixed point is not `regularised_nash`, but near it.
     """
+
     def update(log_pi: Array, pi: Array, t: int) -> Array:
         inverse = _at(eta, t)
         log_m = (1 - tau / inverse) * log_pi + tau / inverse * np.log(ref)
         return log_m + P @ _softmax(log_m) / inverse
+
     return _iterate(pi, update)
 
 
@@ -267,9 +305,11 @@ def egpo(P: Array, pi: Array, ref: Array, eta: float, tau: float) -> Policies:
 
     Fixed point: `regularised_nash`.
     """
+
     def update(log_pi: Array, pi: Array, t: int) -> Array:
         b = (1 - eta * tau) * log_pi + eta * tau * np.log(ref)
         return b + eta * (P @ _softmax(b + eta * (P @ pi)))
+
     return _iterate(pi, update)
 
 
@@ -286,12 +326,16 @@ def mpo(P: Array, pi: Array, eta: float, alpha: float, every: int) -> Policies:
 
     A policy that is its own magnet and stays where it is has P pi constant, as at an equilibrium of full support: no bias is left.
     """
-    return _moving(pi, every, lambda log_pi, pi, log_magnet: _mmd_step(P, log_pi, pi, log_magnet, eta, alpha))
+    return _moving(
+        pi, every, lambda log_pi, pi, log_magnet: _mmd_step(P, log_pi, pi, log_magnet, eta, alpha)
+    )
 
 
 def comal(P: Array, pi: Array, eta: float, tau: float, every: int = 6) -> Policies:
     """COMAL (2410.23223): `inpo`, whose reference becomes the current policy every `every` steps; it starts at pi."""
-    return _moving(pi, every, lambda log_pi, pi, log_ref: _inpo_step(P, log_pi, pi, log_ref, eta, tau))
+    return _moving(
+        pi, every, lambda log_pi, pi, log_ref: _inpo_step(P, log_pi, pi, log_ref, eta, tau)
+    )
 
 
 def iterative_dpo(P: Array, pi: Array, beta: float, ref: Array | None = None) -> Policies:
@@ -299,7 +343,10 @@ def iterative_dpo(P: Array, pi: Array, beta: float, ref: Array | None = None) ->
 
     With `ref` it is ref exp(r / beta): the fixed reference.
     """
-    return _iterate(pi, lambda log_pi, pi, t: (log_pi if ref is None else np.log(ref)) + bt_rewards(P, pi) / beta)
+    return _iterate(
+        pi,
+        lambda log_pi, pi, t: (log_pi if ref is None else np.log(ref)) + bt_rewards(P, pi) / beta,
+    )
 
 
 def offline_dpo(P: Array, ref: Array, beta: float, weights: Array | None = None) -> Array:
@@ -331,16 +378,27 @@ def online_ipo_gradient(P: Array, pi: Array, ref: Array, beta: float, on_policy:
     return 4 * w * ((d[:, None] - d[None, :] - target) @ w)
 
 
-def sampled_ipo_gradient(P: Array, pi: Array, ref: Array, beta: float, on_policy: bool, samples: int, draw: np.random.Generator) -> Array:
+def sampled_ipo_gradient(
+    P: Array,
+    pi: Array,
+    ref: Array,
+    beta: float,
+    on_policy: bool,
+    samples: int,
+    draw: np.random.Generator,
+) -> Array:
     """Unbiased estimates of `online_ipo_gradient`, one a row (samples, n), from pairs and, in version 1, an opponent each from pi."""
     n, d = len(pi), np.log(pi / ref)
     y, other = draw.choice(n, size=(2, samples), p=pi if on_policy else None)
     opponent = draw.choice(n, size=samples, p=pi)
-    target = (P[y, other] - 0.5) / beta if on_policy else (P[y, opponent] - P[other, opponent]) / beta
+    target = (
+        (P[y, other] - 0.5) / beta if on_policy else (P[y, opponent] - P[other, opponent]) / beta
+    )
     return 2 * (d[y] - d[other] - target)[:, None] * (np.eye(n)[y] - np.eye(n)[other])
 
 
 # --- what they share ---
+
 
 def _iterate(pi: Array, update: Callable[[Array, Array, int], Array]) -> Policies:
     """pi, and then what `update` makes of (log pi_t, pi_t, t), normalised."""
@@ -360,6 +418,7 @@ def _moving(pi: Array, every: int, step: Callable[[Array, Array, Array], Array])
         nonlocal log_magnet
         log_magnet = log_pi if (t - 1) % every == 0 else log_magnet
         return step(log_pi, pi, log_magnet)
+
     return _iterate(pi, update)
 
 
@@ -367,7 +426,9 @@ def _inpo_step(P: Array, log_pi: Array, pi: Array, log_ref: Array, eta: float, t
     return (P @ pi + tau * log_ref) / eta + (1 - tau / eta) * log_pi
 
 
-def _mmd_step(P: Array, log_pi: Array, pi: Array, log_magnet: Array, eta: float, alpha: float) -> Array:
+def _mmd_step(
+    P: Array, log_pi: Array, pi: Array, log_magnet: Array, eta: float, alpha: float
+) -> Array:
     return (log_pi + eta * alpha * log_magnet + eta * (P @ pi)) / (1 + eta * alpha)
 
 

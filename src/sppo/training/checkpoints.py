@@ -35,8 +35,11 @@ def seal(checkpoint: Path) -> None:
 
 def _contents(checkpoint: Path) -> dict[str, dict[str, Any]]:
     hashes = file_hashes(checkpoint)
-    return {name: {"bytes": (checkpoint / name).stat().st_size, "sha256": found}
-            for name, found in hashes.items() if name != MANIFEST}
+    return {
+        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": found}
+        for name, found in hashes.items()
+        if name != MANIFEST
+    }
 
 
 def _to_disk(path: Path) -> None:
@@ -72,8 +75,12 @@ def remove_damaged(work: Path) -> None:
     for checkpoint in _newest_first(work):
         if (why := fault(checkpoint)) is None:
             return
-        print(f"checkpoint {checkpoint} is of no use: {why}; it is removed, and training goes on "
-              "from the one before, or begins anew", file=sys.stderr, flush=True)
+        print(
+            f"checkpoint {checkpoint} is of no use: {why}; it is removed, and training goes on "
+            "from the one before, or begins anew",
+            file=sys.stderr,
+            flush=True,
+        )
         remove(checkpoint)
 
 
@@ -84,8 +91,11 @@ def last_checkpoint(work: Path) -> Path | None:
 
 def _newest_first(work: Path) -> list[Path]:
     """Checkpoint folders as transformers names them, by step."""
-    found = {int(number): folder for folder in Path(work).glob("checkpoint-*")
-             if (number := folder.name.removeprefix("checkpoint-")).isdecimal()}
+    found = {
+        int(number): folder
+        for folder in Path(work).glob("checkpoint-*")
+        if (number := folder.name.removeprefix("checkpoint-")).isdecimal()
+    }
     return [found[step] for step in sorted(found, reverse=True)]
 
 
@@ -111,8 +121,11 @@ def alone(output: Path, wait: bool = True) -> Iterator[bool]:
                 if not wait:
                     raise UserError(f"{said}; wait for its end, or end it, and run again") from None
                 if not waited:
-                    print(f"{said}; waiting for its end (end it to train here)", file=sys.stderr,
-                          flush=True)
+                    print(
+                        f"{said}; waiting for its end (end it to train here)",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 waited = True
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:

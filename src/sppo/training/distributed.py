@@ -37,45 +37,74 @@ def launch(train: dict[str, Any], device: str) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    words = ["--config_file", CONFIGS / f"{parallel}.yaml", "--num_processes", processes, "--num_machines", machines,
-             "--num_cpu_threads_per_process", max(1, cores_of_job() // here)]
+    words = [
+        "--config_file",
+        CONFIGS / f"{parallel}.yaml",
+        "--num_processes",
+        processes,
+        "--num_machines",
+        machines,
+        "--num_cpu_threads_per_process",
+        max(1, cores_of_job() // here),
+    ]
     if machines > 1:
         words += _meeting_point(machines)
     else:
         words += ["--main_process_port", 0]  # any that is free
     if parallel == "fsdp2":
         words += ["--fsdp_activation_checkpointing", str(train["gradient_checkpointing"]).lower()]
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it has to say is said below
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # what it has to say is said below
     try:
         launch_command(launch_command_parser().parse_args([*map(str, words), *sys.argv]))
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except ConnectionError:
-        raise UserError("another program uses the port where the machines were to meet; set MASTER_PORT to one that is free, the same on each") from None
+        raise UserError(
+            "another program uses the port where the machines were to meet; set MASTER_PORT to one that is free, the same on each"
+        ) from None
     except ChildFailedError as failed:
         # What the others end with follows from a UserError or a kill; SIGTERM is how accelerate ends them.
-        rank, first = min(failed.failures.items(), key=lambda item: (not isinstance(item[1].message, dict), item[1].exitcode == -signal.SIGTERM,
-                                                                     item[1].exitcode))
+        rank, first = min(
+            failed.failures.items(),
+            key=lambda item: (
+                not isinstance(item[1].message, dict),
+                item[1].exitcode == -signal.SIGTERM,
+                item[1].exitcode,
+            ),
+        )
         if isinstance(first.message, dict):
             raise UserError(first.message["message"].removeprefix("UserError: ")) from None
         if first.exitcode < 0:
-            raise UserError(f"process {rank} of the training was ended by {signal.Signals(-first.exitcode).name}, most often for want of memory; "
-                            "lower train.micro_batch_size, and run again: it goes on from its last checkpoint") from None
-        raise UserError(f"process {rank} of the training failed with status {first.exitcode}; what it said stands above") from None
+            raise UserError(
+                f"process {rank} of the training was ended by {signal.Signals(-first.exitcode).name}, most often for want of memory; "
+                "lower train.micro_batch_size, and run again: it goes on from its last checkpoint"
+            ) from None
+        raise UserError(
+            f"process {rank} of the training failed with status {first.exitcode}; what it said stands above"
+        ) from None
 
 
 def _check_machine(here: int, parallel: str, device: str) -> None:
     """This machine can run `here` processes, else UserError."""
-    from sppo.policies.models import pick_device
     import torch
+
+    from sppo.policies.models import pick_device
 
     if pick_device(device) == "cpu":
         if parallel != "ddp":
-            raise UserError(f"train.parallel {parallel} needs GPUs, and PyTorch sees none here; set train.parallel: ddp")
+            raise UserError(
+                f"train.parallel {parallel} needs GPUs, and PyTorch sees none here; set train.parallel: ddp"
+            )
     elif here > (found := torch.cuda.device_count()):
-        raise UserError(f"train.processes wants {here} GPUs of this machine, and PyTorch sees {found}; lower it, or ask the cluster for more")
+        raise UserError(
+            f"train.processes wants {here} GPUs of this machine, and PyTorch sees {found}; lower it, or ask the cluster for more"
+        )
     if parallel == "zero3" and not importlib.util.find_spec("deepspeed"):
-        raise UserError("train.parallel zero3 needs DeepSpeed, which is not installed; run pip install deepspeed, or set train.parallel: fsdp2")
+        raise UserError(
+            "train.parallel zero3 needs DeepSpeed, which is not installed; run pip install deepspeed, or set train.parallel: fsdp2"
+        )
 
 
 def _meeting_point(machines: int) -> list[Any]:
@@ -83,9 +112,13 @@ def _meeting_point(machines: int) -> list[Any]:
     rank = os.environ.get("NODE_RANK") or os.environ.get("SLURM_NODEID")
     address = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     if rank is None or address is None:
-        raise UserError(f"train.machines is {machines}, but nothing says which of them this is; start the training with Slurm's srun, or set "
-                        "NODE_RANK (0, 1, ...) and MASTER_ADDR (the address of machine 0) on each")
-    port = os.environ.get("MASTER_PORT") or 20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 10000  # two jobs may share a machine
+        raise UserError(
+            f"train.machines is {machines}, but nothing says which of them this is; start the training with Slurm's srun, or set "
+            "NODE_RANK (0, 1, ...) and MASTER_ADDR (the address of machine 0) on each"
+        )
+    port = (
+        os.environ.get("MASTER_PORT") or 20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 10000
+    )  # two jobs may share a machine
     return ["--machine_rank", rank, "--main_process_ip", address, "--main_process_port", port]
 
 
@@ -103,7 +136,9 @@ def meet(processes: int, device: str) -> None:
     """Make torch.distributed work, and `cuda` this process's own GPU; nothing where this is the only process."""
     found = int(os.environ.get("WORLD_SIZE", 1))
     if found != processes:
-        raise UserError(f"{found} processes were started, but train.processes is {processes}; let src/train_policy.py start them")
+        raise UserError(
+            f"{found} processes were started, but train.processes is {processes}; let src/train_policy.py start them"
+        )
     if processes > 1:
         from accelerate import PartialState
 
@@ -137,5 +172,9 @@ def one_voice() -> Iterator[None]:
 
         if not (is_launched() and (isinstance(error, DistError) or "by peer" in str(error))):
             raise
-        print(f"process {os.environ['RANK']} could not reach another: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(
+            f"process {os.environ['RANK']} could not reach another: {' '.join(str(error).split())}",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(1)

@@ -20,7 +20,9 @@ from sppo.core.errors import UserError
 from sppo.core.progress import progress
 
 
-def collate(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def collate(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
     """Batch token ids: each row a prompt and its response, padded right.
 
     Returns input_ids (B, L) and response_places (N,), where the N response tokens of all rows stand

@@ -73,7 +73,10 @@ def kto_pair(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
     are means over the batch of the pairs' own log-ratios, and gradients pass through them.
     """
     kl_w, kl_l = delta_w.mean().clamp(min=0), delta_l.mean().clamp(min=0)
-    return 0.5 * ((1.0 - torch.sigmoid(beta * (delta_w - kl_l))) + (1.0 - torch.sigmoid(beta * (kl_w - delta_l))))
+    return 0.5 * (
+        (1.0 - torch.sigmoid(beta * (delta_w - kl_l)))
+        + (1.0 - torch.sigmoid(beta * (kl_w - delta_l)))
+    )
 
 
 def simpo(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> Tensor:
@@ -96,7 +99,9 @@ def mpo(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau:
     return ((1.0 + tau / beta) * h - h_t - tau / beta * h_ref - margin / beta) ** 2
 
 
-def nash_md(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau: float) -> Tensor:
+def nash_md(
+    h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau: float
+) -> Tensor:
     """Nash-MD (2312.00886) as a regression on pairs, shape (B,), eta = 1/beta: (h - h_mix - eta margin)^2, where pi_mix is
     pi_t^(1 - tau/beta) pi_ref^(tau/beta) and the margin that of P(. beats pi_mix), see `against_mixture` in src/train_policy.py.
 
@@ -113,11 +118,17 @@ LOSSES: dict[str, Callable[[SimpleNamespace, dict[str, Any]], Tensor]] = {
     "sppo_hard": lambda x, o: sppo_hard(x.delta_w, x.delta_l, o["beta"]),
     "dpo": lambda x, o: dpo(x.delta_w, x.delta_l, o["beta"], o["label_smoothing"]),
     "hinge": lambda x, o: hinge(x.delta_w, x.delta_l, o["beta"]),
-    "ipo": lambda x, o: ipo(x.delta_w / x.unit_w, x.delta_l / x.unit_l, o["ipo_target"] / o["beta"]),
+    "ipo": lambda x, o: ipo(
+        x.delta_w / x.unit_w, x.delta_l / x.unit_l, o["ipo_target"] / o["beta"]
+    ),
     "kto_pair": lambda x, o: kto_pair(x.delta_w, x.delta_l, o["beta"]),
-    "simpo": lambda x, o: simpo(x.logp_w / x.tokens_w, x.logp_l / x.tokens_l, o["beta"], o["gamma"]),
+    "simpo": lambda x, o: simpo(
+        x.logp_w / x.tokens_w, x.logp_l / x.tokens_l, o["beta"], o["gamma"]
+    ),
     "dno": lambda x, o: soft_label(x.delta_w, x.delta_l, torch.sigmoid(x.margin), o["beta"]),
-    "mmpo": lambda x, o: soft_label(x.delta_w, x.delta_l, torch.sigmoid(o["gamma"] * x.margin), o["beta"]),
+    "mmpo": lambda x, o: soft_label(
+        x.delta_w, x.delta_l, torch.sigmoid(o["gamma"] * x.margin), o["beta"]
+    ),
     "inpo": lambda x, o: inpo(x.h, x.h_ref, x.h_t, o["beta"], o["tau"]),
     "nash_md": lambda x, o: nash_md(x.h, x.h_ref, x.h_t, x.margin, o["beta"], o["tau"]),
     "mpo": lambda x, o: mpo(x.h, x.h_ref, x.h_t, x.margin, o["beta"], o["tau"]),
@@ -148,9 +159,18 @@ def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
 def _terms(pair: Pair, options: dict[str, Any]) -> SimpleNamespace:
     """The symbols of this module's head for a batch; `unit` is what IPO's log-ratios are divided by."""
     x = SimpleNamespace(
-        logp_w=pair["logp_chosen"], logp_l=pair["logp_rejected"], ref_w=pair["reference_chosen"], ref_l=pair["reference_rejected"],
-        current_w=pair["current_chosen"], current_l=pair["current_rejected"], tokens_w=pair["tokens_chosen"], tokens_l=pair["tokens_rejected"],
-        p_hat_w=pair["p_hat_chosen"], p_hat_l=pair["p_hat_rejected"], p_wl=pair["p_chosen_beats_rejected"])
+        logp_w=pair["logp_chosen"],
+        logp_l=pair["logp_rejected"],
+        ref_w=pair["reference_chosen"],
+        ref_l=pair["reference_rejected"],
+        current_w=pair["current_chosen"],
+        current_l=pair["current_rejected"],
+        tokens_w=pair["tokens_chosen"],
+        tokens_l=pair["tokens_rejected"],
+        p_hat_w=pair["p_hat_chosen"],
+        p_hat_l=pair["p_hat_rejected"],
+        p_wl=pair["p_chosen_beats_rejected"],
+    )
     x.delta_w, x.delta_l = x.logp_w - x.ref_w, x.logp_l - x.ref_l
     x.h, x.h_ref, x.h_t = x.logp_w - x.logp_l, x.ref_w - x.ref_l, x.current_w - x.current_l
     x.margin = x.p_hat_w - x.p_hat_l

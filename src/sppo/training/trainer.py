@@ -15,14 +15,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from sppo.training.checkpoints import seal
 from sppo.core.config import TRL_LOSSES, micro_batches
 from sppo.core.errors import UserError
-from sppo.training.logps import check_finite, forward_precision, pair_batch, pair_length, response_logps
-from sppo.training.losses import pair_loss
+from sppo.training.checkpoints import seal
 from sppo.training.distributed import first_alone
+from sppo.training.logps import (
+    check_finite,
+    forward_precision,
+    pair_batch,
+    pair_length,
+    response_logps,
+)
+from sppo.training.losses import pair_loss
 
 # Log-ratios before the first step are rounding alone: what other neighbours and other padding change.
 # Errors of tokens nearly cancel, so that they grow with the root of the length, while those of
@@ -32,7 +44,15 @@ from sppo.training.distributed import first_alone
 IDENTITY_TOLERANCE = {torch.float32: (2e-3, 5e-4), torch.bfloat16: (0.4, 0.04)}
 
 # Of each pair: the preference model's estimates, and log-probabilities under pi_t and the method's reference.
-NUMBERS = ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected", "current_chosen", "current_rejected", "reference_chosen", "reference_rejected")
+NUMBERS = (
+    "p_hat_chosen",
+    "p_hat_rejected",
+    "p_chosen_beats_rejected",
+    "current_chosen",
+    "current_rejected",
+    "reference_chosen",
+    "reference_rejected",
+)
 
 
 def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
@@ -45,7 +65,7 @@ def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) 
         indices = list(range(len(lengths)))
         random.Random(f"{seed}/{epoch}").shuffle(indices)
         order += indices
-    steps = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return [i for step in steps for i in sorted(step, key=lambda i: (-lengths[i], i))]
 
 
@@ -82,8 +102,10 @@ def identity_fault(ratios: Tensor, tokens: Tensor, dtype: torch.dtype) -> str | 
     limit = math.sqrt(base**2 + each**2 * length)
     if size < limit:
         return None
-    return (f"the log-ratios of {len(ratios)} responses, {length} tokens, are {size:.3g} nats (root of "
-            f"the sum of squares) before the first update, and rounding gives at most {limit:.3g}")
+    return (
+        f"the log-ratios of {len(ratios)} responses, {length} tokens, are {size:.3g} nats (root of "
+        f"the sum of squares) before the first update, and rounding gives at most {limit:.3g}"
+    )
 
 
 def evened(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
@@ -98,16 +120,29 @@ MEANS = ("loss", "log_ratio_chosen", "log_ratio_rejected", "order_right")
 class PairTrainer(Trainer):
     """Trains on pairs with any loss of `losses.py`; for SPPO, arXiv 2405.00675, eq. 4.6."""
 
-    def __init__(self, *args: Any, options: dict[str, Any], schedule_steps: int, dtype: torch.dtype, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        options: dict[str, Any],
+        schedule_steps: int,
+        dtype: torch.dtype,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, data_collator=collate_pairs, **kwargs)
         self.options, self.schedule_steps, self.dtype = options, schedule_steps, dtype
-        self.model_accepts_loss_kwargs = True  # the loss is divided by the step's pairs, in compute_loss
-        self._step_rows: list[Tensor] = []  # of each micro-batch since the last log line: (B, COLUMNS)
+        self.model_accepts_loss_kwargs = (
+            True  # the loss is divided by the step's pairs, in compute_loss
+        )
+        self._step_rows: list[
+            Tensor
+        ] = []  # of each micro-batch since the last log line: (B, COLUMNS)
         self._step_began = time.monotonic()
         self._step_0_rows: list[Tensor] = []  # of each micro-batch of the first step: (B, 7)
         self.step_0: dict[str, float] | None = None
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = torch.tensor(float(sum(batch["weight"].sum() for batch in batches)), device=device)
         # The mean over processes that follows the backward pass divides by their number once more.
@@ -116,26 +151,55 @@ class PairTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         return super().create_scheduler(self.schedule_steps, optimizer)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         # The same float32 weights and casts as in the reference pass, also where weights are divided over processes.
         with forward_precision(inputs["input_ids"].device.type, self.dtype):
             logps = response_logps(model, inputs)
         chosen, rejected = logps.chunk(2)
         delta_w, delta_l = chosen - inputs["current_chosen"], rejected - inputs["current_rejected"]
-        losses = pair_loss(self.options["loss"], inputs | {"logp_chosen": chosen, "logp_rejected": rejected}, self.options)
+        losses = pair_loss(
+            self.options["loss"],
+            inputs | {"logp_chosen": chosen, "logp_rejected": rejected},
+            self.options,
+        )
         if self.state.global_step == 0 and self.step_0 is None:
             self._keep_step_0(losses, delta_w, delta_l, inputs)
         self._count(losses, delta_w, delta_l, inputs)
         scale = self.options["beta"] ** 2 if self.options["loss_scale"] == "beta_squared" else 1.0
-        loss = scale * (losses * inputs["weight"]).sum() / (num_items_in_batch if num_items_in_batch is not None else inputs["weight"].sum())
+        loss = (
+            scale
+            * (losses * inputs["weight"]).sum()
+            / (num_items_in_batch if num_items_in_batch is not None else inputs["weight"].sum())
+        )
         return (loss, logps) if return_outputs else loss
 
-    def _keep_step_0(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
+    def _keep_step_0(
+        self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]
+    ) -> None:
         """Keep a micro-batch of the first step, and what the loss is where all log-ratios are 0."""
-        itself = {"logp_chosen": inputs["current_chosen"], "logp_rejected": inputs["current_rejected"]}
+        itself = {
+            "logp_chosen": inputs["current_chosen"],
+            "logp_rejected": inputs["current_rejected"],
+        }
         closed = pair_loss(self.options["loss"], inputs | itself, self.options)
-        columns = (inputs["weight"], losses, closed, delta_w, delta_l, inputs["tokens_chosen"], inputs["tokens_rejected"])
-        self._step_0_rows.append(torch.stack([column.detach().double() for column in columns], dim=1))
+        columns = (
+            inputs["weight"],
+            losses,
+            closed,
+            delta_w,
+            delta_l,
+            inputs["tokens_chosen"],
+            inputs["tokens_rejected"],
+        )
+        self._step_0_rows.append(
+            torch.stack([column.detach().double() for column in columns], dim=1)
+        )
 
     def _check_step_0(self) -> None:
         """In the first step the policy was pi_t: its log-ratios to it are 0, else UserError.
@@ -159,7 +223,9 @@ class PairTrainer(Trainer):
                 "policy: delete them and run again"
             )
 
-    def _count(self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]) -> None:
+    def _count(
+        self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]
+    ) -> None:
         """Keep a micro-batch for the next log line. On its device: reading numbers would make a GPU wait."""
         of_pairs = (inputs["pair_id"], inputs["weight"], inputs["sequence_tokens"])
         columns = (*of_pairs, losses, delta_w, delta_l, delta_w > delta_l)
@@ -200,11 +266,19 @@ class PairTrainer(Trainer):
 class Say(TrainerCallback):
     """A line a step for the log of a job that nobody watches."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         if logs and "loss" in logs and state.is_world_process_zero:
-            ratios = "".join(f", {name.replace('_', '-', 1).replace('_', ' of ')} {logs[name]:+.2f}"
-                             for name in ("log_ratio_chosen", "log_ratio_rejected") if name in logs)
-            print(f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.6g}{ratios}", flush=True)
+            ratios = "".join(
+                f", {name.replace('_', '-', 1).replace('_', ' of ')} {logs[name]:+.2f}"
+                for name in ("log_ratio_chosen", "log_ratio_rejected")
+                if name in logs
+            )
+            print(
+                f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.6g}{ratios}",
+                flush=True,
+            )
 
 
 class Seal(TrainerCallback):
@@ -222,49 +296,99 @@ class Seal(TrainerCallback):
                 seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-def trainer_arguments(options: dict[str, Any], steps: int, schedule_steps: int, device: str, work: Path, seed: int) -> dict[str, Any]:
+def trainer_arguments(
+    options: dict[str, Any], steps: int, schedule_steps: int, device: str, work: Path, seed: int
+) -> dict[str, Any]:
     """Arguments that our trainer and TRL's share."""
     micro, accumulated = micro_batches(options)
     fsdp = options["parallel"] == "fsdp2"
     return {
-        "output_dir": str(work), "max_steps": steps, "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": accumulated, "learning_rate": options["learning_rate"],
-        "optim": options["optimizer"], "lr_scheduler_type": options["lr_schedule"], "weight_decay": 0.0,
+        "output_dir": str(work),
+        "max_steps": steps,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": accumulated,
+        "learning_rate": options["learning_rate"],
+        "optim": options["optimizer"],
+        "lr_scheduler_type": options["lr_schedule"],
+        "weight_decay": 0.0,
         # In steps of the whole schedule, which is longer than the training if stop_epoch ends it early.
-        "warmup_steps": math.ceil(options["warmup_ratio"] * schedule_steps), "max_grad_norm": options["max_grad_norm"],
-        "use_cpu": device == "cpu", "seed": seed, "data_seed": seed,
-        "train_sampling_strategy": "sequential", "remove_unused_columns": False, "dataloader_pin_memory": device != "cpu",
+        "warmup_steps": math.ceil(options["warmup_ratio"] * schedule_steps),
+        "max_grad_norm": options["max_grad_norm"],
+        "use_cpu": device == "cpu",
+        "seed": seed,
+        "data_seed": seed,
+        "train_sampling_strategy": "sequential",
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device != "cpu",
         # FSDP has its own checkpointing, which `accelerate launch` was told of, and would keep whole gradients between micro-batches.
         "activation_checkpointing": options["gradient_checkpointing"] and not fsdp,
-        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}}, "ddp_find_unused_parameters": False,
-        "logging_steps": 1, "logging_first_step": True,
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}},
+        "ddp_find_unused_parameters": False,
+        "logging_steps": 1,
+        "logging_first_step": True,
         # A training shorter than that leaves nothing to go on from.
         "save_strategy": "steps" if steps > options["checkpoint_steps"] else "no",
-        "save_steps": options["checkpoint_steps"], "save_total_limit": 2,
-        "report_to": options["report_to"], "disable_tqdm": True, "run_name": work.parent.name,
+        "save_steps": options["checkpoint_steps"],
+        "save_total_limit": 2,
+        "report_to": options["report_to"],
+        "disable_tqdm": True,
+        "run_name": work.parent.name,
     }
 
 
-def make_trainer(model: PreTrainedModel, pairs: list[dict[str, Any]], options: dict[str, Any], dtype: torch.dtype, device: str,
-                 work: Path, seed: int) -> PairTrainer:
+def make_trainer(
+    model: PreTrainedModel,
+    pairs: list[dict[str, Any]],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: str,
+    work: Path,
+    seed: int,
+) -> PairTrainer:
     """Our trainer for rows of `pairs` that carry all `NUMBERS`."""
     steps, schedule_steps = plan(len(pairs), options)
-    order = training_order([pair_length(p) for p in pairs], options["batch_size"], math.ceil(options["stop_epoch"]), seed)
-    arguments = TrainingArguments(**trainer_arguments(options, steps, schedule_steps, device, work, seed))
+    order = training_order(
+        [pair_length(p) for p in pairs],
+        options["batch_size"],
+        math.ceil(options["stop_epoch"]),
+        seed,
+    )
+    arguments = TrainingArguments(
+        **trainer_arguments(options, steps, schedule_steps, device, work, seed)
+    )
     if arguments.deepspeed_plugin:  # DeepSpeed switches an autocast off that it does not know of
-        arguments.deepspeed_plugin.deepspeed_config["torch_autocast"] = {"enabled": dtype == torch.bfloat16, "dtype": "bfloat16",
-                                                                        "lower_precision_safe_modules": []}  # float32 is exchanged
+        arguments.deepspeed_plugin.deepspeed_config["torch_autocast"] = {
+            "enabled": dtype == torch.bfloat16,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        }  # float32 is exchanged
     rows = [pairs[i] for i in order]
     if options["processes"] > 1:
         rows = evened(rows, options["processes"] * arguments.per_device_train_batch_size)
-    trainer = PairTrainer(model=with_lora(model, options), args=arguments, train_dataset=rows,
-                          options=options, schedule_steps=schedule_steps, dtype=dtype, callbacks=[Say(), Seal()])
+    trainer = PairTrainer(
+        model=with_lora(model, options),
+        args=arguments,
+        train_dataset=rows,
+        options=options,
+        schedule_steps=schedule_steps,
+        dtype=dtype,
+        callbacks=[Say(), Seal()],
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def make_trl_trainer(model: PreTrainedModel, tokenizer: Any, pairs: list[dict[str, Any]], options: dict[str, Any], dtype: torch.dtype,
-                     device: str, work: Path, seed: int, reference: PreTrainedModel | None = None) -> Trainer:
+def make_trl_trainer(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    pairs: list[dict[str, Any]],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    device: str,
+    work: Path,
+    seed: int,
+    reference: PreTrainedModel | None = None,
+) -> Trainer:
     """TRL's DPOTrainer on the same token ids in the same order; it computes its own references, which are pi_t.
 
     All of them before the first step, or, if it is given pi_t as a second model, as it does by default, those of each step in the step.
@@ -282,14 +406,41 @@ def make_trl_trainer(model: PreTrainedModel, tokenizer: Any, pairs: list[dict[st
             return super().create_scheduler(schedule_steps, optimizer)
 
     steps, schedule_steps = plan(len(pairs), options)
-    order = training_order([pair_length(p) for p in pairs], options["batch_size"], math.ceil(options["stop_epoch"]), seed)
-    rows = [{"prompt_ids": list(pairs[i]["prompt_token_ids"]), "chosen_ids": list(pairs[i]["chosen_token_ids"]),
-             "rejected_ids": list(pairs[i]["rejected_token_ids"])} for i in order]
+    order = training_order(
+        [pair_length(p) for p in pairs],
+        options["batch_size"],
+        math.ceil(options["stop_epoch"]),
+        seed,
+    )
+    rows = [
+        {
+            "prompt_ids": list(pairs[i]["prompt_token_ids"]),
+            "chosen_ids": list(pairs[i]["chosen_token_ids"]),
+            "rejected_ids": list(pairs[i]["rejected_token_ids"]),
+        }
+        for i in order
+    ]
     shared = trainer_arguments(options, steps, schedule_steps, device, work, seed)
-    arguments = DPOConfig(**shared | {"bf16": dtype == torch.bfloat16, "remove_unused_columns": True, "gradient_checkpointing": options["gradient_checkpointing"]},
-                          loss_type=[TRL_LOSSES[options["loss"]]], beta=options["beta"], precompute_ref_log_probs=reference is None, max_length=None)
-    trainer = TokenIdTrainer(model=with_lora(model, options), ref_model=reference, args=arguments, train_dataset=Dataset.from_list(rows),
-                             processing_class=tokenizer, callbacks=[Say(), Seal()])
+    arguments = DPOConfig(
+        **shared
+        | {
+            "bf16": dtype == torch.bfloat16,
+            "remove_unused_columns": True,
+            "gradient_checkpointing": options["gradient_checkpointing"],
+        },
+        loss_type=[TRL_LOSSES[options["loss"]]],
+        beta=options["beta"],
+        precompute_ref_log_probs=reference is None,
+        max_length=None,
+    )
+    trainer = TokenIdTrainer(
+        model=with_lora(model, options),
+        ref_model=reference,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Say(), Seal()],
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -300,8 +451,16 @@ def with_lora(model: PreTrainedModel, options: dict[str, Any]) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=options["lora_rank"], lora_alpha=options["lora_alpha"], lora_dropout=0.0,
-                                            target_modules="all-linear", task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=options["lora_rank"],
+            lora_alpha=options["lora_alpha"],
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
 
 
 def merged(model: Any) -> PreTrainedModel:
@@ -333,8 +492,12 @@ def check_kept_update(model: Any) -> float:
     The next iteration, vLLM and the reference read a LoRA policy in bfloat16.
     """
     share = share_kept_in_bfloat16(model)
-    print(f"LoRA: {share:.0%} of the update is left where the policy is read in bfloat16", flush=True)
+    print(
+        f"LoRA: {share:.0%} of the update is left where the policy is read in bfloat16", flush=True
+    )
     if share < 0.5:
-        raise UserError(f"only {share:.0%} of what LoRA learned is left where the policy is read in bfloat16, as the next iteration does; "
-                        "raise train.learning_rate, set train.precision: float32, or train all weights with train.lora_rank: 0")
+        raise UserError(
+            f"only {share:.0%} of what LoRA learned is left where the policy is read in bfloat16, as the next iteration does; "
+            "raise train.learning_rate, set train.precision: float32, or train all weights with train.lora_rank: 0"
+        )
     return share

@@ -10,24 +10,37 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sppo.evaluation import alpaca_eval, mt_bench
-from sppo.preferences.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
-from sppo.core.openai_api import check_served
 from sppo.core.artifacts import ROOT, parse_json
 from sppo.core.config import of_run
 from sppo.core.errors import UserError
+from sppo.core.openai_api import check_served
+from sppo.evaluation import alpaca_eval, mt_bench
 from sppo.policies.hub import check_push
 from sppo.policies.models import HUB_ID, check_policy
-from sppo.policies.prompts import is_held_out, normalised, read_gold, read_instructions, read_prompts
+from sppo.policies.prompts import (
+    is_held_out,
+    normalised,
+    read_gold,
+    read_instructions,
+    read_prompts,
+)
+from sppo.preferences.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
 
 TRAINING_ENVIRONMENT = ROOT / "envs" / "core.yaml"
 FEWEST_INSTRUCTIONS = 5
 # What runs the engine that generates.
-GENERATING = ("generate_responses", "answer_instructions", "answer_instructions_n_times",
-              "answer_mt_bench")
+GENERATING = (
+    "generate_responses",
+    "answer_instructions",
+    "answer_instructions_n_times",
+    "answer_mt_bench",
+)
 # By what is made, the section that names its judge.
-JUDGED = {"alpaca_eval": ("alpaca_eval", alpaca_eval.check_judge), "evaluate_mt_bench": ("mt_bench", mt_bench.check_judge),
-          "grade_responses": ("grades", mt_bench.check_grader)}
+JUDGED = {
+    "alpaca_eval": ("alpaca_eval", alpaca_eval.check_judge),
+    "evaluate_mt_bench": ("mt_bench", mt_bench.check_judge),
+    "grade_responses": ("grades", mt_bench.check_grader),
+}
 
 
 def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> None:
@@ -54,14 +67,20 @@ def _check_run(where: str, run: dict[str, Any], in_conda: bool) -> None:
             continue
         folder = adapter_folder(model)
         if key == "preference.model" and run[section]["backend"] != "transformers":
-            raise UserError(f"config: {where}preference.backend is {run[section]['backend']}, which runs PairRM, and preference.model is {model}; give "
-                            "llm-blender/PairRM or set transformers")
+            raise UserError(
+                f"config: {where}preference.backend is {run[section]['backend']}, which runs PairRM, and preference.model is {model}; give "
+                "llm-blender/PairRM or set transformers"
+            )
         if folder is None and key == "preference.model":
-            raise UserError(f"config: {where}{key} is {model}; give `ranker`, a folder that src/tools/train_ranker.py wrote, or llm-blender/PairRM")
+            raise UserError(
+                f"config: {where}{key} is {model}; give `ranker`, a folder that src/tools/train_ranker.py wrote, or llm-blender/PairRM"
+            )
         for file in ADAPTER_FILES if folder else ():
             if not (folder / file).is_file():
-                raise UserError(f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "
-                                "folder that src/tools/train_ranker.py wrote")
+                raise UserError(
+                    f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "
+                    "folder that src/tools/train_ranker.py wrote"
+                )
     for section, check in JUDGED.values():
         check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")), key=False)
     questions = []
@@ -70,21 +89,39 @@ def _check_run(where: str, run: dict[str, Any], in_conda: bool) -> None:
     if run["pairs"]["gold"]:
         read_gold(Path(run["pairs"]["gold"]))
     if run["open_llm"]["data"] != "hub" and not Path(run["open_llm"]["data"]).is_dir():
-        raise UserError(f"config: {where}open_llm.data is {run['open_llm']['data']}, but there is no such folder; give `hub`, or a folder "
-                        "with all six tasks")
+        raise UserError(
+            f"config: {where}open_llm.data is {run['open_llm']['data']}, but there is no such folder; give `hub`, or a folder "
+            "with all six tasks"
+        )
     held_out = check_instructions(run["alpaca_eval"], where)
     held_out |= {normalised(row["turns"][0]) for row in questions}
     tracker = run["train"]["report_to"]
-    if in_conda and tracker != "none" and f"- {tracker}==" not in TRAINING_ENVIRONMENT.read_text(encoding="utf-8"):
-        raise UserError(f"config: {where}train.report_to is {tracker}, which envs/core.yaml lacks; add it there, as - {tracker}==<version> "
-                        "under pip, or set none")
+    if (
+        in_conda
+        and tracker != "none"
+        and f"- {tracker}==" not in TRAINING_ENVIRONMENT.read_text(encoding="utf-8")
+    ):
+        raise UserError(
+            f"config: {where}train.report_to is {tracker}, which envs/core.yaml lacks; add it there, as - {tracker}==<version> "
+            "under pip, or set none"
+        )
     if not in_conda and tracker != "none" and not importlib.util.find_spec(tracker):
-        raise UserError(f"config: {where}train.report_to is {tracker}, which is not installed; run .venv/bin/pip install {tracker}, or set none")
-    if not in_conda and run["train"]["parallel"] == "zero3" and not importlib.util.find_spec("deepspeed"):
-        raise UserError(f"config: {where}train.parallel is zero3, but DeepSpeed is not installed; run .venv/bin/pip install deepspeed, or set fsdp2")
+        raise UserError(
+            f"config: {where}train.report_to is {tracker}, which is not installed; run .venv/bin/pip install {tracker}, or set none"
+        )
+    if (
+        not in_conda
+        and run["train"]["parallel"] == "zero3"
+        and not importlib.util.find_spec("deepspeed")
+    ):
+        raise UserError(
+            f"config: {where}train.parallel is zero3, but DeepSpeed is not installed; run .venv/bin/pip install deepspeed, or set fsdp2"
+        )
     if run["train"]["machines"] > 1 and not shutil.which("srun"):
-        raise UserError(f"config: {where}train.machines is {run['train']['machines']}, but there is no Slurm here to reach them (no srun on PATH); "
-                        "run on a cluster with profiles/slurm, or set 1")
+        raise UserError(
+            f"config: {where}train.machines is {run['train']['machines']}, but there is no Slurm here to reach them (no srun on PATH); "
+            "run on a cluster with profiles/slurm, or set 1"
+        )
     if run["iterations"]:
         check_prompts(run, held_out)
 
@@ -132,17 +169,28 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
     official = evaluation["instructions"] == "official"
     for key in ("reference", "difficulty"):
         if evaluation[key] == "official" and not (official and evaluation["limit"] is None):
-            raise UserError(f"config: {where}alpaca_eval.{key} is official, which is of AlpacaEval's 805 instructions; set alpaca_eval.instructions "
-                            "to official and limit to null, or name a file of your own")
-        if evaluation[key] not in (None, "base", "official") and not Path(evaluation[key]).is_file():
-            raise UserError(f"config: {where}alpaca_eval.{key} is {evaluation[key]}, but there is no such file; correct the path")
+            raise UserError(
+                f"config: {where}alpaca_eval.{key} is official, which is of AlpacaEval's 805 instructions; set alpaca_eval.instructions "
+                "to official and limit to null, or name a file of your own"
+            )
+        if (
+            evaluation[key] not in (None, "base", "official")
+            and not Path(evaluation[key]).is_file()
+        ):
+            raise UserError(
+                f"config: {where}alpaca_eval.{key} is {evaluation[key]}, but there is no such file; correct the path"
+            )
     if official:
         return set()
     file = Path(evaluation["instructions"])
-    if not (file.is_file() or file.is_dir() or file.is_symlink()):  # those are told by what reads it
+    if not (
+        file.is_file() or file.is_dir() or file.is_symlink()
+    ):  # those are told by what reads it
         problem = "is neither a file nor a folder" if file.exists() else "is missing"
-        raise UserError(f"config: {where}alpaca_eval.instructions is {str(file)!r}, but {file} "
-                        f"{problem}; correct the path")
+        raise UserError(
+            f"config: {where}alpaca_eval.instructions is {str(file)!r}, but {file} "
+            f"{problem}; correct the path"
+        )
     instructions, asked = read_instructions(file), read_instructions(file, evaluation["limit"])
     if len(asked) < FEWEST_INSTRUCTIONS:
         raise UserError(
@@ -154,8 +202,9 @@ def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
         try:
             alpaca_eval.paired([row | {"generator": "policy"} for row in asked], outputs)
         except UserError as error:
-            raise UserError(f"config: {where}alpaca_eval.reference is {evaluation['reference']}: "
-                            f"{error}") from None
+            raise UserError(
+                f"config: {where}alpaca_eval.reference is {evaluation['reference']}: {error}"
+            ) from None
     if evaluation["difficulty"]:
         alpaca_eval.check_order(asked, Path(evaluation["difficulty"]))
     return {normalised(row["instruction"]) for row in instructions}
@@ -185,15 +234,28 @@ def check_machine(
         if not on_gpu or gpus is None:
             continue
         if gpus == 0:
-            raise UserError("config: device is gpu, but this machine shows no NVIDIA GPU; run where there is one or on a cluster (profiles/slurm), or "
-                            "set device: cpu")
-        shards, each, processes = run["responses"]["shards"], run["responses"]["tensor_parallel"] or 1, run["train"]["processes"]
+            raise UserError(
+                "config: device is gpu, but this machine shows no NVIDIA GPU; run where there is one or on a cluster (profiles/slurm), or "
+                "set device: cpu"
+            )
+        shards, each, processes = (
+            run["responses"]["shards"],
+            run["responses"]["tensor_parallel"] or 1,
+            run["train"]["processes"],
+        )
         if made == "generate_responses" and shards * each > gpus:
-            raise UserError(f"config: {where}responses.shards is {shards}, {each if each > 1 else 'one'} GPU each, but this machine shows {gpus}; lower it, or run on "
-                            "a cluster (profiles/slurm)")
-        if made in ("train_policy", "train_dropped_policy") and processes > gpus * run["train"]["machines"]:
-            raise UserError(f"config: {where}train.processes is {processes}, one GPU each, but this machine shows {gpus}; lower it, or run on a cluster "
-                            "(profiles/slurm)")
+            raise UserError(
+                f"config: {where}responses.shards is {shards}, {each if each > 1 else 'one'} GPU each, but this machine shows {gpus}; lower it, or run on "
+                "a cluster (profiles/slurm)"
+            )
+        if (
+            made in ("train_policy", "train_dropped_policy")
+            and processes > gpus * run["train"]["machines"]
+        ):
+            raise UserError(
+                f"config: {where}train.processes is {processes}, one GPU each, but this machine shows {gpus}; lower it, or run on a cluster "
+                "(profiles/slurm)"
+            )
     # After the GPUs, because an environment is of no use without one.
     engines = {runs[name]["responses"]["engine"] for made, name, _ in jobs if made in GENERATING}
     if "vllm" in engines and not in_conda and not importlib.util.find_spec("vllm"):
@@ -216,7 +278,11 @@ def gpus_here() -> int:
     """GPUs that programs started here would see, told without importing torch."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     here = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return here if shown is None else min(here, len([number for number in shown.split(",") if number.strip()]))
+    return (
+        here
+        if shown is None
+        else min(here, len([number for number in shown.split(",") if number.strip()]))
+    )
 
 
 def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
@@ -242,8 +308,10 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
     free = sum(not is_held_out(row, held_out) for row in rows)
     wanted = (prompts["per_iteration"] or 1) * run["iterations"]
     if wanted > free:
-        raise UserError(f"config: prompts.per_iteration asks for {prompts['per_iteration'] or 1} prompts in each of {run['iterations']} "
-                        f"iterations, {wanted} in all, but {source} has {free} outside the evaluation set; lower it or give more prompts")
+        raise UserError(
+            f"config: prompts.per_iteration asks for {prompts['per_iteration'] or 1} prompts in each of {run['iterations']} "
+            f"iterations, {wanted} in all, but {source} has {free} outside the evaluation set; lower it or give more prompts"
+        )
     each_has = prompts["per_iteration"] or free // run["iterations"]
     if run["responses"]["shards"] > each_has:
         raise UserError(
@@ -264,5 +332,9 @@ def deleted_artifacts(root: Path, keep_policies: bool) -> list[str]:
             named |= {record["artifact"], *record["inputs"]}
         except (OSError, ValueError, TypeError, KeyError):
             continue  # broken records are for the stage that reads them to report
-    own = (name for name in named if Path(name).is_relative_to(root) and (keep_policies or Path(name).name != "policy"))
+    own = (
+        name
+        for name in named
+        if Path(name).is_relative_to(root) and (keep_policies or Path(name).name != "policy")
+    )
     return sorted(name for name in own if not Path(name).exists())
