@@ -218,15 +218,15 @@ def gpus_if(needed):
     return lambda wildcards: MODEL_GPUS if wildcards is None or needed(wildcards) else 0
 
 
-def asked_of_cluster(rule, attempts):
+def asked_of_cluster(job_rule, attempts):
     """What a rule's jobs ask of a cluster, at the last attempt. The profile's expressions may name the attempt."""
 
     def value(name):
-        resource = rule.resources.get(name)
+        resource = job_rule.resources.get(name)
         return (
             resource
             and resource.evaluate(
-                None, input=[], attempt=attempts, threads=1, rulename=rule.name, async_run=None
+                None, input=[], attempt=attempts, threads=1, rulename=job_rule.name, async_run=None
             ).value
         )
 
@@ -234,12 +234,12 @@ def asked_of_cluster(rule, attempts):
         str(value(name) or "") for name in ("slurm_partition", "slurm_account")
     )  # YAML reads 12345 as a number
     return Asked(
-        rule.name,
+        job_rule.name,
         partition,
         account,
         value("runtime"),
         value("gpu") or 0,
-        GPUS_USED.get(rule.name, 0),
+        GPUS_USED.get(job_rule.name, 0),
     )
 
 

@@ -263,7 +263,7 @@ def main() -> None:
         ),
         "asymmetry": float((chance["forward"] + chance["backward"] - 1).abs().mean()),
     }
-    kinds = dict(corrupted.groupby("kind"))
+    kinds = dict(iter(corrupted.groupby("kind")))
     rates = {
         kind: mean_and_error(rows["right"], rows["instruction"]) for kind, rows in kinds.items()
     }

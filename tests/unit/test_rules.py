@@ -102,15 +102,16 @@ def test_rule_calls_its_program_with_arguments_that_it_has(rule):
     body = rules()[rule]
     (program,) = re.findall(r"\{PYTHON\} (src/[\w/]+\.py)", body)
     source = (ROOT / program).read_text(encoding="utf-8")
-    known = set(re.findall(r'add_argument\("--([a-z-]+)"', source))
-    for section in re.findall(r'add_section\(parser, "(\w+)"', source):
+    known = set(re.findall(r'add_argument\(\s*"--([a-z-]+)"', source))
+    for section in re.findall(r'add_section\(\s*parser, "(\w+)"', source):
         known |= {key.replace("_", "-") for key in schema()["properties"][section]["properties"]}
     if "add_engine(parser)" in source:
         known |= {key.replace("_", "-") for key in ENGINE_KEYS} | {"seed", "device", "attention"}
     asked = set(re.findall(r"--([a-z-]+) ", body.split("shell:")[1]))
     assert asked and asked <= known, f"{program} has no {asked - known}"
-    outputs = re.search(r"^    output:\n((?:        .+\n)+)", body, re.MULTILINE)[1].splitlines()
-    assert 2 * sum("record(" in line for line in outputs) >= len(outputs)
+    (outputs,) = re.findall(r"^    output:\n((?: {8}.+\n)+)", body, re.MULTILINE)
+    entries = re.split(r"^ {8}(?=\w+=)", outputs, flags=re.MULTILINE)[1:]
+    assert 2 * sum("record(" in entry for entry in entries) >= len(entries)
 
 
 @pytest.mark.parametrize("file", RULE_FILES, ids=lambda file: file.stem)
