@@ -6,6 +6,10 @@ prompts -> responses -> preferences -> pairs -> reference log-probs -> policy, o
 evaluations hung off every policy. One file in rules/ a stage; one small program in src/ a rule.
 """
 
+from snakemake.utils import min_version
+
+min_version("9.0")
+
 
 report: "rules/captions/workflow.rst"
 
