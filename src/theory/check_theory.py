@@ -371,9 +371,8 @@ def figures_of_samples() -> Iterator[Claim]:
     moved = np.log(game.start) - rate * g.online_ipo_gradient(
         game.P, game.start, ref, beta, on_policy=False
     )
-    step = (
-        4 * rate / (beta * n)
-    )  # methods.md prints 2 rate/(beta n), which is this for half the loss
+    # Of the loss itself; half of it is often written, and has 2 rate / (beta n).
+    step = 4 * rate / (beta * n)
     yield (
         15,
         "version 1: a gradient step is a step of INPO with tau = beta and 1/eta = 4 rate/(beta n): error",

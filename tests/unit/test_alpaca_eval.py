@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from sppo.core.artifacts import read_json, write_json  # noqa: E402
 from sppo.core.errors import UserError  # noqa: E402
 from sppo.evaluation import alpaca_eval  # noqa: E402
 
-SHARED = ROOT.parent / "shared" / "data"
+# A folder with public data sets; tests that need one are skipped without it.
+PUBLIC_DATA = Path(os.environ.get("SPPO_PUBLIC_DATA", "/nonexistent"))
 KEY = "sk-secret-of-the-test"
 
 
@@ -820,19 +822,21 @@ def test_instructions_that_the_judge_was_trained_on_are_counted(call, tmp_path, 
 # --- Against what was published ---
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the published annotations are not on this machine")
+@pytest.mark.skipif(
+    not PUBLIC_DATA.exists(), reason="the published annotations are not on this machine"
+)
 def test_published_preferences_give_the_published_row(call, tmp_path):
     import alpaca_eval
     import pandas as pd
 
     model = "claude-2"
     rows = (
-        pd.read_parquet(SHARED / "alpaca_eval_2_gpt4_turbo_annotations.parquet")
+        pd.read_parquet(PUBLIC_DATA / "alpaca_eval_2_gpt4_turbo_annotations.parquet")
         .query("model == @model")
         .sort_values("row")
     )
     given = dict(zip(rows["instruction"], rows["preference"] - 1))
-    base = read_json(SHARED / "alpaca_eval_reference_outputs_gpt4_1106_preview.json")
+    base = read_json(PUBLIC_DATA / "alpaca_eval_reference_outputs_gpt4_1106_preview.json")
     assert [row["instruction"] for row in base] == list(rows["instruction"])
     ours = [
         {"instruction": one, "output": two, "generator": model}
@@ -842,7 +846,7 @@ def test_published_preferences_give_the_published_row(call, tmp_path):
         ours,
         base,
         "--difficulty",
-        SHARED / "alpaca_eval_df_gamed_reconstructed.csv",
+        PUBLIC_DATA / "alpaca_eval_df_gamed_reconstructed.csv",
         probability=lambda prompt, first, second: given[prompt],
     )
     board = (

@@ -57,7 +57,7 @@ def test_numbered_check(number, checks):
     assert same and [one for one in same if not one["holds"]] == []
 
 
-# methods.md 2.2: what is printed there for comal3, so that no one mends a wrong result by its expectation.
+# Computed once by other code for comal3, so that nobody fixes a wrong result by its expectation.
 PRINTED = {
     2: [0.2849, 0.00417, 0.7674, 0.01034, 0.7888, 0.00961],
     3: [0.0232, 0.28, 0.0199, 0.16, 0.0117, 0.30, 0.0088, 0.37, 0.00298, 0.27],
@@ -79,7 +79,7 @@ def test_printed_numbers_are_those_expected(number, checks):
 
 
 def test_printed_bounds_on_the_average_of_multiplicative_weights():
-    """methods.md 2.2, items 2 and 3: for T = 2000, and for the best eta of each T."""
+    """For T = 2000, and for the best eta of each T."""
     assert [round(g.mwu_bound(START, eta, 2000), 4) for eta in (0.05, 0.3, 1.0)] == [
         0.0447,
         0.0804,
@@ -137,7 +137,7 @@ def test_optimism_by_plain_loops():
 
 
 def test_moving_magnet_by_plain_loops():
-    """methods.md, 9: the gaps after 1, 10 and 50 magnets."""
+    """The gaps after 1, 10 and 50 magnets."""
     P, pi, gaps = COMAL3.tolist(), START.tolist(), []
     for _ in range(50):
         magnet = pi

@@ -1,6 +1,7 @@
 """The embedded preference models: the form of the logits, the data they learn from, and the programs."""
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -11,7 +12,8 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data"
+# A folder with public data sets; tests that need one are skipped without it.
+PUBLIC_DATA = Path(os.environ.get("SPPO_PUBLIC_DATA", "/nonexistent"))
 sys.path.insert(0, str(ROOT / "src"))
 
 from sppo.core.errors import UserError  # noqa: E402
@@ -515,7 +517,7 @@ def test_train_then_evaluate(base_dir, tmp_path, monkeypatch, capsys):
 
 def test_half_of_the_shared_annotations_are_usable():
     """The facts that data/README.md of the shared folder states about the raw file."""
-    file = SHARED / "alpaca_eval_1_gpt4_annotations.parquet"
+    file = PUBLIC_DATA / "alpaca_eval_1_gpt4_annotations.parquet"
     if not file.is_file():
         pytest.skip(f"{file} is not here")
     frame, excluded = embedded_data.load_annotations(file)

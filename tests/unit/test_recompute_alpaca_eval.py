@@ -1,6 +1,7 @@
 """Leaderboard rows from annotations: the package's published rows, alignment by instruction, bad input."""
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import recompute_alpaca_eval as program
 from sppo.core.errors import UserError
 from sppo.evaluation import alpaca_eval
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+# A folder with public data sets; tests that need one are skipped without it.
+PUBLIC_DATA = Path(os.environ.get("SPPO_PUBLIC_DATA", "/nonexistent"))
 needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the published annotations are not on this machine"
+    not PUBLIC_DATA.is_dir(), reason="the published annotations are not on this machine"
 )
 FILES = {
     1: (
@@ -59,11 +61,13 @@ def test_the_packaged_leaderboard_is_reproduced(monkeypatch, capsys, version):
     file, board = FILES[version]
     listed = pd.read_csv(Path(alpaca_eval.__file__).parent / "leaderboards" / board, index_col=0)
     difficulty = (
-        ("--difficulty", SHARED / "alpaca_eval_df_gamed_reconstructed.csv") if version == 2 else ()
+        ("--difficulty", PUBLIC_DATA / "alpaca_eval_df_gamed_reconstructed.csv")
+        if version == 2
+        else ()
     )
     found = [
         row
-        for row in recompute(monkeypatch, capsys, SHARED / file, *difficulty)
+        for row in recompute(monkeypatch, capsys, PUBLIC_DATA / file, *difficulty)
         if row["model"] in listed.index
     ]
     assert len(found) >= 46
@@ -88,13 +92,13 @@ def test_the_packaged_leaderboard_is_reproduced(monkeypatch, capsys, version):
 
 @needs_shared
 def test_rows_are_aligned_by_instruction(monkeypatch, capsys, tmp_path):
-    frame = pd.read_parquet(SHARED / FILES[2][0])
+    frame = pd.read_parquet(PUBLIC_DATA / FILES[2][0])
     frame = frame[frame["model"] == frame["model"].iloc[0]].drop(columns=["row"])
     shuffled = tmp_path / "annotations.json"
     frame.sample(frac=1, random_state=0).to_json(shuffled, orient="records")
     ordered = tmp_path / "ordered.json"
     frame.to_json(ordered, orient="records")
-    difficulty = ("--difficulty", SHARED / "alpaca_eval_df_gamed_reconstructed.csv")
+    difficulty = ("--difficulty", PUBLIC_DATA / "alpaca_eval_df_gamed_reconstructed.csv")
     [one], [other] = (
         recompute(monkeypatch, capsys, path, *difficulty) for path in (ordered, shuffled)
     )
