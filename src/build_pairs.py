@@ -34,7 +34,7 @@ from sppo.core.tables import read_table, write_table
 from sppo.policies.prompts import read_gold, with_goal
 from sppo.preferences.estimates import even_length_penalty, mean_logits
 from sppo.preferences.grades import GOLD, read_grades
-from sppo.preferences.pairs import pairs_of
+from sppo.preferences.pairs import Dropped, Rules, pairs_of
 
 
 def main() -> None:
@@ -104,18 +104,19 @@ def main() -> None:
         if args.even_lengths:
             facts["length_penalty"] = even_out_lengths(logits, responses)
         found, dropped = [], Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
+        rules = Rules.of(vars(args))
         for prompt_id in order:
             for pair in pairs_of(
                 responses[prompt_id],
                 logits.get(prompt_id),
                 grades.get(prompt_id, {}),
                 gold.get(prompt_id),
-                args,
+                rules,
             ):
-                if isinstance(pair, str):
-                    dropped[pair] += 1
+                if isinstance(pair, Dropped):
+                    dropped[pair.reason] += 1
                 else:
-                    found.append({"prompt_id": prompt_id, **pair})
+                    found.append({"prompt_id": prompt_id, **pair.columns()})
         if args.goals:
             found, dropped["same_grade"] = twice_with_goals(found, logits, messages, args)
         new = len(found)

@@ -25,7 +25,7 @@ from sppo.core.tables import read_table
 from sppo.evaluation.alpaca_eval import read_outputs
 from sppo.policies.prompts import read_instructions
 from sppo.preferences.estimates import p_hat, win_probabilities
-from sppo.preferences.pairs import select
+from sppo.preferences.pairs import Dropped, Pair, Rules, winner_against_loser
 
 TEMPLATE = ROOT / "src" / "sppo" / "reporting" / "response_browser.html"
 PLACEHOLDER = "@DATA@"
@@ -125,6 +125,7 @@ def training_items(args: argparse.Namespace) -> list[Record]:
         for name in ("prompts", "responses", "preferences", "pairs")
     }
     same_iterations({name: getattr(args, name) for name in tables})
+    rules = Rules.of(vars(args))
     items = []
     for number in sorted(tables["prompts"]):
         rows = {name: table[number] for name, table in tables.items()}
@@ -151,7 +152,7 @@ def training_items(args: argparse.Namespace) -> list[Record]:
                 raise UserError(
                     f"prompt {prompt_id} of {given['prompts']} lacks responses or preferences; give all shards"
                 )
-            pair = select(preference, candidates, args)
+            pair = winner_against_loser(preference, candidates, rules)
             if not agree(pair, rows["pairs"].get((prompt_id, None))):
                 raise UserError(
                     f"{given['pairs']} holds another pair for prompt {prompt_id} than responses, preferences and flags give; "
@@ -163,25 +164,20 @@ def training_items(args: argparse.Namespace) -> list[Record]:
                     "id": prompt_id,
                     "category": prompt["category"],
                     "messages": prompt["messages"],
-                    **estimates(preference, candidates, pair, args),
+                    **estimates(preference, candidates, pair, rules),
                 }
             )
     return items
 
 
 def estimates(
-    preference: Record, candidates: dict[int, Record], pair: Record | str, args: argparse.Namespace
+    preference: Record, candidates: dict[int, Record], pair: Pair | Dropped, rules: Rules
 ) -> Record:
     """What the preference model made of one prompt's responses, as build_pairs.py reads it."""
     probabilities = win_probabilities(
-        np.array(preference["logits"]), args.probability, args.logit_scale
+        np.array(preference["logits"]), rules.probability, rules.logit_scale
     )
-    made = isinstance(pair, dict)
-    ends = [
-        preference["sample_ids"].index(pair[f"{end}_sample_id"]) if made else None
-        for end in ("chosen", "rejected")
-    ]
-    return {
+    item: Record = {
         "responses": [
             {
                 "sample": row["sample_id"],
@@ -193,24 +189,29 @@ def estimates(
         ],
         "p": probabilities.tolist(),
         "p_hat": p_hat(probabilities).tolist(),
-        "winner": ends[0],
-        "loser": ends[1],
-        "outcome": "pair" if made else pair,
-        "margin": float(pair["p_hat_chosen"] - pair["p_hat_rejected"]) if made else None,
+    }
+    if isinstance(pair, Dropped):
+        return item | {"winner": None, "loser": None, "outcome": pair.reason, "margin": None}
+    return item | {
+        "winner": preference["sample_ids"].index(pair.chosen["sample_id"]),
+        "loser": preference["sample_ids"].index(pair.rejected["sample_id"]),
+        "outcome": "pair",
+        "margin": float(pair.p_hat_chosen - pair.p_hat_rejected),
     }
 
 
-def agree(pair: Record | str, kept: Record | None) -> bool:
+def agree(pair: Pair | Dropped, kept: Record | None) -> bool:
     """Whether the pair computed here is the row of pairs.parquet; None is no row."""
-    if isinstance(pair, str) or kept is None:
-        return isinstance(pair, str) and kept is None
+    if isinstance(pair, Dropped) or kept is None:
+        return isinstance(pair, Dropped) and kept is None
+    columns = pair.columns()
     same = all(
-        pair[name] == kept[name]
+        columns[name] == kept[name]
         for name in ("chosen", "rejected", "chosen_sample_id", "rejected_sample_id")
     )
     # Not to the last bit: pairs may come from another machine.
     return same and all(
-        abs(pair[name] - kept[name]) < 1e-9
+        abs(columns[name] - kept[name]) < 1e-9
         for name in ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected")
     )
 

@@ -1,13 +1,9 @@
-"""Which responses to one prompt make pairs: by preferences, by gold responses, by grades.
-
-A pair is the columns of the table `pairs` but for prompt_id and pair_id; what makes none is told by a word: tie, identical, empty,
-truncated, margin, no_gold, no_pair. `args` holds the options of the sections `preference`, `pairs` and `grades`.
-"""
+"""Which responses to one prompt become pairs: by preferences, by gold responses, or by grades."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,109 +14,172 @@ from sppo.preferences.grades import GOLD, HIGHEST, far_apart
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How pairs are chosen: keys of the sections `preference`, `pairs` and `grades`."""
+
+    construction: str  # extremes, all, gold or graded
+    probability: str
+    logit_scale: float
+    winner_by: str  # logit or p_hat
+    truncated: str  # keep or drop
+    margin: float  # least difference of P-hat
+    positive: float = 0.0  # least grade of a winner
+    gold_margin: float = 0.0
+    own_margin: float = 0.0
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> Rules:
+        """The rules among more options, such as those of a program."""
+        names = cls.__dataclass_fields__.keys() & options.keys()
+        return cls(**{name: options[name] for name in names})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rows of the table `responses`, and what the preference model estimated of them."""
+
+    chosen: Row
+    rejected: Row
+    p_hat_chosen: float
+    p_hat_rejected: float
+    p_chosen_beats_rejected: float
+
+    def columns(self) -> Row:
+        """The columns of the table `pairs`, except prompt_id and pair_id."""
+        row: Row = {"prompt_token_ids": self.chosen["prompt_token_ids"]}
+        for side, response in (("chosen", self.chosen), ("rejected", self.rejected)):
+            row[side] = response["text"]
+            row[f"{side}_token_ids"] = response["token_ids"]
+            row[f"{side}_sample_id"] = response["sample_id"]
+        return row | {
+            "p_hat_chosen": self.p_hat_chosen,
+            "p_hat_rejected": self.p_hat_rejected,
+            "p_chosen_beats_rejected": self.p_chosen_beats_rejected,
+        }
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Why two responses, or all responses to a prompt, make no pair.
+
+    The reason is one of tie, identical, empty, truncated, margin, no_gold, no_pair.
+    """
+
+    reason: str
+
+
 def pairs_of(
     responses: dict[int, Row],
     preferences: Row | None,
     grades: dict[int, float],
     gold: Row | None,
-    args: argparse.Namespace,
-) -> list[Row | str]:
-    """Pairs of one prompt as `args.construction` makes them, and a reason for each that was dropped."""
-    if args.construction == "graded":
-        return graded_pairs(grades, responses, gold, args)
-    if args.construction == "gold":
-        return [gold_pair(responses, gold, args)]
-    return (
-        every_two(preferences, responses, args)
-        if args.construction == "all"
-        else [select(preferences, responses, args)]
-    )
+    rules: Rules,
+) -> list[Pair | Dropped]:
+    """The pairs of one prompt, and what was dropped.
+
+    responses: by sample_id. preferences: the prompt's row of the table `preferences`, for the
+    constructions extremes and all. grades: by sample_id, for graded.
+    """
+    if rules.construction == "graded":
+        return graded_pairs(grades, responses, gold, rules)
+    if rules.construction == "gold":
+        return [gold_pair(responses, gold, rules)]
+    if preferences is None:
+        raise ValueError(f"construction {rules.construction} needs preferences")
+    if rules.construction == "all":
+        return all_pairs(preferences, responses, rules)
+    return [winner_against_loser(preferences, responses, rules)]
 
 
-def gold_pair(responses: dict[int, Row], gold: Row | None, args: argparse.Namespace) -> Row | str:
-    """The gold response against the policy's first, or the reason why not."""
-    own = responses[min(responses)]
-    return (
-        "no_gold"
-        if gold is None
-        else made(gold | {"prompt_token_ids": own["prompt_token_ids"]}, own, (1.0, 0.0, 1.0), args)
-    )
-
-
-def every_two(
-    preferences: Row, responses: dict[int, Row], args: argparse.Namespace
-) -> list[Row | str]:
-    """All pairs of one prompt, who wins by P(y beats y'), and a reason for each that was dropped."""
-    probabilities = win_probabilities(
-        np.array(preferences["logits"]), args.probability, args.logit_scale
-    )
+def winner_against_loser(
+    preferences: Row, responses: dict[int, Row], rules: Rules
+) -> Pair | Dropped:
+    """The best and the worst response of one prompt (SPPO, 2405.00675, section 5.1)."""
+    logits = np.array(preferences["logits"])
+    probabilities = win_probabilities(logits, rules.probability, rules.logit_scale)
     estimates = p_hat(probabilities)
-    kept = []
-    for i, j in itertools.combinations(range(len(estimates)), 2):
-        w, l = (i, j) if probabilities[i, j] > 0.5 else (j, i)
-        ends = [responses[preferences["sample_ids"][k]] for k in (w, l)]
-        tie = probabilities[w, l] == 0.5
-        kept.append(
-            "tie" if tie else made(*ends, (estimates[w], estimates[l], probabilities[w, l]), args)
-        )
-    return kept
+    ends = winner_and_loser(mean_logits(logits) if rules.winner_by == "logit" else estimates)
+    if ends is None:
+        return Dropped("tie")
+    return _pair(preferences, responses, probabilities, *ends, rules)
+
+
+def all_pairs(preferences: Row, responses: dict[int, Row], rules: Rules) -> list[Pair | Dropped]:
+    """Every two responses of one prompt (DNO, 2404.03715); P(y beats y') says who wins."""
+    logits = np.array(preferences["logits"])
+    probabilities = win_probabilities(logits, rules.probability, rules.logit_scale)
+    found: list[Pair | Dropped] = []
+    for i, j in itertools.combinations(range(len(probabilities)), 2):
+        if probabilities[i, j] == 0.5:
+            found.append(Dropped("tie"))
+            continue
+        winner, loser = (i, j) if probabilities[i, j] > 0.5 else (j, i)
+        found.append(_pair(preferences, responses, probabilities, winner, loser, rules))
+    return found
+
+
+def gold_pair(responses: dict[int, Row], gold: Row | None, rules: Rules) -> Pair | Dropped:
+    """The gold response against the policy's first (SPIN, 2401.01335)."""
+    if gold is None:
+        return Dropped("no_gold")
+    own = responses[min(responses)]
+    gold = gold | {"prompt_token_ids": own["prompt_token_ids"]}
+    return kept_or_dropped(Pair(gold, own, 1.0, 0.0, 1.0), rules)
 
 
 def graded_pairs(
-    grades: dict[int, float], responses: dict[int, Row], gold: Row | None, args: argparse.Namespace
-) -> list[Row | str]:
-    """Pairs of one prompt by grades, or reasons; `no_pair` where no two are far enough apart."""
+    grades: dict[int, float], responses: dict[int, Row], gold: Row | None, rules: Rules
+) -> list[Pair | Dropped]:
+    """Every two responses whose grades are far enough apart (DNO-Prct, 2404.03715)."""
     if gold:
-        responses = responses | {
-            GOLD: gold | {"prompt_token_ids": next(iter(responses.values()))["prompt_token_ids"]}
-        }
-    ends = far_apart(grades, args.positive, args.gold_margin, args.own_margin)
-    return [
-        made(responses[w], responses[l], (grades[w] / HIGHEST, grades[l] / HIGHEST, 1.0), args)
-        for w, l in ends
-    ] or ["no_pair"]
+        own = next(iter(responses.values()))
+        gold = gold | {"prompt_token_ids": own["prompt_token_ids"]}
+        responses = responses | {GOLD: gold}
+    found: list[Pair | Dropped] = []
+    for winner, loser in far_apart(grades, rules.positive, rules.gold_margin, rules.own_margin):
+        pair = Pair(
+            responses[winner],
+            responses[loser],
+            grades[winner] / HIGHEST,
+            grades[loser] / HIGHEST,
+            1.0,
+        )
+        found.append(kept_or_dropped(pair, rules))
+    return found or [Dropped("no_pair")]
 
 
-def select(preferences: Row, responses: dict[int, Row], args: argparse.Namespace) -> Row | str:
-    """The pair of one prompt, or the reason why it has none."""
-    probabilities = win_probabilities(
-        np.array(preferences["logits"]), args.probability, args.logit_scale
-    )
+def _pair(
+    preferences: Row,
+    responses: dict[int, Row],
+    probabilities: np.ndarray,
+    winner: int,
+    loser: int,
+    rules: Rules,
+) -> Pair | Dropped:
+    """The pair of two indices into `probabilities`, (K, K)."""
     estimates = p_hat(probabilities)
-    ends = winner_and_loser(
-        mean_logits(np.array(preferences["logits"])) if args.winner_by == "logit" else estimates
+    sample_ids = preferences["sample_ids"]
+    pair = Pair(
+        responses[sample_ids[winner]],
+        responses[sample_ids[loser]],
+        estimates[winner],
+        estimates[loser],
+        probabilities[winner, loser],
     )
-    if ends is None:
-        return "tie"
-    w, l = ends
-    chosen, rejected = (responses[preferences["sample_ids"][i]] for i in ends)
-    return made(chosen, rejected, (estimates[w], estimates[l], probabilities[w, l]), args)
+    return kept_or_dropped(pair, rules)
 
 
-def made(
-    chosen: Row, rejected: Row, numbers: tuple[float, float, float], args: argparse.Namespace
-) -> Row | str:
-    """A pair with P-hat of both and P(chosen beats rejected), or the reason why it is none."""
+def kept_or_dropped(pair: Pair, rules: Rules) -> Pair | Dropped:
+    """The pair, or why it cannot be trained on."""
+    chosen, rejected = pair.chosen, pair.rejected
     if chosen["text"] == rejected["text"]:
-        return "identical"
+        return Dropped("identical")
     if not chosen["text"].strip() or not rejected["text"].strip():
-        return "empty"
-    if args.truncated == "drop" and "length" in (
-        chosen["finish_reason"],
-        rejected["finish_reason"],
-    ):
-        return "truncated"
-    if abs(numbers[0] - numbers[1]) < args.margin:
-        return "margin"
-    return {
-        "prompt_token_ids": chosen["prompt_token_ids"],
-        "chosen": chosen["text"],
-        "chosen_token_ids": chosen["token_ids"],
-        "chosen_sample_id": chosen["sample_id"],
-        "rejected": rejected["text"],
-        "rejected_token_ids": rejected["token_ids"],
-        "rejected_sample_id": rejected["sample_id"],
-        "p_hat_chosen": numbers[0],
-        "p_hat_rejected": numbers[1],
-        "p_chosen_beats_rejected": numbers[2],
-    }
+        return Dropped("empty")
+    cut_off = "length" in (chosen["finish_reason"], rejected["finish_reason"])
+    if rules.truncated == "drop" and cut_off:
+        return Dropped("truncated")
+    if abs(pair.p_hat_chosen - pair.p_hat_rejected) < rules.margin:
+        return Dropped("margin")
+    return pair
