@@ -9,7 +9,7 @@ and `h_ref` are log y_w - log y_l under pi_theta, pi_t and pi_ref; `p_hat_w` and
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,16 +111,82 @@ def nash_md(
     return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_t - margin / beta) ** 2
 
 
+@dataclass(frozen=True)
+class Terms:
+    """The symbols of this module's head for a batch, each (B,)."""
+
+    logp_w: Tensor
+    logp_l: Tensor
+    ref_w: Tensor
+    ref_l: Tensor
+    current_w: Tensor
+    current_l: Tensor
+    tokens_w: Tensor
+    tokens_l: Tensor
+    p_hat_w: Tensor
+    p_hat_l: Tensor
+    p_wl: Tensor
+    per_token: bool = False
+
+    @classmethod
+    def of(cls, pair: Pair, per_token: bool) -> Terms:
+        """per_token: whether IPO divides log-ratios by their tokens."""
+        return cls(
+            logp_w=pair["logp_chosen"],
+            logp_l=pair["logp_rejected"],
+            ref_w=pair["reference_chosen"],
+            ref_l=pair["reference_rejected"],
+            current_w=pair["current_chosen"],
+            current_l=pair["current_rejected"],
+            tokens_w=pair["tokens_chosen"],
+            tokens_l=pair["tokens_rejected"],
+            p_hat_w=pair["p_hat_chosen"],
+            p_hat_l=pair["p_hat_rejected"],
+            p_wl=pair["p_chosen_beats_rejected"],
+            per_token=per_token,
+        )
+
+    @property
+    def delta_w(self) -> Tensor:
+        return self.logp_w - self.ref_w
+
+    @property
+    def delta_l(self) -> Tensor:
+        return self.logp_l - self.ref_l
+
+    @property
+    def h(self) -> Tensor:
+        return self.logp_w - self.logp_l
+
+    @property
+    def h_ref(self) -> Tensor:
+        return self.ref_w - self.ref_l
+
+    @property
+    def h_t(self) -> Tensor:
+        return self.current_w - self.current_l
+
+    @property
+    def margin(self) -> Tensor:
+        return self.p_hat_w - self.p_hat_l
+
+    @property
+    def ipo_w(self) -> Tensor:
+        return self.delta_w / self.tokens_w if self.per_token else self.delta_w
+
+    @property
+    def ipo_l(self) -> Tensor:
+        return self.delta_l / self.tokens_l if self.per_token else self.delta_l
+
+
 # What each loss takes of a batch. A new method is a function above, a line here and its name in config/schema.yaml.
-LOSSES: dict[str, Callable[[SimpleNamespace, dict[str, Any]], Tensor]] = {
+LOSSES: dict[str, Callable[[Terms, dict[str, Any]], Tensor]] = {
     "sppo": lambda x, o: sppo(x.delta_w, x.delta_l, x.p_hat_w, x.p_hat_l, o["beta"]),
     "sppo_single": lambda x, o: sppo_single(x.delta_w, x.delta_l, x.p_wl, o["beta"]),
     "sppo_hard": lambda x, o: sppo_hard(x.delta_w, x.delta_l, o["beta"]),
     "dpo": lambda x, o: dpo(x.delta_w, x.delta_l, o["beta"], o["label_smoothing"]),
     "hinge": lambda x, o: hinge(x.delta_w, x.delta_l, o["beta"]),
-    "ipo": lambda x, o: ipo(
-        x.delta_w / x.unit_w, x.delta_l / x.unit_l, o["ipo_target"] / o["beta"]
-    ),
+    "ipo": lambda x, o: ipo(x.ipo_w, x.ipo_l, o["ipo_target"] / o["beta"]),
     "kto_pair": lambda x, o: kto_pair(x.delta_w, x.delta_l, o["beta"]),
     "simpo": lambda x, o: simpo(
         x.logp_w / x.tokens_w, x.logp_l / x.tokens_l, o["beta"], o["gamma"]
@@ -147,32 +213,10 @@ def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
     """
     if name not in LOSSES:
         raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")
-    x = _terms(pair, options)
+    x = Terms.of(pair, options["per_token"])
     loss = LOSSES[name](x, options)
     if options["sft_weight"]:
         loss = loss - options["sft_weight"] * x.logp_w / x.tokens_w
     if options["optimism"]:
         loss = loss + options["optimism"] * options["beta"] * 0.5 * (x.delta_w + x.delta_l)
     return loss
-
-
-def _terms(pair: Pair, options: dict[str, Any]) -> SimpleNamespace:
-    """The symbols of this module's head for a batch; `unit` is what IPO's log-ratios are divided by."""
-    x = SimpleNamespace(
-        logp_w=pair["logp_chosen"],
-        logp_l=pair["logp_rejected"],
-        ref_w=pair["reference_chosen"],
-        ref_l=pair["reference_rejected"],
-        current_w=pair["current_chosen"],
-        current_l=pair["current_rejected"],
-        tokens_w=pair["tokens_chosen"],
-        tokens_l=pair["tokens_rejected"],
-        p_hat_w=pair["p_hat_chosen"],
-        p_hat_l=pair["p_hat_rejected"],
-        p_wl=pair["p_chosen_beats_rejected"],
-    )
-    x.delta_w, x.delta_l = x.logp_w - x.ref_w, x.logp_l - x.ref_l
-    x.h, x.h_ref, x.h_t = x.logp_w - x.logp_l, x.ref_w - x.ref_l, x.current_w - x.current_l
-    x.margin = x.p_hat_w - x.p_hat_l
-    x.unit_w, x.unit_l = (x.tokens_w, x.tokens_l) if options["per_token"] else (1.0, 1.0)
-    return x
