@@ -65,7 +65,7 @@ rule everything:
     """
     input:
         summary_files(""),
-        [summary_files(f"{run}/") for run in RUNS if run == "k2"],
+        [summary_files(run) for run in RUNS if run == "k2"],
         expand(
             f"{ROOT}iter{{t}}/{{name}}.json",
             t=range(MAIN["iterations"] + 1),
@@ -80,13 +80,13 @@ rule compare:
     """SPPO beside the methods that its paper and its successors measure themselves by, with the same prompts, K and tokens."""
     input:
         summary_files(""),
-        [summary_files(f"{run}/") for run in RUNS if run in COMPARED],
+        [summary_files(run) for run in RUNS if run in COMPARED],
 
 
 rule compare_all:
     """Every run of the configuration. What is finished stays; a second call goes on where the first stopped."""
     input:
-        [summary_files(f"{run}/" if run else "") for run in RUNS],
+        [summary_files(run) for run in RUNS],
 
 
 rule theory:

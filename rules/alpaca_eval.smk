@@ -26,7 +26,7 @@ def reference_outputs(wildcards):
     run = settings(wildcards)
     if run["alpaca_eval"]["reference"] != "base":
         return run["alpaca_eval"]["reference"]
-    return f"{ROOT}{'' if answers_as_main(run) else wildcards.run}iter0/reference_outputs.json"
+    return artifact("" if answers_as_main(run) else run_of(wildcards), 0, "reference_outputs.json")
 
 
 def answers_as_main(run):
@@ -43,14 +43,15 @@ def judge(wildcards):
     return (
         run["alpaca_eval"]["judge"]
         if wildcards.verdict == "alpaca_eval"
-        else preference_model(wildcards.run)
+        else preference_model(run_of(wildcards))
     )
 
 
 def judge_files(wildcards):
     """Files of an embedded judge and its base, or PairRM's; nothing for a judge behind an API."""
     if wildcards.verdict == "ranker_estimate":
-        files, base = preference_model_files(wildcards.run), ranker_base(wildcards.run)
+        run = run_of(wildcards)
+        files, base = preference_model_files(run), ranker_base(run)
     else:
         files, base = adapter_files(judge(wildcards)), EMBEDDED_POLICY
     return [base, *files] if files and base else files

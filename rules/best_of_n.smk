@@ -25,8 +25,8 @@ rule pick_best_of_n:
     """Of the first n answers to each instruction, the one that the preference model likes best."""
     input:
         answers=at("best_of_n_answers.json"),
-        model=lambda wildcards: preference_model_files(wildcards.run),
-        ranker_base=lambda wildcards: ranker_base(wildcards.run),
+        model=lambda wildcards: preference_model_files(run_of(wildcards)),
+        ranker_base=lambda wildcards: ranker_base(run_of(wildcards)),
     output:
         outputs=at("best_of_{n}/alpaca_eval_outputs.json"),
         record=record(at("best_of_{n}/alpaca_eval_outputs.json")),
@@ -45,7 +45,7 @@ rule pick_best_of_n:
         gpu=MODEL_GPUS,
     params:
         version=STAGES["answer"],
-        model=lambda wildcards: preference_model(wildcards.run),
+        model=lambda wildcards: preference_model(run_of(wildcards)),
         generator=lambda wildcards: f"{policy_name(wildcards)}-best-of-{wildcards.n}",
     message:
         "Picking the best of {wildcards.n} answers: {wildcards.run}iteration {wildcards.t}"

@@ -66,7 +66,19 @@ LOGS = f"{ROOT}logs/"
 BENCHMARKS = f"{ROOT}benchmarks/"
 MODELS = "results/models/"
 EMBEDDED_POLICY = f"{MODELS}SmolLM2-135M-Instruct"
-BASE_POLICY = f"{ROOT}iter0/policy"
+
+
+def folder_of(run):
+    """Where a run's artifacts lie; main, whose name is "", has no folder of its own."""
+    return f"{ROOT}{run}/" if run else ROOT
+
+
+def artifact(run, t, name):
+    """Path of an artifact of a run's iteration t."""
+    return f"{folder_of(run)}iter{t}/{name}"
+
+
+BASE_POLICY = artifact("", 0, "policy")
 # Flags of how chats are written and, for programs that run the policy, of how it is run.
 CHATS = flags({key: MAIN["policy"][key] for key in OF_CHATS})
 RUNNING = flags(MAIN["policy"], skip=MODEL_SOURCE)
@@ -140,42 +152,47 @@ wildcard_constraints:
     shard=r"\d+",
 
 
+def run_of(wildcards):
+    """The name of a job's run. The wildcard ends in a slash, for main's is empty and has none."""
+    return wildcards.run.rstrip("/")
+
+
 def settings(wildcards):
     """The resolved configuration of the run that a job belongs to."""
-    return RUNS[wildcards.run.rstrip("/")]
+    return RUNS[run_of(wildcards)]
 
 
 def labels(figure):
     """What tells a file from others in the report: its run, and what it shows, which may name wildcards."""
     return lambda wildcards: {
-        "run": getattr(wildcards, "run", "all").rstrip("/") or "main",
+        "run": (run_of(wildcards) or "main") if hasattr(wildcards, "run") else "all",
         "figure": figure.format(**dict(wildcards.items())),
     }
 
 
-def at(artifact):
+def at(name):
     """Pattern of an artifact of any run and iteration."""
-    return f"{ROOT}{{run}}iter{{t}}/{artifact}"
+    return f"{ROOT}{{run}}iter{{t}}/{name}"
 
 
-def record(artifact):
-    """Pattern of the record beside an artifact."""
-    return f"{artifact}.record.json"
+def record(path):
+    """The record beside an artifact, or its pattern."""
+    return f"{path}.record.json"
 
 
 def policy(run, t):
     """The policy after iteration t; all runs share the base."""
-    return BASE_POLICY if int(t) == 0 else f"{ROOT}{run}iter{t}/policy"
+    return BASE_POLICY if int(t) == 0 else artifact(run, t, "policy")
 
 
 def current_policy(wildcards):
     """pi_t of this iteration: what it samples from, refers to and starts from."""
-    return policy(wildcards.run, int(wildcards.t) - 1)
+    return policy(run_of(wildcards), int(wildcards.t) - 1)
 
 
 def this_policy(wildcards):
     """The policy that this iteration gave."""
-    return policy(wildcards.run, wildcards.t)
+    return policy(run_of(wildcards), wildcards.t)
 
 
 def files_of(folder):
@@ -188,11 +205,11 @@ def model_files(folder):
     return sorted({str(path) for pattern in HUB_FILES for path in Path(folder).glob(pattern)})
 
 
-def sampled(wildcards, artifact, t=None):
+def sampled(wildcards, name, t=None):
     """An artifact up to the preferences, of iteration t or the job's own: main's where a run shares its first iteration."""
     t = str(t or wildcards.t)
     shared = t == "1" and settings(wildcards)["first_iteration_from"] == "main"
-    return f"{ROOT}{'' if shared else wildcards.run}iter{t}/{artifact}"
+    return artifact("" if shared else run_of(wildcards), t, name)
 
 
 def shards(wildcards, folder, t=None):

@@ -4,7 +4,7 @@
 def grade_files(wildcards, t=None):
     """All shards of a run's own grades, by which its pairs are chosen; none where they are chosen by preferences."""
     run = settings(wildcards)
-    folder = f"{ROOT}{wildcards.run}iter{t or wildcards.t}/grades"
+    folder = artifact(run_of(wildcards), t or wildcards.t, "grades")
     return (
         [f"{folder}/{shard}.parquet" for shard in range(run["responses"]["shards"])]
         if run["pairs"]["construction"] == "graded"
@@ -56,9 +56,11 @@ rule grade_responses:
         responses=lambda wildcards: sampled(wildcards, f"responses/{wildcards.shard}.parquet"),
         gold=lambda wildcards: settings(wildcards)["pairs"]["gold"] or [],
         policy=BASE_POLICY,
-        ranker_base=lambda wildcards: ranker_base(wildcards.run) if by_preference(wildcards) else [],
+        ranker_base=lambda wildcards: (
+            ranker_base(run_of(wildcards)) if by_preference(wildcards) else []
+        ),
         model=lambda wildcards: (
-            preference_model_files(wildcards.run) if by_preference(wildcards) else []
+            preference_model_files(run_of(wildcards)) if by_preference(wildcards) else []
         ),
     output:
         grades=at("grades/{shard}.parquet"),

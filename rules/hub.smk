@@ -4,7 +4,7 @@
 def pushed_policies():
     """What stands for main's policies on the hub; nothing unless the configuration says so."""
     return (
-        [f"{ROOT}iter{t}/pushed_to_hub.json" for t in range(1, MAIN["iterations"] + 1)]
+        [artifact("", t, "pushed_to_hub.json") for t in range(1, MAIN["iterations"] + 1)]
         if MAIN["push_to_hub"]
         else []
     )
@@ -13,11 +13,11 @@ def pushed_policies():
 rule push_policy:
     """Upload one policy with its card and figures, for `push_to_hub`."""
     input:
-        policy=f"{ROOT}iter{{t}}/policy",
-        evaluation=f"{ROOT}iter{{t}}/alpaca_eval.json",
+        policy=artifact("", "{t}", "policy"),
+        evaluation=artifact("", "{t}", "alpaca_eval.json"),
     output:
-        pushed=f"{ROOT}iter{{t}}/pushed_to_hub.json",
-        record=record(f"{ROOT}iter{{t}}/pushed_to_hub.json"),
+        pushed=artifact("", "{t}", "pushed_to_hub.json"),
+        record=record(artifact("", "{t}", "pushed_to_hub.json")),
     log:
         f"{LOGS}iter{{t}}/push_policy.log",
     benchmark:

@@ -35,7 +35,9 @@ def mt_bench_judge(wildcards):
     if not adapter_files(judge):
         return {}
     return {
-        "reference": f"{ROOT}{'' if as_main else wildcards.run}iter0/mt_bench_reference_answers.jsonl",
+        "reference": artifact(
+            "" if as_main else run_of(wildcards), 0, "mt_bench_reference_answers.jsonl"
+        ),
         "base": EMBEDDED_POLICY,
         "adapter": adapter_files(judge),
     }

@@ -5,10 +5,10 @@ def preference_model(run):
     """The preference model of a run as programs take it: its name, or the folder that PairRM is put into, one for all runs with the same."""
     chosen, of_main = (
         {key: RUNS[name]["preference"][key] for key in ("model", "revision", "backend")}
-        for name in (run.rstrip("/"), "")
+        for name in (run, "")
     )
     return (
-        f"{ROOT}{'' if chosen == of_main else run}iter0/preference_model"
+        artifact("" if chosen == of_main else run, 0, "preference_model")
         if is_pairrm(chosen["model"])
         else chosen["model"]
     )
@@ -17,14 +17,12 @@ def preference_model(run):
 def preference_model_files(run):
     """What that lies in, so that a new one compares anew."""
     model = preference_model(run)
-    return (
-        [model] if is_pairrm(RUNS[run.rstrip("/")]["preference"]["model"]) else adapter_files(model)
-    )
+    return [model] if is_pairrm(RUNS[run]["preference"]["model"]) else adapter_files(model)
 
 
 def ranker_base(run):
     """What the preference model of a run sits on, where it is an embedded one."""
-    return [] if is_pairrm(RUNS[run.rstrip("/")]["preference"]["model"]) else EMBEDDED_POLICY
+    return [] if is_pairrm(RUNS[run]["preference"]["model"]) else EMBEDDED_POLICY
 
 
 def comparison_flags(wildcards):
@@ -35,7 +33,7 @@ def comparison_flags(wildcards):
         if is_pairrm(chosen["model"])
         else ["source"]
     )
-    read = {"model": preference_model(wildcards.run)} | {key: chosen[key] for key in keys}
+    read = {"model": preference_model(run_of(wildcards))} | {key: chosen[key] for key in keys}
     return flags(read) + CHATS
 
 
@@ -78,8 +76,8 @@ rule annotate_preferences:
         prompts=at("prompts.parquet"),
         responses=at("responses/{shard}.parquet"),
         policy=BASE_POLICY,
-        ranker_base=lambda wildcards: ranker_base(wildcards.run),
-        model=lambda wildcards: preference_model_files(wildcards.run),
+        ranker_base=lambda wildcards: ranker_base(run_of(wildcards)),
+        model=lambda wildcards: preference_model_files(run_of(wildcards)),
     output:
         preferences=at("preferences/{shard}.parquet"),
         record=record(at("preferences/{shard}.parquet")),
@@ -115,7 +113,7 @@ rule annotate_implicitly:
         prompts=at("prompts.parquet"),
         responses=at("responses/{shard}.parquet"),
         policy=current_policy,
-        before=lambda wildcards: policy(wildcards.run, int(wildcards.t) - 2),
+        before=lambda wildcards: policy(run_of(wildcards), int(wildcards.t) - 2),
     output:
         preferences=at("preferences/{shard}.parquet"),
         record=record(at("preferences/{shard}.parquet")),
@@ -173,7 +171,9 @@ def previous_pairs(wildcards):
     """An earlier iteration's pairs, where some of them are trained on again."""
     t, chosen = int(wildcards.t), settings(wildcards)["pairs"]
     return (
-        f"{ROOT}{wildcards.run}iter{1 if chosen['replay_from'] == 'first' else t - 1}/pairs.parquet"
+        artifact(
+            run_of(wildcards), 1 if chosen["replay_from"] == "first" else t - 1, "pairs.parquet"
+        )
         if chosen["replay"] and t > 1
         else []
     )

@@ -11,7 +11,7 @@ rule plot_training:
     """Loss, log-ratios of winner and loser, and how often the winner is ranked first, over all iterations."""
     input:
         logs=lambda wildcards: [
-            f"{ROOT}{wildcards.run}iter{t}/train_log.jsonl" for t in trainings(wildcards)
+            artifact(run_of(wildcards), t, "train_log.jsonl") for t in trainings(wildcards)
         ],
     output:
         png=f"{ROOT}{{run}}figures/training.png",
@@ -57,7 +57,7 @@ rule build_response_browser:
             path for t in trainings(wildcards) for path in shards(wildcards, "preferences", t)
         ],
         pairs=lambda wildcards: [
-            f"{ROOT}{wildcards.run}iter{t}/pairs.parquet" for t in trainings(wildcards)
+            artifact(run_of(wildcards), t, "pairs.parquet") for t in trainings(wildcards)
         ],
         answers=of_every_iteration("alpaca_eval_outputs.json"),
         annotations=of_every_iteration("alpaca_eval_annotations.json"),

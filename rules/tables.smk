@@ -16,31 +16,31 @@ def iterations(wildcards):
 def base_of(wildcards):
     """Where the base is evaluated for a run: as main's iter0, unless the run evaluates otherwise."""
     run = settings(wildcards)
-    as_main = run["alpaca_eval"] == MAIN["alpaca_eval"] and preference_model(
-        wildcards.run
-    ) == preference_model("")
-    return "" if as_main else wildcards.run
+    name = run_of(wildcards)
+    same_judge = run["alpaca_eval"] == MAIN["alpaca_eval"]
+    as_main = same_judge and preference_model(name) == preference_model("")
+    return "" if as_main else name
 
 
-def of_every_iteration(artifact):
+def of_every_iteration(name):
     """Input function: one artifact of each iteration."""
     return lambda wildcards: [
-        f"{ROOT}{wildcards.run if t else base_of(wildcards)}iter{t}/{artifact}"
+        artifact(run_of(wildcards) if t else base_of(wildcards), t, name)
         for t in iterations(wildcards)
     ]
 
 
 def records_of_every_iteration(wildcards):
     """Records whose seconds add up to an iteration's minutes."""
-    run = wildcards.run
+    run = run_of(wildcards)
     made = [
-        f"{ROOT}{run if t else base_of(wildcards)}iter{t}/{name}"
+        artifact(run if t else base_of(wildcards), t, name)
         for t in iterations(wildcards)
         for name in ("alpaca_eval_outputs.json", "alpaca_eval.json")
     ]
     for t in range(1, settings(wildcards)["iterations"] + 1):
         if settings(wildcards)["extrapolation"] is not None:
-            made.append(f"{ROOT}{run}iter{t}/policy")
+            made.append(artifact(run, t, "policy"))
             continue
         made += (
             shards(wildcards, "responses", t)
@@ -48,18 +48,18 @@ def records_of_every_iteration(wildcards):
             + preference_shards(wildcards, t)
         )
         made += [
-            f"{ROOT}{run}iter{t}/{name}"
-            for name in ("pairs.parquet", "logps/current.parquet", "policy")
+            artifact(run, t, name) for name in ("pairs.parquet", "logps/current.parquet", "policy")
         ]
-    return [record(artifact) for artifact in made]
+    return [record(path) for path in made]
 
 
 def summary_files(run):
-    """What the summary of a run consists of; `run` is "" or "<name>/"."""
+    """What the summary of a run consists of."""
+    folder = folder_of(run)
     return [
-        f"{ROOT}{run}summary.md",
+        f"{folder}summary.md",
         *(
-            f"{ROOT}{run}figures/{name}.{form}"
+            f"{folder}figures/{name}.{form}"
             for name in ("win_rate", "length")
             for form in ("png", "svg")
         ),
@@ -120,9 +120,11 @@ def comparable_outputs(wildcards):
         path
         for run in same
         for t in range(1, RUNS[run]["iterations"] + 1)
-        if os.path.exists(path := f"{ROOT}{run}/iter{t}/alpaca_eval_outputs.json")
+        if os.path.exists(path := artifact(run, t, "alpaca_eval_outputs.json"))
     ]
-    return [f"{ROOT}iter{t}/alpaca_eval_outputs.json" for t in range(MAIN["iterations"] + 1)] + made
+    return [
+        artifact("", t, "alpaca_eval_outputs.json") for t in range(MAIN["iterations"] + 1)
+    ] + made
 
 
 def compared_by(wildcards):
@@ -187,7 +189,7 @@ def already_made(names):
         for run in RUNS
         for t in range(RUNS[run]["iterations"] + 1)
         for name in names
-        if os.path.exists(path := f"{ROOT}{run + '/' if run else ''}iter{t}/{name}")
+        if os.path.exists(path := artifact(run, t, name))
     ]
 
 

@@ -21,7 +21,7 @@ def frozen_policy(wildcards):
     return (
         current_policy(wildcards)
         if wildcards.frozen == "current"
-        else policy(wildcards.run, reference_iteration(wildcards))
+        else policy(run_of(wildcards), reference_iteration(wildcards))
     )
 
 
@@ -31,7 +31,7 @@ def other_reference(wildcards):
     return (
         {}
         if same
-        else {"reference": f"{ROOT}{wildcards.run}iter{wildcards.t}/logps/reference.parquet"}
+        else {"reference": artifact(run_of(wildcards), wildcards.t, "logps/reference.parquet")}
     )
 
 
@@ -75,7 +75,7 @@ rule extrapolate_policy:
     """ExPO: main's policy carried on along the line from the base, without training."""
     input:
         base=BASE_POLICY,
-        aligned=f"{ROOT}iter{{t}}/policy",
+        aligned=artifact("", "{t}", "policy"),
     output:
         policy=directory(at("policy")),
         record=record(at("policy")),
