@@ -30,6 +30,7 @@ def pairs_of(
         return graded_pairs(grades, responses, gold, args)
     if args.construction == "gold":
         return [gold_pair(responses, gold, args)]
+    assert preferences is not None  # these constructions compare
     return (
         every_two(preferences, responses, args)
         if args.construction == "all"
@@ -58,11 +59,10 @@ def every_two(
     kept = []
     for i, j in itertools.combinations(range(len(estimates)), 2):
         w, l = (i, j) if probabilities[i, j] > 0.5 else (j, i)
-        ends = [responses[preferences["sample_ids"][k]] for k in (w, l)]
+        chosen, rejected = (responses[preferences["sample_ids"][k]] for k in (w, l))
         tie = probabilities[w, l] == 0.5
-        kept.append(
-            "tie" if tie else made(*ends, (estimates[w], estimates[l], probabilities[w, l]), args)
-        )
+        numbers = (estimates[w], estimates[l], probabilities[w, l])
+        kept.append("tie" if tie else made(chosen, rejected, numbers, args))
     return kept
 
 
