@@ -3,7 +3,7 @@
 # make test    installs the pinned environment, runs the tests
 #              PRECISION=bfloat16 or float32: as on a processor with bfloat16 units, or without
 # make test-unit  the fast ones of them, without the workflow
-# make lint    formatting and lint, by ruff and snakefmt; make format formats
+# make lint    formatting, lint and types, by ruff, snakefmt and mypy; make format formats
 # make test-slow  the slow ones: fuzzing (tests/fuzz; FUZZ=5 five seeds), parity, real runs
 # make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
 # make test-pairrm  PairRM against llm-blender itself, in an environment of its own below .cache/
@@ -57,10 +57,11 @@ install: .venv/installed
 	@$(PIP) --no-deps -r requirements-no-deps.txt
 	@touch $@
 
-lint: .cache/lint/installed
+lint: .cache/lint/installed .venv/installed
 	@.cache/lint/bin/ruff format --check src tests benchmarks
 	@.cache/lint/bin/ruff check src tests benchmarks
 	@.cache/lint/bin/snakefmt --check Snakefile rules
+	@.cache/lint/bin/mypy --python-executable .venv/bin/python
 
 format: .cache/lint/installed
 	@.cache/lint/bin/ruff format src tests benchmarks

@@ -254,7 +254,7 @@ def known_hash(artifact: Path) -> str:
     return found
 
 
-_hashed: dict[tuple, str] = {}
+_hashed: dict[tuple[Any, ...], str] = {}
 
 
 def _hash_once(path: Path) -> str:

@@ -633,17 +633,17 @@ def add_section(
             if isinstance(rule["type"], str)
             else [t for t in rule["type"] if t != "null"]
         )
-        kind = {
+        kinds: dict[str, Callable[[str], Any]] = {
             "integer": int,
             "number": float,
             "boolean": _boolean,
             "string": str,
             "object": _object,
-        }[types[0]]
+        }
         choices = [value for value in rule["enum"] if value is not None] if "enum" in rule else None
         parser.add_argument(
             f"--{key.replace('_', '-')}",
-            type=kind,
+            type=kinds[types[0]],
             choices=choices,
             default=default_of(rule, "paper"),
             help=rule["description"].replace("%", "%%") + " (default: %(default)s)",

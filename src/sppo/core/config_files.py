@@ -39,7 +39,7 @@ def check_command_line(words: list[str]) -> None:
         fail(explained(error) or "")
 
 
-def check_files(files: Iterable[str | os.PathLike]) -> None:
+def check_files(files: Iterable[str | os.PathLike[str]]) -> None:
     """Every file is YAML or JSON in UTF-8, has keys, none twice, and no part that holds itself.
 
     Else UserError: of a key that stands twice a loader takes the last, and what stands under the
@@ -105,7 +105,7 @@ def _check_node(node: yaml.Node, file: str, above: tuple[yaml.Node, ...]) -> Non
             _check_node(value, file, above)
 
 
-def files_hint(files: Iterable[str | os.PathLike]) -> str:
+def files_hint(files: Iterable[str | os.PathLike[str]]) -> str:
     """What to add to an error of a configuration that is read from several files; "" for one."""
     names = [shown(file) for file in files]
     if len(names) < 2:
@@ -115,7 +115,7 @@ def files_hint(files: Iterable[str | os.PathLike]) -> str:
     return f" (read as configuration: {', '.join(names)}{advice})"
 
 
-def shown(file: str | os.PathLike) -> str:
+def shown(file: str | os.PathLike[str]) -> str:
     """A file's path as a user writes it: from the current folder where it lies in that."""
     path = Path(file)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -107,7 +107,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn a full disk or a limit on sizes, met while the block writes `path`, into a UserError."""
     try:
         yield
@@ -117,7 +117,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def disk_full(path: str | os.PathLike) -> str:
+def disk_full(path: str | os.PathLike[str]) -> str:
     """The one line for a full disk met while writing `path`."""
     folder = os.path.dirname(path) or "."
     free = (

@@ -79,7 +79,7 @@ def check_address(url: str, where: str) -> None:
         parts = urllib.parse.urlsplit(url)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
     except ValueError:  # a port out of range or not a number, brackets without an end
-        scheme = host = port = None
+        scheme, host, port = "", None, None
     if re.search(r"(^|//)[^/?#]*@", url):
         raise UserError(
             f"{where} holds a name or password, which would stand in results, records "

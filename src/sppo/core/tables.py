@@ -155,7 +155,7 @@ def _not_finite(table: pa.Table) -> str | None:
     return None
 
 
-def _finite(value: float | list) -> bool:
+def _finite(value: float | list[Any]) -> bool:
     return all(map(_finite, value)) if isinstance(value, list) else math.isfinite(value)
 
 

@@ -79,6 +79,7 @@ def check_judge(
         )  # finds, does not import; absent outside its environment
         if (
             package
+            and package.origin
             and not (
                 Path(package.origin).parent / "evaluators_configs" / judge / "configs.yaml"
             ).exists()
@@ -118,7 +119,9 @@ class PreferenceAnnotator:
         if one["output"] != two["output"]:
             logits = self.model.pair_logits(one["instruction"], [one["output"], two["output"]])
             preference = 1.0 + float(win_probabilities(logits)[1, 0])
-        shared = {key: one[key] for key in ("instruction", "dataset", "prompt_id") if key in one}
+        shared: Record = {
+            key: one[key] for key in ("instruction", "dataset", "prompt_id") if key in one
+        }
         return {
             **shared,
             "output_1": one["output"],
@@ -153,7 +156,10 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
         from sppo.preferences.embedded import load_preference_model
 
         start_torch()
-        facts = {"adapter": judge.name, "adapter_sha256": known_hash(adapter_files(judge.name)[0])}
+        facts: Record = {
+            "adapter": judge.name,
+            "adapter_sha256": known_hash(adapter_files(judge.name)[0]),
+        }
         return {
             "annotators_config": judge.name,
             "Annotator": PreferenceAnnotator,
@@ -162,6 +168,7 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
     config, facts = judge.name, {"annotators_config": judge.name}
     if judge.name == "openai":
         file = folder / "server" / "configs.yaml"
+        assert judge.model and judge.base_url  # check_judge has seen to it
         config, request = _accepted_request(file, judge.model, judge.base_url)
         facts = {
             "model": judge.model,
@@ -230,7 +237,8 @@ def _accepted_request(path: Path, model: str, base_url: str) -> tuple[str, Recor
     """
     import openai
 
-    refusal = unreadable = None
+    refusal: openai.APIStatusError | None = None
+    unreadable: str | None = None
     with_logprobs = request_forms(1, temperature=1, top_p=1.0, logprobs=True, top_logprobs=5)
     for request in [form for form in with_logprobs if form] + request_forms(
         8, temperature=0, top_p=1.0
@@ -243,7 +251,10 @@ def _accepted_request(path: Path, model: str, base_url: str) -> tuple[str, Recor
             continue
         if unreadable is None:
             return config, request
-    raise _unreadable(model, unreadable) if unreadable is not None else refusal
+    if unreadable is not None:
+        raise _unreadable(model, unreadable)
+    assert refusal is not None  # each request was refused
+    raise refusal
 
 
 def trial(config: str) -> str | None:
@@ -351,7 +362,8 @@ def read_outputs(path: Path) -> list[Record]:
     """
     if path.is_file():
         known_hash(path)
-    rows, seen = read_json(path), {}
+    rows = read_json(path)
+    seen: dict[str, int] = {}
     if not isinstance(rows, list) or not rows:
         raise UserError(
             f"{path} is not a list of outputs; alpaca-eval's form is [{{instruction, output, generator}}, ...]"

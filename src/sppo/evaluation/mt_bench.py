@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sppo.core.artifacts import file_hash, json_lines, known_hash, parse_json
 from sppo.core.errors import UserError
@@ -33,6 +33,9 @@ from sppo.core.openai_api import (
     request_forms,
 )
 from sppo.preferences.adapters import EMBEDDED, adapter_folder
+
+if TYPE_CHECKING:
+    from openai.types.chat import ChatCompletionMessageParam
 
 Row = dict[str, Any]
 # FastChat's data at v0.2.36, from which the wheel 0.2.36 was made: path in its repository and sha256.
@@ -301,7 +304,8 @@ class Client:
         )
         self.model, self.base_url, self.cache, self.lock = model, base_url, cache, threading.Lock()
         self.form = 0  # of `request_forms`, the one that the server takes
-        self.readable, self.unreadable = readable, []
+        self.readable = readable
+        self.unreadable: list[str] = []
         # Older code kept the others too.
         self.kept = {key: answer for key, answer in _kept(cache) if readable(answer)}
 
@@ -361,7 +365,9 @@ class Client:
         while True:
             try:
                 answer = self.api.chat.completions.create(
-                    model=self.model, messages=messages, **forms[form]
+                    model=self.model,
+                    messages=cast("list[ChatCompletionMessageParam]", messages),
+                    **forms[form],
                 )
                 self.form = form
                 return answer.choices[0].message.content or ""

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -167,7 +167,8 @@ class OwnNoise(LogitsProcessor):
             self.sampling.temperature,
             self.sampling.top_p,
         )
-        return scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)
+        scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)
+        return scores
 
 
 class FiniteLogits(LogitsProcessor):
@@ -208,14 +209,14 @@ class PreallocatedCacheLayer(DynamicLayer):
 
     def __init__(self, filled: DynamicLayer, room: int) -> None:
         super().__init__()
-        self.lazy_initialization(filled.keys, filled.values)
-        batch, heads, self.length, width = filled.keys.shape
-        self.all_keys = filled.keys.new_empty(batch, heads, self.length + room, width)
-        self.all_values = filled.values.new_empty(
-            batch, heads, self.length + room, filled.values.shape[-1]
-        )
+        keys, values = filled.keys, filled.values
+        assert keys is not None and values is not None  # the prompts were read into it
+        self.lazy_initialization(keys, values)
+        batch, heads, length, width = keys.shape
+        self.all_keys = keys.new_empty(batch, heads, length + room, width)
+        self.all_values = values.new_empty(batch, heads, length + room, values.shape[-1])
         self.length = 0
-        self.update(filled.keys, filled.values)
+        self.update(keys, values)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
@@ -310,10 +311,11 @@ class TransformersEngine:
         if sampling.temperature > 0:
             processors.append(OwnNoise([seed for _, _, seed in wanted], sampling, width))
         with torch.inference_mode():
+            model: Any = self.model  # PreTrainedModel declares no `generate`, causal models do
             more: dict[str, Any] = {}
             if self.reads_prompts_once and width > 1:
                 more["past_key_values"] = self._read_once(ids, mask, sampling)
-            output = self.model.generate(
+            output = model.generate(
                 ids.repeat_interleave(samples, 0),
                 do_sample=False,
                 attention_mask=mask.repeat_interleave(samples, 0),
@@ -357,7 +359,9 @@ class TransformersEngine:
                 setattr(layer, name, torch.cat(padded))
         cache.batch_repeat_interleave(sampling.samples)
         room = sampling.max_new_tokens
-        cache.layers = [PreallocatedCacheLayer(layer, room) for layer in cache.layers]
+        cache.layers = [
+            PreallocatedCacheLayer(cast(DynamicLayer, layer), room) for layer in cache.layers
+        ]
         return cache
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sppo.core.artifacts import ROOT, check_link, parse_json, read_json
 from sppo.core.errors import UserError
@@ -444,7 +444,9 @@ def load_policy(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return (model.to(device) if device else model).eval()
+    if device:
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
+    return model.eval()
 
 
 def context_length(folder: Path) -> int | None:
@@ -464,7 +466,7 @@ def render_chat(
     `name` says which it is. One that the template refuses is a UserError with the template's words.
     """
     try:
-        return tokenizer.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(
             messages, add_generation_prompt=answer_next, tokenize=False
         )
     except Exception as error:  # a template may fail in any way that its expressions can
@@ -473,6 +475,7 @@ def render_chat(
             f"{error}); change it to what the template takes, such as a chat without a system "
             "message"
         ) from error
+    return cast(str, rendered)  # of one chat, and not made into tokens
 
 
 def prompt_token_ids(
@@ -533,7 +536,8 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
         _, answer, behind = render_chat(tokenizer, chat, answer_next=False).rpartition(ANSWER)
     except UserError:
         return None
-    controls = set(tokenizer.convert_tokens_to_ids(control_tokens(tokenizer)))
+    # A list of tokens gives a list of ids.
+    controls = set(cast(list[int], tokenizer.convert_tokens_to_ids(control_tokens(tokenizer))))
     ids = tokenizer(behind, add_special_tokens=False).input_ids if answer else []
     return next((number for number in ids if number in controls), None)
 

@@ -19,6 +19,7 @@ noticed); and there is no eigenvalue gate on R.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ from sppo.core.errors import UserError
 from sppo.core.progress import progress
 from sppo.policies.models import compute_dtype, load_whole
 from sppo.preferences.adapters import adapter_folder, is_pairrm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sppo.preferences.pairrm import PairRM
 
 # What ranker.json must say.
 SPEC = (
@@ -78,7 +84,21 @@ class PreferenceEmbedder(nn.Module):
     limits of `PairText`.
     """
 
-    def __init__(self, backbone: nn.Module, tokenizer, spec: dict, seed: int = 0) -> None:
+    # Set by register_buffer, whose names type checkers do not see.
+    instruction_center: torch.Tensor
+    instruction_scale: torch.Tensor
+    mean_center: torch.Tensor
+    mean_scale: torch.Tensor
+    last_center: torch.Tensor
+    last_scale: torch.Tensor
+
+    def __init__(
+        self,
+        backbone: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: dict[str, Any],
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         backbone.layers = backbone.layers[: spec["layers"]]
@@ -211,7 +231,9 @@ class PairText:
     with ` [...] ` between: how an answer ends tells whether it was broken off.
     """
 
-    def __init__(self, tokenizer, max_prompt_tokens: int, max_answer_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int, max_answer_tokens: int
+    ) -> None:
         self.tokenizer = tokenizer
         self.max_prompt, self.max_answer = max_prompt_tokens, max_answer_tokens
         if not tokenizer.chat_template:
@@ -221,7 +243,7 @@ class PairText:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": PLACEHOLDER}], tokenize=False, add_generation_prompt=True
         )
-        before, after = text.split(PLACEHOLDER)
+        before, after = cast(str, text).split(PLACEHOLDER)  # of one chat, not made into tokens
         self.before = tokenizer(before, add_special_tokens=False).input_ids
         self.after = tokenizer(after, add_special_tokens=False).input_ids
         self.omission = self.plain(OMISSION)
@@ -260,7 +282,9 @@ class PairText:
         ]
 
 
-def load_base(base_dir: Path, dtype: torch.dtype):
+def load_base(
+    base_dir: Path, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The backbone and the tokenizer of a Hugging Face folder. Raises UserError where it is unusable."""
     from transformers import AutoModel, AutoTokenizer
 
@@ -356,7 +380,9 @@ class EmbeddedRanker:
         return logits[np.ix_(at, at)]
 
 
-def load_preference_model(model: str, base_dir: Path | None, device: str = "cpu", **reading):
+def load_preference_model(
+    model: str, base_dir: Path | None, device: str = "cpu", **reading: Any
+) -> EmbeddedRanker | PairRM:
     """The local preference model that `model` names, with `pair_logits` and `all_pair_logits`: an adapter on `base_dir`, or PairRM.
 
     reading: how PairRM reads, see there; an adapter has nothing to set.

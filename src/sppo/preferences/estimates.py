@@ -102,7 +102,7 @@ def even_length_penalty(scores: list[Array], lengths: list[Array]) -> float:
     places = np.unique(places[places > 0])
     alphas = [0.0, *(places[:-1] + places[1:]) / 2, *(2 * places[-1:])]  # one in each step
     first = bisect.bisect_left(
-        alphas, 0, key=lambda alpha: -difference(alpha)
+        alphas, 0.0, key=lambda alpha: -difference(alpha)
     )  # where winners are no longer than losers
     return float(
         min(alphas[max(first - 1, 0) : first + 1], key=lambda alpha: abs(difference(alpha)))

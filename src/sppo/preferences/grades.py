@@ -87,7 +87,7 @@ def far_apart(
 
 
 def read_grades(
-    paths: list[Path], responses: dict[str, dict[int, dict]], gold: dict[str, Any]
+    paths: list[Path], responses: dict[str, dict[int, dict[str, Any]]], gold: dict[str, Any]
 ) -> dict[str, dict[int, float]]:
     """Grades by prompt and sample_id. UserError if one is of a response that is not there."""
     found: dict[str, dict[int, float]] = defaultdict(dict)

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sppo.preferences.embedded import EmbeddedRanker
+    from sppo.preferences.llm_blender import LlmBlender
+    from sppo.preferences.pairrm import PairRM
 
 
-def prompt_text(messages: list[dict[str, str]], tokenizer) -> str:
+def prompt_text(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase | None) -> str:
     """What the preference model reads as the prompt: the user's last words, or with a tokenizer the rendered chat template."""
     from sppo.policies.models import render_chat
 
     return messages[-1]["content"] if tokenizer is None else render_chat(tokenizer, messages)
 
 
-def chat_tokenizer(args: argparse.Namespace):
+def chat_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase | None:
     """The policy's tokenizer, if the preference model reads the rendered chat template."""
     from sppo.policies.models import load_tokenizer
 
@@ -22,7 +30,7 @@ def chat_tokenizer(args: argparse.Namespace):
     return load_tokenizer(args.policy, args.chat_template_kwargs, args.template_date)
 
 
-def load_model(args: argparse.Namespace):
+def load_model(args: argparse.Namespace) -> EmbeddedRanker | PairRM | LlmBlender:
     """The preference model that the flags describe, with `all_pair_logits`."""
     from sppo.policies.models import pick_device
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ SEPARATOR = "[SEP]"
 # The HF layout names no limits: these are llm-blender's own, in blender_utils.tokenize_pair and in PairRM's config.json.
 LIMITS = {"source_maxlength": 1224, "candidate_maxlength": 412}
 # llm-blender's layout names its backbone and not its shape; this is the backbone of PairRM, so that none of it is fetched.
-DEBERTA_V3_LARGE = {
+DEBERTA_V3_LARGE: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
     "num_attention_heads": 16,
@@ -104,7 +104,8 @@ class PairText:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.pad = self.tokenizer.token_to_id("[PAD]") or 0
-        self.id = {mark: self.tokenizer.token_to_id(mark) for mark in (*MARKS, SEPARATOR)}
+        ids = {mark: self.tokenizer.token_to_id(mark) for mark in (*MARKS, SEPARATOR)}
+        self.id = cast(dict[str, int], ids)  # None is refused below
         for mark in MARKS:
             wanted = [self.tokenizer.token_to_id("[CLS]"), self.id[mark], self.id[SEPARATOR]]
             if None in wanted or self.tokenizer.encode(mark).ids != wanted:
@@ -207,7 +208,8 @@ class PairRM:
             else compute_dtype(precision, device)
         )
         self.name = f"PairRM ({layout} layout, {str(self.dtype).removeprefix('torch.')})"
-        self.model.pretrained_model.to(self.dtype)
+        # transformers' decorator hides `self`
+        self.model.pretrained_model.to(self.dtype)  # type: ignore[arg-type]
         self.model.to(device)
 
     def pair_logits(self, prompt: str, candidates: list[str]) -> np.ndarray:

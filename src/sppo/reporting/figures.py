@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def save(figure: Any, files: list[Path]) -> None:
 
 
 def _values_and_bars(
-    judged: dict[int, dict[str, Any]], key: str
+    judged: Mapping[Any, dict[str, Any]], key: str
 ) -> tuple[list[float], list[list[float]]]:
     values = [line[key] for line in judged.values()]
     ends = [line[f"{key}_interval"] or [line[key]] * 2 for line in judged.values()]

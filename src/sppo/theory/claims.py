@@ -6,7 +6,7 @@ An error or an excess is compared with what rounding allows, a value with a boun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def laws(game: Game) -> Iterator[Claim]:
     yield (
         12,
         "SPPO's least squares, eta 1: the policy sums to 1, (target - log-ratio)/ratio is the same for all actions: error",
-        max(abs(start @ np.exp(u) - 1), np.ptp((P @ start - 0.5 - u) / np.exp(u))),
+        max(abs(float(start @ np.exp(u)) - 1), float(np.ptp((P @ start - 0.5 - u) / np.exp(u)))),
         "<=",
         "1e-12",
     )
@@ -125,13 +125,15 @@ def laws(game: Game) -> Iterator[Claim]:
     )
     i, j = (index.ravel() for index in np.indices((n, n)))
     weight = np.sqrt(start[i] * start[j])
-    u = np.linalg.lstsq(
+    fitted = np.linalg.lstsq(
         weight[:, None] * (np.eye(n)[i] - np.eye(n)[j]), weight * (P[i, j] - 0.5) / 0.5, rcond=None
     )[0]
     yield (
         17,
         "IPO on all on-policy pairs, solved as least squares, is MWU with eta = 1/beta = 2: error",
-        np.abs(start * np.exp(u) / (start @ np.exp(u)) - play(g.mwu(P, start, 2.0), 1)[1]).max(),
+        np.abs(
+            start * np.exp(fitted) / (start @ np.exp(fitted)) - play(g.mwu(P, start, 2.0), 1)[1]
+        ).max(),
         "<=",
         "1e-12",
     )
@@ -210,7 +212,7 @@ def average(policies: Array) -> Array:
     return np.cumsum(policies, axis=0) / np.arange(1, len(policies) + 1)[:, None]
 
 
-def gaps(game: Game, policies: Array) -> Array:
+def gaps(game: Game, policies: Iterable[Array]) -> Array:
     """Duality gap of each policy; 1e-16 stands for what is rounding."""
     return np.maximum([duality_gap(game.P, pi) for pi in policies], 1e-16)
 

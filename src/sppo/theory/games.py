@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linprog
 from scipy.special import wrightomega
 
@@ -44,7 +44,7 @@ class Game:
     actions: tuple[str, ...]
 
 
-def named_game(P: Array, start: Array | None = None, actions: tuple[str, ...] = ()) -> Game:
+def named_game(P: ArrayLike, start: ArrayLike | None = None, actions: tuple[str, ...] = ()) -> Game:
     """A game; without a start pi_1 is proportional to 1, 2, ..., n, which is nobody's fixed point by symmetry."""
     P = np.asarray(P, dtype=np.float64)
     ramp = np.arange(1.0, len(P) + 1)
@@ -56,7 +56,7 @@ def named_game(P: Array, start: Array | None = None, actions: tuple[str, ...] = 
     )
 
 
-def bradley_terry(r: Array) -> Array:
+def bradley_terry(r: ArrayLike) -> Array:
     """P_ij = sigma(r_i - r_j) of rewards r (n,): the only games that a reward can describe; (n, n)."""
     r = np.asarray(r, dtype=np.float64)
     return sigmoid(r[:, None] - r[None, :])
@@ -100,7 +100,7 @@ def parse_game(text: str, name: str) -> Game:
     if actions and len(actions) != n:
         raise UserError(f"{name} has {len(actions)} names over {n} columns of numbers")
     P = np.array(rows, dtype=np.float64)
-    i, j = np.unravel_index(np.abs(P + P.T - 1).argmax(), P.shape)
+    i, j = map(int, np.unravel_index(np.abs(P + P.T - 1).argmax(), P.shape))
     if abs(P[i, j] + P[j, i] - 1) > 1e-6:
         raise UserError(
             f"{name}: P + P^T is not 1: row {i + 1}, column {j + 1} is {P[i, j]:g} and its mirror {P[j, i]:g}"

@@ -74,8 +74,9 @@ def launch(train: dict[str, Any], device: str) -> None:
                 item[1].exitcode,
             ),
         )
-        if isinstance(first.message, dict):
-            raise UserError(first.message["message"].removeprefix("UserError: ")) from None
+        message: Any = first.message  # torch declares text, and reads a dict where it can
+        if isinstance(message, dict):
+            raise UserError(message["message"].removeprefix("UserError: ")) from None
         if first.exitcode < 0:
             raise UserError(
                 f"process {rank} of the training was ended by {signal.Signals(-first.exitcode).name}, most often for want of memory; "

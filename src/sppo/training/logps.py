@@ -63,7 +63,8 @@ def head_reads(model: nn.Module, places: Tensor) -> Iterator[None]:
     as Gemma-2's soft cap, stays. Bfloat16 logits of 16 and above are rounded to an eighth; a token's
     log-probability would carry that error, differently in each batch.
     """
-    head = getattr(model, "module", model).get_output_embeddings()
+    inner: Any = getattr(model, "module", model)
+    head = inner.get_output_embeddings()
 
     def forward(states: Tensor) -> Tensor:
         chosen = states.flatten(0, 1)[places]
@@ -97,7 +98,7 @@ class Float32Product(torch.autograd.Function):
                 return x.float() @ weight.float().T
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         gradient = gradient.bfloat16()
         return gradient @ weight, gradient.T @ x
@@ -106,7 +107,8 @@ class Float32Product(torch.autograd.Function):
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
     """Float32 matrix products may use a processor's bfloat16 units: exact where factors are bfloat16."""
-    matmul = torch.backends.mkldnn.matmul
+    # torch puts an object in the module's place, which type checkers do not see.
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield
@@ -114,7 +116,7 @@ def bfloat16_products() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def pair_batch(pairs: list[dict]) -> dict[str, Tensor]:
+def pair_batch(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
     """Rows of the table `pairs` as one batch of 2B sequences: all chosen, then all rejected."""
     prompts = [pair["prompt_token_ids"] for pair in pairs]
     chosen = [pair["chosen_token_ids"] for pair in pairs]
@@ -122,7 +124,7 @@ def pair_batch(pairs: list[dict]) -> dict[str, Tensor]:
     return collate(prompts + prompts, chosen + rejected)
 
 
-def pair_length(pair: dict) -> int:
+def pair_length(pair: dict[str, Any]) -> int:
     """Tokens that the longer sequence of a pair fills in a batch."""
     longer = max(len(pair["chosen_token_ids"]), len(pair["rejected_token_ids"]))
     return len(pair["prompt_token_ids"]) + longer
@@ -144,13 +146,17 @@ def forward_precision(device: str, dtype: torch.dtype) -> torch.autocast:
 
 
 def frozen_logps(
-    model: nn.Module, pairs: list[dict], dtype: torch.dtype, device: str, micro_batch_size: int
-) -> list[dict]:
+    model: nn.Module,
+    pairs: list[dict[str, Any]],
+    dtype: torch.dtype,
+    device: str,
+    micro_batch_size: int,
+) -> list[dict[str, Any]]:
     """Rows of the table `logps` under a frozen model, batched by length, in the order of `pairs`.
 
     A log-probability that is not a number is a UserError that names its pair.
     """
-    rows: dict[int, dict] = {}
+    rows: dict[int, dict[str, Any]] = {}
     lengths = [pair_length(pair) for pair in pairs]
     with torch.inference_mode(), forward_precision(device, dtype):
         for batch in progress(_batches(lengths, micro_batch_size), "reference log-probabilities"):
@@ -168,7 +174,11 @@ def frozen_logps(
 
 
 def frozen_response_logps(
-    model: nn.Module, responses: list[dict], dtype: torch.dtype, device: str, batch_size: int
+    model: nn.Module,
+    responses: list[dict[str, Any]],
+    dtype: torch.dtype,
+    device: str,
+    batch_size: int,
 ) -> list[float]:
     """log pi(y|x), nats, of rows of the table `responses` under a frozen model, in their order.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -122,13 +122,13 @@ class PairTrainer(Trainer):
 
     def __init__(
         self,
-        *args: Any,
+        *,
         options: dict[str, Any],
         schedule_steps: int,
         dtype: torch.dtype,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, data_collator=collate_pairs, **kwargs)
+        super().__init__(data_collator=collate_pairs, **kwargs)
         self.options, self.schedule_steps, self.dtype = options, schedule_steps, dtype
         self.model_accepts_loss_kwargs = (
             True  # the loss is divided by the step's pairs, in compute_loss
@@ -142,7 +142,7 @@ class PairTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list, Tensor]:
+    ) -> tuple[list[Any], Tensor]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = torch.tensor(float(sum(batch["weight"].sum() for batch in batches)), device=device)
         # The mean over processes that follows the backward pass divides by their number once more.
@@ -337,7 +337,7 @@ def trainer_arguments(
 
 
 def make_trainer(
-    model: PreTrainedModel,
+    model: nn.Module,
     pairs: list[dict[str, Any]],
     options: dict[str, Any],
     dtype: torch.dtype,
@@ -445,7 +445,7 @@ def make_trl_trainer(
     return trainer
 
 
-def with_lora(model: PreTrainedModel, options: dict[str, Any]) -> Any:
+def with_lora(model: Any, options: dict[str, Any]) -> Any:
     """The model itself, or with LoRA adapters on all linear layers if `lora_rank` is not 0."""
     if options["lora_rank"] == 0:
         return model

@@ -75,7 +75,7 @@ def check_cluster(
             if job.minutes and job.minutes > limit:
                 too_long.setdefault(partition, []).append(job)
     for partition, jobs in too_long.items():
-        longest, limit = max(jobs, key=lambda job: job.minutes), _limit(limits, partition)
+        longest, limit = max(jobs, key=lambda job: job.minutes or 0), _limit(limits, partition)
         raise UserError(
             f"jobs of {len(jobs)} rules may ask for more than the {limit:.0f} minutes that partition {partition} gives, {longest.rule} for "
             f'{longest.minutes}, and would wait for ever; lower runtime in {PROFILE}, as in "min(60 * attempt, {limit:.0f})"'

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ GENERATING = (
     "answer_mt_bench",
 )
 # By what is made, the section that names its judge.
-JUDGED = {
+JUDGED: dict[str, tuple[str, Callable[..., None]]] = {
     "alpaca_eval": ("alpaca_eval", alpaca_eval.check_judge),
     "evaluate_mt_bench": ("mt_bench", mt_bench.check_judge),
     "grade_responses": ("grades", mt_bench.check_grader),
@@ -75,8 +76,8 @@ def _check_run(where: str, run: dict[str, Any], in_conda: bool) -> None:
             raise UserError(
                 f"config: {where}{key} is {model}; give `ranker`, a folder that src/tools/train_ranker.py wrote, or llm-blender/PairRM"
             )
-        for file in ADAPTER_FILES if folder else ():
-            if not (folder / file).is_file():
+        for file in ADAPTER_FILES:
+            if folder and not (folder / file).is_file():
                 raise UserError(
                     f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "
                     "folder that src/tools/train_ranker.py wrote"
@@ -228,9 +229,11 @@ def check_machine(
             check_push()
         if made in JUDGED:
             section, check = JUDGED[made]
-            judge = [run[section][key] for key in ("judge", "judge_model", "judge_base_url")]
-            check(*judge)
-            check_served(*judge, f"{where}{section}")
+            judge, model, url = (
+                run[section][key] for key in ("judge", "judge_model", "judge_base_url")
+            )
+            check(judge, model, url)
+            check_served(judge, model, url, f"{where}{section}")
         if not on_gpu or gpus is None:
             continue
         if gpus == 0:
