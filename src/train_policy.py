@@ -45,7 +45,14 @@ from sppo.core.tables import read_table
 from sppo.preferences.estimates import p_hat_weighted
 from sppo.reporting.cards import data_of, model_card, table
 from sppo.training.checkpoints import alone, last_checkpoint, remove_damaged
-from sppo.training.distributed import first_alone, is_first, is_launched, launch, meet, one_voice
+from sppo.training.distributed import (
+    errors_once,
+    first_alone,
+    is_first,
+    is_launched,
+    join_processes,
+    launch,
+)
 
 # What the model card tells of the method; the record beside the policy has all.
 METHOD = (
@@ -103,7 +110,7 @@ def main() -> None:
         if args.machines > 1 or not finished_meanwhile(args):
             launch(vars(args), args.device)
         return
-    with one_voice(), contextlib.ExitStack() as lock:
+    with errors_once(), contextlib.ExitStack() as lock:
         if is_first():  # the launcher, if there is one, has waited
             waited = lock.enter_context(alone(args.output, wait=args.processes == 1))
             if waited and is_made(args):
@@ -163,7 +170,7 @@ def train(args: argparse.Namespace) -> None:
         "TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard")
     )  # the work folder goes when all is done
     device = pick_device(args.device)
-    meet(args.processes, device)
+    join_processes(args.processes, device)
     dtype = compute_dtype(args.precision, device)
     options, inputs = vars(args), inputs_of(args)
     record = recorded if is_first() else lambda *_: contextlib.nullcontext({})

@@ -20,7 +20,7 @@ from sppo.core.artifacts import recorded, write_json
 from sppo.core.errors import run
 from sppo.preferences.estimates import mean_logits, p_hat, win_probabilities
 from sppo.theory import games as g
-from sppo.theory.claims import ETAS, HORIZONS, Claim, check, divergences, laws, tell
+from sppo.theory.claims import ETAS, HORIZONS, Claim, check, divergences, laws, report_checks
 from sppo.theory.games import Game, duality_gap, kl, play, read_game
 
 P, START = g.GAMES["comal3"].P, g.GAMES["comal3"].start
@@ -38,7 +38,7 @@ def main() -> None:
         checks = laws_on({args.game.stem: read_game(args.game)}) if args.game else all_checks()
         facts["hold"] = sum(one["holds"] for one in checks)
         write_json(args.output, checks)
-    tell(checks, args.output)
+    report_checks(checks, args.output)
 
 
 def all_checks() -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from sppo.core.progress import progress
 from sppo.reporting.figures import pyplot, save
 from sppo.reporting.table_formats import csv_table
 from sppo.theory import games as g
-from sppo.theory.claims import check, tell
+from sppo.theory.claims import check, report_checks
 
 LETTERS, LENGTH, ETA, ITERATIONS, K = 3, 2, 1.0, 3, 5
 GAME = g.random_game(LETTERS**LENGTH, seed=0)
@@ -75,7 +75,7 @@ def main() -> None:
             ),
         )
         save(figure(iterates), files[2:])
-    tell(checks, args.output)
+    report_checks(checks, args.output)
 
 
 def all_ways(name: str, prompts: int, seeds: int) -> dict[str, np.ndarray]:

@@ -31,13 +31,13 @@ def divide_on_cpu() -> None:
 
 
 def kill_before(step: int) -> None:
-    from sppo.training.trainer import Say
+    from sppo.training.trainer import StepLog
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Say.on_step_begin = on_step_begin
+    StepLog.on_step_begin = on_step_begin
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ from sppo.training.logps import pair_batch, pair_length, response_logps
 from sppo.training.trainer import (
     IDENTITY_TOLERANCE,
     collate_pairs,
-    evened,
     identity_fault,
     make_trainer,
+    pad_to_multiple,
     plan,
     training_order,
 )
@@ -342,7 +342,7 @@ def test_order_holds_every_pair_once_an_epoch_and_steps_do_not_depend_on_micro_b
 @pytest.mark.parametrize("micro", [1, 2])
 def test_processes_make_the_same_steps_and_count_no_pair_twice(processes, micro):
     """As accelerate hands batches out: 11 pairs in steps of 8, the second one ragged."""
-    rows = evened([{"pair_id": i} for i in range(11)], processes * micro)
+    rows = pad_to_multiple([{"pair_id": i} for i in range(11)], processes * micro)
     batches = list(BatchSampler(SequentialSampler(rows), micro, drop_last=False))
     shares = [
         list(
@@ -367,7 +367,7 @@ def test_processes_make_the_same_steps_and_count_no_pair_twice(processes, micro)
 
 
 def test_pairs_of_weight_0_change_neither_loss_nor_gradient_nor_log(place):
-    """The last of 10 pairs again, as `evened` repeats it."""
+    """The last of 10 pairs again, as `pad_to_multiple` repeats it."""
     rows = [
         pair
         | {
@@ -378,7 +378,7 @@ def test_pairs_of_weight_0_change_neither_loss_nor_gradient_nor_log(place):
         for pair in read_table(place.pairs, "pairs")
     ]
     found = []
-    for given in (rows, evened(rows, 16)):
+    for given in (rows, pad_to_multiple(rows, 16)):
         model = load_policy(place.policy, torch.float32, "cpu")
         options = DEFAULTS | {"batch_size": 16, "micro_batch_size": 16, "schedule_total_epochs": 1}
         trainer = make_trainer(model, rows, options, torch.float32, "cpu", place.folder / "work", 0)
@@ -675,7 +675,7 @@ def train_until(place: Place, monkeypatch, name: str, step: int, **options: obje
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Say, "on_step_begin", on_step_begin)
+        patch.setattr(trainer.StepLog, "on_step_begin", on_step_begin)
         with pytest.raises(Killed):
             place.train(name, **options)
 

@@ -294,8 +294,8 @@ def self_improvement(game: Game, T: int) -> Series:
     }
 
 
-def tell(checks: list[dict[str, Any]], path: Path) -> None:
-    """Say which checks do not hold, and how many do."""
+def report_checks(checks: list[dict[str, Any]], path: Path) -> None:
+    """Print which checks do not hold, and how many do."""
     for one in checks:
         if not one["holds"]:
             print(

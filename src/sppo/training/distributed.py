@@ -1,4 +1,4 @@
-"""Several processes that train one policy: how they are started, meet, and speak with one voice.
+"""Several processes that train one policy: starting them, joining them, reporting an error once.
 
 `accelerate launch` starts them after config/accelerate/<train.parallel>.yaml. The first one writes everything.
 """
@@ -48,7 +48,7 @@ def launch(train: dict[str, Any], device: str) -> None:
         max(1, cores_of_job() // here),
     ]
     if machines > 1:
-        words += _meeting_point(machines)
+        words += _rendezvous_flags(machines)
     else:
         words += ["--main_process_port", 0]  # any that is free
     if parallel == "fsdp2":
@@ -108,7 +108,7 @@ def _check_machine(here: int, parallel: str, device: str) -> None:
         )
 
 
-def _meeting_point(machines: int) -> list[Any]:
+def _rendezvous_flags(machines: int) -> list[Any]:
     """Flags that say which of the machines this is and where they meet: Slurm knows, or the user says."""
     rank = os.environ.get("NODE_RANK") or os.environ.get("SLURM_NODEID")
     address = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
@@ -133,8 +133,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def meet(processes: int, device: str) -> None:
-    """Make torch.distributed work, and `cuda` this process's own GPU; nothing where this is the only process."""
+def join_processes(processes: int, device: str) -> None:
+    """Join the other processes in torch.distributed, with a GPU of its own as `cuda`.
+
+    Does nothing where this is the only process.
+    """
     found = int(os.environ.get("WORLD_SIZE", 1))
     if found != processes:
         raise UserError(
@@ -157,8 +160,11 @@ def first_alone() -> Iterator[bool]:
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
-    """Leave a UserError of a launched process to the launcher, which says the first one once; cut what follows from another's end to a line."""
+def errors_once() -> Iterator[None]:
+    """Leave a UserError of a launched process to the launcher, which prints the first one once.
+
+    What follows in the other processes is cut to a line.
+    """
     try:
         yield
     except UserError as error:

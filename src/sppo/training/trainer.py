@@ -108,7 +108,7 @@ def identity_fault(ratios: Tensor, tokens: Tensor, dtype: torch.dtype) -> str | 
     )
 
 
-def evened(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
+def pad_to_multiple(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """Rows up to a multiple of `size`, the last one repeated with weight 0: processes must make passes of like number, and count no pair twice."""
     return rows + [rows[-1] | {"weight": 0.0}] * (-len(rows) % size)
 
@@ -263,7 +263,7 @@ class PairTrainer(Trainer):
             )
 
 
-class Say(TrainerCallback):
+class StepLog(TrainerCallback):
     """A line a step for the log of a job that nobody watches."""
 
     def on_log(
@@ -281,7 +281,7 @@ class Say(TrainerCallback):
             )
 
 
-class Seal(TrainerCallback):
+class SealCheckpoints(TrainerCallback):
     """Makes a checkpoint count, when all processes have written their parts of it.
 
     Hashing reads it once more, from memory where that has room; the first process does it while the
@@ -364,7 +364,7 @@ def make_trainer(
         }  # float32 is exchanged
     rows = [pairs[i] for i in order]
     if options["processes"] > 1:
-        rows = evened(rows, options["processes"] * arguments.per_device_train_batch_size)
+        rows = pad_to_multiple(rows, options["processes"] * arguments.per_device_train_batch_size)
     trainer = PairTrainer(
         model=with_lora(model, options),
         args=arguments,
@@ -372,7 +372,7 @@ def make_trainer(
         options=options,
         schedule_steps=schedule_steps,
         dtype=dtype,
-        callbacks=[Say(), Seal()],
+        callbacks=[StepLog(), SealCheckpoints()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -439,7 +439,7 @@ def make_trl_trainer(
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[Say(), Seal()],
+        callbacks=[StepLog(), SealCheckpoints()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
