@@ -35,13 +35,13 @@ def main() -> None:
     args = parser.parse_args()
 
     prompts = read_table(args.prompts, "prompts")[args.shard :: args.shards]
-    from sppo.policies.engines import open_engine
+    from sppo.policies.engines import EngineOptions, open_engine
     from sppo.policies.generation import Sampling, summary
     from sppo.policies.models import start_torch, template_hash
 
     start_torch(args.tensor_parallel or 1)
     with recorded("generate", args.output, [args.prompts, args.policy], vars(args)) as facts:
-        engine = open_engine(args)
+        engine = open_engine(args.policy, EngineOptions.of(vars(args)))
         sampling = Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens)
         rows = engine.generate(prompts, sampling, args.seed, f"iter{args.iteration}")
         write_table(args.output, rows, "responses")

@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
 
     instructions = read_instructions(args.instructions, args.limit)
-    from sppo.policies.engines import open_engine
+    from sppo.policies.engines import EngineOptions, open_engine
     from sppo.policies.generation import Sampling, summary
     from sppo.policies.models import (
         check_no_control_tokens,
@@ -56,7 +56,7 @@ def main() -> None:
 
     start_torch(args.tensor_parallel or 1)
     with recorded("answer", args.output, [args.instructions, args.policy], vars(args)) as facts:
-        engine = open_engine(args)
+        engine = open_engine(args.policy, EngineOptions.of(vars(args)))
         context, controls = context_length(args.policy), control_tokens(engine.tokenizer)
         prompts = []
         for number, row in enumerate(instructions):

@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
 
     questions = read_questions(args.data)
-    from sppo.policies.engines import open_engine
+    from sppo.policies.engines import EngineOptions, open_engine
     from sppo.policies.generation import summary
     from sppo.policies.models import (
         check_no_control_tokens,
@@ -57,7 +57,7 @@ def main() -> None:
     with recorded(
         "answer", args.output, [args.data / "question.jsonl", args.policy], vars(args)
     ) as facts:
-        engine = open_engine(args)
+        engine = open_engine(args.policy, EngineOptions.of(vars(args)))
         controls = control_tokens(engine.tokenizer)
         for question in questions:
             for turn in question["turns"]:

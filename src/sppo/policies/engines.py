@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,32 +27,40 @@ class Engine(Protocol):
     ) -> list[dict[str, Any]]: ...
 
 
-def open_engine(args: argparse.Namespace) -> Engine:
-    """The engine with the policy that a program was told to run."""
-    device = pick_device(args.device)
-    chats = {
-        "thoughts": args.thoughts,
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a policy is run: keys of the sections `responses` and `policy`, and `device`."""
+
+    engine: str  # transformers or vllm
+    device: str  # auto, cpu or gpu
+    precision: str
+    batch_size: int
+    tensor_parallel: int | None
+    attention: str | None
+    thoughts: str
+    chat_template_kwargs: dict[str, Any]
+    template_date: str
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> EngineOptions:
+        """The options among more, such as those of a program."""
+        return cls(**{name: options[name] for name in cls.__dataclass_fields__})
+
+
+def open_engine(policy: Path, options: EngineOptions) -> Engine:
+    """The engine that runs the policy in this folder."""
+    shared: dict[str, Any] = {
+        "precision": options.precision,
+        "device": pick_device(options.device),
+        "batch_size": options.batch_size,
+        "thoughts": options.thoughts,
         "template": {
-            "template_kwargs": args.chat_template_kwargs,
-            "template_date": args.template_date,
+            "template_kwargs": options.chat_template_kwargs,
+            "template_date": options.template_date,
         },
     }
-    if args.engine == "vllm":
+    if options.engine == "vllm":
         from sppo.policies.vllm_engine import VllmEngine  # it needs an environment of its own
 
-        return VllmEngine(
-            args.policy,
-            precision=args.precision,
-            device=device,
-            batch_size=args.batch_size,
-            tensor_parallel=args.tensor_parallel or 1,
-            **chats,
-        )
-    return TransformersEngine(
-        args.policy,
-        precision=args.precision,
-        device=device,
-        attention=args.attention,
-        batch_size=args.batch_size,
-        **chats,
-    )
+        return VllmEngine(policy, tensor_parallel=options.tensor_parallel or 1, **shared)
+    return TransformersEngine(policy, attention=options.attention, **shared)
