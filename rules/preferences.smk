@@ -155,7 +155,8 @@ BLENDING = [name for name, run in RUNS.items() if run["preference"]["backend"] =
 if BLENDING:
     if workflow.is_main_process and not IN_CONDA:
         fail(
-            "config: preference.backend is llm_blender, which needs an environment of its own; run with --use-conda, or set transformers"
+            "config: preference.backend is llm_blender, which needs an environment of its own; "
+            "run with --use-conda, or set transformers"
         )
 
     use rule annotate_preferences as annotate_with_llm_blender with:

@@ -1,5 +1,7 @@
-"""Requires: the evaluations of a run's iterations. Gives: summary.md and figures/{win_rate,length}.{png,svg} of that run;
-figures/pairwise_{ranker,judge}.{csv,png,svg}; tables/*.{csv,md,tex}, tables/all.{md,html} and tables/measured.md, the papers' figures with ours beside them.
+"""Requires: the evaluations of a run's iterations. Gives: summary.md and
+figures/{win_rate,length}.{png,svg} of that run; figures/pairwise_{ranker,judge}.{csv,png,svg};
+tables/*.{csv,md,tex}, tables/all.{md,html} and tables/measured.md, the papers' figures with ours
+beside them.
 """
 
 import csv

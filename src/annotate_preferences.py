@@ -46,7 +46,8 @@ def main() -> None:
     for row in read_table(args.responses, "responses"):
         if row["prompt_id"] not in prompts:
             raise UserError(
-                f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; delete it and run again"
+                f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; "
+                "delete it and run again"
             )
         responses[row["prompt_id"]].append(row)
     from sppo.policies.models import start_torch

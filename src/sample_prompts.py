@@ -4,7 +4,7 @@ Reads   a JSONL file or a hub data set, the evaluations' questions (set aside fi
         policy's tokenizer; where each iteration has a source of its own, the prompts of those
         before it
 Writes  prompts.parquet and its record
-Paper   2405.00675, Algorithm 1 line 3: three disjoint portions, one an iteration.
+Paper   2405.00675, Algorithm 1 line 3: three disjoint portions, one per iteration.
 Departs from the official code: the held-out prompts are disjoint from training; theirs are 500 rows of it. A prompt that stands twice
         is taken once. What an evaluation asks is set aside whatever its case, white space and
         closing mark.
@@ -115,7 +115,7 @@ def revision_of(revisions: str | None, t: int) -> str | None:
     commits = (revisions or "").replace(" ", "").split(",")
     if len(commits) > 1 and t > len(commits):
         raise UserError(
-            f"prompts.revision names {len(commits)} commits, and this is iteration {t}; name one an iteration"
+            f"prompts.revision names {len(commits)} commits, and this is iteration {t}; name one per iteration"
         )
     return (commits[0] if len(commits) == 1 else commits[t - 1]) or None
 

@@ -37,7 +37,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--prompts", type=Path, nargs="+", required=True, help="prompts.parquet, one an iteration"
+        "--prompts", type=Path, nargs="+", required=True, help="prompts.parquet, one per iteration"
     )
     parser.add_argument(
         "--responses",
@@ -54,14 +54,14 @@ def main() -> None:
         help="all shards of all these iterations",
     )
     parser.add_argument(
-        "--pairs", type=Path, nargs="+", required=True, help="pairs.parquet, one an iteration"
+        "--pairs", type=Path, nargs="+", required=True, help="pairs.parquet, one per iteration"
     )
     parser.add_argument(
         "--answers",
         type=Path,
         nargs="+",
         required=True,
-        help="alpaca_eval_outputs.json, one an iteration from 0 on",
+        help="alpaca_eval_outputs.json, one per iteration from 0 on",
     )
     parser.add_argument(
         "--annotations",

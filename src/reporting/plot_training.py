@@ -27,7 +27,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--logs", type=Path, nargs="+", required=True, help="train_log.jsonl, one an iteration"
+        "--logs", type=Path, nargs="+", required=True, help="train_log.jsonl, one per iteration"
     )
     parser.add_argument(
         "--plot", type=Path, required=True, help=".png; an .svg is written beside it"

@@ -44,7 +44,7 @@ def main() -> None:
         type=Path,
         nargs="+",
         required=True,
-        help="alpaca_eval.json by the judge, one an iteration",
+        help="alpaca_eval.json by the judge, one per iteration",
     )
     parser.add_argument("--ranker", type=Path, nargs="*", default=[], help="the same by the ranker")
     parser.add_argument(
