@@ -2,8 +2,8 @@
 
     snakemake --cores all results/iter3/alpaca_eval.json
 
-prompts -> responses -> preferences -> pairs -> reference log-probs -> policy, once an iteration, with
-evaluations hung off every policy. One file in rules/ a stage; one small program in src/ a rule.
+prompts -> responses -> preferences -> pairs -> reference log-probs -> policy, once per iteration, and
+evaluations of every policy. Each stage has a file in rules/, each rule a small program in src/.
 """
 
 from snakemake.utils import min_version
@@ -21,10 +21,14 @@ include: "rules/responses.smk"
 include: "rules/preferences.smk"
 include: "rules/grades.smk"
 include: "rules/training.smk"
-include: "rules/alpaca_eval.smk"
+
+
+for name in dict.fromkeys(each.rule_file for each in EVALUATIONS):
+
+    include: f"rules/{name}.smk"
+
+
 include: "rules/best_of_n.smk"
-include: "rules/mt_bench.smk"
-include: "rules/open_llm.smk"
 include: "rules/tables.smk"
 include: "rules/report.smk"
 include: "rules/theory.smk"
@@ -69,7 +73,7 @@ rule everything:
         expand(
             f"{ROOT}iter{{t}}/{{name}}.json",
             t=range(MAIN["iterations"] + 1),
-            name=["mt_bench", "open_llm"],
+            name=[each.name for each in EVALUATIONS],
         ),
         f"{ROOT}iter{MAIN['iterations']}/best_of_n.svg",
         f"{ROOT}figures/training.svg",

@@ -1457,7 +1457,13 @@ def pairrm(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
     from transformers import DebertaV2Config
 
     from sppo.preferences.estimates import win_probabilities
-    from sppo.preferences.pairrm import DEBERTA_V3_LARGE, MARKS, SEPARATOR, PairRanker, PairRM
+    from sppo.preferences.pairrm_network import (
+        DEBERTA_V3_LARGE,
+        MARKS,
+        SEPARATOR,
+        PairRanker,
+        PairRM,
+    )
 
     words, special = 2000, ["[PAD]", "[CLS]", SEPARATOR, "[UNK]"]
     whole = Tokenizer(

@@ -51,11 +51,12 @@ def main() -> None:
     start_torch()
     device, groups = pick_device("auto"), questions(args.prompts)
     if args.backend == "llm_blender":
-        from sppo.preferences.llm_blender import LlmBlender
+        from sppo.preferences.base import load_preference_model, settings_for
 
-        timed("llm-blender", LlmBlender(args.model, device), groups)
+        settings = settings_for(str(args.model), backend="llm_blender")
+        timed("llm-blender", load_preference_model(settings, None, device), groups)
         return
-    from sppo.preferences.pairrm import PairRM
+    from sppo.preferences.pairrm_network import PairRM
 
     probabilities = {}
     for precision in ("float32", "bfloat16"):

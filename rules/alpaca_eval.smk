@@ -53,8 +53,10 @@ def judge_files(wildcards):
         run = run_of(wildcards)
         files, base = preference_model_files(run), ranker_base(run)
     else:
-        files, base = adapter_files(judge(wildcards)), EMBEDDED_POLICY
-    return [base, *files] if files and base else files
+        kind = local_kind(judge(wildcards))
+        files = kind.files(judge(wildcards)) if kind else []
+        base = EMBEDDED_POLICY if kind and kind.needs_base else None
+    return [base, *files] if base else files
 
 
 def difficulty_file(wildcards):
@@ -123,7 +125,7 @@ rule fetch_alpaca_eval:
     message:
         "Fetching AlpacaEval's instructions and reference outputs from the hub"
     shell:
-        "{PYTHON} src/tools/fetch_alpaca_eval.py --reference {output.reference:q}"
+        "{PYTHON} {SRC}/tools/fetch_alpaca_eval.py --reference {output.reference:q}"
         " --difficulty {output.difficulty:q} 2>&1 | tee {log:q}"
 
 
@@ -158,7 +160,7 @@ rule answer_instructions:
     message:
         "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t}, {wildcards.answers}"
     shell:
-        "{PYTHON} src/evaluation/answer_instructions.py --instructions {input.instructions:q}"
+        "{PYTHON} {SRC}/evaluation/answer_instructions.py --instructions {input.instructions:q}"
         " --policy {input.policy:q} --generator {params.generator:q} --noise {params.noise:q}"
         " --seed {params.seed:q} --device {MAIN[device]} {params.options:q} {params.best_grade}"
         " --output {output.outputs:q} 2>&1 | tee {log:q}"
@@ -198,7 +200,7 @@ rule judge_outputs:
     message:
         "Judging {wildcards.run}iteration {wildcards.t}: {wildcards.verdict}"
     shell:
-        "{PYTHON} src/evaluation/evaluate_alpaca_eval.py --outputs {input.outputs:q}"
+        "{PYTHON} {SRC}/evaluation/evaluate_alpaca_eval.py --outputs {input.outputs:q}"
         " --reference {input.reference:q} --judge-base {EMBEDDED_POLICY} --policy {params.policy:q}"
         " --decoding {params.decoding:q} --seed {params.seed:q} --device {MAIN[device]}"
         " --threads {threads} {params.options:q} --annotations {output.annotations:q}"

@@ -50,7 +50,7 @@ rule pick_best_of_n:
     message:
         "Picking the best of {wildcards.n} answers: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/evaluation/pick_best_of_n.py --answers {input.answers:q} --n {wildcards.n}"
+        "{PYTHON} {SRC}/evaluation/pick_best_of_n.py --answers {input.answers:q} --n {wildcards.n}"
         " --model {params.model:q} --ranker-base {input.ranker_base:q}"
         " --generator {params.generator:q} --device {MAIN[device]} --output {output.outputs:q}"
         " 2>&1 | tee {log:q}"
@@ -121,5 +121,5 @@ rule plot_best_of_n:
     message:
         "Plotting best of n: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/reporting/plot_best_of_n.py --alpaca-eval {input:q} --output {output.csv:q}"
+        "{PYTHON} {SRC}/reporting/plot_best_of_n.py --alpaca-eval {input:q} --output {output.csv:q}"
         " --plot {output.png:q} 2>&1 | tee {log:q}"

@@ -1,8 +1,9 @@
 """Requires: the configuration. Gives: resolved runs, the paths of all artifacts, what every rule shares.
 
-No other file spells `results/`. Artifacts lie under results/[name/][run/]iter{t}/.
+No other file spells `results/`. Artifacts are stored under results/[name/][run/]iter{t}/.
 """
 
+import functools
 import os
 import shlex
 import sys
@@ -10,66 +11,98 @@ from pathlib import Path
 
 from snakemake.settings.types import DeploymentMethod
 
-sys.path.insert(0, str(Path(workflow.basedir) / "src"))
+# The repository: the folder of the Snakefile, unless another workflow uses this one as a module.
+REPOSITORY = Path(str(workflow.current_basedir)).parent
+IS_MODULE = REPOSITORY.resolve() != Path(str(workflow.basedir)).resolve()
+sys.path.insert(0, str(REPOSITORY / "src"))
 
-from sppo.workflow.cluster import Asked, check_cluster
-from sppo.core.config import CHAINING, COMPARISON, ENGINE_KEYS, GRADING, MODEL_SOURCE, OF_CHATS
-from sppo.core.config import THRESHOLDS, flags, of_iteration, resolve, without_effect
-from sppo.core.config_files import check_files, files_hint
+from sppo.core.artifacts import shipped
+from sppo.core.config import ENGINE_KEYS, MODEL_SOURCE, OF_CHATS
+from sppo.core.config_files import all_files, check_files, files_hint
 from sppo.core.errors import UserError, explained, fail, on_one_line
-from sppo.preferences.adapters import adapter_files, is_pairrm
-from sppo.evaluation.alpaca_eval import DIFFICULTY, OFFICIAL_REFERENCE
-from sppo.policies.models import HUB_FILES
-from sppo.workflow.preflight import check_folder_for_slurm, check_inputs, check_machine
-from sppo.workflow.preflight import deleted_artifacts, gpus_here
+from sppo.core.flags import flags, of_iteration
 from sppo.core.stages import STAGES
+from sppo.evaluation.alpaca_eval import DIFFICULTY, OFFICIAL_REFERENCE
+from sppo.evaluation.registry import EVALUATIONS
+from sppo.policies.models import HUB_FILES
+from sppo.preferences.base import kind_of, local_kind, model_files
+from sppo.workflow.cluster import Asked, check_cluster
+from sppo.workflow.configuration import read_configuration, resolve, without_effect
+from sppo.workflow.deleted import deleted_artifacts, force_deleted
+from sppo.workflow.preflight import (
+    GENERATING,
+    TRAINING,
+    check_folder_for_slurm,
+    check_inputs,
+    check_machine,
+    gpus_here,
+)
 
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 if IN_CONDA:
-    os.environ["PYTHONNOUSERSITE"] = (
-        "1"  # a user's ~/.local would stand before the environment's own packages
-    )
-if workflow.is_main_process and not os.path.samefile(workflow.basedir, os.getcwd()):
+    # A user's ~/.local would be searched before the environment's own packages.
+    os.environ["PYTHONNOUSERSITE"] = "1"
+if workflow.is_main_process and not IS_MODULE and not REPOSITORY.samefile(os.getcwd()):
     fail(
         "the workflow's paths begin in the Snakefile's folder; run in it: "
-        f"cd {shlex.quote(str(workflow.basedir))}"
+        f"cd {shlex.quote(str(REPOSITORY))}"
     )
 
-CONFIG_FILES = [Path("config/config.yaml").absolute(), *workflow.overwrite_configfiles]
+# The demo's configuration is read only when no other is given. `config` holds what --config and the
+# files of --configfile say, or what the workflow says that uses this one as a module.
+CONFIG_FILES = list(workflow.overwrite_configfiles)
+if not CONFIG_FILES and not (IS_MODULE and config):
+    CONFIG_FILES = [REPOSITORY / "config" / "config.yaml"]
 try:
     if workflow.is_main_process:
         check_files(CONFIG_FILES)
+    WRITTEN = read_configuration(CONFIG_FILES, config)
 except Exception as error:
     fail(explained(error) or str(error))
-
-
-configfile: "config/config.yaml"
-
-
 try:
-    RUNS = resolve(config)
+    RUNS = resolve(WRITTEN)
 except UserError as error:
-    fail(str(error) + files_hint(CONFIG_FILES))
-if workflow.is_main_process:
+    fail(str(error) + files_hint(all_files(CONFIG_FILES)))
+
+
+@functools.cache
+def run_settings(name):
+    """The resolved configuration of a run, checked when it is first asked for; main's name is ""."""
     try:
-        check_inputs(RUNS, IN_CONDA)
+        run = RUNS[name]
+        if workflow.is_main_process:
+            check_inputs(name, run, IN_CONDA)
+            for line in without_effect(WRITTEN, name, RUNS):
+                print(f"warning: {on_one_line(line)}", file=sys.stderr)
     except Exception as error:
         if explained(error) is None:
             raise
         fail(explained(error))
-    for line in without_effect(config, RUNS):
-        print(f"warning: {on_one_line(line)}", file=sys.stderr)
+    official = {
+        "instructions": OFFICIAL_OUTPUTS,
+        "reference": OFFICIAL_OUTPUTS,
+        "difficulty": OFFICIAL_DIFFICULTIES,
+    }
+    evaluation = run["alpaca_eval"]
+    fetched = {key: file for key, file in official.items() if evaluation[key] == "official"}
+    return run | {"alpaca_eval": evaluation | fetched}
 
-MAIN = RUNS[""]
+
+MODELS = "results/models/"
+# AlpacaEval's own files, where the configuration says `official`: a rule fetches them.
+OFFICIAL_OUTPUTS = f"{MODELS}alpaca_eval/{OFFICIAL_REFERENCE}"
+OFFICIAL_DIFFICULTIES = f"{MODELS}alpaca_eval/{DIFFICULTY}"
+MAIN = run_settings("")
+# Runs whose configurations are right, for what all runs decide together; no check of their files.
+USABLE = RUNS.usable()
 ROOT = f"results/{MAIN['name']}/" if MAIN["name"] else "results/"
 LOGS = f"{ROOT}logs/"
 BENCHMARKS = f"{ROOT}benchmarks/"
-MODELS = "results/models/"
 EMBEDDED_POLICY = f"{MODELS}SmolLM2-135M-Instruct"
 
 
 def folder_of(run):
-    """Where a run's artifacts lie; main, whose name is "", has no folder of its own."""
+    """Where a run's artifacts are stored; main, whose name is "", has no folder of its own."""
     return f"{ROOT}{run}/" if run else ROOT
 
 
@@ -83,7 +116,7 @@ BASE_POLICY = artifact("", 0, "policy")
 CHATS = flags({key: MAIN["policy"][key] for key in OF_CHATS})
 RUNNING = flags(MAIN["policy"], skip=MODEL_SOURCE)
 
-# On one machine models never share hardware: each job takes all cores, or a GPU and its share of them.
+# On one machine models never share hardware: each job takes all cores, or a GPU and its share.
 ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and Path("/dev/nvidiactl").exists())
 GPUS_AT_ONCE = workflow.resource_settings.resources.get("gpu")
 GPUS_AT_ONCE = GPUS_AT_ONCE.value if GPUS_AT_ONCE else gpus_here()
@@ -91,59 +124,36 @@ MODEL_GPUS = 1 if ON_GPU else 0
 # Snakemake makes OMP_NUM_THREADS of these. A GPU's job loads, casts and writes weights with them.
 CORES = workflow.resource_settings.cores or 1
 MODEL_THREADS = max(CORES // (max(GPUS_AT_ONCE, 1) if ON_GPU else 1), 1)
+PROCESSES = max(run["train"]["processes"] for run in USABLE.values())
 TRAINING_GPUS = MODEL_GPUS * max(
-    run["train"]["processes"] // run["train"]["machines"] for run in RUNS.values()
+    run["train"]["processes"] // run["train"]["nodes"] for run in USABLE.values()
 )
 TRAINING_THREADS = min(MODEL_THREADS * max(TRAINING_GPUS, 1), max(CORES, 1))
-ENGINE_GPUS = MODEL_GPUS * (MAIN["responses"]["tensor_parallel"] or 1)
-# What the configuration makes a rule's jobs use on a cluster, over all nodes, where its profile says what they get.
-GPUS_USED = (
-    {}
-    if MAIN["device"] == "cpu"
-    else {
-        **dict.fromkeys(
-            (
-                "generate_responses",
-                "answer_instructions",
-                "answer_instructions_n_times",
-                "answer_mt_bench",
-            ),
-            MAIN["responses"]["tensor_parallel"] or 1,
-        ),
-        **dict.fromkeys(
-            ("train_policy", "train_dropped_policy"),
-            max(run["train"]["processes"] for run in RUNS.values()),
-        ),
-    }
-)
-# vLLM wants another transformers than the rest.
+GPUS_OF_ENGINE = MAIN["responses"]["tensor_parallel"] or 1
+ENGINE_GPUS = MODEL_GPUS * GPUS_OF_ENGINE
+# GPUs that the configuration makes a rule's jobs use on a cluster, over all nodes. The cluster's
+# profile says what they get.
+GPUS_USED = {}
+if MAIN["device"] != "cpu":
+    GPUS_USED = dict.fromkeys(GENERATING, GPUS_OF_ENGINE) | dict.fromkeys(TRAINING, PROCESSES)
+# vLLM needs another version of transformers than the rest.
 ENGINE_ENVIRONMENT = (
     "../envs/vllm.yaml" if MAIN["responses"]["engine"] == "vllm" else "../envs/core.yaml"
 )
-# Shell commands take it as it is; all else that they name they quote themselves, with :q.
+# Shell commands take these two as they are. They quote everything else themselves, with :q.
 PYTHON = "python" if IN_CONDA else shlex.quote(sys.executable)
+SRC = shlex.quote(str(REPOSITORY / "src")) if IS_MODULE else "src"
 if sys.stderr.isatty():
     os.environ["SPPO_WATCHED"] = "1"
 
-# AlpacaEval's own files, where the configuration says `official`: a rule fetches them.
-OFFICIAL_OUTPUTS, OFFICIAL_DIFFICULTIES = (
-    f"{MODELS}alpaca_eval/{OFFICIAL_REFERENCE}",
-    f"{MODELS}alpaca_eval/{DIFFICULTY}",
-)
-for each in RUNS.values():
-    fetched = {
-        "instructions": OFFICIAL_OUTPUTS,
-        "reference": OFFICIAL_OUTPUTS,
-        "difficulty": OFFICIAL_DIFFICULTIES,
-    }
-    each["alpaca_eval"] |= {
-        key: file for key, file in fetched.items() if each["alpaca_eval"][key] == "official"
-    }
-
 
 def any_of(runs):
-    """Pattern of the wildcard `run` for these alone. In brackets, for Snakemake takes an empty pattern, main's, for none at all."""
-    return "(" + "|".join(f"{name}/" if name else "" for name in runs) + ")" if runs else "(?!)"
+    """Pattern of the wildcard `run` for these runs alone.
+
+    It has brackets because Snakemake reads an empty pattern, main's, as no pattern at all.
+    """
+    names = [f"{name}/" if name else "" for name in runs]
+    return f"({'|'.join(names)})" if names else "(?!)"
 
 
 wildcard_constraints:
@@ -159,11 +169,11 @@ def run_of(wildcards):
 
 def settings(wildcards):
     """The resolved configuration of the run that a job belongs to."""
-    return RUNS[run_of(wildcards)]
+    return run_settings(run_of(wildcards))
 
 
 def labels(figure):
-    """What tells a file from others in the report: its run, and what it shows, which may name wildcards."""
+    """A file's labels in the report: its run, and what it shows, which can name wildcards."""
     return lambda wildcards: {
         "run": (run_of(wildcards) or "main") if hasattr(wildcards, "run") else "all",
         "figure": figure.format(**dict(wildcards.items())),
@@ -196,17 +206,23 @@ def this_policy(wildcards):
 
 
 def files_of(folder):
-    """All files of a folder of data, for a folder's own time says nothing of edits in it; none if it is a name such as `hub`."""
+    """All files of a folder of data; none if `folder` is a name such as `hub`.
+
+    A folder's own time does not show that a file in it was edited.
+    """
     return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
 
 
-def model_files(folder):
-    """Files of a model's folder that are taken over; none if it is a name such as a hub id."""
+def hub_files(folder):
+    """The files of a model's folder that are used; none if it is a name such as a hub id."""
     return sorted({str(path) for pattern in HUB_FILES for path in Path(folder).glob(pattern)})
 
 
 def sampled(wildcards, name, t=None):
-    """An artifact up to the preferences, of iteration t or the job's own: main's where a run shares its first iteration."""
+    """An artifact up to the preferences, of iteration t or the job's own.
+
+    It is main's where a run shares its first iteration.
+    """
     t = str(t or wildcards.t)
     shared = t == "1" and settings(wildcards)["first_iteration_from"] == "main"
     return artifact("" if shared else run_of(wildcards), t, name)
@@ -226,17 +242,21 @@ def section_flags(name, skip=()):
 
 
 def best_grade(wildcards, t):
-    """The flag that asks the policy after iteration t for its best, where it has learned to be asked."""
-    return "--best-grade" if settings(wildcards)["pairs"]["goals"] and int(t) > 0 else ""
+    """The flag that asks the policy after iteration t for the highest reward, if it learned that."""
+    asked = settings(wildcards)["pairs"]["target_reward"] and int(t) > 0
+    return "--best-grade" if asked else ""
 
 
 def gpus_if(needed):
-    """GPUs of a job that runs a model itself only where `needed`, a function of its wildcards, says so; None is a job of which nothing is known."""
+    """GPUs of a job that runs a model itself only if `needed`, a function of its wildcards, says so.
+
+    The wildcards are None where Snakemake asks about the rule and not about a job.
+    """
     return lambda wildcards: MODEL_GPUS if wildcards is None or needed(wildcards) else 0
 
 
 def asked_of_cluster(job_rule, attempts):
-    """What a rule's jobs ask of a cluster, at the last attempt. The profile's expressions may name the attempt."""
+    """What a rule's jobs ask of a cluster, at the last attempt, which the profile can refer to."""
 
     def value(name):
         resource = job_rule.resources.get(name)
@@ -247,9 +267,8 @@ def asked_of_cluster(job_rule, attempts):
             ).value
         )
 
-    partition, account = (
-        str(value(name) or "") for name in ("slurm_partition", "slurm_account")
-    )  # YAML reads 12345 as a number
+    # YAML reads an account such as 12345 as a number.
+    partition, account = (str(value(name) or "") for name in ("slurm_partition", "slurm_account"))
     return Asked(
         job_rule.name,
         partition,
@@ -260,42 +279,19 @@ def asked_of_cluster(job_rule, attempts):
     )
 
 
-class Checked(type(workflow)):
-    """What Snakemake has no setting for.
-
-    It makes again what somebody deleted, with all that follows from it: Snakemake by itself passes over a missing
-    intermediate file as long as the last one is there; here the deleted artifacts are forced as `--forcerun` would,
-    if the targets need them. And it asks a cluster whether it can take the jobs before it submits one.
-    """
-
-    def __setattr__(self, name, value):
-        if name == "_dag":
-            value.forcefiles.update(deleted_artifacts(Path(ROOT), MAIN["keep_policies"]))
-        super().__setattr__(name, value)
-
-    def execute(self, executor_plugin, executor_settings, **others):
-        if executor_plugin.name == "slurm":
-            os.environ.pop(
-                "SPPO_WATCHED", None
-            )  # jobs take over the environment, and nobody sits before their logs
-            asked = [
-                asked_of_cluster(rule, self.execution_settings.retries + 1)
-                for rule in self.rules
-                if not rule.norun
-            ]
-            most = self.resource_settings.resources.get("gpu")
-            try:
-                check_folder_for_slurm(os.getcwd())
-                check_cluster(asked, executor_settings.status_command, most and most.value)
-            except UserError as error:
-                fail(str(error))
-        return super().execute(
-            executor_plugin=executor_plugin, executor_settings=executor_settings, **others
-        )
+def check_slurm():
+    """Whether the cluster can take the jobs, before the first is submitted."""
+    # Jobs inherit the environment, and nobody watches their logs.
+    os.environ.pop("SPPO_WATCHED", None)
+    attempts = workflow.execution_settings.retries + 1
+    asked = [asked_of_cluster(rule, attempts) for rule in workflow.rules if not rule.norun]
+    most = workflow.resource_settings.resources.get("gpu")
+    check_folder_for_slurm(os.getcwd())
+    check_cluster(asked, workflow.executor_settings.status_command, most and most.value)
 
 
 if workflow.is_main_process:
-    workflow.__class__ = Checked
+    force_deleted(workflow, lambda: deleted_artifacts(Path(ROOT), MAIN["keep_policies"]))
 
 
 onstart:
@@ -310,6 +306,10 @@ onstart:
             for job in workflow.dag.needrun_jobs()
         }
         try:
-            check_machine(RUNS, to_come, gpus_here() if workflow.local_exec else None, IN_CONDA)
+            if workflow.executor_plugin.name == "slurm":
+                check_slurm()
+            check_machine(
+                USABLE, to_come, gpus_here() if workflow.local_exec else None, IN_CONDA
+            )
         except UserError as error:
             fail(str(error))

@@ -16,7 +16,7 @@ def preference_shards(wildcards, t=None):
     """All shards of the preferences by which a run's pairs are chosen; none where grades or gold responses choose them."""
     return (
         shards(wildcards, "preferences", t)
-        if settings(wildcards)["pairs"]["construction"] in ("extremes", "all")
+        if settings(wildcards)["pairs"]["construction"] in ("best_vs_worst", "all")
         else []
     )
 
@@ -29,24 +29,10 @@ def by_preference(wildcards):
 def grader(wildcards):
     """Who grades; the run's preference model with what it reads and how its logits become probabilities."""
     run = settings(wildcards)
-    chosen = flags({key: run["grades"][key] for key in GRADING})
     if not by_preference(wildcards):
-        return chosen
-    return (
-        chosen
-        + comparison_flags(wildcards)
-        + flags({key: run["preference"][key] for key in ("probability", "logit_scale")})
-    )
-
-
-def thresholds(wildcards):
-    """Which pairs grades make, where they make any."""
-    run = settings(wildcards)
-    return (
-        flags({key: run["grades"][key] for key in THRESHOLDS})
-        if run["pairs"]["construction"] == "graded"
-        else []
-    )
+        return flags(run["grades"])
+    estimate = {key: run["pairs"][key] for key in ("probability", "logit_scale")}
+    return flags(run["grades"]) + comparison_flags(wildcards) + flags(estimate)
 
 
 rule grade_responses:
@@ -82,7 +68,7 @@ rule grade_responses:
     message:
         "Grading responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} src/other_methods/grade_responses.py --prompts {input.prompts:q}"
+        "{PYTHON} {SRC}/other_methods/grade_responses.py --prompts {input.prompts:q}"
         " --responses {input.responses:q} --gold {input.gold:q} --policy {input.policy:q}"
         " --ranker-base {input.ranker_base:q} --device {MAIN[device]} {params.options:q}"
         " --output {output.grades:q} 2>&1 | tee {log:q}"

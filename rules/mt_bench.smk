@@ -28,18 +28,15 @@ def mt_bench_flags(wildcards):
 
 def mt_bench_judge(wildcards):
     """What an embedded judge needs: the base's answers, its own base and adapter. One behind an API needs nothing."""
-    judge, as_main = (
-        settings(wildcards)["mt_bench"]["judge"],
-        settings(wildcards)["mt_bench"] == MAIN["mt_bench"],
-    )
-    if not adapter_files(judge):
+    chosen = settings(wildcards)["mt_bench"]
+    kind = local_kind(chosen["judge"])
+    if kind is None:
         return {}
+    run = "" if chosen == MAIN["mt_bench"] else run_of(wildcards)
     return {
-        "reference": artifact(
-            "" if as_main else run_of(wildcards), 0, "mt_bench_reference_answers.jsonl"
-        ),
-        "base": EMBEDDED_POLICY,
-        "adapter": adapter_files(judge),
+        "reference": artifact(run, 0, "mt_bench_reference_answers.jsonl"),
+        "base": EMBEDDED_POLICY if kind.needs_base else [],
+        "adapter": kind.files(chosen["judge"]),
     }
 
 
@@ -63,7 +60,7 @@ rule fetch_mt_bench:
     message:
         "Fetching MT-Bench's questions from the FastChat repository"
     shell:
-        "{PYTHON} src/tools/fetch_mt_bench.py --output {output.data:q} 2>&1 | tee {log:q}"
+        "{PYTHON} {SRC}/tools/fetch_mt_bench.py --output {output.data:q} 2>&1 | tee {log:q}"
 
 
 rule answer_mt_bench:
@@ -98,7 +95,7 @@ rule answer_mt_bench:
     message:
         "Answering MT-Bench: {wildcards.run}iteration {wildcards.t}, {wildcards.mt_bench_answers}"
     shell:
-        "{PYTHON} src/evaluation/answer_mt_bench.py --data {params.data:q} --policy {input.policy:q}"
+        "{PYTHON} {SRC}/evaluation/answer_mt_bench.py --data {params.data:q} --policy {input.policy:q}"
         " --model-id {params.name:q} --noise {params.noise:q} --seed {params.seed:q}"
         " --device {MAIN[device]} {params.options:q} {params.best_grade}"
         " --output {output.answers:q} 2>&1 | tee {log:q}"
@@ -136,13 +133,13 @@ rule evaluate_mt_bench:
             }
         ),
         embedded=lambda wildcards, input: (
-            flags({"reference": input.reference, "judge_base": input.base})
+            flags({"reference": input.reference, "judge_base": input.base or None})
             if "reference" in input.keys()
             else []
         ),
     message:
         "Judging MT-Bench: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/evaluation/evaluate_mt_bench.py --data {params.data:q} --answers {input.answers:q}"
+        "{PYTHON} {SRC}/evaluation/evaluate_mt_bench.py --data {params.data:q} --answers {input.answers:q}"
         " {params.embedded:q} {params.judge:q} --device {MAIN[device]}"
         " --judgments {output.judgments:q} --output {output.result:q} 2>&1 | tee {log:q}"

@@ -28,6 +28,6 @@ rule evaluate_open_llm:
     message:
         "Open LLM tasks: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/evaluation/evaluate_open_llm.py --policy {input.policy:q} --seed {params.seed:q}"
+        "{PYTHON} {SRC}/evaluation/evaluate_open_llm.py --policy {input.policy:q} --seed {params.seed:q}"
         " --device {MAIN[device]} {params.options:q} {params.attention:q}"
         " --output {output.result:q} 2>&1 | tee {log:q}"

@@ -21,13 +21,13 @@ rule embedded_policy:
     message:
         "Converting the embedded policy"
     shell:
-        "{PYTHON} src/tools/convert_embedded_policy.py --output {output.policy:q} 2>&1 | tee {log:q}"
+        "{PYTHON} {SRC}/tools/convert_embedded_policy.py --output {output.policy:q} 2>&1 | tee {log:q}"
 
 
 def base_source(wildcards):
     """What the base policy is made of, so that other weights make it anew; nothing for a hub id."""
     model = MAIN["policy"]["model"]
-    return EMBEDDED_POLICY if model == "embedded" else model_files(model)
+    return EMBEDDED_POLICY if model == "embedded" else hub_files(model)
 
 
 rule base_policy:
@@ -54,5 +54,5 @@ rule base_policy:
     message:
         "Preparing the base policy"
     shell:
-        "{PYTHON} src/tools/prepare_policy.py --model {params.model:q} {params.options:q}"
+        "{PYTHON} {SRC}/tools/prepare_policy.py --model {params.model:q} {params.options:q}"
         " --output {output.policy:q} 2>&1 | tee {log:q}"

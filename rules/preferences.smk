@@ -1,46 +1,60 @@
 """Requires: iter{t}/responses/, a preference model. Gives: iter0/preference_model (PairRM), iter{t}/preferences/{shard}.parquet, iter{t}/pairs.parquet."""
 
 
+def preference_kind(run):
+    """The kind of a run's preference model: what it needs and reads."""
+    return kind_of(run_settings(run)["preference"])
+
+
 def preference_model(run):
-    """The preference model of a run as programs take it: its name, or the folder that PairRM is put into, one for all runs with the same."""
+    """The preference model of a run as programs take it: its name, or the folder that it is put into.
+
+    All runs with the same model share the folder.
+    """
     chosen, of_main = (
-        {key: RUNS[name]["preference"][key] for key in ("model", "revision", "backend")}
+        {key: run_settings(name)["preference"][key] for key in ("model", "revision", "backend")}
         for name in (run, "")
     )
-    return (
-        artifact("" if chosen == of_main else run, 0, "preference_model")
-        if is_pairrm(chosen["model"])
-        else chosen["model"]
-    )
+    if not preference_kind(run).is_prepared:
+        return chosen["model"]
+    return artifact("" if chosen == of_main else run, 0, "preference_model")
 
 
 def preference_model_files(run):
-    """What that lies in, so that a new one compares anew."""
-    model = preference_model(run)
-    return [model] if is_pairrm(RUNS[run]["preference"]["model"]) else adapter_files(model)
+    """The files of that model, so that a changed one compares anew."""
+    return preference_kind(run).files(preference_model(run))
 
 
 def ranker_base(run):
-    """What the preference model of a run sits on, where it is an embedded one."""
-    return [] if is_pairrm(RUNS[run]["preference"]["model"]) else EMBEDDED_POLICY
+    """The base of a run's preference model, if it has one."""
+    return EMBEDDED_POLICY if preference_kind(run).needs_base else []
 
 
 def comparison_flags(wildcards):
-    """The preference model and what it reads; the embedded ones have nothing else to set."""
+    """The preference model, the prompt that it reads, and the keys that its kind reads."""
+    run = run_of(wildcards)
     chosen = settings(wildcards)["preference"]
-    keys = (
-        [key for key in COMPARISON if key not in ("model", "revision")]
-        if is_pairrm(chosen["model"])
-        else ["source"]
-    )
-    read = {"model": preference_model(run_of(wildcards))} | {key: chosen[key] for key in keys}
-    return flags(read) + CHATS
+    options = {key: chosen[key] for key in ("source", *preference_kind(run).options)}
+    if preference_kind(run).is_prepared:
+        options["backend"] = chosen["backend"]
+    return flags({"model": preference_model(run)} | options) + CHATS
+
+
+def preference_environment(wildcards):
+    """The conda environment of the kind."""
+    environment = preference_kind(run_of(wildcards)).environment
+    if environment != "core" and not IN_CONDA:
+        fail(
+            f"config: preference.backend is {environment}, which needs an environment of its own; "
+            "run with --use-conda, or set transformers"
+        )
+    return f"../envs/{environment}.yaml"
 
 
 rule preference_model:
-    """PairRM in its place: links to a local folder or to the hub's files at a pinned revision. Refused here, not after sampling."""
+    """A fetched preference model: links to a local folder, or to the hub's files at a revision."""
     input:
-        lambda wildcards: model_files(settings(wildcards)["preference"]["model"]),
+        lambda wildcards: hub_files(settings(wildcards)["preference"]["model"]),
     output:
         model=directory(f"{ROOT}{{run}}iter0/preference_model"),
         record=record(f"{ROOT}{{run}}iter0/preference_model"),
@@ -64,9 +78,9 @@ rule preference_model:
             }
         ),
     message:
-        "Putting PairRM into {output.model}"
+        "Putting the preference model into {output.model}"
     shell:
-        "{PYTHON} src/tools/prepare_preference_model.py {params.options:q} --output {output.model:q}"
+        "{PYTHON} {SRC}/tools/prepare_preference_model.py {params.options:q} --output {output.model:q}"
         " 2>&1 | tee {log:q}"
 
 
@@ -86,25 +100,25 @@ rule annotate_preferences:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/annotate_preferences.{{shard}}.tsv"
     conda:
-        "../envs/core.yaml"
+        preference_environment
     threads: MODEL_THREADS
     resources:
         mem_mb=8000,
         runtime=240,
-        gpu=MODEL_GPUS,
+        gpu=gpus_if(lambda wildcards: preference_kind(run_of(wildcards)).needs_gpu),
     params:
         version=STAGES["annotate"],
         options=comparison_flags,
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} src/annotate_preferences.py --prompts {input.prompts:q}"
+        "{PYTHON} {SRC}/annotate_preferences.py --prompts {input.prompts:q}"
         " --responses {input.responses:q} --policy {input.policy:q}"
         " --ranker-base {input.ranker_base:q} --device {MAIN[device]} {params.options:q}"
         " --output {output.preferences:q} 2>&1 | tee {log:q}"
 
 
-BY_THEMSELVES = [name for name, run in RUNS.items() if run["pairs"]["implicit"]]
+BY_THEMSELVES = [name for name, run in USABLE.items() if run["preference"]["implicit"]]
 
 
 rule annotate_implicitly:
@@ -141,7 +155,7 @@ rule annotate_implicitly:
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}, by the policy's own reward"
     shell:
-        "{PYTHON} src/other_methods/annotate_implicitly.py --prompts {input.prompts:q}"
+        "{PYTHON} {SRC}/other_methods/annotate_implicitly.py --prompts {input.prompts:q}"
         " --responses {input.responses:q} --policy {input.policy:q} --before {input.before:q}"
         " --beta {params.beta:q} --device {MAIN[device]} {params.attention:q} {params.options:q}"
         " --output {output.preferences:q} 2>&1 | tee {log:q}"
@@ -150,34 +164,18 @@ rule annotate_implicitly:
 ruleorder: annotate_implicitly > annotate_preferences
 
 
-# llm-blender knows transformers 4 alone and so has an environment of its own.
-BLENDING = [name for name, run in RUNS.items() if run["preference"]["backend"] == "llm_blender"]
-if BLENDING:
-    if workflow.is_main_process and not IN_CONDA:
-        fail(
-            "config: preference.backend is llm_blender, which needs an environment of its own; "
-            "run with --use-conda, or set transformers"
-        )
-
-    use rule annotate_preferences as annotate_with_llm_blender with:
-        wildcard_constraints:
-            run=any_of(BLENDING),
-        conda:
-            "../envs/llm_blender.yaml"
-
-    ruleorder: annotate_implicitly > annotate_with_llm_blender > annotate_preferences
-
-
 def previous_pairs(wildcards):
     """An earlier iteration's pairs, where some of them are trained on again."""
-    t, chosen = int(wildcards.t), settings(wildcards)["pairs"]
-    return (
-        artifact(
-            run_of(wildcards), 1 if chosen["replay_from"] == "first" else t - 1, "pairs.parquet"
-        )
-        if chosen["replay"] and t > 1
-        else []
-    )
+    t, replay = int(wildcards.t), settings(wildcards)["replay"]
+    if not replay["share"] or t == 1:
+        return []
+    earlier = 1 if replay["iteration"] == "first" else t - 1
+    return artifact(run_of(wildcards), earlier, "pairs.parquet")
+
+
+def replay_flags(wildcards):
+    """How much of an earlier iteration's pairs is trained on again."""
+    return flags(settings(wildcards)["replay"], skip=("iteration",), prefix="replay_")
 
 
 rule build_pairs:
@@ -191,7 +189,8 @@ rule build_pairs:
         gold=lambda wildcards: settings(wildcards)["pairs"]["gold"] or [],
         policy=lambda wildcards: (
             current_policy(wildcards)
-            if settings(wildcards)["pairs"]["gold"] or settings(wildcards)["pairs"]["goals"]
+            if settings(wildcards)["pairs"]["gold"]
+            or settings(wildcards)["pairs"]["target_reward"]
             else []
         ),
     output:
@@ -209,8 +208,8 @@ rule build_pairs:
         runtime=30,
     params:
         version=STAGES["select"],
-        options=section_flags("preference", skip=COMPARISON),
-        construction=section_flags("pairs", skip=CHAINING),
+        options=section_flags("pairs"),
+        replay=replay_flags,
         more=lambda wildcards, input: flags(
             {
                 "policy": input.policy or None,
@@ -218,11 +217,10 @@ rule build_pairs:
                 "replay_seed": settings(wildcards)["seeds"]["data"],
             }
         )
-        + thresholds(wildcards)
         + CHATS,
     message:
         "Building the pairs of {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/build_pairs.py --prompts {input.prompts:q} --responses {input.responses:q}"
+        "{PYTHON} {SRC}/build_pairs.py --prompts {input.prompts:q} --responses {input.responses:q}"
         " --preferences {input.preferences:q} --grades {input.grades:q} {params.options:q}"
-        " {params.construction:q} {params.more:q} --output {output.pairs:q} 2>&1 | tee {log:q}"
+        " {params.replay:q} {params.more:q} --output {output.pairs:q} 2>&1 | tee {log:q}"

@@ -38,14 +38,14 @@ rule plot_training:
     message:
         "Plotting {wildcards.run}training curves"
     shell:
-        "{PYTHON} src/reporting/plot_training.py --logs {input.logs:q} --plot {output.png:q}"
+        "{PYTHON} {SRC}/reporting/plot_training.py --logs {input.logs:q} --plot {output.png:q}"
         " 2>&1 | tee {log:q}"
 
 
 rule build_response_browser:
     """Every prompt with its responses, P matrix, winner and loser; every evaluation instruction across the iterations."""
     input:
-        template="src/sppo/reporting/response_browser.html",
+        template=shipped("src/sppo/reporting/response_browser.html"),
         instructions=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],
         prompts=lambda wildcards: [
             sampled(wildcards, "prompts.parquet", t) for t in trainings(wildcards)
@@ -81,30 +81,22 @@ rule build_response_browser:
         runtime=30,
     params:
         version=STAGES["tabulate"],
-        options=section_flags("preference", skip=COMPARISON),
-        construction=section_flags("pairs", skip=CHAINING),
+        options=section_flags("pairs"),
+        replay=replay_flags,
     message:
         "Building {wildcards.run}response browser"
     shell:
-        "{PYTHON} src/reporting/build_response_browser.py --prompts {input.prompts:q}"
+        "{PYTHON} {SRC}/reporting/build_response_browser.py --prompts {input.prompts:q}"
         " --responses {input.responses:q} --preferences {input.preferences:q}"
         " --pairs {input.pairs:q} --answers {input.answers:q} --annotations {input.annotations:q}"
-        " --instructions {input.instructions:q} {params.options:q} {params.construction:q}"
+        " --instructions {input.instructions:q} {params.options:q} {params.replay:q}"
         " --output {output.page:q} 2>&1 | tee {log:q}"
 
 
 rule tabulate_evaluations:
     """One line for every iterate of every run, with all that was evaluated of it."""
     input:
-        files=already_made(
-            [
-                "alpaca_eval.json",
-                "ranker_estimate.json",
-                "mt_bench.json",
-                "open_llm.json",
-                record("pairs.parquet"),
-            ]
-        ),
+        files=already_made([*(each.artifact for each in EVALUATIONS), record("pairs.parquet")]),
     output:
         csv=f"{ROOT}tables/evaluations.csv",
         md=f"{ROOT}tables/evaluations.md",
@@ -132,11 +124,11 @@ rule tabulate_evaluations:
     message:
         "Setting all evaluations beside each other"
     shell:
-        "{PYTHON} src/reporting/tabulate_evaluations.py --results {ROOT:q} --files {input.files:q}"
+        "{PYTHON} {SRC}/reporting/tabulate_evaluations.py --results {ROOT:q} --files {input.files:q}"
         " --output {output.md:q} 2>&1 | tee {log:q}"
 
 
-SHARDS = range(max(run["responses"]["shards"] for run in RUNS.values()))
+SHARDS = range(max(run["responses"]["shards"] for run in USABLE.values()))
 COSTS = [
     *(
         f"{folder}/{shard}.parquet"
@@ -190,5 +182,5 @@ rule tabulate_methods:
     message:
         "Setting the methods beside each other"
     shell:
-        "{PYTHON} src/reporting/tabulate_methods.py --results {ROOT:q} --files {input.files:q}"
+        "{PYTHON} {SRC}/reporting/tabulate_methods.py --results {ROOT:q} --files {input.files:q}"
         " --output {output.md:q} --plot {output.png:q} 2>&1 | tee {log:q}"

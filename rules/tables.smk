@@ -6,7 +6,8 @@ beside them.
 
 import csv
 
-with open("config/published/index.csv", encoding="utf-8", newline="") as stream:
+PUBLISHED = shipped("config/published")
+with open(PUBLISHED / "index.csv", encoding="utf-8", newline="") as stream:
     PAPER_TABLES = [line["table"] for line in csv.DictReader(stream)]
 
 
@@ -110,18 +111,18 @@ rule summarize_run:
     message:
         "Summing up {wildcards.run}all iterations"
     shell:
-        "{PYTHON} src/reporting/summarize_run.py --alpaca-eval {input.judged:q} --ranker {input.estimated:q}"
+        "{PYTHON} {SRC}/reporting/summarize_run.py --alpaca-eval {input.judged:q} --ranker {input.estimated:q}"
         " --records {input.records:q} --output {output.table:q} --plot {output.png:q}"
         " --length-plot {output.length_png:q} 2>&1 | tee {log:q}"
 
 
 def comparable_outputs(wildcards):
     """Answers of main's iterates, and of those of other runs that are there already and answer the same instructions alike."""
-    same = [run for run in RUNS if run and answers_as_main(RUNS[run])]
+    same = [name for name, run in USABLE.items() if name and answers_as_main(run)]
     made = [
         path
         for run in same
-        for t in range(1, RUNS[run]["iterations"] + 1)
+        for t in range(1, USABLE[run]["iterations"] + 1)
         if os.path.exists(path := artifact(run, t, "alpaca_eval_outputs.json"))
     ]
     return [
@@ -133,7 +134,8 @@ def compared_by(wildcards):
     """The preference model of training, or the judge; the embedded judge where that one is behind an API."""
     if wildcards.model == "ranker":
         return preference_model("")
-    return MAIN["alpaca_eval"]["judge"] if adapter_files(MAIN["alpaca_eval"]["judge"]) else "judge"
+    judge = MAIN["alpaca_eval"]["judge"]
+    return judge if local_kind(judge) else "judge"
 
 
 rule compare_policies:
@@ -143,7 +145,7 @@ rule compare_policies:
         model=lambda wildcards: (
             preference_model_files("")
             if wildcards.model == "ranker"
-            else adapter_files(compared_by(wildcards))
+            else model_files(compared_by(wildcards), None)
         ),
         ranker_base=lambda wildcards: (
             ranker_base("") if wildcards.model == "ranker" else EMBEDDED_POLICY
@@ -179,7 +181,7 @@ rule compare_policies:
     message:
         "Comparing all policies with each other by the {wildcards.model}"
     shell:
-        "{PYTHON} src/evaluation/compare_policies.py --outputs {input.outputs:q} --model {params.model:q}"
+        "{PYTHON} {SRC}/evaluation/compare_policies.py --outputs {input.outputs:q} --model {params.model:q}"
         " --ranker-base {input.ranker_base:q} --device {MAIN[device]} --output {output.csv:q}"
         " --plot {output.png:q} 2>&1 | tee {log:q}"
 
@@ -188,8 +190,8 @@ def already_made(names):
     """Input function: what is there of all runs' iterations. A table shows what was run and asks for nothing more."""
     return lambda wildcards: [
         path
-        for run in RUNS
-        for t in range(RUNS[run]["iterations"] + 1)
+        for run in USABLE
+        for t in range(USABLE[run]["iterations"] + 1)
         for name in names
         if os.path.exists(path := artifact(run, t, name))
     ]
@@ -198,9 +200,9 @@ def already_made(names):
 rule paper_tables:
     """The tables of the papers, published beside measured, a dash where a run was not made."""
     input:
-        published=expand("config/published/{table}.csv", table=["index", *PAPER_TABLES]),
+        published=expand(f"{PUBLISHED}/{{table}}.csv", table=["index", *PAPER_TABLES]),
         measured=already_made(
-            ["alpaca_eval.json", "best_of_16/alpaca_eval.json", "mt_bench.json", "open_llm.json"]
+            [*(each.artifact for each in EVALUATIONS), "best_of_16/alpaca_eval.json"]
         ),
     output:
         tables=expand(
@@ -242,5 +244,5 @@ rule paper_tables:
     message:
         "Setting the papers' tables beside what was measured"
     shell:
-        "{PYTHON} src/reporting/make_tables.py --results {ROOT:q} --base {params.base:q}"
+        "{PYTHON} {SRC}/reporting/make_tables.py --published {PUBLISHED:q} --results {ROOT:q} --base {params.base:q}"
         " --output {output.all:q} 2>&1 | tee {log:q}"

@@ -44,7 +44,7 @@ rule check_theory:
     message:
         "Checking the theory on games that can be solved exactly"
     shell:
-        "{PYTHON} src/theory/check_theory.py --output {output.checks:q} 2>&1 | tee {log:q}"
+        "{PYTHON} {SRC}/theory/check_theory.py --output {output.checks:q} 2>&1 | tee {log:q}"
 
 
 rule train_on_games:
@@ -73,7 +73,7 @@ rule train_on_games:
     message:
         "Training small policies beside the exact update"
     shell:
-        "{PYTHON} src/theory/train_on_games.py --output {output.json:q} 2>&1 | tee {log:q}"
+        "{PYTHON} {SRC}/theory/train_on_games.py --output {output.json:q} 2>&1 | tee {log:q}"
 
 
 rule plot_theory:
@@ -105,5 +105,5 @@ rule plot_theory:
     message:
         "Plotting what each method does on games that can be solved exactly"
     shell:
-        "{PYTHON} src/theory/plot_theory.py --checks {input.checks:q} --trained {input.trained:q}"
+        "{PYTHON} {SRC}/theory/plot_theory.py --checks {input.checks:q} --trained {input.trained:q}"
         " --output {output.page:q} 2>&1 | tee {log:q}"

@@ -63,12 +63,12 @@ rule score_reference:
     message:
         "Scoring the pairs of {wildcards.run}iteration {wildcards.t} under the {wildcards.frozen} policy"
     shell:
-        "{PYTHON} src/score_reference.py --pairs {input.pairs:q} --policy {input.policy:q}"
+        "{PYTHON} {SRC}/score_reference.py --pairs {input.pairs:q} --policy {input.policy:q}"
         " --device {MAIN[device]} {params.attention:q} {params.options:q} --output {output.logps:q}"
         " 2>&1 | tee {log:q}"
 
 
-EXTRAPOLATED = [name for name, run in RUNS.items() if run["extrapolation"] is not None]
+EXTRAPOLATED = [name for name, run in USABLE.items() if run["extrapolation"] is not None]
 
 
 rule extrapolate_policy:
@@ -97,21 +97,19 @@ rule extrapolate_policy:
     message:
         "Extrapolating the policy of {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} src/other_methods/extrapolate_policy.py --base {input.base:q} --aligned {input.aligned:q}"
+        "{PYTHON} {SRC}/other_methods/extrapolate_policy.py --base {input.base:q} --aligned {input.aligned:q}"
         " --alpha {params.alpha:q} --output {output.policy:q} 2>&1 | tee {log:q}"
 
 
 ruleorder: extrapolate_policy > train_policy
 
 
-def on_each_machine(wildcards):
-    """What starts a command on all machines of the job that runs it; the program starts the processes of its own."""
-    machines = settings(wildcards)["train"]["machines"]
-    return (
-        f"srun --overlap --nodes={machines} --ntasks={machines} --ntasks-per-node=1 "
-        if machines > 1
-        else ""
-    )
+def on_each_node(wildcards):
+    """What starts a command on all nodes of its job; on each the program starts its own processes."""
+    nodes = settings(wildcards)["train"]["nodes"]
+    if nodes == 1:
+        return ""
+    return f"srun --overlap --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 "
 
 
 rule train_policy:
@@ -139,7 +137,7 @@ rule train_policy:
         gpu=TRAINING_GPUS,
     params:
         version=STAGES["train"],
-        on_each_machine=on_each_machine,
+        on_each_node=on_each_node,
         seed=lambda wildcards: settings(wildcards)["seeds"]["train"],
         options=lambda wildcards: flags(
             of_iteration(settings(wildcards)["train"], int(wildcards.t)), skip=("reference_every",)
@@ -151,15 +149,15 @@ rule train_policy:
     message:
         "Training the policy of {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{params.on_each_machine}"
-        "{PYTHON} src/train_policy.py --pairs {input.pairs:q} --current {input.current:q}"
+        "{params.on_each_node}"
+        "{PYTHON} {SRC}/train_policy.py --pairs {input.pairs:q} --current {input.current:q}"
         " {params.reference:q} --policy {input.policy:q} --seed {params.seed:q}"
         " --device {MAIN[device]} {params.attention:q} {params.options:q}"
         " --output {output.policy:q} --log {output.log:q} 2>&1 | tee {log:q}"
 
 
 # Without keep_policies all but the last are dropped once the next iteration and the evaluations have used them.
-LAST = min(run["iterations"] for run in RUNS.values())
+LAST = min(run["iterations"] for run in USABLE.values())
 if not MAIN["keep_policies"] and LAST > 1:
 
     use rule train_policy as train_dropped_policy with:

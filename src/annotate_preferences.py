@@ -1,12 +1,12 @@
 """Compare the K responses to each prompt of one shard, every pair in both orders.
 
-Reads   prompts.parquet, responses/{shard}.parquet, the preference model: an adapter and its base, or PairRM, which our own
-        code runs or llm-blender
-Writes  preferences/{shard}.parquet (K x K logits a prompt) and its record
+Reads   prompts.parquet, responses/{shard}.parquet, the preference model (src/sppo/preferences/)
+Writes  preferences/{shard}.parquet (K x K logits for each prompt) and its record
 Paper   2405.00675, Algorithm 1 line 5
-Departs from the official code: the logits themselves are kept, not a collapsed score; the preference model reads
-        the user's words and not the chat template (`--source`); no prompt's logits depend on another's, if not asked for
-        (`--truncate-together`). For PairRM see src/sppo/preferences/pairrm.py.
+Departs from the official code: it keeps the logits, not one score per response. The preference model
+        reads the user's words instead of the chat template (`--source`). The logits of a prompt do
+        not depend on other prompts, unless `--truncate-together` says so. For PairRM see
+        src/sppo/preferences/pairrm_network.py.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 
 from sppo.core.artifacts import recorded
-from sppo.core.config import OF_CHATS, SELECTION, add_section
+from sppo.core.config import OF_CHATS
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
-from sppo.preferences.adapters import adapter_files
-from sppo.preferences.loading import chat_tokenizer, load_model, prompt_text
+from sppo.preferences.base import compare, load_preference_model, model_files
+from sppo.preferences.prompt_reader import PromptReader
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
-    add_section(parser, "preference", skip=("revision", *SELECTION))
+    add_section(parser, "preference", skip=("revision", "implicit"))
     add_section(parser, "policy", only=OF_CHATS)
     args = parser.parse_args()
 
@@ -50,34 +51,31 @@ def main() -> None:
                 "delete it and run again"
             )
         responses[row["prompt_id"]].append(row)
-    from sppo.policies.models import start_torch
+    from sppo.policies.models import pick_device, start_torch
 
     start_torch()
-    with recorded(
-        "annotate",
-        args.output,
-        [args.prompts, args.responses, *adapter_files(args.model, args.ranker_base)],
-        vars(args),
-    ) as facts:
-        model = load_model(args)
-        tokenizer = chat_tokenizer(args)
-        groups = []
-        for prompt_id, candidates in responses.items():
-            groups.append(
-                (
-                    prompt_text(prompts[prompt_id]["messages"], tokenizer),
-                    [row["text"] for row in candidates],
-                )
+    files = model_files(args.model, args.ranker_base, backend=args.backend)
+    inputs = [args.prompts, args.responses, *files]
+    with recorded("annotate", args.output, inputs, vars(args)) as facts:
+        model = load_preference_model(vars(args), args.ranker_base, pick_device(args.device))
+        reader = PromptReader(
+            args.source, args.policy, args.chat_template_kwargs, args.template_date
+        )
+        groups = {
+            prompt_id: (
+                reader.text(prompts[prompt_id]["messages"]),
+                [row["text"] for row in candidates],
             )
+            for prompt_id, candidates in responses.items()
+        }
+        logits = compare(model, groups)
         rows = [
             {
                 "prompt_id": prompt_id,
                 "sample_ids": [row["sample_id"] for row in candidates],
-                "logits": logits.tolist(),
+                "logits": logits[prompt_id].tolist(),
             }
-            for (prompt_id, candidates), logits in zip(
-                responses.items(), model.all_pair_logits(groups), strict=True
-            )
+            for prompt_id, candidates in responses.items()
         ]
         write_table(args.output, rows, "preferences")
         facts |= {"prompts": len(rows), "preference_model": model.name}

@@ -1,12 +1,12 @@
 """Estimate P-hat from the logits and choose the pairs that are trained on.
 
 Reads   prompts.parquet (its order), all shards of responses/ and preferences/; gold responses (JSONL) and the policy,
-        whose tokenizer reads them, for `--construction gold`; an earlier iteration's pairs and their record for `--replay`.
+        whose tokenizer reads them, for `--construction gold`; an earlier iteration's pairs and their record for `--replay-share`.
         For `--construction graded` all shards of grades/ in place of preferences/, and gold responses if there are any
 Writes  pairs.parquet and its record, which counts what was dropped and why
 Paper   2405.00675, section 5.1: P-hat over the K responses; winner and loser by the mean logit; these two are trained on.
         `all`: 2404.03715, Algorithm 1, every two responses. `gold`: 2401.01335, the gold response against one of the policy's.
-        `--even-lengths`: DICE, 2406.09760. `--goals`: RA-DPO, 2410.08067, with P-hat in place of a reward model's grades.
+        `--even-lengths`: DICE, 2406.09760. `--target-reward`: RA-DPO, 2410.08067, with P-hat in place of a reward model's grades.
         `graded`: 2404.03715, Algorithm 2 (DNO-Prct), every two far enough apart by their grades.
 Departs from 2404.03715 in `graded`: a gold response never loses, where the paper takes all pairs.
         Pairs of `graded` and `gold` have no P-hat, for gold is none of the K: its columns hold grade / 6, or 1 and 0, that of P(chosen beats
@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 
 from sppo.core.artifacts import read_record, recorded
-from sppo.core.config import CHAINING, COMPARISON, GRADING, OF_CHATS, add_section
+from sppo.core.config import OF_CHATS
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
 from sppo.policies.prompts import read_gold, with_goal
 from sppo.preferences.estimates import even_length_penalty, mean_logits
@@ -53,15 +54,14 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
-        "--policy", type=Path, help="whose tokenizer reads gold responses and goals"
+        "--policy", type=Path, help="whose tokenizer reads gold responses and target rewards"
     )
     parser.add_argument("--replay-seed", type=int, default=0)
     parser.add_argument(
-        "--previous", type=Path, help="an earlier iteration's pairs.parquet, for --replay"
+        "--previous", type=Path, help="an earlier iteration's pairs.parquet, for --replay-share"
     )
-    add_section(parser, "preference", skip=COMPARISON)
-    add_section(parser, "pairs", skip=CHAINING)
-    add_section(parser, "grades", skip=GRADING)
+    add_section(parser, "pairs")
+    add_section(parser, "replay", skip=("iteration",), prefix="replay_")
     add_section(parser, "policy", only=OF_CHATS)
     args = parser.parse_args()
 
@@ -117,11 +117,13 @@ def main() -> None:
                     dropped[pair.reason] += 1
                 else:
                     found.append({"prompt_id": prompt_id, **pair.columns()})
-        if args.goals:
-            found, dropped["same_grade"] = twice_with_goals(found, logits, messages, args)
+        if args.target_reward:
+            found, dropped["same_grade"] = twice_with_target_rewards(found, logits, messages, args)
         new = len(found)
         if args.previous:
-            found += replayed(args.previous, args.replay, args.replay_older, args.replay_seed)
+            found += replayed(
+                args.previous, args.replay_share, args.replay_older_share, args.replay_seed
+            )
         pairs = [row | {"pair_id": number} for number, row in enumerate(found)]
         write_table(args.output, pairs, "pairs")
         facts |= {
@@ -140,7 +142,7 @@ def replayed(path: Path, share: float, share_of_older: float, seed: int) -> list
     if "replayed" not in record:
         raise UserError(
             f"the record of {path} does not say how many of its pairs were replayed; "
-            f"delete {path} and make it again, or set pairs.replay to 0"
+            f"delete {path} and make it again, or set replay.share: 0"
         )
     made = len(pairs) - record["replayed"]
     return [
@@ -193,7 +195,7 @@ def even_out_lengths(
     return alpha
 
 
-def twice_with_goals(
+def twice_with_target_rewards(
     pairs: list[dict[str, Any]],
     logits: dict[str, dict],
     messages: dict[str, list],

@@ -14,8 +14,9 @@ import argparse
 from pathlib import Path
 
 from sppo.core.artifacts import recorded
-from sppo.core.config import MODEL_SOURCE, add_section
+from sppo.core.config import MODEL_SOURCE
 from sppo.core.errors import run
+from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
 
 

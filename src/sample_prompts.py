@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sppo.core.artifacts import recorded
-from sppo.core.config import OF_CHATS, add_section
+from sppo.core.config import OF_CHATS
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
 from sppo.evaluation.mt_bench import read_questions
 from sppo.policies.prompts import (

@@ -39,8 +39,8 @@ from sppo.core.artifacts import (
     write_text,
     written_whole,
 )
-from sppo.core.config import add_section, check_training
 from sppo.core.errors import UserError, run, writing
+from sppo.core.flags import add_section
 from sppo.core.tables import read_table
 from sppo.preferences.estimates import p_hat_weighted
 from sppo.reporting.cards import data_of, model_card, table
@@ -53,6 +53,7 @@ from sppo.training.distributed import (
     join_processes,
     launch,
 )
+from sppo.training.losses import check_training
 
 # What the model card tells of the method; the record beside the policy has all.
 METHOD = (
@@ -107,7 +108,7 @@ def main() -> None:
     args.reference = args.reference or args.current
     if args.processes > 1 and not is_launched():
         # Of several nodes each would wait for the others' start.
-        if args.machines > 1 or not finished_meanwhile(args):
+        if args.nodes > 1 or not finished_meanwhile(args):
             launch(vars(args), args.device)
         return
     with errors_once(), contextlib.ExitStack() as lock:
@@ -248,7 +249,7 @@ def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any])
     }
     figures = {
         key: last[key]
-        for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "order_right")
+        for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "reward_accuracy")
         if key in last
     }
     other = f"The loss `{args.loss}`, whose paper src/sppo/training/losses.py names, in the workflow of SPPO"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
-from sppo.core.config import add_engine
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_engine
 from sppo.policies.prompts import BEST_GRADE, read_instructions, with_goal
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_text
-from sppo.core.config import add_engine
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_engine
 from sppo.evaluation.mt_bench import TEMPERATURES, read_questions
 from sppo.policies.prompts import BEST_GRADE, with_goal
 

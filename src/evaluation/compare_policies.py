@@ -18,7 +18,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_text
 from sppo.core.errors import UserError, run
 from sppo.evaluation.alpaca_eval import read_outputs
-from sppo.preferences.adapters import adapter_files
+from sppo.preferences.base import load_preference_model, model_files, settings_for
 from sppo.preferences.estimates import Array, win_probabilities
 from sppo.reporting.figures import pyplot, save
 
@@ -52,7 +52,6 @@ def main() -> None:
     answers, names = answers_by_instruction(args.outputs)
     from sppo.core.progress import progress
     from sppo.policies.models import pick_device, start_torch
-    from sppo.preferences.embedded import load_preference_model
 
     start_torch()
     plots = [args.plot, args.plot.with_suffix(".svg")]
@@ -62,11 +61,13 @@ def main() -> None:
                 recorded(
                     "tabulate",
                     artifact,
-                    [*args.outputs, *adapter_files(args.model, args.ranker_base)],
+                    [*args.outputs, *model_files(args.model, args.ranker_base)],
                     vars(args),
                 )
             )
-        model = load_preference_model(args.model, args.ranker_base, pick_device(args.device))
+        model = load_preference_model(
+            settings_for(args.model), args.ranker_base, pick_device(args.device)
+        )
         wins = np.mean(
             [
                 win_probabilities(model.pair_logits(instruction, texts))

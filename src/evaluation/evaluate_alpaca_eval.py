@@ -20,12 +20,11 @@ from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, recorded, write_json
-from sppo.core.config import at_least
 from sppo.core.errors import UserError, run
+from sppo.core.flags import at_least
 from sppo.evaluation.alpaca_eval import (
     OFFICIAL_DIFFICULTY,
     Judge,
-    check_judge,
     check_order,
     evaluate,
     length_controlled_warning,
@@ -34,8 +33,9 @@ from sppo.evaluation.alpaca_eval import (
     paired,
     read_outputs,
 )
+from sppo.evaluation.judges import ALPACA_EVAL
 from sppo.policies.models import pick_device
-from sppo.preferences.adapters import adapter_files, adapter_folder
+from sppo.preferences.base import local_kind, model_files
 from sppo.preferences.embedded_data import instruction_hash
 
 VERSIONS = (
@@ -111,7 +111,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    check_judge(args.judge, args.judge_model, args.judge_base_url)
+    ALPACA_EVAL.check(vars(args))
     difficulty = None if args.difficulty == "none" else Path(args.difficulty)
     reference = read_outputs(args.reference)
     outputs = paired(read_outputs(args.outputs), reference)
@@ -122,13 +122,13 @@ def main() -> None:
         )
     if difficulty:
         check_order(reference, difficulty)
-    adapter = adapter_folder(args.judge)
+    kind = local_kind(args.judge)
     inputs = [
         path
         for path in (
             args.outputs,
             args.reference,
-            *adapter_files(args.judge, args.judge_base),
+            *model_files(args.judge, args.judge_base),
             difficulty,
         )
         if path
@@ -143,9 +143,13 @@ def main() -> None:
             args.judge_model,
             args.judge_base_url,
             args.judge_base,
-            pick_device(args.device) if adapter else "cpu",
+            pick_device(args.device) if kind else "cpu",
         )
-        seen = instructions_of_training(adapter, reference) if adapter else 0
+        seen = (
+            instructions_of_training(kind.training_instructions(args.judge), reference)
+            if kind
+            else 0
+        )
         if seen:
             print(
                 f"warning: {args.judge} was trained on {seen} of these {len(reference)} instructions",
@@ -206,7 +210,7 @@ def main() -> None:
                 },
                 "judge": args.judge,
                 "judge_details": details
-                | ({"instructions_seen_in_training": seen} if adapter else {}),
+                | ({"instructions_seen_in_training": seen} if kind else {}),
                 "policy": args.policy or outputs[0]["generator"],
                 "reference": reference[0]["generator"],
                 "decoding": args.decoding,
@@ -216,10 +220,11 @@ def main() -> None:
         )
 
 
-def instructions_of_training(adapter: Path, reference: list[dict[str, Any]]) -> int:
-    """How many of the instructions the embedded judge was trained on, by the hashes that it ships."""
-    shipped = adapter / "training_instructions.txt"
-    hashes = set(shipped.read_text(encoding="utf-8").split()) if shipped.is_file() else set()
+def instructions_of_training(shipped: Path | None, reference: list[dict[str, Any]]) -> int:
+    """How many of the instructions the judge was trained on, by the hashes that it is shipped with."""
+    if shipped is None or not shipped.is_file():
+        return 0
+    hashes = set(shipped.read_text(encoding="utf-8").split())
     return sum(instruction_hash(row["instruction"]) in hashes for row in reference)
 
 

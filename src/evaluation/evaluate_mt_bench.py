@@ -18,10 +18,9 @@ from pathlib import Path
 import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, recorded, write_json, write_text
 from sppo.core.errors import UserError, run
+from sppo.evaluation.judges import MT_BENCH, Client
 from sppo.evaluation.mt_bench import (
     OFFICIAL,
-    Client,
-    check_judge,
     grade_by_api,
     grade_locally,
     is_official,
@@ -32,7 +31,7 @@ from sppo.evaluation.mt_bench import (
     win_rates,
 )
 from sppo.evaluation.results import check_policy
-from sppo.preferences.adapters import adapter_files, adapter_folder
+from sppo.preferences.base import load_preference_model, local_kind, model_files, settings_for
 
 VERSIONS = ("fschat", "openai", "torch", "transformers")
 PUBLISHED_JUDGES = ("gpt-4", "gpt-4-0613")
@@ -77,7 +76,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    check_judge(args.judge, args.judge_model, args.judge_base_url)
+    MT_BENCH.check(vars(args))
     questions = read_questions(args.data)
     answers = read_answers(args.answers, questions)
     policy = next(iter(answers.values()))["model_id"]
@@ -89,28 +88,30 @@ def main() -> None:
             args.reference,
             args.data,
             args.judge_base,
-            *adapter_files(args.judge),
+            *model_files(args.judge, None),
         )
         if path
     ]
-    adapter = adapter_folder(args.judge)
+    kind = local_kind(args.judge)
     with recorded("mt_bench", args.output, inputs, vars(args)):
-        if adapter:
-            if not args.reference or not args.judge_base:
+        if kind:
+            if not args.reference or (kind.needs_base and not args.judge_base):
                 raise UserError(
-                    f"judge {args.judge} compares: name the base's answers with --reference and its model with --judge-base"
+                    f"judge {args.judge} compares: name the base's answers with --reference, and its"
+                    " own base model with --judge-base"
                 )
             from sppo.policies.models import pick_device, start_torch
-            from sppo.preferences.embedded import EmbeddedRanker
 
             start_torch()
-            model = EmbeddedRanker(adapter, args.judge_base, device=pick_device(args.device))
+            model = load_preference_model(
+                settings_for(args.judge), args.judge_base, pick_device(args.device)
+            )
             rows = grade_locally(
                 questions, answers, read_answers(args.reference, questions), model, args.judge
             )
             details = {
                 "adapter": args.judge,
-                "adapter_sha256": file_hash(adapter / "adapter.safetensors"),
+                "adapter_sha256": file_hash(kind.files(args.judge)[0]),
                 "grade": "1 + 9 P(answer beats the base's answer)",
             }
         else:
@@ -128,7 +129,7 @@ def main() -> None:
             args.output,
             scores(rows, {row["question_id"]: row["category"] for row in questions})
             | {
-                "against_base": win_rates(rows) if adapter else None,
+                "against_base": win_rates(rows) if kind else None,
                 "comparable_with_published": official and args.judge in PUBLISHED_JUDGES,
                 "official_questions": official,
                 "data": str(args.data),

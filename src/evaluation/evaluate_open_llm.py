@@ -20,8 +20,8 @@ from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
-from sppo.core.config import add_section
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_section
 
 # task: (shots, metric), as the leaderboard had them
 TASKS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import _path  # noqa: F401
 from sppo.core.artifacts import known_hash, read_json, recorded, write_json
 from sppo.core.errors import UserError, run
-from sppo.preferences.adapters import adapter_files
+from sppo.preferences.base import load_preference_model, model_files, settings_for
 from sppo.preferences.estimates import mean_logits
 
 
@@ -51,16 +51,17 @@ def main() -> None:
         )
     from sppo.core.progress import progress
     from sppo.policies.models import pick_device, start_torch
-    from sppo.preferences.embedded import load_preference_model
 
     start_torch()
     with recorded(
         "answer",
         args.output,
-        [args.answers, *adapter_files(args.model, args.ranker_base)],
+        [args.answers, *model_files(args.model, args.ranker_base)],
         vars(args),
     ) as facts:
-        model = load_preference_model(args.model, args.ranker_base, pick_device(args.device))
+        model = load_preference_model(
+            settings_for(args.model), args.ranker_base, pick_device(args.device)
+        )
         best = []
         for instruction, rows in progress(list(answers.items()), "rank"):
             texts = [row["output"] for row in rows[: args.n]]

@@ -19,15 +19,16 @@ from pathlib import Path
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded
-from sppo.core.config import OF_CHATS, THRESHOLDS, add_section
+from sppo.core.config import OF_CHATS
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
-from sppo.evaluation.mt_bench import Client, check_grader, concurrently
+from sppo.evaluation.judges import GRADES, Client, concurrently
 from sppo.policies.prompts import read_gold
-from sppo.preferences.adapters import adapter_files
+from sppo.preferences.base import compare, load_preference_model, model_files
 from sppo.preferences.estimates import p_hat, win_probabilities
 from sppo.preferences.grades import GOLD, HIGHEST, loops, read_score, rubric
-from sppo.preferences.loading import chat_tokenizer, load_model, prompt_text
+from sppo.preferences.prompt_reader import PromptReader
 
 LONGEST = 1024  # tokens of a judgment
 Pools = dict[str, dict[int, str]]  # texts by prompt and sample_id
@@ -59,12 +60,13 @@ def main() -> None:
         default="auto",
         help="where the preference model runs",
     )
-    add_section(parser, "preference", skip=("revision", "winner_by", "truncated"))
-    add_section(parser, "grades", skip=THRESHOLDS)
+    add_section(parser, "preference", skip=("revision", "implicit"))
+    add_section(parser, "pairs", only=("probability", "logit_scale"))
+    add_section(parser, "grades")
     add_section(parser, "policy", only=OF_CHATS)
     args = parser.parse_args()
 
-    check_grader(args.judge, args.judge_model, args.judge_base_url)
+    GRADES.check(vars(args))
     messages = {row["prompt_id"]: row["messages"] for row in read_table(args.prompts, "prompts")}
     pools: Pools = defaultdict(dict)
     for row in read_table(args.responses, "responses"):
@@ -82,13 +84,10 @@ def main() -> None:
         for k, text in pool.items()
         if loops(text)
     }
-    model_files = adapter_files(args.model, args.ranker_base) if args.judge == "preference" else []
-    with recorded(
-        "grade",
-        args.output,
-        [args.prompts, args.responses, *([args.gold] if args.gold else []), *model_files],
-        vars(args),
-    ) as facts:
+    inputs = [args.prompts, args.responses, *([args.gold] if args.gold else [])]
+    if args.judge == "preference":
+        inputs += model_files(args.model, args.ranker_base, backend=args.backend)
+    with recorded("grade", args.output, inputs, vars(args)) as facts:
         grades, grader = (
             by_preference(pools, messages, args)
             if args.judge == "preference"
@@ -118,22 +117,20 @@ def by_preference(
     pools: Pools, messages: dict[str, list[dict]], args: argparse.Namespace
 ) -> tuple[Grades, str]:
     """6 P-hat of each text within its pool, and the preference model's name."""
-    from sppo.policies.models import start_torch
+    from sppo.policies.models import pick_device, start_torch
 
     start_torch()
-    model = load_model(args)
-    tokenizer = chat_tokenizer(args)
-    groups = [
-        (prompt_text(messages[prompt_id], tokenizer), list(pool.values()))
+    model = load_preference_model(vars(args), args.ranker_base, pick_device(args.device))
+    reader = PromptReader(args.source, args.policy, args.chat_template_kwargs, args.template_date)
+    groups = {
+        prompt_id: (reader.text(messages[prompt_id]), list(pool.values()))
         for prompt_id, pool in pools.items()
-    ]
+    }
     grades: Grades = {}
-    for (prompt_id, pool), logits in zip(pools.items(), model.all_pair_logits(groups), strict=True):
+    for prompt_id, logits in compare(model, groups).items():
         estimates = p_hat(win_probabilities(logits, args.probability, args.logit_scale))
-        grades |= {
-            (prompt_id, k): HIGHEST * float(estimate)
-            for k, estimate in zip(pool, estimates, strict=True)
-        }
+        for k, estimate in zip(pools[prompt_id], estimates, strict=True):
+            grades[prompt_id, k] = HIGHEST * float(estimate)
     return grades, model.name
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 import _path  # noqa: F401
 from sppo.core.artifacts import ROOT, file_hash, iteration, read_json, recorded, write_text
-from sppo.core.config import CHAINING, COMPARISON, add_section
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_section
 from sppo.core.tables import read_table
 from sppo.evaluation.alpaca_eval import read_outputs
 from sppo.policies.prompts import read_instructions
@@ -77,13 +77,18 @@ def main() -> None:
         help="evaluation instructions with their categories",
     )
     parser.add_argument("--output", type=Path, required=True, help="the page, .html")
-    add_section(parser, "preference", skip=COMPARISON)
-    add_section(parser, "pairs", skip=CHAINING)
+    add_section(parser, "pairs")
+    add_section(parser, "replay", skip=("iteration",), prefix="replay_")
     args = parser.parse_args()
-    if args.construction != "extremes" or args.even_lengths or args.goals or args.replay:
+    if (
+        args.construction != "best_vs_worst"
+        or args.even_lengths
+        or args.target_reward
+        or args.replay_share
+    ):
         raise UserError(
             "the response browser shows runs that are trained on the best and the worst response of each prompt, and nothing else; this run has "
-            "pairs.construction, even_lengths, goals or replay set"
+            "pairs.construction, even_lengths or target_reward, or replay.share, set"
         )
 
     inputs = [

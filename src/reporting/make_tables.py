@@ -21,6 +21,7 @@ from typing import Any
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_text
 from sppo.core.errors import UserError, run
+from sppo.evaluation.registry import by_artifact
 from sppo.evaluation.results import read_evaluation
 from sppo.reporting.table_formats import (
     csv_table,
@@ -151,24 +152,10 @@ def compared(line: dict[str, str], results: Path, same_base: bool) -> dict[str, 
 
 def comparable(found: dict[str, Any], line: dict[str, str], same_base: bool) -> str:
     """`yes`, or what differs from the setup of the published line's source."""
-    artifact = line["artifact"]
     reasons = [] if same_base else ["other base model"]
-    judge = found.get("judge_details", {}).get("model") or found.get(
-        "judge"
-    )  # `openai` says only where it is asked
-    if artifact.endswith("alpaca_eval.json"):
-        if found.get("judge") != "weighted_alpaca_eval_gpt4_turbo":
-            reasons.append(f"judged by {judge}")
-        if found.get("reference") != "gpt4_1106_preview":
-            reasons.append(f"against {found.get('reference')}")
-    if artifact == "mt_bench.json" and not found.get("comparable_with_published"):
-        reasons.append(f"judged by {judge}")
-    if artifact.endswith("alpaca_eval.json") and found.get("n_total") != 805:
-        reasons.append(f"{found.get('n_total')} other instructions")
-    if artifact == "mt_bench.json" and not found.get("official_questions"):
-        reasons.append("other questions")
-    if artifact == "open_llm.json" and not found.get("official_tasks"):
-        reasons.append("other items")
+    evaluation = by_artifact(line["artifact"])
+    if evaluation:
+        reasons += evaluation.differences(found)
     if line["metric"] == "length_controlled_winrate" and found.get("length_controlled_warning"):
         reasons.append("ours is doubtful")
     return ", ".join(reasons) or "yes"

@@ -18,7 +18,7 @@ from sppo.reporting.figures import pyplot, save
 PANELS = (
     ("loss", "loss (nats², mean of the pair's two)"),
     ("log_ratio", "log π/π$_t$, mean (nats)"),
-    ("order_right", "winner above loser (share)"),
+    ("reward_accuracy", "winner above loser (share)"),
 )
 
 
@@ -80,7 +80,7 @@ def plot_training(logs: dict[int, list[dict[str, float]]], files: list[Path]) ->
             linestyle="--",
             label="loser" if first else None,
         )
-        axes[2].plot(at, [row["order_right"] for row in rows], color="#CC79A7", marker=".")
+        axes[2].plot(at, [row["reward_accuracy"] for row in rows], color="#CC79A7", marker=".")
         axes[0].annotate(
             f"iteration {number}",
             (before + 0.5, 1),

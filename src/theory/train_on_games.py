@@ -23,8 +23,8 @@ import numpy as np
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json, write_text
-from sppo.core.config import at_least
 from sppo.core.errors import run
+from sppo.core.flags import at_least
 from sppo.core.progress import progress
 from sppo.reporting.figures import pyplot, save
 from sppo.reporting.table_formats import csv_table

@@ -17,7 +17,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import iteration, read_json, read_record
 from sppo.core.errors import UserError, run
 from sppo.core.tables import read_table
-from sppo.preferences.adapters import adapter_folder
+from sppo.preferences.base import find_kind, settings_for
 from sppo.reporting import cost_model
 from sppo.reporting.cost_model import Shape
 
@@ -71,15 +71,14 @@ def of_iteration(folder: Path, shape: Shape) -> list[Measured]:
             )
         )
         compared = folder / "preferences" / path.name
-        model = (
-            recorded(compared)["arguments"].get("model") if compared.is_file() else None
-        )  # none where the policy's own reward compares
-        if model and (adapter := adapter_folder(model)) and (adapter / "ranker.json").is_file():
-            spec = read_json(adapter / "ranker.json")
-            flops = cost_model.ranker_flops(
-                cost_model.SHAPES["embedded"], spec, prompts, prompt, samples, response
-            )
-            found.append(measured(compared, recorded(compared), flops))
+        if not compared.is_file():
+            continue  # the policy's own reward compared
+        asked = recorded(compared)["arguments"]
+        settings = settings_for(asked["model"], backend=asked.get("backend", "transformers"))
+        kind = find_kind(settings)
+        cost = kind and kind.cost(asked["model"], prompts, prompt, samples, response)
+        if cost:
+            found.append(measured(compared, recorded(compared), cost.flops))
     if (folder / "pairs.parquet").is_file():
         pairs = read_table(folder / "pairs.parquet", "pairs")
         prompt, response = (

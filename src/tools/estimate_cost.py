@@ -1,6 +1,6 @@
 """What a configuration will cost, before any of it is spent: tokens, FLOPs, GPU-hours, memory, disk, dollars.
 
-Reads   the configuration as Snakemake would (config/config.yaml and overlays), its main run; nothing is run or fetched
+Reads   the configuration as Snakemake would, its main run; nothing is run or fetched
 Writes  tables on standard output, by iteration and stage
 Formulas are in src/sppo/reporting/cost_model.py; docs/paper_scale.md says how far they were off on runs that were measured. Lengths and the shares of a
 GPU's peak are assumptions until you measure: src/tools/check_estimate.py reads both off the records of a finished run.
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import _path  # noqa: F401
 from sppo.core.artifacts import ROOT, read_json
-from sppo.core.config import of_iteration, resolve
-from sppo.core.config_files import check_files
+from sppo.core.config_files import read_files
 from sppo.core.errors import UserError, run
-from sppo.preferences.adapters import adapter_folder, is_pairrm
+from sppo.core.flags import of_iteration
+from sppo.policies.shapes import SHAPES, Shape, shape_of
+from sppo.preferences.base import find_kind, local_kind, settings_for
 from sppo.reporting import cost_model
-from sppo.reporting.cost_model import GB, GPUS, SHAPES, Gpu, Shape, Use
+from sppo.reporting.cost_model import GB, GPUS, Gpu, Use
+from sppo.workflow.configuration import resolve
 
 JUDGE_PROMPT = 350  # tokens of GPT-4 turbo's template in alpaca-eval: 1398 characters, four a token
 STORED_BYTES = 9  # of a stored token: its id, and its text
@@ -51,7 +51,7 @@ def main() -> None:
         type=Path,
         nargs="*",
         default=[],
-        help="overlays on config/config.yaml, such as a preset",
+        help="configuration files, such as a preset; without any, the demo's",
     )
     parser.add_argument(
         "--settings", choices=["paper", "repo"], help="in place of the configuration's"
@@ -128,22 +128,10 @@ def main() -> None:
     )
 
 
-def configuration(overlays: list[Path], settings: str | None) -> dict[str, Any]:
+def configuration(files: list[Path], settings: str | None) -> dict[str, Any]:
     """The main run, resolved as the Snakefile does."""
-    from snakemake.utils import update_config
-
-    merged: dict[str, Any] = {}
-    for file in (ROOT / "config" / "config.yaml", *overlays):
-        if not file.is_file():
-            raise UserError(
-                f"{file} is missing; correct CONFIG, such as CONFIG=config/presets/mistral-7b.yaml"
-            )
-        check_files([file])
-        try:
-            update_config(merged, yaml.safe_load(file.read_text(encoding="utf-8")) or {})
-        except (yaml.YAMLError, AttributeError, TypeError) as error:
-            raise UserError(f"{file} is not a configuration in YAML ({error}); mend it") from None
-    return resolve(merged | ({"settings": settings} if settings else {}))[""]
+    written = read_files(files or [ROOT / "config" / "config.yaml"])
+    return resolve(written | ({"settings": settings} if settings else {}))[""]
 
 
 def shape_of_policy(policy: dict[str, Any]) -> Shape:
@@ -160,7 +148,7 @@ def shape_of_policy(policy: dict[str, Any]) -> Shape:
             f"policy.model is {policy['model']}, whose shape is not known here; give a model folder or one that was fetched, or one of "
             f"{', '.join(SHAPES)}"
         )
-    return cost_model.shape_of(read_json(Path(file)))
+    return shape_of(read_json(Path(file)))
 
 
 def prompts_of_an_iteration(config: dict[str, Any], assumed: int) -> int:
@@ -198,7 +186,7 @@ def all_rows(
     pairs = prompts * {"all": k * (k - 1) // 2, "graded": k * (k + 1) // 2}.get(
         config["pairs"]["construction"], 1
     )  # of graded ones at most
-    pairs *= 2 if config["pairs"]["goals"] else 1
+    pairs *= 2 if config["pairs"]["target_reward"] else 1
 
     def drawn(t: int, stage: str, asked: int, samples: int, length: int, most: int) -> Row:
         prefill = cost_model.forward_flops(shape, asked * p, p / 2, 0)
@@ -218,26 +206,16 @@ def all_rows(
             max(memory, 2 * shape.weights + shape.kv_bytes * (longest + most)),
         )
 
-    def compared(t: int, stage: str, model: str, asked: int, samples: int, length: int) -> Row:
-        folder = None if is_pairrm(model) else adapter_folder(model)
-        flops = (
-            cost_model.ranker_flops(
-                SHAPES["embedded"], read_json(folder / "ranker.json"), asked, p, samples, length
-            )
-            if folder
-            else cost_model.pairrm_flops(asked, p, samples, length)
-        )
-        read = p + samples * length if folder else samples * (samples - 1) * (p + 2 * length)
-        reader = SHAPES["embedded"] if folder else cost_model.PAIRRM
-        return Row(
-            t,
-            stage,
-            asked,
-            asked * read,
-            flops,
-            flops / (gpu.flops * use.forward),
-            4 * reader.weights,
-        )
+    def compared(
+        t: int, stage: str, model: str, asked: int, samples: int, length: int
+    ) -> list[Row]:
+        """The stage of a preference model; none if nobody knows what it costs."""
+        kind = find_kind(settings_for(model, backend=config["preference"]["backend"]))
+        cost = kind and kind.cost(model, asked, p, samples, length)
+        if not cost:
+            return []
+        seconds = cost.flops / (gpu.flops * use.forward)
+        return [Row(t, stage, asked, cost.tokens, cost.flops, seconds, 4 * cost.weights)]
 
     rows = []
     for t in range(config["iterations"] + 1):
@@ -254,7 +232,7 @@ def all_rows(
             eager = config["policy"]["attention"] == "eager"
             rows += [
                 drawn(t, "generate", prompts, k, r, responses["max_new_tokens"]),
-                compared(t, "annotate", config["preference"]["model"], prompts, k, r),
+                *compared(t, "annotate", config["preference"]["model"], prompts, k, r),
                 Row(
                     t,
                     "reference",
@@ -286,9 +264,9 @@ def all_rows(
                 evaluation["max_new_tokens"],
             )
         )
-        if adapter_folder(evaluation["judge"]):
-            rows.append(compared(t, "judge", evaluation["judge"], n, 2, answer))
-        rows.append(compared(t, "ranker_estimate", config["preference"]["model"], n, 2, answer))
+        if local_kind(evaluation["judge"]):
+            rows += compared(t, "judge", evaluation["judge"], n, 2, answer)
+        rows += compared(t, "ranker_estimate", config["preference"]["model"], n, 2, answer)
     return rows
 
 
@@ -345,7 +323,7 @@ def summary(rows: list[Row], config: dict[str, Any], shape: Shape, args: argpars
             JUDGE_PROMPT + 2 * args.prompt_tokens + 2 * graded,
         ),
     ):
-        if adapter_folder(section["judge"]):
+        if local_kind(section["judge"]):
             continue
         millions, price = calls * each / 1e6, "no price given (--judge-price)"
         if args.judge_price is not None:

@@ -34,8 +34,8 @@ import numpy as np
 import pandas as pd
 
 from sppo.core.errors import UserError, run
-from sppo.preferences.adapters import EMBEDDED, adapter_folder
-from sppo.preferences.embedded import EmbeddedRanker
+from sppo.preferences.embedded import EMBEDDED, adapter_folder
+from sppo.preferences.embedded_network import EmbeddedRanker
 from sppo.preferences.embedded_data import (
     CORRUPTIONS,
     MIN_WORDS,

@@ -1,7 +1,8 @@
-"""Put PairRM in its place, before anything is sampled: iter0/preference_model.
+"""Put a preference model that is fetched into its place, before anything is sampled.
 
-Reads   a folder in one of PairRM's two layouts, or the hub at a pinned revision (local cache first)
-Writes  a folder of links to its files, and a record with the hub commit. Files of another layout stop here.
+Reads   a folder, or the hub at a pinned revision (the local cache first): PairRM in one of its layouts
+Writes  iter0/preference_model, a folder of links to its files, and a record with the hub's commit.
+        Files of another layout are refused here, not after sampling.
 """
 
 from __future__ import annotations
@@ -12,31 +13,24 @@ from pathlib import Path
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, written_whole
 from sppo.core.errors import run
-from sppo.policies.models import fetch, link_files
-from sppo.preferences.adapters import check_pairrm
+from sppo.core.flags import add_section
+from sppo.policies.models import link_files
+from sppo.preferences.base import kind_of
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a folder or a hub id")
-    parser.add_argument("--revision", default=None, help="commit of the hub model")
-    parser.add_argument(
-        "--backend",
-        choices=["transformers", "llm_blender"],
-        default="transformers",
-        help="what will run it",
-    )
+    add_section(parser, "preference", only=("model", "revision", "backend"))
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
-    folder, commit = fetch(args.model, args.revision, "preference.model")
-    layout = check_pairrm(folder, args.backend)
+    folder, known = kind_of(vars(args)).prepare(vars(args))
     with recorded("preference_source", args.output, [], vars(args)) as facts:
         with written_whole(args.output) as temporary:
             link_files(folder, temporary)
-        facts |= {"commit": commit, "layout": layout}
+        facts |= known
 
 
 if __name__ == "__main__":

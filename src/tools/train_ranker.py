@@ -33,7 +33,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from sppo.core.errors import UserError, run
 from sppo.policies.models import compute_dtype
-from sppo.preferences.embedded import PreferenceEmbedder, length_gaps, load_base, skew_logits
+from sppo.preferences.embedded_network import (
+    PreferenceEmbedder,
+    length_gaps,
+    load_base,
+    skew_logits,
+)
 from sppo.preferences.embedded_data import (
     Group,
     instruction_hash,

@@ -19,7 +19,7 @@ import yaml
 
 from sppo.core.tables import read_table, write_table
 from sppo.preferences.estimates import mean_logits, p_hat, win_probabilities, winner_and_loser
-from sppo.preferences.pairrm import PairRM
+from sppo.preferences.pairrm_network import PairRM
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import summarize_run  # noqa: E402
 from sppo.core.artifacts import read_json, write_json  # noqa: E402
 from sppo.core.errors import UserError  # noqa: E402
 from sppo.evaluation import alpaca_eval  # noqa: E402
+from sppo.evaluation.judges import ALPACA_EVAL  # noqa: E402
 
 # A folder with public data sets; tests that need one are skipped without it.
 PUBLIC_DATA = Path(os.environ.get("SPPO_PUBLIC_DATA", "/nonexistent"))
@@ -66,9 +66,7 @@ def call(tmp_path, monkeypatch):
         (adapter / name).touch()
 
     def run(ours, base, *more, probability=None, judge=None, seed=0, fits=0):
-        rankers = types.ModuleType("sppo.preferences.embedded")
-        rankers.load_preference_model = lambda model, base_dir, device: Judge(probability)
-        monkeypatch.setitem(sys.modules, "sppo.preferences.embedded", rankers)
+        monkeypatch.setattr(alpaca_eval, "load_preference_model", lambda *_: Judge(probability))
         (tmp_path / "ours.json").write_text(json.dumps(ours))
         (tmp_path / "base.json").write_text(json.dumps(base))
         arguments = [
@@ -396,16 +394,18 @@ def test_difficulty_needs_the_canonical_order(call, tmp_path):
 
 def test_missing_judges_keys_and_models_are_one_line(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    keys = ("judge", "judge_model", "judge_base_url")
     for arguments, message in [
-        (("weighted_alpaca_eval_gpt4_turbo",), "needs a key; export OPENAI_API_KEY"),
+        (("weighted_alpaca_eval_gpt4_turbo", None, None), "needs a key; export OPENAI_API_KEY"),
         (("openai", None, "http://localhost:1/v1"), "alpaca_eval.judge_model"),
         (("openai", "m", None), "alpaca_eval.judge_base_url"),
-        (("no_such_judge",), "unknown judge no_such_judge"),
-        ((str(tmp_path / "none"),), "is missing"),
+        (("no_such_judge", None, None), "unknown judge no_such_judge"),
+        ((str(tmp_path / "none"), None, None), "is missing"),
     ]:
         with pytest.raises(UserError, match=message):
-            alpaca_eval.check_judge(*arguments)
-    alpaca_eval.check_judge("openai", "m", "http://localhost:1/v1")  # a local server wants no key
+            ALPACA_EVAL.check(dict(zip(keys, arguments, strict=True)))
+    # A local server needs no key.
+    ALPACA_EVAL.check(dict(zip(keys, ("openai", "m", "http://localhost:1/v1"), strict=True)))
     program = subprocess.run(
         [
             sys.executable,
@@ -435,7 +435,8 @@ def test_missing_judges_keys_and_models_are_one_line(monkeypatch, tmp_path):
 
 def test_checking_a_judge_imports_nothing_heavy():
     code = (
-        "import sys; from sppo.evaluation.alpaca_eval import check_judge; check_judge('openai', 'm', 'http://x/v1');"
+        "import sys; from sppo.evaluation.judges import ALPACA_EVAL;"
+        "ALPACA_EVAL.check({'judge': 'openai', 'judge_model': 'm', 'judge_base_url': 'http://x/v1'});"
         "assert not {'torch', 'alpaca_eval', 'pandas', 'openai', 'sklearn'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT / "src")

@@ -9,7 +9,12 @@ import pytest
 
 from sppo.core import openai_api
 from sppo.core.errors import UserError
-from sppo.evaluation import alpaca_eval, mt_bench
+from sppo.evaluation import judges
+
+
+def chosen(judge: str, url: str | None = None, model: str | None = "m") -> dict:
+    """The keys of a section that name a judge."""
+    return {"judge": judge, "judge_model": model, "judge_base_url": url}
 
 
 @pytest.fixture
@@ -111,16 +116,16 @@ def test_openai_s_own_address_needs_a_key(openai, monkeypatch):
     ],
 )
 @pytest.mark.parametrize(
-    ("check", "where"),
+    "judging",
     [
-        (alpaca_eval.check_judge, "alpaca_eval"),
-        (mt_bench.check_judge, "mt_bench"),
-        (mt_bench.check_grader, "grades"),
+        judges.ALPACA_EVAL,
+        judges.MT_BENCH,
+        judges.GRADES,
     ],
 )
-def test_what_is_no_address_is_refused_before_any_work(check, where, url):
-    with pytest.raises(UserError, match=rf"{where}\.judge_base_url") as caught:
-        check("openai", "m", url, key=False)
+def test_what_is_no_address_is_refused_before_any_work(judging, url):
+    with pytest.raises(UserError, match=rf"{judging.section}\.judge_base_url") as caught:
+        judging.check(chosen("openai", url), key=False)
     assert "\n" not in str(caught.value)
 
 
@@ -150,17 +155,17 @@ def test_addresses_are_taken(url):
     ],
 )
 @pytest.mark.parametrize(
-    ("check", "where"),
+    "judging",
     [
-        (alpaca_eval.check_judge, "alpaca_eval"),
-        (mt_bench.check_judge, "mt_bench"),
-        (mt_bench.check_grader, "grades"),
+        judges.ALPACA_EVAL,
+        judges.MT_BENCH,
+        judges.GRADES,
     ],
 )
-def test_a_password_in_an_address_is_refused_and_not_repeated(check, where, url):
-    for judge in ("openai", "preference" if where == "grades" else "gpt-4-0613"):
+def test_a_password_in_an_address_is_refused_and_not_repeated(judging, url):
+    for judge in ("openai", "preference" if judging is judges.GRADES else "gpt-4-0613"):
         with pytest.raises(
-            UserError, match=rf"{where}\.judge_base_url holds a name or password"
+            UserError, match=rf"{judging.section}\.judge_base_url holds a name or password"
         ) as caught:
-            check(judge, "m", url, key=False)
+            judging.check(chosen(judge, url), key=False)
         assert "hunter2" not in str(caught.value)

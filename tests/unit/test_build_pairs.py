@@ -228,7 +228,7 @@ def test_replayed_pairs_come_after_the_new_ones(build, tmp_path):
     build(many)
     before = kept(tmp_path, "before")
     pairs, record = build(
-        {"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay", "0.5"
+        {"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay-share", "0.5"
     )
     assert (
         [pair["pair_id"] for pair in pairs] == list(range(5))
@@ -237,7 +237,9 @@ def test_replayed_pairs_come_after_the_new_ones(build, tmp_path):
     )
     assert len({pair["prompt_id"] for pair in pairs}) == 5
     assert (
-        build({"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay", "0.5")[0]
+        build(
+            {"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay-share", "0.5"
+        )[0]
         == pairs
     )  # the same draw
 
@@ -246,7 +248,7 @@ def test_replayed_pairs_come_after_the_new_ones(build, tmp_path):
     ("flags", "counts"),
     [
         ((), {"third": 2, "second": 4}),  # SPIN: new ones and the previous iteration's
-        (("--replay-older", "0.5"), {"third": 2, "second": 4, "first": 3}),
+        (("--replay-older-share", "0.5"), {"third": 2, "second": 4, "first": 3}),
     ],
 )
 def test_what_was_replayed_before_is_no_pair_of_the_previous_iteration(
@@ -258,7 +260,7 @@ def test_what_was_replayed_before_is_no_pair_of_the_previous_iteration(
         {f"second{n}": (["x", "y", "z"], SKEW, STOPPED) for n in range(4)},
         "--previous",
         first,
-        "--replay",
+        "--replay-share",
         "1",
     )
     second = kept(tmp_path, "second")
@@ -266,7 +268,7 @@ def test_what_was_replayed_before_is_no_pair_of_the_previous_iteration(
         {f"third{n}": (["x", "y", "z"], SKEW, STOPPED) for n in range(2)},
         "--previous",
         second,
-        "--replay",
+        "--replay-share",
         "1",
         *flags,
     )
@@ -291,12 +293,12 @@ def test_even_lengths_take_a_penalty_from_all_logits(build):
     )
 
 
-def test_goals_train_every_pair_both_ways(build, tiny_policy):
+def test_target_rewards_train_every_pair_both_ways(build, tiny_policy):
     from sppo.policies.models import load_tokenizer
 
     (plain,) = build({"a": (["x", "y", "z"], SKEW, STOPPED)})[0]
     good, bad = build(
-        {"a": (["x", "y", "z"], SKEW, STOPPED)}, "--goals", "true", "--policy", tiny_policy
+        {"a": (["x", "y", "z"], SKEW, STOPPED)}, "--target-reward", "true", "--policy", tiny_policy
     )[0]
     assert (good["chosen"], good["rejected"], bad["chosen"], bad["rejected"]) == (
         "x",
@@ -325,11 +327,11 @@ def test_goals_train_every_pair_both_ways(build, tiny_policy):
     )
 
 
-def test_goals_drop_pairs_of_one_grade(build, tiny_policy):
+def test_target_rewards_drop_pairs_of_one_grade(build, tiny_policy):
     """The prompt would ask for the one and for the other."""
     pairs, record = build(
         {"near": (["x", "y", "z"], SKEW / 1000, STOPPED), "far": (["x", "y", "z"], SKEW, STOPPED)},
-        "--goals",
+        "--target-reward",
         "true",
         "--policy",
         tiny_policy,

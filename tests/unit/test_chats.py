@@ -20,8 +20,9 @@ import generate_responses
 import grade_responses
 import sample_prompts
 from sppo.core.artifacts import read_json, record_path
-from sppo.core.config import flags, schema
+from sppo.core.config import schema
 from sppo.core.errors import UserError
+from sppo.core.flags import flags
 from sppo.core.tables import read_table, write_table
 from sppo.policies.generation import response, summary, without_thoughts
 from sppo.policies.models import (
@@ -32,6 +33,7 @@ from sppo.policies.models import (
     stop_token_ids,
     without_control_tokens,
 )
+from sppo.preferences.prompt_reader import PromptReader
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
@@ -477,15 +479,8 @@ def test_variables_of_the_template_reach_every_prompt(sample, tmp_path):
         "<think>\n\n</think>\n\n"
     )
     assert record["arguments"]["chat_template_kwargs"] == given
-    args = Namespace(
-        policy=folder,
-        source="chat_template",
-        chat_template_kwargs=given,
-        template_date=DEFAULT_DATE,
-    )
-    assert annotate_preferences.prompt_text(
-        user("Hi"), annotate_preferences.chat_tokenizer(args)
-    ) == tokenizer.decode(ids)
+    reader = PromptReader("chat_template", folder, given, DEFAULT_DATE)
+    assert reader.text(user("Hi")) == tokenizer.decode(ids)
 
 
 def test_variables_have_the_values_that_were_given(tmp_path):
@@ -643,7 +638,7 @@ def test_a_shard_without_responses_is_compared_and_graded_to_an_empty_table(
     program, tmp_path, monkeypatch
 ):
     for module in (annotate_preferences, grade_responses):
-        monkeypatch.setattr(module, "load_model", lambda args: Undecided())
+        monkeypatch.setattr(module, "load_preference_model", lambda *_: Undecided())
     write_table(tmp_path / "prompts.parquet", [], "prompts")
     write_table(tmp_path / "responses.parquet", [], "responses")
     for module, table in ((annotate_preferences, "preferences"), (grade_responses, "grades")):

@@ -9,23 +9,22 @@ import jsonschema
 import pytest
 import yaml
 
-from sppo.core.config import (
-    COMPARISON,
+from sppo.core.config import RENAMED, default_of, schema
+from sppo.core.config_files import read_files
+from sppo.core.errors import UserError
+from sppo.core.flags import add_section, flags, of_iteration
+from sppo.training.requirements import micro_batches
+from sppo.workflow.configuration import (
     RESERVED,
-    SELECTION,
-    add_section,
-    default_of,
-    flags,
-    micro_batches,
-    of_iteration,
+    Runs,
+    read_configuration,
     resolve,
-    schema,
     without_effect,
 )
-from sppo.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "config" / "config.yaml", *sorted((ROOT / "config" / "presets").glob("*.yaml"))]
+EVERY_FILE = [*SHIPPED, ROOT / "config" / "methods.yaml", ROOT / "config" / "paper_scale.yaml"]
 SECTIONS = [key for key, rule in schema()["properties"].items() if "properties" in rule]
 
 
@@ -38,19 +37,21 @@ def leaves():
             yield key, rule
 
 
-def overlaid(files: list[Path]) -> dict:
-    """The files merged as Snakemake merges --configfile over the Snakefile's own."""
-    from snakemake.utils import update_config
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    """Paths in configurations begin at the working directory."""
+    monkeypatch.chdir(ROOT)
 
-    merged: dict = {}
-    for file in files:
-        update_config(merged, yaml.safe_load(file.read_text(encoding="utf-8")))
-    return merged
+
+def all_lines(written: dict) -> list[str]:
+    """What `without_effect` says of all runs."""
+    runs = resolve(written)
+    return [line for name in runs.usable() for line in without_effect(written, name, runs)]
 
 
 def refusal(written: dict) -> str:
     with pytest.raises(UserError) as caught:
-        resolve(written)
+        dict(resolve(written))  # asks for every run
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -88,8 +89,9 @@ def test_key_is_described_typed_and_has_a_valid_default(name, rule):
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_shipped_file_resolves_and_only_the_default_is_unnamed(file):
-    written = overlaid([SHIPPED[0], file])
-    assert (resolve(written)[""]["name"] == "") == (file == SHIPPED[0])
+    runs = resolve(read_files([file]))
+    assert (runs[""]["name"] == "") == (file == SHIPPED[0])
+    assert len(runs) > 20
 
 
 def test_numbers_and_booleans_spelled_as_text_are_read():
@@ -105,7 +107,7 @@ def test_numbers_and_booleans_spelled_as_text_are_read():
     assert run["responses"]["shards"] == 2 and run["alpaca_eval"]["limit"] is None
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: file.stem)
 def test_shipped_file_reads_every_number_as_a_number(file):
     """YAML reads 1e-6 as text; the schema would refuse it where a number is wanted, not where a text is."""
     texts = [
@@ -125,7 +127,7 @@ def test_settings_switch_between_paper_and_official_code():
     assert (
         paper["responses"]["temperature"],
         paper["responses"]["top_p"],
-        paper["preference"]["probability"],
+        paper["pairs"]["probability"],
         paper["preference"]["source"],
         paper["train"]["schedule_total_epochs"],
         paper["train"]["max_grad_norm"],
@@ -133,7 +135,7 @@ def test_settings_switch_between_paper_and_official_code():
     assert (
         repo["responses"]["temperature"],
         repo["responses"]["top_p"],
-        repo["preference"]["probability"],
+        repo["pairs"]["probability"],
         repo["preference"]["source"],
         repo["train"]["schedule_total_epochs"],
         repo["train"]["max_grad_norm"],
@@ -379,9 +381,9 @@ BAD = {
         {"train": {"loss": "inpo", "beta": 0.01, "tau": 0.005}},
         ["train.loss inpo", "train.reference_every: null"],
     ),
-    "grades and goals": (
-        {"pairs": {"construction": "graded", "goals": True}, "train": {"loss": "dpo"}},
-        ["pairs.goals", "pairs.construction graded"],
+    "grades and target rewards": (
+        {"pairs": {"construction": "graded", "target_reward": True}, "train": {"loss": "dpo"}},
+        ["pairs.target_reward", "pairs.construction graded"],
     ),
     "grades by llm-blender": (
         {
@@ -392,31 +394,35 @@ BAD = {
         ["grades.judge preference", "preference.backend llm_blender"],
     ),
     "grades without a margin": (
-        {"grades": {"own_margin": 0}},
-        ["grades.own_margin is 0", "greater than 0"],
+        {"pairs": {"own_grade_margin": 0}},
+        ["pairs.own_grade_margin is 0", "greater than 0"],
     ),
-    "pairs turned round for a loss of win rates": (
-        {"pairs": {"goals": True}},
-        ["pairs.goals", "train.loss sppo"],
+    "swapped pairs for a loss of win rates": (
+        {"pairs": {"target_reward": True}},
+        ["pairs.target_reward", "train.loss sppo"],
     ),
-    "goals of gold": (
+    "target rewards of gold": (
         {
-            "pairs": {"goals": True, "construction": "gold", "gold": "x.jsonl"},
+            "pairs": {"target_reward": True, "construction": "gold", "gold": "x.jsonl"},
             "train": {"loss": "dpo"},
         },
-        ["pairs.goals", "construction gold"],
+        ["pairs.target_reward", "construction gold"],
     ),
     "own rewards against the base": (
-        {"pairs": {"implicit": True}, "train": {"loss": "dpo", "reference_every": None}},
-        ["pairs.implicit", "reference_every: 1"],
+        {"preference": {"implicit": True}, "train": {"loss": "dpo", "reference_every": None}},
+        ["preference.implicit", "reference_every: 1"],
     ),
     "own rewards without a reference": (
-        {"pairs": {"implicit": True}, "train": {"loss": "simpo"}},
-        ["pairs.implicit", "simpo"],
+        {"preference": {"implicit": True}, "train": {"loss": "simpo"}},
+        ["preference.implicit", "with a reference"],
     ),
     "own rewards of graded": (
-        {"pairs": {"implicit": True, "construction": "graded"}, "train": {"loss": "dpo"}},
-        ["pairs.implicit", "graded"],
+        {
+            "preference": {"implicit": True},
+            "pairs": {"construction": "graded"},
+            "train": {"loss": "dpo"},
+        },
+        ["preference.implicit", "graded"],
     ),
     "TRL without optimism": (
         {"train": {"backend": "trl", "loss": "dpo", "optimism": 0.1}},
@@ -428,7 +434,7 @@ BAD = {
     ),
     "even lengths of every two": (
         {"pairs": {"even_lengths": True, "construction": "all"}},
-        ["pairs.even_lengths", "pairs.construction: extremes"],
+        ["pairs.even_lengths", "pairs.construction: best_vs_worst"],
     ),
     "an empty list of rates": ({"train": {"learning_rate": []}}, ["train.learning_rate"]),
     "a run that cannot take over main's processes": (
@@ -436,7 +442,7 @@ BAD = {
             "train": {"processes": 2},
             "runs": {"a": {"train": {"loss": "kto_pair", "micro_batch_size": 64}}},
         },
-        ["runs.a: train.loss kto_pair", "{runs: {a: null}}"],
+        ["runs.a: train.loss kto_pair", "train.processes: 1"],
     ),
     "KTO's means over processes": (
         {"train": {"loss": "kto_pair", "micro_batch_size": 64, "processes": 2}},
@@ -454,13 +460,13 @@ BAD = {
         {"train": {"processes": 4, "micro_batch_size": 3}},
         ["train.micro_batch_size (3) x train.processes (4)"],
     ),
-    "processes that do not divide over machines": (
-        {"train": {"processes": 8, "machines": 3}},
-        ["train.processes (8)", "train.machines (3)"],
+    "processes that do not divide over nodes": (
+        {"train": {"processes": 8, "nodes": 3}},
+        ["train.processes (8)", "train.nodes (3)"],
     ),
-    "machines without processes": (
-        {"train": {"machines": 2}},
-        ["train.processes (1)", "train.machines (2)"],
+    "nodes without processes": (
+        {"train": {"nodes": 2}},
+        ["train.processes (1)", "train.nodes (2)"],
     ),
     "one process that divides a policy": (
         {"train": {"parallel": "fsdp2"}},
@@ -683,21 +689,20 @@ IDLE = {
     ),
     "warm-up": ({"train": {"lr_schedule": "constant", "warmup_ratio": 0.2}}, "train.warmup_ratio"),
     "older pairs": (
-        {"pairs": {"replay_older": 0.5}},
-        "pairs.replay_older has no effect where pairs.replay is 0",
+        {"replay": {"older_share": 0.5}},
+        "replay.older_share has no effect where replay.share is 0",
     ),
-    "first pairs": ({"pairs": {"replay_from": "first"}}, "pairs.replay_from"),
+    "first pairs": ({"replay": {"iteration": "first"}}, "replay.iteration"),
     "grades": (
-        {"grades": {"positive": 4}},
-        "grades.positive has no effect where pairs.construction is extremes",
+        {"pairs": {"winner_grade": 4}},
+        "pairs.winner_grade has no effect where pairs.construction is best_vs_worst",
     ),
     "gold's margin": (
         {
-            "grades": {"gold_margin": 1},
-            "pairs": {"construction": "graded"},
+            "pairs": {"construction": "graded", "gold_grade_margin": 1},
             "train": {"loss": "dpo"},
         },
-        "grades.gold_margin has no effect where pairs.gold is null",
+        "pairs.gold_grade_margin has no effect where pairs.gold is null",
     ),
     "a server nobody asks": (
         {"mt_bench": {"judge_base_url": "http://h"}},
@@ -710,8 +715,8 @@ IDLE = {
     "PairRM's precision": ({"preference": {"precision": "float32"}}, "preference.precision"),
     "PairRM's window": ({"preference": {"max_prompt_tokens": 100}}, "preference.max_prompt_tokens"),
     "a scale of the blender": (
-        {"preference": {"logit_scale": 1, "probability": "blender"}},
-        "preference.logit_scale",
+        {"pairs": {"logit_scale": 1, "probability": "blender"}},
+        "pairs.logit_scale",
     ),
     "a commit of the embedded policy": ({"policy": {"revision": "abc"}}, "policy.revision"),
     "a commit of a file": ({"prompts": {"revision": "abc"}}, "prompts.revision"),
@@ -728,7 +733,7 @@ IDLE = {
 
 @pytest.mark.parametrize(("written", "line"), IDLE.values(), ids=IDLE)
 def test_key_without_effect_is_one_line(written, line):
-    found = without_effect(written, resolve(written))
+    found = all_lines(written)
     assert len(found) == 1 and f"config: {line}" in found[0], found
 
 
@@ -737,7 +742,7 @@ def test_key_with_effect_or_not_written_is_no_line():
         {},
         {"train": {"loss": "mmpo", "gamma": 2, "lora_rank": 8, "lora_alpha": 32}},
         {"train": {"tau": None}},
-        {"pairs": {"replay": 1, "replay_older": 0.5}},
+        {"replay": {"share": 1, "older_share": 0.5}},
         {"prompts": {"source": "me/data", "revision": "abc"}},
         {
             "train": {"gamma": 2, "loss": "simpo"},
@@ -745,27 +750,20 @@ def test_key_with_effect_or_not_written_is_no_line():
             "name": "x",
         },
     ):
-        assert without_effect(written, resolve(written)) == []
+        assert all_lines(written) == []
 
 
-def test_key_of_main_names_the_runs_that_use_it():
-    written = {
-        "train": {"gamma": 2},
-        "runs": {
-            "a": {"train": {"loss": "simpo"}},
-            "b": {"train": {"loss": "mmpo", "gamma": 1}},
-            "c": None,
-        },
-    }
-    assert without_effect(written, resolve(written)) == [
-        "config: train.gamma has no effect where train.loss is sppo; runs that use it: a"
-    ]
+def test_key_of_main_that_only_a_run_uses_has_an_effect():
+    written = {"train": {"gamma": 2}, "runs": {"a": {"train": {"loss": "simpo"}}}}
+    assert all_lines(written) == []
+    written["runs"]["a"]["train"]["gamma"] = 1  # the run has its own
+    line = "config: train.gamma has no effect where train.loss is sppo"
+    assert all_lines(written) == [line]
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_shipped_file_has_no_key_without_effect(file):
-    written = overlaid([SHIPPED[0], file])
-    assert without_effect(written, resolve(written)) == []
+    assert all_lines(read_files([file])) == []
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
@@ -887,22 +885,115 @@ def test_flags_of_objects_take_json_alone(capsys):
         assert "is not a JSON object" in capsys.readouterr().err
 
 
-def test_graded_pairs_go_with_or_without_gold_responses():
-    for gold in (None, "gold.jsonl"):
-        run = resolve(
-            {"pairs": {"construction": "graded", "gold": gold}, "train": {"loss": "dpo"}}
-        )[""]
-        assert (run["pairs"]["gold"], run["grades"]) == (
-            gold,
-            {
-                "judge": "preference",
-                "judge_model": None,
-                "judge_base_url": None,
-                "positive": 5,
-                "gold_margin": 2,
-                "own_margin": 1,
-            },
-        )
+@pytest.mark.parametrize("gold", [None, "gold.jsonl"])
+def test_graded_pairs_need_no_gold_responses(gold):
+    pairs = {"construction": "graded", "gold": gold}
+    run = resolve({"pairs": pairs, "train": {"loss": "dpo"}})[""]
+    assert run["pairs"]["gold"] == gold
+    assert run["grades"] == {"judge": "preference", "judge_model": None, "judge_base_url": None}
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_key_is_one_line_with_its_new_name(old, new):
+    section, key = old.split(".")
+    assert refusal({section: {key: 1}}) == f"config: {old} is now called {new}; rename it"
+    line = f"config: runs.a.{old} is now called {new}; rename it"
+    assert refusal({"runs": {"a": {section: {key: 1}}}}) == line
+    new_section, new_key = new.split(".")
+    assert new_key in schema()["properties"][new_section]["properties"]
+
+
+def test_old_value_is_one_line_with_its_new_name():
+    line = refusal({"pairs": {"construction": "extremes"}})
+    assert line == "config: pairs.construction: extremes is now called best_vs_worst; write that"
+
+
+# --- runs are checked when they are asked for ---
+
+
+def test_wrong_run_stops_only_those_who_ask_for_it():
+    runs = resolve({"runs": {"good": {}, "bad": {"train": {"betta": 1}}}})
+    assert isinstance(runs, Runs) and list(runs) == ["", "good", "bad"]
+    assert list(runs.usable()) == ["", "good"]
+    with pytest.raises(UserError, match="runs.bad.train.betta"):
+        runs["bad"]
+
+
+# --- files that extend others ---
+
+
+def written_to(folder: Path, **files: str) -> dict[str, Path]:
+    paths = {name: folder / f"{name}.yaml" for name in files}
+    for name, path in paths.items():
+        path.write_text(files[name], encoding="utf-8")
+    return paths
+
+
+def test_file_stands_on_the_defaults_alone_unless_it_extends(tmp_path):
+    files = written_to(tmp_path, own="name: own\n")
+    assert dict(resolve(read_files([files["own"]]))) == {"": resolve({"name": "own"})[""]}
+
+
+def test_chain_of_extended_files_is_read_from_the_bottom(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = written_to(
+        tmp_path,
+        a="iterations: 1\ntrain: {beta: 1, tau: 1}\nruns: {x: {}, y: {}}\n",
+        b="extends: a.yaml\ntrain: {beta: 2}\n",
+        c="extends: b.yaml\niterations: null\nruns: {y: null}\n",
+    )
+    assert read_files([files["c"]]) == {
+        "iterations": None,
+        "train": {"beta": 2, "tau": 1},
+        "runs": {"x": {}, "y": None},
+    }
+    assert list(resolve(read_files([files["c"]]))) == ["", "x"]
+
+
+def test_command_line_and_later_files_win_over_what_is_extended(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = written_to(
+        tmp_path, a="seeds: {data: 1, train: 1}\n", b="extends: a.yaml\n", c="seeds: {data: 2}\n"
+    )
+    written = read_configuration([files["b"], files["c"]], {"seeds": {"train": 3}, "extends": "b"})
+    assert written == {"seeds": {"data": 2, "train": 3}}
+
+
+def test_module_configuration_without_files_can_extend_one():
+    written = read_configuration([], {"extends": "config/config.yaml", "name": "mine"})
+    assert written == read_files([SHIPPED[0]]) | {"name": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("extends: b.yaml", ["b.yaml extends a.yaml", "remove one"]),
+        ("extends: a.yaml", ["a.yaml extends a.yaml", "remove one"]),
+        ("extends: no.yaml", ["no.yaml, which a.yaml extends, is missing"]),
+        ("extends: [b.yaml]", ["a.yaml: extends is ['b.yaml']", "one file"]),
+    ],
+)
+def test_bad_extends_is_one_line(text, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = written_to(tmp_path, a=text + "\n", b="extends: a.yaml\n")
+    with pytest.raises(UserError) as caught:
+        read_files([files["a"].name])
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: file.stem)
+def test_presets_have_no_null_to_undo_the_demo(file):
+    """A configuration stands on the paper's defaults, so it has nothing of the demo to undo."""
+    written = yaml.safe_load(file.read_text(encoding="utf-8"))
+    written.pop("runs", None)
+    nulls = [
+        f"{section}.{key}"
+        for section, keys in written.items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+        if value is None
+    ]
+    assert set(nulls) <= {"policy.revision"}
 
 
 def test_a_list_gives_one_value_an_iteration_and_the_last_for_all_after():
@@ -911,8 +1002,8 @@ def test_a_list_gives_one_value_an_iteration_and_the_last_for_all_after():
     assert of_iteration(train, 3)["learning_rate"] == 1e-6
 
 
-def test_flags_leave_out_what_is_skipped():
+def test_flags_leave_out_what_is_skipped_and_take_a_prefix():
     parser = argparse.ArgumentParser()
-    add_section(parser, "preference", skip=COMPARISON)
-    words = flags(resolve({})[""]["preference"], skip=COMPARISON)
-    assert set(vars(parser.parse_args(words))) == set(SELECTION)
+    add_section(parser, "replay", skip=("iteration",), prefix="replay_")
+    words = flags(resolve({})[""]["replay"], skip=("iteration",), prefix="replay_")
+    assert vars(parser.parse_args(words)) == {"replay_share": 0.0, "replay_older_share": 0.0}

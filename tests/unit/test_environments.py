@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sppo.core.config import resolve
 from sppo.core.errors import UserError
+from sppo.workflow.configuration import resolve
 from sppo.workflow.preflight import check_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,4 +180,4 @@ def test_a_tracker_that_the_training_environment_lacks_is_one_line(monkeypatch):
         UserError,
         match="^config: train.report_to is tensorboard, which envs/core.yaml lacks; add it there.+$",
     ):
-        check_inputs(resolve(config), in_conda=True)
+        check_inputs("", resolve(config)[""], in_conda=True)

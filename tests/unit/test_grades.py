@@ -14,7 +14,7 @@ import grade_responses
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table, write_table
-from sppo.evaluation.mt_bench import check_grader
+from sppo.evaluation.judges import GRADES
 from sppo.preferences.grades import GOLD, far_apart, loops, read_score, rubric
 
 PROMPTS = {"a": "What is tea?", "b": "What is rye?"}
@@ -26,7 +26,7 @@ TEXTS = {
 
 # --- pure ---
 
-PAPER = (5, 2, 1)  # positive, gold_margin, own_margin
+PAPER = (5, 2, 1)  # winner_grade, gold_grade_margin, own_grade_margin
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,10 @@ def test_the_rubric_holds_request_and_response_as_they_are():
     )
 
 
+def keys(judge, model=None, url=None):
+    return {"judge": judge, "judge_model": model, "judge_base_url": url}
+
+
 def test_judges_are_checked_before_work(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for judge, model, url, message in (
@@ -127,12 +131,12 @@ def test_judges_are_checked_before_work(monkeypatch):
         ("openai", "m", None, "grades.judge_base_url"),
         ("gpt-4-0613", None, None, "OPENAI_API_KEY.*grades.judge"),
         ("claude", None, None, "unknown judge claude.*grades.judge"),
-        ("ranker", None, None, "unknown judge ranker; take preference"),
+        ("ranker", None, None, "unknown judge ranker; give preference"),
     ):
         with pytest.raises(UserError, match=message):
-            check_grader(judge, model, url)
-    check_grader("preference", None, None)
-    check_grader("gpt-4-0613", None, None, key=False)
+            GRADES.check(keys(judge, model, url))
+    GRADES.check(keys("preference"))
+    GRADES.check(keys("gpt-4-0613"), key=False)
 
 
 # --- the programs ---
@@ -211,7 +215,7 @@ class Longer:
 
 
 def test_the_preference_model_s_grade_is_six_p_hat_in_the_pool_with_gold(grade, files, monkeypatch):
-    monkeypatch.setattr(grade_responses, "load_model", lambda args: Longer())
+    monkeypatch.setattr(grade_responses, "load_preference_model", lambda *_: Longer())
     grades = grade()
 
     def sigma(x):
@@ -374,7 +378,10 @@ def test_graded_pairs_carry_grades_in_place_of_p_hat(build, files):
         record["dropped"] == {"tie": 0, "identical": 0, "empty": 0, "truncated": 0, "no_pair": 1}
         and str(files / "grades.parquet") in record["inputs"]
     )
-    assert len(build({("b", 0): 4, ("b", 1): 3}, "--positive", 4, "--own-margin", 0.5)[0]) == 1
+    assert (
+        len(build({("b", 0): 4, ("b", 1): 3}, "--winner-grade", 4, "--own-grade-margin", 0.5)[0])
+        == 1
+    )
 
 
 def test_graded_pairs_are_replayed(build, files):
@@ -382,7 +389,7 @@ def test_graded_pairs_are_replayed(build, files):
     for name in ("pairs.parquet", "pairs.parquet.record.json"):
         (files / name).rename(files / name.replace("pairs", "before"))
     pairs, record = build(
-        {("b", 0): 6, ("b", 1): 3}, "--previous", files / "before.parquet", "--replay", 0.3
+        {("b", 0): 6, ("b", 1): 3}, "--previous", files / "before.parquet", "--replay-share", 0.3
     )
     assert (
         record["replayed"] == 1

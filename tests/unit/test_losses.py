@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from sppo.core.config import OF_P_HAT, default_of, schema
+from sppo.core.config import default_of, schema
 from sppo.theory import games
-from sppo.training.losses import LOSSES, pair_loss
+from sppo.training.losses import LOSSES, Columns, pair_loss
+from sppo.training.requirements import P_HAT
 
 OPTIONS = {
     key: default_of(rule, "paper")
@@ -215,7 +216,7 @@ def test_gradients_equal_central_differences_of_the_loop(name, beta):
             assert got == pytest.approx((up - down) / (2 * h), rel=1e-4, abs=1e-5)
 
 
-def test_registry_and_schema_name_the_same_losses_the_official_code_s_among_them():
+def test_schema_names_the_losses_of_the_registry():
     assert (
         set(LOSSES)
         == set(schema()["properties"]["train"]["properties"]["loss"]["enum"])
@@ -224,15 +225,21 @@ def test_registry_and_schema_name_the_same_losses_the_official_code_s_among_them
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_that_read_p_hat_are_listed_as_such(name):
-    """The configuration refuses these where pairs have none. A new loss that reads P-hat goes into OF_P_HAT of src/sppo/core/config.py."""
+def test_loss_reads_columns_and_keys_of_the_section_train(name):
+    columns = {*Columns.__dataclass_fields__, *vars(Columns)}
+    assert set(LOSSES[name].reads) <= columns | OPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_requires_p_hat_exactly_where_it_reads_it(name):
+    """The configuration refuses such a loss where pairs have no P-hat."""
     rows = random_rows(5, seed=3)
     other = [row | {key: 1 - row[key] ** 2 for key in row if key.startswith("p_")} for row in rows]
     changed = (
         ours(name, rows, 0.1, **CASES[name])[0].tolist()
         != ours(name, other, 0.1, **CASES[name])[0].tolist()
     )
-    assert changed == (name in OF_P_HAT)
+    assert changed == (P_HAT in LOSSES[name].requires)
 
 
 def pair_of(

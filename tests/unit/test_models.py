@@ -17,7 +17,7 @@ from sppo.core.artifacts import file_hash
 from sppo.core.errors import UserError
 from sppo.policies import models
 from sppo.policies.models import check_policy, link_files, load_policy, load_tokenizer
-from sppo.preferences.embedded import load_base
+from sppo.preferences.embedded_network import load_base
 
 DAMAGED = (
     "config.json",

@@ -22,7 +22,8 @@ import evaluate_mt_bench
 import fetch_mt_bench
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
-from sppo.evaluation import mt_bench
+from sppo.evaluation import judges, mt_bench
+from sppo.evaluation.judges import MT_BENCH
 from sppo.policies import models
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,7 +209,7 @@ def test_busy_and_failing_servers_are_asked_again(grade, server):
 
 
 def test_a_judgment_that_hangs_is_asked_again(grade, server, monkeypatch):
-    monkeypatch.setattr(mt_bench, "TIMEOUT", 0.5)
+    monkeypatch.setattr(judges, "TIMEOUT", 0.5)
     server.plan = ["hang"]
 
     result = grade()
@@ -624,6 +625,10 @@ def test_missing_answers_and_references_are_named(grade, answers, tmp_path):
         grade()
 
 
+def keys(judge, model=None, url=None):
+    return {"judge": judge, "judge_model": model, "judge_base_url": url}
+
+
 def test_judges_are_checked_before_work(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for judge, model, url, message in (
@@ -633,8 +638,8 @@ def test_judges_are_checked_before_work(monkeypatch):
         ("claude", None, None, "unknown judge claude"),
     ):
         with pytest.raises(UserError, match=message):
-            mt_bench.check_judge(judge, model, url)
-    mt_bench.check_judge("judge", None, None)
+            MT_BENCH.check(keys(judge, model, url))
+    MT_BENCH.check(keys("judge"))
 
 
 def test_a_changed_file_of_fastchat_is_refused(program, tmp_path):

@@ -28,12 +28,22 @@ from transformers import DebertaV2Config, DebertaV2Model
 import annotate_preferences
 import prepare_preference_model
 from sppo.core.artifacts import read_json, record_path
-from sppo.core.config import COMPARISON, SELECTION, resolve, schema
+from sppo.core.config import schema
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table, write_table
-from sppo.preferences.adapters import check_pairrm, is_pairrm
+from sppo.preferences.base import KINDS
 from sppo.preferences.estimates import win_probabilities
-from sppo.preferences.pairrm import FIRST, MARKS, SECOND, SOURCE, PairRanker, PairRM, batches
+from sppo.preferences.pairrm_files import check_pairrm, is_pairrm
+from sppo.preferences.pairrm_network import (
+    FIRST,
+    MARKS,
+    SECOND,
+    SOURCE,
+    PairRanker,
+    PairRM,
+    batches,
+)
+from sppo.workflow.configuration import resolve
 from sppo.workflow.preflight import check_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -350,7 +360,7 @@ def test_files_of_another_layout_are_refused_before_any_work(folders, tmp_path, 
     shutil.copytree(folders["llm-blender"], tmp_path / "model")
     broken(tmp_path / "model", how)
     with pytest.raises(UserError, match=said) as caught:
-        check_inputs(resolve({"preference": {"model": str(tmp_path / "model")}}))
+        check_inputs("", resolve({"preference": {"model": str(tmp_path / "model")}})[""])
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
@@ -379,10 +389,11 @@ def test_llm_blender_reads_its_own_layout_alone(folders):
     assert check_pairrm(folders["llm-blender"], "llm_blender") == "llm-blender"
     with pytest.raises(UserError, match="does not read the layout"):
         check_inputs(
-            resolve({"preference": {"model": str(folders["hf"]), "backend": "llm_blender"}})
+            "",
+            resolve({"preference": {"model": str(folders["hf"]), "backend": "llm_blender"}})[""],
         )
     with pytest.raises(UserError, match="runs PairRM, and preference.model is ranker"):
-        check_inputs(resolve({"preference": {"backend": "llm_blender"}}))
+        check_inputs("", resolve({"preference": {"backend": "llm_blender"}})[""])
 
 
 @pytest.mark.parametrize(
@@ -404,10 +415,9 @@ def test_the_name_selects_it(name, is_it, monkeypatch):
 # --- the workflow around it ---
 
 
-def test_every_key_of_the_section_is_of_one_stage():
-    assert sorted(COMPARISON + SELECTION) == sorted(
-        schema()["properties"]["preference"]["properties"]
-    )
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_kind_reads_keys_of_the_section(kind):
+    assert set(kind.options) <= schema()["properties"]["preference"]["properties"].keys()
 
 
 def test_it_is_put_in_place_with_its_record_or_not_at_all(folders, tmp_path, program):

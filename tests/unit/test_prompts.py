@@ -14,11 +14,11 @@ import pytest
 
 import sample_prompts
 from sppo.core.artifacts import read_json, record_path
-from sppo.core.config import resolve
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table
 from sppo.policies.models import fetch, load_tokenizer, prompt_token_ids
 from sppo.policies.prompts import read_instructions, read_prompts
+from sppo.workflow.configuration import resolve
 from sppo.workflow.preflight import check_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -365,10 +365,10 @@ def test_prompts_that_evaluations_ask_do_not_count_at_the_start_either(tmp_path)
         "alpaca_eval": {"instructions": str(tmp_path / "e.json")},
         "mt_bench": {"data": str(tmp_path)},
     }
-    check_inputs(resolve(written))
+    check_inputs("", resolve(written)[""])
     written["prompts"]["per_iteration"] = 2
     with pytest.raises(UserError, match="2 in all, but .* has 1 outside the evaluation set"):
-        check_inputs(resolve(written))
+        check_inputs("", resolve(written)[""])
 
 
 def test_no_prompt_is_drawn_twice_or_in_two_iterations_with_a_source_each(sample, tmp_path):

@@ -79,7 +79,7 @@ def adapter_dir(base_dir, tmp_path_factory):
     import torch
     from safetensors.torch import save_file
 
-    from sppo.preferences.embedded import PreferenceEmbedder, load_base
+    from sppo.preferences.embedded_network import PreferenceEmbedder, load_base
 
     folder = tmp_path_factory.mktemp("adapter")
     backbone, tokenizer = load_base(base_dir, torch.float32)
@@ -101,7 +101,7 @@ def adapter_dir(base_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranker(adapter_dir, base_dir):
-    from sppo.preferences.embedded import EmbeddedRanker
+    from sppo.preferences.embedded_network import EmbeddedRanker
 
     return EmbeddedRanker(adapter_dir, base_dir, "float32")
 
@@ -122,7 +122,7 @@ def test_skew_logits_equal_the_paper_formula():
     """GPM eq. 3, written out: e_i^T R e_j with R = blockdiag([[0, -1], [1, 0]])."""
     import torch
 
-    from sppo.preferences.embedded import skew_logits
+    from sppo.preferences.embedded_network import skew_logits
 
     e = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     R = torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)] * 3)
@@ -199,7 +199,7 @@ def test_merged_update_equals_the_low_rank_layers(adapter_dir, base_dir, ranker)
     import torch
     from safetensors.torch import load_file
 
-    from sppo.preferences.embedded import PreferenceEmbedder, load_base
+    from sppo.preferences.embedded_network import PreferenceEmbedder, load_base
 
     unmerged = PreferenceEmbedder(*load_base(base_dir, torch.float32), SPEC).eval()
     unmerged.load_state_dict(load_file(adapter_dir / "adapter.safetensors"), strict=False)
@@ -239,7 +239,7 @@ def test_long_texts_keep_head_and_tail(ranker):
 
 
 def test_unusable_folders_are_one_line_errors(adapter_dir, base_dir, tmp_path):
-    from sppo.preferences.embedded import EmbeddedRanker
+    from sppo.preferences.embedded_network import EmbeddedRanker
 
     with pytest.raises(UserError, match="has no ranker.json"):
         EmbeddedRanker(tmp_path, base_dir)
@@ -268,7 +268,7 @@ def test_adapter_whose_tensors_are_not_all_used_is_one_line(
     import torch
     from safetensors.torch import load_file, save_file
 
-    from sppo.preferences.embedded import EmbeddedRanker
+    from sppo.preferences.embedded_network import EmbeddedRanker
 
     folder = Path(shutil.copytree(adapter_dir, tmp_path / "adapter"))
     tensors = load_file(folder / "adapter.safetensors")
@@ -417,7 +417,7 @@ def test_evaluation_errors_are_one_line(tmp_path, case, says, monkeypatch, capsy
     """Through main() in this process, for an interpreter that imports torch takes seconds to start."""
     import evaluate_ranker
     from sppo.core.errors import run
-    from sppo.preferences.embedded import SPEC
+    from sppo.preferences.embedded_network import SPEC
 
     file, frame = tmp_path / "a.parquet", annotations(6)
     adapters = tmp_path / "data" / "judge"

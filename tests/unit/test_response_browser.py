@@ -258,7 +258,11 @@ def test_flags_are_those_of_the_pairs(build):
             UserError, match=r"pairs.parquet holds another pair for prompt . .* build_pairs.py"
         ):
             build(*flags)
-    for flags in (("--construction", "all"), ("--goals", "true"), ("--replay", "0.5")):
+    for flags in (
+        ("--construction", "all"),
+        ("--target-reward", "true"),
+        ("--replay-share", "0.5"),
+    ):
         with pytest.raises(UserError, match="best and the worst response of each prompt"):
             build(*flags)
 

@@ -1063,7 +1063,7 @@ def test_model_card_tells_data_method_figures_and_the_base_s_licence(place, tmp_
             "sha256": file_hash(place.pairs),
             "inputs": {str(prompts): "1"},
             "replayed": 4,
-            "arguments": {"construction": "all", "even_lengths": False, "goals": True},
+            "arguments": {"construction": "all", "even_lengths": False, "target_reward": True},
         },
     )
     place.policy = base

@@ -44,6 +44,15 @@ PACKAGES = (
 TIMESTAMP = ".snakemake_timestamp"
 
 
+def shipped(path: str | os.PathLike[str]) -> Path:
+    """A relative path as the user means it: in the working directory, else in the repository.
+
+    The two differ where another workflow uses this repository as a module.
+    """
+    here = Path(path)
+    return ROOT / here if not here.exists() and (ROOT / here).exists() else here
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` at the end, remove it on any error.

@@ -1,14 +1,15 @@
-"""The files of a configuration, checked for what Snakemake's loader passes over."""
+"""The files of a configuration: what they extend, and checks that Snakemake's loader lacks."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from sppo.core.artifacts import parse_json
+from sppo.core.artifacts import parse_json, shipped
 from sppo.core.errors import UserError, explained, fail
 
 
@@ -73,6 +74,62 @@ def check_files(files: Iterable[str | os.PathLike[str]]) -> None:
                 f"{shown(file)} has no keys; write key: value, or {{}} if there is nothing to set"
             )
             raise UserError(line)
+
+
+def read_files(files: Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
+    """The configuration that files give together; a later one wins over an earlier one.
+
+    A file can say `extends: <another file>`, by a path from the working directory or from the
+    repository, and is then read on top of that one. Raises `UserError` as `check_files` does, and for a file that extends itself.
+    """
+    merged: dict[str, Any] = {}
+    for file in files:
+        update(merged, _with_extended(Path(file), ()))
+    return merged
+
+
+def all_files(files: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files and those that they extend, in the order in which they are read."""
+    found: list[Path] = []
+    for file in files:
+        chain = [Path(file)]
+        while (extended := _content(chain[-1]).get("extends")) is not None:
+            if not isinstance(extended, str) or shipped(extended) in chain:
+                break  # `read_files` reports it
+            chain.append(shipped(extended))
+        found += reversed(chain)
+    return found
+
+
+def _with_extended(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if not file.is_file():
+        named = f", which {shown(above[-1])} extends," if above else ""
+        raise UserError(f"{file}{named} is missing; correct the path")
+    content = _content(file)
+    extended = content.pop("extends", None)
+    if extended is None:
+        return content
+    if not isinstance(extended, str):
+        raise UserError(f"{shown(file)}: extends is {extended!r}; give the path of one file")
+    if shipped(extended).absolute() in [path.absolute() for path in (*above, file)]:
+        raise UserError(f"{shown(file)} extends {extended}, which extends it; remove one `extends`")
+    base = _with_extended(shipped(extended), (*above, file))
+    update(base, content)
+    return base
+
+
+def _content(file: Path) -> dict[str, Any]:
+    check_files([file])
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def update(base: dict[str, Any], overlay: dict[str, Any]) -> None:
+    """Put the keys of `overlay` over those of `base`, section by section, as Snakemake does."""
+    for key, value in overlay.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            update(base[key], value)
+        else:
+            base[key] = value
 
 
 def _is_json(text: str) -> bool:

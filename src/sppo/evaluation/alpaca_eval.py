@@ -7,7 +7,7 @@ The package's own `evaluate()` makes every figure. What is ours:
    the hub: a neutral one, which the formula for local instructions never reads, or the user's.
 3. a judgment that failed is an error, never a smaller n.
 
-Nothing heavy is imported at module level: the Snakefile calls `check_judge` before any work starts.
+Nothing heavy is imported at module level: the Snakefile calls `check_inputs` before the first job.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -31,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.core.artifacts import ROOT, known_hash, parse_json, read_json
 from sppo.core.errors import UserError
-from sppo.core.openai_api import NO_COMPLETION, check_address, judge_failure, quoted, request_forms
-from sppo.preferences.adapters import EMBEDDED, adapter_files, adapter_folder
+from sppo.core.openai_api import NO_COMPLETION, judge_failure, quoted, request_forms
+from sppo.policies.prompts import normalised, read_instructions
+from sppo.preferences.base import load_preference_model, local_kind, settings_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,6 +44,7 @@ CANONICAL_ORDER = (
     ROOT / "data" / "alpaca_eval_order.txt"
 )  # hashes of AlpacaEval's instructions: difficulties go by position
 CANONICAL_SIZE = 805
+FEWEST_INSTRUCTIONS = 5  # the package fits LC by five-fold cross-validation
 # The data set, its commit, the file of instructions with GPT-4 turbo's answers, that of difficulties and its sha256.
 DATASET, DATASET_REVISION = "tatsu-lab/alpaca_eval", "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
 OFFICIAL_REFERENCE, OFFICIAL_GENERATOR, DIFFICULTY = (
@@ -52,46 +53,6 @@ OFFICIAL_REFERENCE, OFFICIAL_GENERATOR, DIFFICULTY = (
     "df_gamed.csv",
 )
 OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
-
-
-def check_judge(
-    judge: str, judge_model: str | None = None, judge_base_url: str | None = None, key: bool = True
-) -> None:
-    """Raise UserError if the judge cannot work: unknown name, missing folder, model, address or, if `key`, key. Cheap."""
-    if judge_base_url is not None:  # also where no server is asked: records hold it
-        check_address(judge_base_url, "alpaca_eval.judge_base_url")
-    folder = adapter_folder(judge)
-    if folder:
-        if not folder.is_dir():
-            raise UserError(
-                f"judge {judge}: the folder {folder} is missing; train the adapter or correct alpaca_eval.judge"
-            )
-    elif judge == "openai":
-        if not judge_model:
-            raise UserError("judge openai: no model is named; set alpaca_eval.judge_model")
-        if not judge_base_url:
-            raise UserError(
-                "judge openai: no server is named; set alpaca_eval.judge_base_url, such as http://localhost:8000/v1"
-            )
-    else:
-        package = importlib.util.find_spec(
-            "alpaca_eval"
-        )  # finds, does not import; absent outside its environment
-        if (
-            package
-            and package.origin
-            and not (
-                Path(package.origin).parent / "evaluators_configs" / judge / "configs.yaml"
-            ).exists()
-        ):
-            raise UserError(
-                f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or "
-                "an annotators_config of alpaca-eval such as weighted_alpaca_eval_gpt4_turbo"
-            )
-        if key and not os.environ.get("OPENAI_API_KEY"):
-            raise UserError(
-                f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another alpaca_eval.judge"
-            )
 
 
 class PreferenceAnnotator:
@@ -146,24 +107,23 @@ class Judge:
 
 def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]:
     """What `evaluate()` must be told to use the judge, and the facts about it that the result keeps."""
-    adapter = adapter_folder(judge.name)
-    if adapter:
-        if judge.base is None:
+    kind = local_kind(judge.name)
+    if kind:
+        if kind.needs_base and judge.base is None:
             raise UserError(
                 f"judge {judge.name} is an adapter; name its base model with --judge-base"
             )
         from sppo.policies.models import start_torch
-        from sppo.preferences.embedded import load_preference_model
 
         start_torch()
         facts: Record = {
             "adapter": judge.name,
-            "adapter_sha256": known_hash(adapter_files(judge.name)[0]),
+            "adapter_sha256": known_hash(kind.files(judge.name)[0]),
         }
         return {
             "annotators_config": judge.name,
             "Annotator": PreferenceAnnotator,
-            "model": load_preference_model(judge.name, judge.base, judge.device),
+            "model": load_preference_model(settings_for(judge.name), judge.base, judge.device),
         }, facts
     config, facts = judge.name, {"annotators_config": judge.name}
     if judge.name == "openai":
@@ -399,9 +359,9 @@ def paired(outputs: list[Record], reference: list[Record]) -> list[Record]:
             raise UserError(
                 f"the reference lacks the outputs' instruction {_short(row)}; generate both for the same instructions"
             )
-    if len(reference) < 5:  # the package fits LC by five-fold cross-validation
+    if len(reference) < FEWEST_INSTRUCTIONS:
         raise UserError(
-            f"{len(reference)} instructions are too few for the length-controlled metric; give at least 5"
+            f"{len(reference)} instructions are too few for the length-controlled metric; give at least {FEWEST_INSTRUCTIONS}"
         )
     if (
         outputs[0]["generator"] == reference[0]["generator"]
@@ -575,10 +535,71 @@ def evaluate(
                 **chosen,
             )
     except (openai.OpenAIError, *NO_COMPLETION) as error:
-        if adapter_folder(judge.name):
+        if local_kind(judge.name):
             raise  # no server answers: a bug
         key = os.environ.get("OPENAI_API_KEY")
         raise judge_failure(judge.base_url or judge.name, error, key, cache) from None
     finally:
         logging.disable(logging.NOTSET)
     return board.iloc[0].to_dict(), annotations, facts
+
+
+def check_inputs(config: Record, where: str) -> set[str]:
+    """The evaluation's files exist and belong together; else UserError, found before the first job.
+
+    config: of the run. where: what stands before a key's name, such as "runs.dpo.". Returns the
+    instructions, normalised, which are not trained on; none for `official`, which a rule fetches.
+    """
+    chosen = config["alpaca_eval"]
+    section = f"config: {where}alpaca_eval"
+    official = chosen["instructions"] == "official"
+    for key in ("reference", "difficulty"):
+        value = chosen[key]
+        if value == "official" and not (official and chosen["limit"] is None):
+            raise UserError(
+                f"{section}.{key} is official, which belongs to AlpacaEval's 805 instructions; set"
+                " alpaca_eval.instructions to official and limit to null, or name a file of your own"
+            )
+        if value not in (None, "base", "official") and not Path(value).is_file():
+            raise UserError(
+                f"{section}.{key} is {value}, but there is no such file; correct the path"
+            )
+    if official:
+        return set()
+    file = Path(chosen["instructions"])
+    # A folder and a broken link are reported by what reads them.
+    if not (file.is_file() or file.is_dir() or file.is_symlink()):
+        problem = "is neither a file nor a folder" if file.exists() else "is missing"
+        raise UserError(
+            f"{section}.instructions is {str(file)!r}, but {file} {problem}; correct the path"
+        )
+    instructions = read_instructions(file)
+    asked = read_instructions(file, chosen["limit"])
+    if len(asked) < FEWEST_INSTRUCTIONS:
+        raise UserError(
+            f"{section}.instructions is {file}, which has {len(asked)} instructions; the"
+            f" length-controlled metric needs {FEWEST_INSTRUCTIONS}, so give more"
+        )
+    if chosen["reference"] != "base":
+        try:
+            outputs = read_outputs(Path(chosen["reference"]))
+            paired([row | {"generator": "policy"} for row in asked], outputs)
+        except UserError as error:
+            raise UserError(f"{section}.reference is {chosen['reference']}: {error}") from None
+    if chosen["difficulty"]:
+        check_order(asked, Path(chosen["difficulty"]))
+    return {normalised(row["instruction"]) for row in instructions}
+
+
+def differences(found: Record) -> list[str]:
+    """What differs from the setup of the published figures, for the tables."""
+    reasons = []
+    # The judge `openai` names only the interface; its model says who judged.
+    judge = found.get("judge_details", {}).get("model") or found.get("judge")
+    if found.get("judge") != "weighted_alpaca_eval_gpt4_turbo":
+        reasons.append(f"judged by {judge}")
+    if found.get("reference") != OFFICIAL_GENERATOR:
+        reasons.append(f"against {found.get('reference')}")
+    if found.get("n_total") != CANONICAL_SIZE:
+        reasons.append(f"{found.get('n_total')} other instructions")
+    return reasons

@@ -11,31 +11,14 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import hashlib
 import io
-import json
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from sppo.core.artifacts import file_hash, json_lines, known_hash, parse_json
+from sppo.core.artifacts import file_hash, json_lines, known_hash
 from sppo.core.errors import UserError
-from sppo.core.openai_api import (
-    NO_COMPLETION,
-    OPENAI_MODELS,
-    check_address,
-    judge_failure,
-    quoted,
-    request_forms,
-)
-from sppo.preferences.adapters import EMBEDDED, adapter_folder
-
-if TYPE_CHECKING:
-    from openai.types.chat import ChatCompletionMessageParam
+from sppo.evaluation.judges import Client, concurrently
+from sppo.policies.prompts import normalised
 
 Row = dict[str, Any]
 # FastChat's data at v0.2.36, from which the wheel 0.2.36 was made: path in its repository and sha256.
@@ -65,58 +48,6 @@ TEMPERATURES = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-CONCURRENT = 4  # requests to a server at once
-TIMEOUT = 120  # seconds for one judgment
-RETRIES = 6  # of the openai package, with exponential backoff
-# Largest share of answers without a grade: with more the mean of the others tells too little.
-UNREADABLE = 0.2
-
-
-def check_judge(
-    judge: str,
-    judge_model: str | None,
-    judge_base_url: str | None,
-    key: bool = True,
-    section: str = "mt_bench",
-) -> None:
-    """Raise UserError if the judge of a configuration section cannot work: missing folder, model, address or, if `key`, key. Cheap."""
-    if judge_base_url is not None:  # also where no server is asked: records hold it
-        check_address(judge_base_url, f"{section}.judge_base_url")
-    folder = adapter_folder(judge)
-    if folder:
-        if not folder.is_dir():
-            raise UserError(
-                f"judge {judge}: the folder {folder} is missing; train the adapter or correct {section}.judge"
-            )
-    elif judge == "openai":
-        for setting, value in (("judge_model", judge_model), ("judge_base_url", judge_base_url)):
-            if not value:
-                raise UserError(f"judge openai needs {section}.{setting}; set it")
-    elif not judge.startswith(OPENAI_MODELS):
-        raise UserError(
-            f"unknown judge {judge}; take {', '.join(EMBEDDED)}, a folder of such an adapter, openai, or a model of "
-            f"OpenAI's such as gpt-6-luna as {section}.judge"
-        )
-    elif key and not os.environ.get("OPENAI_API_KEY"):
-        raise UserError(
-            f"judge {judge} needs a key; export OPENAI_API_KEY, or choose another {section}.judge"
-        )
-
-
-def check_grader(
-    judge: str, judge_model: str | None, judge_base_url: str | None, key: bool = True
-) -> None:
-    """The same for the section `grades`, whose judge grades one response alone: the run's preference model or one behind an API."""
-    if judge == "preference":
-        if judge_base_url is not None:
-            check_address(judge_base_url, "grades.judge_base_url")
-        return
-    if judge != "openai" and not judge.startswith(OPENAI_MODELS):
-        raise UserError(
-            f"unknown judge {judge}; take preference (the run's preference model), openai, or a model of OpenAI's such as gpt-6-luna "
-            "as grades.judge"
-        )
-    check_judge(judge, judge_model, judge_base_url, key, section="grades")
 
 
 def read_lines(path: Path) -> list[Row]:
@@ -267,126 +198,6 @@ def rating_is_readable(answer: str) -> bool:
         return False
 
 
-def concurrently(ask: Callable[[Any], Any], items: list[Any], what: str) -> list[Any]:
-    """`ask` of every item, some at once; the first error stops what has not begun."""
-    from sppo.core.progress import progress
-
-    with ThreadPoolExecutor(CONCURRENT) as executor:
-        futures = [executor.submit(ask, item) for item in items]
-        try:
-            return [future.result() for future in progress(futures, what)]
-        except BaseException:
-            executor.shutdown(cancel_futures=True)
-            raise
-
-
-class Client:
-    """A judge behind an OpenAI-compatible server; called, it has the signature of FastChat's chat_completion_openai.
-
-    Finished judgments are kept in `cache` by model, server and the whole prompt, so that a run goes on where it
-    stopped and nothing old is used for another judge, prompt or answer. 429, time-outs and failures of the server
-    are tried again with backoff by the openai package; what still fails is a UserError.
-
-    An answer that is not `readable` is not kept, so that a repaired judge is asked again;
-    `unreadable` holds those of this run.
-    """
-
-    def __init__(
-        self, model: str, base_url: str | None, cache: Path, readable: Callable[[str], bool]
-    ) -> None:
-        import openai
-
-        key = os.environ.get("OPENAI_API_KEY") or (
-            "EMPTY" if base_url else None
-        )  # a local server wants none, the package does
-        self.api = openai.OpenAI(
-            base_url=base_url, api_key=key, timeout=TIMEOUT, max_retries=RETRIES
-        )
-        self.model, self.base_url, self.cache, self.lock = model, base_url, cache, threading.Lock()
-        self.form = 0  # of `request_forms`, the one that the server takes
-        self.readable = readable
-        self.unreadable: list[str] = []
-        # Older code kept the others too.
-        self.kept = {key: answer for key, answer in _kept(cache) if readable(answer)}
-
-    def __call__(self, model: str, conversation: Any, temperature: float, max_tokens: int) -> str:
-        answer = self.ask(conversation.to_openai_api_messages(), temperature, max_tokens)
-        # FastChat must find no rating where we find none.
-        return answer if self.readable(answer) else answer.replace("[", "(")
-
-    def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> str:
-        """The judge's answer to the messages, kept or new."""
-        import openai
-
-        question = json.dumps([self.model, self.base_url, temperature, max_tokens, messages])
-        key = hashlib.sha256(question.encode()).hexdigest()
-        if key not in self.kept:
-            try:
-                text = self._answer(messages, request_forms(max_tokens, temperature=temperature))
-            except (openai.OpenAIError, *NO_COMPLETION) as error:
-                raise judge_failure(
-                    self.base_url or self.model, error, self.api.api_key, self.cache
-                ) from None
-            if not self.readable(text):
-                self.unreadable.append(text)
-                return text
-            with self.lock:
-                self.kept[key] = text
-                self.cache.parent.mkdir(parents=True, exist_ok=True)
-                with self.cache.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps([key, self.kept[key]]) + "\n")
-        return self.kept[key]
-
-    def check_unreadable(self, asked: int) -> None:
-        """Say how many of the `asked` answers have no grade, quoting one.
-
-        UserError if they are a larger share than `UNREADABLE`.
-        """
-        failed = len(self.unreadable)
-        if not failed:
-            return
-        said = (
-            f"{failed} of {asked} answers of the judge {self.model} have no grade, such as "
-            f"{quoted(self.unreadable[0])}"
-        )
-        if failed > UNREADABLE * asked:
-            raise UserError(
-                f"{said}; at most {UNREADABLE:.0%} may have none; fix the judge or "
-                "name another and run again, the other judgments are kept in "
-                f"{self.cache}"
-            )
-        print(f"warning: {said}; they are left out and counted", file=sys.stderr, flush=True)
-
-    def _answer(self, messages: list[dict[str, str]], forms: list[dict[str, Any]]) -> str:
-        """The server's answer in the first form of the request that it takes, from now on the only one."""
-        import openai
-
-        form = self.form
-        while True:
-            try:
-                answer = self.api.chat.completions.create(
-                    model=self.model,
-                    messages=cast("list[ChatCompletionMessageParam]", messages),
-                    **forms[form],
-                )
-                self.form = form
-                return answer.choices[0].message.content or ""
-            except openai.BadRequestError as error:
-                if form + 1 == len(forms) or error.code not in (
-                    "unsupported_parameter",
-                    "unsupported_value",
-                ):
-                    raise
-                form += 1
-
-
-def _kept(cache: Path) -> Iterator[tuple[str, str]]:
-    for line in cache.read_bytes().split(b"\n") if cache.is_file() else []:
-        with contextlib.suppress(ValueError, TypeError):  # a kill may tear the last line
-            key, answer = parse_json(line)
-            yield key, answer
-
-
 def scores(rows: list[Row], categories: dict[Any, str]) -> Row:
     """FastChat's figures (show_result): means over all rows but failures (-1), which are counted; by turn and category.
 
@@ -434,3 +245,25 @@ def win_rates(rows: list[Row]) -> Row:
         "first_turn": percent(1),
         "second_turn": percent(2),
     }
+
+
+def check_inputs(config: Row, where: str) -> set[str]:
+    """The questions can be read; else UserError. Returns first questions, normalised: not trained on.
+
+    config: of the run. where: what stands before a key's name, such as "runs.dpo.".
+    """
+    data = config["mt_bench"]["data"]
+    if data == "fastchat":  # a rule fetches them
+        return set()
+    return {normalised(row["turns"][0]) for row in read_questions(Path(data))}
+
+
+def differences(found: Row) -> list[str]:
+    """What differs from the setup of the published figures, for the tables."""
+    reasons = []
+    if not found.get("comparable_with_published"):
+        judge = found.get("judge_details", {}).get("model") or found.get("judge")
+        reasons.append(f"judged by {judge}")
+    if not found.get("official_questions"):
+        reasons.append("other questions")
+    return reasons

@@ -1,1 +1,10 @@
-"""Preference models, estimates from their comparisons, and the pairs chosen by them."""
+"""Preference models, estimates of P and P-hat, and the pairs that are made of them.
+
+Each import below registers one kind of preference model. A new kind is one more line.
+"""
+
+from sppo.preferences.base import PreferenceModel, register  # isort: skip
+
+from sppo.preferences import embedded, function, llm_blender, pairrm
+
+__all__ = ["PreferenceModel", "embedded", "function", "llm_blender", "pairrm", "register"]

@@ -16,17 +16,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rules:
-    """How pairs are chosen: keys of the sections `preference`, `pairs` and `grades`."""
+    """How pairs are chosen: keys of the section `pairs`."""
 
-    construction: str  # extremes, all, gold or graded
+    construction: str  # best_vs_worst, all, gold or graded
     probability: str
     logit_scale: float
     winner_by: str  # logit or p_hat
     truncated: str  # keep or drop
     margin: float  # least difference of P-hat
-    positive: float = 0.0  # least grade of a winner
-    gold_margin: float = 0.0
-    own_margin: float = 0.0
+    winner_grade: float = 0.0  # the least grade of a winner
+    gold_grade_margin: float = 0.0
+    own_grade_margin: float = 0.0
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Rules:
@@ -79,7 +79,7 @@ def pairs_of(
     """The pairs of one prompt, and what was dropped.
 
     responses: by sample_id. preferences: the prompt's row of the table `preferences`, for the
-    constructions extremes and all. grades: by sample_id, for graded.
+    constructions best_vs_worst and all. grades: by sample_id, for graded.
     """
     if rules.construction == "graded":
         return graded_pairs(grades, responses, gold, rules)
@@ -137,7 +137,9 @@ def graded_pairs(
         gold = gold | {"prompt_token_ids": own["prompt_token_ids"]}
         responses = responses | {GOLD: gold}
     found: list[Pair | Dropped] = []
-    for winner, loser in far_apart(grades, rules.positive, rules.gold_margin, rules.own_margin):
+    for winner, loser in far_apart(
+        grades, rules.winner_grade, rules.gold_grade_margin, rules.own_grade_margin
+    ):
         pair = Pair(
             responses[winner],
             responses[loser],

@@ -15,7 +15,7 @@ from sppo.core.artifacts import read_record
 from sppo.core.errors import UserError
 
 CONSTRUCTIONS = {
-    "extremes": "the best and the worst response of each prompt",
+    "best_vs_worst": "the best and the worst response of each prompt",
     "all": "every two responses of each prompt",
     "gold": "a gold response against the policy's",
     "graded": "every two far enough apart by grade",
@@ -109,7 +109,7 @@ def _lines_of(pairs: Path) -> list[str]:
         lines.append(
             f"* in pairs: {CONSTRUCTIONS[options['construction']]}"
             + ", less a penalty for length" * options["even_lengths"]
-            + ", both ways round with the grade asked for" * options["goals"]
+            + ", both ways round with the grade asked for" * options["target_reward"]
             + f"; {chosen['replayed']} pairs of an earlier iteration again"
             * (chosen["replayed"] > 0)
         )

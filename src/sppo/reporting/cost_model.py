@@ -6,75 +6,11 @@ hold (`src/tools/estimate_cost.py --records`). Norms and biases are left out: le
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+
+from sppo.policies.shapes import Shape, forward_flops
 
 GB = 1e9
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A transformer as its config.json describes it."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-    mlp_matrices: int = 3  # gate, up, down
-    softcap: bool = False  # of the logits, as Gemma-2 has it
-
-    @property
-    def body(self) -> int:
-        """Weights of the layers."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + self.mlp_matrices * self.hidden * self.intermediate)
-
-    @property
-    def head(self) -> int:
-        """Weights that turn a state into logits."""
-        return self.vocabulary * self.hidden
-
-    @property
-    def weights(self) -> int:
-        return self.body + self.head * (1 if self.tied else 2)
-
-    @property
-    def kv_bytes(self) -> int:
-        """Of keys and values of one token, in 16 bits."""
-        return 2 * 2 * self.layers * self.kv_heads * self.head_dim
-
-
-def shape_of(config: dict[str, Any]) -> Shape:
-    """The shape in a config.json of the Llama, Mistral or Gemma family."""
-    heads = config["num_attention_heads"]
-    gemma = config.get("model_type", "").startswith("gemma")
-    return Shape(
-        config["num_hidden_layers"],
-        config["hidden_size"],
-        config["intermediate_size"],
-        heads,
-        config.get("num_key_value_heads") or heads,
-        config.get("head_dim") or config["hidden_size"] // heads,
-        config["vocab_size"],
-        config.get("tie_word_embeddings", gemma),
-        softcap=config.get("final_logit_softcapping") is not None,
-    )
-
-
-# Of the config.json that each model was published with.
-SHAPES = {
-    "embedded": Shape(30, 576, 1536, 9, 3, 64, 49152, True),
-    "mistralai/Mistral-7B-Instruct-v0.2": Shape(32, 4096, 14336, 32, 8, 128, 32000, False),
-    "meta-llama/Meta-Llama-3-8B-Instruct": Shape(32, 4096, 14336, 32, 8, 128, 128256, False),
-    "google/gemma-2-9b-it": Shape(42, 3584, 14336, 16, 8, 256, 256000, True, softcap=True),
-    "google/gemma-2-27b-it": Shape(46, 4608, 36864, 32, 16, 128, 256000, True, softcap=True),
-}
-PAIRRM = Shape(24, 1024, 4096, 16, 16, 64, 128100, True, mlp_matrices=2)  # DeBERTa-v3-large
-PAIRRM_PROMPT, PAIRRM_RESPONSE = 1224, 412  # tokens that it reads
 
 
 @dataclass(frozen=True)
@@ -104,15 +40,6 @@ class Use:
     concurrent: int
 
 
-def forward_flops(shape: Shape, tokens: float, context: float, logits: float) -> float:
-    """Of `tokens` tokens that each look at `context` others, `logits` of them up to the vocabulary."""
-    return (
-        2 * shape.body * tokens
-        + 4 * shape.layers * shape.heads * shape.head_dim * context * tokens
-        + 2 * shape.head * logits
-    )
-
-
 def generate_flops(
     shape: Shape, prompts: float, prompt: float, samples: int, response: float
 ) -> float:
@@ -133,28 +60,6 @@ def score_flops(shape: Shape, pairs: float, prompt: float, response: float) -> f
 def train_factor(lora: bool, checkpointing: bool) -> int:
     """Training in forward passes: the backward pass is two, one where weights are frozen; checkpointing adds one."""
     return 1 + (1 if lora else 2) + (1 if checkpointing else 0)
-
-
-def pairrm_flops(prompts: float, prompt: float, samples: int, response: float) -> float:
-    """All ordered pairs of responses, each read with the prompt."""
-    length = min(prompt, PAIRRM_PROMPT) + 2 * min(response, PAIRRM_RESPONSE)
-    return forward_flops(PAIRRM, prompts * samples * (samples - 1) * length, length, 0)
-
-
-def ranker_flops(
-    shape: Shape, spec: dict[str, Any], prompts: float, prompt: float, samples: int, response: float
-) -> float:
-    """An embedded preference model: the lower layers of its base, over the prompt once and each answer behind it."""
-    prompt, response = (
-        min(prompt, spec["max_prompt_tokens"]),
-        min(response, spec["max_answer_tokens"]),
-    )
-    return forward_flops(
-        replace(shape, layers=spec["layers"]),
-        prompts * (prompt + samples * response),
-        prompt + response / 2,
-        0,
-    )
 
 
 def concurrent_sequences(shape: Shape, gpu: Gpu, context: float, use: Use) -> int:

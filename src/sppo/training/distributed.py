@@ -25,11 +25,11 @@ CONFIGS = ROOT / "config" / "accelerate"
 def launch(train: dict[str, Any], device: str) -> None:
     """Run this program with the same arguments in all processes of this machine, and wait for them.
 
-    `train` holds processes, machines and parallel; of several machines each calls this. What a process ends with is one UserError.
+    `train` holds processes, nodes and parallel; of several nodes each calls this. What a process ends with is one UserError.
     The GPUs are taken here, where the locks are held as long as the processes run.
     """
-    processes, machines, parallel = train["processes"], train["machines"], train["parallel"]
-    here = processes // machines
+    processes, nodes, parallel = train["processes"], train["nodes"], train["parallel"]
+    here = processes // nodes
     if device != "cpu":
         take_gpus(here)
     _check_machine(here, parallel, device)
@@ -43,12 +43,12 @@ def launch(train: dict[str, Any], device: str) -> None:
         "--num_processes",
         processes,
         "--num_machines",
-        machines,
+        nodes,
         "--num_cpu_threads_per_process",
         max(1, cores_of_job() // here),
     ]
-    if machines > 1:
-        words += _rendezvous_flags(machines)
+    if nodes > 1:
+        words += _rendezvous_flags(nodes)
     else:
         words += ["--main_process_port", 0]  # any that is free
     if parallel == "fsdp2":
@@ -62,7 +62,7 @@ def launch(train: dict[str, Any], device: str) -> None:
         sys.exit(128 + stopped.sigval)
     except ConnectionError:
         raise UserError(
-            "another program uses the port where the machines were to meet; set MASTER_PORT to one that is free, the same on each"
+            "another program uses the port where the nodes were to meet; set MASTER_PORT to one that is free, the same on each"
         ) from None
     except ChildFailedError as failed:
         # What the others end with follows from a UserError or a kill; SIGTERM is how accelerate ends them.
@@ -108,13 +108,13 @@ def _check_machine(here: int, parallel: str, device: str) -> None:
         )
 
 
-def _rendezvous_flags(machines: int) -> list[Any]:
-    """Flags that say which of the machines this is and where they meet: Slurm knows, or the user says."""
+def _rendezvous_flags(nodes: int) -> list[Any]:
+    """Flags that say which of the nodes this is and where they meet: Slurm knows, or the user says."""
     rank = os.environ.get("NODE_RANK") or os.environ.get("SLURM_NODEID")
     address = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     if rank is None or address is None:
         raise UserError(
-            f"train.machines is {machines}, but nothing says which of them this is; start the training with Slurm's srun, or set "
+            f"train.nodes is {nodes}, but nothing says which of them this is; start the training with Slurm's srun, or set "
             "NODE_RANK (0, 1, ...) and MASTER_ADDR (the address of machine 0) on each"
         )
     port = (

@@ -1,100 +1,168 @@
-"""Losses of all methods: pure functions on (B,) tensors, one loss value a pair.
+"""Losses of all methods: pure functions of (B,) tensors that return one loss value per pair.
 
-Symbols: `delta_w` and `delta_l` are log pi_theta(y|x) / pi_ref(y|x) of winner and loser, summed over response tokens,
-in nats, where pi_ref is what the method refers to (for SPPO pi_t, the policy at the start of the iteration); `h`, `h_t`
-and `h_ref` are log y_w - log y_l under pi_theta, pi_t and pi_ref; `p_hat_w` and `p_hat_l` are P-hat(y beats pi_t);
-`p_wl` is P(winner beats loser). For SPPO, MPO and Nash-MD beta = 1 / eta of their papers; for INPO and DNO beta is their eta.
+A loss names what it reads by its arguments. Each is one of these columns of a batch, or a key of the
+configuration section `train`:
+
+    logp_w, logp_l          log pi_theta(y|x) of winner and loser, summed over response tokens, in nats
+    tokens_w, tokens_l      response tokens
+    delta_w, delta_l        log pi_theta(y|x) / pi_ref(y|x), where pi_ref is the method's reference
+                            (for SPPO pi_t, the policy at the start of the iteration)
+    h, h_ref, h_t           log y_w - log y_l under pi_theta, pi_ref and pi_t
+    p_hat_w, p_hat_l        P-hat(y beats pi_t)
+    margin                  p_hat_w - p_hat_l
+    p_wl                    P(winner beats loser)
+
+For SPPO, MPO and Nash-MD beta is 1 / eta of their papers. For INPO and DNO beta is their eta.
+
+To add a loss, write a function here or in a module of its own and add an entry to LOSSES. The schema,
+the checks of the configuration and the flags of the programs follow from the entry. The Snakefile
+reads this module without torch, so torch is imported only inside functions.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from sppo.core.errors import UserError
+from sppo.training.requirements import (
+    EVERY_PAIR,
+    OTHER_REFERENCE,
+    P_HAT,
+    TAU_WITHIN_BETA,
+    WHOLE_STEP,
+    WINNER_FIRST,
+    Requirement,
+    micro_batches,
+)
 
-Pair = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Pair = dict[str, Tensor]
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log(1 / (1 + exp(-x))), stable for large |x|."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
 
 
 def sppo(delta_w: Tensor, delta_l: Tensor, p_hat_w: Tensor, p_hat_l: Tensor, beta: float) -> Tensor:
-    """The practical loss of SPPO (2405.00675), eq. (4.6), on winner and loser; shape (B,).
+    """The practical loss of SPPO (2405.00675, eq. 4.6) on winner and loser, shape (B,).
 
-    1/2 sum over y in {w, l} of (delta_y - eta (P-hat_y - 1/2))^2. The factor 1/2 is the official code's.
+    1/2 sum over y in {w, l} of (delta_y - eta (P-hat_y - 1/2))^2. The factor 1/2 is the official
+    code's.
     """
     return 0.5 * ((delta_w - (p_hat_w - 0.5) / beta) ** 2 + (delta_l - (p_hat_l - 0.5) / beta) ** 2)
 
 
 def sppo_single(delta_w: Tensor, delta_l: Tensor, p_wl: Tensor, beta: float) -> Tensor:
-    """The official code's `sppo_single`, shape (B,): both targets from the one pair, +-eta (P(w beats l) - 1/2)."""
+    """The official code's `sppo_single`, shape (B,).
+
+    Both targets come from the one pair: eta (P(w beats l) - 1/2) and its negative.
+    """
     return sppo(delta_w, delta_l, p_wl, 1.0 - p_wl, beta)
 
 
 def sppo_hard(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
-    """TRL's `sppo_hard`, shape (B,): targets +-eta/2, as if the winner always won; without the factor 1/2."""
+    """TRL's `sppo_hard`, shape (B,): targets +-eta/2, as if the winner always won.
+
+    Like TRL's it has no factor 1/2.
+    """
     return (delta_w - 0.5 / beta) ** 2 + (delta_l + 0.5 / beta) ** 2
 
 
 def dpo(delta_w: Tensor, delta_l: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO (2305.18290, eq. 7) with conservative label smoothing, shape (B,). SPIN's loss (2401.01335) with lambda = beta."""
-    return soft_label(delta_w, delta_l, torch.full_like(delta_w, 1.0 - label_smoothing), beta)
+    """DPO (2305.18290, eq. 7) with conservative label smoothing, shape (B,).
+
+    It is also SPIN's loss (2401.01335) with lambda = beta.
+    """
+    q = delta_w.new_full(delta_w.shape, 1.0 - label_smoothing)
+    return soft_label(delta_w, delta_l, q, beta)
+
+
+def dno(delta_w: Tensor, delta_l: Tensor, margin: Tensor, beta: float) -> Tensor:
+    """DNO (2404.03715, Algorithm 1), shape (B,): q = sigma(r_w - r_l) with r = P-hat."""
+    return soft_label(delta_w, delta_l, margin.sigmoid(), beta)
+
+
+def mmpo(delta_w: Tensor, delta_l: Tensor, margin: Tensor, beta: float, gamma: float) -> Tensor:
+    """MMPO (2410.03145), shape (B,): q = sigma(gamma (r_w - r_l)) with r = P-hat."""
+    return soft_label(delta_w, delta_l, (gamma * margin).sigmoid(), beta)
 
 
 def soft_label(delta_w: Tensor, delta_l: Tensor, q: Tensor, beta: float) -> Tensor:
-    """Cross entropy of sigma(beta (delta_w - delta_l)) against q = P(w is preferred), shape (B,). DNO (2404.03715), Algorithm 1:
-    q = sigma(r_w - r_l) with r = P-hat; MMPO: q = sigma(gamma (r_w - r_l))."""
+    """Cross entropy of sigma(beta (delta_w - delta_l)) against q = P(w is preferred), shape (B,)."""
     logit = beta * (delta_w - delta_l)
-    return -q * logsigmoid(logit) - (1.0 - q) * logsigmoid(-logit)
+    return -q * log_sigmoid(logit) - (1.0 - q) * log_sigmoid(-logit)
 
 
 def hinge(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
     """Hinge on the difference of log-ratios, shape (B,): relu(1 - beta (delta_w - delta_l)).
 
-    TRL and the official SPPO code have it so. It is not the SLiC-HF (2305.10425) of HALOs, whose
-    hinge is on the log-probabilities themselves, without a reference, and which adds the likelihood
-    of a target as a regulariser.
+    This is the hinge of TRL and of the official SPPO code. It is not the SLiC-HF (2305.10425) of
+    HALOs. That one puts the hinge on the log-probabilities themselves, without a reference, and adds
+    the likelihood of a target as a regulariser.
     """
-    return torch.relu(1.0 - beta * (delta_w - delta_l))
+    return (1.0 - beta * (delta_w - delta_l)).relu()
 
 
-def ipo(delta_w: Tensor, delta_l: Tensor, target: float) -> Tensor:
-    """IPO (2310.12036), shape (B,): the difference regressed onto 1/(2 beta), or 1/beta as in SPPO's eq. (4.14)."""
-    return (delta_w - delta_l - target) ** 2
+def ipo(
+    delta_w: Tensor,
+    delta_l: Tensor,
+    tokens_w: Tensor,
+    tokens_l: Tensor,
+    beta: float,
+    ipo_target: float,
+    per_token: bool,
+) -> Tensor:
+    """IPO (2310.12036), shape (B,): the difference of log-ratios is regressed onto ipo_target / beta.
+
+    ipo_target is 0.5 in the paper, and 1 in eq. (4.14) of SPPO. With per_token the log-ratios are
+    divided by their response's tokens, as in TRL.
+    """
+    if per_token:
+        delta_w, delta_l = delta_w / tokens_w, delta_l / tokens_l
+    return (delta_w - delta_l - ipo_target / beta) ** 2
 
 
 def kto_pair(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
-    """The `kto_pair` of the official SPPO code, shape (B,): mean of its two terms.
+    """The `kto_pair` of the official SPPO code, shape (B,): the mean of its two terms.
 
-    It is not KTO's own objective (2402.01306). That one takes single responses, desirable or not,
-    each with a weight, and estimates one KL term, for both kinds, from prompts and responses that
-    do not belong together, without a gradient. Here every response belongs to a pair, the KL terms
-    are means over the batch of the pairs' own log-ratios, and gradients pass through them.
+    It is not KTO's own objective (2402.01306). KTO takes single responses, desirable or not, each
+    with a weight. It estimates one KL term from prompts and responses that do not belong together,
+    without a gradient. Here every response belongs to a pair, the KL terms are means of the pairs'
+    own log-ratios over the batch, and gradients pass through them.
     """
     kl_w, kl_l = delta_w.mean().clamp(min=0), delta_l.mean().clamp(min=0)
     return 0.5 * (
-        (1.0 - torch.sigmoid(beta * (delta_w - kl_l)))
-        + (1.0 - torch.sigmoid(beta * (kl_w - delta_l)))
+        (1.0 - (beta * (delta_w - kl_l)).sigmoid()) + (1.0 - (beta * (kl_w - delta_l)).sigmoid())
     )
 
 
-def simpo(mean_w: Tensor, mean_l: Tensor, beta: float, gamma: float) -> Tensor:
-    """SimPO (2405.14734), shape (B,), on log-probabilities per token; no reference."""
-    return -logsigmoid(beta * (mean_w - mean_l) - gamma)
+def simpo(
+    logp_w: Tensor, logp_l: Tensor, tokens_w: Tensor, tokens_l: Tensor, beta: float, gamma: float
+) -> Tensor:
+    """SimPO (2405.14734), shape (B,): log-probabilities per token, no reference."""
+    return -log_sigmoid(beta * (logp_w / tokens_w - logp_l / tokens_l) - gamma)
 
 
 def inpo(h: Tensor, h_ref: Tensor, h_t: Tensor, beta: float, tau: float) -> Tensor:
-    """INPO (2407.00617), shape (B,), eta = beta: needs labels, no win rates."""
+    """INPO (2407.00617), shape (B,), with eta = beta. It needs labels and no win rates."""
     return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_t - 0.5 / beta) ** 2
 
 
 def mpo(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau: float) -> Tensor:
-    """Magnetic mirror descent, the inner step of MPO (2410.16714), as a regression on pairs, shape (B,):
+    """Magnetic mirror descent, the inner step of MPO (2410.16714), as a regression on pairs, (B,).
 
-    ((1 + eta tau) h - h_t - eta tau h_ref - eta margin)^2, eta = 1/beta, tau the paper's alpha, h_ref the magnet's.
-    The paper has a token-level policy gradient with two KL terms instead; its exact step has this minimiser,
-    log pi = (log pi_t + eta tau log pi_mag + eta P(. beats pi_t)) / (1 + eta tau) + constant, so the fixed point is the same.
+    ((1 + eta tau) h - h_t - eta tau h_ref - eta margin)^2, where eta = 1/beta, tau is the paper's
+    alpha and h_ref is the magnet's. The paper uses a token-level policy gradient with two KL terms.
+    Its exact step has the same minimiser, and therefore the same fixed point:
+    log pi = (log pi_t + eta tau log pi_mag + eta P(. beats pi_t)) / (1 + eta tau) + constant.
     """
     return ((1.0 + tau / beta) * h - h_t - tau / beta * h_ref - margin / beta) ** 2
 
@@ -102,18 +170,20 @@ def mpo(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau:
 def nash_md(
     h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau: float
 ) -> Tensor:
-    """Nash-MD (2312.00886) as a regression on pairs, shape (B,), eta = 1/beta: (h - h_mix - eta margin)^2, where pi_mix is
-    pi_t^(1 - tau/beta) pi_ref^(tau/beta) and the margin that of P(. beats pi_mix), see `against_mixture` in src/train_policy.py.
+    """Nash-MD (2312.00886) as a regression on pairs, shape (B,), with eta = 1/beta.
 
-    The online form samples the opponent from the mixture token by token and takes a policy gradient; here the responses are pi_t's,
-    weighted to stand for the mixture's, and the exact step log pi = log pi_mix + eta P(. beats pi_mix) + constant is fitted.
+    (h - h_mix - eta margin)^2, where pi_mix is pi_t^(1 - tau/beta) pi_ref^(tau/beta). The margin is
+    that of P(. beats pi_mix); `against_mixture` in src/train_policy.py computes it. The online form
+    samples the opponent from the mixture token by token and takes a policy gradient. Here the
+    responses are pi_t's, weighted to stand for the mixture's, and the loss fits the exact step
+    log pi = log pi_mix + eta P(. beats pi_mix) + constant.
     """
     return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_t - margin / beta) ** 2
 
 
 @dataclass(frozen=True)
-class Terms:
-    """The symbols of this module's head for a batch, each (B,)."""
+class Columns:
+    """What losses can read of a batch, each (B,). The head of this module explains the names."""
 
     logp_w: Tensor
     logp_l: Tensor
@@ -126,11 +196,9 @@ class Terms:
     p_hat_w: Tensor
     p_hat_l: Tensor
     p_wl: Tensor
-    per_token: bool = False
 
     @classmethod
-    def of(cls, pair: Pair, per_token: bool) -> Terms:
-        """per_token: whether IPO divides log-ratios by their tokens."""
+    def of(cls, pair: Pair) -> Columns:
         return cls(
             logp_w=pair["logp_chosen"],
             logp_l=pair["logp_rejected"],
@@ -143,7 +211,6 @@ class Terms:
             p_hat_w=pair["p_hat_chosen"],
             p_hat_l=pair["p_hat_rejected"],
             p_wl=pair["p_chosen_beats_rejected"],
-            per_token=per_token,
         )
 
     @property
@@ -170,53 +237,116 @@ class Terms:
     def margin(self) -> Tensor:
         return self.p_hat_w - self.p_hat_l
 
-    @property
-    def ipo_w(self) -> Tensor:
-        return self.delta_w / self.tokens_w if self.per_token else self.delta_w
+
+OF_P_HAT = {"p_hat_w", "p_hat_l", "margin", "p_wl"}
+OF_REFERENCE = {"delta_w", "delta_l", "h_ref", "ref_w", "ref_l"}
+
+
+class Loss:
+    """A loss and what the rest of the system must know about it.
+
+    function: its arguments name what it reads (see the head of this module); it returns (B,).
+    requires: what must hold in the configuration. That pairs have P-hat is required by itself of a
+    loss that reads it. trl: what TRL's DPOTrainer calls the same loss, if it has it.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        requires: tuple[Requirement, ...] = (),
+        trl: str | None = None,
+    ) -> None:
+        self.function = function
+        self.trl = trl
+        self.reads = tuple(inspect.signature(function).parameters)
+        self.requires = ((P_HAT,) if OF_P_HAT & {*self.reads} else ()) + requires
 
     @property
-    def ipo_l(self) -> Tensor:
-        return self.delta_l / self.tokens_l if self.per_token else self.delta_l
+    def has_reference(self) -> bool:
+        """Whether the loss compares the policy with another one."""
+        return bool(OF_REFERENCE & {*self.reads})
+
+    def __call__(self, columns: Columns, options: dict[str, Any]) -> Tensor:
+        """The loss of a batch, shape (B,). options: the configuration section `train`."""
+        values = {}
+        for name in self.reads:
+            column = getattr(columns, name, None)
+            values[name] = options[name] if column is None else column
+        return self.function(**values)
 
 
-# What each loss takes of a batch. A new method is a function above, a line here and its name in config/schema.yaml.
-LOSSES: dict[str, Callable[[Terms, dict[str, Any]], Tensor]] = {
-    "sppo": lambda x, o: sppo(x.delta_w, x.delta_l, x.p_hat_w, x.p_hat_l, o["beta"]),
-    "sppo_single": lambda x, o: sppo_single(x.delta_w, x.delta_l, x.p_wl, o["beta"]),
-    "sppo_hard": lambda x, o: sppo_hard(x.delta_w, x.delta_l, o["beta"]),
-    "dpo": lambda x, o: dpo(x.delta_w, x.delta_l, o["beta"], o["label_smoothing"]),
-    "hinge": lambda x, o: hinge(x.delta_w, x.delta_l, o["beta"]),
-    "ipo": lambda x, o: ipo(x.ipo_w, x.ipo_l, o["ipo_target"] / o["beta"]),
-    "kto_pair": lambda x, o: kto_pair(x.delta_w, x.delta_l, o["beta"]),
-    "simpo": lambda x, o: simpo(
-        x.logp_w / x.tokens_w, x.logp_l / x.tokens_l, o["beta"], o["gamma"]
-    ),
-    "dno": lambda x, o: soft_label(x.delta_w, x.delta_l, torch.sigmoid(x.margin), o["beta"]),
-    "mmpo": lambda x, o: soft_label(
-        x.delta_w, x.delta_l, torch.sigmoid(o["gamma"] * x.margin), o["beta"]
-    ),
-    "inpo": lambda x, o: inpo(x.h, x.h_ref, x.h_t, o["beta"], o["tau"]),
-    "nash_md": lambda x, o: nash_md(x.h, x.h_ref, x.h_t, x.margin, o["beta"], o["tau"]),
-    "mpo": lambda x, o: mpo(x.h, x.h_ref, x.h_t, x.margin, o["beta"], o["tau"]),
+LOSSES: dict[str, Loss] = {
+    "sppo": Loss(sppo, requires=(WINNER_FIRST,)),
+    "sppo_single": Loss(sppo_single, requires=(WINNER_FIRST,)),
+    "sppo_hard": Loss(sppo_hard, requires=(WINNER_FIRST,), trl="sppo_hard"),
+    "dpo": Loss(dpo, trl="sigmoid"),
+    "hinge": Loss(hinge, trl="hinge"),
+    "ipo": Loss(ipo, trl="ipo"),
+    "kto_pair": Loss(kto_pair, requires=(WHOLE_STEP,)),
+    "simpo": Loss(simpo),
+    "dno": Loss(dno, requires=(WINNER_FIRST,)),
+    "mmpo": Loss(mmpo, requires=(WINNER_FIRST,)),
+    "inpo": Loss(inpo, requires=(TAU_WITHIN_BETA, OTHER_REFERENCE, WINNER_FIRST)),
+    "nash_md": Loss(nash_md, requires=(TAU_WITHIN_BETA, EVERY_PAIR, OTHER_REFERENCE, WINNER_FIRST)),
+    "mpo": Loss(mpo, requires=(WINNER_FIRST,)),
 }
 
 
 def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
-    """The loss called `name`, shape (B,), plus two terms that any loss can have:
+    """The loss called `name`, shape (B,), plus two terms that any loss can have.
 
-    `sft_weight` times the winner's negative log-likelihood per token (RPO, 2404.19733), and `optimism` times beta times
-    the mean of delta_w and delta_l (SELM, 2405.19332). SELM has there the log-ratio of one more response that pi_t gave; over every two of
-    K responses our mean is that of K such responses, and no third sequence is computed.
+    `sft_weight` times the winner's negative log-likelihood per token (RPO, 2404.19733), and
+    `optimism` times beta times the mean of delta_w and delta_l (SELM, 2405.19332). SELM uses there
+    the log-ratio of one more response of pi_t. Over every two of K responses our mean is the mean
+    over K such responses, without computing a third sequence.
 
-    `pair` holds, each (B,): logp_, current_ (under pi_t), reference_ (under pi_ref) and tokens_ of chosen and rejected,
-    p_hat_chosen, p_hat_rejected, p_chosen_beats_rejected. `options` is the configuration section `train`.
+    pair: each (B,): logp_, current_ (under pi_t), reference_ (under pi_ref) and tokens_ of chosen and
+    rejected, p_hat_chosen, p_hat_rejected, p_chosen_beats_rejected.
+    options: the configuration section `train`.
     """
     if name not in LOSSES:
         raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")
-    x = Terms.of(pair, options["per_token"])
-    loss = LOSSES[name](x, options)
+    columns = Columns.of(pair)
+    loss = LOSSES[name](columns, options)
     if options["sft_weight"]:
-        loss = loss - options["sft_weight"] * x.logp_w / x.tokens_w
+        loss = loss - options["sft_weight"] * columns.logp_w / columns.tokens_w
     if options["optimism"]:
-        loss = loss + options["optimism"] * options["beta"] * 0.5 * (x.delta_w + x.delta_l)
+        mean = 0.5 * (columns.delta_w + columns.delta_l)
+        loss = loss + options["optimism"] * options["beta"] * mean
     return loss
+
+
+def check_training(train: dict[str, Any]) -> None:
+    """Raise UserError if the section `train` cannot be trained by: its trainer, loss, processes."""
+    loss = LOSSES[train["loss"]]
+    if train["backend"] == "trl" and loss.trl is None:
+        raise UserError(
+            f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or"
+            " train.backend: transformers"
+        )
+    micro_batches(train)
+    for requirement in loss.requires:
+        if requirement.in_training:
+            requirement.check(train["loss"], {"train": train})
+    if train["processes"] % train["nodes"]:
+        raise UserError(
+            f"config: train.processes ({train['processes']}) is not a multiple of train.nodes"
+            f" ({train['nodes']}); change one of them"
+        )
+    if train["backend"] == "trl" and train["processes"] > 1:
+        raise UserError(
+            "config: TRL's trainer is here to compare with, on one device; set train.processes: 1,"
+            " or train.backend: transformers"
+        )
+    if train["parallel"] == "ddp":
+        return
+    if train["processes"] == 1:
+        raise UserError(
+            f"config: train.parallel {train['parallel']} divides a policy over processes, but"
+            " train.processes is 1; raise it, or set train.parallel: ddp"
+        )
+    if train["lora_rank"]:
+        raise UserError(
+            f"config: train.parallel {train['parallel']} does not work with train.lora_rank, which"
+            " trains few weights; set train.parallel: ddp"
+        )

@@ -23,7 +23,6 @@ from transformers import (
     TrainingArguments,
 )
 
-from sppo.core.config import TRL_LOSSES, micro_batches
 from sppo.core.errors import UserError
 from sppo.training.checkpoints import seal
 from sppo.training.distributed import first_alone
@@ -34,7 +33,8 @@ from sppo.training.logps import (
     pair_length,
     response_logps,
 )
-from sppo.training.losses import pair_loss
+from sppo.training.losses import LOSSES, pair_loss
+from sppo.training.requirements import micro_batches
 
 # Log-ratios before the first step are rounding alone: what other neighbours and other padding change.
 # Errors of tokens nearly cancel, so that they grow with the root of the length, while those of
@@ -114,7 +114,7 @@ def pad_to_multiple(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any
 
 
 # What a log line tells as means over the step's pairs.
-MEANS = ("loss", "log_ratio_chosen", "log_ratio_rejected", "order_right")
+MEANS = ("loss", "log_ratio_chosen", "log_ratio_rejected", "reward_accuracy")
 
 
 class PairTrainer(Trainer):
@@ -428,7 +428,7 @@ def make_trl_trainer(
             "remove_unused_columns": True,
             "gradient_checkpointing": options["gradient_checkpointing"],
         },
-        loss_type=[TRL_LOSSES[options["loss"]]],
+        loss_type=[str(LOSSES[options["loss"]].trl)],
         beta=options["beta"],
         precompute_ref_log_probs=reference is None,
         max_length=None,

@@ -1,4 +1,7 @@
-"""What is checked before any work starts, and what was deleted since the last run. Imports nothing heavy."""
+"""What is checked before any work starts, and what was deleted since the last run.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -7,124 +10,83 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sppo.core.artifacts import ROOT, parse_json
-from sppo.core.config import of_run
+from sppo.core.artifacts import ROOT
 from sppo.core.errors import UserError
 from sppo.core.openai_api import check_served
-from sppo.evaluation import alpaca_eval, mt_bench
+from sppo.evaluation.judges import GRADES, Judging
+from sppo.evaluation.registry import EVALUATIONS
 from sppo.policies.hub import check_push
 from sppo.policies.models import HUB_ID, check_policy
-from sppo.policies.prompts import (
-    is_held_out,
-    normalised,
-    read_gold,
-    read_instructions,
-    read_prompts,
-)
-from sppo.preferences.adapters import ADAPTER_FILES, adapter_folder, check_pairrm, is_pairrm
+from sppo.policies.prompts import is_held_out, read_gold, read_prompts
+from sppo.preferences.base import kind_of
 
 TRAINING_ENVIRONMENT = ROOT / "envs" / "core.yaml"
-FEWEST_INSTRUCTIONS = 5
-# What runs the engine that generates.
+# Rules whose jobs run the engine that generates.
 GENERATING = (
     "generate_responses",
-    "answer_instructions",
-    "answer_instructions_n_times",
-    "answer_mt_bench",
+    *(rule for evaluation in EVALUATIONS for rule in evaluation.answered_by),
 )
-# By what is made, the section that names its judge.
-JUDGED: dict[str, tuple[str, Callable[..., None]]] = {
-    "alpaca_eval": ("alpaca_eval", alpaca_eval.check_judge),
-    "evaluate_mt_bench": ("mt_bench", mt_bench.check_judge),
-    "grade_responses": ("grades", mt_bench.check_grader),
+TRAINING = ("train_policy", "train_dropped_policy")
+# By rule, or verdict, whose jobs ask a judge.
+JUDGED: dict[str, Judging] = {
+    "grade_responses": GRADES,
+    **{each.judged_by: each.judging for each in EVALUATIONS if each.judging is not None},
 }
 
 
-def check_inputs(runs: dict[str, dict[str, Any]], in_conda: bool = False) -> None:
-    """Every file that the configuration names is there and readable, and there are prompts enough.
+def check_inputs(name: str, run: dict[str, Any], in_conda: bool = False) -> None:
+    """Every file that a run's configuration names exists and can be read, and prompts suffice.
 
-    in_conda: programs run in the environments of envs/, so that what is installed here says nothing.
-    Raises `UserError` naming the first that is not.
+    name: of the run, "" is main. in_conda: programs run in the environments of envs/, so that what is
+    installed here does not matter. Raises `UserError` that names the first problem.
     """
-    check_base(runs[""]["policy"])  # all runs share it
-    for name, run in runs.items():
-        try:
-            _check_run(f"runs.{name}." if name else "", run, in_conda)
-        except UserError as error:
-            raise of_run(error, name) if name else error from None
-
-
-def _check_run(where: str, run: dict[str, Any], in_conda: bool) -> None:
-    for key in ("preference.model", "alpaca_eval.judge", "mt_bench.judge"):
-        section, setting = key.split(".")
-        model = run[section][setting]
-        if key == "preference.model" and is_pairrm(model):
-            if Path(model).expanduser().is_dir():
-                check_pairrm(Path(model), run[section]["backend"])
-            continue
-        folder = adapter_folder(model)
-        if key == "preference.model" and run[section]["backend"] != "transformers":
-            raise UserError(
-                f"config: {where}preference.backend is {run[section]['backend']}, which runs PairRM, and preference.model is {model}; give "
-                "llm-blender/PairRM or set transformers"
-            )
-        if folder is None and key == "preference.model":
-            raise UserError(
-                f"config: {where}{key} is {model}; give `ranker`, a folder that src/tools/train_ranker.py wrote, or llm-blender/PairRM"
-            )
-        for file in ADAPTER_FILES:
-            if folder and not (folder / file).is_file():
-                raise UserError(
-                    f"config: {where}{key} is {model}, but {folder} has no {file}; give `ranker`, `judge` or a "
-                    "folder that src/tools/train_ranker.py wrote"
-                )
-    for section, check in JUDGED.values():
-        check(*(run[section][key] for key in ("judge", "judge_model", "judge_base_url")), key=False)
-    questions = []
-    if run["mt_bench"]["data"] != "fastchat":
-        questions = mt_bench.read_questions(Path(run["mt_bench"]["data"]))
+    where = f"runs.{name}." if name else ""
+    if not name:
+        check_base(run["policy"])  # all runs share it
+    kind_of(run["preference"], f"config: {where}preference.model").check(
+        run["preference"], f"config: {where}preference.model"
+    )
+    for judging in JUDGED.values():
+        judging.check(run[judging.section], key=False)
     if run["pairs"]["gold"]:
         read_gold(Path(run["pairs"]["gold"]))
-    if run["open_llm"]["data"] != "hub" and not Path(run["open_llm"]["data"]).is_dir():
-        raise UserError(
-            f"config: {where}open_llm.data is {run['open_llm']['data']}, but there is no such folder; give `hub`, or a folder "
-            "with all six tasks"
-        )
-    held_out = check_instructions(run["alpaca_eval"], where)
-    held_out |= {normalised(row["turns"][0]) for row in questions}
-    tracker = run["train"]["report_to"]
-    if (
-        in_conda
-        and tracker != "none"
-        and f"- {tracker}==" not in TRAINING_ENVIRONMENT.read_text(encoding="utf-8")
-    ):
-        raise UserError(
-            f"config: {where}train.report_to is {tracker}, which envs/core.yaml lacks; add it there, as - {tracker}==<version> "
-            "under pip, or set none"
-        )
-    if not in_conda and tracker != "none" and not importlib.util.find_spec(tracker):
-        raise UserError(
-            f"config: {where}train.report_to is {tracker}, which is not installed; run .venv/bin/pip install {tracker}, or set none"
-        )
-    if (
-        not in_conda
-        and run["train"]["parallel"] == "zero3"
-        and not importlib.util.find_spec("deepspeed")
-    ):
-        raise UserError(
-            f"config: {where}train.parallel is zero3, but DeepSpeed is not installed; run .venv/bin/pip install deepspeed, or set fsdp2"
-        )
-    if run["train"]["machines"] > 1 and not shutil.which("srun"):
-        raise UserError(
-            f"config: {where}train.machines is {run['train']['machines']}, but there is no Slurm here to reach them (no srun on PATH); "
-            "run on a cluster with profiles/slurm, or set 1"
-        )
+    held_out: set[str] = set()
+    for evaluation in EVALUATIONS:
+        held_out |= evaluation.check(run, where)
+    check_installed(run["train"], where, in_conda)
     if run["iterations"]:
         check_prompts(run, held_out)
+
+
+def check_installed(train: dict[str, Any], where: str, in_conda: bool) -> None:
+    """Optional packages and programs that training asks for are there; else UserError."""
+    tracker = train["report_to"]
+    if in_conda and tracker != "none":
+        packages = TRAINING_ENVIRONMENT.read_text(encoding="utf-8")
+        if f"- {tracker}==" not in packages:
+            raise UserError(
+                f"config: {where}train.report_to is {tracker}, which envs/core.yaml lacks; add it"
+                f" there, as - {tracker}==<version> under pip, or set none"
+            )
+    if not in_conda and tracker != "none" and not importlib.util.find_spec(tracker):
+        raise UserError(
+            f"config: {where}train.report_to is {tracker}, which is not installed; run"
+            f" .venv/bin/pip install {tracker}, or set none"
+        )
+    needs_deepspeed = train["parallel"] == "zero3"
+    if needs_deepspeed and not in_conda and not importlib.util.find_spec("deepspeed"):
+        raise UserError(
+            f"config: {where}train.parallel is zero3, but DeepSpeed is not installed; run"
+            " .venv/bin/pip install deepspeed, or set fsdp2"
+        )
+    if train["nodes"] > 1 and not shutil.which("srun"):
+        raise UserError(
+            f"config: {where}train.nodes is {train['nodes']}, but there is no Slurm here to reach"
+            " them (no srun on PATH); run on a cluster with profiles/slurm, or set 1"
+        )
 
 
 def check_base(policy: dict[str, Any]) -> None:
@@ -162,55 +124,6 @@ def check_no_typo(section: str, key: str, chosen: dict[str, Any]) -> None:
         )
 
 
-def check_instructions(evaluation: dict[str, Any], where: str) -> set[str]:
-    """The evaluation's files are there and belong together.
-
-    Returns its instructions, normalised; none for `official`, which a rule fetches.
-    """
-    official = evaluation["instructions"] == "official"
-    for key in ("reference", "difficulty"):
-        if evaluation[key] == "official" and not (official and evaluation["limit"] is None):
-            raise UserError(
-                f"config: {where}alpaca_eval.{key} is official, which is of AlpacaEval's 805 instructions; set alpaca_eval.instructions "
-                "to official and limit to null, or name a file of your own"
-            )
-        if (
-            evaluation[key] not in (None, "base", "official")
-            and not Path(evaluation[key]).is_file()
-        ):
-            raise UserError(
-                f"config: {where}alpaca_eval.{key} is {evaluation[key]}, but there is no such file; correct the path"
-            )
-    if official:
-        return set()
-    file = Path(evaluation["instructions"])
-    if not (
-        file.is_file() or file.is_dir() or file.is_symlink()
-    ):  # those are told by what reads it
-        problem = "is neither a file nor a folder" if file.exists() else "is missing"
-        raise UserError(
-            f"config: {where}alpaca_eval.instructions is {str(file)!r}, but {file} "
-            f"{problem}; correct the path"
-        )
-    instructions, asked = read_instructions(file), read_instructions(file, evaluation["limit"])
-    if len(asked) < FEWEST_INSTRUCTIONS:
-        raise UserError(
-            f"config: {where}alpaca_eval.instructions is {file}, which has {len(asked)} "
-            f"instructions; the length-controlled metric needs {FEWEST_INSTRUCTIONS}, so give more"
-        )
-    if evaluation["reference"] != "base":
-        outputs = alpaca_eval.read_outputs(Path(evaluation["reference"]))
-        try:
-            alpaca_eval.paired([row | {"generator": "policy"} for row in asked], outputs)
-        except UserError as error:
-            raise UserError(
-                f"config: {where}alpaca_eval.reference is {evaluation['reference']}: {error}"
-            ) from None
-    if evaluation["difficulty"]:
-        alpaca_eval.check_order(asked, Path(evaluation["difficulty"]))
-    return {normalised(row["instruction"]) for row in instructions}
-
-
 def check_machine(
     runs: dict[str, dict[str, Any]],
     jobs: set[tuple[str, str, bool]],
@@ -219,7 +132,7 @@ def check_machine(
 ) -> None:
     """What jobs need and a dry run does not: judges' keys and models, the hub's token, GPUs, vLLM.
 
-    jobs: of each one to come what it makes (its verdict, else its rule), its run, and whether it
+    jobs: for each one to come what it makes (its verdict, else its rule), its run, and whether it
     takes a GPU. gpus: how many this machine has, None if the jobs run elsewhere. in_conda: as in
     `check_inputs`. Raises `UserError` naming the first that is missing.
     """
@@ -228,43 +141,45 @@ def check_machine(
         if made == "push_policy":
             check_push()
         if made in JUDGED:
-            section, check = JUDGED[made]
-            judge, model, url = (
-                run[section][key] for key in ("judge", "judge_model", "judge_base_url")
+            judging = JUDGED[made]
+            chosen = run[judging.section]
+            judging.check(chosen)
+            check_served(
+                chosen["judge"],
+                chosen["judge_model"],
+                chosen["judge_base_url"],
+                f"{where}{judging.section}",
             )
-            check(judge, model, url)
-            check_served(judge, model, url, f"{where}{section}")
-        if not on_gpu or gpus is None:
-            continue
-        if gpus == 0:
-            raise UserError(
-                "config: device is gpu, but this machine shows no NVIDIA GPU; run where there is one or on a cluster (profiles/slurm), or "
-                "set device: cpu"
-            )
-        shards, each, processes = (
-            run["responses"]["shards"],
-            run["responses"]["tensor_parallel"] or 1,
-            run["train"]["processes"],
-        )
-        if made == "generate_responses" and shards * each > gpus:
-            raise UserError(
-                f"config: {where}responses.shards is {shards}, {each if each > 1 else 'one'} GPU each, but this machine shows {gpus}; lower it, or run on "
-                "a cluster (profiles/slurm)"
-            )
-        if (
-            made in ("train_policy", "train_dropped_policy")
-            and processes > gpus * run["train"]["machines"]
-        ):
-            raise UserError(
-                f"config: {where}train.processes is {processes}, one GPU each, but this machine shows {gpus}; lower it, or run on a cluster "
-                "(profiles/slurm)"
-            )
+        if on_gpu and gpus is not None:
+            _check_gpus(made, run, where, gpus)
     # After the GPUs, because an environment is of no use without one.
     engines = {runs[name]["responses"]["engine"] for made, name, _ in jobs if made in GENERATING}
     if "vllm" in engines and not in_conda and not importlib.util.find_spec("vllm"):
         raise UserError(
             "config: responses.engine is vllm, which is not installed here; run snakemake with "
             "--use-conda, which makes an environment that has it, or set transformers"
+        )
+
+
+def _check_gpus(made: str, run: dict[str, Any], where: str, gpus: int) -> None:
+    """This machine has as many GPUs as a job of the run takes; else UserError."""
+    if gpus == 0:
+        raise UserError(
+            "config: device is gpu, but this machine shows no NVIDIA GPU; run where there is one or"
+            " on a cluster (profiles/slurm), or set device: cpu"
+        )
+    elsewhere = "lower it, or run on a cluster (profiles/slurm)"
+    shards, each = run["responses"]["shards"], run["responses"]["tensor_parallel"] or 1
+    if made == "generate_responses" and shards * each > gpus:
+        raise UserError(
+            f"config: {where}responses.shards is {shards}, {each if each > 1 else 'one'} GPU each,"
+            f" but this machine shows {gpus}; {elsewhere}"
+        )
+    processes = run["train"]["processes"]
+    if made in TRAINING and processes > gpus * run["train"]["nodes"]:
+        raise UserError(
+            f"config: {where}train.processes is {processes}, one GPU each, but this machine shows"
+            f" {gpus}; {elsewhere}"
         )
 
 
@@ -321,23 +236,3 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
             f"config: responses.shards is {run['responses']['shards']}, but an iteration has "
             f"{each_has} prompts, and each shard needs one; lower it"
         )
-
-
-def deleted_artifacts(root: Path, keep_policies: bool) -> list[str]:
-    """Artifacts under `root` that a record names as made or used there, and that are gone.
-
-    Policies do not count if the workflow itself drops them.
-    """
-    named: set[str] = set()
-    for path in root.rglob("*.record.json"):
-        try:
-            record = parse_json(path.read_text(encoding="utf-8"))
-            named |= {record["artifact"], *record["inputs"]}
-        except (OSError, ValueError, TypeError, KeyError):
-            continue  # broken records are for the stage that reads them to report
-    own = (
-        name
-        for name in named
-        if Path(name).is_relative_to(root) and (keep_policies or Path(name).name != "policy")
-    )
-    return sorted(name for name in own if not Path(name).exists())

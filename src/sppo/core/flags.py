@@ -1,0 +1,108 @@
+"""Command-line flags of the programs: one for each key of the configuration, by its schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+from sppo.core.config import ENGINE_KEYS, MODEL_SOURCE, Config, default_of, schema
+
+
+def add_section(
+    parser: argparse.ArgumentParser,
+    section: str,
+    skip: tuple[str, ...] = (),
+    only: tuple[str, ...] | None = None,
+    prefix: str = "",
+) -> None:
+    """Give a program one flag for each key of a section, or for `only` these.
+
+    `max_new_tokens` is `--max-new-tokens`. A flag that is not given has the value of
+    `settings: paper`. A flag of type object takes JSON.
+    """
+    kinds: dict[str, Callable[[str], Any]] = {
+        "integer": int,
+        "number": float,
+        "boolean": _boolean,
+        "string": str,
+        "object": _object,
+    }
+    for key, rule in schema()["properties"][section]["properties"].items():
+        if key in skip or (only is not None and key not in only):
+            continue
+        types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
+        first = next(name for name in types if name != "null")
+        choices = [value for value in rule["enum"] if value is not None] if "enum" in rule else None
+        parser.add_argument(
+            _flag(prefix + key),
+            type=kinds[first],
+            choices=choices,
+            default=default_of(rule, "paper"),
+            help=rule["description"].replace("%", "%%") + " (default: %(default)s)",
+        )
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """The flags of a program that generates: ENGINE_KEYS, seed, device, and how chats are written."""
+    others = schema()["properties"]["responses"]["properties"].keys() - set(ENGINE_KEYS)
+    add_section(parser, "responses", skip=tuple(others))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    add_section(parser, "policy", skip=MODEL_SOURCE)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers of `least` or more."""
+
+    def count(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of {least} or more")
+        return int(text)
+
+    return count
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def _object(text: str) -> Config:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def of_iteration(section: Config, t: int) -> Config:
+    """The section's values in iteration t (1, 2, ...).
+
+    Of a list this is the t-th value, or the last one if the list is shorter.
+    """
+    return {
+        key: value[min(t, len(value)) - 1] if isinstance(value, list) else value
+        for key, value in section.items()
+    }
+
+
+def flags(section: Config, skip: tuple[str, ...] = (), prefix: str = "") -> list[str]:
+    """The flags that hand a resolved section to a program. Keys that are null are left out."""
+    words = []
+    for key, value in section.items():
+        if key in skip or value is None:
+            continue
+        flag = _flag(prefix + key)
+        text = json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
+        # A value that begins with a dash would be read as another flag, unless it is in one word.
+        words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return words
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"

@@ -1,0 +1,158 @@
+"""The evaluations of a policy, and everything that the workflow and the tables ask about one.
+
+To add an evaluation, write a program in src/evaluation/ that writes iter{t}/<name>.json, a file
+rules/<name>.smk that runs it, and an entry of EVALUATIONS. The Snakefile, the checks before the first
+job, the target `everything`, and the tables go through the entries. The Snakefile reads this module,
+so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sppo.core.errors import UserError
+from sppo.evaluation import alpaca_eval, judges, mt_bench
+from sppo.evaluation.judges import Judging
+from sppo.evaluation.results import decimals, rate
+
+Contents = dict[str, Any]  # of an evaluation's JSON file
+Config = dict[str, Any]  # the complete configuration of a run
+OPEN_LLM_TASKS = (
+    "arc_challenge",
+    "truthfulqa_mc2",
+    "winogrande",
+    "gsm8k",
+    "hellaswag",
+    "mmlu",
+    "average",
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of all evaluations: its head, and its cell from the JSON file's contents.
+
+    A policy that was not evaluated has a dash.
+    """
+
+    head: str
+    cell: Callable[[Contents], str]
+
+
+def number(key: str, places: int = 1) -> Callable[[Contents], str]:
+    """A cell with the number that the JSON file has under `key`."""
+    return lambda found: decimals(found.get(key), places)
+
+
+def nothing_held_out(config: Config, where: str) -> set[str]:
+    """For an evaluation without inputs of its own."""
+    return set()
+
+
+def nothing_published(found: Contents) -> list[str]:
+    """For an evaluation of which no published table has figures."""
+    return []
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation. Its results are in iter{t}/<name>.json: one JSON object.
+
+    columns: of the table of all evaluations. note: a sentence below that table; {keys} are the JSON
+    file's. rules: the file of rules/ that makes it. settings: schema of the configuration section
+    that is called like the evaluation, by key; empty if config/schema.yaml has the section, or if
+    there is none. judging: which judges the section can name, and judged_by the rule (or value of the
+    wildcard `verdict`) whose jobs ask the judge. answered_by: rules that run the generation engine.
+    check: raises UserError for bad inputs before the first job, and returns prompts, normalised, that
+    must not be trained on. differences: why a result cannot be compared with published figures.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    note: str = ""
+    rules: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    judging: Judging | None = None
+    judged_by: str = ""
+    answered_by: tuple[str, ...] = ()
+    check: Callable[[Config, str], set[str]] = nothing_held_out
+    differences: Callable[[Contents], list[str]] = nothing_published
+
+    @property
+    def artifact(self) -> str:
+        """File name of the results, in iter{t}/."""
+        return f"{self.name}.json"
+
+    @property
+    def rule_file(self) -> str:
+        return self.rules or self.name
+
+
+def check_open_llm(config: Config, where: str) -> set[str]:
+    """The folder of tasks exists, if the data sets are not the hub's; else UserError."""
+    data = config["open_llm"]["data"]
+    if data != "hub" and not Path(data).is_dir():
+        raise UserError(
+            f"config: {where}open_llm.data is {data}, but there is no such folder; give `hub`, or a"
+            " folder with all six tasks"
+        )
+    return set()
+
+
+def won_against_base(found: Contents) -> str:
+    """MT-Bench's win rate against the base, which only a local judge gives."""
+    return decimals((found.get("against_base") or {}).get("win_rate"))
+
+
+EVALUATIONS = (
+    Evaluation(
+        "alpaca_eval",
+        columns=(
+            Column("win rate [95%]", lambda found: rate(found, "win_rate")),
+            Column("LC win rate [95%]", lambda found: rate(found, "length_controlled_winrate")),
+            Column("length", lambda found: str(found.get("avg_length", "-"))),
+        ),
+        note="AlpacaEval: {n_total} instructions, judged by {judge} against {reference}.",
+        judging=judges.ALPACA_EVAL,
+        judged_by="alpaca_eval",
+        answered_by=("answer_instructions", "answer_instructions_n_times"),
+        check=alpaca_eval.check_inputs,
+        differences=alpaca_eval.differences,
+    ),
+    Evaluation(
+        "ranker_estimate",  # AlpacaEval by the preference model that annotated
+        columns=(Column("by the ranker", lambda found: rate(found, "win_rate", interval=False)),),
+        rules="alpaca_eval",
+        differences=alpaca_eval.differences,
+    ),
+    Evaluation(
+        "mt_bench",
+        columns=(
+            Column("MT-Bench", number("average", 2)),
+            Column("turn 1", number("first_turn", 2)),
+            Column("turn 2", number("second_turn", 2)),
+            Column("MT-Bench won against the base", won_against_base),
+        ),
+        note="MT-Bench: {questions} questions of {data}, judged by {judge}.",
+        judging=judges.MT_BENCH,
+        judged_by="evaluate_mt_bench",
+        answered_by=("answer_mt_bench",),
+        check=mt_bench.check_inputs,
+        differences=mt_bench.differences,
+    ),
+    Evaluation(
+        "open_llm",
+        columns=tuple(Column(f"Open LLM: {task}", number(task)) for task in OPEN_LLM_TASKS),
+        note="Open LLM: items of {data}, shots {shots}.",
+        check=check_open_llm,
+        differences=lambda found: [] if found.get("official_tasks") else ["other items"],
+    ),
+)
+
+
+def by_artifact(path: str) -> Evaluation | None:
+    """The evaluation that a path such as best_of_16/alpaca_eval.json belongs to."""
+    return next((each for each in EVALUATIONS if Path(path).name == each.artifact), None)

@@ -1,0 +1,203 @@
+"""The interface of preference models, and the registry of their kinds.
+
+A preference model compares the K responses to a prompt. Everything that the workflow asks of a kind
+of model is answered by its class: how a configuration names it, which files it reads, what must be
+checked before the first job, which resources it needs, what it costs. To add a kind, write a class in
+a new file of this package, decorate it with `register`, and import the file in `__init__.py`.
+
+The Snakefile imports this package without torch, so a kind imports heavy packages only in `__init__`
+and in its methods.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sppo.core.config import default_of, schema
+from sppo.core.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Settings = Mapping[str, Any]  # the configuration section `preference`
+Group = tuple[str, list[str]]  # a prompt and the responses to it
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What comparing costs: FLOPs, tokens read, and weights of the model that reads them."""
+
+    flops: float
+    tokens: float
+    weights: float
+
+
+class ComparisonError(UserError):
+    """One group cannot be compared. `index` is its place, so that the caller can name the prompt."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class PreferenceModel(ABC):
+    """A preference model, ready to compare; its class describes the kind."""
+
+    kind: ClassVar[str]  # the name of the kind
+    form: ClassVar[str]  # how `preference.model` names it, for documents and error lines
+    options: ClassVar[tuple[str, ...]] = ()  # keys of the section `preference` that it reads
+    needs_base: ClassVar[bool] = False  # whether it reads the embedded policy too
+    needs_gpu: ClassVar[bool] = True  # whether its jobs ask for a GPU where the machine has one
+    # Whether its files are fetched or linked into results/ before they are used.
+    is_prepared: ClassVar[bool] = False
+    environment: ClassVar[str] = "core"  # its conda environment, a file of envs/
+
+    name: str  # of this model, for records and tables
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, settings: Settings) -> bool:
+        """Whether `preference.model` and `preference.backend` mean this kind."""
+
+    @classmethod
+    def files(cls, model: str) -> list[Path]:
+        """The files that a model of this kind consists of. A change of one makes new comparisons."""
+        return []
+
+    @classmethod
+    def check(cls, settings: Settings, key: str) -> None:
+        """Raise `UserError` if this model cannot work. It is called before the first job; be quick.
+
+        Here it checks that the model's files exist. key: what names the model, for an error line,
+        such as "config: preference.model".
+        """
+        for file in cls.files(settings["model"]):
+            if not file.exists():
+                raise UserError(f"{key} is {settings['model']}, but {file} is missing; correct it")
+
+    @classmethod
+    def training_instructions(cls, model: str) -> Path | None:
+        """A file with hashes of the instructions that the model was trained on, if it has one."""
+        return None
+
+    @classmethod
+    def prepare(cls, settings: Settings) -> tuple[Path, dict[str, Any]]:
+        """The folder of a kind that `is_prepared`, fetched if need be, and facts for its record."""
+        raise NotImplementedError(f"{cls.kind} is not prepared")
+
+    @classmethod
+    def cost(
+        cls, model: str, prompts: float, prompt: float, samples: int, response: float
+    ) -> Reading | None:
+        """What it costs to compare `samples` responses to each prompt; None if nobody knows.
+
+        prompt, response: their mean lengths in tokens.
+        """
+        return None
+
+    @abstractmethod
+    def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
+        """Load the model. base: folder of the embedded policy, for a kind that `needs_base`.
+
+        device: cpu or cuda. Raises `UserError` for files that are missing, broken or do not fit.
+        """
+
+    @abstractmethod
+    def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
+        """For each group the logits that response i beats response j: float64 (K, K), diagonal 0.
+
+        Both orders of a pair are compared: L[i, j] and L[j, i] can have different sizes. Logits of
+        one group do not depend on the other groups. Raises `ComparisonError` for a group that
+        cannot be compared.
+        """
+
+    def pair_logits(self, prompt: str, responses: list[str]) -> np.ndarray:
+        """`all_pair_logits` of one group."""
+        return self.all_pair_logits([(prompt, responses)])[0]
+
+
+KINDS: dict[str, type[PreferenceModel]] = {}
+
+
+def register(kind: type[PreferenceModel]) -> type[PreferenceModel]:
+    """Class decorator: make a kind known to configurations. The first that recognises one is taken."""
+    KINDS[kind.kind] = kind
+    return kind
+
+
+def find_kind(settings: Settings) -> type[PreferenceModel] | None:
+    """The kind of the model that the settings name, None if no kind recognises it."""
+    for kind in KINDS.values():
+        if kind.recognises(settings):
+            return kind
+    return None
+
+
+def kind_of(settings: Settings, key: str = "config: preference.model") -> type[PreferenceModel]:
+    """The kind of the model that the settings name. Raises `UserError` if there is none."""
+    kind = find_kind(settings)
+    if kind is None:
+        forms = ", ".join(dict.fromkeys(kind.form for kind in KINDS.values()))
+        raise UserError(f"{key} is {settings['model']}; give {forms}")
+    return kind
+
+
+def settings_for(model: str, **others: Any) -> dict[str, Any]:
+    """The section `preference` for a model, with the defaults of all keys that are not given."""
+    keys = schema()["properties"]["preference"]["properties"]
+    defaults = {key: default_of(rule, "paper") for key, rule in keys.items()}
+    return defaults | {"model": model} | others
+
+
+def local_kind(model: str) -> type[PreferenceModel] | None:
+    """The kind of a local model by its name alone; None for a name that is no local model."""
+    return find_kind(settings_for(model))
+
+
+def load_preference_model(
+    settings: Settings, base: Path | None = None, device: str = "cpu"
+) -> PreferenceModel:
+    """The preference model that the settings name, loaded. Raises `UserError` if it cannot work."""
+    kind = kind_of(settings)
+    if kind.needs_base and base is None:
+        raise UserError(
+            f"preference model {settings['model']} needs the base model that it was trained on;"
+            " give its folder"
+        )
+    return kind(settings, base, device)
+
+
+def model_files(model: str, base: Path | None, **others: Any) -> list[Path]:
+    """All files that a local model reads, its base included; none if it is no local model."""
+    kind = find_kind(settings_for(model, **others))
+    if kind is None:
+        return []
+    return [*kind.files(model), *([base] if base and kind.needs_base else [])]
+
+
+def compare(model: PreferenceModel, groups: Mapping[str, Group]) -> dict[str, np.ndarray]:
+    """Logits (K, K) of every prompt, by its id. groups: the prompt and its responses, by id.
+
+    Raises `UserError` that names the prompt if a model fails on it, or returns anything but K x K
+    finite numbers.
+    """
+    import numpy as np
+
+    ids = list(groups)
+    try:
+        found = model.all_pair_logits(list(groups.values()))
+    except ComparisonError as error:
+        raise UserError(f"{model.name}, prompt {ids[error.index]}: {error}") from None
+    logits = dict(zip(ids, found, strict=True))
+    for name, values in logits.items():
+        k = len(groups[name][1])
+        if values.shape != (k, k) or not np.isfinite(values).all():
+            raise UserError(
+                f"{model.name}, prompt {name}: expected {k} x {k} finite logits; check the model"
+                " and preference.precision"
+            )
+    return logits

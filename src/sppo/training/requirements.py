@@ -1,0 +1,99 @@
+"""What a loss can require of the configuration, each with the line that a user reads.
+
+A loss names its requirements in its entry of `sppo.training.losses.LOSSES`; the checks of the
+configuration go through them. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sppo.core.errors import UserError
+
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A condition on a resolved configuration.
+
+    reason: what the loss does, after "train.loss <name>". remedy: what to set. Both are formatted
+    with the sections of the configuration, such as {train[tau]}. in_training: whether the section
+    `train` alone decides, so that a program that knows only this section can check it too.
+    """
+
+    holds: Callable[[Config], bool]
+    reason: str
+    remedy: str
+    in_training: bool = False
+
+    def check(self, name: str, config: Config) -> None:
+        """Raise UserError if the configuration does not meet this requirement of loss `name`."""
+        if not self.holds(config):
+            line = f"config: train.loss {name} {self.reason}; {self.remedy}"
+            raise UserError(line.format_map(config))
+
+
+def smallest(value: float | list[float]) -> float:
+    """The smallest value over the iterations of a key that can be a list."""
+    return min(value) if isinstance(value, list) else value
+
+
+P_HAT = Requirement(
+    lambda config: config["pairs"]["construction"] not in ("gold", "graded"),
+    "learns from P-hat, which pairs.construction {pairs[construction]} does not give",
+    "set train.loss: dpo, or another pairs.construction",
+)
+EVERY_PAIR = Requirement(
+    lambda config: (
+        config["pairs"]["construction"] == "all"
+        and not config["pairs"]["margin"]
+        and not config["replay"]["share"]
+    ),
+    "weights all responses to a prompt against each other",
+    "set pairs.construction: all, pairs.margin: 0 and replay.share: 0",
+)
+OTHER_REFERENCE = Requirement(
+    lambda config: config["train"]["tau"] > 0 and config["train"]["reference_every"] != 1,
+    "stays close to a policy other than pi_t",
+    "set train.tau above 0, and train.reference_every: null (the base) or above 1",
+)
+TAU_WITHIN_BETA = Requirement(
+    lambda config: config["train"]["tau"] <= smallest(config["train"]["beta"]),
+    "gives pi_t a negative weight, because train.tau ({train[tau]}) is above train.beta"
+    " ({train[beta]})",
+    "lower train.tau",
+    in_training=True,
+)
+WHOLE_STEP = Requirement(
+    lambda config: (
+        config["train"]["micro_batch_size"] >= config["train"]["batch_size"]
+        and config["train"]["processes"] == 1
+    ),
+    "takes means over a step",
+    "set train.micro_batch_size to train.batch_size, and train.processes: 1",
+    in_training=True,
+)
+WINNER_FIRST = Requirement(
+    lambda config: not config["pairs"]["target_reward"],
+    "cannot learn from swapped pairs, which pairs.target_reward adds",
+    "set train.loss: dpo, hinge, ipo, kto_pair or simpo, or pairs.target_reward: false",
+)
+
+
+def micro_batches(train: Config) -> tuple[int, int]:
+    """Pairs in a micro-batch of one process, and micro-batches of one process in a step.
+
+    Raises UserError if batch_size cannot be divided like this over all processes.
+    """
+    share, left = divmod(train["batch_size"], train["processes"])
+    micro = min(train["micro_batch_size"], share)
+    if left or share % micro:
+        times = f" x train.processes ({train['processes']})" if train["processes"] > 1 else ""
+        raise UserError(
+            f"config: train.batch_size ({train['batch_size']}) is not a multiple of"
+            f" train.micro_batch_size ({train['micro_batch_size']}){times}; change one of them"
+        )
+    return micro, share // micro
