@@ -435,7 +435,7 @@ def test_prompt_longer_than_the_context_is_refused_by_name(sample):
 
 
 def test_prompt_that_leaves_no_room_for_the_response_is_refused_by_name(sample):
-    with pytest.raises(UserError, match="prompt q. has .. tokens; with 490 for the response"):
+    with pytest.raises(UserError, match="prompt q. has .. tokens, which with 490 for the response"):
         sample(rows(3), response_tokens=490)
     assert sample(rows(3), response_tokens=400)[0]
 
