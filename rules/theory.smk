@@ -1,6 +1,9 @@
-"""Requires: nothing, no model and no data. Gives: theory/README.md, what each method does on games that can be solved exactly:
-theory/checks.json, every claim of the theory with its value, theory/trained_policies.json, whether the real trainer does what
-the theory says, and theory/*.{csv,png,svg}, the figures of the page."""
+"""Requires: nothing; the games are part of the code. Gives: theory/README.md and its figures.
+
+The page says what each method does on games that can be solved exactly. theory/checks.json holds
+every claim of the theory with its value. theory/trained_policies.json says whether the real trainer
+does what the theory says. theory/*.{csv,png,svg} are the figures of the page.
+"""
 
 THEORY_FIGURES = [
     "gap_by_iteration",
@@ -13,7 +16,7 @@ THEORY_FIGURES = [
 
 
 def theory_figure(name):
-    """A figure as the report shows it."""
+    """A figure, with its caption and category in the report."""
     return report(
         f"{ROOT}theory/{name}.svg",
         caption=f"captions/theory_{name}.rst",
@@ -23,9 +26,9 @@ def theory_figure(name):
 
 
 rule check_theory:
-    """Identities, bounds and figures of the theory on embedded and random games: what is claimed, what is found, whether it holds."""
+    """Check identities, bounds and figures of the theory on embedded and random games."""
     input:
-        [],  # the games stand in src/sppo/theory/games.py
+        [],  # the games are in src/sppo/theory/games.py
     output:
         checks=f"{ROOT}theory/checks.json",
         record=record(f"{ROOT}theory/checks.json"),
@@ -48,9 +51,9 @@ rule check_theory:
 
 
 rule train_on_games:
-    """Small policies trained by the real loss and trainer on a game whose exact update is known."""
+    """Train small policies by the real loss and trainer on a game with a known exact update."""
     input:
-        [],  # the game stands in the program
+        [],  # the game is in the program
     output:
         json=f"{ROOT}theory/trained_policies.json",
         svg=theory_figure("trained_policies"),
@@ -71,13 +74,13 @@ rule train_on_games:
     params:
         version=STAGES["theory"],
     message:
-        "Training small policies beside the exact update"
+        "Training small policies to compare them with the exact update"
     shell:
         "{PYTHON} {SRC}/theory/train_on_games.py --output {output.json:q} 2>&1 | tee {log:q}"
 
 
 rule plot_theory:
-    """Each method on a three-response cycle, and on a Bradley-Terry game as control: data, figures, and the page that reads them."""
+    """Plot each method on a cycle of three responses, and on a Bradley-Terry game as control."""
     input:
         checks=f"{ROOT}theory/checks.json",
         trained=f"{ROOT}theory/trained_policies.json",

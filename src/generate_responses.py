@@ -3,9 +3,10 @@
 Reads   prompts.parquet, the policy
 Writes  responses/{shard}.parquet and its record
 Paper   2405.00675, Algorithm 1 line 4 (K = 5, temperature 1.0, top-p 1.0)
-Departs from the official code: all K in one request; the noise of a sample is keyed by (data seed, iteration,
-        prompt, sample), where theirs repeats five seeds in every iteration and shard; no BOS is put twice; finish
-        reasons and token ids are kept.
+
+Differences from the official code: all K samples are one request. The seed of a sample depends on
+(data seed, iteration, prompt, sample); the official code repeats five seeds in every iteration and
+shard. BOS is never written twice. Finish reasons and token ids are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--iteration", type=int, required=True)
-    parser.add_argument("--shard", type=int, default=0, help="which of --shards parts, from 0")
+    parser.add_argument(
+        "--shard",
+        type=int,
+        default=0,
+        help="number of this shard, from 0; there are --shards of them",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     add_section(parser, "responses")
@@ -36,6 +42,7 @@ def main() -> None:
     args = parser.parse_args()
 
     prompts = read_table(args.prompts, "prompts")[args.shard :: args.shards]
+    # Imported late because loading PyTorch takes seconds.
     from sppo.policies.engines import EngineOptions, open_engine
     from sppo.policies.generation import Sampling, summary
     from sppo.policies.models import start_torch, template_hash

@@ -1,13 +1,13 @@
-"""Draw one iteration's prompts.
+"""Draw the prompts of one iteration.
 
-Reads   a JSONL file or a hub data set, the evaluations' questions (set aside first), the base
-        policy's tokenizer; where each iteration has a source of its own, the prompts of those
-        before it
+Reads   a JSONL file or a hub data set; the evaluations' questions, which are excluded; the base
+        policy's tokenizer; the prompts of earlier iterations, if each iteration has its own source
 Writes  prompts.parquet and its record
-Paper   2405.00675, Algorithm 1 line 3: three disjoint portions, one per iteration.
-Departs from the official code: the held-out prompts are disjoint from training; theirs are 500 rows of it. A prompt that stands twice
-        is taken once. What an evaluation asks is set aside whatever its case, white space and
-        closing mark.
+Paper   2405.00675, Algorithm 1 line 3: three disjoint portions, one for each iteration
+
+Differences from the official code: the held-out prompts are disjoint from the training prompts (in
+the official code they are 500 of the training prompts). A repeated prompt is used once. Questions
+of the evaluations are excluded also if case, white space or closing punctuation differ.
 """
 
 from __future__ import annotations
@@ -44,24 +44,27 @@ def main() -> None:
         type=Path,
         nargs="+",
         required=True,
-        help="evaluation instructions, and MT-Bench's question.jsonl or its "
-        "folder; none of them is drawn",
+        help="evaluation instructions, and MT-Bench's question.jsonl or its folder; they are never "
+        "drawn",
     )
     parser.add_argument(
         "--earlier",
         type=Path,
         nargs="*",
         default=[],
-        help="prompts.parquet of earlier iterations, which are not drawn again",
+        help="prompts.parquet of earlier iterations; these prompts are not drawn again",
     )
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument(
-        "--response-tokens", type=int, required=True, help="room to leave for a response"
+        "--response-tokens",
+        type=int,
+        required=True,
+        help="number of tokens to reserve for a response",
     )
     parser.add_argument(
         "--best-grade",
         action="store_true",
-        help="a reward-conditioned policy is asked for its best",
+        help="ask a reward-conditioned policy for its best answer",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
@@ -70,33 +73,30 @@ def main() -> None:
     args = parser.parse_args()
 
     source = args.source.replace("{t}", str(args.iteration))
+    own_source = source != args.source  # each iteration has its own source
     revision = revision_of(args.revision, args.iteration)
     prompts, commit, empty = read_prompts(source, revision, args.split, args.field)
-    held_out = {question for path in args.held_out for question in asked_in(path)}
-    set_apart = [prompt for prompt in prompts if not is_held_out(prompt, held_out)]
-    free = without_repetitions(
-        set_apart,
-        {said(row["messages"]) for path in args.earlier for row in read_table(path, "prompts")},
-    )
+    held_out: set[str] = set()
+    for path in args.held_out:
+        held_out |= asked_in(path)
+    allowed = [prompt for prompt in prompts if not is_held_out(prompt, held_out)]
+    earlier: set[tuple[str, ...]] = set()
+    for path in args.earlier:
+        earlier |= {said(row["messages"]) for row in read_table(path, "prompts")}
+    available = without_repetitions(allowed, earlier)
     inputs = [*args.held_out, args.policy, *args.earlier]
-    inputs += [Path(source)] if Path(source).is_file() else []
+    if Path(source).is_file():
+        inputs.append(Path(source))
     with recorded("sample", args.output, inputs, vars(args)) as facts:
-        one_source_each = source != args.source
-        drawn = portion(
-            free,
-            args.per_iteration,
-            1 if one_source_each else args.iteration,
-            1 if one_source_each else args.iterations,
-            args.seed,
-            source,
-        )
+        number, parts = (1, 1) if own_source else (args.iteration, args.iterations)
+        drawn = portion(available, args.per_iteration, number, parts, args.seed, source)
         rows, dropped = with_token_ids(drawn, source, args)
         write_table(args.output, rows, "prompts")
         facts |= {
             "prompts": len(rows),
-            "available": len(free),
-            "set_aside": len(prompts) - len(set_apart),
-            "repeated": len(set_apart) - len(free),
+            "available": len(available),
+            "set_aside": len(prompts) - len(allowed),
+            "repeated": len(allowed) - len(available),
             "empty": empty,
             "dropped": dropped,
             "commit": commit,
@@ -104,7 +104,10 @@ def main() -> None:
 
 
 def asked_in(path: Path) -> set[str]:
-    """What an evaluation asks, normalised: instructions of AlpacaEval, first turns of MT-Bench."""
+    """The normalised questions of an evaluation: AlpacaEval's instructions, MT-Bench's first turns.
+
+    A folder or a .jsonl file is MT-Bench's.
+    """
     if path.is_dir() or path.suffix == ".jsonl":
         questions = read_questions(path if path.is_dir() else path.parent)
         return {normalised(row["turns"][0]) for row in questions}
@@ -112,41 +115,57 @@ def asked_in(path: Path) -> set[str]:
 
 
 def revision_of(revisions: str | None, t: int) -> str | None:
-    """The commit for iteration t: the one that is given, or the t-th of several."""
+    """The commit for iteration t: the single one, or the t-th of several separated by commas.
+
+    None if there is none. UserError if there are several, but fewer than t.
+    """
     commits = (revisions or "").replace(" ", "").split(",")
     if len(commits) > 1 and t > len(commits):
         raise UserError(
-            f"prompts.revision names {len(commits)} commits, and this is iteration {t}; name one per iteration"
+            f"prompts.revision names {len(commits)} commits, and this is iteration {t}; name one "
+            "for each iteration"
         )
-    return (commits[0] if len(commits) == 1 else commits[t - 1]) or None
+    commit = commits[0] if len(commits) == 1 else commits[t - 1]
+    return commit or None
 
 
 def said(messages: list[dict[str, str]]) -> tuple[str, ...]:
-    """What makes two prompts the same one: who says what, white space around it apart."""
+    """A key for a chat: two prompts with equal keys are the same prompt.
+
+    It has the roles and texts of the messages, without white space around the texts.
+    """
     return tuple(f"{message['role']}: {message['content'].strip()}" for message in messages)
 
 
 def without_repetitions(
     prompts: list[dict[str, Any]], earlier: set[tuple[str, ...]]
 ) -> list[dict[str, Any]]:
-    """The prompts that neither `earlier` holds nor a prompt before them is."""
-    first = {said(prompt["messages"]): prompt for prompt in reversed(prompts)}
-    return [
-        prompt
-        for prompt in prompts
-        if first[said(prompt["messages"])] is prompt and said(prompt["messages"]) not in earlier
-    ]
+    """The first occurrence of each prompt that is not in `earlier`, a set of keys by `said`."""
+    seen = set(earlier)
+    kept = []
+    for prompt in prompts:
+        key = said(prompt["messages"])
+        if key not in seen:
+            seen.add(key)
+            kept.append(prompt)
+    return kept
 
 
 def portion(
     prompts: list[dict[str, Any]], size: int | None, t: int, parts: int, seed: int, source: str
 ) -> list[dict[str, Any]]:
-    """The t-th of `parts` disjoint portions of the shuffled prompts, each of `size` prompts (None: as many as fit)."""
+    """The t-th of `parts` disjoint portions of the shuffled prompts.
+
+    Each portion has `size` prompts, or as many as possible if it is None. UserError if there are
+    too few prompts.
+    """
     size = size or len(prompts) // parts
     if size * parts > len(prompts) or size == 0:
+        size = max(size, 1)
         raise UserError(
-            f"prompts: {parts} iterations of {max(size, 1)} ask for {max(size, 1) * parts} prompts, {source} has "
-            f"{len(prompts)} outside the evaluation set; lower prompts.per_iteration or give more prompts"
+            f"prompts: {parts} iterations of {size} need {size * parts} prompts, but {source} has "
+            f"{len(prompts)} outside the evaluation set; lower prompts.per_iteration or give more "
+            "prompts"
         )
     shuffled = list(prompts)
     random.Random(seed).shuffle(shuffled)
@@ -156,7 +175,10 @@ def portion(
 def with_token_ids(
     prompts: list[dict[str, Any]], source: str, args: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rows of the table `prompts`, and how many were dropped and why."""
+    """Rows of the table `prompts`, and the number of dropped prompts by reason.
+
+    UserError if a prompt cannot be used and must not be dropped, or if all were dropped.
+    """
     from sppo.policies.models import (
         context_length,
         control_tokens,
@@ -168,9 +190,8 @@ def with_token_ids(
     context = context_length(args.policy)
     if context and args.response_tokens >= context:
         raise UserError(
-            f"responses.max_new_tokens is {args.response_tokens}, which leaves no room "
-            f"for a prompt in the policy's context of {context}; lower "
-            "responses.max_new_tokens"
+            f"responses.max_new_tokens is {args.response_tokens}, which leaves no room for a "
+            f"prompt in the policy's context of {context}; lower responses.max_new_tokens"
         )
     controls = control_tokens(tokenizer)
     rows: list[dict[str, Any]] = []
@@ -180,7 +201,7 @@ def with_token_ids(
         "refused_by_chat_template": 0,
     }
     for prompt in prompts:
-        # Text that the tokenizer would read as control tokens could end the user's turn.
+        # A control token in the text could end the user's message.
         if any(token in message["content"] for message in prompt["messages"] for token in controls):
             dropped["holds_special_tokens"] += 1
             continue
@@ -199,10 +220,9 @@ def with_token_ids(
             continue
         if context and len(ids) + args.response_tokens > context:
             raise UserError(
-                f"prompt {prompt['id']} has {len(ids)} tokens; with {args.response_tokens} for the response it does not "
-                f"fit the policy's context of {context}; shorten it, lower "
-                "responses.max_new_tokens, or set prompts.max_tokens to drop such "
-                "prompts"
+                f"prompt {prompt['id']} has {len(ids)} tokens, which with {args.response_tokens} "
+                f"for the response exceed the policy's context of {context}; shorten it, lower "
+                "responses.max_new_tokens, or set prompts.max_tokens to drop such prompts"
             )
         rows.append(
             {

@@ -1,9 +1,11 @@
-"""Log-probabilities of this iteration's pairs under a frozen policy: forward only, once.
+"""Compute the log-probabilities of this iteration's pairs under a frozen policy, once.
 
-Reads   pairs.parquet, the frozen policy (pi_t; other references where a method needs them)
+Reads   pairs.parquet, the frozen policy (pi_t, or another reference if a method needs one)
 Writes  logps/<model>.parquet and its record
-Paper   2405.00675: the denominator of eq. (4.6). The official code keeps a second copy of the model in memory
-        and computes these in every step.
+Paper   2405.00675, the denominator in eq. (4.6)
+
+Difference from the official code: it keeps a second copy of the model in memory and computes these
+log-probabilities in every training step.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def main() -> None:
         "--lora-rank",
         type=int,
         default=0,
-        help="the same as in training: LoRA keeps the weights in that precision",
+        help="the same as in training; with LoRA the weights have the dtype of --precision",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
@@ -42,7 +44,8 @@ def main() -> None:
 
     pairs = read_table(args.pairs, "pairs")
     if not pairs:
-        raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
+        raise UserError(f"{args.pairs} has no pairs; see in its record why pairs were dropped")
+    # Imported late because loading PyTorch takes seconds.
     from sppo.policies.models import (
         compute_dtype,
         load_policy,

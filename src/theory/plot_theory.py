@@ -1,14 +1,19 @@
-"""What each method does on a game that can be solved exactly: data, figures and a page that says what they show.
+"""Plot what each method does on a game that can be solved exactly, and write a page about it.
 
-Reads   checks.json of the same game; optionally trained_policies.json; a user's game (--game FILE.csv), or nothing: then it is comal3
-Writes  README.md, and beside it, of each figure, a table (.csv) and the figure (.png and .svg); their records
-A user's game has no bt_control, which is a game of its own, and has simplex if it has three actions.
+Reads   checks.json of the same game; optionally trained_policies.json; a user's game
+        (--game FILE.csv), otherwise the embedded game comal3 is used
+Writes  README.md, and in the same folder for each figure a table (.csv) and the figure (.png and
+        .svg); a record of each file
+
+With a user's game, there is no bt_control, because that figure shows another game, and simplex is
+drawn only if the game has three actions.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,9 @@ from sppo.core.errors import run
 from sppo.reporting.figures import pyplot, save
 from sppo.reporting.table_formats import csv_table
 from sppo.theory import claims
-from sppo.theory import games as g
-from sppo.theory.games import Game, duality_gap, read_game
+from sppo.theory.games import GAMES, Game, duality_gap, nash, read_game
 
-# Okabe-Ito colours, told apart by dashes as well.
+# Okabe-Ito colours. Dashes distinguish the lines as well.
 BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, YELLOW, BLACK = "#56B4E9", "#CC79A7", "#F0E442", "#000000"
 STYLES = {
@@ -42,7 +46,16 @@ STYLES = {
     "COMAL": (RED, "-."),
 }
 STEPS = 4000
-Drawn = tuple[str, claims.Series, Any, str]  # name, columns of the table, figure, what it shows
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its data and a text for the page."""
+
+    stem: str  # of its files
+    data: claims.Series  # columns of the table
+    figure: Any
+    text: str  # what the figure shows
 
 
 def main() -> None:
@@ -53,42 +66,43 @@ def main() -> None:
     parser.add_argument("--trained", type=Path, help="trained_policies.json of train_on_games.py")
     parser.add_argument("--game", type=Path, help="your own game, .csv")
     parser.add_argument(
-        "--output", type=Path, required=True, help="README.md; the other files go beside it"
+        "--output",
+        type=Path,
+        required=True,
+        help="README.md; the other files are written to the same folder",
     )
     args = parser.parse_args()
-    game, name = (
-        (read_game(args.game), args.game.stem) if args.game else (g.GAMES["comal3"], "comal3")
-    )
-    drawn = [
-        gap_by_iteration(game),
-        gap_by_horizon(game),
-        *([simplex(game)] if len(game.P) == 3 else []),
-        regularised_gap(game),
-        self_improvement(game),
-        *([] if args.game else [bt_control(g.GAMES["bt3"])]),
-    ]
+    game, name = GAMES["comal3"], "comal3"
+    if args.game:
+        game, name = read_game(args.game), args.game.stem
+    plots = [gap_by_iteration(game), gap_by_horizon(game)]
+    if len(game.P) == 3:
+        plots.append(simplex(game))
+    plots += [regularised_gap(game), self_improvement(game)]
+    if not args.game:
+        plots.append(bt_control(GAMES["bt3"]))
+
     inputs = [path for path in (args.checks, args.trained, args.game) if path]
+    checks = read_json(args.checks)
     trained = read_json(args.trained) if args.trained else {"shows": "", "checks": []}
+    # The records are written at the end, so that they exist only if all files do.
     with contextlib.ExitStack() as records:
-        for stem, data, figure, _ in drawn:
-            table, *plots = (
-                args.output.with_name(f"{stem}.{form}") for form in ("csv", "png", "svg")
+        for plot in plots:
+            table, *images = (
+                args.output.with_name(f"{plot.stem}.{form}") for form in ("csv", "png", "svg")
             )
-            for artifact in (table, *plots):
+            for artifact in (table, *images):
                 records.enter_context(recorded("theory", artifact, inputs, vars(args)))
-            write_text(
-                table, csv_table(list(data), zip(*(column.tolist() for column in data.values())))
-            )
-            save(figure, plots)
+            rows = zip(*(column.tolist() for column in plot.data.values()))
+            write_text(table, csv_table(list(plot.data), rows))
+            save(plot.figure, images)
         records.enter_context(recorded("theory", args.output, inputs, vars(args)))
-        write_text(
-            args.output,
-            page(game, name, drawn, read_json(args.checks) + trained["checks"], trained["shows"]),
-        )
+        text = page(game, name, plots, checks + trained["checks"], trained["shows"])
+        write_text(args.output, text)
 
 
-def line(axes: Any, y: Any, name: str) -> None:
-    """A method's values over iterations 1, 2, ..."""
+def plot_method(axes: Any, y: Any, name: str) -> None:
+    """Plot a method's values over iterations 1, 2, ..."""
     colour, dashes = STYLES[name]
     axes.plot(
         np.arange(1, len(y) + 1),
@@ -101,54 +115,60 @@ def line(axes: Any, y: Any, name: str) -> None:
 
 
 def all_gaps(game: Game, title: str) -> tuple[claims.Series, Any, claims.Series]:
-    """The gap of every method by iteration, as data and figure; the policies at the end."""
-    figure, panels = pyplot().subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    data, ends = {"iteration": np.arange(1, STEPS + 2)}, {}
-    for axes, played, words in zip(
-        panels,
-        (claims.without_reference(game, STEPS), claims.with_reference(game, STEPS)),
-        ("no reference but the policy itself", "held by a reference, tau = alpha = 0.3"),
+    """The duality gap of every method by iteration.
+
+    Returns the data (columns by name), the figure, and the last policy of each method.
+    """
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4.6), layout="constrained")
+    data, last = {"iteration": np.arange(1, STEPS + 2)}, {}
+    for axes, title_of_panel, series in (
+        (left, "no reference but the policy itself", claims.without_reference(game, STEPS)),
+        (right, "held by a reference, tau = alpha = 0.3", claims.with_reference(game, STEPS)),
     ):
-        for name, policies in played.items():
-            data[name], ends[name] = claims.gaps(game, policies), policies[-1]
-            line(axes, data[name], name)
-        lowest = min(data[name].min() for name in played)
+        for name, policies in series.items():
+            data[name] = claims.gaps(game, policies)
+            last[name] = policies[-1]
+            plot_method(axes, data[name], name)
+        lowest = min(data[name].min() for name in series)
         axes.set(
             xscale="log",
             yscale="log",
             xlabel="iteration",
             ylabel="duality gap",
-            title=words,
+            title=title_of_panel,
             ylim=(max(1e-12, lowest / 30), 2),
         )
         axes.legend(frameon=False, loc="lower left", fontsize=9)
     figure.suptitle(title)
-    return data, figure, ends
+    return data, figure, last
 
 
-def gap_by_iteration(game: Game) -> Drawn:
-    data, figure, ends = all_gaps(game, "How far from the equilibrium")
-    end = {name: data[name][-1] for name in ends}
-    late = {
-        name: data[name][-1000:]
-        for name in ("SPPO", "SPPO, least squares", "iterative DPO")
-        if name in ends
-    }
-    swing = "; ".join(f"{name} {gap.min():.3f} to {gap.max():.3f}" for name, gap in late.items())
-    return (
-        "gap_by_iteration",
-        data,
-        figure,
-        f"""The gap: how much the best answers win against a policy; 0 at the equilibrium, at most 1.
-It begins at {data["SPPO"][0]:.3f}; over the last 1000 of {STEPS} steps it is for {swing} (eta = 1, beta = 5).
-Theorem 4.1 speaks of SPPO's average, which comes to {end["SPPO, average"]:.4f}. A fixed reference leads to the equilibrium of another
-game, the regularised one: INPO, EGPO and MMD, on one line, end there at a gap of {end["INPO"]:.3f} in this one. A reference that is moved
-up to the policy, every 50 steps (MPO) or every 6 (COMAL), is meant to take this bias away. Below 0.001 at the end:
-{"; ".join(name for name, gap in end.items() if gap < 1e-3) or "none"}.""",
+def gap_by_iteration(game: Game) -> Plot:
+    data, figure, last = all_gaps(game, "How far from the equilibrium")
+    last_gap = {name: data[name][-1] for name in last}
+    ranges = []
+    for name in ("SPPO", "SPPO, least squares", "iterative DPO"):
+        if name in data:
+            late = data[name][-1000:]
+            ranges.append(f"{name} {late.min():.3f} to {late.max():.3f}")
+    converged = "; ".join(name for name, gap in last_gap.items() if gap < 1e-3) or "none"
+    text = (
+        "The gap: how much the best answers win against a policy; 0 at the equilibrium, "
+        "at most 1.\n"
+        f"It begins at {data['SPPO'][0]:.3f}; over the last 1000 of {STEPS} steps it is for "
+        f"{'; '.join(ranges)} (eta = 1, beta = 5).\n"
+        "Theorem 4.1 speaks of SPPO's average, which comes to "
+        f"{last_gap['SPPO, average']:.4f}. A fixed reference leads to the equilibrium of another\n"
+        "game, the regularised one: INPO, EGPO and MMD, on one line, end there at a gap of "
+        f"{last_gap['INPO']:.3f} in this one. A reference that is moved\n"
+        "up to the policy, every 50 steps (MPO) or every 6 (COMAL), is meant to take this bias "
+        "away. Below 0.001 at the end:\n"
+        f"{converged}."
     )
+    return Plot("gap_by_iteration", data, figure, text)
 
 
-def gap_by_horizon(game: Game) -> Drawn:
+def gap_by_horizon(game: Game) -> Plot:
     data = claims.by_horizon(game)
     T, average, last, bound = data.values()
     figure, axes = pyplot().subplots(figsize=(6.5, 4.4), layout="constrained")
@@ -165,24 +185,43 @@ def gap_by_horizon(game: Game) -> Drawn:
         title=r"SPPO's theorem 4.1: the average, at the rate $1/\sqrt{T}$",
     )
     axes.legend(frameon=False, fontsize=9)
-    return (
-        "gap_by_horizon",
-        data,
-        figure,
-        f"""Each point is a run of its own, with the step size for its length. The average of its
-policies keeps below the bound, which falls as 1/sqrt(T): {average[0]:.4f} at T = {T[0]}, {average[-1]:.4f} at T = {T[-1]}, where the
-bound is {bound[-1]:.4f}. Of the last policy the theorem says nothing: it is at {last[-1]:.3f} there.""",
+    text = (
+        "Each point is a run of its own, with the step size for its length. The average of its\n"
+        "policies keeps below the bound, which falls as 1/sqrt(T): "
+        f"{average[0]:.4f} at T = {T[0]}, {average[-1]:.4f} at T = {T[-1]}, where the\n"
+        f"bound is {bound[-1]:.4f}. Of the last policy the theorem says nothing: it is at "
+        f"{last[-1]:.3f} there."
     )
+    return Plot("gap_by_horizon", data, figure, text)
 
 
-def simplex(game: Game) -> Drawn:
-    free, held, steps = (
-        claims.without_reference(game, 600, eta=0.3),
-        claims.with_reference(game, 600),
-        600,
-    )
+def simplex(game: Game) -> Plot:
+    steps = 600
+    series = claims.without_reference(game, steps, eta=0.3) | claims.with_reference(game, steps)
     shown = ("SPPO", "SPPO, average", "OMWU", "iterative DPO", "INPO", "MPO")
-    paths = {name: path for name, path in (free | held).items() if name in shown}
+    paths = {name: policies for name, policies in series.items() if name in shown}
+    figure = draw_simplex(game, paths)
+    data = {
+        "step": np.tile(np.arange(steps + 1), len(paths)),
+        "method": np.repeat(list(paths), steps + 1),
+    }
+    for i, action in enumerate(game.actions):
+        data[action] = np.concatenate([path[:, i] for path in paths.values()])
+    text = (
+        "Paths of the three probabilities. A corner is a policy that always gives that response; "
+        "the star is\n"
+        "the equilibrium. SPPO and OMWU with eta = 0.3, DPO with beta = 5, INPO and MPO with "
+        "tau = alpha = 0.3. Around a cycle SPPO's\n"
+        "policies circle outwards while their average closes in; INPO stops beside the star, at "
+        "the regularised equilibrium, and MPO\n"
+        "goes on from there."
+    )
+    return Plot("simplex", data, figure, text)
+
+
+def draw_simplex(game: Game, paths: claims.Series) -> Any:
+    """A triangle for each method with the path of its policies; each path (steps + 1, 3)."""
+    equilibrium = nash(game.P)
     corners = np.array([[0, 0], [1, 0], [0.5, np.sqrt(0.75)]])
     figure, panels = pyplot().subplots(2, 3, figsize=(9, 6.2), layout="constrained")
     for axes in panels.flat:
@@ -190,10 +229,10 @@ def simplex(game: Game) -> Drawn:
     for axes, (name, path) in zip(panels.flat, paths.items()):
         axes.plot(*corners[[0, 1, 2, 0]].T, color="0.6", linewidth=1)
         axes.plot(*(path @ corners).T, color=STYLES[name][0], linewidth=0.9)
-        for point, marker, size, colour, words in (
+        for point, marker, size, colour, label in (
             (path[0], "o", 6, BLACK, "start"),
-            (path[-1], "s", 6, RED, f"after {steps} steps"),
-            (g.nash(game.P), "*", 14, YELLOW, "equilibrium"),
+            (path[-1], "s", 6, RED, f"after {len(path) - 1} steps"),
+            (equilibrium, "*", 14, YELLOW, "equilibrium"),
         ):
             axes.plot(
                 *(point @ corners),
@@ -201,7 +240,7 @@ def simplex(game: Game) -> Drawn:
                 color=colour,
                 markeredgecolor=BLACK,
                 markersize=size,
-                label=words,
+                label=label,
             )
         for corner, action, side in zip(corners, game.actions, ("right", "left", "center")):
             axes.annotate(action, corner, xytext=(0, 4), textcoords="offset points", ha=side)
@@ -212,31 +251,15 @@ def simplex(game: Game) -> Drawn:
         ncols=3,
         frameon=False,
     )
-    data = {
-        "step": np.tile(np.arange(steps + 1), len(paths)),
-        "method": np.repeat(list(paths), steps + 1),
-    }
-    data |= {
-        action: np.concatenate([path[:, i] for path in paths.values()])
-        for i, action in enumerate(game.actions)
-    }
-    return (
-        "simplex",
-        data,
-        figure,
-        """Paths of the three probabilities. A corner is a policy that always gives that response; the star is
-the equilibrium. SPPO and OMWU with eta = 0.3, DPO with beta = 5, INPO and MPO with tau = alpha = 0.3. Around a cycle SPPO's
-policies circle outwards while their average closes in; INPO stops beside the star, at the regularised equilibrium, and MPO
-goes on from there.""",
-    )
+    return figure
 
 
-def regularised_gap(game: Game) -> Drawn:
+def regularised_gap(game: Game) -> Plot:
     tau, steps = 0.1, 1000
     data = claims.regularised_gaps(game, steps, tau)
     figure, axes = pyplot().subplots(figsize=(6.5, 4.6), layout="constrained")
     for name, values in data.items():
-        line(axes, values, name)
+        plot_method(axes, values, name)
     axes.set(
         xscale="log",
         yscale="log",
@@ -247,32 +270,32 @@ def regularised_gap(game: Game) -> Drawn:
     )
     axes.legend(frameon=False, fontsize=9, loc="lower left")
     end = {name: f"{values[-1]:.0e}" for name, values in data.items()}
-    data = {"iteration": np.arange(1, steps + 2)} | data
-    return (
-        "regularised_gap",
-        data,
-        figure,
-        f"""Here leaving the reference costs tau KL, and the gap is that game's. After {steps} steps
-INPO (eta = 2), EGPO (eta = 1/2) and MMD (eta = alpha/L^2) are at {end["INPO"]}, {end["EGPO"]} and {end["MMD"]}, having fallen at a steady
-rate. Nash-MD with a constant step stays at {end["Nash-MD"]}, for its fixed point is another; with eta_t = tau (t+2)/2 it is at
-{end["Nash-MD, eta_t"]} and falling, and INPO at {end["INPO, eta_t"]}.""",
+    text = (
+        "Here leaving the reference costs tau KL, and the gap is that game's. "
+        f"After {steps} steps\n"
+        "INPO (eta = 2), EGPO (eta = 1/2) and MMD (eta = alpha/L^2) are at "
+        f"{end['INPO']}, {end['EGPO']} and {end['MMD']}, having fallen at a steady\n"
+        f"rate. Nash-MD with a constant step stays at {end['Nash-MD']}, for its fixed point is "
+        "another; with eta_t = tau (t+2)/2 it is at\n"
+        f"{end['Nash-MD, eta_t']} and falling, and INPO at {end['INPO, eta_t']}."
     )
+    return Plot("regularised_gap", {"iteration": np.arange(1, steps + 2)} | data, figure, text)
 
 
-def bt_control(game: Game) -> Drawn:
-    data, figure, ends = all_gaps(game, "The control: preferences that rewards explain (bt3)")
-    share = "; ".join(f"{name}: {pi[0]:.3f}" for name, pi in ends.items())
-    return (
-        "bt_control",
-        data,
-        figure,
-        f"""A Bradley-Terry game: rewards 1, 0, -1 for a, b, c, and no cycle. The start gives a the least,
-{game.start[0]:.3f}. The share of a after {STEPS} steps is {share}.
-Whatever keeps no fixed reference finds a, DPO too. What parts the methods in the first figure is the cycle.""",
+def bt_control(game: Game) -> Plot:
+    data, figure, last = all_gaps(game, "The control: preferences that rewards explain (bt3)")
+    shares = "; ".join(f"{name}: {pi[0]:.3f}" for name, pi in last.items())
+    text = (
+        "A Bradley-Terry game: rewards 1, 0, -1 for a, b, c, and no cycle. "
+        "The start gives a the least,\n"
+        f"{game.start[0]:.3f}. The share of a after {STEPS} steps is {shares}.\n"
+        "Whatever keeps no fixed reference finds a, DPO too. What parts the methods in the first "
+        "figure is the cycle."
     )
+    return Plot("bt_control", data, figure, text)
 
 
-def self_improvement(game: Game) -> Drawn:
+def self_improvement(game: Game) -> Plot:
     data = claims.self_improvement(game, 300)
     t, wins, identity, first, gap = data.values()
     figure, (top, bottom) = pyplot().subplots(
@@ -298,53 +321,65 @@ def self_improvement(game: Game) -> Drawn:
     top.legend(frameon=False, fontsize=9, ncols=3, loc="upper left")
     bottom.plot(t, gap, color=RED)
     bottom.set(xlabel="iteration", ylabel="duality gap", ylim=(0, None))
-    return (
-        "self_improvement",
-        data,
-        figure,
-        f"""Each policy beats the one before it, with probability 1/2 + (KL + reversed KL)/eta exactly:
-in {len(t)} steps never less than {wins.min():.4f}. The gap meanwhile goes from {duality_gap(game.P, game.start):.3f} to {gap[-1]:.3f},
-over {gap.max():.3f} on the way; wins against the first policy run between {first.min():.3f} and {first.max():.3f}. A win rate against
-the previous iterate, or against the base, does not tell whether training converges; the gap does, or a round-robin of all.""",
+    text = (
+        "Each policy beats the one before it, with probability 1/2 + (KL + reversed KL)/eta "
+        "exactly:\n"
+        f"in {len(t)} steps never less than {wins.min():.4f}. The gap meanwhile goes from "
+        f"{duality_gap(game.P, game.start):.3f} to {gap[-1]:.3f},\n"
+        f"over {gap.max():.3f} on the way; wins against the first policy run between "
+        f"{first.min():.3f} and {first.max():.3f}. A win rate against\n"
+        "the previous iterate, or against the base, does not tell whether training converges; "
+        "the gap does, or a round-robin of all."
     )
+    return Plot("self_improvement", data, figure, text)
 
 
 def page(
-    game: Game, name: str, drawn: list[Drawn], checks: list[dict[str, Any]], trained: str
+    game: Game, name: str, plots: list[Plot], checks: list[dict[str, Any]], trained: str
 ) -> str:
-    """README.md: each figure with what it shows, then every check."""
-    star, hold = (
-        ", ".join(f"{action} {p:.4f}" for action, p in zip(game.actions, g.nash(game.P)) if p),
-        sum(one["holds"] for one in checks),
+    """README.md: each figure with its text, then every check.
+
+    trained: what trained_policies.json says that its figure shows; empty if there is none.
+    """
+    equilibrium = ", ".join(
+        f"{action} {p:.4f}" for action, p in zip(game.actions, nash(game.P)) if p
     )
-    shown = [(stem, words) for stem, _, _, words in drawn] + (
-        [("trained_policies", trained)] if trained else []
-    )
-    text = [
-        f"# The methods on a game that can be solved exactly\n\nThe game: {name}, {len(game.P)} responses to one prompt. "
-        f"Its equilibrium, which no policy beats: {star}.\nPlay starts at a gap of {duality_gap(game.P, game.start):.3f}. "
-        f"**{hold} of {len(checks)} checks hold**; they stand at the end.\n\n"
-        "A game of your own: `--game FILE.csv` of `src/theory/check_theory.py` and `src/theory/plot_theory.py`, n lines of n probabilities.\n"
+    hold = sum(entry["holds"] for entry in checks)
+    lines = [
+        "# The methods on a game that can be solved exactly\n",
+        f"The game: {name}, {len(game.P)} responses to one prompt. "
+        f"Its equilibrium, which no policy beats: {equilibrium}.",
+        f"Play starts at a gap of {duality_gap(game.P, game.start):.3f}. "
+        f"**{hold} of {len(checks)} checks hold**; they stand at the end.\n",
+        "A game of your own: `--game FILE.csv` of `src/theory/check_theory.py` and "
+        "`src/theory/plot_theory.py`, n lines of n probabilities.\n",
     ]
-    text += [
-        f"![{stem}]({stem}.png)\n\n{words}\n\nData: [{stem}.csv]({stem}.csv). Figure: [{stem}.svg]({stem}.svg).\n"
-        for stem, words in shown
-    ]
-    text += [
+    texts = {plot.stem: plot.text for plot in plots}
+    if trained:
+        texts["trained_policies"] = trained
+    for stem, text in texts.items():
+        lines += [
+            f"![{stem}]({stem}.png)\n",
+            f"{text}\n",
+            f"Data: [{stem}.csv]({stem}.csv). Figure: [{stem}.svg]({stem}.svg).\n",
+        ]
+    lines += [
         "## Checks\n",
         "KL(p, q) = E log p/q under p. A ratio to a bound must not exceed 1.\n",
         "| | claim | games | value | expected | holds |",
         "|---|---|---|---:|---:|---|",
     ]
     for number, topic in claims.TOPICS.items():
-        same = [one for one in checks if one["number"] == number]
-        text += [f"| **{number}** | **{topic}** | | | | |"] if same else []
-        text += [
-            f"| {number} | `{one['claim']}` | {one['games']} | {one['value']:.6g} | {one['relation']} {one['expected']:.6g} |"
-            f" {'yes' if one['holds'] else '**no**'} |"
-            for one in same
-        ]
-    return "\n".join(text) + "\n"
+        of_topic = [entry for entry in checks if entry["number"] == number]
+        if of_topic:
+            lines.append(f"| **{number}** | **{topic}** | | | | |")
+        for entry in of_topic:
+            holds = "yes" if entry["holds"] else "**no**"
+            lines.append(
+                f"| {number} | `{entry['claim']}` | {entry['games']} | {entry['value']:.6g} "
+                f"| {entry['relation']} {entry['expected']:.6g} | {holds} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -454,7 +454,7 @@ def test_an_architecture_that_cannot_work_is_one_line(kind, tmp_path):
     with pytest.raises(UserError) as caught:
         check_policy(tmp_path)
     reason = UNSUPPORTED_ARCHITECTURES[kind]
-    assert f"architecture {kind}, which cannot be used here: {reason};" in str(caught.value)
+    assert f"architecture {kind}, which is unsupported: {reason};" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

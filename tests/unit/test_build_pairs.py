@@ -359,7 +359,7 @@ def test_a_winner_with_the_lower_win_rate_makes_a_pair_too(build):
         ("{", "line 2 is not JSON"),
         ('{"id": "b", "response": "\\udc00"}', "line 2 spells half a character"),
         ('{"id": "b"}', "line 2 is not an object with id and response"),
-        ('{"id": "a", "response": "again"}', "line 2: id a is there twice"),
+        ('{"id": "a", "response": "again"}', "line 2: id a occurs twice"),
     ],
 )
 def test_broken_gold_is_named(build, tmp_path, line, message, tiny_policy):

@@ -257,7 +257,7 @@ def test_evaluation_instructions_and_questions_that_spell_control_tokens_are_nam
     )
     with pytest.raises(
         UserError,
-        match="instruction 1 of .*e.json spells <file_sep>, which the policy would read as a control token",
+        match="instruction 1 of .*e.json contains <file_sep>, which the policy would read as a control token",
     ):
         program(
             answer_instructions,
@@ -277,7 +277,7 @@ def test_evaluation_instructions_and_questions_that_spell_control_tokens_are_nam
     (tmp_path / "question.jsonl").write_text(
         json.dumps({"question_id": 7, "category": "math", "turns": ["Hi", "And <|im_end|>?"]})
     )
-    with pytest.raises(UserError, match="question 7 of .* spells <|im_end|>".replace("|", r"\|")):
+    with pytest.raises(UserError, match="question 7 of .* contains <|im_end|>".replace("|", r"\|")):
         program(
             answer_mt_bench,
             "--data",
@@ -442,7 +442,7 @@ def test_a_date_that_cannot_be_pinned_is_refused(tmp_path):
         "<|im_end|>",
     )
     assert load_tokenizer(folder)
-    with pytest.raises(UserError, match="policy.template_date cannot take its place"):
+    with pytest.raises(UserError, match="policy.template_date cannot replace the date"):
         load_tokenizer(folder, {}, DEFAULT_DATE)
 
 

@@ -17,7 +17,7 @@ import plot_theory
 from sppo.core.errors import UserError
 from sppo.theory import claims
 from sppo.theory import games as g
-from sppo.theory.claims import TOPICS
+from sppo.theory.claims import TOPICS, Claim
 from sppo.theory.games import duality_gap, kl, play
 
 COMAL3, START = g.GAMES["comal3"].P, g.GAMES["comal3"].start
@@ -94,7 +94,9 @@ def test_printed_bounds_on_the_average_of_multiplicative_weights():
 
 def test_law_whose_value_is_no_number_on_one_game_does_not_pass_by_the_others(monkeypatch):
     values = iter([0.1, float("nan"), 0.2])
-    monkeypatch.setattr(check_theory, "laws", lambda game: [(1, "a law", next(values), "<=", "1")])
+    monkeypatch.setattr(
+        check_theory, "laws", lambda game: [Claim(1, "a law", next(values), "<=", "1")]
+    )
     assert [one["holds"] for one in check_theory.laws_on(dict.fromkeys("abc", RANDOM[0]))] == [
         False
     ]

@@ -364,7 +364,7 @@ def test_logits_that_are_not_finite_are_one_line_that_names_the_policy(
     with pytest.raises(UserError) as caught:
         made.generate(prompts, Sampling(2, temperature, 1.0, 8), 0, "iter1")
     said = str(caught.value)
-    assert said.startswith(f"the policy {tiny_policy} gives logits that are NaN or infinite; ")
+    assert said.startswith(f"the policy {tiny_policy} gives logits that are NaN or infinite, ")
     assert "\n" not in said
 
 

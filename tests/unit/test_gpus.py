@@ -78,7 +78,7 @@ def test_jobs_side_by_side_take_different_gpus_and_give_them_back(job):
     _, said = none_left.communicate()
     assert (
         none_left.returncode == 1
-        and said.startswith("error: of the 4 GPUs here 4 are taken")
+        and said.startswith("error: 4 of the 4 GPUs here are used")
         and "--resources gpu=4" in said
         and said.count("\n") == 1
     )
@@ -95,7 +95,7 @@ def test_a_training_in_fewer_processes_than_gpus_takes_its_own(job):
     assert took(job(1, "0,1,2,3")) == "2"
     none_left = job(2, "0,1,2,3", LAUNCH)
     _, said = none_left.communicate()
-    assert none_left.returncode == 1 and "of the 4 GPUs here 3 are taken" in said
+    assert none_left.returncode == 1 and "3 of the 4 GPUs here are used" in said
     first.communicate()
     assert took(job(2, "0,1,2,3", LAUNCH)) == "0,1"
 

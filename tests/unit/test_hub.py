@@ -35,9 +35,9 @@ def http_error(kind: type) -> Exception:
         (http_error(errors.GatedRepoError), "accept its licence on its page, and export HF_TOKEN"),
         (
             http_error(errors.RepositoryNotFoundError),
-            "there is none of that name, or it is private",
+            "it does not exist or is private",
         ),
-        (http_error(errors.RevisionNotFoundError), "no such revision"),
+        (http_error(errors.RevisionNotFoundError), "this revision does not exist"),
         (
             errors.LocalEntryNotFoundError("no connection"),
             "the hub does not answer or HF_HUB_OFFLINE is set",

@@ -45,7 +45,7 @@ def without(weights: dict, part: str) -> dict:
 CHANGES = {
     "renamed": (
         lambda weights: {f"transformer.{name}": weight for name, weight in weights.items()},
-        r"they lack .* and \d+ more, and have besides transformer\.model.* and \d+ more",
+        r"they lack .* and \d+ more, and also have transformer\.model.* and \d+ more",
     ),
     "a layer missing": (
         lambda weights: without(weights, "layers.1."),
@@ -57,7 +57,7 @@ CHANGES = {
     ),
     "one too many": (
         lambda weights: weights | {"value.weight": torch.ones(2)},
-        r"they have besides value\.weight;",
+        r"they also have value\.weight;",
     ),
     "another shape": (
         lambda weights: weights | {"model.norm.weight": torch.ones(7)},
@@ -144,7 +144,7 @@ def test_tokenizer_that_is_none_is_one_line(content, policy):
     [
         (
             {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},
-            "needs code of its own .auto_map",
+            "needs its own code .auto_map",
         ),
         ({"model_type": "nonsense"}, "cannot use .*config.json"),
         ({"hidden_size": "wide"}, "cannot use .*config.json"),

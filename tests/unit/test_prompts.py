@@ -103,7 +103,7 @@ def test_text_and_message_forms_are_read_alike(tmp_path):
                     {"role": "system", "content": "Be brief."},
                 ],
             },
-            ["line 2", "the last message of messages is the system's"],
+            ["line 2", "the last message of messages has the role system"],
         ),
         (
             {
@@ -113,10 +113,10 @@ def test_text_and_message_forms_are_read_alike(tmp_path):
                     {"role": "assistant", "content": "x"},
                 ],
             },
-            ["line 2", "the last message of messages is the system's"],
+            ["line 2", "the last message of messages has the role system"],
         ),
         ('{"id": "b", "instruction": "What is \\ud83d"}', ["line 2", "lone surrogate"]),
-        ({"id": "a", "instruction": "Other"}, ["line 2", "id a is there twice"]),
+        ({"id": "a", "instruction": "Other"}, ["line 2", "id a occurs twice"]),
     ],
     ids=[
         "cut",
@@ -206,11 +206,11 @@ def test_empty_and_missing_sources_are_named(tmp_path):
     [
         ('{"instruction": "x"}', "not a list"),
         ('[{"prompt": "x"}]', "not a list of objects"),
-        ('[{"instruction": "x"}, {"instruction": "x"}]', "twice: 'x'"),
+        ('[{"instruction": "x"}, {"instruction": "x"}]', "instruction 'x' twice"),
         ("[", "not valid JSON"),
         (
             '[{"instruction": "x"}, {"instruction": "\\ud83d"}]',
-            "instruction 2 spells half a character",
+            "instruction 2 has half a character",
         ),
     ],
 )
@@ -435,7 +435,7 @@ def test_prompt_longer_than_the_context_is_refused_by_name(sample):
 
 
 def test_prompt_that_leaves_no_room_for_the_response_is_refused_by_name(sample):
-    with pytest.raises(UserError, match="prompt q. has .. tokens; with 490 for the response"):
+    with pytest.raises(UserError, match="prompt q. has .. tokens, which with 490 for the response"):
         sample(rows(3), response_tokens=490)
     assert sample(rows(3), response_tokens=400)[0]
 

@@ -10,7 +10,7 @@ import pytest
 import train_on_games
 from sppo.core.artifacts import read_json
 from sppo.theory.small_policies import PROMPT, expected_pairs, sampled_pairs, strings
-from train_on_games import ETA, GAME, K, apart, errors, exact, one_run, stretch
+from train_on_games import ETA, GAME, K, errors, exact, one_run, stretch, total_variation
 
 
 @pytest.fixture
@@ -22,9 +22,11 @@ def one_iteration(monkeypatch):
 def test_expected_pairs_give_the_exact_update(name, one_iteration):
     pi = one_run(name, "expected", prompts=0, seed=0)
     assert pi.sum(axis=1) == pytest.approx([1, 1], abs=1e-5)
-    moved = apart(*exact(pi[0], ETA))
-    assert apart(pi[1], exact(pi[0], ETA)[1]) < 0.1 * moved < 0.02
-    assert apart(pi[1], exact(pi[0], 2 * ETA)[1]) > 0.5 * moved  # another eta would not pass
+    moved = total_variation(*exact(pi[0], ETA))
+    assert total_variation(pi[1], exact(pi[0], ETA)[1]) < 0.1 * moved < 0.02
+    assert (
+        total_variation(pi[1], exact(pi[0], 2 * ETA)[1]) > 0.5 * moved
+    )  # another eta would not pass
 
 
 def test_all_of_k_samples_give_it_in_the_mean_and_winner_and_loser_go_further(one_iteration):

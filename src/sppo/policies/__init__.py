@@ -1,1 +1,1 @@
-"""Language models as policies: finding and loading them, chats, prompts, generation."""
+"""Language models as policies: finding and loading models, chats, prompts and generation."""

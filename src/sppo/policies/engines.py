@@ -1,4 +1,4 @@
-"""Which engine answers prompts: transformers or vLLM."""
+"""The choice of the engine that generates responses: transformers or vLLM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sppo.policies.models import pick_device
 
 
 class Engine(Protocol):
-    """What answers prompts; see TransformersEngine.generate."""
+    """An engine that generates responses to prompts; see TransformersEngine.generate."""
 
     tokenizer: Any
     dtype: torch.dtype
@@ -29,7 +29,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How a policy is run: keys of the sections `responses` and `policy`, and `device`."""
+    """How an engine runs a policy.
+
+    The names are `device` and keys of the sections `responses` and `policy` of the configuration.
+    """
 
     engine: str  # transformers or vllm
     device: str  # auto, cpu or gpu
@@ -43,12 +46,12 @@ class EngineOptions:
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> EngineOptions:
-        """The options among more, such as those of a program."""
+        """The options from a dict that may hold other keys, such as a program's arguments."""
         return cls(**{name: options[name] for name in cls.__dataclass_fields__})
 
 
 def open_engine(policy: Path, options: EngineOptions) -> Engine:
-    """The engine that runs the policy in this folder."""
+    """The engine for the policy in this folder. UserError if it cannot run the policy."""
     shared: dict[str, Any] = {
         "precision": options.precision,
         "device": pick_device(options.device),
@@ -60,7 +63,8 @@ def open_engine(policy: Path, options: EngineOptions) -> Engine:
         },
     }
     if options.engine == "vllm":
-        from sppo.policies.vllm_engine import VllmEngine  # it needs an environment of its own
+        # Imported here because vLLM is installed only in its own environment.
+        from sppo.policies.vllm_engine import VllmEngine
 
         return VllmEngine(policy, tensor_parallel=options.tensor_parallel or 1, **shared)
     return TransformersEngine(policy, attention=options.attention, **shared)

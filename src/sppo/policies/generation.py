@@ -1,7 +1,7 @@
-"""Generation: K sampled responses to each prompt, with noise that belongs to the sample and not to the batch.
+"""Generation of K sampled responses to each prompt, with the engine transformers.
 
-transformers is the engine here; vLLM, in vllm_engine.py, has the same method and contracts.
-engines.py picks one.
+The random numbers of a response depend on the response, not on its batch. The engine vLLM in
+vllm_engine.py has the same interface; engines.py chooses one of them.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ from sppo.policies.models import (
     stop_token_ids,
 )
 
-BLOCK = 256  # tokens that are summed first when drawing
-READ_TOGETHER = 16  # prompts
-FEW, NEARLY_ALL = 20, 0.95  # of fewer responses, or a smaller share that was cut, nothing is said
-# Cache layers that can hold a prompt read once and repeated for K samples. Those of linear
-# attention and of state-space layers cannot: transformers does not repeat their states.
+TOKEN_BLOCK = 256  # size of the blocks of the vocabulary in `draw_tokens`
+PREFILL_PROMPTS = 16  # prompts in one forward pass
+# A warning appears if at least this many responses exist and at least this share of them was cut.
+WARN_RESPONSES, WARN_SHARE_CUT = 20, 0.95
+# Cache layers that can be repeated for K samples after one pass over the prompt. transformers does
+# not repeat the states of linear attention and of state-space layers.
 REPEATABLE_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. `temperature` 0 is greedy."""
+    """How responses are drawn. `temperature` 0 is greedy decoding."""
 
     samples: int
     temperature: float
@@ -50,9 +51,9 @@ class Sampling:
 
 
 def sample_seed(data_seed: int, purpose: str, prompt_id: str, sample_id: int) -> int:
-    """The seed of one response, 64 bits: the same whatever shard or batch it is generated in.
+    """The seed of one response, 64 bits. It does not depend on the shard or the batch.
 
-    `purpose` keeps iterations and evaluations apart.
+    `purpose` distinguishes iterations and evaluations, so that their seeds differ.
     """
     text = f"{data_seed}/{purpose}/{prompt_id}/{sample_id}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
@@ -67,116 +68,130 @@ def response(
     tokenizer: Any,
     thoughts: str = "keep",
 ) -> dict[str, Any]:
-    """A row of the table `responses` from the tokens that an engine gave.
+    """A row of the table `responses` from the generated tokens.
 
-    What stands behind the first stop id is dropped.
-    thoughts: `strip` leaves what stands in <think>...</think> out of the text; token_ids hold it.
+    Tokens after the first stop id are dropped. With thoughts = `strip`, the text does not contain
+    <think>...</think>; token_ids do.
     """
     stop = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
-    kept = tokens if stop is None else tokens[: stop + 1]
-    spoken = kept if stop is None else kept[:-1]
-    text = tokenizer.decode(spoken, skip_special_tokens=True)
+    if stop is None:
+        token_ids = text_ids = tokens
+    else:
+        token_ids, text_ids = tokens[: stop + 1], tokens[:stop]
+    text = tokenizer.decode(text_ids, skip_special_tokens=True)
     if thoughts == "strip":
-        # Some templates open the first thought themselves.
+        # Some chat templates write the <think> of the first thought into the prompt.
         prompt_end = tokenizer.decode(list(prompt["prompt_token_ids"])[-8:]).rstrip()
-        text = without_thoughts(THOUGHT + text if prompt_end.endswith(THOUGHT) else text)
+        if prompt_end.endswith(THOUGHT):
+            text = THOUGHT + text
+        text = without_thoughts(text)
     return {
         "prompt_id": prompt["prompt_id"],
         "sample_id": sample,
         "seed": seed,
         "prompt_token_ids": list(prompt["prompt_token_ids"]),
-        "token_ids": kept,
+        "token_ids": token_ids,
         "text": text,
         "finish_reason": "length" if stop is None else "stop",
     }
 
 
 def without_thoughts(text: str) -> str:
-    """The text without what stands in <think>...</think>, or behind a <think> that nothing ends."""
+    """The text without <think>...</think>, and without anything after a <think> that has no end."""
     if THOUGHT not in text and THOUGHT_END not in text:
         return text
     kept = ""
     while True:
-        said, _, rest = text.partition(THOUGHT)
-        kept += said
-        _, ended, text = rest.partition(THOUGHT_END)
-        if not ended:
-            # Only the end of a thought may be marked.
+        before, _, rest = text.partition(THOUGHT)
+        kept += before
+        _, thought_end, text = rest.partition(THOUGHT_END)
+        if not thought_end:
+            # A text may have </think> without <think>; the thought is then all text before it.
             return kept.rpartition(THOUGHT_END)[2].strip()
 
 
 def draw_tokens(
     logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float
 ) -> torch.Tensor:
-    """Sample one token a row by inverting the cumulative distribution at that row's own uniform number.
+    """Sample one token for each row by inverse transform sampling.
 
-    logits (B, V), uniforms (B,) in [0, 1); returns token ids (B,). A row's token depends on that row alone.
-    top_p keeps the smallest set of most likely tokens whose probability reaches it.
+    logits (B, V); uniforms (B,) in [0, 1), one random number for each row; returns token ids (B,).
+    The token of a row depends only on its logits and its number, not on the batch. top_p keeps the
+    smallest set of most likely tokens whose total probability is at least top_p.
     """
-    probabilities = torch.softmax(
-        logits.float() if temperature == 1.0 else logits.float() / temperature, dim=-1
-    )
+    if temperature == 1.0:
+        probabilities = torch.softmax(logits.float(), dim=-1)
+    else:
+        probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1.0:
-        # Sorting the whole vocabulary costs more than the model; the nucleus nearly always lies in the top few.
-        ordered = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1).values
-        if (ordered.sum(dim=-1) < top_p).any():
-            ordered = probabilities.sort(dim=-1, descending=True).values
-        inside = ordered.double().cumsum(dim=-1) - ordered < top_p
-        least = ordered.masked_fill(~inside, torch.inf).amin(dim=-1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
-    # In the order of the vocabulary: an order by probability would turn with the last bit of two like ones.
-    # First the block of 256 tokens, then the token in it: only sums over blocks need double precision everywhere.
-    blocks = nn.functional.pad(probabilities, (0, -probabilities.shape[-1] % BLOCK)).unflatten(
-        -1, (-1, BLOCK)
-    )
+        probabilities = _nucleus(probabilities, top_p)
+    # Tokens keep the order of the vocabulary. In an order by probability, rounding in the last bit
+    # could exchange two tokens of almost equal probability.
+    # The first step chooses a block of tokens, the second step a token of the block. Then only the
+    # sums over blocks need double precision over the whole vocabulary.
+    padding = -probabilities.shape[-1] % TOKEN_BLOCK
+    blocks = nn.functional.pad(probabilities, (0, padding)).unflatten(-1, (-1, TOKEN_BLOCK))
     block, rest = _invert(blocks.sum(dim=-1), 1.0 - uniforms)
-    token, _ = _invert(blocks[torch.arange(len(block), device=block.device), block], rest)
-    # Rows of NaN have no distribution. Their token must exist all the same: see FiniteLogits.
-    return (block * BLOCK + token).clamp(max=probabilities.shape[-1] - 1)
+    rows = torch.arange(len(block), device=block.device)
+    token, _ = _invert(blocks[rows, block], rest)
+    # A row with NaN has no distribution, but its token id must be valid: see FiniteLogits.
+    return (block * TOKEN_BLOCK + token).clamp(max=probabilities.shape[-1] - 1)
+
+
+def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Probabilities (B, V) with 0 outside the nucleus of each row; see `draw_tokens`."""
+    # Sorting the whole vocabulary would take longer than the model. The nucleus is nearly always
+    # among the 1024 most likely tokens.
+    ordered = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1).values
+    if (ordered.sum(dim=-1) < top_p).any():
+        ordered = probabilities.sort(dim=-1, descending=True).values
+    inside = ordered.double().cumsum(dim=-1) - ordered < top_p
+    smallest = ordered.masked_fill(~inside, torch.inf).amin(dim=-1, keepdim=True)
+    return probabilities.masked_fill(probabilities < smallest, 0.0)
 
 
 def _invert(weights: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where u in (0, 1] falls among weights (B, N): index (B,), and how far into that weight, again in (0, 1].
+    """Invert the cumulative distribution of weights (B, N) at u (B,) in (0, 1].
 
-    An index of weight 0 is never met.
+    Returns the index (B,) whose interval contains u, and the relative position of u in this
+    interval, (B,), again in (0, 1]. An index of weight 0 never occurs.
     """
     cumulative = weights.double().cumsum(dim=-1)
     target = u.to(cumulative) * cumulative[:, -1]
     index = torch.searchsorted(cumulative, target[:, None]).clamp(max=weights.shape[-1] - 1)
     weight = weights.gather(-1, index).double()
-    rest = (target[:, None] - cumulative.gather(-1, index) + weight) / weight
-    return index.squeeze(1), rest.squeeze(1).clamp(min=torch.finfo(torch.float64).tiny, max=1.0)
+    position = (target[:, None] - cumulative.gather(-1, index) + weight) / weight
+    smallest = torch.finfo(torch.float64).tiny
+    return index.squeeze(1), position.squeeze(1).clamp(min=smallest, max=1.0)
 
 
-class OwnNoise(LogitsProcessor):
-    """Makes `generate(do_sample=False)` sample: every row draws with the noise of its own seed."""
+class SeededSampling(LogitsProcessor):
+    """Makes `generate(do_sample=False)` sample, each row with random numbers from its own seed.
+
+    It draws the token itself and leaves only this token possible.
+    """
 
     def __init__(self, seeds: list[int], sampling: Sampling, prompt_length: int) -> None:
-        self.sampling, self.prompt_length = sampling, prompt_length
-        rows = [
-            np.random.Generator(np.random.Philox(seed)).random(sampling.max_new_tokens)
-            for seed in seeds
-        ]
-        self.uniforms = torch.from_numpy(np.stack(rows))
+        self.sampling = sampling
+        self.prompt_length = prompt_length
+        generators = [np.random.Generator(np.random.Philox(seed)) for seed in seeds]
+        rows = [generator.random(sampling.max_new_tokens) for generator in generators]
+        self.uniforms = torch.from_numpy(np.stack(rows))  # (rows, max_new_tokens)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         step = input_ids.shape[1] - self.prompt_length
-        tokens = draw_tokens(
-            scores,
-            self.uniforms[:, step].to(scores.device),
-            self.sampling.temperature,
-            self.sampling.top_p,
-        )
+        uniforms = self.uniforms[:, step].to(scores.device)
+        tokens = draw_tokens(scores, uniforms, self.sampling.temperature, self.sampling.top_p)
         scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)
         return scores
 
 
 class FiniteLogits(LogitsProcessor):
-    """Refuses logits that are NaN or infinite, which would silently give meaningless tokens.
+    """Refuses logits that are NaN or infinite, because the tokens drawn from them have no meaning.
 
-    They are noted at every token. The note is read after the first token of a batch and at its end:
-    a look at every token would make the processor wait for the GPU. Logits of -inf forbid a token;
-    they are accepted unless a row has no others.
+    Every step updates a flag on the device. The host reads it only after the first token of a batch
+    and at the end, because each read makes the CPU wait for the GPU. A logit of -inf forbids a
+    token; it is an error only if all logits of a row are -inf.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -184,7 +199,7 @@ class FiniteLogits(LogitsProcessor):
         self.finite: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        finite = scores.amax(dim=-1).isfinite().all()  # the maximum of a row with a NaN is NaN
+        finite = scores.amax(dim=-1).isfinite().all()  # a NaN makes its row's maximum NaN
         if self.finite is None:
             self.finite = finite
             self.check()
@@ -195,22 +210,24 @@ class FiniteLogits(LogitsProcessor):
         """Raise a UserError if any logits seen so far were not finite."""
         if self.finite is not None and not self.finite:
             raise UserError(
-                f"the policy {self.folder} gives logits that are NaN or infinite; its weights are "
-                "damaged or its training diverged: train it with a lower train.learning_rate, or "
-                "take another model"
+                f"the policy {self.folder} gives logits that are NaN or infinite, because its "
+                "weights are damaged or its training diverged; train it with a lower "
+                "train.learning_rate, or use another model"
             )
 
 
 class PreallocatedCacheLayer(DynamicLayer):
-    """A cache layer that already has room for the response.
+    """A cache layer with memory for the prompt and the whole response.
 
-    transformers' own copies all keys and values for every new token: on a CPU a third of the time.
+    The layer of transformers copies all keys and values for every new token, which takes a third of
+    the time on a CPU.
     """
 
     def __init__(self, filled: DynamicLayer, room: int) -> None:
+        """A copy of a filled layer with memory for `room` more tokens."""
         super().__init__()
         keys, values = filled.keys, filled.values
-        assert keys is not None and values is not None  # the prompts were read into it
+        assert keys is not None and values is not None  # the layer holds the prompts
         self.lazy_initialization(keys, values)
         batch, heads, length, width = keys.shape
         self.all_keys = keys.new_empty(batch, heads, length + room, width)
@@ -221,21 +238,18 @@ class PreallocatedCacheLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the states of new tokens; returns keys and values of all tokens so far."""
         end = self.length + key_states.shape[-2]
-        self.all_keys[:, :, self.length : end], self.all_values[:, :, self.length : end] = (
-            key_states,
-            value_states,
-        )
-        self.length, self.keys, self.values = (
-            end,
-            self.all_keys[:, :, :end],
-            self.all_values[:, :, :end],
-        )
+        self.all_keys[:, :, self.length : end] = key_states
+        self.all_values[:, :, self.length : end] = value_states
+        self.length = end
+        self.keys = self.all_keys[:, :, :end]
+        self.values = self.all_values[:, :, :end]
         return self.keys, self.values
 
 
 class TransformersEngine:
-    """transformers' `generate`, in batches of prompts of like length."""
+    """The engine transformers; it batches prompts of similar length."""
 
     def __init__(
         self,
@@ -248,23 +262,27 @@ class TransformersEngine:
         thoughts: str = "keep",
         template: dict[str, Any] | None = None,
     ) -> None:
-        self.tokenizer, self.thoughts = load_tokenizer(folder, **(template or {})), thoughts
+        """Load the policy of a folder; UserError if it is not valid.
+
+        template: `template_kwargs` and `template_date` of `load_tokenizer`.
+        """
+        self.tokenizer = load_tokenizer(folder, **(template or {}))
+        self.thoughts = thoughts
         self.stop_ids = stop_token_ids(folder, self.tokenizer)
         self.dtype = compute_dtype(precision, device)
         self.model = load_policy(folder, self.dtype, device, attention)
-        self.model.generation_config = (
-            GenerationConfig()
-        )  # the model's own must not warp the logits as well
+        # The model's own generation config could change the logits.
+        self.model.generation_config = GenerationConfig()
         self.folder, self.device, self.batch_size = folder, device, batch_size
-        # Other models, such as those with linear attention, read a prompt K times, into a cache
-        # that transformers makes.
+        # One pass over a prompt serves its K samples, if its cache can be repeated. Other models,
+        # such as those with linear attention, read each prompt K times.
         layers = {type(layer) for layer in DynamicCache(config=self.model.config).layers}
         takes_cache = "past_key_values" in inspect.signature(self.model.forward).parameters
         self.reads_prompts_once = takes_cache and layers <= REPEATABLE_LAYERS
         if device == "cuda":
-            # With torch 2.13, cuDNN's attention gives NaN on H100 where a row begins with masked
-            # tokens (github.com/pytorch/pytorch/issues/196678). Generation must pad on the left,
-            # because the prompts of a batch have to end in one column.
+            # With torch 2.13 on an H100, the attention of cuDNN gives NaN for rows that begin with
+            # masked tokens (github.com/pytorch/pytorch/issues/196678). Generation must pad on the
+            # left, because the prompts of a batch have to end in the same column.
             torch.backends.cuda.enable_cudnn_sdp(False)
 
     def generate(
@@ -272,49 +290,44 @@ class TransformersEngine:
     ) -> list[dict[str, Any]]:
         """K responses to each prompt.
 
-        `prompts` are rows with prompt_id and prompt_token_ids. Returns rows of the table `responses`, in the
-        order of the prompts and by sample_id. token_ids end in a stop id if and only if finish_reason is `stop`.
-        Raises UserError if the policy gives logits that are NaN or infinite.
+        `prompts` are rows with prompt_id and prompt_token_ids. Returns rows of the table
+        `responses`, in the order of the prompts and by sample_id. token_ids end with a stop id if
+        and only if finish_reason is `stop`. data_seed, purpose: see `sample_seed`. UserError if the
+        policy gives logits that are NaN or infinite.
         """
         by_length = sorted(prompts, key=lambda row: len(row["prompt_token_ids"]))
-        width = max(1, self.batch_size // sampling.samples)
-        batches = [by_length[i : i + width] for i in range(0, len(by_length), width)]
-        rows = [
-            row
-            for batch in progress(batches, "generate")
-            for row in self._batch(batch, sampling, data_seed, purpose)
+        prompts_per_batch = max(1, self.batch_size // sampling.samples)
+        batches = [
+            by_length[i : i + prompts_per_batch]
+            for i in range(0, len(by_length), prompts_per_batch)
         ]
-        place = {row["prompt_id"]: i for i, row in enumerate(prompts)}
-        return sorted(rows, key=lambda row: (place[row["prompt_id"]], row["sample_id"]))
+        rows: list[dict[str, Any]] = []
+        for batch in progress(batches, "generate"):
+            rows += self._generate_batch(batch, sampling, data_seed, purpose)
+        position = {row["prompt_id"]: i for i, row in enumerate(prompts)}
+        return sorted(rows, key=lambda row: (position[row["prompt_id"]], row["sample_id"]))
 
-    def _batch(
+    def _generate_batch(
         self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str
     ) -> Iterator[dict[str, Any]]:
+        """Rows of the table `responses` for the prompts of one batch."""
         samples = sampling.samples
-        wanted = [
-            (row, k, sample_seed(data_seed, purpose, row["prompt_id"], k))
-            for row in prompts
-            for k in range(samples)
-        ]
-        width = max(len(row["prompt_token_ids"]) for row in prompts)
-        pad = self.stop_ids[0]  # masked out, so any id will do
-        padding = [width - len(row["prompt_token_ids"]) for row in prompts]
-        ids = torch.tensor(
-            [
-                [pad] * n + list(row["prompt_token_ids"])
-                for n, row in zip(padding, prompts, strict=True)
-            ]
-        ).to(self.device)
-        mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding]).to(self.device)
+        requests = []  # prompt, sample_id, seed
+        for row in prompts:
+            for k in range(samples):
+                requests.append((row, k, sample_seed(data_seed, purpose, row["prompt_id"], k)))
+        pad = self.stop_ids[0]  # padding is masked, so any id works
+        ids, mask = self._pad_left([row["prompt_token_ids"] for row in prompts], pad)
+        width = ids.shape[1]
         finite = FiniteLogits(self.folder)
         processors = LogitsProcessorList([finite])
         if sampling.temperature > 0:
-            processors.append(OwnNoise([seed for _, _, seed in wanted], sampling, width))
+            processors.append(SeededSampling([seed for _, _, seed in requests], sampling, width))
         with torch.inference_mode():
-            model: Any = self.model  # PreTrainedModel declares no `generate`, causal models do
+            model: Any = self.model  # the type PreTrainedModel has no `generate`; causal models do
             more: dict[str, Any] = {}
             if self.reads_prompts_once and width > 1:
-                more["past_key_values"] = self._read_once(ids, mask, sampling)
+                more["past_key_values"] = self._prefill(ids, mask, sampling)
             output = model.generate(
                 ids.repeat_interleave(samples, 0),
                 do_sample=False,
@@ -326,37 +339,39 @@ class TransformersEngine:
                 **more,
             )
         finite.check()
-        for (row, k, seed), tokens in zip(wanted, output[:, width:].tolist(), strict=True):
+        new_tokens = output[:, width:].tolist()
+        for (row, k, seed), tokens in zip(requests, new_tokens, strict=True):
             yield response(row, k, seed, tokens, self.stop_ids, self.tokenizer, self.thoughts)
 
-    def _read_once(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling) -> DynamicCache:
-        """Keys and values of the prompts but for their last token, each read once and repeated for its K samples.
+    def _pad_left(self, prompts: list[Any], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, padded on the left, both (prompts, width)."""
+        width = max(len(tokens) for tokens in prompts)
+        ids, mask = [], []
+        for tokens in prompts:
+            padding = width - len(tokens)
+            ids.append([pad] * padding + list(tokens))
+            mask.append([0] * padding + [1] * len(tokens))
+        return torch.tensor(ids).to(self.device), torch.tensor(mask).to(self.device)
 
-        Prompts of like length are read together, for padding costs as much as text; the batch comes in order of length.
+    def _prefill(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling) -> DynamicCache:
+        """The cache of the prompts without their last token, each repeated for its K samples.
+
+        The model reads each prompt once. Prompts of similar length share a forward pass, because
+        padding costs as much as text; the prompts of a batch are ordered by length.
         """
-        if any(
-            type(layer) is not DynamicLayer
-            for layer in DynamicCache(config=self.model.config).layers
-        ):
-            cache = self._read(ids, mask)  # layers with a sliding window stay as they are
+        layers = DynamicCache(config=self.model.config).layers
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            cache = self._read(ids, mask)  # layers with a sliding window are not preallocated
             cache.batch_repeat_interleave(sampling.samples)
             return cache
         parts = []
-        for rows in range(0, len(ids), READ_TOGETHER):
-            part = mask[rows : rows + READ_TOGETHER]
-            padding = min(
-                ids.shape[1] - int(part.sum(1).max()), ids.shape[1] - 2
-            )  # in all of these rows
-            parts.append(self._read(ids[rows : rows + READ_TOGETHER, padding:], part[:, padding:]))
-        cache = parts[0]
-        for number, layer in enumerate(cache.layers):
-            for name in ("keys", "values"):
-                read = [getattr(part.layers[number], name) for part in parts]
-                padded = [
-                    nn.functional.pad(states, (0, 0, ids.shape[1] - 1 - states.shape[2], 0))
-                    for states in read
-                ]
-                setattr(layer, name, torch.cat(padded))
+        for first in range(0, len(ids), PREFILL_PROMPTS):
+            rows = slice(first, first + PREFILL_PROMPTS)
+            longest = int(mask[rows].sum(1).max())
+            # Skip columns that are padding in all these rows, but keep two tokens or more.
+            start = min(ids.shape[1] - longest, ids.shape[1] - 2)
+            parts.append(self._read(ids[rows, start:], mask[rows, start:]))
+        cache = self._concatenate(parts, length=ids.shape[1] - 1)
         cache.batch_repeat_interleave(sampling.samples)
         room = sampling.max_new_tokens
         cache.layers = [
@@ -364,8 +379,21 @@ class TransformersEngine:
         ]
         return cache
 
+    def _concatenate(self, parts: list[DynamicCache], length: int) -> DynamicCache:
+        """The first cache, extended by the rows of the others, padded on the left to `length`."""
+        cache = parts[0]
+        for number, layer in enumerate(cache.layers):
+            for name in ("keys", "values"):
+                padded = []
+                for part in parts:
+                    states = getattr(part.layers[number], name)
+                    padding = length - states.shape[2]
+                    padded.append(nn.functional.pad(states, (0, 0, padding, 0)))
+                setattr(layer, name, torch.cat(padded))
+        return cache
+
     def _read(self, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
-        """Keys and values of these rows but for their last token."""
+        """Keys and values of these rows without their last token."""
         cache = DynamicCache(config=self.model.config)
         self.model(
             ids[:, :-1],
@@ -379,17 +407,17 @@ class TransformersEngine:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a record says of responses: tokens, mean length (None without any), how many were cut.
+    """Facts about responses for a record: number, tokens, mean length, how many were cut.
 
-    Where nearly all were cut it prints a warning.
+    The mean length is None without responses. Prints a warning if nearly all were cut.
     """
     tokens = [len(row["token_ids"]) for row in rows]
     cut = sum(row["finish_reason"] == "length" for row in rows)
-    if len(rows) >= FEW and cut >= NEARLY_ALL * len(rows):
+    if len(rows) >= WARN_RESPONSES and cut >= WARN_SHARE_CUT * len(rows):
         print(
             f"warning: {cut} of {len(rows)} responses were cut by max_new_tokens before they "
-            "ended; raise it, or, if the policy never ends its turn, name the token that ends it as "
-            "eos_token_id in its generation_config.json",
+            "ended; raise it, or, if the policy never ends its answer, set eos_token_id in its "
+            "generation_config.json to the token that ends it",
             file=sys.stderr,
         )
     return {

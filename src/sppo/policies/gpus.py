@@ -1,6 +1,6 @@
-"""Which GPUs and how many cores a program runs on.
+"""Which GPUs a program uses, and how many cores.
 
-On a machine with several GPUs, jobs that run side by side take different ones.
+On a machine with several GPUs, jobs that run at the same time use different GPUs.
 """
 
 from __future__ import annotations
@@ -13,51 +13,54 @@ from typing import IO
 
 from sppo.core.errors import UserError
 
-_taken: list[
-    IO[str]
-] = []  # open as long as the process lives; the system lets go of the locks when it ends
+# Lock files of the GPUs of this process. They stay open until it ends; then the operating system
+# releases the locks.
+_lock_files: list[IO[str]] = []
 
 
 def take_gpus(count: int) -> None:
-    """Leave `count` GPUs in CUDA_VISIBLE_DEVICES that no other program of ours on this machine has taken.
+    """Set CUDA_VISIBLE_DEVICES to `count` GPUs that no other program of ours uses on this machine.
 
-    Chosen among those that CUDA_VISIBLE_DEVICES names, as a cluster sets it, else among all. Each is taken by a lock
-    on a file in the folder of temporary files. With no more than `count` there is nothing to choose.
+    The choice is among the GPUs in CUDA_VISIBLE_DEVICES, which a cluster sets, or among all GPUs if
+    it is not set. If these are not more than `count`, all of them are used without locks. A GPU is
+    reserved by a lock on a file in the folder for temporary files. UserError if fewer than `count`
+    are free.
     """
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    here = (
-        named.split(",")
-        if named is not None
-        else [
-            str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))) or count)
-        ]
-    )
-    chosen = here
-    if len(here) > count:
-        chosen = [name for name in here if len(_taken) < count and _lock(name)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        available = visible.split(",")
+    else:
+        devices = list(Path("/dev").glob("nvidia[0-9]*"))
+        available = [str(number) for number in range(len(devices) or count)]
+    chosen = available
+    if len(available) > count:
+        chosen = [name for name in available if len(_lock_files) < count and _lock(name)]
         if len(chosen) < count:
             raise UserError(
-                f"of the {len(here)} GPUs here {len(here) - len(chosen)} are taken by other jobs, and this one needs {count}; "
-                f"run Snakemake with --resources gpu={len(here)}, once at a time"
+                f"{len(available) - len(chosen)} of the {len(available)} GPUs here are used by "
+                f"other jobs, and this job needs {count}; run Snakemake with "
+                f"--resources gpu={len(available)}, and only once at a time"
             )
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
 
 
 def cores_of_job() -> int:
-    """Cores that the job was given: by Slurm, else by Snakemake in OMP_NUM_THREADS, else all."""
+    """The number of cores of this job: from Slurm, else from OMP_NUM_THREADS, else all cores.
+
+    Snakemake sets OMP_NUM_THREADS.
+    """
     given = os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("OMP_NUM_THREADS")
     return int(given) if given else os.cpu_count() or 1
 
 
 def _lock(name: str) -> bool:
     """Take the GPU's lock; False if another process has it."""
-    file = (
-        Path(tempfile.gettempdir()) / f"sppo-gpu-{os.getuid()}-{name.replace('/', '-')}.lock"
-    ).open("w", encoding="utf-8")
+    file_name = f"sppo-gpu-{os.getuid()}-{name.replace('/', '-')}.lock"
+    file = (Path(tempfile.gettempdir()) / file_name).open("w", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return False
-    _taken.append(file)
+    _lock_files.append(file)
     return True

@@ -1,4 +1,7 @@
-"""The Hugging Face hub: the token, and what an error of its client means. Imports nothing heavy."""
+"""The Hugging Face hub: the token, and what an error of its client means.
+
+This module imports no large package.
+"""
 
 from __future__ import annotations
 
@@ -6,47 +9,62 @@ import os
 
 from sppo.core.errors import UserError
 
-# What the user can do, by the client's error; the first whose name fits.
+# What the user can do, by the beginning of the error's class name. The first match counts.
 REMEDIES = {
-    "GatedRepo": "it is gated: accept its licence on its page, and export HF_TOKEN of that account",
-    "RepositoryNotFound": "there is none of that name, or it is private: check the name, and export HF_TOKEN where it is private",
-    "RevisionNotFound": "it has no such revision: correct that",
-    "EntryNotFound": "it has no such file: check the name",
-    "OfflineMode": "HF_HUB_OFFLINE is set and the local cache lacks it: fetch it once with the network, or unset that",
+    "GatedRepo": (
+        "it is gated; accept its licence on its page, and export HF_TOKEN of the same account"
+    ),
+    "RepositoryNotFound": (
+        "it does not exist or is private; check the name, and export HF_TOKEN if it is private"
+    ),
+    "RevisionNotFound": "this revision does not exist; correct it",
+    "EntryNotFound": "this file does not exist there; check the name",
+    "OfflineMode": (
+        "HF_HUB_OFFLINE is set and the local cache does not hold it; unset HF_HUB_OFFLINE, or "
+        "fetch it once with the network"
+    ),
 }
-# What the client says of a hub that does not answer depends on where it was cut off.
-SILENT = "it is not in the local cache, and the hub does not answer or HF_HUB_OFFLINE is set: check the network, or fetch it on a machine that has one"
+# The client raises one of these errors if the hub does not answer; which one depends on how far the
+# connection got. LocalEntryNotFoundError is a subclass of EntryNotFoundError, but it means that the
+# client did not ask the hub.
+NO_ANSWER = {
+    "LocalEntryNotFoundError",
+    "ConnectError",
+    "ConnectionError",
+    "TimeoutException",
+    "TransportError",
+}
+NO_ANSWER_REMEDY = (
+    "it is not in the local cache, and the hub does not answer or HF_HUB_OFFLINE is set; check "
+    "the network, or fetch it on a machine with network"
+)
 
 
 def hub_token() -> str | bool:
-    """The token of the environment; False, which is none, where there is none: never one stored on disk."""
+    """The token in HF_TOKEN. Without it False, so that the client uses no token stored on disk."""
     return os.environ.get("HF_TOKEN") or False
 
 
 def hub_failure(error: BaseException) -> str:
-    """The error's name and what to do, for a UserError."""
+    """The name of the client's error and what the user can do, as part of a UserError's text."""
     kinds = [kind.__name__ for kind in type(error).__mro__]
-    # A missing entry of the local cache is one of the client's EntryNotFound errors, but means that the hub was not asked.
-    if "LocalEntryNotFoundError" in kinds or {
-        "ConnectError",
-        "ConnectionError",
-        "TimeoutException",
-        "TransportError",
-    } & set(kinds):
-        return f"({kinds[0]}): {SILENT}"
+    if NO_ANSWER & set(kinds):
+        return f"({kinds[0]}): {NO_ANSWER_REMEDY}"
     for name, remedy in REMEDIES.items():
         if any(kind.startswith(name) for kind in kinds):
             return f"({kinds[0]}): {remedy}"
-    return f"({kinds[0]}: {error}): check the name, the network and HF_TOKEN"
+    return f"({kinds[0]}: {error}); check the name, the network and HF_TOKEN"
 
 
 def check_push() -> None:
-    """UserError unless a token is exported and the hub may be asked."""
+    """UserError unless HF_TOKEN is set and HF_HUB_OFFLINE is not."""
     if not os.environ.get("HF_TOKEN"):
         raise UserError(
-            "push_to_hub needs a token that may write; export HF_TOKEN, or set push_to_hub to null"
+            "push_to_hub needs a token with write access; export HF_TOKEN, or set push_to_hub to "
+            "null"
         )
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(
-            "push_to_hub is set, and so is HF_HUB_OFFLINE; unset that, or set push_to_hub to null"
+            "push_to_hub and HF_HUB_OFFLINE are both set; unset HF_HUB_OFFLINE, or set push_to_hub "
+            "to null"
         )

@@ -1,4 +1,4 @@
-"""Policies as Hugging Face folders: finding, checking and loading them; chat templates; devices."""
+"""Policies as Hugging Face model folders: finding, checking, loading; chat templates; devices."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 THOUGHT, THOUGHT_END = "<think>", "</think>"
-ANSWER = "PLACEHOLDER-OF-AN-ANSWER"  # where a rendered chat has the assistant's words
-# By config.model_type, why a model that AutoModelForCausalLM loads cannot be a policy.
+ANSWER = "PLACEHOLDER-OF-AN-ANSWER"  # the assistant's text in a rendered chat
+# Models that AutoModelForCausalLM loads but that cannot be policies, by config.model_type, and why.
 UNSUPPORTED_ARCHITECTURES: dict[str, str] = {
     **dict.fromkeys(
         (
@@ -86,35 +86,44 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.m
 
 
 def pick_device(device: str) -> str:
-    """`cpu` or `cuda` for auto, cpu or gpu. Asking for a GPU that is not there is a UserError, and so is leaving one idle that Slurm gave."""
+    """`cpu` or `cuda` for the setting auto, cpu or gpu.
+
+    UserError if PyTorch sees no GPU although the setting is gpu, or although the setting is auto
+    and Slurm allocated a GPU.
+    """
     import torch
 
     given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
     if device == "auto" and given and not torch.cuda.is_available():
         raise UserError(
-            f"Slurm gave this job a GPU (number {given}), but PyTorch sees none; install a CUDA build of torch, or set device: cpu"
+            f"Slurm gave this job a GPU (number {given}), but PyTorch sees none; install a CUDA "
+            "build of torch, or set device: cpu"
         )
     if device == "gpu" and not torch.cuda.is_available():
         raise UserError(
-            "device is gpu, but PyTorch sees no GPU here; set device: cpu, or install a CUDA build of torch"
+            "device is gpu, but PyTorch sees no GPU here; set device: cpu, or install a CUDA build "
+            "of torch"
         )
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def compute_dtype(precision: str, device: str) -> torch.dtype:
-    """The type that `precision` (auto, bfloat16, float32) means on this device.
+    """The dtype of the computation for `precision` (auto, bfloat16, float32) on this device.
 
-    auto is bfloat16 where the hardware multiplies in it, because where it is emulated it is slower
-    than float32. The environment variable SPPO_AUTO_PRECISION says what auto is instead, so that one
-    machine can repeat what another did.
+    auto is bfloat16 if the hardware supports it, otherwise float32, because emulated bfloat16 is
+    slower. The environment variable SPPO_AUTO_PRECISION overrides the meaning of auto, so that one
+    machine can repeat the computation of another. UserError if its value is unknown.
     """
     import torch
 
     if precision == "auto":
         precision = os.environ.get("SPPO_AUTO_PRECISION", "auto")
     if precision == "auto":
-        on_gpu = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if on_gpu or device == "cpu" and _cpu_has_bfloat16() else "float32"
+        if device == "cuda":
+            supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            supported = device == "cpu" and _cpu_has_bfloat16()
+        precision = "bfloat16" if supported else "float32"
     if precision not in ("bfloat16", "float32"):
         raise UserError(
             f"SPPO_AUTO_PRECISION is {precision!r}; set bfloat16 or float32, or unset it"
@@ -123,8 +132,11 @@ def compute_dtype(precision: str, device: str) -> torch.dtype:
 
 
 def weights_dtype(lora_rank: int, dtype: torch.dtype) -> torch.dtype:
-    """The type that weights are held in while trained or scored: float32, as updates are small; with LoRA, which updates
-    none of them, the type of the computation."""
+    """The dtype of the weights in training and scoring.
+
+    It is float32, because updates are too small for bfloat16. LoRA does not update these weights,
+    so with LoRA it is `dtype`, that of the computation.
+    """
     import torch
 
     return dtype if lora_rank else torch.float32
@@ -132,17 +144,18 @@ def weights_dtype(lora_rank: int, dtype: torch.dtype) -> torch.dtype:
 
 def _cpu_has_bfloat16() -> bool:
     try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+        cpu_flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
         return False
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & words)
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags)
 
 
 def fetch(source: str, revision: str | None, key: str = "policy.model") -> tuple[Path, str | None]:
-    """Folder of the model that `source` names, and its hub commit (None for a local folder).
+    """The folder of the model `source`, and its hub commit (None for a local folder).
 
-    A folder that exists wins over a hub id. The hub is asked for `revision`; offline, its local cache is. `key` is the
-    one of the configuration that an error names.
+    An existing folder has priority over a hub id. `revision` is a revision on the hub; without a
+    network, the hub's local cache is used. `key` is the configuration key that an error names.
+    UserError if there is no such model.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -154,45 +167,44 @@ def fetch(source: str, revision: str | None, key: str = "policy.model") -> tuple
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot = Path(
-            snapshot_download(
-                source, revision=revision, allow_patterns=HUB_FILES, token=hub_token()
-            )
+        snapshot = snapshot_download(
+            source, revision=revision, allow_patterns=HUB_FILES, token=hub_token()
         )
-    except (
-        Exception
-    ) as error:  # the hub client raises many types; each is a matter of name, network or access
+    # The hub client raises many types. The cause of each is a name, the network or access rights.
+    except Exception as error:
         at = f" at revision {revision}" if revision else ""
         raise UserError(
             f"cannot get model {source}{at} from the hub {hub_failure(error)}, "
-            f"or give a local folder; there is no folder {source} here either"
+            f"or give a local folder; the folder {source} does not exist here either"
         ) from error
-    return snapshot, snapshot.name
+    return Path(snapshot), Path(snapshot).name
 
 
 def link_files(folder: Path, target: Path) -> None:
-    """Make `target` a folder of links to the files of a model's folder.
+    """Create the folder `target` with links to the files of a model's folder.
 
-    Within this checkout they are relative, so that it can be moved.
+    Links within this checkout are relative, so that the checkout can be moved.
     """
     target.mkdir()
-    place = target.resolve()
-    for file in sorted({file for pattern in HUB_FILES for file in folder.glob(pattern)}):
+    target_path = target.resolve()
+    files: set[Path] = set()
+    for pattern in HUB_FILES:
+        files.update(folder.glob(pattern))
+    for file in sorted(files):
         source = file.resolve()
-        inside = source.is_relative_to(ROOT) and place.is_relative_to(ROOT)
-        (target / file.name).symlink_to(os.path.relpath(source, place) if inside else source)
+        inside = source.is_relative_to(ROOT) and target_path.is_relative_to(ROOT)
+        (target / file.name).symlink_to(os.path.relpath(source, target_path) if inside else source)
 
 
 def check_policy(folder: Path, made_here: bool = True) -> None:
-    """A policy folder has a config, whole weights and a tokenizer; else a UserError says what it lacks.
+    """UserError unless the folder has a supported config, complete weights and a tokenizer.
 
-    `made_here` tells one of the workflow's own, which can be made again, from a user's.
+    `made_here`: whether the workflow made the folder and can make it again, or a user gave it. This
+    decides which remedy an error names.
     """
-    remedy = (
-        "delete the folder and make it again"
-        if made_here
-        else "save the model with save_pretrained, as safetensors"
-    )
+    remedy = "save the model with save_pretrained, as safetensors"
+    if made_here:
+        remedy = "delete the folder and make it again"
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"policy folder {folder} does not exist; correct the path or make it")
@@ -200,31 +212,44 @@ def check_policy(folder: Path, made_here: bool = True) -> None:
         check_link(file, remedy)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"policy folder {folder} has no config.json; it is not a Hugging Face model folder"
+            f"policy folder {folder} has no config.json; give a Hugging Face model folder"
         )
-    read = {
-        name: _read_object(folder / name, remedy)
-        for name in JSON_FILES
-        if (folder / name).is_file()
-    }
-    if quantised := read["config.json"].get("quantization_config"):
+    contents = {}
+    for name in JSON_FILES:
+        if (folder / name).is_file():
+            contents[name] = _read_object(folder / name, remedy)
+    _check_config(folder, contents["config.json"])
+    _check_weight_files(folder, contents.get(WEIGHTS_INDEX), remedy)
+    tokenizer_files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in tokenizer_files):
+        raise UserError(
+            f"policy folder {folder} has no tokenizer; copy the tokenizer files of its base model "
+            "into it"
+        )
+
+
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    """UserError if the weights are quantised or the architecture is unsupported."""
+    if quantised := config.get("quantization_config"):
         kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise UserError(
             f"the weights of {folder} are quantised ({kind}), and quantised weights "
-            "cannot be trained; give the model that they were made from"
+            "cannot be trained; give the model from which they were made"
         )
-    architecture = read["config.json"].get("model_type")
+    architecture = config.get("model_type")
     if architecture in UNSUPPORTED_ARCHITECTURES:
         raise UserError(
-            f"policy folder {folder} is of the architecture {architecture}, which cannot be used "
-            f"here: {UNSUPPORTED_ARCHITECTURES[architecture]}; choose a model of another "
-            "architecture"
+            f"policy folder {folder} has the architecture {architecture}, which is unsupported: "
+            f"{UNSUPPORTED_ARCHITECTURES[architecture]}; choose a model of another architecture"
         )
-    index = read.get(WEIGHTS_INDEX)
-    if index is not None and not isinstance(index.get("weight_map"), dict):
-        raise UserError(f"{folder / WEIGHTS_INDEX} has no weight_map; {remedy}")
+
+
+def _check_weight_files(folder: Path, index: dict[str, Any] | None, remedy: str) -> None:
+    """UserError unless all weight files exist and are complete; `index` names several files."""
     names = ["model.safetensors"]
     if index is not None:
+        if not isinstance(index.get("weight_map"), dict):
+            raise UserError(f"{folder / WEIGHTS_INDEX} has no weight_map; {remedy}")
         names = sorted(set(map(str, index["weight_map"].values())))
     for name in names:
         weights = folder / name
@@ -232,16 +257,10 @@ def check_policy(folder: Path, made_here: bool = True) -> None:
             raise UserError(f"policy folder {folder} has no weights ({name} is missing); {remedy}")
         if safetensors_header(weights) is None:
             raise UserError(f"{weights} is cut off or is not a safetensors file; {remedy}")
-    if not any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    ):
-        raise UserError(
-            f"policy folder {folder} has no tokenizer; copy the tokenizer files of its base model into it"
-        )
 
 
 def _read_object(file: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file; UserError if the file cannot be read or holds something else."""
     try:
         content = parse_json(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -254,7 +273,10 @@ def _read_object(file: Path, remedy: str) -> dict[str, Any]:
 
 
 def safetensors_header(weights: Path) -> dict[str, Any] | None:
-    """Tensors by name, as the file's header describes them; None if the file is cut off or of another form."""
+    """The descriptions of the tensors in the file's header, by tensor name.
+
+    None if the file is cut off or is not a safetensors file.
+    """
     size = weights.stat().st_size
     with weights.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -274,11 +296,12 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The policy's tokenizer.
 
-    template_kwargs, template_date: of the section `policy` of the configuration, for programs that
-    render chats. They are written into the chat template of what is returned, so that every
-    rendering has them; a tokenizer that is saved beside weights is loaded without them.
-    Raises `UserError` if it cannot be read, or if its chat template is missing or broken: there is
-    no other way to prompt it.
+    template_kwargs and template_date are keys of the section `policy` of the configuration, for
+    programs that render chats: variables of the chat template, and the date (YYYY-MM-DD) that it
+    takes as today. They are written into the chat template of the returned tokenizer, so that every
+    rendering uses them. A tokenizer that will be saved with weights is loaded without them.
+    UserError if the tokenizer cannot be read, or if its chat template is missing or broken: without
+    a chat template, the policy cannot be prompted.
     """
     import jinja2
     from transformers import AutoTokenizer
@@ -287,40 +310,40 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             folder, padding_side="left", trust_remote_code=False
         )
-    except Exception as error:  # the tokenizers package raises Exception itself
+    except Exception as error:  # the package tokenizers raises the class Exception itself
         raise UserError(
             f"cannot load the tokenizer of {folder} ({_first_line(error)}); copy its "
-            "files, tokenizer.json and tokenizer_config.json, again from the model that "
-            "it came with"
+            "files, tokenizer.json and tokenizer_config.json, again from its base model"
         ) from error
     template = tokenizer.chat_template
     if not template:
         raise UserError(
-            f"the tokenizer of {folder} has no chat template; use an instruction-tuned model, or add "
-            "chat_template.jinja to the model folder"
+            f"the tokenizer of {folder} has no chat template; use an instruction-tuned model, or "
+            "add chat_template.jinja to the model folder"
         )
     if template_kwargs or template_date:
-        settled = (template_kwargs or {}, template_date)
-        tokenizer.chat_template = (
-            _settled(template, *settled)
-            if isinstance(template, str)
-            else {name: _settled(each, *settled) for name, each in template.items()}
-        )
+        variables = template_kwargs or {}
+        if isinstance(template, str):
+            tokenizer.chat_template = _with_variables(template, variables, template_date)
+        else:  # several templates by name
+            tokenizer.chat_template = {
+                name: _with_variables(each, variables, template_date)
+                for name, each in template.items()
+            }
     try:
         render_chat(tokenizer, [{"role": "user", "content": "Hello"}])
     except UserError as error:
         if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
             raise UserError(
-                f"the chat template of {folder} is broken (line "
-                f"{error.__cause__.lineno}: "
-                f"{error.__cause__}); correct it, or copy that of its base "
-                "model"
+                f"the chat template of {folder} is broken (line {error.__cause__.lineno}: "
+                f"{error.__cause__}); correct it, or copy the template of its base model"
             ) from error
+        # Any other refusal may concern this test chat only.
     return tokenizer
 
 
-def _settled(template: str, variables: dict[str, Any], date: str | None) -> str:
-    """A chat template that has these variables, and takes this date (YYYY-MM-DD) for today's."""
+def _with_variables(template: str, variables: dict[str, Any], date: str | None) -> str:
+    """The chat template with these variables set, and with this date (YYYY-MM-DD) as today."""
     if date:
         today = datetime.date.fromisoformat(date)
         template = re.sub(
@@ -330,12 +353,12 @@ def _settled(template: str, variables: dict[str, Any], date: str | None) -> str:
         )
         if re.search(r"strftime_now\s*\(", template):
             raise UserError(
-                "the policy's chat template prints today's date in a form that it "
-                "computes, so that policy.template_date cannot take its place; write the form "
-                "into strftime_now(...) as a text"
+                "the policy's chat template computes the format of today's date, so that "
+                "policy.template_date cannot replace the date; write the format as a string into "
+                "strftime_now(...)"
             )
-    values = (f"{{% set {name} = {value!r} %}}\n" for name, value in variables.items())
-    return "".join(values) + template
+    assignments = (f"{{% set {name} = {value!r} %}}\n" for name, value in variables.items())
+    return "".join(assignments) + template
 
 
 def load_config(folder: Path) -> Any:
@@ -344,33 +367,32 @@ def load_config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # of many types: each is a matter of what the file says
+    except Exception as error:  # of many types; the cause of each is the file's content
         if "auto_map" in read_json(Path(folder) / "config.json"):
             raise UserError(
-                f"the model in {folder} needs code of its own (auto_map in its "
-                "config.json), which is not executed here; give a model that "
-                "transformers knows"
+                f"the model in {folder} needs its own code (auto_map in its config.json), which "
+                "is not executed here; give a model that transformers supports"
             ) from error
         raise UserError(
             f"cannot use {folder}/config.json ({_first_line(error)}); correct it, or "
-            "give a model that transformers knows"
+            "give a model that transformers supports"
         ) from error
 
 
 def load_whole(kind: Any, folder: Path, head: bool = True, **options: Any) -> PreTrainedModel:
-    """The model that `kind`, a transformers Auto class, loads from a folder.
+    """The model in a folder, loaded by `kind`, a transformers Auto class, with these options.
 
-    UserError if the file and the model differ in names or shapes of weights, which transformers
-    makes up for with random ones, or if a weight is not finite. `head`: whether a language head in
-    the file has to be in the model. Of several processes only the first checks: it has all weights.
+    UserError if the model cannot be loaded, if names or shapes of weights differ between the file
+    and the model, or if a weight is not finite. (transformers itself initialises missing weights at
+    random.) `head`: whether a language head in the file must be part of the model. In a job of
+    several processes only the first one checks the weights, because the others may hold none.
     """
-    import torch
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # its report of many lines says what the error says
+    logging.set_verbosity(logging.CRITICAL)  # the UserErrors below replace its long report
     try:
-        model, found = kind.from_pretrained(
+        model, report = kind.from_pretrained(
             folder,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,
@@ -379,55 +401,70 @@ def load_whole(kind: Any, folder: Path, head: bool = True, **options: Any) -> Pr
         )
     except (RuntimeError, MemoryError):
         raise
-    except Exception as error:  # of many types: each is a matter of what the files say
+    except Exception as error:  # of many types; the cause of each is the content of the files
         raise UserError(
             f"cannot load the model in {folder} ({_first_line(error)}); give a causal "
-            "language model that transformers knows, saved with save_pretrained"
+            "language model that transformers supports, saved with save_pretrained"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    if int(os.environ.get("RANK", 0)) != 0:
-        return model
+    if int(os.environ.get("RANK", 0)) == 0:
+        _check_names_of_weights(report, folder, head)
+        _check_finite(model, folder)
+    return model
+
+
+def _check_names_of_weights(report: dict[str, Any], folder: Path, head: bool) -> None:
+    """UserError if transformers' loading report names differences between file and model."""
     ignored = re.compile(r"rotary_emb\.inv_freq$" + ("" if head else r"|^lm_head\."))
-    wrong = {
-        "lack": found["missing_keys"],
-        "have besides": [name for name in found["unexpected_keys"] if not ignored.search(name)],
-        "have in another shape": [name for name, *_ in found["mismatched_keys"]],
+    unexpected = [name for name in report["unexpected_keys"] if not ignored.search(name)]
+    differences = {
+        "lack": report["missing_keys"],
+        "also have": unexpected,
+        "have in another shape": [name for name, *_ in report["mismatched_keys"]],
     }
-    differ = [f"{what} {_some(names)}" for what, names in wrong.items() if names]
-    if differ:
+    found = [f"{kind} {_first_names(names)}" for kind, names in differences.items() if names]
+    if found:
         raise UserError(
-            f"the weights of {folder} are not those of the model that its config.json "
-            f"names: they {', and '.join(differ)}; save the model again with "
-            "save_pretrained"
+            f"the weights of {folder} do not belong to the model in its config.json: they "
+            f"{', and '.join(found)}; save the model again with save_pretrained"
         )
+
+
+def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+    """UserError if a weight is NaN or infinite."""
+    import torch
+
     for name, weight in model.state_dict().items():
-        # One pass without a copy, 0.15 s for the demo's policy, half of what its hash takes.
+        # aminmax reads the weight once and makes no copy. This takes 0.15 s for the demo's policy,
+        # half the time of computing its hash.
         if weight.is_floating_point() and weight.numel() and not weight.is_meta:
-            if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight)):
+            if not all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(weight)):
                 raise UserError(
                     f"the weights of {folder} are not all finite: {name} has NaN or "
                     "infinity; make or save the model again"
                 )
-    return model
 
 
-def _some(names: Any) -> str:
-    """The first names, and how many more there are."""
+def _first_names(names: Any) -> str:
+    """The first three names, and how many more there are."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of an error's text, at most 200 characters; its class if it has no text."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def load_policy(
     folder: Path, dtype: torch.dtype, device: str | None, attention: str | None = None
 ) -> PreTrainedModel:
-    """The policy in evaluation mode, with every dropout at 0 so that it is the same function when trained.
+    """The policy in evaluation mode.
 
-    Without a device it stays where it was read, for who divides it over processes.
+    Every dropout rate is 0, so that the policy is the same function in training. Without a device
+    the model stays where it was loaded, for callers that distribute it over processes. UserError if
+    the folder is not a valid policy.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -435,9 +472,8 @@ def load_policy(
     check_policy(folder)
     config = load_config(folder)
     for name in vars(config):
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(
-            getattr(config, name), float
-        ):
+        is_dropout = "dropout" in name or name.endswith("_pdrop")
+        if is_dropout and isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)
     more: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     model = load_whole(AutoModelForCausalLM, folder, config=config, dtype=dtype, **more)
@@ -450,7 +486,7 @@ def load_policy(
 
 
 def context_length(folder: Path) -> int | None:
-    """Most tokens that the model takes, prompt and response together; None if its config does not say."""
+    """The most tokens of prompt and response together; None if the model's config does not say."""
     config = read_json(Path(folder) / "config.json")
     return config.get("max_position_embeddings") or config.get("n_positions")
 
@@ -461,38 +497,39 @@ def render_chat(
     name: str = "this chat",
     answer_next: bool = True,
 ) -> str:
-    """The chat as the template writes it, up to where the assistant begins if `answer_next`.
+    """The text of a chat in the policy's chat template.
 
-    `name` says which it is. One that the template refuses is a UserError with the template's words.
+    With `answer_next` it ends where the assistant's answer begins. `name` identifies the chat in an
+    error. UserError with the template's message if the template refuses the chat.
     """
     try:
         rendered = tokenizer.apply_chat_template(
             messages, add_generation_prompt=answer_next, tokenize=False
         )
-    except Exception as error:  # a template may fail in any way that its expressions can
+    except Exception as error:  # an expression in a template may raise any type
         raise UserError(
             f"the policy's chat template refuses {name} ({type(error).__name__}: "
-            f"{error}); change it to what the template takes, such as a chat without a system "
-            "message"
+            f"{error}); change it to a form that the template accepts, such as a chat without a "
+            "system message"
         ) from error
-    return cast(str, rendered)  # of one chat, and not made into tokens
+    return cast(str, rendered)  # a string, because it is one chat and tokenize is False
 
 
 def prompt_token_ids(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], name: str = "this chat"
 ) -> list[int]:
-    """Token ids of the chat up to where the assistant begins, with nothing before the template's.
+    """Token ids of the chat up to the beginning of the assistant's answer; see `render_chat`.
 
-    `name` says which it is. One that the template refuses is a UserError with the template's words.
+    The template writes all special tokens; the tokenizer adds none.
     """
     return tokenizer(render_chat(tokenizer, messages, name), add_special_tokens=False).input_ids
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What would be read as a control token in a text: added tokens, special or in the template.
+    """Strings that the tokenizer would read as control tokens in a text, the longest first.
 
-    The longest come first. White space and words are left out, which some tokenizers have as added
-    tokens.
+    They are the special tokens, and the added tokens that the chat template uses. White space and
+    words are left out; some tokenizers have them as added tokens.
     """
     added = {
         token.content
@@ -500,23 +537,23 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         if token.special
         or (token.content in str(tokenizer.chat_template) and not token.content.isalnum())
     }
-    found = (token for token in added | set(tokenizer.all_special_tokens) if token.strip())
-    return sorted(found, key=lambda token: (-len(token), token))
+    controls = (token for token in added | set(tokenizer.all_special_tokens) if token.strip())
+    return sorted(controls, key=lambda token: (-len(token), token))
 
 
 def check_no_control_tokens(controls: list[str], text: str, name: str) -> None:
-    """UserError if a text of an evaluation, called `name`, spells a control token of the policy."""
-    if spelled := next((token for token in controls if token in text), None):
+    """UserError if a text of an evaluation, called `name`, contains one of the control tokens."""
+    if contained := next((token for token in controls if token in text), None):
         raise UserError(
-            f"{name} spells {spelled}, which the policy would read as a control token "
+            f"{name} contains {contained}, which the policy would read as a control token "
             "and not as text; remove it there"
         )
 
 
 def without_control_tokens(controls: list[str], text: str) -> str:
-    """A policy's own text for a later turn, with a space in the control tokens that it spells.
+    """A policy's answer for use in a later turn, with a space inserted into each control token.
 
-    Marks of thoughts stay, because templates cut thoughts at them.
+    <think> and </think> are not changed, because templates use them to remove thoughts.
     """
     for token in controls:
         if token not in (THOUGHT, THOUGHT_END):
@@ -530,24 +567,27 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The control token that the chat template writes first behind an assistant's turn, if any."""
+    """The first control token that the chat template writes after an assistant's answer, if any."""
     chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ANSWER}]
     try:
-        _, answer, behind = render_chat(tokenizer, chat, answer_next=False).rpartition(ANSWER)
+        _, answer, after = render_chat(tokenizer, chat, answer_next=False).rpartition(ANSWER)
     except UserError:
         return None
-    # A list of tokens gives a list of ids.
+    if not answer:
+        return None
+    # For a list of tokens, the method returns a list of ids.
     controls = set(cast(list[int], tokenizer.convert_tokens_to_ids(control_tokens(tokenizer))))
-    ids = tokenizer(behind, add_special_tokens=False).input_ids if answer else []
-    return next((number for number in ids if number in controls), None)
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    return next((token_id for token_id in ids if token_id in controls), None)
 
 
 def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response, first the one that ends it as the chat template writes it.
+    """The token ids that end a response, without repetition.
 
-    They are what the template writes behind an assistant's turn, the generation config's and the
-    tokenizer's EOS: a policy may have been taught any of them, and behind each it would invent the
-    next turn.
+    They are, in this order, the token that the chat template writes after an assistant's answer,
+    the EOS tokens of the generation config, and the tokenizer's EOS token. A policy may have
+    learned to end its answer with any of them, and would invent the user's next turn after it.
+    UserError if there is none.
     """
     from transformers import GenerationConfig
 
@@ -555,30 +595,37 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
         configured = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:
         configured = None
-    several = configured if isinstance(configured, list) else [configured]
-    ends = (end_of_turn_id(tokenizer), *several, tokenizer.eos_token_id)
-    found = [number for number in ends if number is not None]
-    if not found:
+    if not isinstance(configured, list):
+        configured = [configured]
+    candidates = (end_of_turn_id(tokenizer), *configured, tokenizer.eos_token_id)
+    stop_ids = [token_id for token_id in candidates if token_id is not None]
+    if not stop_ids:
         raise UserError(
-            f"the model in {folder} has no EOS token; add eos_token_id to its generation_config.json"
+            f"the model in {folder} has no EOS token; add eos_token_id to its "
+            "generation_config.json"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(stop_ids))
 
 
 def start_torch(gpus: int = 1) -> None:
-    """Give PyTorch the cores that the job was given and, unless a launcher started several processes, so many GPUs;
-    keep weight-loading bars out of the logs."""
-    # Memory that was freed serves tensors of other sizes, as batches differ in length. PyTorch reads
-    # this when it first uses a GPU. vLLM's exchange between several GPUs does not know such memory.
+    """Set up PyTorch for this job: its GPUs, its number of threads, and quiet logs.
+
+    gpus: how many GPUs to reserve. A launcher of several processes (LOCAL_RANK is set) has already
+    assigned the GPUs and divided the cores of the job.
+    """
+    # With expandable segments, freed memory can hold tensors of other sizes. This matters because
+    # batches differ in length. PyTorch reads the variable when it first uses a GPU. vLLM's
+    # communication between several GPUs does not support such memory.
     if gpus == 1 and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if (
-        "LOCAL_RANK" not in os.environ
-    ):  # else the Trainer would spread batches over all GPUs it sees
-        take_gpus(gpus)
+    launched = "LOCAL_RANK" in os.environ
+    if not launched:
+        take_gpus(gpus)  # otherwise the Trainer would use all GPUs that it sees
     import torch
     from transformers.utils import logging
 
-    launched = "LOCAL_RANK" in os.environ  # then the launcher divided the cores of the job
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)) if launched else cores_of_job())
+    if launched:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    else:
+        torch.set_num_threads(cores_of_job())
     logging.disable_progress_bar()

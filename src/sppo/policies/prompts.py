@@ -13,18 +13,19 @@ from sppo.policies.models import HUB_ID
 
 Prompt = dict[str, Any]  # id, category, messages
 ROLES = ("system", "user", "assistant", "tool")
-BEST_GRADE = 10  # what a reward-conditioned policy is asked for when it is sampled or evaluated
+BEST_GRADE = 10  # asked of a reward-conditioned policy in sampling and evaluation
 
 
 def read_prompts(
     source: str, revision: str | None, split: str, field: str | None
 ) -> tuple[list[Prompt], str | None, int]:
-    """Prompts of a JSONL file or a hub data set, the hub commit (None for a file), and empty ones.
+    """Prompts of a JSONL file or a hub data set, its hub commit, and the number of empty prompts.
 
-    field: the one that holds the prompt; None takes `messages`, else `instruction`. Empty prompts
-    of the hub are left out and only counted: nobody here can correct a data set of the hub.
-    Raises `UserError` for a missing source, a broken line (naming it), a missing field, or, in a
-    file, an empty prompt or a repeated id.
+    The commit is None for a file. `field` is the field with the prompt; None means `messages`, or
+    `instruction` if a row has no `messages`. Empty prompts of a hub data set are left out and
+    counted, and repeated ids get the line number as a suffix, because users cannot correct a data
+    set on the hub. UserError if the source does not exist, a line is invalid (it is named), a field
+    is missing, or a file has an empty prompt or a repeated id.
     """
     path = Path(source).expanduser()
     commit = None
@@ -34,60 +35,77 @@ def read_prompts(
         rows, commit = _hub(source, revision, split)
     else:
         raise UserError(
-            f"prompts.source {source} is neither a file nor a hub data set such as org/name; correct the path"
+            f"prompts.source {source} is neither a file nor a hub data set such as org/name; "
+            "correct the path"
         )
-    prompts, seen, empty = [], set(), 0
+    prompts: list[Prompt] = []
+    seen: set[str] = set()
+    empty = 0
     for number, row in enumerate(rows, 1):
         prompt = _prompt(row, field, f"{source} line {number}")
-        if prompt is None and commit:
+        if prompt is None:
+            if not commit:
+                raise UserError(f"{source} line {number} has an empty prompt; remove that line")
             empty += 1
             continue
-        if prompt is None:
-            raise UserError(f"{source} line {number} has an empty prompt; remove that line")
         if prompt["id"] in seen and commit:
             prompt["id"] = f"{prompt['id']}#{number}"
         if prompt["id"] in seen:
             raise UserError(
-                f"{source} line {number}: id {prompt['id']} is there twice; ids must differ"
+                f"{source} line {number}: id {prompt['id']} occurs twice; give each line its own id"
             )
         seen.add(prompt["id"])
         prompts.append(prompt)
     if not prompts:
-        raise UserError(f"{source} has no prompts; give a file with one JSON object a line")
+        raise UserError(f"{source} has no prompts; give a file with one JSON object per line")
     return prompts, commit, empty
 
 
 def with_goal(messages: list[dict[str, str]], grade: float) -> list[dict[str, str]]:
-    """The chat with its first message asking for an answer of this grade, 1 to 10 (RA-DPO, 2410.08067; the wording is ours)."""
+    """The chat whose first message also asks for an answer of this grade, from 1 to 10.
+
+    Source: RA-DPO (2410.08067). The wording is not from the paper.
+    """
     first, *rest = messages
-    wish = f"Write an answer whose overall quality is {grade:g} on a scale from 1 (worst) to 10 (best).\n\n"
-    return [first | {"content": wish + first["content"]}, *rest]
+    request = (
+        f"Write an answer whose overall quality is {grade:g} "
+        "on a scale from 1 (worst) to 10 (best).\n\n"
+    )
+    return [first | {"content": request + first["content"]}, *rest]
 
 
 def read_gold(path: Path) -> dict[str, str]:
-    """Gold responses by prompt id, of a JSONL file with id and response. UserError names a broken line or a repeated id."""
+    """Gold responses by prompt id, from a JSONL file with id and response.
+
+    UserError if the file does not exist, a line is invalid, or an id is repeated.
+    """
     if not path.is_file():
         raise UserError(
-            f"{path} is missing; pairs.gold names a JSONL file of gold responses, with id and response"
+            f"{path} is missing; set pairs.gold to a JSONL file of gold responses, with id and "
+            "response"
         )
-    found: dict[str, str] = {}
+    gold: dict[str, str] = {}
     for number, row in enumerate(json_lines(path), 1):
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("response"), str)
-            or "id" not in row
-            or not row["response"].strip()
-        ):
+        is_valid = (
+            isinstance(row, dict)
+            and "id" in row
+            and isinstance(row.get("response"), str)
+            and row["response"].strip()
+        )
+        if not is_valid:
             raise UserError(
                 f"{path} line {number} is not an object with id and response; correct it"
             )
-        if str(row["id"]) in found:
-            raise UserError(f"{path} line {number}: id {row['id']} is there twice; ids must differ")
-        found[str(row["id"])] = row["response"]
-    return found
+        if str(row["id"]) in gold:
+            raise UserError(
+                f"{path} line {number}: id {row['id']} occurs twice; give each line its own id"
+            )
+        gold[str(row["id"])] = row["response"]
+    return gold
 
 
 def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]:
+    """The rows of a split of a hub data set, and the commit."""
     from datasets import load_dataset
     from huggingface_hub import snapshot_download
 
@@ -96,11 +114,13 @@ def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]
             snapshot_download(source, repo_type="dataset", revision=revision, token=hub_token())
         )
         rows = load_dataset(str(folder), split=split).to_list()
-    except Exception as error:  # the hub client and datasets raise many types; each is a matter of name, network or access
+    # The hub client and the package datasets raise many types. The cause of each is a name, the
+    # network or access rights.
+    except Exception as error:
         at = f" at revision {revision}" if revision else ""
         raise UserError(
             f"cannot get data set {source}{at}, split {split}, from the hub {hub_failure(error)}, "
-            f"or give a JSONL file; there is no file {source} here either"
+            f"or give a JSONL file; the file {source} does not exist here either"
         ) from error
     return rows, folder.name
 
@@ -108,10 +128,10 @@ def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]
 def _prompt(row: Any, field: str | None, where: str) -> Prompt | None:
     """The prompt of a row; None if it is empty."""
     if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object; give one object a line")
+        raise UserError(f"{where} is not a JSON object; give one object per line")
     if field is None:
-        chat = row.get("messages") is not None or "instruction" not in row
-        field = "messages" if chat else "instruction"
+        use_messages = row.get("messages") is not None or "instruction" not in row
+        field = "messages" if use_messages else "instruction"
         if field not in row:
             raise UserError(
                 f"{where} has neither messages nor instruction; set prompts.field to "
@@ -121,47 +141,59 @@ def _prompt(row: Any, field: str | None, where: str) -> Prompt | None:
         raise UserError(
             f"{where} has no {field}; set prompts.field to the field that holds the prompt"
         )
-    content = row[field]
-    if content is None:
-        return None
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    ):
-        raise UserError(
-            f"{where}: {field} is neither a text nor a list of messages with role and "
-            "content; convert it"
-        )
-    if foreign := next((m["role"] for m in messages if m["role"] not in ROLES), None):
-        known = {"human": "user", "gpt": "assistant"}.get(foreign)
-        raise UserError(
-            f"{where}: {field} has the role {foreign!r}, and roles are "
-            f"{', '.join(ROLES)}; convert it" + (f" to {known}" if known else "")
-        )
+    messages = _messages(row[field], f"{where}: {field}")
     while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]  # data sets of conversations end in the answer
+        messages = messages[:-1]  # in data sets of conversations, the answer is the last message
     if not messages:
         return None
     if messages[-1]["role"] != "user":
         raise UserError(
-            f"{where}: the last message of {field} is the {messages[-1]['role']}'s, so "
-            "that there is nothing to answer; end it in the user's"
+            f"{where}: the last message of {field} has the role {messages[-1]['role']}, so there "
+            "is nothing to answer; end it with a message of the user"
         )
     if not messages[-1]["content"].strip():
         return None
-    identity = row.get("id", row.get("prompt_id", where.rsplit(" ", 1)[1]))
+    line_number = where.rsplit(" ", 1)[1]
     return {
-        "id": str(identity),
+        "id": str(row.get("id", row.get("prompt_id", line_number))),
         "category": str(row.get("category", "")),
         "messages": [{"role": m["role"], "content": m["content"]} for m in messages],
     }
 
 
-def normalised(text: str) -> str:
-    """A question without what makes no other one of it.
+def _messages(content: Any, where: str) -> list[dict[str, Any]]:
+    """The messages in a field: a text is one message of the user, null is none."""
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [{"role": "user", "content": content}]
+    if not isinstance(content, list) or not all(_is_message(one) for one in content):
+        raise UserError(
+            f"{where} is neither a text nor a list of messages with role and content; convert it"
+        )
+    for message in content:
+        role = message["role"]
+        if role not in ROLES:
+            known = {"human": "user", "gpt": "assistant"}.get(role)
+            raise UserError(
+                f"{where} has the role {role!r}, and the roles are {', '.join(ROLES)}; convert it"
+                + (f" to {known}" if known else "")
+            )
+    return content
 
-    That is case, white space, compatible forms of a character, and closing marks.
+
+def _is_message(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and isinstance(value.get("content"), str)
+    )
+
+
+def normalised(text: str) -> str:
+    """A question in a form in which equal questions compare equal.
+
+    It ignores case, white space, compatible forms of a character (NFKC) and closing punctuation.
     """
     plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     end = len(plain)
@@ -171,7 +203,7 @@ def normalised(text: str) -> str:
 
 
 def is_held_out(prompt: Prompt, held_out: set[str]) -> bool:
-    """Whether a user's message of the prompt is one of these questions, which are `normalised`."""
+    """Whether a user message of the prompt is one of the `normalised` questions in `held_out`."""
     return any(
         message["role"] == "user" and normalised(message["content"]) in held_out
         for message in prompt["messages"]
@@ -179,33 +211,35 @@ def is_held_out(prompt: Prompt, held_out: set[str]) -> bool:
 
 
 def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Evaluation instructions in alpaca-eval's form: objects with `instruction`, all different.
+    """The first `limit` evaluation instructions of a file in alpaca-eval's format.
 
-    Raises `UserError` for a missing or foreign file, a repeated instruction, or a limit beyond the end.
+    The format is a JSON list of objects with `instruction`. UserError if the file does not exist or
+    has another format, an instruction is repeated, or `limit` exceeds their number.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder; give a file in alpaca-eval's form")
+        raise UserError(f"{path} is a folder; give a file in alpaca-eval's format")
     rows = read_json(path)
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("instruction"), str) for row in rows
     ):
         raise UserError(
-            f"{path} is not a list of objects with `instruction`; give a file in alpaca-eval's form"
+            f"{path} is not a list of objects with `instruction`; give a file in alpaca-eval's "
+            "format"
         )
     if not rows:
-        raise UserError(f"{path} has no instructions; give a file in alpaca-eval's form")
+        raise UserError(f"{path} has no instructions; give a file in alpaca-eval's format")
     seen: set[str] = set()
     for number, row in enumerate(rows, 1):
         if not row["instruction"].strip():
             raise UserError(f"{path}: instruction {number} is blank; remove it")
         if has_lone_surrogate(row):
             raise UserError(
-                f"{path}: instruction {number} spells half a character (a lone surrogate "
-                "such as \\ud83d), which no text can hold; correct or remove it"
+                f"{path}: instruction {number} has half a character (a lone surrogate such as "
+                "\\ud83d), which is not valid text; correct or remove it"
             )
         if row["instruction"] in seen:
             raise UserError(
-                f"{path} has an instruction twice: {row['instruction'][:60]!r}; remove one"
+                f"{path} has the instruction {row['instruction'][:60]!r} twice; remove one"
             )
         seen.add(row["instruction"])
     ids = [str(row["prompt_id"]) for row in rows if "prompt_id" in row]

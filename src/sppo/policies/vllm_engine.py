@@ -1,9 +1,12 @@
-"""vLLM as the engine of a policy, for GPUs: the contracts of generation.TransformersEngine, another noise.
+"""The engine vLLM, for GPUs: the interface of generation.TransformersEngine, other random numbers.
 
-Imported only when `responses.engine` is vllm. Prompts go in and answers come out as token ids; vLLM never sees text.
-K answers are one request. vLLM 0.32 gives sample k of a request the seed `seed + k` (v1/engine/parallel_sampling.py) and
-makes a sample's noise from its seed and the token's place alone: on a GPU by a hash of both (v1/worker/gpu/sample/gumbel.py),
-on a CPU by a generator of the sample's own. So batches and shards change nothing but rounding.
+This module is imported only if `responses.engine` is vllm. vLLM receives and returns token ids and
+never sees text. The K responses to a prompt are one request.
+
+Batches and shards change nothing except rounding. vLLM 0.32 gives sample k of a request the seed
+`seed + k` (v1/engine/parallel_sampling.py) and derives the random numbers of a sample only from its
+seed and the position of the token: on a GPU by a hash of both (v1/worker/gpu/sample/gumbel.py), on
+a CPU by one random generator for each sample.
 """
 
 from __future__ import annotations
@@ -22,24 +25,31 @@ from sppo.policies.generation import Sampling, response, sample_seed
 from sppo.policies.models import check_policy, compute_dtype, load_tokenizer, stop_token_ids
 
 SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process, that dies whole and schedules alike every time
-    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # of tensor parallel: PyTorch has looked at the GPU by then, which forks do not survive
+    # A single process ends as a whole after an error, and its schedule is always the same.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # For tensor parallelism. PyTorch has already initialised CUDA, which a fork does not survive.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 CPU_SETTINGS = {
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # OMP_NUM_THREADS says how many cores
-    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB; else nearly all memory
+    # OMP_NUM_THREADS sets the number of cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # GiB; without it, vLLM takes nearly all memory.
+    "VLLM_CPU_KVCACHE_SPACE": "2",
 }
 
 
 def request_seed(data_seed: int, purpose: str, prompt_id: str) -> int:
-    """The seed of one prompt's request; its sample k has this + k. 62 bits, since vLLM keeps seeds in signed 64."""
+    """The seed of the request for one prompt; its sample k has this seed plus k.
+
+    It has 62 bits, because vLLM stores seeds as signed 64-bit integers.
+    """
     return sample_seed(data_seed, purpose, prompt_id, 0) >> 2
 
 
 class VllmEngine:
-    """vLLM's offline engine, on one GPU or on `tensor_parallel` of them."""
+    """vLLM's offline engine, on a CPU or on `tensor_parallel` GPUs."""
 
     def __init__(
         self,
@@ -52,28 +62,37 @@ class VllmEngine:
         thoughts: str = "keep",
         template: dict[str, Any] | None = None,
     ) -> None:
+        """Load the policy of a folder.
+
+        UserError if the policy is not valid, the GPUs are too few, or vLLM cannot be imported or
+        cannot serve the policy. template: `template_kwargs` and `template_date` of
+        `load_tokenizer`.
+        """
         import torch
 
         check_policy(folder)
         if device == "cpu" and tensor_parallel > 1:
             raise UserError(
-                f"responses.tensor_parallel is {tensor_parallel}, but there is no GPU here; remove it, or run on a machine with GPUs"
+                f"responses.tensor_parallel is {tensor_parallel}, but there is no GPU here; remove "
+                "it, or run on a machine with GPUs"
             )
         if device == "cuda" and torch.cuda.device_count() < tensor_parallel:
             raise UserError(
-                f"responses.tensor_parallel is {tensor_parallel}, but PyTorch sees {torch.cuda.device_count()} GPU here; lower it, "
-                "or give the job more GPUs"
+                f"responses.tensor_parallel is {tensor_parallel}, but PyTorch sees "
+                f"{torch.cuda.device_count()} GPU here; lower it, or give the job more GPUs"
             )
-        for name, value in (SETTINGS | (CPU_SETTINGS if device == "cpu" else {})).items():
+        settings = SETTINGS | CPU_SETTINGS if device == "cpu" else SETTINGS
+        for name, value in settings.items():
             os.environ.setdefault(name, value)
         try:
             import vllm
         except ImportError as error:
             raise UserError(
-                f"responses.engine is vllm, but vLLM cannot be imported here ({error}); run Snakemake with --use-conda, or set "
-                "responses.engine: transformers"
+                f"responses.engine is vllm, but vLLM cannot be imported here ({error}); run "
+                "Snakemake with --use-conda, or set responses.engine: transformers"
             ) from error
-        self.tokenizer, self.thoughts = load_tokenizer(folder, **(template or {})), thoughts
+        self.tokenizer = load_tokenizer(folder, **(template or {}))
+        self.thoughts = thoughts
         self.stop_ids = stop_token_ids(folder, self.tokenizer)
         self.dtype = compute_dtype(precision, device)
         try:
@@ -85,20 +104,29 @@ class VllmEngine:
                 enable_lora=False,
                 max_num_seqs=batch_size,
                 use_tqdm_on_load=False,
-                # The noise of a prompt read in parts is taken back, which vLLM cannot do on a CPU (gpu_model_runner.py: get_offset).
+                # After a part of a chunked prompt, vLLM must reset the random generator. It cannot
+                # do this on a CPU (gpu_model_runner.py: get_offset).
                 enable_chunked_prefill=False if device == "cpu" else None,
-                max_model_len=-1,  # what the model takes, or as much of it as fits the GPU
-                generation_config="vllm",  # the model's own must not warp the logits as well
+                # The model's context length, or the largest length for which memory suffices.
+                max_model_len=-1,
+                # The model's own generation config could change the logits.
+                generation_config="vllm",
+                # On a CPU, compilation takes longer than it saves.
                 enforce_eager=device == "cpu",
-            )  # compiling takes longer there than it saves
-        except ValueError as error:  # a model that vLLM does not know, memory that is not there, heads that do not divide
+            )
+        # vLLM does not support the model, memory does not suffice, or the number of heads is not
+        # divisible by tensor_parallel.
+        except ValueError as error:
             raise UserError(f"vLLM cannot serve {folder}: {str(error).strip()}") from error
         self.context = self.llm.model_config.max_model_len
 
     def generate(
         self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str
     ) -> list[dict[str, Any]]:
-        """K responses to each prompt, as TransformersEngine.generate."""
+        """K responses to each prompt; see TransformersEngine.generate.
+
+        UserError if a prompt and a response do not fit into the context.
+        """
         from vllm import SamplingParams
 
         if not prompts:
@@ -106,12 +134,13 @@ class VllmEngine:
         longest = max(len(row["prompt_token_ids"]) for row in prompts)
         if longest + sampling.max_new_tokens > self.context:
             raise UserError(
-                f"a prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} do not fit the {self.context} tokens that vLLM "
-                "has room for here; lower max_new_tokens, or raise responses.tensor_parallel"
+                f"a prompt of {longest} tokens and max_new_tokens = {sampling.max_new_tokens} do "
+                f"not fit the {self.context} tokens for which vLLM has memory here; lower "
+                "max_new_tokens, or raise responses.tensor_parallel"
             )
         greedy = sampling.temperature == 0
         seeds = [request_seed(data_seed, purpose, row["prompt_id"]) for row in prompts]
-        requests = [
+        sampling_params = [
             SamplingParams(
                 n=1 if greedy else sampling.samples,
                 seed=seed,
@@ -127,19 +156,17 @@ class VllmEngine:
         bar = functools.partial(tqdm, file=sys.stderr, mininterval=0.1 if watched() else 60)
         answers = self.llm.generate(
             [{"prompt_token_ids": list(row["prompt_token_ids"])} for row in prompts],
-            requests,
+            sampling_params,
             use_tqdm=bar,
         )
-        return [
-            response(
-                row,
-                k,
-                seed + k,
-                list(answer.outputs[0 if greedy else k].token_ids),
-                self.stop_ids,
-                self.tokenizer,
-                self.thoughts,
-            )
-            for row, seed, answer in zip(prompts, seeds, answers, strict=True)
-            for k in range(sampling.samples)
-        ]
+        rows = []
+        for prompt, seed, answer in zip(prompts, seeds, answers, strict=True):
+            for k in range(sampling.samples):
+                # Greedy decoding generates one response, which is repeated.
+                tokens = list(answer.outputs[0 if greedy else k].token_ids)
+                rows.append(
+                    response(
+                        prompt, k, seed + k, tokens, self.stop_ids, self.tokenizer, self.thoughts
+                    )
+                )
+        return rows

@@ -1,1 +1,1 @@
-"""Exact preference games, what the papers claim of them, policies small enough to list."""
+"""Preference games solved exactly, claims of the papers about them, and small policies."""

@@ -1,6 +1,7 @@
-"""Policies small enough that every response can be listed, trained by the real trainer: the bridge from code to theory.
+"""Policies so small that all their responses can be listed, trained by the real trainer.
 
-There is one prompt; responses are all strings of `length` letters, so that probabilities sum to 1 and a policy is a vector pi (n,).
+They allow a comparison of the code with the theory. There is one prompt, and the responses are all
+strings of `length` letters. Their probabilities sum to 1, so a policy is a vector pi (n,).
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from sppo.training.logps import collate, frozen_logps, response_logps
 from sppo.training.trainer import make_trainer
 
 Array = NDArray[np.float64]
-PROMPT = [
-    0,
-    1,
-]  # two unlike tokens: after [0], a first letter 0 would look to attention like the prompt itself
+# Two different tokens: after the prompt [0], attention could not distinguish a first letter 0 from
+# the prompt.
+PROMPT = [0, 1]
 
 
 class SoftmaxTable(nn.Module):
-    """One logit a response, each of one letter: pi = softmax(logits). A head alone, on a state of 1."""
+    """A policy with one logit for each response of one letter: pi = softmax(logits).
+
+    It has a language head only, whose input is always 1.
+    """
 
     def __init__(self, pi: Array) -> None:
         super().__init__()
@@ -43,7 +46,10 @@ class SoftmaxTable(nn.Module):
 
 
 def tiny_transformer(letters: int, seed: int) -> nn.Module:
-    """A two-layer Llama over `letters` tokens with random weights, large enough that its first policy is not uniform."""
+    """A two-layer Llama with `letters` tokens and random weights.
+
+    Its initial weights are large, so that its first policy is not uniform.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -64,29 +70,29 @@ def tiny_transformer(letters: int, seed: int) -> nn.Module:
 
 
 def strings(letters: int, length: int) -> list[list[int]]:
-    """Token ids of all letters**length responses."""
+    """Token ids of all letters**length responses, in lexicographic order."""
     return [list(word) for word in itertools.product(range(letters), repeat=length)]
 
 
 def probabilities(model: nn.Module, responses: list[list[int]]) -> Array:
-    """pi of every response, shape (n,), by the code that training uses."""
+    """pi of every response, shape (n,), computed by the code that training uses."""
+    batch = collate([PROMPT] * len(responses), responses)
     with torch.inference_mode():
-        return (
-            response_logps(model, collate([PROMPT] * len(responses), responses))
-            .double()
-            .exp()
-            .numpy()
-        )
+        return response_logps(model, batch).double().exp().numpy()
 
 
 def expected_pairs(
     responses: list[list[int]], pi: Array, P: Array, rows: int
 ) -> list[dict[str, Any]]:
-    """Each response as often as it is likely, to the nearest of 2 `rows`, with its exact P(y beats pi): the loss in expectation."""
+    """About `rows` pairs with which the loss is the expected loss.
+
+    Each response occurs in proportion to its probability (rounded, but at least once among the
+    2 `rows` places), and its P-hat is the exact P(y beats pi).
+    """
     counts = np.maximum(np.round(2 * rows * pi).astype(int), 1)
-    ends = np.repeat(np.arange(len(pi)), counts)
-    ends = ends[: len(ends) - len(ends) % 2]
-    return [_pair(responses, w, l, P @ pi, P) for w, l in zip(ends[::2], ends[1::2])]
+    places = np.repeat(np.arange(len(pi)), counts)
+    places = places[: len(places) - len(places) % 2]
+    return [_pair(responses, w, l, P @ pi, P) for w, l in zip(places[::2], places[1::2])]
 
 
 def sampled_pairs(
@@ -98,23 +104,29 @@ def sampled_pairs(
     draw: np.random.Generator,
     ends_only: bool,
 ) -> list[dict[str, Any]]:
-    """K responses to each prompt, P-hat among them; each in two pairs, or winner and loser alone as in the paper's section 5.1."""
+    """Pairs of K sampled responses for each prompt, with P-hat estimated among the K responses.
+
+    Each response is in two pairs. With `ends_only`, there is one pair for each prompt, the winner
+    and the loser, as in the paper's section 5.1.
+    """
     pairs = []
     for sample in draw.choice(len(pi), size=(prompts, K), p=pi / pi.sum()):
-        won = p_hat(P[np.ix_(sample, sample)])
+        sample_estimates = p_hat(P[np.ix_(sample, sample)])
         if ends_only:
-            ends = winner_and_loser(won)
-            chosen = [ends] if ends else []
+            ends = winner_and_loser(sample_estimates)
+            places = [ends] if ends else []
         else:
-            chosen = [(i, (i + 1) % K) for i in range(K)]
-        estimates = {
-            int(y): w for y, w in zip(sample, won)
-        }  # the same response has the same estimate
-        pairs += [_pair(responses, sample[w], sample[l], estimates, P) for w, l in chosen]
+            places = [(i, (i + 1) % K) for i in range(K)]
+        # Equal responses have equal estimates, so that a response identifies its estimate.
+        estimates = {int(y): estimate for y, estimate in zip(sample, sample_estimates)}
+        pairs += [_pair(responses, sample[w], sample[l], estimates, P) for w, l in places]
     return pairs
 
 
-def _pair(responses: list[list[int]], w: int, l: int, estimates: Any, P: Array) -> dict[str, Any]:
+def _pair(
+    responses: list[list[int]], w: int, l: int, estimates: Array | dict[int, Any], P: Array
+) -> dict[str, Any]:
+    """A training pair of the responses with numbers w (chosen) and l; P-hat is in `estimates`."""
     return {
         "prompt_token_ids": PROMPT,
         "chosen_token_ids": responses[w],
@@ -133,7 +145,11 @@ def train(
     steps: int,
     work: Path,
 ) -> None:
-    """One SPPO iteration in place: reference log-probabilities, then the real trainer on all pairs at every step."""
+    """Train the model in place for one SPPO iteration.
+
+    The code for frozen policies computes the reference log-probabilities. The real trainer then
+    takes `steps` steps, each on all pairs.
+    """
     options = {
         key: default_of(rule, "paper")
         for key, rule in schema()["properties"]["train"]["properties"].items()
@@ -151,13 +167,14 @@ def train(
     }
     numbered = [pair | {"pair_id": number} for number, pair in enumerate(pairs)]
     frozen = frozen_logps(model, numbered, torch.float32, "cpu", len(pairs))
-    rows = [
-        pair
-        | {
-            f"{of}_{end}": row[f"{end}_logp"]
-            for of in ("current", "reference")
-            for end in ("chosen", "rejected")
+    rows = []
+    for pair, logps in zip(numbered, frozen):
+        # The reference is the current policy.
+        columns = {
+            "current_chosen": logps["chosen_logp"],
+            "current_rejected": logps["rejected_logp"],
+            "reference_chosen": logps["chosen_logp"],
+            "reference_rejected": logps["rejected_logp"],
         }
-        for pair, row in zip(numbered, frozen)
-    ]
+        rows.append(pair | columns)
     make_trainer(model, rows, options, torch.float32, "cpu", work, seed=0).train()
