@@ -1,6 +1,6 @@
-"""Requires: iter{t}/policy, a preference model, a judge.
+"""Requires: iter{t}/policy, a preference model, a judge. Gives: win rates by n of best-of-n.
 
-Gives: iter{t}/best_of_{n}/alpaca_eval.json and the curve by n.
+The files are iter{t}/best_of_{n}/alpaca_eval.json, iter{t}/best_of_n.csv, .png and .svg.
 """
 
 

@@ -1,6 +1,6 @@
-"""Requires: iter{t}/policy and alpaca_eval.json of the main run, push_to_hub.
+"""Requires: the main run's policies and evaluations. Gives: iter{t}/pushed_to_hub.json.
 
-Gives: a repository on the hub, iter{t}/pushed_to_hub.json.
+It also gives a repository on the hub. The setting push_to_hub names the repository.
 """
 
 
@@ -42,4 +42,5 @@ rule push_policy:
         "Uploading the policy of iteration {wildcards.t} to the hub"
     shell:
         "{PYTHON} src/tools/push_policy.py --policy {input.policy:q}"
-        " --evaluation {input.evaluation:q} --repository {params.repository:q} --output {output.pushed:q} 2>&1 | tee {log:q}"
+        " --evaluation {input.evaluation:q} --repository {params.repository:q}"
+        " --output {output.pushed:q} 2>&1 | tee {log:q}"
