@@ -1,7 +1,9 @@
-"""Put PairRM in its place, before anything is sampled: iter0/preference_model.
+"""Prepare PairRM, iter0/preference_model, before any sampling.
 
-Reads   a folder in one of PairRM's two layouts, or the hub at a pinned revision (local cache first)
-Writes  a folder of links to its files, and a record with the hub commit. Files of another layout stop here.
+Reads   a folder in one of PairRM's two layouts, or the hub at a pinned revision (from the local
+        cache if it is there)
+Writes  a folder of links to its files, and a record with the hub commit. Files in any other layout
+        are an error here, so that the run does not fail later.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def main() -> None:
         "--backend",
         choices=["transformers", "llm_blender"],
         default="transformers",
-        help="what will run it",
+        help="library that will run the model",
     )
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
