@@ -172,7 +172,7 @@ def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
                 reference,
             )
         synchronise(device)
-        # TRL with its defaults evaluates the reference in each step, so its step already includes it.
+        # TRL by default evaluates the reference in each step, so its step already includes it.
         before = 0.0 if args.trainer == "trl" else (time.perf_counter() - began) / args.steps
         trainer.add_callback(clock)
         trainer.train()
