@@ -1,30 +1,32 @@
-"""One check for one GPU in ten minutes: right numbers, speed, memory.
+"""Check numbers, speed and memory on one GPU in ten minutes.
 
     python benchmarks/gpu_check.py --shape 7b                  # ten minutes, a GPU of 80 GB
     python benchmarks/gpu_check.py --shape tiny --device cpu   # the same on a processor
 
-Sections, each in a process of its own with its own time limit, so that none stops another:
+Each section runs in its own process with its own time limit, so that a failing section does not
+stop the others:
 
-1  sdpa         log-probabilities and gradients at widths 704 and 700, padded left with cuDNN on and
-                off, and as the project pads: finite and equal
-2  numerics     bfloat16 against float32; two batchings; packed against padded: what the tolerance
-                of the step-0 identity must cover
-3  programs     score_reference.py and train_policy.py: trained, killed, resumed; LoRA
+1  sdpa         log-probabilities and gradients at widths 704 and 700 must be finite and equal:
+                padded left with cuDNN on and off, and padded as the project pads
+2  numerics     differences between bfloat16 and float32, between two batchings, and between packed
+                and padded sequences; the tolerance of the step-0 identity must cover them
+3  programs     score_reference.py and train_policy.py: train, kill, resume; LoRA
 4  fsdp2        FSDP2 with one process: checkpoint, RMSProp, clipping, resume, gathering the weights
-5  throughput   tokens a second of training, of equal and ragged lengths, by several ways to pad and
-                to compute the log-probabilities; TRL's DPOTrainer
-6  memory       peaks of training against src/sppo/reporting/cost_model.py; LoRA at full depth within 24 GB
-7  pairrm       PairRM's shape: pairs a second, and what bfloat16 does to P
-8  generation   the transformers engine: equal seeds in different batches, tokens a second
+5  throughput   training tokens per second, for equal and ragged lengths and for several ways to pad
+                and to compute the log-probabilities; TRL's DPOTrainer
+6  memory       peaks of training compared with src/sppo/reporting/cost_model.py; LoRA at full depth
+                within 24 GB
+7  pairrm       PairRM's shape: pairs per second, and the error of P in bfloat16
+8  generation   the transformers engine: equal seeds in different batches, tokens per second
 
-Weights are random, the head scaled until the entropy of a token is 1.5 nats, as a real model has
-it. Nothing is downloaded. Needs torch, transformers, accelerate and peft; without jsonschema or
-pyarrow it runs with stand-ins; what needs TRL, Liger or a GPU is skipped, and a line says so.
-On a processor all of it takes about two minutes.
+The weights are random. The head is scaled until the entropy of a token is 1.5 nats, as in a real
+model. Nothing is downloaded. The check needs torch, transformers, accelerate and peft. Without
+jsonschema or pyarrow it uses replacements. It skips the parts for which TRL, Liger or a GPU is
+missing, and reports them as skipped. On a processor the whole check takes about two minutes.
 
-Each line of the report, a file of JSON lines (--output), is written at once: section, name, status
-(ok, failed, measured, skipped), values, seconds, card, torch, cuda, transformers. The last line,
-section `summary`, counts them. The exit status is 1 if anything failed.
+The report (--output) is a file of JSON lines. Each line is written at once and has: section, name,
+status (ok, failed, measured, skipped), values, seconds, card, torch, cuda, transformers. The last
+line, section `summary`, counts the others. The exit status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 
 ENTROPY = 1.5  # nats of a token
 ENVIRONMENT = "environment"
-# Seconds that each section may take, ten minutes in all. On a machine just started every program
-# imports torch and transformers from a cold disk, for 15 seconds: `programs` runs six of them.
+# Time limit of each section in seconds, ten minutes in total. On a machine that has just started,
+# each program needs 15 seconds to import torch and transformers, and `programs` runs six programs.
 LIMITS = {
     "sdpa": 40,
     "numerics": 40,
@@ -75,8 +77,8 @@ WIDE = {
     "num_key_value_heads": 8,
     "vocab_size": 32000,
 }
-# For programs that write policies and checkpoints to disk: the same heads, an eighth of the
-# weights.
+# For programs that write policies and checkpoints to disk: heads of the same size, a quarter of the
+# weights in each layer.
 NARROW = WIDE | {
     "hidden_size": 2048,
     "intermediate_size": 7168,
@@ -90,7 +92,7 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 512,
 }
-# Of each shape what the sections need: the model, its layers, and how much work.
+# What the sections need for each shape: the model, its layers, and the amount of work.
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": {
         "wide": WIDE,
@@ -139,7 +141,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Report:
-    """Appends lines to the report, each at once."""
+    """Appends lines to the report. Each line is on disk before the next check starts."""
 
     def __init__(self, path: Path, section: str, facts: dict[str, Any]) -> None:
         self.path, self.section, self.facts = path, section, facts
@@ -173,17 +175,17 @@ class Report:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """What goes wrong inside is a line of the report, and the section goes on."""
+        """Report an error inside the block as a failed line, so that the section continues."""
         try:
             yield
-        except Exception as error:  # the report is the place to say it
+        except Exception as error:
             text = " ".join(str(error).split())
             self.line(name, "failed", error=f"{type(error).__name__}: {text[-600:]}")
             release()
 
 
 def plain(value: Any) -> Any:
-    """The value with numbers that JSON can hold: four digits; what is not finite becomes text."""
+    """The value as JSON: floats have four digits; NaN, infinities and other types become text."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -203,7 +205,7 @@ def main() -> None:
         "--sections", default="1,2,3,4,5,6,7,8", help="numbers, such as 1,2,5 (default: all)"
     )
     parser.add_argument("--output", type=Path, default=Path("gpu_check.jsonl"))
-    parser.add_argument("--section", help="for this file's calls of itself")
+    parser.add_argument("--section", help="used when this program calls itself")
     args = parser.parse_args()
     if args.section:
         stand_ins()
@@ -226,7 +228,8 @@ def main() -> None:
         for status in ("ok", "failed", "measured", "skipped")
     }
     failed = [f"{row['section']}: {row['name']}" for row in rows if row["status"] == "failed"]
-    silent = [name for name in chosen if not any(row["section"] == name for row in rows)]
+    reported = {row["section"] for row in rows}
+    silent = [name for name in chosen if name not in reported]
     Report(args.output, "summary", facts_of(args.output)).line(
         "summary",
         "failed" if failed or silent else "ok",
@@ -238,19 +241,20 @@ def main() -> None:
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """Card and versions, as the first section found them."""
+    """Card and versions from the first line of the report; None before there is one."""
     found = next((row for row in lines_of(path) if row["section"] == ENVIRONMENT), {})
     return {key: found.get(key) for key in ("card", "torch", "cuda", "transformers")}
 
 
 def supervise(name: str, args: argparse.Namespace) -> None:
-    """Run a section in a process of its own; its crash or its time limit is a line of the report."""
-    slower = 4 if args.shape == "tiny" else 1  # a processor may be slow or shared
-    limit = LIMITS.get(name, 60) * slower
+    """Run a section in its own process; a crash or a timeout is a failed line of the report."""
+    factor = 4 if args.shape == "tiny" else 1  # a processor may be slow or shared
+    limit = LIMITS.get(name, 60) * factor
     words = [
         "--section",
         name,
@@ -267,7 +271,8 @@ def supervise(name: str, args: argparse.Namespace) -> None:
     except subprocess.TimeoutExpired:
         status = None
     finally:
-        with contextlib.suppress(ProcessLookupError):  # also of what the section started and left
+        # This also ends processes that the section has started and not ended.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
     report = Report(args.output, name, facts_of(args.output))
@@ -278,10 +283,11 @@ def supervise(name: str, args: argparse.Namespace) -> None:
 
 
 def stand_ins() -> None:
-    """Let the project be imported without jsonschema or pyarrow, and train with older transformers.
+    """Let the project run without jsonschema and pyarrow, and train with older transformers.
 
-    jsonschema checks a user's configuration, and there is none here. Tables become JSON lines under
-    their own names. `activation_checkpointing` was called `gradient_checkpointing`.
+    jsonschema checks the configuration of a user, which does not exist here. Tables are written as
+    JSON lines instead, under the same names. `activation_checkpointing` was called
+    `gradient_checkpointing` in older versions of transformers.
     """
     if not installed("jsonschema"):
         sys.modules["jsonschema"] = mock.MagicMock()
@@ -295,7 +301,7 @@ def stand_ins() -> None:
 
 
 def take_new_name(arguments: type) -> None:
-    """Let a class of training arguments take `activation_checkpointing` where it is too old to."""
+    """Let an old class of training arguments accept `activation_checkpointing`."""
     if "activation_checkpointing" in inspect.signature(arguments).parameters:
         return
     begin = arguments.__init__
@@ -318,23 +324,26 @@ def take_new_name(arguments: type) -> None:
 
 
 def installed(package: str) -> bool:
-    """Whether the package itself is here; a stand-in is not."""
+    """Whether the package is installed; a stand-in does not count."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # what a stand-in gives
+    except ValueError:  # a stand-in in sys.modules has no spec
         return False
 
 
 def read_lines(path: Path, name: str) -> list[dict[str, Any]]:
+    """Replaces sppo.core.tables.read_table."""
     return lines_of(Path(path))
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]], name: str) -> None:
+    """Replaces sppo.core.tables.write_table."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def run_section(args: argparse.Namespace) -> None:
+    """Run one section in this process and append its lines to the report."""
     import torch
     import transformers
 
@@ -357,11 +366,11 @@ def run_section(args: argparse.Namespace) -> None:
         SECTIONS[args.section](report, shape, device, Path(folder))
 
 
-# --- what the sections share ---
+# --- shared by the sections ---
 
 
 def release() -> None:
-    """Give back the memory of what is no longer named, so that the next peak is its own."""
+    """Free the memory of deleted objects and reset the peak, before the next measurement."""
     import gc
 
     import torch
@@ -373,6 +382,7 @@ def release() -> None:
 
 
 def synchronise(device: str) -> None:
+    """Wait until the GPU has finished, so that a time that is read next is correct."""
     import torch
 
     if device == "cuda":
@@ -382,7 +392,10 @@ def synchronise(device: str) -> None:
 def make_model(
     sizes: dict[str, Any], layers: int, device: str, dtype: str = "float32", **more: Any
 ) -> Any:
-    """A Mistral of random weights in training mode, its head scaled to `ENTROPY` nats a token."""
+    """A Mistral with random weights in training mode.
+
+    Its head is scaled so that the entropy of a token is `ENTROPY` nats.
+    """
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -399,33 +412,40 @@ def make_model(
         eos_token_id=2,
         **more,
     )
-    before = torch.get_default_dtype()
+    default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with torch.device(device):
             model = MistralForCausalLM(config)
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(default)
     with torch.no_grad():
         ids = torch.randint(
             3, sizes["vocab_size"], (1, 64), generator=torch.Generator().manual_seed(0)
         )
         logits = model(ids.to(device), use_cache=False).logits.float()
-        low, high = 0.0, 64.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            logp = (middle * logits).log_softmax(-1)
-            entropy = -(logp.exp() * logp).sum(-1).mean().item()
-            low, high = (middle, high) if entropy > ENTROPY else (low, middle)
-        scale = (low + high) / 2
-        model.lm_head.weight.mul_(scale)
+        model.lm_head.weight.mul_(scale_for_entropy(logits))
     return model.train()
+
+
+def scale_for_entropy(logits: Any) -> float:
+    """The factor of the logits that gives a mean entropy of `ENTROPY`, found by bisection."""
+    low, high = 0.0, 64.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        logp = (middle * logits).log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1).mean().item()
+        if entropy > ENTROPY:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def make_pairs(
     vocabulary: int, lengths: list[tuple[int, int, int]], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Pairs of random token ids; lengths of prompt, chosen and rejected response."""
+    """Pairs of random token ids; `lengths` are of prompt, chosen and rejected response."""
     draw = random.Random(seed)
 
     def ids(length: int) -> list[int]:
@@ -451,7 +471,7 @@ def make_pairs(
 
 
 def ragged(count: int, longest: int, seed: int = 1) -> list[tuple[int, int, int]]:
-    """Lengths as real ones are: log-normal, prompts shorter than responses, cut at the longest."""
+    """Realistic lengths: log-normal, prompts shorter than responses, cut at `longest` // 2."""
     draw = random.Random(seed)
 
     def length(share: float) -> int:
@@ -461,16 +481,16 @@ def ragged(count: int, longest: int, seed: int = 1) -> list[tuple[int, int, int]
 
 
 def with_reference(pairs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Pairs with log-probabilities of `rows` as those of pi_t and of the reference."""
-    return [
-        pair
-        | {
-            f"{of}_{side}": row[f"{side}_logp"]
-            for of in ("current", "reference")
+    """The pairs with the log-probabilities of `rows`, both as current policy and as reference."""
+    scored = []
+    for pair, row in zip(pairs, rows, strict=True):
+        logps = {
+            f"{role}_{side}": row[f"{side}_logp"]
+            for role in ("current", "reference")
             for side in ("chosen", "rejected")
         }
-        for pair, row in zip(pairs, rows, strict=True)
-    ]
+        scored.append(pair | logps)
+    return scored
 
 
 def options_of_training(**more: Any) -> dict[str, Any]:
@@ -482,8 +502,9 @@ def options_of_training(**more: Any) -> dict[str, Any]:
 
 
 def left_padded_logps(model: Any, pairs: list[dict[str, Any]], device: str) -> Any:
-    """log pi(y|x) with prompts padded left and a mask, as the project computed it once: (2B,),
-    nats.
+    """log pi(y|x) in nats, (2B,), chosen responses first, computed with left padding and a mask.
+
+    Earlier versions of the project computed it in this way.
     """
     import torch
 
@@ -513,7 +534,7 @@ def left_padded_logps(model: Any, pairs: list[dict[str, Any]], device: str) -> A
 
 
 def project_logps(model: Any, pairs: list[dict[str, Any]], device: str) -> Any:
-    """The same by the project's own functions."""
+    """log pi(y|x) in nats, (2B,), chosen responses first, with the project's functions."""
     from sppo.training.logps import pair_batch, response_logps
 
     return response_logps(
@@ -522,14 +543,15 @@ def project_logps(model: Any, pairs: list[dict[str, Any]], device: str) -> Any:
 
 
 def plain_head(states: Any, weight: Any, targets: Any) -> Any:
-    """Log-probabilities (N,) of the targets from states (N, H), all logits at once, in float32."""
+    """Log-probabilities (N,) of the targets from states (N, H); all logits at once in float32."""
     logits = (states @ weight.T.to(states.dtype)).float()
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def chunked_head(states: Any, weight: Any, targets: Any, size: int = 1024) -> Any:
-    """The same, `size` tokens at a time, logits computed again in the backward pass: they never lie
-    in memory whole.
+    """Like plain_head, but for `size` tokens at a time.
+
+    The logits are computed again in the backward pass, so they are never in memory all at once.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
@@ -544,7 +566,7 @@ def chunked_head(states: Any, weight: Any, targets: Any, size: int = 1024) -> An
 
 
 def fused_head(states: Any, weight: Any, targets: Any) -> Any:
-    """The same by torch's own operator (torch 2.13)."""
+    """Like plain_head, with the operator of torch 2.13."""
     import torch
 
     return -torch.nn.functional.linear_cross_entropy(
@@ -553,7 +575,7 @@ def fused_head(states: Any, weight: Any, targets: Any) -> Any:
 
 
 def liger_head(states: Any, weight: Any, targets: Any) -> Any:
-    """The same by Liger's operator."""
+    """Like plain_head, with Liger's operator."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     found = LigerFusedLinearCrossEntropyFunction.apply(
@@ -563,7 +585,7 @@ def liger_head(states: Any, weight: Any, targets: Any) -> Any:
 
 
 def trl_head(states: Any, weight: Any, targets: Any) -> Any:
-    """The same by the function behind TRL's `add_fused_lm_head`."""
+    """Like plain_head, with the function behind TRL's `add_fused_lm_head`."""
     from trl.trainer import utils
 
     found = utils._ChunkedLogProbFunction.apply(
@@ -583,7 +605,7 @@ def trl_head(states: Any, weight: Any, targets: Any) -> Any:
 def packed_logps(
     model: Any, pairs: list[dict[str, Any]], device: str, head: Callable = plain_head
 ) -> Any:
-    """The same with all sequences behind each other in one row, and no padding."""
+    """log pi(y|x) in nats, (2B,), with all sequences one after the other in one row, unpadded."""
     import torch
 
     answers = [pair[f"{side}_token_ids"] for side in ("chosen", "rejected") for pair in pairs]
@@ -594,8 +616,7 @@ def packed_logps(
     ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
     ids = torch.tensor([token for row in rows for token in row])
     places = torch.cat([torch.arange(len(row)) for row in rows])
-    # The token at place i is told by the state at place i - 1.
-    told = torch.cat(
+    predicted = torch.cat(
         [torch.arange(end - len(answer), end) for end, answer in zip(ends[1:].tolist(), answers)]
     )
     owner = torch.repeat_interleave(
@@ -610,10 +631,12 @@ def packed_logps(
         max_length_q=max(map(len, rows)),
         max_length_k=max(map(len, rows)),
     ).last_hidden_state[0]
-    # Not every operator of a head is known to autocast.
+    # Autocast does not know every operator of a head.
     if torch.is_autocast_enabled(torch.device(device).type):
         states = states.bfloat16()
-    logps = head(states[(told - 1).to(device)], model.lm_head.weight, ids[told].to(device))
+    # The state at position i - 1 predicts the token at position i.
+    predicting = states[(predicted - 1).to(device)]
+    logps = head(predicting, model.lm_head.weight, ids[predicted].to(device))
     return torch.zeros(len(rows), device=device).index_add(0, owner.to(device), logps)
 
 
@@ -628,8 +651,9 @@ def varlen_attention(
     max_length_q: int = 0,
     **_: Any,
 ) -> tuple[Any, None]:
-    """Causal attention within each of the sequences in one row: torch's varlen_attn, on a processor
-    one after another.
+    """Causal attention inside each of the sequences in one row.
+
+    It is torch's varlen_attn on a GPU, and one sequence after the other on a processor.
     """
     import torch
 
@@ -639,15 +663,17 @@ def varlen_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         known = inspect.signature(varlen_attn).parameters
-        more: dict[str, Any] = (
-            {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-        )
+        more: dict[str, Any] = {}
+        if "is_causal" in known:
+            more["is_causal"] = True
+        else:
+            more["window_size"] = (-1, 0)
         if "enable_gqa" in known:
             more["enable_gqa"] = True
         else:
-            key, value = (
-                part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value)
-            )
+            groups = query.shape[1] // key.shape[1]
+            key = key.repeat_interleave(groups, 1)
+            value = value.repeat_interleave(groups, 1)
         rows = [part[0].transpose(0, 1).contiguous() for part in (query, key, value)]
         return varlen_attn(
             *rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **more
@@ -664,6 +690,7 @@ def varlen_attention(
 
 
 def use_varlen(model: Any) -> None:
+    """Let the model compute its attention with varlen_attention."""
     from transformers import AttentionInterface
 
     AttentionInterface.register("gpu_check_varlen", varlen_attention)
@@ -674,16 +701,13 @@ def finite_gradient(model: Any) -> tuple[bool, float]:
     """Whether every gradient is finite, and their norm."""
     import torch
 
-    norm = (
-        torch.stack([p.grad.float().norm() for p in model.parameters() if p.grad is not None])
-        .norm()
-        .item()
-    )
+    norms = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
+    norm = torch.stack(norms).norm().item()
     return math.isfinite(norm), norm
 
 
 def program(name: str, *words: object) -> list[str]:
-    """The command that runs a program of src/ with the stand-ins that this machine needs."""
+    """The command that runs a program of src/ with the stand-ins of this module."""
     here = str(Path(__file__).parent)
     code = (
         f"import sys; sys.path.insert(0, {here!r})\n"
@@ -695,7 +719,7 @@ def program(name: str, *words: object) -> list[str]:
 
 
 def save_policy(model: Any, folder: Path) -> None:
-    """The model as a Hugging Face folder; its tokenizer reads a word as a token."""
+    """Save the model as a Hugging Face folder, with a tokenizer in which each word is a token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -722,7 +746,7 @@ def save_policy(model: Any, folder: Path) -> None:
 
 
 def environment(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
-    """What is here."""
+    """Report the machine and the packages."""
     import torch
 
     from sppo.core.artifacts import package_versions
@@ -752,12 +776,13 @@ def environment(report: Report, shape: dict[str, Any], device: str, folder: Path
 
 
 def sdpa(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
-    """Section 1."""
+    """Section 1: kernels of attention, and two ways to pad."""
     import torch
 
     from sppo.training.logps import forward_precision
 
-    dtype, cudnn = torch.bfloat16, getattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    dtype = torch.bfloat16
+    enable_cudnn = getattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
     for width in shape["widths"]:
         for name in ("cudnn", "efficient", "math"):
             with report.step(f"kernel {name}, width {width}"):
@@ -766,7 +791,7 @@ def sdpa(report: Report, shape: dict[str, Any], device: str, folder: Path) -> No
                     continue
                 try:
                     values = masked_kernel(name, width, device)
-                except RuntimeError as error:  # the card or the build lacks it
+                except RuntimeError as error:  # the GPU or the build of torch lacks the kernel
                     values = {"error": str(error)[-300:]}
                 report.measure(f"kernel {name}, width {width}", **values)
     model = make_model(shape["wide"], shape["shallow"], device)
@@ -775,32 +800,33 @@ def sdpa(report: Report, shape: dict[str, Any], device: str, folder: Path) -> No
             (width // 2 - short, width // 2, width // 2 - short // 2)
             for short in (0, 5, width // 4, width // 3)
         ]
-        pairs, found = make_pairs(shape["wide"]["vocab_size"], lengths), {}
+        pairs = make_pairs(shape["wide"]["vocab_size"], lengths)
+        found = {}
         ways: dict[str, tuple[bool, Callable]] = {
             "as the project pads": (True, project_logps),
             "padded left, cuDNN off": (False, left_padded_logps),
             "padded left, cuDNN on": (True, left_padded_logps),
         }
-        for name, (on, logps_of) in ways.items():
+        for name, (cudnn, logps_of) in ways.items():
             with report.step(f"{name}, width {width}"):
-                cudnn(on)
+                enable_cudnn(cudnn)
                 model.zero_grad()
                 with forward_precision(device, dtype):
                     logps = logps_of(model, pairs, device)
                 logps.mean().backward()
-                fine, norm = finite_gradient(model)
+                finite, norm = finite_gradient(model)
                 found[name] = logps.detach().float()
                 values = {
                     "logps_finite": bool(logps.isfinite().all()),
-                    "gradient_finite": fine,
+                    "gradient_finite": finite,
                     "gradient_norm": norm,
                 }
-                # Known to fail on some cards; nothing of ours depends on it.
+                # This fails on some GPUs. It is only measured, because the project does not use it.
                 if name == "padded left, cuDNN on":
                     report.measure(f"{name}, width {width}", **values)
                 else:
                     report.check(
-                        f"{name}, width {width}", values["logps_finite"] and fine, **values
+                        f"{name}, width {width}", values["logps_finite"] and finite, **values
                     )
         if {"as the project pads", "padded left, cuDNN off"} <= found.keys():
             ours, left = found["as the project pads"], found["padded left, cuDNN off"]
@@ -810,12 +836,13 @@ def sdpa(report: Report, shape: dict[str, Any], device: str, folder: Path) -> No
             )
             gap = ((ours - left).abs() / tokens).max().item()
             report.check(f"padding changes nothing, width {width}", gap < 5e-2, nats_a_token=gap)
-        cudnn(True)
+        enable_cudnn(True)
 
 
 def masked_kernel(name: str, width: int, device: str) -> dict[str, Any]:
-    """One kernel alone, left-padded, every score near -100, where cuDNN's backward pass was seen to
-    give NaN.
+    """Forward and backward pass of one attention kernel, with left padding.
+
+    Every score is near -100, because cuDNN's backward pass gave NaN in this case.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -850,7 +877,7 @@ def masked_kernel(name: str, width: int, device: str) -> dict[str, Any]:
 
 
 def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
-    """Section 2."""
+    """Section 2: rounding of log-probabilities."""
     import torch
 
     from sppo.training.logps import forward_precision, frozen_logps
@@ -865,7 +892,7 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
             [[row["chosen_logp"], row["rejected_logp"]] for row in rows], dtype=torch.float64
         ).flatten()
 
-    def stated(gap: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
+    def described(gap: torch.Tensor, tokens: torch.Tensor) -> dict[str, float]:
         return {
             "worst_nats_a_root_of_tokens": (gap.abs() / tokens.sqrt()).max().item(),
             "mean_nats_a_token": abs((gap.sum() / tokens.sum()).item()),
@@ -883,7 +910,7 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
             exact = logps(pairs, torch.float32, 8)
             report.measure(
                 f"bfloat16 against float32, {tokens} tokens",
-                **stated(logps(pairs, torch.bfloat16, 8) - exact, counted),
+                **described(logps(pairs, torch.bfloat16, 8) - exact, counted),
             )
     all_pairs = [pair | {"pair_id": i} for i, pair in enumerate(all_pairs)]
     counted = torch.tensor(
@@ -898,7 +925,7 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
                 f"two batchings, {name}",
                 identity_fault(gap, counted, dtype) is None,
                 tolerance=IDENTITY_TOLERANCE[dtype],
-                **stated(gap, counted),
+                **described(gap, counted),
             )
     use_varlen(model)
     with (
@@ -911,22 +938,23 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
         )
         model.set_attn_implementation("sdpa")
         gap = packed - logps(all_pairs, torch.bfloat16, 4)
-        # Another kernel rounds otherwise: who packs must pack the reference too.
+        # Another kernel rounds differently, so packed training needs a packed reference.
         report.measure(
             "packed against padded, bfloat16",
             within_step_0_tolerance=identity_fault(gap, counted, torch.bfloat16) is None,
-            **stated(gap, counted),
+            **described(gap, counted),
         )
 
 
 def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
-    """Section 3."""
+    """Section 3: the programs that score and train."""
     from safetensors.torch import load_file
 
     from sppo.core.artifacts import read_json, record_path
     from sppo.core.tables import read_table, write_table
 
-    start, chosen = folder / "start", "cpu" if device == "cpu" else "gpu"
+    start = folder / "start"
+    chosen = "cpu" if device == "cpu" else "gpu"
     model = make_model(shape["narrow"], 2 * shape["shallow"], device)
     save_policy(model, start)
     del model
@@ -987,7 +1015,7 @@ def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -
         )
 
     def trained(name: str, reference: str, *words: object) -> list[str]:
-        """Lines that the training said; a line of the report says how it went."""
+        """Train and report the result. Returns the output lines of the training."""
         done = subprocess.run(
             command(name, reference, *words), capture_output=True, text=True, check=False
         )
@@ -1027,8 +1055,8 @@ def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -
         )
         moved = max((one[key] - before[key]).abs().max().item() for key in one)
         apart = max((one[key] - other[key]).abs().mean().item() for key in one)
-        # Summed in another order a gradient near 0 may change its sign, and RMSProp makes whole
-        # steps of it.
+        # Another order of summation can change the sign of a gradient near 0, and RMSProp makes a
+        # full step of it. Therefore the weights need not be equal.
         report.check(
             "resumed where it stopped, to the same weights",
             steps == ["3", "4"] and apart < 1e-2 * moved,
@@ -1045,7 +1073,7 @@ def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -
 
 
 def fsdp2(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
-    """Section 4: start one process as the project starts several, through accelerate's launcher."""
+    """Section 4: start one process with accelerate's launcher, as the project starts several."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     from sppo.training.distributed import CONFIGS
@@ -1080,7 +1108,7 @@ def fsdp2(report: Report, shape: dict[str, Any], device: str, folder: Path) -> N
 
 
 def fsdp2_child(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
-    """Section 4, in the launched process."""
+    """Section 4 in the launched process: FSDP2."""
     if os.environ.get("GPU_CHECK_DIVIDE_ON_CPU"):
         sys.path.insert(0, str(REPOSITORY / "tests" / "multi_process"))
         from train_policy_on_cpu import divide_on_cpu
@@ -1108,9 +1136,9 @@ def fsdp2_child(report: Report, shape: dict[str, Any], device: str, folder: Path
     pairs = with_reference(pairs, frozen_logps(model.eval(), pairs, dtype, device, 4))
     work = folder / "policy" / "work"
     with report.step("train"):
-        model.cpu()  # as src/train_policy.py leaves it where it was read, to be divided
+        model.cpu()  # src/train_policy.py also gives the model to FSDP2 on the CPU
         trainer = make_trainer(model, pairs, options, dtype, device, work, 0)
-        # The checkpoint of the last step alone would leave nothing to go on with.
+        # The section resumes from an earlier checkpoint, so all checkpoints are kept.
         trainer.args.save_total_limit = None
         trainer.train()
         kinds = sorted(
@@ -1122,12 +1150,12 @@ def fsdp2_child(report: Report, shape: dict[str, Any], device: str, folder: Path
             }
         )
         log = [line for line in trainer.state.log_history if "loss" in line]
-        fine = all(
+        finite = all(
             math.isfinite(line["loss"]) and math.isfinite(float(line["grad_norm"])) for line in log
         )
         report.check(
             "train",
-            fine and len(log) == 4 and kinds == ["DTensor"],
+            finite and len(log) == 4 and kinds == ["DTensor"],
             step_0=trainer.step_0,
             optimizer_state=kinds,
             gradient_norms=[float(line["grad_norm"]) for line in log],
@@ -1145,7 +1173,7 @@ def fsdp2_afterwards(
     pairs: list[dict[str, Any]],
     options: dict[str, Any],
 ) -> None:
-    """Go on from a checkpoint of the trainer, then gather its weights and save them."""
+    """Resume from a checkpoint of the trainer, then gather its weights and save them."""
     import torch
 
     from sppo.training.trainer import make_trainer
@@ -1182,7 +1210,7 @@ def fsdp2_afterwards(
 
 
 def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
-    """Section 5: forward and backward passes with checkpointing; then whole trainers."""
+    """Section 5: forward and backward passes with checkpointing, then complete trainers."""
     import torch
 
     from sppo.training.logps import forward_precision, frozen_logps
@@ -1229,11 +1257,13 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
                 report.skip(title, missing)
                 continue
             with report.step(title):
-                use_varlen(model) if attention == "varlen" else model.set_attn_implementation(
-                    "sdpa"
-                )
+                if attention == "varlen":
+                    use_varlen(model)
+                else:
+                    model.set_attn_implementation("sdpa")
                 release()
-                for repeat in range(shape["repeats"] + 1):  # the first warms up, on one micro-batch
+                # The first repeat is a warm-up with one micro-batch.
+                for repeat in range(shape["repeats"] + 1):
                     if repeat == 1:
                         synchronise(device)
                         began = time.perf_counter()
@@ -1242,13 +1272,8 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
                             loss = logps_of(model, batch, device).mean()
                         loss.backward()
                 synchronise(device)
-                report.measure(
-                    title,
-                    loss=loss.item(),
-                    **speed(
-                        sets[kind], shape, (time.perf_counter() - began) / shape["repeats"], device
-                    ),
-                )
+                seconds = (time.perf_counter() - began) / shape["repeats"]
+                report.measure(title, loss=loss.item(), **speed(sets[kind], shape, seconds, device))
             model.zero_grad()
     model.set_attn_implementation("sdpa")
     options = options_of_training(
@@ -1271,7 +1296,8 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
         trainer = make_trainer(model, pairs, options, torch.bfloat16, device, folder / "ours", 0)
         release()
         trainer.train()
-        last = [
+        # The first step is a warm-up.
+        speeds = [
             line["tokens_per_second"]
             for line in trainer.state.log_history
             if "tokens_per_second" in line
@@ -1281,7 +1307,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
             "ragged: the project's trainer",
             reference_tokens_per_second=tokens / scored,
             step_0=trainer.step_0,
-            **speed(sets["ragged"], shape, tokens / (sum(last) / len(last)), device),
+            **speed(sets["ragged"], shape, tokens / (sum(speeds) / len(speeds)), device),
         )
         del trainer
     if not (installed("trl") and installed("datasets")):
@@ -1315,7 +1341,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
 
 
 def micro_batches_of(pairs: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
-    """In the order of training: the longest first, so that a batch holds pairs of like length."""
+    """Micro-batches in training order: longest pairs first, so a batch has similar lengths."""
     from sppo.training.logps import pair_length
 
     order = sorted(pairs, key=pair_length, reverse=True)
@@ -1333,14 +1359,17 @@ def tokens_of(pairs: list[dict[str, Any]]) -> int:
 def speed(
     pairs: list[dict[str, Any]], shape: dict[str, Any], seconds: float, device: str
 ) -> dict[str, Any]:
-    """Of one pass over the pairs, forward and backward: real tokens a second, MFU by the data
-    sheet, peak memory.
+    """The figures of one forward and backward pass over the pairs in this time.
+
+    They are real tokens per second (without padding), TFLOP/s, and on a GPU also MFU by the data
+    sheet and peak memory.
     """
     import torch
 
     from sppo.reporting.cost_model import GPUS, forward_flops
 
-    size, flops = shape_of_model(shape["wide"], shape["layers"]), 0.0
+    size = shape_of_model(shape["wide"], shape["layers"])
+    flops = 0.0
     for pair in pairs:
         for side in ("chosen", "rejected"):
             answer = len(pair[f"{side}_token_ids"])
@@ -1364,18 +1393,20 @@ def speed(
 
 
 def shape_of_model(sizes: dict[str, Any], layers: int) -> Any:
+    """The shape for the formulas of cost_model.py."""
     from sppo.reporting.cost_model import shape_of
 
     return shape_of(sizes | {"num_hidden_layers": layers, "model_type": "mistral"})
 
 
 def memory(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
-    """Section 6."""
+    """Section 6: peak memory of training."""
     import torch
 
     from sppo.reporting.cost_model import train_bytes
 
-    vocabulary, tokens, card = shape["wide"]["vocab_size"], shape["memory_tokens"], 0
+    vocabulary, tokens = shape["wide"]["vocab_size"], shape["memory_tokens"]
+    card = 0  # bytes of the GPU; 0 if its memory was not limited
     pairs = make_pairs(vocabulary, [(tokens, tokens, tokens)] * 4)
     pairs = with_reference(pairs, [{"chosen_logp": 0.0, "rejected_logp": 0.0}] * 4)
     for layers in shape["memory_layers"]:
@@ -1388,13 +1419,17 @@ def memory(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
             estimated = train_bytes(
                 shape_of_model(shape["wide"], layers), 1, 1, tokens, tokens, 0, True
             )
-            off = peak / estimated if device == "cuda" else None
+            # On a processor the peak is that of the process, which the estimate does not cover.
+            ratio = peak / estimated if device == "cuda" else None
+            status = "measured"
+            if ratio is not None:
+                status = "ok" if 0.85 < ratio < 1.15 else "failed"
             report.line(
                 title,
-                "measured" if off is None else "ok" if 0.85 < off < 1.15 else "failed",
+                status,
                 peak_gb=peak / 1e9,
                 estimated_gb=estimated / 1e9,
-                peak_by_estimate=off,
+                peak_by_estimate=ratio,
             )
     title = f"LoRA, {shape['full']} layers, within 24 GB"
     with report.step(title):
@@ -1420,8 +1455,9 @@ def memory(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
 
 
 def step_peak(model: Any, pairs: list[dict[str, Any]], device: str, work: Path, rank: int) -> float:
-    """Peak bytes of two steps of training, a pair in a pass; on a processor that of the whole
-    process.
+    """Peak bytes of two training steps with one pair in a pass.
+
+    On a processor it is the peak of the whole process.
     """
     import resource
 
@@ -1438,8 +1474,8 @@ def step_peak(model: Any, pairs: list[dict[str, Any]], device: str, work: Path, 
         lora_rank=rank,
         lora_alpha=32,
     )
-    # References of zero are not this policy's, and whether they are is not the question here.
     trainer = make_trainer(model, pairs, options, torch.bfloat16, device, work, 0)
+    # The references are zeros here, so the check of the first step would fail.
     trainer._check_step_0 = lambda *_: None
     release()
     trainer.train()
@@ -1449,7 +1485,7 @@ def step_peak(model: Any, pairs: list[dict[str, Any]], device: str, work: Path, 
 
 
 def pairrm(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
-    """Section 7."""
+    """Section 7: PairRM."""
     import numpy as np
     import torch
     from safetensors.torch import save_file
@@ -1525,13 +1561,13 @@ def pairrm(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
             )
             del model
             release()
-    # Of random weights the logits hardly differ; stretched as far as those of a trained model, they
-    # would stretch the rounding with them. So the rounding is told beside the spread.
+    # The logits of random weights differ little. Scaling them to the spread of a trained model
+    # would scale the rounding too. Therefore the report gives both rounding and spread.
     gap, spread = found["bfloat16"] - found["float32"], float(found["float32"].std())
-    P, rounded = (
-        np.array([win_probabilities(each) for each in found[name]])
-        for name in ("float32", "bfloat16")
-    )
+    P, rounded = [
+        np.array([win_probabilities(logits) for logits in found[precision]])
+        for precision in ("float32", "bfloat16")
+    ]
     report.check(
         "P by bfloat16",
         np.abs(P - rounded).mean() < 0.01,
@@ -1544,52 +1580,35 @@ def pairrm(report: Report, shape: dict[str, Any], device: str, folder: Path) -> 
 
 
 def generation(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:
-    """Section 8."""
+    """Section 8: generation."""
     from sppo.policies.generation import Sampling, TransformersEngine
-    from sppo.policies.models import prompt_token_ids
 
     save_policy(make_model(shape["narrow"], 2 * shape["shallow"], device), folder)
     release()
-    draw, sampling = random.Random(0), Sampling(4, 1.0, 1.0, shape["new_tokens"])
+    sampling = Sampling(4, 1.0, 1.0, shape["new_tokens"])
     for precision in ("float32", "bfloat16"):
         with report.step(precision):
-            found, seconds = [], 0.0
-            for together in (4, 4 * shape["prompts"]):
+            found = []
+            for batch_size in (4, 4 * shape["prompts"]):
                 engine = TransformersEngine(
-                    folder, precision=precision, device=device, attention=None, batch_size=together
+                    folder,
+                    precision=precision,
+                    device=device,
+                    attention=None,
+                    batch_size=batch_size,
                 )
-                draw.seed(0)
-                prompts = [
-                    {
-                        "prompt_id": f"p{i}",
-                        "prompt_token_ids": prompt_token_ids(
-                            engine.tokenizer,
-                            [
-                                {
-                                    "role": "user",
-                                    "content": " ".join(
-                                        f"w{draw.randrange(5, 500)}"
-                                        for _ in range(draw.randrange(4, 64))
-                                    ),
-                                }
-                            ],
-                        ),
-                    }
-                    for i in range(shape["prompts"])
-                ]
-                some = prompts if together > 4 else prompts[:4]  # one prompt at a time is slow
+                prompts = random_prompts(shape["prompts"], engine.tokenizer)
+                # One prompt in a batch is slow, so only four prompts are generated in that way.
+                some = prompts if batch_size > 4 else prompts[:4]
                 engine.generate(some[:1], sampling, 0, "warm-up")
                 synchronise(device)
                 began = time.perf_counter()
                 found.append(engine.generate(some, sampling, 0, "check"))
                 seconds = time.perf_counter() - began
-            alone, both = found[0], found[1][: len(found[0])]
-            same = sum(
-                a["token_ids"] == b["token_ids"] for a, b in zip(alone, both, strict=True)
-            ) / len(alone)
-            first = sum(
-                a["token_ids"][0] == b["token_ids"][0] for a, b in zip(alone, both, strict=True)
-            ) / len(alone)
+            alone, together = found[0], found[1][: len(found[0])]
+            rows = list(zip(alone, together, strict=True))
+            same = sum(a["token_ids"] == b["token_ids"] for a, b in rows) / len(rows)
+            first = sum(a["token_ids"][0] == b["token_ids"][0] for a, b in rows) / len(rows)
             drawn = sum(len(row["token_ids"]) for row in found[1])
             report.check(
                 f"equal seeds in different batches, {precision}",
@@ -1598,6 +1617,20 @@ def generation(report: Report, shape: dict[str, Any], device: str, folder: Path)
                 same_first_tokens=first,
                 tokens_per_second=drawn / seconds,
             )
+
+
+def random_prompts(count: int, tokenizer: Any) -> list[dict[str, Any]]:
+    """Prompts of 4 to 63 random words, the same at each call."""
+    from sppo.policies.models import prompt_token_ids
+
+    draw = random.Random(0)
+    prompts = []
+    for i in range(count):
+        words = [f"w{draw.randrange(5, 500)}" for _ in range(draw.randrange(4, 64))]
+        messages = [{"role": "user", "content": " ".join(words)}]
+        ids = prompt_token_ids(tokenizer, messages)
+        prompts.append({"prompt_id": f"p{i}", "prompt_token_ids": ids})
+    return prompts
 
 
 SECTIONS: dict[str, Callable[[Report, dict[str, Any], str, Path], None]] = {

@@ -1,11 +1,14 @@
-"""How fast PairRM compares responses: ours against llm-blender, on the same machine and prompts.
+"""Speed of PairRM: our code and llm-blender on the same machine and prompts.
 
     .venv/bin/python benchmarks/pairrm.py --model FOLDER --official .cache/llm-blender-*/bin/python
 
-FOLDER is PairRM in llm-blender's layout; tests/parity/official_pairrm.py makes random ones of any size. `--official` is the interpreter
-of llm-blender's environment, which `make test-pairrm` makes; there this file runs itself. Prompts are ours, answers 10 to 300 words,
-all pairs of K = 5 in both orders, one prompt at a time for llm-blender, as SPPO's rank.py has it. Then the difference that
-bfloat16 makes to P.
+FOLDER is PairRM in llm-blender's layout; tests/parity/official_pairrm.py makes random ones of any
+size. `--official` is the interpreter of llm-blender's environment, which `make test-pairrm` makes.
+This program calls itself with that interpreter.
+
+The prompts are ours, and each of the K = 5 answers has 10 to 300 words. All pairs are compared in
+both orders. llm-blender takes one prompt at a time, as in SPPO's rank.py. At the end the program
+prints the error of P in bfloat16.
 """
 
 from __future__ import annotations
@@ -38,18 +41,19 @@ def main() -> None:
     parser.add_argument(
         "--official",
         type=Path,
-        help="interpreter of llm-blender's environment; not given, ours alone",
+        help="interpreter of llm-blender's environment; without it only our code is measured",
     )
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument(
         "--backend",
         choices=["transformers", "llm_blender"],
         default="transformers",
-        help="for this file's call of itself",
+        help="used when this program calls itself",
     )
     args = parser.parse_args()
     start_torch()
-    device, groups = pick_device("auto"), questions(args.prompts)
+    device = pick_device("auto")
+    groups = questions(args.prompts)
     if args.backend == "llm_blender":
         from sppo.preferences.base import load_preference_model, settings_for
 
@@ -61,38 +65,24 @@ def main() -> None:
     probabilities = {}
     for precision in ("float32", "bfloat16"):
         model = PairRM(args.model, device, precision)
-        probabilities[precision] = np.array(
-            [win_probabilities(logits) for logits in timed(f"ours {precision}", model, groups)]
-        )
+        all_logits = timed(f"ours {precision}", model, groups)
+        probabilities[precision] = np.array([win_probabilities(logits) for logits in all_logits])
     if args.official:
-        subprocess.run(
-            [
-                args.official,
-                __file__,
-                "--model",
-                args.model,
-                "--prompts",
-                str(args.prompts),
-                "--backend",
-                "llm_blender",
-            ],
-            check=True,
-        )
+        words = ["--model", args.model, "--prompts", str(args.prompts), "--backend", "llm_blender"]
+        subprocess.run([args.official, __file__, *words], check=True)
     exact = probabilities["float32"]
-    gap = np.abs(exact - probabilities["bfloat16"])
+    error = np.abs(exact - probabilities["bfloat16"])
     print(
-        f"P by bfloat16   differs from float32's by {gap.max():.4f} at most, {gap.mean():.4f} in the "
-        f"mean, where P is {exact.min():.2f} to {exact.max():.2f}"
+        f"P in bfloat16   differs from P in float32 by at most {error.max():.4f}, "
+        f"on average by {error.mean():.4f}; P is {exact.min():.2f} to {exact.max():.2f}"
     )
 
 
 def questions(prompts: int) -> list[tuple[str, list[str]]]:
-    """Instructions of ours, each with K answers made of others."""
+    """Our instructions, each with K answers made of random words from the instructions."""
     draw = random.Random(0)
-    texts = [
-        json.loads(line)["instruction"]
-        for line in (REPOSITORY / "data/prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = (REPOSITORY / "data/prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["instruction"] for line in lines]
     words = " ".join(texts).split()
 
     def answer() -> str:
@@ -103,7 +93,7 @@ def questions(prompts: int) -> list[tuple[str, list[str]]]:
 
 
 def timed(name: str, model, groups: list[tuple[str, list[str]]]) -> list[np.ndarray]:
-    """All logits; prints pairs a second, after a warm-up."""
+    """The logits of all pairs. Prints the number of pairs per second, measured after a warm-up."""
     model.all_pair_logits(groups[:2])
     began = time.perf_counter()
     logits = model.all_pair_logits(groups)

@@ -1,18 +1,23 @@
-"""Rounding of log-ratios before the first step: what sets the tolerance of the step-0 identity.
+"""Rounding errors of log-ratios before the first step. They set the tolerance of the step-0 check.
 
     .venv/bin/python benchmarks/step_0_noise.py --policy results/models/SmolLM2-135M-Instruct
 
 Reads   the policy; our prompts, evaluation instructions and gold responses as texts of all lengths
-Prints  for each type of computation: by length of a response, the standard deviation and the
-        largest difference of two scorings of the same responses with other neighbours and padding;
-        the share of false alarms in 10,000 draws of a first step's pairs; and the share of draws in
-        which a policy a small step away is caught. A step moves every weight by the same size,
-        against the gradient of SPPO's loss, as the first step of AdamW does with that learning rate
-        (RMSProp, whose mean of squares begins at 0, with a tenth of it).
-The weights are first changed at random by up to 1/512 of themselves. The embedded policy's come from
-four bits, and many lie half-way between two numbers of bfloat16: there the smallest step turns their
-rounding, all along the gradient, and moves the policy by a nat a response.
-It takes half an hour on two cores.
+Prints  for each precision:
+        * the difference between two scorings of the same responses, with other neighbours and
+          other padding: standard deviation and largest value, by length of the response;
+        * the number of false alarms in 10,000 random draws of a first step's pairs;
+        * the share of draws in which the check detects a policy that is a small step away. The step
+          moves each weight by the same size against the gradient of SPPO's loss. The first step of
+          AdamW with this learning rate does the same. So does RMSProp with a tenth of the rate,
+          because its mean of squares starts at 0.
+
+First, each weight is changed at random by up to 1/512 of itself. The embedded policy's weights
+have four bits, and many of them are halfway between two numbers of bfloat16. Without the change the
+smallest step would change the rounding of all these weights along the gradient and move the policy
+by a nat per response.
+
+The program takes half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -40,10 +45,10 @@ from sppo.training.logps import collate, forward_precision, response_logps, toke
 from sppo.training.trainer import identity_fault
 
 DRAWS = 10_000
-PAIRS = (1, 4, 16, 64)  # of a step
+PAIRS = (1, 4, 16, 64)  # pairs in a step
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STEPS = (1e-6, 3e-6, 1e-5)
-Sequences = list[tuple[list[int], list[int]]]
+Sequences = list[tuple[list[int], list[int]]]  # token ids of prompt and response
 
 
 def main() -> None:
@@ -52,7 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--responses", type=int, default=1500)
-    parser.add_argument("--seed", type=int, default=0, help="of texts, weights and batches")
+    parser.add_argument("--seed", type=int, default=0, help="seed of texts, weights and batches")
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument(
         "--precision", choices=["bfloat16", "float32"], nargs="*", default=["bfloat16", "float32"]
@@ -66,23 +71,26 @@ def main() -> None:
 
 
 def read_sequences(policy: Path, count: int, seed: int) -> Sequences:
-    """Prompts and responses as token ids: texts of a few tokens to some hundreds."""
-    tokenizer, draw = load_tokenizer(policy), random.Random(seed)
+    """Prompts and responses as token ids; responses have a few to 401 tokens."""
+    tokenizer = load_tokenizer(policy)
+    draw = random.Random(seed)
     data = REPOSITORY / "data"
-    asked = [json.loads(line)["instruction"] for line in (data / "prompts.jsonl").open()]
-    asked += [row["instruction"] for row in json.loads((data / "evaluation.json").read_text())]
+    instructions = [json.loads(line)["instruction"] for line in (data / "prompts.jsonl").open()]
+    evaluation = json.loads((data / "evaluation.json").read_text())
+    instructions += [row["instruction"] for row in evaluation]
     gold = [json.loads(line)["response"] for line in (data / "gold.jsonl").open()]
-    texts = asked + gold + [" ".join(draw.sample(gold, 3)) for _ in range(60)]
+    texts = instructions + gold + [" ".join(draw.sample(gold, 3)) for _ in range(60)]
     draw.shuffle(texts)
     found = []
     for text in texts[:count]:
-        messages = [{"role": "user", "content": draw.choice(asked)}]
+        messages = [{"role": "user", "content": draw.choice(instructions)}]
         ids = tokenizer(text, add_special_tokens=False).input_ids[:400]
         found.append((prompt_token_ids(tokenizer, messages), [*ids, tokenizer.eos_token_id]))
     return found
 
 
 def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str, seed: int) -> None:
+    """Print the figures of one precision."""
     model = load_generic(policy, device, seed)
     by_length = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
     shuffled = random.Random(seed + 1).sample(by_length, len(by_length))
@@ -90,33 +98,44 @@ def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str,
     two = score(model, sequences, shuffled, 7, dtype, device)
     noise = [a - b for a, b in zip(one, two, strict=True)]
     print(f"\n{dtype}: {len(noise)} responses, {sum(map(len, noise))} tokens\n")
-    print("| first tokens | responses | standard deviation | largest | of one token's, x sqrt(n) |")
+    print_noise(noise)
+    false_alarms = ", ".join(str(alarms(noise, dtype, DRAWS, pairs)) for pairs in PAIRS)
+    print(f"\nFalse alarms in {DRAWS} draws of {PAIRS} pairs: {false_alarms}", flush=True)
+    subset = shuffled[:400]
+    for step in STEPS:
+        moved = load_generic(policy, device, seed)
+        take_step(moved, [sequences[i] for i in shuffled[-16:]], step, dtype, device)
+        after = score(moved, sequences, subset, 7, dtype, device)
+        ratios = [after[i] - one[i] for i in subset]
+        size = torch.stack([row.sum() for row in ratios]).square().mean().sqrt()
+        detected = ", ".join(f"{alarms(ratios, dtype, 1000, pairs) / 10:.1f}%" for pairs in PAIRS)
+        print(
+            f"A step of {step:g}: log-ratios of {size:.3f} nats, detected in {detected}", flush=True
+        )
+
+
+def print_noise(noise: list[torch.Tensor]) -> None:
+    """Print a table of the differences, which are given for each token of each response."""
+    print(
+        "| first tokens | responses | standard deviation | largest "
+        "| relative to one token's deviation x sqrt(n) |"
+    )
     print("|--:|--:|--:|--:|--:|")
-    of_token = torch.cat(noise).std().item()
+    token_deviation = torch.cat(noise).std().item()
     for n in LENGTHS:
         sums = torch.stack([row[:n].sum() for row in noise if len(row) >= n])
         deviation = sums.std().item()
         print(
             f"| {n} | {len(sums)} | {deviation:.4f} | {sums.abs().max():.4f} | "
-            f"{deviation / of_token / n**0.5:.2f} |"
+            f"{deviation / token_deviation / n**0.5:.2f} |"
         )
-    false = ", ".join(str(alarms(noise, dtype, DRAWS, pairs)) for pairs in PAIRS)
-    print(f"\nFalse alarms in {DRAWS} draws of {PAIRS} pairs: {false}", flush=True)
-    few = shuffled[:400]
-    for step in STEPS:
-        moved = load_generic(policy, device, seed)
-        take_step(moved, [sequences[i] for i in shuffled[-16:]], step, dtype, device)
-        after = score(moved, sequences, few, 7, dtype, device)
-        ratios = [after[i] - one[i] for i in few]
-        size = torch.stack([row.sum() for row in ratios]).square().mean().sqrt()
-        caught = ", ".join(f"{alarms(ratios, dtype, 1000, pairs) / 10:.1f}%" for pairs in PAIRS)
-        print(f"A step of {step:g}: log-ratios of {size:.3f} nats, caught in {caught}", flush=True)
 
 
 @torch.no_grad()
 def load_generic(policy: Path, device: str, seed: int) -> torch.nn.Module:
-    """The policy with weights that lie anywhere between the numbers of bfloat16."""
-    model, draw = load_policy(policy, torch.float32, "cpu"), torch.Generator().manual_seed(seed)
+    """The policy, with weights that are not near to numbers of bfloat16."""
+    model = load_policy(policy, torch.float32, "cpu")
+    draw = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         weight.mul_(1 + (2 * torch.rand(weight.shape, generator=draw) - 1) / 512)
     return model.to(device)
@@ -131,7 +150,10 @@ def score(
     dtype: torch.dtype,
     device: str,
 ) -> list[torch.Tensor]:
-    """Log-probabilities of each response's tokens, scored in batches of `size` in this order."""
+    """Log-probabilities of each response's tokens, scored in batches of `size` in this order.
+
+    Returns one float64 vector for each sequence; it is empty for sequences not in `order`.
+    """
     found: dict[int, torch.Tensor] = {}
     for start in range(0, len(order), size):
         rows = order[start : start + size]
@@ -146,11 +168,13 @@ def score(
 
 
 def alarms(ratios: list[torch.Tensor], dtype: torch.dtype, draws: int, pairs: int) -> int:
-    """How many draws of a step of so many pairs the check takes for another policy.
+    """The number of draws in which the step-0 check takes the policy for another one.
 
-    A response's length is drawn as well: its first tokens are a response too.
+    A draw has two responses for each pair. Each response is cut at a random length, because the
+    first tokens of a response are a response too.
     """
-    draw, found = random.Random(2), 0
+    draw = random.Random(2)
+    found = 0
     for _ in range(draws):
         drawn = [draw.choice(ratios) for _ in range(2 * pairs)]
         kept = [row[: draw.randint(1, len(row))] for row in drawn]
@@ -163,12 +187,13 @@ def alarms(ratios: list[torch.Tensor], dtype: torch.dtype, draws: int, pairs: in
 def take_step(
     model: torch.nn.Module, sequences: Sequences, step: float, dtype: torch.dtype, device: str
 ) -> None:
-    """Move each weight by `step` against its gradient; half of the responses win, half lose."""
+    """Move each weight by `step` against its gradient; the first half of the responses wins."""
     batch = collate(*zip(*sequences, strict=True))
     with forward_precision(device, dtype):
         logps = response_logps(model, {key: value.to(device) for key, value in batch.items()})
     winners, losers = logps.chunk(2)
-    (losers.sum() - winners.sum()).backward()  # SPPO's at log-ratio 0, targets of one size
+    # The gradient of SPPO's loss at log-ratio 0, up to a factor, if all targets have one size.
+    (losers.sum() - winners.sum()).backward()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.grad is not None:

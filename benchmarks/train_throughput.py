@@ -1,13 +1,20 @@
-"""How fast one GPU trains a policy at full size, as a table row in JSON.
+"""Training speed of a full-size policy on one GPU, as a table row in JSON.
 
     .venv/bin/python benchmarks/train_throughput.py --trainer ours
 
-A policy of a shape of --shapes with random weights; pairs of 512 + 512 random tokens, of which the responses are trained on.
---trainer  ours             reference log-probabilities once, by the code of src/score_reference.py, then our trainer
-           trl              TRL's DPOTrainer as it comes: the reference policy lies in memory beside the policy, and is asked in every step
-           trl_precomputed  the same, told to compute reference log-probabilities before the first step
-A trainer a process, so that peak memory is its own. Seconds of a step are the median of those after --warmup, and its share of the
-reference pass (and of setting the trainer up) is in them.
+The policy has one of the shapes of --shape and random weights. The pairs have 512 + 512 random
+tokens, and the responses are trained on.
+
+--trainer  ours             computes reference log-probabilities once, with the code of
+                            src/score_reference.py, and then runs our trainer
+           trl              TRL's DPOTrainer with its defaults: the reference policy is in memory
+                            beside the policy and is evaluated in each step
+           trl_precomputed  the same, but reference log-probabilities are computed before the first
+                            step
+
+Run each trainer in its own process, so that peak memory is measured for it alone. The seconds per
+step are the median of the steps after --warmup. They include the step's share of the reference pass
+and of the setup of the trainer.
 """
 
 from __future__ import annotations
@@ -62,7 +69,7 @@ SHAPES = {
 
 
 class Clock(TrainerCallback):
-    """When each step ended."""
+    """Records the time at which each step ended."""
 
     def __init__(self, device: str) -> None:
         self.device, self.ends = device, []
@@ -78,9 +85,7 @@ def main() -> None:
     )
     parser.add_argument("--trainer", choices=["ours", "trl", "trl_precomputed"], required=True)
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
-    parser.add_argument(
-        "--layers", type=int, help="fewer than the shape has, for a GPU of less memory"
-    )
+    parser.add_argument("--layers", type=int, help="fewer layers, for a GPU with less memory")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--response-tokens", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=64, help="pairs in a step")
@@ -89,14 +94,16 @@ def main() -> None:
     parser.add_argument(
         "--no-checkpointing",
         action="store_true",
-        help="keep activations; TRL's default, and ours here, is to compute them twice",
+        help="keep activations; the default, as in TRL, is to compute them twice",
     )
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warmup", type=int, default=2, help="first steps that do not count")
+    parser.add_argument(
+        "--warmup", type=int, default=2, help="number of first steps that do not count"
+    )
     parser.add_argument(
         "--peak-tflops",
         type=float,
-        help="of the device, by its data sheet; measured with one large product if not given",
+        help="peak by the data sheet of the device; by default measured with a large product",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     args = parser.parse_args()
@@ -126,12 +133,9 @@ def main() -> None:
 
 
 def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Seconds of a step, tokens a second, MFU and peak memory of one trainer."""
-    options = {
-        key: default_of(rule, "paper")
-        for key, rule in schema()["properties"]["train"]["properties"].items()
-    }
-    options |= {
+    """Seconds per step, tokens per second, MFU and peak memory of one trainer."""
+    rules = schema()["properties"]["train"]["properties"]
+    options = {key: default_of(rule, "paper") for key, rule in rules.items()} | {
         "loss": "sppo_hard",
         "batch_size": args.batch_size,
         "micro_batch_size": args.micro_batch_size,
@@ -140,22 +144,19 @@ def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
         "checkpoint_steps": args.steps,
         "schedule_total_epochs": 1,
     }
-    shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    shape = dict(SHAPES[args.shape])
+    if args.layers:
+        shape["num_hidden_layers"] = args.layers
     pairs = random_pairs(args, shape["vocab_size"])
     model = random_policy(shape, device)
     clock, began = Clock(device), time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         if args.trainer == "ours":
             rows = frozen_logps(model, pairs, dtype, device, args.micro_batch_size)
-            pairs = [
-                pair
-                | {
-                    f"{of}_{side}": row[f"{side}_logp"]
-                    for of in ("current", "reference")
-                    for side in ("chosen", "rejected")
-                }
-                for pair, row in zip(pairs, rows, strict=True)
-            ]
+            for pair, row in zip(pairs, rows, strict=True):
+                for role in ("current", "reference"):
+                    for side in ("chosen", "rejected"):
+                        pair[f"{role}_{side}"] = row[f"{side}_logp"]
             trainer = make_trainer(model, pairs, options, dtype, device, Path(work), 0)
         else:
             reference = random_policy(shape, device) if args.trainer == "trl" else None
@@ -171,26 +172,25 @@ def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
                 reference,
             )
         synchronise(device)
+        # TRL by default evaluates the reference in each step, so its step already includes it.
         before = 0.0 if args.trainer == "trl" else (time.perf_counter() - began) / args.steps
         trainer.add_callback(clock)
         trainer.train()
     ends = clock.ends[args.warmup - 1 :]
     step = statistics.median(b - a for a, b in zip(ends, ends[1:])) + before
     tokens = 2 * args.batch_size * (args.prompt_tokens + args.response_tokens)
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-    )
+    if device == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     peak = args.peak_tflops or product_tflops(dtype, device)
+    mfu_percent = 100 * 2 * args.batch_size * flops(args, shape) / step / peak / 1e12
     return {
         "steps": len(ends) - 1,
         "seconds_a_step": round(step, 3),
         "of_these_reference_beforehand": round(before, 3),
         "tokens_per_second": round(tokens / step, 1),
-        "mfu_percent": round(
-            100 * 2 * args.batch_size * flops(args, shape) / step / peak / 1e12, 2
-        ),
+        "mfu_percent": round(mfu_percent, 2),
         "peak_tflops": round(peak, 3),
         "peak_from": "data sheet" if args.peak_tflops else "measured",
         "peak_memory_gib": round(memory / 2**30, 2),
@@ -198,7 +198,7 @@ def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
 
 
 def random_pairs(args: argparse.Namespace, vocabulary: int) -> list[dict[str, Any]]:
-    """Pairs for all steps, of random tokens."""
+    """Pairs of random tokens for all steps."""
     draw = torch.Generator().manual_seed(0)
 
     def ids(length: int) -> list[int]:
@@ -219,7 +219,7 @@ def random_pairs(args: argparse.Namespace, vocabulary: int) -> list[dict[str, An
 
 
 def random_policy(shape: dict[str, Any], device: str) -> MistralForCausalLM:
-    """A policy of this shape, float32, the same at each call."""
+    """A float32 policy of this shape; each call gives the same weights."""
     torch.manual_seed(0)
     with torch.device(device):
         model = MistralForCausalLM(
@@ -236,7 +236,7 @@ def random_policy(shape: dict[str, Any], device: str) -> MistralForCausalLM:
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """What TRL wants for its pad id; the pairs are token ids already."""
+    """A tokenizer from which TRL takes the pad id; the pairs are token ids already."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, "<pad>")),
@@ -247,11 +247,14 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 
 def flops(args: argparse.Namespace, shape: dict[str, Any]) -> float:
-    """FLOPs that one sequence needs, whoever computes it: forward under the reference, forward and backward (twice that) under the policy.
+    """FLOPs that the training on one sequence needs, independent of the implementation.
 
-    Products with weights, logits of the response alone, causal attention; activations that are computed twice count once.
+    They are a forward pass of the reference, and a forward and a backward pass (twice a forward
+    pass) of the policy. A pass has the products with weights, the logits of the response only, and
+    causal attention. Activations that are computed twice count once.
     """
-    length, hidden = args.prompt_tokens + args.response_tokens, shape["hidden_size"]
+    length = args.prompt_tokens + args.response_tokens
+    hidden = shape["hidden_size"]
     keys = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * shape["intermediate_size"]
     forward = (
@@ -262,7 +265,10 @@ def flops(args: argparse.Namespace, shape: dict[str, Any]) -> float:
 
 
 def product_tflops(dtype: torch.dtype, device: str) -> float:
-    """TFLOP/s of one large matrix product, the most that this machine gave; an upper limit that no training reaches."""
+    """TFLOP/s of one large matrix product, as an upper limit for this machine.
+
+    It is the fastest of ten measurements. No training reaches it.
+    """
     size = 8192 if device == "cuda" else 512
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     seconds = []

@@ -1,8 +1,11 @@
-"""Requires: iter{t}/policy, a preference model, a judge. Gives: iter{t}/best_of_{n}/alpaca_eval.json and the curve over n."""
+"""Requires: iter{t}/policy, a preference model, a judge. Gives: win rates by n of best-of-n.
+
+The files are iter{t}/best_of_{n}/alpaca_eval.json, iter{t}/best_of_n.csv, .png and .svg.
+"""
 
 
 def best_of_n_flags(wildcards):
-    """Decoding of alpaca_eval, several answers to each instruction."""
+    """The flags of alpaca_eval's decoding, with several answers to each instruction."""
     return [*answer_flags(wildcards), *flags(settings(wildcards)["best_of_n"])]
 
 
@@ -22,7 +25,7 @@ use rule answer_instructions as answer_instructions_n_times with:
 
 
 rule pick_best_of_n:
-    """Of the first n answers to each instruction, the one that the preference model likes best."""
+    """Keep the answer that the preference model prefers among the first n to each instruction."""
     input:
         answers=at("best_of_n_answers.json"),
         model=lambda wildcards: preference_model_files(run_of(wildcards)),
@@ -78,17 +81,18 @@ use rule judge_outputs as judge_best_of_n with:
         decoding=decoding,
         options=judge_flags,
     message:
-        "Judging the best of {wildcards.n}: {wildcards.run}iteration {wildcards.t}, {wildcards.verdict}"
+        "Judging the best of {wildcards.n}: {wildcards.run}iteration {wildcards.t},"
+        " {wildcards.verdict}"
 
 
 def powers_of_two(wildcards):
-    """1, 2, 4, ... and the largest n itself."""
+    """1, 2, 4, ... up to the number of samples, and the number of samples itself."""
     most = settings(wildcards)["best_of_n"]["samples"]
     return sorted({2**i for i in range(most.bit_length())} | {most})
 
 
 rule plot_best_of_n:
-    """Win rate and length over n, from the same samples."""
+    """Plot win rate and length by n, always from the same samples."""
     input:
         lambda wildcards: [
             at(f"best_of_{n}/alpaca_eval.json").format(**wildcards)

@@ -1,8 +1,11 @@
-"""Requires: iter{t}/policy and alpaca_eval.json of the main run, push_to_hub. Gives: a repository on the hub, iter{t}/pushed_to_hub.json."""
+"""Requires: the main run's policies and evaluations. Gives: iter{t}/pushed_to_hub.json.
+
+It also gives a repository on the hub. The setting push_to_hub names the repository.
+"""
 
 
 def pushed_policies():
-    """What stands for main's policies on the hub; nothing unless the configuration says so."""
+    """The files that record the upload of main's policies; empty if `push_to_hub` is not set."""
     return (
         [artifact("", t, "pushed_to_hub.json") for t in range(1, MAIN["iterations"] + 1)]
         if MAIN["push_to_hub"]
@@ -11,7 +14,7 @@ def pushed_policies():
 
 
 rule push_policy:
-    """Upload one policy with its card and figures, for `push_to_hub`."""
+    """Upload one policy, its card and its evaluation figures to `push_to_hub`."""
     input:
         policy=artifact("", "{t}", "policy"),
         evaluation=artifact("", "{t}", "alpaca_eval.json"),
@@ -38,5 +41,6 @@ rule push_policy:
     message:
         "Uploading the policy of iteration {wildcards.t} to the hub"
     shell:
-        "{PYTHON} {SRC}/tools/push_policy.py --policy {input.policy:q} --evaluation {input.evaluation:q}"
-        " --repository {params.repository:q} --output {output.pushed:q} 2>&1 | tee {log:q}"
+        "{PYTHON} {SRC}/tools/push_policy.py --policy {input.policy:q}"
+        " --evaluation {input.evaluation:q} --repository {params.repository:q}"
+        " --output {output.pushed:q} 2>&1 | tee {log:q}"

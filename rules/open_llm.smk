@@ -2,7 +2,7 @@
 
 
 rule evaluate_open_llm:
-    """The six tasks of the Open LLM Leaderboard v1, by lm-eval."""
+    """Run the six tasks of the Open LLM Leaderboard v1 with lm-eval."""
     input:
         policy=this_policy,
         data=lambda wildcards: files_of(settings(wildcards)["open_llm"]["data"]),
@@ -28,6 +28,6 @@ rule evaluate_open_llm:
     message:
         "Open LLM tasks: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} {SRC}/evaluation/evaluate_open_llm.py --policy {input.policy:q} --seed {params.seed:q}"
-        " --device {MAIN[device]} {params.options:q} {params.attention:q}"
+        "{PYTHON} {SRC}/evaluation/evaluate_open_llm.py --policy {input.policy:q}"
+        " --seed {params.seed:q} --device {MAIN[device]} {params.options:q} {params.attention:q}"
         " --output {output.result:q} 2>&1 | tee {log:q}"

@@ -1,4 +1,4 @@
-"""Importing this puts src/, which holds the package sppo, on the path of a program in this folder."""
+"""Importing this module puts src/ on the path, so that programs in this folder find sppo."""
 
 import sys
 from pathlib import Path

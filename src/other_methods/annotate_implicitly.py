@@ -1,15 +1,18 @@
 """Compare the K responses to each prompt of one shard by the policy's own implicit reward.
 
-Reads   prompts.parquet, responses/{shard}.parquet, the policy pi_t, the iterate before it
-Writes  preferences/{shard}.parquet (K x K logits a prompt) and its record
-Paper   DICE, 2406.09760: the reward r(y) = beta log(pi_t(y|x) / pi_t-1(y|x)) that DPO has given pi_t
-The logit that y_i beats y_j is r(y_i) - r(y_j), so that what reads preferences needs to know nothing of this.
+Reads   prompts.parquet, responses/{shard}.parquet, the policy pi_t, the policy pi_t-1 before it
+Writes  preferences/{shard}.parquet (K x K logits for each prompt) and its record
+Paper   DICE, 2406.09760: DPO gives pi_t the reward r(y) = beta log(pi_t(y|x) / pi_t-1(y|x))
+
+The logit that y_i beats y_j is r(y_i) - r(y_j). The output has the format of other preferences, so
+the later stages need no changes.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,10 +32,12 @@ def main() -> None:
         "--policy", type=Path, required=True, help="pi_t, which wrote the responses"
     )
     parser.add_argument(
-        "--before", type=Path, required=True, help="pi_t-1, which pi_t was trained from"
+        "--before", type=Path, required=True, help="pi_t-1, from which pi_t was trained"
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--beta", type=float, required=True, help="of the training that gave pi_t")
+    parser.add_argument(
+        "--beta", type=float, required=True, help="beta of the training that gave pi_t"
+    )
     parser.add_argument(
         "--micro-batch-size",
         type=int,
@@ -44,7 +49,7 @@ def main() -> None:
         "--lora-rank",
         type=int,
         default=0,
-        help="the same as in training: LoRA keeps the weights in that precision",
+        help="the same as in training, because it decides the precision of the weights",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
@@ -52,12 +57,12 @@ def main() -> None:
 
     known = {row["prompt_id"] for row in read_table(args.prompts, "prompts")}
     responses = read_table(args.responses, "responses")
-    if foreign := next(
-        (row["prompt_id"] for row in responses if row["prompt_id"] not in known), None
-    ):
-        raise UserError(
-            f"{args.responses} answers prompt {foreign}, which {args.prompts} lacks; delete it and run again"
-        )
+    for row in responses:
+        if row["prompt_id"] not in known:
+            raise UserError(
+                f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; "
+                "delete it and run again"
+            )
     from sppo.policies.models import (
         compute_dtype,
         load_policy,
@@ -77,41 +82,43 @@ def main() -> None:
         vars(args),
     ) as facts:
         logps = []
-        for folder in (
-            args.policy,
-            args.before,
-        ):  # one at a time: they need not fit beside each other
+        # One policy at a time, because both may not fit into memory together.
+        for folder in (args.policy, args.before):
             model = load_policy(
                 folder, weights_dtype(args.lora_rank, dtype), device, args.attention
             )
+            sequences_per_pass = 2 * args.micro_batch_size
             logps.append(
-                np.array(
-                    frozen_response_logps(
-                        model, responses, dtype, device, 2 * args.micro_batch_size
-                    )
-                )
+                np.array(frozen_response_logps(model, responses, dtype, device, sequences_per_pass))
             )
             del model
-        of_prompt: dict[str, list[tuple[int, float]]] = {}
-        for row, reward in zip(responses, args.beta * (logps[0] - logps[1]), strict=True):
-            of_prompt.setdefault(row["prompt_id"], []).append((row["sample_id"], float(reward)))
-        rows = []
-        for prompt_id, rewards in of_prompt.items():
-            r = np.array([reward for _, reward in rewards])
-            rows.append(
-                {
-                    "prompt_id": prompt_id,
-                    "sample_ids": [sample for sample, _ in rewards],
-                    "logits": (r[:, None] - r).tolist(),
-                }
-            )
+        rewards = args.beta * (logps[0] - logps[1])
+        rows = rows_of(responses, rewards)
         write_table(args.output, rows, "preferences")
         facts |= {
             "prompts": len(rows),
             "preference_model": f"{args.beta:g} log {args.policy}/{args.before}",
             "computed_in": str(dtype),
-            "mean_reward": float(np.mean(args.beta * (logps[0] - logps[1]))) if responses else None,
+            "mean_reward": float(np.mean(rewards)) if responses else None,
         }
+
+
+def rows_of(responses: list[dict[str, Any]], rewards: np.ndarray) -> list[dict[str, Any]]:
+    """The rows of the table `preferences`, one for each prompt, from the responses' rewards."""
+    by_prompt: dict[str, list[tuple[int, float]]] = {}
+    for row, reward in zip(responses, rewards, strict=True):
+        by_prompt.setdefault(row["prompt_id"], []).append((row["sample_id"], float(reward)))
+    rows = []
+    for prompt_id, samples in by_prompt.items():
+        r = np.array([reward for _, reward in samples])
+        rows.append(
+            {
+                "prompt_id": prompt_id,
+                "sample_ids": [sample_id for sample_id, _ in samples],
+                "logits": (r[:, None] - r).tolist(),
+            }
+        )
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""The response browser: one HTML page in which to read what a run was trained on and how its answers changed.
+"""The response browser: an HTML page that shows a run's training data and its answers.
 
-Reads   prompts.parquet, responses/, preferences/ and pairs.parquet of the iterations trained; alpaca_eval_outputs.json and
-        alpaca_eval_annotations.json of all iterations, the base's (iter0) among them; the evaluation instructions
-Writes  a self-contained .html that needs neither server nor network, and its record
-The iteration is read from the paths (.../iter{t}/...). P, winner and loser are build_pairs.py's own: the flags of [preference] and [pairs]
-must be those of the run, and pairs.parquet is checked against them.
+Reads   prompts.parquet, responses/, preferences/ and pairs.parquet of each trained iteration;
+        alpaca_eval_outputs.json and alpaca_eval_annotations.json of each iteration and of the
+        base policy (iter0); the evaluation instructions
+Writes  a self-contained .html, which needs no server and no network, and its record
+
+The iteration is read from the paths (.../iter{t}/...). P, winner and loser are computed by the code
+that build_pairs.py uses. The flags of [preference] and [pairs] must therefore be the flags of the
+run. The result is checked against pairs.parquet.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from sppo.preferences.pairs import Dropped, Pair, Rules, winner_against_loser
 TEMPLATE = ROOT / "src" / "sppo" / "reporting" / "response_browser.html"
 PLACEHOLDER = "@DATA@"
 Record = dict[str, Any]
+RowsByKey = dict[tuple[str, int | None], Record]  # rows of a table by prompt and sample
 
 
 def main() -> None:
@@ -44,14 +48,14 @@ def main() -> None:
         type=Path,
         nargs="+",
         required=True,
-        help="all shards of all these iterations",
+        help="all shards of the same iterations",
     )
     parser.add_argument(
         "--preferences",
         type=Path,
         nargs="+",
         required=True,
-        help="all shards of all these iterations",
+        help="all shards of the same iterations",
     )
     parser.add_argument(
         "--pairs", type=Path, nargs="+", required=True, help="pairs.parquet, one per iteration"
@@ -87,8 +91,9 @@ def main() -> None:
         or args.replay_share
     ):
         raise UserError(
-            "the response browser shows runs that are trained on the best and the worst response of each prompt, and nothing else; this run has "
-            "pairs.construction, even_lengths or target_reward, or replay.share, set"
+            "the response browser shows only runs that train on the best and the worst response of"
+            " each prompt; remove pairs.construction, even_lengths and target_reward and"
+            " replay.share from the configuration, or do not build the browser"
         )
 
     inputs = [
@@ -102,86 +107,99 @@ def main() -> None:
     ]
     with recorded("tabulate", args.output, inputs, vars(args)) as facts:
         training, evaluation = training_items(args), evaluation_items(args)
-        write_text(
-            args.output,
-            page(
-                {
-                    "probability": args.probability,
-                    "logit_scale": args.logit_scale,
-                    "training": training,
-                    "evaluation": evaluation,
-                }
-            ),
-        )
+        data = {
+            "probability": args.probability,
+            "logit_scale": args.logit_scale,
+            "training": training,
+            "evaluation": evaluation,
+        }
+        write_text(args.output, page(data))
         facts |= {
             "prompts": len(training),
             "instructions": len(evaluation),
             "template_sha256": file_hash(TEMPLATE),
         }
     print(
-        f"{args.output}: {len(training)} prompts, {len(evaluation)} instructions; open it in a browser"
+        f"{args.output}: {len(training)} prompts, {len(evaluation)} instructions; "
+        "open it in a browser"
     )
 
 
 def training_items(args: argparse.Namespace) -> list[Record]:
-    """Every prompt of every iteration: its responses, P, P-hat, winner and loser (indices) or why it has none."""
-    tables = {
-        name: read_iterations(getattr(args, name), name)
-        for name in ("prompts", "responses", "preferences", "pairs")
-    }
-    same_iterations({name: getattr(args, name) for name in tables})
+    """One item for each prompt of each iteration.
+
+    An item holds the prompt, its responses, P, P-hat, and the indices of winner and loser or the
+    reason why the prompt has no pair. Files that do not belong together are a UserError.
+    """
+    names = ("prompts", "responses", "preferences", "pairs")
+    same_iterations({name: getattr(args, name) for name in names})
+    tables = {name: read_iterations(getattr(args, name), name) for name in names}
     rules = Rules.of(vars(args))
-    items = []
+    items: list[Record] = []
     for number in sorted(tables["prompts"]):
-        rows = {name: table[number] for name, table in tables.items()}
-        given = {
+        files = {
             name: ", ".join(str(path) for path in getattr(args, name) if iteration(path) == number)
-            for name in tables
+            for name in names
         }
-        responses: dict[str, dict[int, Record]] = {}
-        for (prompt_id, sample_id), row in rows["responses"].items():
-            responses.setdefault(prompt_id, {})[sample_id] = row
-        asked = {prompt_id for prompt_id, _ in rows["prompts"]}
-        for name in ("responses", "preferences", "pairs"):
-            strange = {prompt_id for prompt_id, _ in rows[name]} - asked
-            if strange:
-                raise UserError(
-                    f"{given[name]} has prompt {min(strange)}, which {given['prompts']} lacks; give files of one run"
-                )
-        for (prompt_id, _), prompt in rows["prompts"].items():
-            preference, candidates = (
-                rows["preferences"].get((prompt_id, None)),
-                responses.get(prompt_id, {}),
+        rows = {name: tables[name][number] for name in names}
+        items += items_of_iteration(number, rows, files, rules)
+    return items
+
+
+def items_of_iteration(
+    number: int, rows: dict[str, RowsByKey], files: dict[str, str], rules: Rules
+) -> list[Record]:
+    """The training items of one iteration, from the rows of its tables.
+
+    `files` has the paths of each table as text for error messages.
+    """
+    prompt_ids = {prompt_id for prompt_id, _ in rows["prompts"]}
+    for name in ("responses", "preferences", "pairs"):
+        unknown = {prompt_id for prompt_id, _ in rows[name]} - prompt_ids
+        if unknown:
+            raise UserError(
+                f"{files[name]} has prompt {min(unknown)}, but {files['prompts']} does not; "
+                "give files of one run"
             )
-            if preference is None or preference["sample_ids"] != sorted(candidates):
-                raise UserError(
-                    f"prompt {prompt_id} of {given['prompts']} lacks responses or preferences; give all shards"
-                )
-            pair = winner_against_loser(preference, candidates, rules)
-            if not agree(pair, rows["pairs"].get((prompt_id, None))):
-                raise UserError(
-                    f"{given['pairs']} holds another pair for prompt {prompt_id} than responses, preferences and flags give; "
-                    "give files of one run and the flags that build_pairs.py had"
-                )
-            items.append(
-                {
-                    "iteration": number,
-                    "id": prompt_id,
-                    "category": prompt["category"],
-                    "messages": prompt["messages"],
-                    **estimates(preference, candidates, pair, rules),
-                }
+    responses: dict[str, dict[int, Record]] = {}
+    for (prompt_id, sample_id), row in rows["responses"].items():
+        responses.setdefault(prompt_id, {})[sample_id] = row
+    items = []
+    for (prompt_id, _), prompt in rows["prompts"].items():
+        preference = rows["preferences"].get((prompt_id, None))
+        candidates = responses.get(prompt_id, {})
+        if preference is None or preference["sample_ids"] != sorted(candidates):
+            raise UserError(
+                f"prompt {prompt_id} of {files['prompts']} lacks responses or preferences; "
+                "give all shards"
             )
+        pair = winner_against_loser(preference, candidates, rules)
+        if not agree(pair, rows["pairs"].get((prompt_id, None))):
+            raise UserError(
+                f"{files['pairs']} holds another pair for prompt {prompt_id} than the responses, "
+                "preferences and flags give; give files of one run and the flags of its "
+                "build_pairs.py"
+            )
+        items.append(
+            {
+                "iteration": number,
+                "id": prompt_id,
+                "category": prompt["category"],
+                "messages": prompt["messages"],
+                **estimates(preference, candidates, pair, rules),
+            }
+        )
     return items
 
 
 def estimates(
     preference: Record, candidates: dict[int, Record], pair: Pair | Dropped, rules: Rules
 ) -> Record:
-    """What the preference model made of one prompt's responses, as build_pairs.py reads it."""
+    """The responses to one prompt, P, P-hat, and the pair that build_pairs.py makes of them."""
     probabilities = win_probabilities(
         np.array(preference["logits"]), rules.probability, rules.logit_scale
     )
+    ordered = [candidates[sample_id] for sample_id in preference["sample_ids"]]
     item: Record = {
         "responses": [
             {
@@ -190,7 +208,7 @@ def estimates(
                 "tokens": len(row["token_ids"]),
                 "finish": row["finish_reason"],
             }
-            for row in (candidates[sample_id] for sample_id in preference["sample_ids"])
+            for row in ordered
         ],
         "p": probabilities.tolist(),
         "p_hat": p_hat(probabilities).tolist(),
@@ -206,15 +224,17 @@ def estimates(
 
 
 def agree(pair: Pair | Dropped, kept: Record | None) -> bool:
-    """Whether the pair computed here is the row of pairs.parquet; None is no row."""
-    if isinstance(pair, Dropped) or kept is None:
-        return isinstance(pair, Dropped) and kept is None
+    """Whether the pair computed here is `kept`, the row of pairs.parquet (None: no row)."""
+    if isinstance(pair, Dropped):
+        return kept is None
+    if kept is None:
+        return False
     columns = pair.columns()
     same = all(
         columns[name] == kept[name]
         for name in ("chosen", "rejected", "chosen_sample_id", "rejected_sample_id")
     )
-    # Not to the last bit: pairs may come from another machine.
+    # The last bits may differ, because another machine may have built the pairs.
     return same and all(
         abs(columns[name] - kept[name]) < 1e-9
         for name in ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected")
@@ -222,142 +242,192 @@ def agree(pair: Pair | Dropped, kept: Record | None) -> bool:
 
 
 def evaluation_items(args: argparse.Namespace) -> list[Record]:
-    """Every instruction that was answered: the answers of all iterations, the judge's verdicts, the reference's answer."""
+    """One item for each answered instruction.
+
+    An item holds the answers of all iterations, the judge's verdicts and the reference's answer.
+    Files that do not belong together are a UserError.
+    """
     same_iterations({"answers": args.answers, "annotations": args.annotations})
-    answers, judged = one_an_iteration(args.answers), one_an_iteration(args.annotations)
-    if 0 not in answers:
+    answer_files = one_per_iteration(args.answers)
+    verdict_files = one_per_iteration(args.annotations)
+    if 0 not in answer_files:
         raise UserError(
-            f"{args.answers[0]} has no file of iteration 0 beside it; give iter0/alpaca_eval_outputs.json too"
+            f"{args.answers[0]} is given without the file of iteration 0; "
+            "give iter0/alpaca_eval_outputs.json too"
         )
-    rows = {
+    answers = {
         number: {row["instruction"]: row for row in read_outputs(path)}
-        for number, path in answers.items()
+        for number, path in answer_files.items()
     }
-    verdicts = {number: read_annotations(path) for number, path in judged.items()}
-    instructions = {
+    verdicts = {number: read_annotations(path) for number, path in verdict_files.items()}
+    check_evaluation(answers, verdicts, answer_files, verdict_files)
+    instructions = read_instructions(args.instructions)
+    known = {row["instruction"] for row in instructions}
+    unknown = [text for text in answers[0] if text not in known]
+    if unknown:
+        raise UserError(
+            f"{args.instructions} lacks the instruction {unknown[0][:60]!r} of {answer_files[0]}; "
+            "give the file with the answered instructions"
+        )
+    identities = {
         row["instruction"]: (str(row.get("prompt_id", position)), str(row.get("dataset", "")))
-        for position, row in enumerate(read_instructions(args.instructions))
+        for position, row in enumerate(instructions)
     }
-    for number, path in answers.items():
-        if rows[number].keys() != rows[0].keys():
+    return [
+        evaluation_item(text, identity, category, answers, verdicts)
+        for text, (identity, category) in identities.items()
+        if text in answers[0]  # with alpaca_eval.limit only the first instructions have answers
+    ]
+
+
+def check_evaluation(
+    answers: dict[int, dict[str, Record]],
+    verdicts: dict[int, dict[str, Record]],
+    answer_files: dict[int, Path],
+    verdict_files: dict[int, Path],
+) -> None:
+    """UserError unless all iterations answer the same instructions and are judged on them.
+
+    Rows are by iteration and instruction.
+    """
+    for number, path in answer_files.items():
+        if answers[number].keys() != answers[0].keys():
             raise UserError(
-                f"{path} and {answers[0]} answer different instructions; answer the same"
+                f"{path} and {answer_files[0]} answer different instructions; "
+                "give answers to the same instructions"
             )
-        if {text: row["output"] for text, row in rows[number].items()} != {
-            text: row["output_2"] for text, row in verdicts[number].items()
-        }:
+        given = {text: row["output"] for text, row in answers[number].items()}
+        judged = {text: row["output_2"] for text, row in verdicts[number].items()}
+        if given != judged:
             raise UserError(
-                f"{judged[number]} judges other answers than those in {path}; delete it and judge again"
+                f"{verdict_files[number]} judges other answers than the ones in {path}; "
+                "delete it and judge again"
             )
         if any(
-            verdicts[number][text]["output_1"] != verdicts[0][text]["output_1"] for text in rows[0]
+            verdicts[number][text]["output_1"] != verdicts[0][text]["output_1"]
+            for text in answers[0]
         ):
             raise UserError(
-                f"{judged[number]} and {judged[0]} compare with different references; judge with the same"
+                f"{verdict_files[number]} and {verdict_files[0]} compare with different "
+                "references; judge with the same reference"
             )
-    strange = [text for text in rows[0] if text not in instructions]
-    if strange:
-        raise UserError(
-            f"{args.instructions} lacks the instruction {strange[0][:60]!r} of {answers[0]}; give the file that was answered"
-        )
-    items = []
-    for text, (identity, category) in instructions.items():
-        if text not in rows[0]:
-            continue  # alpaca_eval.limit answers only the first
-        wins = {number: wins_of(verdicts[number][text]) for number in answers}
-        items.append(
+
+
+def evaluation_item(
+    instruction: str,
+    identity: str,
+    category: str,
+    answers: dict[int, dict[str, Record]],
+    verdicts: dict[int, dict[str, Record]],
+) -> Record:
+    """The item of one instruction; rows are by iteration and instruction."""
+    wins = {number: wins_of(verdicts[number][instruction]) for number in answers}
+    reference = verdicts[0][instruction]
+    return {
+        "id": identity,
+        "category": category,
+        "instruction": instruction,
+        "reference": reference["output_1"],
+        "reference_name": reference["generator_1"],
+        "answers": [
             {
-                "id": identity,
-                "category": category,
-                "instruction": text,
-                "reference": verdicts[0][text]["output_1"],
-                "reference_name": verdicts[0][text]["generator_1"],
-                "answers": [
-                    {
-                        "iteration": number,
-                        "name": rows[number][text]["generator"],
-                        "text": rows[number][text]["output"],
-                        "finish": rows[number][text].get("finish_reason"),
-                        "wins": wins[number],
-                    }
-                    for number in answers
-                ],
-                "margin": wins[max(answers)] - wins[0],
+                "iteration": number,
+                "name": rows[instruction]["generator"],
+                "text": rows[instruction]["output"],
+                "finish": rows[instruction].get("finish_reason"),
+                "wins": wins[number],
             }
-        )
-    return items
+            for number, rows in answers.items()
+        ],
+        "margin": wins[max(answers)] - wins[0],
+    }
 
 
 def read_annotations(path: Path) -> dict[str, Record]:
-    """Judgments in alpaca-eval's form by instruction. UserError on a missing field or a judgment that failed."""
+    """Judgments in alpaca-eval's format by instruction.
+
+    A missing field and a failed judgment are a UserError.
+    """
     rows = read_json(path)
     needed = ("instruction", "output_1", "output_2", "generator_1")
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get(key), str) for row in rows for key in needed
     ):
         raise UserError(
-            f"{path} is not a list of objects with {', '.join(needed)}; make it with evaluate_alpaca_eval.py"
+            f"{path} is not a list of objects with {', '.join(needed)}; "
+            "make it with evaluate_alpaca_eval.py"
         )
     for row in rows:
         if not isinstance(row.get("preference"), (int, float)) or not 0 <= wins_of(row) <= 1:
             raise UserError(
-                f"{path} has no preference between 1 and 2 for {row['instruction'][:60]!r}; judge again"
+                f"{path} has no preference between 1 and 2 for {row['instruction'][:60]!r}; "
+                "judge again"
             )
     return {row["instruction"]: row for row in rows}
 
 
 def wins_of(annotation: Record) -> float:
-    """P(the policy's answer beats the reference's); a preference of 0 is an old form of a draw."""
+    """P(the policy's answer beats the reference's answer).
+
+    alpaca-eval's preference is 1 plus this probability. Older versions write 0 for a draw.
+    """
     return (annotation["preference"] or 1.5) - 1
 
 
-def read_iterations(
-    paths: Iterable[Path], name: str
-) -> dict[int, dict[tuple[str, int | None], Record]]:
-    """Rows of the table `name` by iteration, then by prompt and sample (None where it has no samples)."""
-    found: dict[int, dict[tuple[str, int | None], Record]] = {}
+def read_iterations(paths: Iterable[Path], name: str) -> dict[int, RowsByKey]:
+    """The rows of the table `name` by iteration, and then by prompt and sample.
+
+    The sample is None for a table that has no samples.
+    """
+    found: dict[int, RowsByKey] = {}
     for path in paths:
         rows = found.setdefault(iteration(path), {})
         for row in read_table(path, name):
             key = (row["prompt_id"], row.get("sample_id"))
             if key in rows:
                 raise UserError(
-                    f"{path} has {name} of prompt {key[0]} that another file has too; give files of one run, each once"
+                    f"{path} has {name} of prompt {key[0]} that another file has too; "
+                    "give files of one run, and each file once"
                 )
             rows[key] = row
     return found
 
 
-def one_an_iteration(paths: Iterable[Path]) -> dict[int, Path]:
-    """Paths by iteration, in order. UserError on a second one for an iteration."""
+def one_per_iteration(paths: Iterable[Path]) -> dict[int, Path]:
+    """Paths by iteration, in order. Two paths of one iteration are a UserError."""
     found: dict[int, Path] = {}
     for path in paths:
-        if iteration(path) in found:
+        number = iteration(path)
+        if number in found:
             raise UserError(
-                f"{path} is a second file of iteration {iteration(path)} beside {found[iteration(path)]}; give one"
+                f"{path} is a second file of iteration {number} beside {found[number]}; give one"
             )
-        found[iteration(path)] = path
+        found[number] = path
     return dict(sorted(found.items()))
 
 
 def same_iterations(files: dict[str, list[Path]]) -> None:
-    """UserError unless the files of every flag are of the same iterations."""
+    """UserError unless the files of all flags are of the same iterations."""
     (first, paths), *others = files.items()
     wanted = {iteration(path) for path in paths}
     for name, more in others:
         differing = wanted ^ {iteration(path) for path in more}
         if differing:
             raise UserError(
-                f"--{name} ({more[0]}, ...) and --{first} differ in iteration {min(differing)}; give files of the same"
+                f"--{name} ({more[0]}, ...) and --{first} differ in iteration {min(differing)}; "
+                "give files of the same iterations"
             )
 
 
 def page(data: Record) -> str:
-    """The template with the data in it. Neither `</script>` nor `<!--` in a text may end or hide the script that holds it."""
+    """The template with the data in it.
+
+    `</` and `<!--` are escaped, because a text of the data must not end or comment out the script
+    element that holds the data.
+    """
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return TEMPLATE.read_text(encoding="utf-8").replace(
-        PLACEHOLDER, text.replace("</", "<\\/").replace("<!--", "\\u003c!--"), 1
-    )
+    escaped = text.replace("</", "<\\/").replace("<!--", "\\u003c!--")
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, escaped, 1)
 
 
 if __name__ == "__main__":

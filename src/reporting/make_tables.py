@@ -1,12 +1,15 @@
-"""The papers' tables, published beside measured.
+"""The papers' tables: published figures beside our own.
 
-Reads   config/published/*.csv (figures as printed, with source) and index.csv (title and base model of each table);
-        whatever evaluations of this experiment exist
-Writes  results/[name/]tables/<table>.{csv,md,tex}, one line a figure: row, metric, published, ours, difference,
-        comparable, source, note; all.md and all.html, the tables one after another, and
-        measured.md, only the lines with a figure of ours
-A dash stands where we made no such run. `comparable` says yes where base model and judge are the source's;
-elsewhere the difference tells two setups apart, not two implementations, and the reason is given.
+Reads   config/published/*.csv (figures as printed, with their source) and index.csv (title and base
+        model of each table); the evaluations of this experiment, as far as they exist
+Writes  results/[name/]tables/<table>.{csv,md,tex}, one line for each figure: row, metric,
+        published, ours, difference, comparable, source, note;
+        all.md and all.html, with all tables;
+        measured.md, with only the lines that have a figure of ours
+
+A dash means that we have no such run. `comparable` is yes if the base model and the judge are the
+same as in the source. Otherwise it gives the reason, and the difference compares two setups, not
+two implementations.
 """
 
 from __future__ import annotations
@@ -57,74 +60,64 @@ def main() -> None:
         required=True,
         help="folder of the experiment: results/ or results/<name>/",
     )
-    parser.add_argument("--base", required=True, help="what the experiment's base policy is")
+    parser.add_argument("--base", required=True, help="name of the experiment's base policy")
     parser.add_argument(
-        "--output", type=Path, required=True, help="all.md; the other files go beside it"
+        "--output", type=Path, required=True, help="all.md; the other files are written beside it"
     )
     args = parser.parse_args()
-    index = read_csv(args.published / "index.csv", ("table", "title", "base"))
+    base, results = args.base, args.results
     texts: dict[Path, str] = {}
-    sections, measured = [], []
-    for entry in index:
+    sections: list[str] = []
+    measured: list[list[str]] = []
+    for entry in read_csv(args.published / "index.csv", ("table", "title", "base")):
         lines = [
-            compared(line, args.results, entry["base"] == args.base)
+            compared(line, results, entry["base"] == base)
             for line in read_csv(args.published / f"{entry['table']}.csv", PUBLISHED)
         ]
-        cells = [list(line.values()) for line in lines]
-        printed = [line[:5] for line in cells]  # the notes stand in the other two
-        tex = latex_table(
-            COLUMNS[:5], printed, "llrrr", f"{entry['title']}; source: {lines[0]['source']}"
-        )
-        for suffix, text in (
-            (".csv", csv_table(COLUMNS, cells)),
-            (".md", markdown(entry, cells)),
-            (".tex", tex),
-        ):
+        for suffix, text in table_files(entry, lines).items():
             texts[args.output.with_name(entry["table"] + suffix)] = text
         sections.append(section(entry, lines))
-        measured += [
-            line | {"row": f"{entry['title']}: {line['row']}"}
-            for line in lines
-            if line["ours"] != "-"
-        ]
-    together = "\n".join(text for path, text in texts.items() if path.suffix == ".md")
+        for line in lines:
+            if line["ours"] != "-":
+                title_and_row = f"{entry['title']}: {line['row']}"
+                measured.append(list((line | {"row": title_and_row}).values()))
+    markdown_tables = "\n".join(text for path, text in texts.items() if path.suffix == ".md")
     texts[args.output] = (
-        f"# Published and measured\n\nOurs: {args.base}, {args.results}.\n\n{together}"
+        f"# Published and measured\n\nOurs: {base}, {results}.\n\n{markdown_tables}"
     )
     intro = paragraph(
-        f"Ours: {args.base}, {args.results}. A dash stands where we made no such run; rows that we measured are shaded."
+        f"Ours: {base}, {results}. A dash stands where we made no such run; "
+        "rows that we measured are shaded."
     )
     texts[args.output.with_suffix(".html")] = page(
         "Published and measured", intro + "".join(sections)
     )
-    texts[args.output.with_name("measured.md")] = markdown_table(
-        COLUMNS, [list(line.values()) for line in measured]
-    )
+    texts[args.output.with_name("measured.md")] = markdown_table(COLUMNS, measured)
     for path, text in texts.items():
-        table = args.published / (
-            "index.csv" if path.stem in (args.output.stem, "measured") else f"{path.stem}.csv"
-        )
-        with recorded("tabulate", path, [table], vars(args)):
+        of_all_tables = path.stem in (args.output.stem, "measured")
+        source = args.published / ("index.csv" if of_all_tables else f"{path.stem}.csv")
+        with recorded("tabulate", path, [source], vars(args)):
             write_text(path, text)
 
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a CSV file that has these columns; anything else is a UserError."""
+    """The rows of a CSV file with these columns. Any other file is a UserError."""
     if not path.is_file():
         raise UserError(f"{path} is missing; restore config/published from the repository")
     with path.open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    if (
-        not rows
-        or tuple(rows[0]) != columns
-        or any(None in row or None in row.values() for row in rows)
-    ):
+    complete = all(None not in row and None not in row.values() for row in rows)
+    if not rows or tuple(rows[0]) != columns or not complete:
         raise UserError(f"{path} is not a table with the columns {', '.join(columns)}; fix it")
     return rows
 
 
 def compared(line: dict[str, str], results: Path, same_base: bool) -> dict[str, str]:
-    """One published figure with our own beside it."""
+    """A published figure with our figure beside it, as the cells of `COLUMNS`.
+
+    The published line is in the form of `PUBLISHED`. `same_base` says whether the experiment and
+    the table have the same base model. Our figure is rounded to the published number of decimals.
+    """
     cells = {
         "row": line["row"],
         "metric": line["metric"],
@@ -141,7 +134,8 @@ def compared(line: dict[str, str], results: Path, same_base: bool) -> dict[str, 
     found = read_evaluation(file) if file.is_file() else {}
     if found.get(line["metric"]) is None:
         return cells
-    published, ours = Decimal(line["published"]), Decimal(repr(found[line["metric"]]))
+    published = Decimal(line["published"])
+    ours = Decimal(repr(found[line["metric"]]))
     places = Decimal(1).scaleb(published.as_tuple().exponent)
     return cells | {
         "ours": str(ours.quantize(places)),
@@ -161,19 +155,33 @@ def comparable(found: dict[str, Any], line: dict[str, str], same_base: bool) -> 
     return ", ".join(reasons) or "yes"
 
 
+def table_files(entry: dict[str, str], lines: list[dict[str, str]]) -> dict[str, str]:
+    """The files of one table: text by suffix. The LaTeX table has only the first five columns."""
+    cells = [list(line.values()) for line in lines]
+    caption = f"{entry['title']}; source: {lines[0]['source']}"
+    return {
+        ".csv": csv_table(COLUMNS, cells),
+        ".md": markdown(entry, cells),
+        ".tex": latex_table(COLUMNS[:5], [line[:5] for line in cells], "llrrr", caption),
+    }
+
+
 def markdown(entry: dict[str, str], cells: list[list[str]]) -> str:
-    head = f"## {entry['title']}\n\n" + (
-        f"Base model of the source: {entry['base']}.\n\n" if entry["base"] else ""
-    )
-    return head + markdown_table(COLUMNS, cells)
+    """One table of all.md, with its heading."""
+    base = f"Base model of the source: {entry['base']}.\n\n" if entry["base"] else ""
+    return f"## {entry['title']}\n\n{base}{markdown_table(COLUMNS, cells)}"
 
 
 def section(entry: dict[str, str], lines: list[dict[str, str]]) -> str:
-    """One table of all.html; it stands open if it holds a figure of ours."""
+    """One table of all.html; it is unfolded if it holds a figure of ours."""
     ours = [line["ours"] != "-" for line in lines]
+    opened = " open" if any(ours) else ""
     base = paragraph(f"Base model of the source: {entry['base']}.") if entry["base"] else ""
     table = html_table(COLUMNS, [list(line.values()) for line in lines], ours)
-    return f"<details{' open' if any(ours) else ''}><summary><b>{escape(entry['title'])}</b></summary>\n{base}{table}</details>\n"
+    return (
+        f"<details{opened}><summary><b>{escape(entry['title'])}</b></summary>\n"
+        f"{base}{table}</details>\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Best of n over n: win rate, LC and length of the same samples, reranked.
+"""Best of n by n: win rate, LC and average length, always from the same samples.
 
-Reads   best_of_{n}/alpaca_eval.json, one an n
-Writes  a table (.csv), a plot (.png and .svg), their records
+Reads   best_of_{n}/alpaca_eval.json, one for each n
+Writes  a table (.csv), a plot (.png and .svg) and their records
 """
 
 from __future__ import annotations
@@ -34,23 +34,22 @@ def main() -> None:
     args = parser.parse_args()
     judged = {}
     for path in args.alpaca_eval:
-        found = re.fullmatch(r"best_of_(\d+)", path.parent.name)
-        if not found:
-            raise UserError(f"{path} does not lie in a folder best_of_<number>")
-        judged[int(found[1])] = read_evaluation(path)
+        match = re.fullmatch(r"best_of_(\d+)", path.parent.name)
+        if not match:
+            raise UserError(
+                f"{path} is not in a folder best_of_<number>; "
+                "give best_of_<number>/alpaca_eval.json"
+            )
+        judged[int(match[1])] = read_evaluation(path)
     judged = dict(sorted(judged.items()))
     plots = [args.plot, args.plot.with_suffix(".svg")]
     with contextlib.ExitStack() as records:
         for artifact in (args.output, *plots):
             records.enter_context(recorded("tabulate", artifact, args.alpaca_eval, {}))
-        lines = [
-            ",".join(("n", *COLUMNS)),
-            *(
-                ",".join(str(v) for v in (n, *(line[c] for c in COLUMNS)))
-                for n, line in judged.items()
-            ),
-        ]
-        write_text(args.output, "\n".join(lines) + "\n")
+        rows = [("n", *COLUMNS)]
+        for n, evaluation in judged.items():
+            rows.append((str(n), *(str(evaluation[column]) for column in COLUMNS)))
+        write_text(args.output, "".join(",".join(row) + "\n" for row in rows))
         plot_win_rates(judged, "n of best-of-n (1 is the policy itself)", plots)
 
 

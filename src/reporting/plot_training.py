@@ -1,7 +1,7 @@
-"""Training curves of all iterations of one run: loss, log-ratios, and how often the winner is ranked above the loser.
+"""Training curves of one run: the loss, the log-ratios and the share of pairs in the right order.
 
 Reads   train_log.jsonl of each iteration; the iteration is read from the path (.../iter{t}/...)
-Writes  a figure (.png and .svg) and their records
+Writes  a figure (.png and .svg) and its records
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def main() -> None:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """One row an optimiser step. UserError if the file is missing, torn or empty."""
+    """One row for each optimiser step. UserError if the file is missing, truncated or empty."""
     try:
         rows = json_lines(path)
     except (OSError, UserError) as error:
         raise UserError(
-            f"{path} is not a whole training log ({error}); delete it and run again"
+            f"{path} is not a complete training log ({error}); delete it and run again"
         ) from None
     rows = [row for row in rows if "log_ratio_chosen" in row]
     if not rows:
@@ -57,20 +57,26 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def plot_training(logs: dict[int, list[dict[str, float]]], files: list[Path]) -> None:
-    """All iterations one after the other on one axis of optimiser steps; a line marks where the policy changes."""
+    """Draw all iterations one after the other on one axis of optimiser steps.
+
+    A vertical line marks the end of each iteration, where the policy changes.
+
+    logs: the rows of `read_log` by iteration.
+    files: where to write the figure; the suffix of each file gives its format.
+    """
     plt = pyplot()
     figure, axes = plt.subplots(3, 1, sharex=True, figsize=(6.5, 7), layout="constrained")
-    before = 0
+    steps_before = 0
     for number, rows in logs.items():
-        at = [before + row["step"] for row in rows]
-        first = number == min(logs)
+        at = [steps_before + row["step"] for row in rows]
+        labelled = number == min(logs)  # once in the legend, not once for each iteration
         axes[0].plot(at, [row["loss"] for row in rows], color="#0072B2", marker=".")
         axes[1].plot(
             at,
             [row["log_ratio_chosen"] for row in rows],
             color="#009E73",
             marker=".",
-            label="winner" if first else None,
+            label="winner" if labelled else None,
         )
         axes[1].plot(
             at,
@@ -78,20 +84,20 @@ def plot_training(logs: dict[int, list[dict[str, float]]], files: list[Path]) ->
             color="#D55E00",
             marker=".",
             linestyle="--",
-            label="loser" if first else None,
+            label="loser" if labelled else None,
         )
         axes[2].plot(at, [row["reward_accuracy"] for row in rows], color="#CC79A7", marker=".")
         axes[0].annotate(
             f"iteration {number}",
-            (before + 0.5, 1),
+            (steps_before + 0.5, 1),
             xycoords=("data", "axes fraction"),
             xytext=(4, -12),
             textcoords="offset points",
             fontsize=8,
         )
-        before = at[-1]
+        steps_before = at[-1]
         for panel in axes:
-            panel.axvline(before + 0.5, color="0.8", linewidth=1)
+            panel.axvline(steps_before + 0.5, color="0.8", linewidth=1)
     for panel, (_, label) in zip(axes, PANELS):
         panel.set_ylabel(label)
     axes[1].axhline(0, color="0.4", linewidth=1, linestyle=":")

@@ -1,9 +1,15 @@
-"""How far the formulas of src/tools/estimate_cost.py are from a run that was made: FLOPs against its seconds, memory against its peak.
+"""Compare the formulas of src/tools/estimate_cost.py with a finished run.
+
+FLOPs are compared with the measured seconds, and estimated memory with the measured peak.
 
 Reads   the records, prompts, responses and pairs under a results folder, such as results/laptop
-Writes  a table on standard output: of every stage that costs, its FLOPs, measured seconds and speed, the speed as a multiple of all
-        stages' together, which is the factor that an estimate from one speed is off, and peak memory by formula and as measured
-The speeds divided by a GPU's peak are the --mfu-forward and --mfu-training of src/tools/estimate_cost.py for your machine.
+Writes  a table on standard output with one line for each costly stage: its FLOPs, its measured
+        seconds, its speed, its speed relative to the speed of all stages together, and its peak
+        memory by the formula and as measured. An estimate that assumes one speed for all stages is
+        wrong by the factor of the relative speed.
+
+The speeds divided by a GPU's peak are the --mfu-forward and --mfu-training of
+src/tools/estimate_cost.py for your machine.
 """
 
 from __future__ import annotations
@@ -24,7 +30,11 @@ from sppo.reporting.cost_model import Shape
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage as formula and record have it; `formula_mib` is None where no formula is."""
+    """The figures of a stage by formula and by record.
+
+    `flops` and `formula_mib` come from formulas, `seconds` and `peak_mib` from the record. There is
+    no memory formula for some stages; `formula_mib` is then None.
+    """
 
     artifact: str
     flops: float
@@ -43,96 +53,103 @@ def main() -> None:
     policies = sorted(args.results.glob("iter*/policy/config.json"))
     if not policies:
         raise UserError(
-            f"{args.results} has no iter*/policy; name the folder of a run whose policies are kept"
+            f"{args.results} has no iter*/policy; name the folder of a run that keeps its policies"
         )
     shape = cost_model.shape_of(read_json(policies[0]))
-    found = [
-        row
-        for folder in sorted(args.results.glob("iter*"), key=iteration)
-        for row in of_iteration(folder, shape)
-    ]
+    found: list[Measured] = []
+    for folder in sorted(args.results.glob("iter*"), key=iteration):
+        found += of_generation(folder, shape) + of_training(folder, shape)
     if not found:
         raise UserError(
-            f"{args.results} has no records of generation, annotation, scoring or training; let a run finish first"
+            f"{args.results} has no records of generation, annotation, scoring or training; "
+            "let a run finish first"
         )
     print(as_table(found))
 
 
-def of_iteration(folder: Path, shape: Shape) -> list[Measured]:
-    """The costly stages of one iteration, as far as they were made."""
+def of_generation(folder: Path, shape: Shape) -> list[Measured]:
+    """The generation and the annotation of each shard of one iteration.
+
+    Annotation is included if a preference model whose cost is known compared the responses.
+    """
     found = []
     for path in sorted(folder.glob("responses/*.parquet")):
-        rows, record = read_table(path, "responses"), recorded(path)
-        samples, prompts = record["arguments"]["samples"], len({row["prompt_id"] for row in rows})
-        prompt, response = mean(rows, "prompt_token_ids"), mean(rows, "token_ids")
-        found.append(
-            measured(
-                path, record, cost_model.generate_flops(shape, prompts, prompt, samples, response)
-            )
-        )
-        compared = folder / "preferences" / path.name
-        if not compared.is_file():
-            continue  # the policy's own reward compared
-        asked = recorded(compared)["arguments"]
-        settings = settings_for(asked["model"], backend=asked.get("backend", "transformers"))
-        kind = find_kind(settings)
+        rows = read_table(path, "responses")
+        record = recorded(path)
+        samples = record["arguments"]["samples"]
+        prompts = len({row["prompt_id"] for row in rows})
+        prompt, response = mean_length(rows, "prompt_token_ids"), mean_length(rows, "token_ids")
+        flops = cost_model.generate_flops(shape, prompts, prompt, samples, response)
+        found.append(measured(path, record, flops))
+
+        preferences = folder / "preferences" / path.name
+        asked = recorded(preferences)["arguments"] if preferences.is_file() else {}
+        if "model" not in asked:
+            continue  # the policy's own reward compared the responses
+        kind = find_kind(settings_for(asked["model"], backend=asked.get("backend", "transformers")))
         cost = kind and kind.cost(asked["model"], prompts, prompt, samples, response)
         if cost:
-            found.append(measured(compared, recorded(compared), cost.flops))
-    if (folder / "pairs.parquet").is_file():
-        pairs = read_table(folder / "pairs.parquet", "pairs")
-        prompt, response = (
-            mean(pairs, "prompt_token_ids"),
-            (mean(pairs, "chosen_token_ids") + mean(pairs, "rejected_token_ids")) / 2,
-        )
-        longest = (
-            max(len(pair["prompt_token_ids"]) for pair in pairs),
-            max(
-                len(pair[f"{side}_token_ids"]) for pair in pairs for side in ("chosen", "rejected")
-            ),
-        )
-        scored = cost_model.score_flops(shape, len(pairs), prompt, response)
-        for name in ("logps/current.parquet", "policy"):
-            record = recorded(folder / name)
-            if not record:
-                continue
-            options, width = (
-                record["arguments"],
-                2 if record["computed_in"] == "torch.bfloat16" else 4,
+            found.append(measured(preferences, recorded(preferences), cost.flops))
+    return found
+
+
+def of_training(folder: Path, shape: Shape) -> list[Measured]:
+    """The scoring of the pairs and the training of one iteration, as far as they were made."""
+    if not (folder / "pairs.parquet").is_file():
+        return []
+    pairs = read_table(folder / "pairs.parquet", "pairs")
+    sides = ("chosen_token_ids", "rejected_token_ids")
+    prompt = mean_length(pairs, "prompt_token_ids")
+    response = sum(mean_length(pairs, side) for side in sides) / 2
+    longest_prompt = max(len(pair["prompt_token_ids"]) for pair in pairs)
+    longest_response = max(len(pair[side]) for pair in pairs for side in sides)
+    score_flops = cost_model.score_flops(shape, len(pairs), prompt, response)
+    found = []
+    for name in ("logps/current.parquet", "policy"):
+        record = recorded(folder / name)
+        if not record:
+            continue
+        options = record["arguments"]
+        bytes_per_number = 2 if record["computed_in"] == "torch.bfloat16" else 4
+        eager = options.get("attention") == "eager"
+        lora_rank = options.get("lora_rank", 0)
+        if record["stage"] == "train":
+            checkpointing = options.get("gradient_checkpointing", False)
+            factor = cost_model.train_factor(bool(lora_rank), checkpointing)
+            flops = score_flops * (options["stop_epoch"] * factor)
+            memory = cost_model.train_bytes(
+                shape,
+                1,
+                options["micro_batch_size"],
+                longest_prompt,
+                longest_response,
+                lora_rank,
+                checkpointing,
+                bytes_per_number,
+                eager,
             )
-            eager = options.get("attention") == "eager"
-            lora, checkpointing = (
-                options.get("lora_rank", 0),
-                options.get("gradient_checkpointing", False),
+        else:
+            flops = score_flops
+            memory = cost_model.score_bytes(
+                shape,
+                options["micro_batch_size"],
+                longest_prompt,
+                longest_response,
+                bool(lora_rank),
+                bytes_per_number,
+                eager,
             )
-            if record["stage"] == "train":
-                factor = options["stop_epoch"] * cost_model.train_factor(bool(lora), checkpointing)
-                memory = cost_model.train_bytes(
-                    shape,
-                    1,
-                    options["micro_batch_size"],
-                    *longest,
-                    lora,
-                    checkpointing,
-                    width,
-                    eager,
-                )
-            else:
-                factor = 1
-                memory = cost_model.score_bytes(
-                    shape, options["micro_batch_size"], *longest, bool(lora), width, eager
-                )
-            found.append(measured(folder / name, record, scored * factor, memory))
+        found.append(measured(folder / name, record, flops, memory))
     return found
 
 
 def recorded(artifact: Path) -> dict[str, Any]:
-    """The artifact's record; empty if there is none."""
+    """The artifact's record; empty if it has none. A rebuilt record is a UserError."""
     record = read_record(artifact) or {}
     if record.get("rebuilt"):
         raise UserError(
-            f"the record of {artifact} was rebuilt, so its seconds are not known; name "
-            "a run whose records are those of its stages"
+            f"the record of {artifact} was rebuilt and has no seconds; "
+            "name a run with its original records"
         )
     return record
 
@@ -140,44 +157,45 @@ def recorded(artifact: Path) -> dict[str, Any]:
 def measured(
     artifact: Path, record: dict[str, Any], flops: float, memory: float | None = None
 ) -> Measured:
-    return Measured(
-        str(artifact),
-        flops,
-        record["seconds"],
-        memory and memory / 2**20,
-        record["peak_memory_mib"],
-    )
+    """The figures of one artifact; `memory` is in bytes."""
+    formula_mib = memory and memory / 2**20
+    return Measured(str(artifact), flops, record["seconds"], formula_mib, record["peak_memory_mib"])
 
 
-def mean(rows: list[dict[str, Any]], column: str) -> float:
+def mean_length(rows: list[dict[str, Any]], column: str) -> float:
+    """The mean length of the lists in a column."""
     return sum(len(row[column]) for row in rows) / len(rows)
 
 
 def as_table(found: list[Measured]) -> str:
-    """Markdown, and the two factors in a line."""
-    speed = sum(row.flops for row in found) / sum(row.seconds for row in found)
+    """A Markdown table, and a line with the largest errors of seconds and of memory."""
+    total_speed = sum(row.flops for row in found) / sum(row.seconds for row in found)
     lines = [
-        "| artifact | TFLOP | seconds | GFLOP/s | of all stages' | peak MiB by formula | measured |",
+        "| artifact | TFLOP | seconds | GFLOP/s | relative to all stages "
+        "| peak MiB by formula | measured |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in found:
-        own = row.flops / row.seconds
+        speed = row.flops / row.seconds
+        formula = "-" if row.formula_mib is None else f"{row.formula_mib:.0f}"
         lines.append(
-            f"| {row.artifact} | {row.flops / 1e12:.2f} | {row.seconds:.0f} | {own / 1e9:.0f} | {own / speed:.2f} | "
-            f"{'-' if row.formula_mib is None else f'{row.formula_mib:.0f}'} | {row.peak_mib} |"
+            f"| {row.artifact} | {row.flops / 1e12:.2f} | {row.seconds:.0f} | {speed / 1e9:.0f} "
+            f"| {speed / total_speed:.2f} | {formula} | {row.peak_mib} |"
         )
-    off = max(
-        max(row.flops / row.seconds / speed, speed / (row.flops / row.seconds)) for row in found
+    speeds = [row.flops / row.seconds for row in found]
+    speed_error = max(max(speed / total_speed, total_speed / speed) for speed in speeds)
+    summary = (
+        f"\nAll stages: {total_speed / 1e9:.0f} GFLOP/s. An estimate from this speed is wrong by a "
+        f"factor of at most {speed_error:.1f} for the seconds of a stage"
     )
-    memory = [
+    memory_errors = [
         max(row.formula_mib / row.peak_mib, row.peak_mib / row.formula_mib)
         for row in found
         if row.formula_mib
     ]
-    lines.append(
-        f"\nAll stages: {speed / 1e9:.0f} GFLOP/s. From that one speed the seconds of a stage are off by a factor of {off:.1f} at most"
-        + (f", peak memory by {max(memory):.1f}." if memory else ".")
-    )
+    if memory_errors:
+        summary += f" and at most {max(memory_errors):.1f} for peak memory"
+    lines.append(f"{summary}.")
     return "\n".join(lines)
 
 

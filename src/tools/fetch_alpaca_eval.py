@@ -1,7 +1,12 @@
-"""Fetch AlpacaEval's 805 instructions with GPT-4 turbo's outputs, and the instruction difficulties of the length-controlled metric.
+"""Fetch AlpacaEval's 805 instructions with GPT-4 Turbo's outputs, and their difficulties.
 
-Reads   the data set tatsu-lab/alpaca_eval on the hub at a pinned commit (local cache first; with HF_HUB_OFFLINE=1 that alone)
-Writes  both files as published, and their records: the instructions are checked one by one, the difficulties by sha256
+The length-controlled win rate needs the difficulties.
+
+Reads   the data set tatsu-lab/alpaca_eval on the hub at a pinned commit; from the local cache if
+        it is there, and only from the cache if HF_HUB_OFFLINE=1
+Writes  both files as published, and their records. Each instruction is checked, and the
+        difficulties are checked by sha256.
+
 Licence of the data: CC BY-NC 4.0
 """
 
@@ -26,7 +31,7 @@ from sppo.evaluation.alpaca_eval import (
 )
 from sppo.policies.hub import hub_failure, hub_token
 
-REMEDY = "or name files of your own as alpaca_eval.instructions, reference and difficulty"
+REMEDY = "or set alpaca_eval.instructions, reference and difficulty to your own files"
 
 
 def main() -> None:
@@ -37,22 +42,25 @@ def main() -> None:
         "--reference",
         type=Path,
         required=True,
-        help="where the instructions with their reference outputs go",
+        help="output file of the instructions with their reference outputs",
     )
-    parser.add_argument("--difficulty", type=Path, required=True, help="where the difficulties go")
+    parser.add_argument(
+        "--difficulty", type=Path, required=True, help="output file of the difficulties"
+    )
     args = parser.parse_args()
 
     reference, difficulty = fetched(OFFICIAL_REFERENCE), fetched(DIFFICULTY)
     if file_hash(difficulty) != OFFICIAL_DIFFICULTY:
         raise UserError(
-            f"{DIFFICULTY} of {DATASET} has another sha256 than the published file; delete it from the hub's cache and run again, {REMEDY}"
+            f"{DIFFICULTY} of {DATASET} has another sha256 than the published file; "
+            f"delete it from the hub's cache and run again, {REMEDY}"
         )
     outputs = read_outputs(reference)
     check_order(outputs, difficulty)
     if outputs[0]["generator"] != OFFICIAL_GENERATOR:
         raise UserError(
-            f"{OFFICIAL_REFERENCE} of {DATASET} is by {outputs[0]['generator']}, not {OFFICIAL_GENERATOR}; delete it from the hub's cache "
-            f"and run again, {REMEDY}"
+            f"{OFFICIAL_REFERENCE} of {DATASET} is by {outputs[0]['generator']}, "
+            f"not {OFFICIAL_GENERATOR}; delete it from the hub's cache and run again, {REMEDY}"
         )
     for source, target in ((reference, args.reference), (difficulty, args.difficulty)):
         with (
@@ -64,21 +72,20 @@ def main() -> None:
 
 
 def fetched(name: str) -> Path:
-    """The file in the hub's local cache."""
+    """The path of the file in the hub's local cache, downloaded if necessary."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(
-            hf_hub_download(
-                DATASET, name, repo_type="dataset", revision=DATASET_REVISION, token=hub_token()
-            )
+        path = hf_hub_download(
+            DATASET, name, repo_type="dataset", revision=DATASET_REVISION, token=hub_token()
         )
-    except (
-        Exception
-    ) as error:  # the hub client raises many types; each is a matter of network or access
+    # The hub client raises many types of errors. Network or access is the cause of each.
+    except Exception as error:
         raise UserError(
-            f"cannot get {name} of {DATASET} at {DATASET_REVISION} from the hub {hub_failure(error)}, {REMEDY}"
+            f"cannot get {name} of {DATASET} at {DATASET_REVISION} from the hub "
+            f"{hub_failure(error)}, {REMEDY}"
         ) from error
+    return Path(path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Fetch MT-Bench's questions, judge prompts and reference answers from the FastChat repository.
 
-Reads   FastChat's data at v0.2.36 on GitHub: the package from the registry carries none
-Writes  a folder with question.jsonl, judge_prompts.jsonl and reference_answer_gpt-4.jsonl, checked by sha256
+Reads   FastChat's data at v0.2.36 on GitHub, because the package on PyPI does not contain the data
+Writes  a folder with question.jsonl, judge_prompts.jsonl and reference_answer_gpt-4.jsonl, each
+        checked by sha256
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="the folder")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the three files")
     parser.add_argument("--source", default=FASTCHAT, help="address of FastChat's llm_judge/data/")
     args = parser.parse_args()
 
@@ -33,13 +34,13 @@ def main() -> None:
                 content = urllib.request.urlopen(args.source + path, timeout=60).read()
             except (urllib.error.URLError, OSError) as error:
                 raise UserError(
-                    f"cannot fetch {args.source + path} ({error}); check the network, or copy the three files into a folder "
-                    "and name it as mt_bench.data"
+                    f"cannot fetch {args.source + path} ({error}); check the network, "
+                    "or copy the three files into a folder and set mt_bench.data to it"
                 ) from None
             if hashlib.sha256(content).hexdigest() != sha256:
                 raise UserError(
-                    f"{args.source + path} is not the file of FastChat 0.2.36; copy the three files into a folder and name it "
-                    "as mt_bench.data"
+                    f"{args.source + path} is not the file of FastChat 0.2.36; "
+                    "copy the three files into a folder and set mt_bench.data to it"
                 )
             (folder / name).write_bytes(content)
 

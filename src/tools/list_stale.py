@@ -1,8 +1,8 @@
-"""List the artifacts that older code made than the code that lies here.
+"""List the artifacts that were made by older code than the present code.
 
 Reads   every *.record.json under a folder
-Prints  a line an artifact: which of program, package src/sppo or stage version differs. Nothing is rerun:
-        to make one again, delete it and run Snakemake.
+Prints  one line for each such artifact: whether the program, the package src/sppo or the stage
+        version differs. Nothing is made again; to do that, delete the artifact and run Snakemake.
 """
 
 from __future__ import annotations
@@ -32,27 +32,30 @@ def main() -> None:
             print(error)
             continue
         if record.get("rebuilt"):
-            print(f"{artifact}: unknown, its record was rebuilt")
-        elif why := differences(record):
-            print(f"{artifact}: other {' and '.join(why)}")
+            print(f"{artifact}: unknown, because its record was rebuilt")
+            continue
+        changed = differences(record)
+        if changed:
+            print(f"{artifact}: other {' and '.join(changed)}")
             stale += 1
     print(f"{stale} of {len(records)} artifacts were made by older code")
 
 
 def differences(record: dict) -> list[str]:
-    """What of the code that made an artifact has changed since."""
-    made_by, program = record["code"], ROOT / "src" / record["code"]["program"]
+    """The parts of the code that have changed since the artifact of this record was made."""
+    made_by = record["code"]
+    program = ROOT / "src" / made_by["program"]
     if not program.is_file():
         return ["program (gone)"]
     now = code_hashes(program)
-    why = [
-        name
-        for name, key in (("program", "program_sha256"), ("src/sppo", "sppo_sha256"))
-        if now[key] != made_by[key]
-    ]
-    return why + (
-        ["stage version"] if STAGES.get(record["stage"]) != record["stage_version"] else []
-    )
+    changed = []
+    if now["program_sha256"] != made_by["program_sha256"]:
+        changed.append("program")
+    if now["sppo_sha256"] != made_by["sppo_sha256"]:
+        changed.append("src/sppo")
+    if STAGES.get(record["stage"]) != record["stage_version"]:
+        changed.append("stage version")
+    return changed
 
 
 if __name__ == "__main__":

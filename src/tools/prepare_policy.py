@@ -1,6 +1,6 @@
-"""Put the base policy in its place: iter0/policy.
+"""Prepare the base policy, iter0/policy.
 
-Reads   a model folder, or a hub model at a pinned revision (local cache first)
+Reads   a model folder, or a hub model at a pinned revision (from the local cache if it is there)
 Writes  a folder of links to the model's files, and a record with the hub commit
 """
 

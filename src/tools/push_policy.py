@@ -1,8 +1,11 @@
-"""Upload a policy to the Hugging Face hub, with its figures on the card.
+"""Upload a policy to the Hugging Face hub, with its evaluation figures on the card.
 
 Reads   a policy folder, its alpaca_eval.json
-Writes  a repository on the hub (made private if it is new), and a file that names it and the commit
-The token is HF_TOKEN of the environment. Nothing is pushed unless the configuration's push_to_hub names a repository.
+Writes  a repository on the hub (private if it is new), and a file that names the repository and
+        the commit
+
+The token is the environment variable HF_TOKEN. The workflow pushes only if the configuration's
+push_to_hub names a repository.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def main() -> None:
         "--evaluation", type=Path, required=True, help="the policy's alpaca_eval.json"
     )
     parser.add_argument("--repository", required=True, help="such as me/my-policy")
-    parser.add_argument("--output", type=Path, required=True, help="what was pushed where, .json")
+    parser.add_argument("--output", type=Path, required=True, help="record of the upload, .json")
     args = parser.parse_args()
 
     check_push()
@@ -51,9 +54,8 @@ def main() -> None:
                 path_in_repo="README.md",
                 commit_message="Model card",
             )
-        except (
-            Exception
-        ) as error:  # the hub client raises many types; each is a matter of name, network or access
+        # The hub client raises many types of errors. Name, network or access is the cause of each.
+        except Exception as error:
             raise UserError(
                 f"cannot push {args.policy} to {args.repository} {hub_failure(error)}"
             ) from error
@@ -65,7 +67,7 @@ def main() -> None:
 
 
 def card(policy: Path, evaluation: dict) -> str:
-    """The policy's card with what its evaluation found."""
+    """The policy's card with a table of its evaluation added."""
     keys = (
         "win_rate",
         "length_controlled_winrate",
@@ -77,8 +79,8 @@ def card(policy: Path, evaluation: dict) -> str:
     )
     doubts = [key for key in ("n_empty", "length_controlled_warning") if evaluation.get(key)]
     facts = {key: evaluation[key] for key in (*keys, *doubts)}
-    own = (policy / "README.md").read_text(encoding="utf-8", errors="replace")
-    return own + "\n## AlpacaEval, per cent\n\n" + table(facts)
+    text = (policy / "README.md").read_text(encoding="utf-8", errors="replace")
+    return text + "\n## AlpacaEval, per cent\n\n" + table(facts)
 
 
 if __name__ == "__main__":

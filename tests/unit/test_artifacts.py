@@ -505,7 +505,7 @@ def test_verify_names_each_artifact_and_input_that_is_other_than_recorded(result
         "a changed artifact is no matter of records"
     )
     shutil.move(results / "pairs.parquet", "elsewhere")
-    assert f"{results}/pairs.parquet: it is gone; its record is there" in faults(capsys, program)
+    assert f"{results}/pairs.parquet: it is gone, but its record exists" in faults(capsys, program)
 
 
 @pytest.mark.parametrize("record", [None, "", '{"sha256":', "[]"])
@@ -520,7 +520,7 @@ def test_fix_rebuilds_a_broken_or_missing_record_as_old_as_its_artifact(
     said = "it has no record" if record is None else "record.json is broken"
     assert len([line for line in faults(capsys, program) if said in line]) == 2
     verify(program, "--fix")
-    assert capsys.readouterr().out.count("; it is rebuilt\n") == 2
+    assert capsys.readouterr().out.count("; it has been rebuilt\n") == 2
     for name, stage in (("pairs.parquet", "select"), ("policy", "train")):
         rebuilt = read_json(record_path(results / name))
         assert (
@@ -534,7 +534,7 @@ def test_fix_rebuilds_a_broken_or_missing_record_as_old_as_its_artifact(
         } == {before[name]}
     verify(program)
     program(list_stale, "results")
-    assert f"{results}/policy: unknown, its record was rebuilt" in capsys.readouterr().out
+    assert f"{results}/policy: unknown, because its record was rebuilt" in capsys.readouterr().out
     with recorded(
         "train", Path("results/iter2/policy"), [results / "policy"], {}
     ):  # and it counts as an input
@@ -545,7 +545,7 @@ def test_record_is_not_rebuilt_for_an_artifact_that_is_gone(results, program, ca
     (results / "pairs.parquet").unlink()
     record_path(results / "pairs.parquet").write_text("")
     assert faults(capsys, program, "--fix") == [
-        f"{results}/pairs.parquet: it is gone; its record is there"
+        f"{results}/pairs.parquet: it is gone, but its record exists"
     ]
     assert record_path(results / "pairs.parquet").read_text() == ""
 

@@ -409,7 +409,7 @@ def test_corruptions():
         ("not_parquet", "not a readable parquet"),
         ("no_column", "lacks the column"),
         ("empty", "none that can be used"),
-        ("all_training", "nothing is left"),
+        ("all_training", "was trained on the instructions of all usable rows"),
         ("no_base", "no model folder"),
     ],
 )

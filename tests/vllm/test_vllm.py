@@ -1,6 +1,7 @@
-"""The engine vllm for real, by vLLM's CPU build and the embedded policy: the contracts of tests/unit/test_generation.py, and the rules.
+"""The engine vllm with vLLM's CPU build and the embedded policy.
 
-make test-vllm runs this with an environment of its own. Both engines run in it, so that they can be compared.
+The contracts are those of tests/unit/test_generation.py; the rules are tested too. `make test-vllm`
+runs this file in a separate environment. Both engines run in it, so that they can be compared.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "results" / "models" / "SmolLM2-135M-Instruct"
-HERE = importlib.util.find_spec("vllm") is not None and POLICY.is_dir()
+AVAILABLE = importlib.util.find_spec("vllm") is not None and POLICY.is_dir()
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not HERE, reason="no vLLM or no embedded policy here; make test-vllm makes both"
+        not AVAILABLE, reason="vLLM or the embedded policy is missing; run make test-vllm"
     ),
 ]
 
@@ -38,7 +39,10 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The embedded policy with a generation config that would warp every answer, as Qwen's and Llama's do in part."""
+    """The embedded policy with a generation config that would change each answer.
+
+    The configs of Qwen and Llama contain some of these settings.
+    """
     from transformers import GenerationConfig
 
     folder = tmp_path_factory.mktemp("policy") / "policy"
@@ -134,7 +138,7 @@ def test_stop_id_ends_a_response_if_and_only_if_it_stopped(engine, responses):
 
 
 def test_every_stop_id_stops(engine, prompts, sampling, monkeypatch):
-    """And no other: not the tokenizer's EOS, where the generation config does not name it."""
+    """Other ids do not stop, not even the tokenizer's EOS if the generation config lacks it."""
     commas = [token for token in range(49152) if "," in engine.tokenizer.decode([token])]
     monkeypatch.setattr(engine, "stop_ids", commas)
     rows = engine.generate(prompts, sampling, 0, "iter1")
@@ -149,7 +153,7 @@ def test_every_stop_id_stops(engine, prompts, sampling, monkeypatch):
         if row not in stopped
     )
     assert any(2 in row["token_ids"][:-1] for row in rows), (
-        "no policy spoke on past its EOS: nothing was tested"
+        "no response continues after its EOS, so nothing was tested"
     )
 
 
@@ -171,7 +175,7 @@ def test_a_sample_is_the_same_whatever_k_is(engine, prompts, sampling, responses
 
 
 def test_the_seed_of_a_row_is_the_one_that_vllm_drew_with(engine, responses):
-    """vLLM gives sample k of a request the seed + k: asked for alone with that seed, it is the same sample."""
+    """Sample k of a request has the seed + k. A request with that seed gives the same sample."""
     from vllm import SamplingParams
 
     alone = engine.llm.generate(
@@ -205,18 +209,19 @@ def test_another_data_seed_or_iteration_gives_other_tokens(
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
 def test_frequencies_are_the_model_s_own_distribution(temperature, top_p, engine, reference):
-    """First tokens of many samples against transformers' logits, by chi-square. The prompt is short, for a CPU reads it for each sample."""
+    """First tokens of many samples compared with transformers' logits by chi-square.
+
+    The prompt is short, because a CPU reads it for each sample.
+    """
     import torch
 
     from sppo.policies.generation import Sampling
 
-    n, prompt = (
-        1024,
-        {
-            "prompt_id": "short",
-            "prompt_token_ids": engine.tokenizer.encode("My favourite colour is"),
-        },
-    )
+    n = 1024
+    prompt = {
+        "prompt_id": "short",
+        "prompt_token_ids": engine.tokenizer.encode("My favourite colour is"),
+    }
     drawn = [
         row["token_ids"][0]
         for row in engine.generate([prompt], Sampling(n, temperature, top_p, 1), 0, "iter1")
@@ -230,81 +235,55 @@ def test_frequencies_are_the_model_s_own_distribution(temperature, top_p, engine
     counts = np.bincount(drawn, minlength=len(p))
     assert counts[p == 0].sum() == 0
     common = n * p >= 10
-    expected, seen = (
-        np.append(n * p[common], n * p[~common].sum()),
-        np.append(counts[common], counts[~common].sum()),
-    )
+    expected = np.append(n * p[common], n * p[~common].sum())
+    observed = np.append(counts[common], counts[~common].sum())
     kept = expected > 0
-    chi_square, freedom = (
-        ((seen[kept] - expected[kept]) ** 2 / expected[kept]).sum(),
-        kept.sum() - 1,
-    )
-    assert freedom >= 2 and chi_square < freedom + 4 * (2 * freedom) ** 0.5 + 8, (
-        chi_square,
-        freedom,
-    )
+    chi_square = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum()
+    freedom = kept.sum() - 1
+    limit = freedom + 4 * (2 * freedom) ** 0.5 + 8
+    assert freedom >= 2 and chi_square < limit, (chi_square, freedom)
 
 
 def test_greedy_answers_are_those_of_transformers(engine, prompts, reference, capsys):
-    """Where the two part, their tokens are within rounding of a tie, by transformers' own logits."""
+    """At the first difference both tokens must have nearly equal logits in transformers."""
     import torch
 
     from sppo.policies.generation import Sampling
 
+    questions = [
+        "Why is the sky blue in the day and red in the evening, and black at night?",
+        "def f(x):\n    return x",
+        "Write a haiku about snow.",
+    ]
     more = prompts + [
-        row | {"prompt_id": f"q{i}"}
-        for i, row in enumerate(
-            asked(
-                engine,
-                [
-                    "Why is the sky blue in the day and red in the evening, and black at night?",
-                    "def f(x):\n    return x",
-                    "Write a haiku about snow.",
-                ],
-            )
-        )
+        row | {"prompt_id": f"q{i}"} for i, row in enumerate(asked(engine, questions))
     ]
     greedy = Sampling(2, 0.0, 1.0, 64)
-    ours, theirs = (
-        engine.generate(more, greedy, 0, "iter1"),
-        reference.generate(more, greedy, 0, "iter1"),
-    )
+    ours = engine.generate(more, greedy, 0, "iter1")
+    theirs = reference.generate(more, greedy, 0, "iter1")
     assert all(a["token_ids"] == b["token_ids"] for a, b in zip(ours[::2], ours[1::2], strict=True))
     equal = 0
     for a, b in zip(ours[::2], theirs[::2], strict=True):
-        at = next(
-            (
-                i
-                for i, (x, y) in enumerate(zip(a["token_ids"], b["token_ids"], strict=False))
-                if x != y
-            ),
-            None,
-        )
-        equal += at is None
+        pairs = zip(a["token_ids"], b["token_ids"], strict=False)
+        at = next((i for i, (x, y) in enumerate(pairs) if x != y), None)
         if at is None:
-            assert (
-                a["token_ids"] == b["token_ids"]
-                and a["text"] == b["text"]
-                and a["finish_reason"] == b["finish_reason"]
-            )
-        else:
-            with torch.inference_mode():
-                logits = reference.model(
-                    torch.tensor([a["prompt_token_ids"] + a["token_ids"][:at]])
-                ).logits[0, -1]
-            assert abs(logits[a["token_ids"][at]] - logits[b["token_ids"][at]]) < 1e-3, (
-                a["prompt_id"],
-                at,
-            )
+            equal += 1
+            assert a["token_ids"] == b["token_ids"] and a["text"] == b["text"]
+            assert a["finish_reason"] == b["finish_reason"]
+            continue
+        ids = torch.tensor([a["prompt_token_ids"] + a["token_ids"][:at]])
+        with torch.inference_mode():
+            logits = reference.model(ids).logits[0, -1]
+        gap = abs(logits[a["token_ids"][at]] - logits[b["token_ids"][at]])
+        assert gap < 1e-3, (a["prompt_id"], at)
     with capsys.disabled():
-        print(
-            f"\ngreedy: {equal} of {len(more)} answers are equal, {sum(len(row['token_ids']) for row in ours[::2])} tokens"
-        )
+        total = sum(len(row["token_ids"]) for row in ours[::2])
+        print(f"\ngreedy: {equal} of {len(more)} answers are equal, {total} tokens")
     assert equal >= len(more) - 2
 
 
 def test_the_prompt_is_read_once_for_its_k_samples(engine):
-    """Prefix caching, in blocks of 128 tokens on a CPU."""
+    """Prefix caching works in blocks of 128 tokens on a CPU."""
     from vllm import SamplingParams
 
     (prompt,) = asked(engine, ["Tell me of the sea. " * 60])
@@ -317,7 +296,10 @@ def test_the_prompt_is_read_once_for_its_k_samples(engine):
 
 
 def test_more_tokens_than_a_step_takes_change_no_sample(engine, sampling, prompts, responses):
-    """vLLM reads prompts in parts then, where its noise allows it; on a CPU it does not, and a seeded request would fail."""
+    """vLLM reads such prompts in several parts if its noise allows it.
+
+    On a CPU the engine turns this off, because a seeded request would fail.
+    """
     long = [
         row | {"prompt_id": f"long{i}"}
         for i, row in enumerate(
@@ -338,10 +320,10 @@ def test_more_tokens_than_a_step_takes_change_no_sample(engine, sampling, prompt
 def test_a_prompt_that_does_not_fit_is_one_line(engine, sampling):
     from sppo.core.errors import UserError
 
-    with pytest.raises(
-        UserError,
-        match="^a prompt of 8170 tokens and max_new_tokens = 32 do not fit the .+ lower max_new_tokens.+$",
-    ):
+    message = (
+        "^a prompt of 8170 tokens and max_new_tokens = 32 do not fit the .+ lower max_new_tokens.+$"
+    )
+    with pytest.raises(UserError, match=message):
         engine.generate([{"prompt_id": "p", "prompt_token_ids": [5] * 8170}], sampling, 0, "iter1")
 
 
@@ -353,13 +335,14 @@ def test_no_prompts_no_rows(engine, sampling):
 
 
 def workflow(folder: Path, shards: int, wanted: list[int]) -> None:
-    """Some of the shards of a first iteration's responses, by the rules, in processes of their own."""
+    """Make some shards of the first iteration's responses with the rules, in separate processes."""
     config = [
         "name=tiny",
         "device=cpu",
         f"policy={{model: {POLICY}}}",
         "prompts={per_iteration: 4}",
-        f"responses={{engine: vllm, samples: 3, max_new_tokens: 12, precision: float32, shards: {shards}}}",
+        "responses={engine: vllm, samples: 3, max_new_tokens: 12, precision: float32, "
+        f"shards: {shards}}}",
     ]
     targets = [f"results/tiny/iter1/responses/{shard}.parquet" for shard in wanted]
     done = subprocess.run(
@@ -374,6 +357,7 @@ def workflow(folder: Path, shards: int, wanted: list[int]) -> None:
 
 
 def rows(folder: Path, shards: int) -> list[dict]:
+    """The rows of all shards, by prompt and sample."""
     from sppo.core.tables import read_table
 
     made = [

@@ -1,7 +1,8 @@
 """Model cards: the README.md of a policy folder.
 
-The same inputs give the same text, because the folder's hash covers it. A card is written when a
-training is done and must never fail it: what cannot be read of another card or record is left out.
+The same inputs give the same text, because the hash of the folder covers the card. The card is
+written at the end of a training and must never make the training fail. Therefore the card leaves
+out everything that cannot be read from another card or from a record.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def header(folder: Path) -> dict[str, Any]:
-    """The YAML header of a folder's README.md; empty if it has none that can be read."""
+    """The YAML header of a folder's README.md; empty if there is no readable header."""
     card = Path(folder) / "README.md"
     try:
         text = card.read_text(encoding="utf-8-sig", errors="replace") if card.is_file() else ""
@@ -32,106 +33,134 @@ def header(folder: Path) -> dict[str, Any]:
         if len(parts) < 3 or parts[0].strip():
             return {}
         found = yaml.safe_load(parts[1])
-    # Besides its own errors yaml raises those of dates, keys and depth as Python does.
+    # Apart from its own errors, yaml raises Python's errors for bad dates, keys and deep nesting.
     except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def model_card(start: Path, title: str, sections: dict[str, str], tag: str) -> str:
-    """A card for what was trained from the policy in `start`: header, title, what it comes from, the sections, the licence of the base."""
-    before, record = header(start), _record(start)
-    first = (
-        record.get("stage") == "policy_source"
-    )  # else the policy is one of ours, whose card names its base
-    source = str((record.get("arguments") or {}).get("model"))
-    base = _name(source) if first else before.get("base_model", "a model without a record")
+    """The model card of a policy that was trained from the policy in `start`.
+
+    The card has a YAML header, the title, the sections (text by heading) and the base model's
+    licence. `tag` is added to the tags of the header.
+    """
+    start_header, record = header(start), _record(start)
+    if record.get("stage") == "policy_source":
+        source = str((record.get("arguments") or {}).get("model"))
+        base = _name(source)
+    else:  # `start` was trained by this project, and its card names the base model
+        base = start_header.get("base_model", "a model without a record")
     metadata = {
         "base_model": base,
         "library_name": "transformers",
         "tags": ["preference-optimization", tag],
-        **{key: before[key] for key in LICENCE_KEYS if key in before},
+        **{key: start_header[key] for key in LICENCE_KEYS if key in start_header},
     }
-    named = metadata.get("license_name") or metadata.get("license") or "its card names none"
-    commit = f" at {record['commit']}" if record.get("commit") else ""
-    sections = sections | {
-        "Licence": f"That of the base, {base}{commit}: {named}. Prompts and preference model have licences of their own."
-    }
+    sections = sections | {"Licence": _licence(metadata, record)}
     text = "".join(f"\n## {heading}\n\n{body.strip()}\n" for heading, body in sections.items())
     card = f"---\n{yaml.safe_dump(metadata, sort_keys=True)}---\n# {title}\n{text}"
-    # By an escape a header can hold half a character, which no file can.
+    # An escape in a header can give half of a surrogate pair, which UTF-8 cannot encode.
     return card.encode("utf-8", errors="replace").decode()
 
 
+def _licence(metadata: dict[str, Any], record: dict[str, Any]) -> str:
+    """The licence section for the header of the card and the record of the policy in `start`."""
+    licence = metadata.get("license_name") or metadata.get("license") or "its card names none"
+    return (
+        f"That of the base, {metadata['base_model']}{_at_commit(record)}: {licence}. "
+        "Prompts and preference model have licences of their own."
+    )
+
+
 def data_of(pairs: Path) -> str:
-    """Where the pairs come from, as far as their records and those of their inputs say."""
+    """A list of the pairs' sources, as far as the records of the pairs and their inputs say."""
     try:
         lines = _lines_of(pairs)
-    except (KeyError, TypeError, AttributeError):  # a record of older code, or an edited one
+    except (KeyError, TypeError, AttributeError):  # older code wrote the record, or it was edited
         lines = []
     return "\n".join(lines) or "No record of the pairs was found."
 
 
 def _lines_of(pairs: Path) -> list[str]:
-    chosen = _record(pairs)
-    made = {
-        record.get("stage"): record
-        for record in (_record(path) for path in chosen.get("inputs", {}))
-    }
+    """One line for each stage that the pairs went through and whose record can be read."""
+    selected = _record(pairs)
+    input_records = [_record(path) for path in selected.get("inputs", {})]
+    by_stage = {record.get("stage"): record for record in input_records}
     lines = []
-    if "sample" in made:
-        record = made["sample"]
-        source = record["arguments"]["source"].replace("{t}", str(record["arguments"]["iteration"]))
-        commit = f" at {record['commit']}" if record.get("commit") else ""
-        lines.append(f"* {record['prompts']} prompts of {_name(source)}{commit}")
-    if "generate" in made:
-        drawn = made["generate"]["arguments"]
+    if "sample" in by_stage:
+        lines.append(_prompts_line(by_stage["sample"]))
+    if "generate" in by_stage:
+        options = by_stage["generate"]["arguments"]
         lines.append(
-            f"* {drawn['samples']} responses to each of the policy it was trained from, at temperature {drawn['temperature']}, "
-            f"top-p {drawn['top_p']}, at most {drawn['max_new_tokens']} tokens"
+            f"* {options['samples']} responses to each of the policy it was trained from, "
+            f"at temperature {options['temperature']}, "
+            f"top-p {options['top_p']}, at most {options['max_new_tokens']} tokens"
         )
-    if "grade" in made:
-        judge = made["grade"]["arguments"]["judge"]
+    if "grade" in by_stage:
+        judge = by_stage["grade"]["arguments"]["judge"]
         lines.append(f"* graded by {'the preference model' if judge == 'preference' else judge}")
-    if "annotate" in made:
-        model = made["annotate"]["arguments"].get("model")
-        if model:
-            model = (
-                _record(model).get("arguments", {}).get("model", model)
-            )  # one that was put in its place has a record of where it came from
-            lines.append(f"* compared by the preference model {_name(model)}")
-        else:
-            lines.append(
-                f"* compared by the policy's own reward, {made['annotate']['arguments']['beta']:g} log(pi_t / pi_t-1)"
-            )
-    if "arguments" in chosen:
-        options = chosen["arguments"]
-        lines.append(
-            f"* in pairs: {CONSTRUCTIONS[options['construction']]}"
-            + ", less a penalty for length" * options["even_lengths"]
-            + ", both ways round with the grade asked for" * options["target_reward"]
-            + f"; {chosen['replayed']} pairs of an earlier iteration again"
-            * (chosen["replayed"] > 0)
-        )
+    if "annotate" in by_stage:
+        lines.append(_annotation_line(by_stage["annotate"]["arguments"]))
+    if "arguments" in selected:
+        lines.append(_pairs_line(selected))
     return lines
 
 
+def _prompts_line(record: dict[str, Any]) -> str:
+    options = record["arguments"]
+    source = options["source"].replace("{t}", str(options["iteration"]))
+    return f"* {record['prompts']} prompts of {_name(source)}{_at_commit(record)}"
+
+
+def _annotation_line(options: dict[str, Any]) -> str:
+    model = options.get("model")
+    if not model:
+        return f"* compared by the policy's own reward, {options['beta']:g} log(pi_t / pi_t-1)"
+    # A preference model that a stage prepared has a record, which names the original source.
+    source = _record(model).get("arguments", {}).get("model", model)
+    return f"* compared by the preference model {_name(source)}"
+
+
+def _pairs_line(record: dict[str, Any]) -> str:
+    options = record["arguments"]
+    line = f"* in pairs: {CONSTRUCTIONS[options['construction']]}"
+    if options["even_lengths"]:
+        line += ", less a penalty for length"
+    if options["target_reward"]:
+        line += ", both ways round with the grade asked for"
+    if record["replayed"] > 0:
+        line += f"; {record['replayed']} pairs of an earlier iteration again"
+    return line
+
+
 def table(facts: dict[str, Any]) -> str:
-    """A Markdown table of two columns."""
-    return "| | |\n|---|---|\n" + "".join(
-        f"| {name} | {value:.6g} |\n" if isinstance(value, float) else f"| {name} | {value} |\n"
-        for name, value in facts.items()
-    )
+    """A Markdown table of two columns: each fact's name and value, floats with 6 digits."""
+    lines = ["| | |", "|---|---|"]
+    for name, value in facts.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        lines.append(f"| {name} | {shown} |")
+    return "\n".join(lines) + "\n"
 
 
 def _record(artifact: str | Path) -> dict[str, Any]:
+    """The record of an artifact; empty if it is missing, unreadable or rebuilt.
+
+    A rebuilt record does not say what the artifact was made from.
+    """
     try:
         record = read_record(Path(artifact)) or {}
     except (UserError, OSError):
         return {}
-    return {} if record.get("rebuilt") else record  # one that was rebuilt says nothing
+    return {} if record.get("rebuilt") else record
+
+
+def _at_commit(record: dict[str, Any]) -> str:
+    """The hub commit of a record as part of a sentence; empty if the record has no commit."""
+    return f" at {record['commit']}" if record.get("commit") else ""
 
 
 def _name(source: str) -> str:
-    """A hub id as it is; of a path the last part alone, for where a machine keeps its files is nobody's business."""
-    return source if source.count("/") == 1 and not Path(source).exists() else Path(source).name
+    """A hub id unchanged, or the last part of a path: a card must not publish local folders."""
+    is_hub_id = source.count("/") == 1 and not Path(source).exists()
+    return source if is_hub_id else Path(source).name

@@ -1,53 +1,71 @@
-"""Figures that several programs draw."""
+"""Figures that several programs draw, and their common style."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sppo.core.artifacts import written_whole
 
-# Okabe-Ito colours, told apart by marker and line as well.
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of alpaca_eval.json and how figures draw it.
+
+    Curves differ in marker and line style too, so that a reader does not need the colours.
+    """
+
+    key: str
+    label: str
+    colour: str
+    marker: str
+    line_style: str
+
+
+# Colours of the Okabe-Ito palette.
 CURVES = (
-    ("win_rate", "win rate", "#0072B2", "o", "-"),
-    ("length_controlled_winrate", "length-controlled win rate", "#D55E00", "s", "--"),
+    Curve("win_rate", "win rate", "#0072B2", "o", "-"),
+    Curve("length_controlled_winrate", "length-controlled win rate", "#D55E00", "s", "--"),
 )
 
 
 def judge_name(line: dict[str, Any]) -> str:
-    """The judge's name as a reader knows it."""
+    """The name that figures give to the judge of this evaluation."""
     if line["judge"] in ("judge", "ranker"):
         return f"the embedded {line['judge']}"
     return line["judge_details"]["model"] if line["judge"] == "openai" else line["judge"]
 
 
 def plot_win_rates(judged: dict[int, dict[str, Any]], label: str, files: list[Path]) -> None:
-    """Win rate and LC with intervals, and the average length below.
+    """Draw win rates with 95% intervals in the upper panel and the average length in the lower.
 
-    judged: contents of alpaca_eval.json by a whole number, which `label` names: the iteration, or n of best-of-n.
+    judged: the contents of alpaca_eval.json by number. The number is the iteration, or n of
+        best-of-n; `label` is the axis label that says which.
+    files: where to write the figure; the suffix of each file gives its format.
     """
     plt = pyplot()
-    any_line, numbers = next(iter(judged.values())), list(judged)
+    first, numbers = next(iter(judged.values())), list(judged)
     figure, (rates, lengths) = plt.subplots(
         2, 1, sharex=True, figsize=(6, 6), height_ratios=[2, 1], layout="constrained"
     )
-    for (key, name, colour, marker, style), shift in zip(CURVES, (-0.03, 0.03)):
-        values, bars = _values_and_bars(judged, key)
+    for curve, shift in zip(CURVES, (-0.03, 0.03)):  # shifted, so that the bars do not overlap
+        values, bars = _values_and_bars(judged, curve.key)
         rates.errorbar(
             [number + shift for number in numbers],
             values,
             yerr=bars,
-            label=name,
-            color=colour,
-            marker=marker,
-            linestyle=style,
+            label=curve.label,
+            color=curve.colour,
+            marker=curve.marker,
+            linestyle=curve.line_style,
             capsize=3,
         )
     rates.axhline(50, color="0.4", linewidth=1, linestyle=":", label="no difference")
     rates.set(
-        ylabel=f"won against {any_line['reference']} (%)",
-        title=f"AlpacaEval by {judge_name(any_line)}, n = {any_line['n_total']}, 95% intervals",
+        ylabel=f"won against {first['reference']} (%)",
+        title=f"AlpacaEval by {_judge_and_size(first)}",
     )
     rates.legend(frameon=False)
     lengths.plot(
@@ -58,11 +76,11 @@ def plot_win_rates(judged: dict[int, dict[str, Any]], label: str, files: list[Pa
         label="policy",
     )
     lengths.axhline(
-        any_line["reference_avg_length"],
+        first["reference_avg_length"],
         color="0.4",
         linewidth=1,
         linestyle=":",
-        label=any_line["reference"],
+        label=first["reference"],
     )
     lengths.set(xlabel=label, ylabel="average length\n(characters)", xticks=numbers)
     lengths.legend(frameon=False)
@@ -70,29 +88,32 @@ def plot_win_rates(judged: dict[int, dict[str, Any]], label: str, files: list[Pa
 
 
 def plot_over_length(judged: dict[int, dict[str, Any]], files: list[Path]) -> None:
-    """Win rate and LC of the iterates over their average length: whether what is won is won by writing more.
+    """Draw the win rates of the iterates over their average length.
 
-    judged: contents of alpaca_eval.json by iteration.
+    The figure shows whether a policy wins only because it writes more.
+
+    judged: the contents of alpaca_eval.json by iteration.
+    files: where to write the figure; the suffix of each file gives its format.
     """
     plt = pyplot()
-    any_line = next(iter(judged.values()))
+    first = next(iter(judged.values()))
     lengths = [line["avg_length"] for line in judged.values()]
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for key, name, colour, marker, style in CURVES:
-        values, bars = _values_and_bars(judged, key)
+    for curve in CURVES:
+        values, bars = _values_and_bars(judged, curve.key)
         axes.errorbar(
             lengths,
             values,
             yerr=bars,
-            label=name,
-            color=colour,
-            marker=marker,
-            linestyle=style,
+            label=curve.label,
+            color=curve.colour,
+            marker=curve.marker,
+            linestyle=curve.line_style,
             linewidth=1,
             capsize=3,
         )
     for number, length, line in zip(judged, lengths, judged.values()):
-        highest = max(line[key] for key, *_ in CURVES)
+        highest = max(line[curve.key] for curve in CURVES)
         axes.annotate(
             f"iter{number}",
             (length, highest),
@@ -102,39 +123,41 @@ def plot_over_length(judged: dict[int, dict[str, Any]], files: list[Path]) -> No
         )
     axes.axhline(50, color="0.4", linewidth=1, linestyle=":", label="no difference")
     axes.axvline(
-        any_line["reference_avg_length"],
+        first["reference_avg_length"],
         color="0.6",
         linewidth=1,
         linestyle="-.",
-        label=f"length of {any_line['reference']}",
+        label=f"length of {first['reference']}",
     )
     axes.set(
         xlabel="average length (characters)",
-        ylabel=f"won against {any_line['reference']} (%)",
-        title=f"AlpacaEval by {judge_name(any_line)}, n = {any_line['n_total']}, 95% intervals",
+        ylabel=f"won against {first['reference']} (%)",
+        title=f"AlpacaEval by {_judge_and_size(first)}",
     )
     axes.legend(frameon=False, fontsize=8)
     save(figure, files)
 
 
 def plot_methods(judged: dict[tuple[str, int], dict[str, Any]], files: list[Path]) -> None:
-    """Win rate and LC of every run, its iterations one below the other, with intervals.
+    """Draw the win rates of every run with 95% intervals, one panel for each metric.
 
-    judged: contents of alpaca_eval.json by run and iteration; iteration 0 of main, if there, is drawn as a band: what noise does.
+    The iterations of a run are drawn one below the other. If `judged` has iteration 0 of the run
+    `main`, its interval is drawn as a band: it shows the effect of sampling noise alone.
+
+    judged: the contents of alpaca_eval.json by run and iteration.
+    files: where to write the figure; the suffix of each file gives its format.
     """
     plt = pyplot()
-    any_line, names = (
-        next(iter(judged.values())),
-        list(dict.fromkeys(name for name, t in judged if t)),
-    )
-    last = max(t for _, t in judged)
+    first = next(iter(judged.values()))
+    names = list(dict.fromkeys(name for name, iteration in judged if iteration > 0))
+    last = max(iteration for _, iteration in judged)
     figure, panels = plt.subplots(
         1, 2, sharey=True, figsize=(9, 1.4 + 0.16 * last * len(names)), layout="constrained"
     )
-    for panel, (key, label, *_) in zip(panels, CURVES):
+    for panel, curve in zip(panels, CURVES):
         for t in range(1, last + 1):
             shown = {name: judged[name, t] for name in names if (name, t) in judged}
-            values, bars = _values_and_bars(shown, key)
+            values, bars = _values_and_bars(shown, curve.key)
             heights = [names.index(name) + 0.2 * (t - (last + 1) / 2) for name in shown]
             panel.errorbar(
                 values,
@@ -147,21 +170,22 @@ def plot_methods(judged: dict[tuple[str, int], dict[str, Any]], files: list[Path
                 capsize=2,
                 markersize=4,
             )
-        if noise := judged.get(("main", 0), {}).get(f"{key}_interval"):
+        noise = judged.get(("main", 0), {}).get(f"{curve.key}_interval")
+        if noise:
             panel.axvspan(*noise, color="0.9", zorder=0, label="base against itself")
         panel.axvline(50, color="0.4", linewidth=1, linestyle=":")
-        panel.set(xlabel=f"{label} (%)", yticks=range(len(names)), yticklabels=names)
+        panel.set(xlabel=f"{curve.label} (%)", yticks=range(len(names)), yticklabels=names)
     panels[0].invert_yaxis()
     panels[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(
-        f"Against the base's answers by {judge_name(any_line)}, n = {any_line['n_total']}, 95% intervals",
+        f"Against the base's answers by {_judge_and_size(first)}",
         fontsize=10,
     )
     save(figure, files)
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot without a screen, in this project's style."""
+    """matplotlib.pyplot in this project's style; it needs no screen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,7 +201,10 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, files: list[Path]) -> None:
-    """Write the figure in the form of each file's name, the same bytes for the same figure."""
+    """Write the figure to each file, in the format of the file's suffix, and close it.
+
+    The same figure always gives the same bytes.
+    """
     for file in files:
         with written_whole(file) as temporary:
             figure.savefig(
@@ -189,13 +216,23 @@ def save(figure: Any, files: list[Path]) -> None:
     pyplot().close(figure)
 
 
+def _judge_and_size(line: dict[str, Any]) -> str:
+    """The end of a title: the judge and the number of instructions of this evaluation."""
+    return f"{judge_name(line)}, n = {line['n_total']}, 95% intervals"
+
+
 def _values_and_bars(
     judged: Mapping[Any, dict[str, Any]], key: str
 ) -> tuple[list[float], list[list[float]]]:
-    values = [line[key] for line in judged.values()]
-    ends = [line[f"{key}_interval"] or [line[key]] * 2 for line in judged.values()]
-    # A percentile interval need not hold the estimate; an error bar cannot be negative.
-    return values, [
-        [max(0.0, v - low) for v, (low, _) in zip(values, ends)],
-        [max(0.0, high - v) for v, (_, high) in zip(values, ends)],
-    ]
+    """The values of a metric, and the lengths of the error bars below and above each value."""
+    values: list[float] = []
+    below: list[float] = []
+    above: list[float] = []
+    for line in judged.values():
+        value = line[key]
+        low, high = line[f"{key}_interval"] or (value, value)
+        values.append(value)
+        # A percentile interval may exclude the estimate, but error bars cannot be negative.
+        below.append(max(0.0, value - low))
+        above.append(max(0.0, high - value))
+    return values, [below, above]

@@ -1,4 +1,4 @@
-"""Tables as comma-separated values, Markdown, LaTeX and as a web page."""
+"""Tables as CSV, Markdown, LaTeX and HTML."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import io
 from collections.abc import Iterable, Sequence
 
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">\
+<title>{title}</title>
 <style>
   :root {{ color-scheme: light dark; }}
-  body {{ font: 15px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 80rem; padding: 0 1rem; }}
+  body {{ font: 15px/1.45 system-ui, sans-serif; margin: 1rem auto; max-width: 80rem; \
+padding: 0 1rem; }}
   div {{ overflow-x: auto; }}
   table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
   th, td {{ padding: .2rem .6rem; text-align: left; border-bottom: 1px solid #8884; }}
@@ -21,46 +23,48 @@ PAGE = """<!doctype html>
 {body}</html>
 """
 
+LATEX_SPECIAL = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+}
+
 
 def page(title: str, body: str) -> str:
-    """A whole page around a body that is markup already."""
+    """An HTML page; `title` is plain text and `body` is HTML."""
     return PAGE.format(title=html.escape(title), body=body)
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of plain text."""
+    """An HTML paragraph of plain text."""
     return f"<p>{html.escape(text)}</p>\n"
 
 
 def html_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], ours: Sequence[bool] = ()
 ) -> str:
-    """A table of plain texts; rows for which `ours` is true are shaded."""
+    """An HTML table of plain texts; the rows for which `ours` is true are shaded."""
+    lines = [_html_row(head, "th")]
+    for number, cells in enumerate(rows):
+        shaded = bool(ours) and ours[number]
+        lines.append(_html_row(cells, "td", shaded))
+    return f"<div><table>\n{''.join(lines)}</table></div>\n"
 
-    def line(cells: Sequence[str], tag: str, shaded: bool = False) -> str:
-        return (
-            ("<tr class=ours>" if shaded else "<tr>")
-            + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            + "</tr>\n"
-        )
 
-    body = [line(cells, "td", bool(ours) and ours[number]) for number, cells in enumerate(rows)]
-    return f"<div><table>\n{line(head, 'th')}{''.join(body)}</table></div>\n"
+def _html_row(cells: Sequence[str], tag: str, shaded: bool = False) -> str:
+    start = "<tr class=ours>" if shaded else "<tr>"
+    return start + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The same in Markdown."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return (
-        "\n".join(
-            "| " + " | ".join(row) + " |" for row in [list(head), ["---"] * len(head), *escaped]
-        )
-        + "\n"
-    )
+    """A Markdown table; vertical bars in the rows are escaped."""
+    lines = [list(head), ["---"] * len(head)]
+    for cells in rows:
+        lines.append([cell.replace("|", "\\|") for cell in cells])
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def csv_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The same as comma-separated values."""
+    """A table as comma-separated values."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *rows])
     return text.getvalue()
@@ -69,22 +73,23 @@ def csv_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def latex_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], columns: str, comment: str
 ) -> str:
-    """The same as a booktabs table under a comment; `columns` is LaTeX's, such as `lrr`."""
-    special = {character: f"\\{character}" for character in "&%$#_{}"} | {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-    }
+    """A LaTeX table for the package booktabs, with a comment above it.
 
-    def line(cells: Sequence[str]) -> str:
-        return (
-            "  "
-            + " & ".join(
-                "".join(special.get(character, character) for character in cell) for cell in cells
-            )
-            + " \\\\\n"
-        )
-
+    `columns` is the column specification of LaTeX's tabular, such as `lrr`.
+    """
+    body = "".join(_latex_row(cells) for cells in rows)
     return (
-        f"% {comment}\n\\begin{{tabular}}{{{columns}}}\n  \\toprule\n{line(head)}  \\midrule\n{''.join(map(line, rows))}"
-        "  \\bottomrule\n\\end{tabular}\n"
+        f"% {comment}\n"
+        f"\\begin{{tabular}}{{{columns}}}\n"
+        "  \\toprule\n"
+        f"{_latex_row(head)}"
+        "  \\midrule\n"
+        f"{body}"
+        "  \\bottomrule\n"
+        "\\end{tabular}\n"
     )
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    escaped = ["".join(LATEX_SPECIAL.get(char, char) for char in cell) for cell in cells]
+    return "  " + " & ".join(escaped) + " \\\\\n"
