@@ -150,35 +150,39 @@ def test_a_job_uses_the_cores_that_it_was_given(slurm, snakemake, cores, monkeyp
 
 
 def torch_settings(environment: dict[str, str], gpus: int = 1) -> list[str]:
-    """Threads and allocator settings of a program that torch_settings PyTorch."""
+    """Number of threads and allocator setting of a program that starts PyTorch."""
     code = (
-        f"import os; from sppo.policies.models import start_torch; start_torch({gpus}); import torch\n"
+        "import os; from sppo.policies.models import start_torch\n"
+        f"start_torch({gpus}); import torch\n"
         "print(torch.get_num_threads(), os.environ.get('PYTORCH_ALLOC_CONF'))"
     )
-    left = {
-        key: value
-        for key, value in os.environ.items()
-        if key
-        not in (
-            "LOCAL_RANK",
-            "SLURM_CPUS_PER_TASK",
-            "PYTORCH_ALLOC_CONF",
-            "PYTORCH_CUDA_ALLOC_CONF",
-        )
-    }
-    more = {"PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""} | environment
+    variables = dict(os.environ)
+    for name in (
+        "LOCAL_RANK",
+        "SLURM_CPUS_PER_TASK",
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
+    ):
+        variables.pop(name, None)
+    variables |= {"PYTHONPATH": str(ROOT / "src"), "CUDA_VISIBLE_DEVICES": ""} | environment
     return subprocess.run(
-        [sys.executable, "-c", code], env=left | more, check=True, capture_output=True, text=True
+        [sys.executable, "-c", code], env=variables, check=True, capture_output=True, text=True
     ).stdout.split()
 
 
-def test_pytorch_starts_with_the_job_s_cores():
-    alone = torch_settings({"OMP_NUM_THREADS": "1", "SLURM_CPUS_PER_TASK": "2"})
-    assert alone == ["2", "expandable_segments:True"]
-    launched = torch_settings(
-        {"OMP_NUM_THREADS": "1", "SLURM_CPUS_PER_TASK": "2", "LOCAL_RANK": "0"}
-    )
-    assert launched[0] == "1", "the launcher divided them"
+def test_pytorch_starts_with_the_job_s_cores_and_growing_memory():
+    """Expandable segments let PyTorch use the memory of one batch length for another."""
+    found = torch_settings({"OMP_NUM_THREADS": "1", "SLURM_CPUS_PER_TASK": "2"})
+    assert found == ["2", "expandable_segments:True"]
+
+
+def test_a_launched_process_keeps_its_number_of_threads():
+    """The launcher has divided the cores of the job among its processes."""
+    job = {"OMP_NUM_THREADS": "1", "SLURM_CPUS_PER_TASK": "2", "LOCAL_RANK": "0"}
+    assert torch_settings(job)[0] == "1"
+
+
+def test_the_user_s_allocator_setting_is_kept():
     own = {"OMP_NUM_THREADS": "1", "PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
     assert torch_settings(own) == ["1", "None"]
 
