@@ -281,7 +281,7 @@ def test_every_algorithm_stays_at_the_equilibrium():
             np.testing.assert_allclose(play(policies, 5), expected, atol=1e-13, err_msg=name)
 
 
-def test_multiplicative_weights_stay_uniform_on_rock_paper_scissors():
+def test_mwu_stays_uniform_on_rock_paper_scissors():
     policies = play(g.mwu(g.GAMES["rps"].P, UNIFORM, 1.0), 5)
     np.testing.assert_allclose(policies, np.full((6, 3), 1 / 3), atol=1e-15)
 
@@ -290,7 +290,7 @@ def test_offline_dpo_never_moves_on_rock_paper_scissors():
     np.testing.assert_allclose(g.offline_dpo(g.GAMES["rps"].P, START, 0.01), START, atol=1e-12)
 
 
-def test_iterative_dpo_repeats_offline_dpo_with_a_fixed_reference():
+def test_iterative_dpo_equals_offline_dpo_in_each_step():
     fixed = play(g.iterative_dpo(COMAL3, START, 0.1, ref=START), 2)
     np.testing.assert_allclose(fixed[1], g.offline_dpo(COMAL3, START, 0.1, START), atol=1e-14)
     np.testing.assert_allclose(fixed[2], g.offline_dpo(COMAL3, START, 0.1, fixed[1]), atol=1e-14)

@@ -174,9 +174,8 @@ def test_only_a_line_feed_ends_a_line(tmp_path):
     Windows writes a byte-order mark and \\r\\n. Editors leave blank lines at the end.
     """
     odd = "a\u2028b\u2029c\u0085d\x0be"
-    first, second = (
-        json.dumps({"instruction": text}, ensure_ascii=False).encode() for text in (odd, "Hi")
-    )
+    first = json.dumps({"instruction": odd}, ensure_ascii=False).encode()
+    second = b'{"instruction": "Hi"}'
     content = b"\xef\xbb\xbf" + first + b"\r\n" + second + b"\r\n\r\n\n"
     (tmp_path / "p.jsonl").write_bytes(content)
     assert [chat[0]["content"] for chat in messages_of(tmp_path / "p.jsonl")] == [odd, "Hi"]

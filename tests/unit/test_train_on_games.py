@@ -65,7 +65,7 @@ def test_ends_only_keeps_the_best_and_the_worst_sample():
         assert pair["p_hat_rejected"] == min(estimates)
 
 
-def test_expected_pairs_have_each_response_as_often_as_the_policy():
+def test_expected_pairs_follow_the_policy_s_probabilities():
     """32 pairs have 64 responses; the policy gives half its probability to the first response."""
     pi = np.array([0.5] + [0.0625] * 8)
     count = 0
