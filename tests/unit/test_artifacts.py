@@ -532,7 +532,11 @@ def test_verify_names_a_missing_artifact_that_has_a_record(results, program, cap
     assert f"{results}/pairs.parquet: it is gone; its record is there" in faults(capsys, program)
 
 
-@pytest.mark.parametrize("record", [None, "", '{"sha256":', "[]"])
+# None: the record does not exist.
+BROKEN_RECORDS = [None, "", '{"sha256":', "[]"]
+
+
+@pytest.mark.parametrize("record", BROKEN_RECORDS)
 def test_fix_rebuilds_a_record_with_the_artifact_s_time(record, results, program, capsys):
     stages = {"pairs.parquet": "select", "policy": "train"}
     for name in stages:
@@ -554,8 +558,11 @@ def test_fix_rebuilds_a_record_with_the_artifact_s_time(record, results, program
     verify(program)
 
 
-def test_a_rebuilt_record_is_stale_and_still_counts_as_an_input(results, program, capsys):
+@pytest.mark.parametrize("record", BROKEN_RECORDS)
+def test_a_rebuilt_record_is_stale_and_still_counts_as_an_input(record, results, program, capsys):
     record_path(results / "policy").unlink()
+    if record is not None:
+        record_path(results / "policy").write_text(record)
     verify(program, "--fix")
     program(list_stale, "results")
     assert f"{results}/policy: unknown, its record was rebuilt" in capsys.readouterr().out
