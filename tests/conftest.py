@@ -1,4 +1,4 @@
-"""A tiny random policy with the real tokenizer; no network, one core, no reports."""
+"""Fixtures of all tests: a tiny random policy with the real tokenizer; no network, one core."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--auto-precision",
         choices=["bfloat16", "float32"],
-        help="what `precision: auto` is in all tests, whatever this processor has",
+        help="value of `precision: auto` in all tests, on every processor",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if chosen := config.getoption("--auto-precision"):
-        os.environ["SPPO_AUTO_PRECISION"] = chosen  # programs that tests start take it over
+        # An environment variable, because programs that tests start inherit it.
+        os.environ["SPPO_AUTO_PRECISION"] = chosen
 
 
 @pytest.fixture(scope="session")
 def copy_repository() -> Callable[[Path], Path]:
-    """Copies the repository as git sees it, with nothing made yet, into a folder."""
+    """Copy the files that git knows or would add, without any build output, into a folder."""
 
     def copy(folder: Path) -> Path:
         files = subprocess.run(
@@ -53,13 +54,15 @@ def copy_repository() -> Callable[[Path], Path]:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> Path:
-    """The tokenizer of SmolLM2-135M-Instruct: as the workflow converted it, else from the package (some seconds)."""
+    """The tokenizer of SmolLM2-135M-Instruct.
+
+    It comes from the workflow's converted model if that exists, otherwise from the package, which
+    takes some seconds.
+    """
     from transformers import AutoTokenizer
 
-    folder, converted = (
-        tmp_path_factory.mktemp("tokenizer"),
-        ROOT / "results" / "models" / "SmolLM2-135M-Instruct",
-    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    converted = ROOT / "results" / "models" / "SmolLM2-135M-Instruct"
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     if all((converted / name).is_file() for name in names):
         for name in names:
@@ -73,12 +76,16 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_policy(tokenizer_folder, tmp_path_factory) -> Path:
-    """A Llama of random weights: float32, 2 layers of width 64, 512 positions, the real vocabulary. Not to be changed."""
+    """A Llama with random float32 weights, 2 layers of width 64 and the real vocabulary.
+
+    It has 512 positions.
+    All tests share the folder, so no test may change it.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    # Weights wider than usual, so that its distributions are far from uniform.
+    # The weights are larger than usual, so that the distributions are far from uniform.
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=49152,
@@ -103,7 +110,7 @@ def tiny_policy(tokenizer_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def program(monkeypatch):
-    """Run a program's main() in this process, as `python src/NAME.py WORDS` would but for the exit."""
+    """Run a program's main() in this process like `python src/NAME.py WORDS`, without the exit."""
 
     def call(module, *words: object) -> None:
         monkeypatch.setattr("sys.argv", [module.__file__, *map(str, words)])

@@ -23,9 +23,9 @@ import _path  # noqa: F401
 from sppo.core.artifacts import iteration, read_json, read_record
 from sppo.core.errors import UserError, run
 from sppo.core.tables import read_table
+from sppo.policies.shapes import Shape, shape_of
 from sppo.preferences.base import find_kind, settings_for
 from sppo.reporting import cost_model
-from sppo.reporting.cost_model import Shape
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def main() -> None:
         raise UserError(
             f"{args.results} has no iter*/policy; name the folder of a run that keeps its policies"
         )
-    shape = cost_model.shape_of(read_json(policies[0]))
+    shape = shape_of(read_json(policies[0]))
     found: list[Measured] = []
     for folder in sorted(args.results.glob("iter*"), key=iteration):
         found += of_generation(folder, shape) + of_training(folder, shape)

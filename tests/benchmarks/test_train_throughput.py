@@ -1,4 +1,4 @@
-"""The benchmark of training: its row on a tiny shape, its FLOPs against PyTorch's own count."""
+"""The training benchmark: its row for a tiny shape, and its FLOPs compared with PyTorch's count."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ train_throughput = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_throughput)
 
 
-def test_flops_are_those_that_pytorch_counts():
-    """PyTorch counts all of eager attention's products, of which causal attention needs half, and logits at the prompt's last token as well."""
-    args, shape = (
-        argparse.Namespace(prompt_tokens=24, response_tokens=40),
-        train_throughput.SHAPES["tiny"],
-    )
+def test_flops_equal_those_that_pytorch_counts():
+    """PyTorch counts more than training needs, so the difference is subtracted.
+
+    It counts all products of eager attention, although causal attention needs half of them. It
+    also counts the logits at the last token of the prompt.
+    """
+    args = argparse.Namespace(prompt_tokens=24, response_tokens=40)
+    shape = train_throughput.SHAPES["tiny"]
     model = train_throughput.random_policy(shape, "cpu")
     model.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counted:
         model(torch.ones(1, 64, dtype=torch.long), logits_to_keep=41)
-    needless = (
-        2 * shape["num_hidden_layers"] * shape["hidden_size"] * 64**2
-        + 2 * shape["hidden_size"] * shape["vocab_size"]
-    )
-    assert train_throughput.flops(args, shape) == 4 * (counted.get_total_flops() - needless)
+    half_of_attention = 2 * shape["num_hidden_layers"] * shape["hidden_size"] * 64**2
+    logits_of_one_token = 2 * shape["hidden_size"] * shape["vocab_size"]
+    needed = counted.get_total_flops() - half_of_attention - logits_of_one_token
+    assert train_throughput.flops(args, shape) == 4 * needed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ours", "trl", "trl_precomputed"])
-def test_row_on_a_tiny_shape(trainer):
+def test_a_tiny_shape_gives_a_row(trainer):
     done = subprocess.run(
         [
             sys.executable,
@@ -67,12 +68,11 @@ def test_row_on_a_tiny_shape(trainer):
         env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
     )
     row = json.loads(done.stdout.splitlines()[-1])
-    assert (row["trainer"], row["tokens"], row["steps"], row["device"]) == (
-        trainer,
-        "16 + 16",
-        2,
-        "cpu",
-    )
+    assert row["trainer"] == trainer
+    assert row["tokens"] == "16 + 16"
+    assert row["steps"] == 2
+    assert row["device"] == "cpu"
     assert row["tokens_per_second"] == pytest.approx(2 * 4 * 32 / row["seconds_a_step"], rel=0.1)
-    assert 0 < row["mfu_percent"] < 100 and row["peak_memory_gib"] > 0
+    assert 0 < row["mfu_percent"] < 100
+    assert row["peak_memory_gib"] > 0
     assert (row["of_these_reference_beforehand"] > 0) == (trainer != "trl")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_runs import TrainingFolder, distance, make_pairs, option_words
 
 import score_reference
 from sppo.core.artifacts import read_json, record_path
@@ -46,37 +45,11 @@ PLAIN = {
 }
 
 
-def make_pairs(n: int) -> list[dict]:
-    """Pairs of random token ids, of many lengths."""
-    draw = random.Random(0)
-
-    def ids(low: int, high: int) -> list[int]:
-        return [draw.randrange(3, 49152) for _ in range(draw.randint(low, high))]
-
-    return [
-        {
-            "pair_id": i,
-            "prompt_id": f"p{i}",
-            "prompt_token_ids": ids(3, 12),
-            "chosen": "a",
-            "chosen_token_ids": ids(2, 14) + [2],
-            "chosen_sample_id": 0,
-            "rejected": "b",
-            "rejected_token_ids": ids(2, 14),
-            "rejected_sample_id": 1,
-            "p_hat_chosen": draw.uniform(0.5, 0.9),
-            "p_hat_rejected": draw.uniform(0.1, 0.5),
-            "p_chosen_beats_rejected": draw.uniform(0.5, 1.0),
-        }
-        for i in range(n)
-    ]
-
-
-class Place:
+class Place(TrainingFolder):
     """A folder with 11 pairs, so that steps of 8 end raggedly, with 3; and runs of the program in it."""
 
     def __init__(self, folder: Path, policy: Path) -> None:
-        self.folder, self.policy = folder, policy
+        super().__init__(folder, policy)
         write_table(folder / "pairs.parquet", make_pairs(11), "pairs")
         for precision in ("float32", "bfloat16"):
             self.score(policy, precision)
@@ -104,11 +77,6 @@ class Place:
 
     def command(self, name: str, reference: str | None = None, **options: object) -> list[str]:
         options = PLAIN | options
-        words = [
-            str(word)
-            for key, value in options.items()
-            for word in (f"--{key.replace('_', '-')}", value)
-        ]
         current = self.folder / f"{reference or options['precision']}.parquet"
         return [
             sys.executable,
@@ -123,7 +91,7 @@ class Place:
             str(self.folder / name),
             "--log",
             str(self.folder / f"{name}.jsonl"),
-            *words,
+            *option_words(options),
         ]
 
     def run(
@@ -146,14 +114,6 @@ class Place:
         assert not [path for path in self.folder.iterdir() if path.name.startswith(f".{name}.")]
         return load_file(self.folder / name / "model.safetensors")
 
-    def log(self, name: str) -> list[dict]:
-        return [
-            json.loads(line) for line in (self.folder / f"{name}.jsonl").read_text().splitlines()
-        ]
-
-    def start(self) -> dict[str, torch.Tensor]:
-        return load_file(self.policy / "model.safetensors")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tiny_policy) -> Place:
@@ -164,12 +124,6 @@ def place(tmp_path_factory, tiny_policy) -> Place:
 def alone(place) -> dict[str, torch.Tensor]:
     """Weights that one process trains, a step of 8 pairs in one pass, and one of the 3 that are left."""
     return place.train("alone")
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Largest difference of any weight."""
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 def assert_same(

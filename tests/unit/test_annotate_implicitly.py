@@ -1,4 +1,4 @@
-"""The implicit reward: beta times what the policy gained over the iterate before it, of every response."""
+"""The implicit reward of a response: beta times its log-ratio of pi_t and the iterate before it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sppo.policies.models import load_policy
 
 @pytest.fixture
 def policies(tiny_policy, tmp_path):
-    """pi_t-1 and pi_t, its weights a little moved."""
+    """pi_t-1, and pi_t with slightly different weights."""
     shutil.copytree(tiny_policy, tmp_path / "policy")
     model = load_policy(tmp_path / "policy", torch.float32, "cpu")
     torch.manual_seed(1)
@@ -93,12 +93,14 @@ RESPONSES = [
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2e-5), ("bfloat16", 1e-2)])
-def test_logits_are_differences_of_rewards(precision, tolerance, annotate, policies, tmp_path):
+def test_logits_are_differences_of_implicit_rewards(
+    precision, tolerance, annotate, policies, tmp_path
+):
     def logp(folder, tokens: list[int]) -> float:
+        model = load_policy(folder, torch.float64, "cpu")
         with torch.inference_mode():
-            logits = load_policy(folder, torch.float64, "cpu")(
-                torch.tensor([[5, 6, *tokens]])
-            ).logits[0]
+            logits = model(torch.tensor([[5, 6, *tokens]])).logits[0]
+        # Position 1 is the last token of the prompt; its logits predict the first response token.
         return sum(
             torch.log_softmax(logits[1 + place], 0)[token].item()
             for place, token in enumerate(tokens)
@@ -111,12 +113,10 @@ def test_logits_are_differences_of_rewards(precision, tolerance, annotate, polic
         ("b", [0, 1, 2]),
     ]
     for row in rows:
-        r = [
-            0.1 * (logp(policy, one["token_ids"]) - logp(before, one["token_ids"]))
-            for one in RESPONSES
-            if one["prompt_id"] == row["prompt_id"]
-        ]
-        np.testing.assert_allclose(row["logits"], np.subtract.outer(r, r), atol=tolerance)
+        answers = [one["token_ids"] for one in RESPONSES if one["prompt_id"] == row["prompt_id"]]
+        rewards = [0.1 * (logp(policy, tokens) - logp(before, tokens)) for tokens in answers]
+        differences = np.subtract.outer(rewards, rewards)
+        np.testing.assert_allclose(row["logits"], differences, atol=tolerance)
         assert np.abs(row["logits"]).max() > 2 * tolerance
     assert read_json(record_path(tmp_path / "out.parquet"))["prompts"] == 2
 

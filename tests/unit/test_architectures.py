@@ -20,9 +20,11 @@ from sppo.core.errors import UserError
 from sppo.policies.generation import Sampling, TransformersEngine
 from sppo.policies.models import UNSUPPORTED_ARCHITECTURES, check_policy
 
-VOCABULARY, STOP, NEW = 64, 2, 6
-# Sizes under all the names that configurations give them; each takes those that it has.
-# Windows are shorter than the prompts.
+VOCABULARY = 64
+STOP = 2
+NEW_TOKENS = 6
+# Sizes under every name that a configuration class uses. Each class gets the names that it has.
+# Attention windows are shorter than the prompts.
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "pad_token_id": 0,
@@ -83,7 +85,7 @@ SIZES: dict[str, Any] = {
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,
-    # With few index heads, scores of 0 tie.
+    # Many index heads, because with few of them many scores are 0 and tie.
     "index_topk": 6,
     "index_head_dim": 8,
     "index_n_heads": 64,
@@ -133,7 +135,7 @@ SHARED_KEYS = {
     "num_kv_shared_layers": 2,
 }
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-# By model_type, what its tiny configuration needs besides SIZES.
+# model_type: what its tiny configuration needs besides SIZES.
 ARCHITECTURES: dict[str, dict[str, Any]] = dict.fromkeys(
     (
         "afmoe",
@@ -302,8 +304,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = dict.fromkeys(
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1, "num_hidden_layers": 4},
 }
-# Loadable, and neither tried here nor refused.
-UNTRIED = {
+# Architectures that load, and that are neither tested here nor refused.
+UNTESTED = {
     "with images or sound": {
         "dots3_note",
         "emu3",
@@ -330,13 +332,13 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 def tiny_model(kind: str) -> PreTrainedModel:
-    """Random weights, large enough that the model's distributions are far from uniform."""
-    made = CONFIG_MAPPING[kind]
-    names = {field.name for field in dataclasses.fields(made)}
-    own = ARCHITECTURES[kind]
-    sizes = {name: size for name, size in SIZES.items() if name in names} | copy.deepcopy(own)
+    """A model with random weights, large enough that its distributions are far from uniform."""
+    config_class = CONFIG_MAPPING[kind]
+    names = {field.name for field in dataclasses.fields(config_class)}
+    sizes = {name: size for name, size in SIZES.items() if name in names}
+    sizes |= copy.deepcopy(ARCHITECTURES[kind])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(made(**sizes)).float().eval()
+    model = AutoModelForCausalLM.from_config(config_class(**sizes)).float().eval()
     with torch.no_grad():
         for weights in model.parameters():
             if weights.ndim > 1:
@@ -356,9 +358,12 @@ def prompts() -> list[list[int]]:
 
 
 def greedy(model: nn.Module, prompt: list[int]) -> list[int]:
-    """The most likely tokens, without padding, mask or cache, up to where rounding would decide."""
+    """The most likely tokens, without padding, mask or cache.
+
+    Generation ends where the two best logits are so close that rounding could swap them.
+    """
     ids = list(prompt)
-    while len(ids) < len(prompt) + NEW and STOP not in ids:
+    while len(ids) < len(prompt) + NEW_TOKENS and STOP not in ids:
         logits, tokens = model(torch.tensor([ids]), use_cache=False).logits[0, -1].topk(2)
         if logits[0] - logits[1] < 1e-3:
             break
@@ -413,11 +418,11 @@ def test_a_policy_is_loaded_as_it_was_saved(policy):
 
 
 @torch.inference_mode()
-def test_a_batch_with_padding_generates_what_each_prompt_does_alone(policy):
+def test_a_padded_batch_generates_what_each_prompt_gives_alone(policy):
     model, engine = policy
     alone = [greedy(model, prompt) for prompt in prompts()]
     assert len(set(map(tuple, alone))) > 1, "every prompt has the same answer: nothing was tested"
-    sampling = Sampling(samples=2, temperature=0.0, top_p=1.0, max_new_tokens=NEW)
+    sampling = Sampling(samples=2, temperature=0.0, top_p=1.0, max_new_tokens=NEW_TOKENS)
     together = generate(engine, prompts(), sampling)
     expected = [tokens for tokens in alone for _ in range(2)]
     cut = [tokens[: len(known)] for tokens, known in zip(together, expected, strict=True)]
@@ -436,8 +441,8 @@ def test_samples_do_not_depend_on_the_batch(policy):
 
 
 @torch.inference_mode()
-def test_padding_behind_a_row_changes_no_log_probability(policy):
-    """Without attention mask and position ids, as responses are scored."""
+def test_padding_after_a_row_changes_no_log_probability(policy):
+    """Scoring of responses gives the model no attention mask and no position ids."""
     model, _ = policy
     rows = prompts()
     width = max(map(len, rows))
@@ -449,7 +454,7 @@ def test_padding_behind_a_row_changes_no_log_probability(policy):
 
 
 @pytest.mark.parametrize("kind", sorted(UNSUPPORTED_ARCHITECTURES))
-def test_an_architecture_that_cannot_work_is_one_line(kind, tmp_path):
+def test_unsupported_architectures_are_a_one_line_error(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(UserError) as caught:
         check_policy(tmp_path)
@@ -458,7 +463,7 @@ def test_an_architecture_that_cannot_work_is_one_line(kind, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_an_architecture_that_cannot_work_is_refused_before_any_work(
+def test_unsupported_architectures_are_refused_before_any_work(
     tokenizer_of_numbers, tmp_path, program
 ):
     folder, output = tmp_path / "model", tmp_path / "results" / "policy"
@@ -471,8 +476,11 @@ def test_an_architecture_that_cannot_work_is_refused_before_any_work(
     assert not output.exists()
 
 
-def test_every_architecture_of_transformers_is_tried_or_refused_or_said_to_be_untried():
-    tried, refused = set(ARCHITECTURES), set(UNSUPPORTED_ARCHITECTURES)
-    untried = set().union(*UNTRIED.values())
-    assert not (tried & refused) and not (tried & untried) and not (refused & untried)
-    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == tried | refused | untried
+def test_every_architecture_is_tested_or_refused_or_listed():
+    tested = set(ARCHITECTURES)
+    refused = set(UNSUPPORTED_ARCHITECTURES)
+    untested = set().union(*UNTESTED.values())
+    assert not tested & refused
+    assert not tested & untested
+    assert not refused & untested
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) == tested | refused | untested

@@ -1,4 +1,4 @@
-"""Artifacts: written whole or not at all, checked on both sides, with a record that says what they came from."""
+"""Artifacts are written whole or not at all, are checked, and have a record of their inputs."""
 
 from __future__ import annotations
 
@@ -82,11 +82,12 @@ ROWS = {
 }
 
 
-def left_over(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
 def refusal(path: Path, name: str) -> str:
+    """The error of reading this file as the table `name`."""
     with pytest.raises(UserError) as caught:
         read_table(path, name)
     assert str(path) in str(caught.value)
@@ -98,20 +99,25 @@ def test_every_table_has_an_example_here():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_rows_come_back_bit_for_bit(name, tmp_path):
+def test_rows_are_read_back_bit_for_bit(name, tmp_path):
     write_table(tmp_path / "a" / "t.parquet", ROWS[name], name)
     assert read_table(tmp_path / "a" / "t.parquet", name) == ROWS[name]
-    assert left_over(tmp_path / "a") == ["t.parquet"]
+    assert names_in(tmp_path / "a") == ["t.parquet"]
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_repeated_key_and_null_are_refused_on_write(name, tmp_path):
+def test_repeated_keys_are_refused_on_write(name, tmp_path):
     with pytest.raises(ValueError, match=TABLES[name].key[0]):
         write_table(tmp_path / "t.parquet", ROWS[name][:1] * 2, name)
+    assert names_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_nulls_are_refused_on_write(name, tmp_path):
     for column in TABLES[name].columns.names:
         with pytest.raises(ValueError, match=column):
             write_table(tmp_path / "t.parquet", [{**ROWS[name][0], column: None}], name)
-    assert left_over(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 def test_missing_table_is_named(tmp_path):
@@ -126,7 +132,7 @@ def test_truncated_table_is_named(keep, tmp_path):
     assert "not a whole parquet file" in refusal(tmp_path / "t.parquet", "pairs")
 
 
-def test_table_of_another_kind_is_named_with_what_it_lacks(tmp_path):
+def test_a_table_of_another_kind_names_the_missing_column(tmp_path):
     write_table(tmp_path / "t.parquet", ROWS["logps"], "logps")
     assert "lacks prompt_id" in refusal(tmp_path / "t.parquet", "pairs")
 
@@ -142,12 +148,10 @@ def test_column_of_another_type_is_named(column, tmp_path):
     assert "breaks the schema of logps" in refusal(tmp_path / "t.parquet", "logps")
 
 
-def test_foreign_table_with_repeated_keys_or_nulls_is_named(tmp_path):
+def test_repeated_keys_and_nulls_are_refused_on_read(tmp_path):
     for ids, logps in (([1, 1], [0.0, 0.0]), ([1, 2], [0.0, None])):
-        pq.write_table(
-            pa.table({"pair_id": ids, "chosen_logp": logps, "rejected_logp": [0.0, 0.0]}),
-            tmp_path / "t.parquet",
-        )
+        foreign = pa.table({"pair_id": ids, "chosen_logp": logps, "rejected_logp": [0.0, 0.0]})
+        pq.write_table(foreign, tmp_path / "t.parquet")
         assert "breaks the schema of logps" in refusal(tmp_path / "t.parquet", "logps")
 
 
@@ -159,37 +163,41 @@ FLOATS = [
 ]
 
 
-def spoilt(value, number: float):
-    """The value with its last number replaced."""
-    return [*value[:-1], spoilt(value[-1], number)] if isinstance(value, list) else number
+def with_number(value, number: float):
+    """The value, a number or nested lists of numbers, with its last number replaced."""
+    if isinstance(value, list):
+        return [*value[:-1], with_number(value[-1], number)]
+    return number
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(("name", "column"), FLOATS)
-def test_what_is_no_number_is_refused_on_write_and_on_read(name, column, number, tmp_path):
-    rows = [*ROWS[name][:-1], {**ROWS[name][-1], column: spoilt(ROWS[name][-1][column], number)}]
+def test_nan_and_infinity_are_refused_on_write_and_on_read(name, column, number, tmp_path):
+    *first_rows, last = ROWS[name]
+    rows = [*first_rows, last | {column: with_number(last[column], number)}]
     with pytest.raises(
         UserError,
         match=f"t.parquet was not written: {column} of {name} is NaN or infinite in 1 of "
         f"{len(rows)} rows, first in {TABLES[name].key[0]}",
     ):
         write_table(tmp_path / "t.parquet", rows, name)
-    assert left_over(tmp_path) == []
+    assert names_in(tmp_path) == []
     pq.write_table(pa.Table.from_pylist(rows, schema=TABLES[name].columns), tmp_path / "t.parquet")
-    assert (
-        f"breaks the schema of {name} (column {column} has numbers that are NaN or infinite)"
-        in refusal(tmp_path / "t.parquet", name)
-    )
+    said = refusal(tmp_path / "t.parquet", name)
+    assert f"breaks the schema of {name}" in said
+    assert f"(column {column} has numbers that are NaN or infinite)" in said
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_no_flipped_bit_of_a_table_gives_other_rows(name, tmp_path):
-    """Pages have checksums; counts and types of the footer are checked."""
+def test_a_flipped_bit_never_changes_rows_unnoticed(name, tmp_path):
+    """Pages have checksums; the counts and types in the footer are checked."""
     path = tmp_path / "t.parquet"
     write_table(path, ROWS[name], name)
-    whole, unnoticed = path.read_bytes(), []
+    whole = path.read_bytes()
+    unnoticed = []
     bits = {*range(0, 8 * len(whole), 101)}
-    if name == "grades":  # all of where its footer counts rows
+    if name == "grades":
+        # Every bit of the footer's part that counts the rows.
         bits |= {*range(8 * (len(whole) - 420), 8 * (len(whole) - 390))}
     for bit in sorted(bits):
         path.write_bytes(flipped(whole, bit))
@@ -213,74 +221,84 @@ def test_null_inside_a_message_is_refused_on_write(tmp_path):
         write_table(tmp_path / "t.parquet", rows, "prompts")
 
 
-def test_broken_json_is_named_and_nan_is_not_written(tmp_path):
+def test_broken_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1')
     with pytest.raises(UserError, match="x.json is not valid JSON"):
         read_json(tmp_path / "x.json")
-    for text in ("[" * 5000, "9" * 5000):
-        (tmp_path / "x.json").write_text(text)
-        with pytest.raises(UserError, match="x.json is not valid JSON"):
-            read_json(tmp_path / "x.json")
-        with pytest.raises(UserError, match="x.json line 1 is not JSON"):
-            json_lines(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "9" * 5000], ids=["deep", "long number"])
+def test_json_that_python_cannot_read_is_named(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match="x.json is not valid JSON"):
+        read_json(tmp_path / "x.json")
+    with pytest.raises(UserError, match="x.json line 1 is not JSON"):
+        json_lines(tmp_path / "x.json")
+
+
+def test_nan_is_not_written_to_json(tmp_path):
     with pytest.raises(ValueError):
         write_json(tmp_path / "y.json", {"a": float("nan")})
-    assert left_over(tmp_path) == ["x.json"]
+    assert names_in(tmp_path) == []
 
 
-def test_failure_while_writing_keeps_the_old_file_and_nothing_else(tmp_path):
+def test_failed_write_keeps_only_the_old_file(tmp_path):
     write_text(tmp_path / "x", "old")
     with pytest.raises(RuntimeError), written_whole(tmp_path / "x") as temporary:
         temporary.write_text("half of the n")
         raise RuntimeError
-    assert (tmp_path / "x").read_text() == "old" and left_over(tmp_path) == ["x"]
+    assert (tmp_path / "x").read_text() == "old"
+    assert names_in(tmp_path) == ["x"]
 
 
-def test_failure_while_writing_a_folder_keeps_the_old_folder_and_nothing_else(tmp_path):
+def test_failed_write_keeps_only_the_old_folder(tmp_path):
     (tmp_path / "p").mkdir()
     write_text(tmp_path / "p" / "old", "")
     with pytest.raises(KeyboardInterrupt), written_whole(tmp_path / "p") as temporary:
         temporary.mkdir()
         write_text(temporary / "new", "")
         raise KeyboardInterrupt
-    assert left_over(tmp_path / "p") == ["old"] and left_over(tmp_path) == ["p"]
+    assert names_in(tmp_path / "p") == ["old"]
+    assert names_in(tmp_path) == ["p"]
 
 
-def test_new_folder_replaces_the_old_one_with_all_it_held(tmp_path):
+def test_a_new_folder_replaces_the_whole_old_folder(tmp_path):
     for content in ("old", "new"):
         with written_whole(tmp_path / "p") as temporary:
             temporary.mkdir()
             write_text(temporary / content, "")
-    assert left_over(tmp_path / "p") == ["new"] and left_over(tmp_path) == ["p"]
+    assert names_in(tmp_path / "p") == ["new"]
+    assert names_in(tmp_path) == ["p"]
 
 
-def test_block_that_writes_nothing_is_an_error_and_keeps_the_old_file(tmp_path):
+def test_a_block_that_writes_nothing_is_an_error(tmp_path):
     write_text(tmp_path / "x", "old")
     with pytest.raises(FileNotFoundError), written_whole(tmp_path / "x"):
         pass
     assert (tmp_path / "x").read_text() == "old"
 
 
-def test_hash_of_a_folder_follows_contents_and_names_and_nothing_else(tmp_path):
-    def made(name: str, files: dict[str, str]) -> str:
+def test_folder_hash_depends_on_contents_and_names_only(tmp_path):
+    def hash_of(name: str, files: dict[str, str]) -> str:
         for file, text in files.items():
             write_text(tmp_path / name / file, text)
         return file_hash(tmp_path / name)
 
-    one = made("one", {"a": "x", "b/c": "y"})
+    one = hash_of("one", {"a": "x", "b/c": "y"})
     os.utime(tmp_path / "one" / "a", (0, 0))
-    assert made("same", {"b/c": "y", "a": "x"}) == one == file_hash(tmp_path / "one")
+    assert file_hash(tmp_path / "one") == one
+    assert hash_of("same", {"b/c": "y", "a": "x"}) == one
     others = [
-        made("content", {"a": "x", "b/c": "z"}),
-        made("name", {"a": "x", "b/d": "y"}),
-        made("place", {"a": "x", "c": "y"}),
-        made("swapped", {"a": "y", "b/c": "x"}),
-        made("more", {"a": "x", "b/c": "y", "d": ""}),
+        hash_of("content", {"a": "x", "b/c": "z"}),
+        hash_of("name", {"a": "x", "b/d": "y"}),
+        hash_of("place", {"a": "x", "c": "y"}),
+        hash_of("swapped", {"a": "y", "b/c": "x"}),
+        hash_of("more", {"a": "x", "b/c": "y", "d": ""}),
     ]
     assert len({one, *others}) == 6
 
 
-def test_hash_of_a_folder_of_links_is_that_of_what_they_point_to(tmp_path):
+def test_folder_hash_follows_links(tmp_path):
     write_text(tmp_path / "real" / "a", "x")
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "a").symlink_to(tmp_path / "real" / "a")
@@ -292,43 +310,39 @@ def as_program(monkeypatch):
     monkeypatch.setattr("sys.argv", [str(ROOT / "src" / "build_pairs.py")])
 
 
-def test_record_tells_what_the_artifact_is_and_came_from(tmp_path, as_program, monkeypatch):
+def test_record_describes_the_artifact_and_its_inputs(tmp_path, as_program, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secretsecret")
-    large, small, artifact = tmp_path / "large", tmp_path / "small", tmp_path / "artifact"
-    write_text(large, "of another stage")
-    write_json(record_path(large), {"sha256": file_hash(large)})
-    write_text(small, "")
-    with recorded("select", artifact, [large, small], {"output": artifact, "beta": 1e-3}) as facts:
+    with_record, empty = tmp_path / "with_record", tmp_path / "empty"
+    artifact = tmp_path / "artifact"
+    write_text(with_record, "of another stage")
+    write_json(record_path(with_record), {"sha256": file_hash(with_record)})
+    write_text(empty, "")
+    arguments = {"output": artifact, "beta": 1e-3}
+    with recorded("select", artifact, [with_record, empty], arguments) as facts:
         write_text(artifact, "result")
         facts["pairs"] = 3
     text = record_path(artifact).read_text()
     record = json.loads(text)
     assert record["sha256"] == file_hash(artifact) == known_hash(artifact)
     assert record["inputs"] == {
-        str(large): file_hash(large),
-        str(small): "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+        str(with_record): file_hash(with_record),
+        str(empty): "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
     }
-    assert (record["stage"], record["stage_version"], record["pairs"]) == (
-        "select",
-        STAGES["select"],
-        3,
-    )
+    assert record["stage"] == "select"
+    assert record["stage_version"] == STAGES["select"]
+    assert record["pairs"] == 3
     assert record["arguments"] == {"output": str(artifact), "beta": 1e-3}
     assert record["code"]["program"] == "build_pairs.py"
-    assert (
-        record["packages"]["torch"]
-        and record["seconds"] >= 0
-        and record["peak_memory_mib"] > 0
-        and record["started"].endswith("+00:00")
-    )
+    assert record["packages"]["torch"]
+    assert record["seconds"] >= 0
+    assert record["peak_memory_mib"] > 0
+    assert record["started"].endswith("+00:00")
     assert "secretsecret" not in text
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_input_that_its_record_does_not_describe_is_refused_before_any_work(
-    folder, tmp_path, as_program
-):
+def test_an_input_that_differs_from_its_record_is_refused(folder, tmp_path, as_program):
     given = tmp_path / "input"
     content = given / "model.safetensors" if folder else given
     with recorded("select", given, [], {}):
@@ -354,19 +368,22 @@ def test_input_that_its_record_does_not_describe_is_refused_before_any_work(
     ],
     ids=lambda record: record[:9],
 )
-def test_broken_record_of_an_input_is_one_line_before_any_work(record, tmp_path, as_program):
+def test_a_broken_record_of_an_input_is_refused(record, tmp_path, as_program):
     given = tmp_path / "input"
     write_text(given, "")
     record_path(given).write_text(record, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(
         UserError,
-        match="input.record.json is broken .*make verify FIX=1.*makes .*input again and all that follows",
+        match=(
+            "input.record.json is broken .*make verify FIX=1.*"
+            "makes .*input again and all that follows"
+        ),
     ):
         with recorded("select", tmp_path / "artifact", [given], {}):
             pytest.fail("the work began")
 
 
-def test_missing_or_unreadable_input_is_one_line_before_any_work(tmp_path, as_program):
+def test_a_missing_or_unreadable_input_is_refused(tmp_path, as_program):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "weights").symlink_to("gone")
@@ -380,19 +397,19 @@ def test_missing_or_unreadable_input_is_one_line_before_any_work(tmp_path, as_pr
                 pytest.fail("the work began")
 
 
-def test_hash_passes_over_snakemake_s_time_stamp(tmp_path):
+def test_hash_ignores_the_time_stamp_of_snakemake(tmp_path):
     write_text(tmp_path / "policy" / "a", "x")
     before = file_hash(tmp_path / "policy")
     write_text(tmp_path / "policy" / ".snakemake_timestamp", "")
     assert file_hash(tmp_path / "policy") == before
 
 
-def test_large_input_is_hashed_once_in_a_process_until_it_changes(tmp_path, monkeypatch):
+def test_an_input_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
     hashed = []
     monkeypatch.setattr(artifacts, "file_hash", lambda path: hashed.append(path) or file_hash(path))
     write_text(tmp_path / "a", "one")
     assert known_hash(tmp_path / "a") == known_hash(tmp_path / "a")
-    assert len(hashed) == 2, "just written: the time of a change may be the same"
+    assert len(hashed) == 2, "a change right after the first write may have the same time"
     os.utime(tmp_path / "a", (0, 0))
     one = [known_hash(tmp_path / "a") for _ in range(3)]
     assert len(hashed) == 3
@@ -421,24 +438,23 @@ def test_failed_stage_leaves_no_record(tmp_path, as_program):
     with pytest.raises(UserError), recorded("select", tmp_path / "artifact", [], {}):
         write_text(tmp_path / "artifact", "half")
         raise UserError("no")
-    assert left_over(tmp_path) == ["artifact"]
+    assert names_in(tmp_path) == ["artifact"]
 
 
-def test_stale_names_what_differs_and_only_that(tmp_path, as_program):
+def test_stale_names_only_what_differs(tmp_path, as_program):
     with recorded("select", tmp_path / "a", [], {}):
         write_text(tmp_path / "a", "")
     record = read_json(record_path(tmp_path / "a"))
     assert list_stale.differences(record) == []
     code = record["code"]
-    assert list_stale.differences({**record, "code": {**code, "program_sha256": "0"}}) == [
-        "program"
-    ]
-    assert list_stale.differences({**record, "code": {**code, "sppo_sha256": "0"}}) == ["src/sppo"]
-    assert list_stale.differences({**record, "stage_version": 0}) == ["stage version"]
-    assert list_stale.differences({**record, "stage": "gone"}) == ["stage version"]
-    assert list_stale.differences({**record, "code": {**code, "program": "gone.py"}}) == [
-        "program (gone)"
-    ]
+    for change, named in (
+        ({"code": code | {"program_sha256": "0"}}, "program"),
+        ({"code": code | {"sppo_sha256": "0"}}, "src/sppo"),
+        ({"stage_version": 0}, "stage version"),
+        ({"stage": "gone"}, "stage version"),
+        ({"code": code | {"program": "gone.py"}}, "program (gone)"),
+    ):
+        assert list_stale.differences(record | change) == [named]
 
 
 def test_stale_lists_each_artifact_with_its_reason(tmp_path, as_program, program, capsys):
@@ -456,16 +472,19 @@ def test_stale_lists_each_artifact_with_its_reason(tmp_path, as_program, program
 
 @pytest.fixture
 def results(tmp_path, as_program, monkeypatch) -> Path:
-    """Pairs made of prompts, a policy made of pairs, a policy that was dropped, and their records."""
+    """Prompts, pairs, the policy of iteration 1 and their records.
+
+    The policy of iteration 2 has a record, but was deleted.
+    """
     monkeypatch.chdir(tmp_path)
     folder = Path("results/iter1")
-    made = [
+    stages = [
         (folder / "prompts.parquet", "sample", []),
         (folder / "pairs.parquet", "select", [folder / "prompts.parquet"]),
         (folder / "policy", "train", [folder / "pairs.parquet"]),
         (Path("results/iter2/policy"), "train", [folder / "policy"]),
     ]
-    for artifact, stage, inputs in made:
+    for artifact, stage, inputs in stages:
         with recorded(stage, artifact, inputs, {}):
             write_text(artifact / "weights" if stage == "train" else artifact, stage)
     shutil.rmtree("results/iter2/policy")
@@ -478,13 +497,14 @@ def verify(program, *words: object) -> None:
 
 
 def faults(capsys, program, *words: object) -> list[str]:
+    """Lines of the faults that verify finds, without the last line, which counts them."""
     with pytest.raises(SystemExit) as ended:
         verify(program, *words)
     assert ended.value.code == 1
     return capsys.readouterr().out.splitlines()[:-1]
 
 
-def test_results_that_are_what_their_records_say_have_no_fault(results, program, capsys):
+def test_results_that_match_their_records_have_no_fault(results, program, capsys):
     write_text(results / "policy" / ".snakemake_timestamp", "")
     verify(program)
     assert (
@@ -492,56 +512,65 @@ def test_results_that_are_what_their_records_say_have_no_fault(results, program,
     )
 
 
-def test_verify_names_each_artifact_and_input_that_is_other_than_recorded(results, program, capsys):
+def test_verify_names_each_changed_artifact_and_input(results, program, capsys):
     write_text(results / "prompts.parquet", "other")
     write_text(results / "policy" / "weights", "other")
     expected = [
-        f"{results}/pairs.parquet: its input {results}/prompts.parquet has changed since it was made",
+        f"{results}/pairs.parquet: its input {results}/prompts.parquet has changed "
+        "since it was made",
         f"{results}/policy: it has changed since its record was written",
         f"{results}/prompts.parquet: it has changed since its record was written",
     ]
     assert faults(capsys, program) == expected
     assert faults(capsys, program, "--fix") == expected, (
-        "a changed artifact is no matter of records"
+        "--fix must not write new records of changed artifacts"
     )
-    shutil.move(results / "pairs.parquet", "elsewhere")
+
+
+def test_verify_names_a_missing_artifact_that_has_a_record(results, program, capsys):
+    (results / "pairs.parquet").unlink()
     assert f"{results}/pairs.parquet: it is gone, but its record exists" in faults(capsys, program)
 
 
-@pytest.mark.parametrize("record", [None, "", '{"sha256":', "[]"])
-def test_fix_rebuilds_a_broken_or_missing_record_as_old_as_its_artifact(
-    record, results, program, capsys
-):
-    for name in ("pairs.parquet", "policy"):
+# None: the record does not exist.
+BROKEN_RECORDS = [None, "", '{"sha256":', "[]"]
+
+
+@pytest.mark.parametrize("record", BROKEN_RECORDS)
+def test_fix_rebuilds_a_record_with_the_artifact_s_time(record, results, program, capsys):
+    stages = {"pairs.parquet": "select", "policy": "train"}
+    for name in stages:
         record_path(results / name).unlink()
         if record is not None:
             record_path(results / name).write_text(record)
-    before = {name: (results / name).stat().st_mtime_ns for name in ("pairs.parquet", "policy")}
+    before = {name: (results / name).stat().st_mtime_ns for name in stages}
     said = "it has no record" if record is None else "record.json is broken"
     assert len([line for line in faults(capsys, program) if said in line]) == 2
     verify(program, "--fix")
     assert capsys.readouterr().out.count("; it has been rebuilt\n") == 2
-    for name, stage in (("pairs.parquet", "select"), ("policy", "train")):
+    for name, stage in stages.items():
         rebuilt = read_json(record_path(results / name))
-        assert (
-            rebuilt["rebuilt"] is True
-            and rebuilt["stage"] == stage
-            and rebuilt["sha256"] == file_hash(results / name)
-        )
-        assert {
-            (results / name).stat().st_mtime_ns,
-            record_path(results / name).stat().st_mtime_ns,
-        } == {before[name]}
+        assert rebuilt["rebuilt"] is True
+        assert rebuilt["stage"] == stage
+        assert rebuilt["sha256"] == file_hash(results / name)
+        assert (results / name).stat().st_mtime_ns == before[name]
+        assert record_path(results / name).stat().st_mtime_ns == before[name]
     verify(program)
+
+
+@pytest.mark.parametrize("record", BROKEN_RECORDS)
+def test_a_rebuilt_record_is_stale_and_still_counts_as_an_input(record, results, program, capsys):
+    record_path(results / "policy").unlink()
+    if record is not None:
+        record_path(results / "policy").write_text(record)
+    verify(program, "--fix")
     program(list_stale, "results")
     assert f"{results}/policy: unknown, because its record was rebuilt" in capsys.readouterr().out
-    with recorded(
-        "train", Path("results/iter2/policy"), [results / "policy"], {}
-    ):  # and it counts as an input
+    with recorded("train", Path("results/iter2/policy"), [results / "policy"], {}):
         write_text(Path("results/iter2/policy/weights"), "")
 
 
-def test_record_is_not_rebuilt_for_an_artifact_that_is_gone(results, program, capsys):
+def test_the_record_of_a_missing_artifact_is_not_rebuilt(results, program, capsys):
     (results / "pairs.parquet").unlink()
     record_path(results / "pairs.parquet").write_text("")
     assert faults(capsys, program, "--fix") == [
@@ -550,16 +579,15 @@ def test_record_is_not_rebuilt_for_an_artifact_that_is_gone(results, program, ca
     assert record_path(results / "pairs.parquet").read_text() == ""
 
 
-def test_stale_names_a_broken_record_and_goes_on(results, program, capsys):
+def test_stale_names_a_broken_record_and_continues(results, program, capsys):
     record_path(results / "pairs.parquet").write_text("")
     program(list_stale, "results")
-    assert (
-        "pairs.parquet.record.json is broken" in (said := capsys.readouterr().out)
-        and "0 of 4 artifacts" in said
-    )
+    said = capsys.readouterr().out
+    assert "pairs.parquet.record.json is broken" in said
+    assert "0 of 4 artifacts" in said
 
 
-def test_code_hash_of_the_package_follows_every_file_of_it(tmp_path, monkeypatch):
+def test_code_hash_covers_every_file_of_the_package(tmp_path, monkeypatch):
     program = ROOT / "src" / "build_pairs.py"
     before = code_hashes(program)
     assert before == code_hashes(program)
@@ -570,20 +598,16 @@ def test_code_hash_of_the_package_follows_every_file_of_it(tmp_path, monkeypatch
     assert code_hashes(program) == before
     write_text(tmp_path / "src" / "sppo" / "training" / "losses.py", "changed")
     after = code_hashes(program)
-    assert (
-        after["sppo_sha256"] != before["sppo_sha256"]
-        and after["program_sha256"] == before["program_sha256"]
-    )
+    assert after["sppo_sha256"] != before["sppo_sha256"]
+    assert after["program_sha256"] == before["program_sha256"]
 
 
 def test_iteration_with_a_rebuilt_record_has_no_minutes(tmp_path):
-    paths = [
-        tmp_path / "iter1" / "a.record.json",
-        tmp_path / "iter1" / "b.record.json",
-        tmp_path / "iter2" / "a.record.json",
-    ]
-    for path, record in zip(
-        paths, ({"seconds": 60}, {"rebuilt": True}, {"seconds": 30}), strict=True
-    ):
+    records = {
+        tmp_path / "iter1" / "a.record.json": {"seconds": 60},
+        tmp_path / "iter1" / "b.record.json": {"rebuilt": True},
+        tmp_path / "iter2" / "a.record.json": {"seconds": 30},
+    }
+    for path, record in records.items():
         write_json(path, record)
-    assert seconds_by_iteration(paths) == {2: 30.0}
+    assert seconds_by_iteration(list(records)) == {2: 30.0}

@@ -1,4 +1,4 @@
-"""Nothing that stands beside the base policy makes a card, and with it a training, fail."""
+"""No file beside the base policy makes writing a card, and so training, fail."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from sppo.reporting.cards import data_of, header, model_card
 
 
 def card(folder):
+    """Header of the card that this base folder gives, after a check of the card's text."""
     text = model_card(folder, "A title", {"Method": "words"}, tag="t")
     text.encode("utf-8")
-    assert text.startswith("---\n") and "# A title" in text and "words" in text
+    assert text.startswith("---\n")
+    assert "# A title" in text
+    assert "words" in text
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_a_sound_header_hands_on_its_licence(tmp_path):
+def test_a_valid_header_passes_its_licence_on(tmp_path):
     (tmp_path / "README.md").write_bytes(
         b"\xef\xbb\xbf---\nlicense: mit\nbase_model: org/base\n---\n# Base\n"
     )
-    assert card(tmp_path)["license"] == "mit" and card(tmp_path)["base_model"] == "org/base"
+    assert card(tmp_path)["license"] == "mit"
+    assert card(tmp_path)["base_model"] == "org/base"
 
 
-def test_a_card_that_is_not_utf_8_hands_on_what_can_be_read(tmp_path):
-    (tmp_path / "README.md").write_bytes(
-        "---\nlicense: mit\nlicense_name: Lizenz f\u00fcr alle\n---\n# Gr\u00fc\u00dfe\n".encode(
-            "latin-1"
-        )
-    )
+def test_a_card_that_is_not_utf_8_is_read_as_far_as_possible(tmp_path):
+    text = "---\nlicense: mit\nlicense_name: Lizenz f\u00fcr alle\n---\n# Gr\u00fc\u00dfe\n"
+    (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
     assert card(tmp_path)["license"] == "mit"
 
 
@@ -50,13 +51,14 @@ def test_a_card_that_is_not_utf_8_hands_on_what_can_be_read(tmp_path):
         b"---\nlicense: " + b"[" * 5000 + b"\n---\n",
     ],
 )
-def test_a_broken_header_is_none(tmp_path, text):
+def test_a_broken_header_counts_as_no_header(tmp_path, text):
     (tmp_path / "README.md").write_bytes(text)
-    assert header(tmp_path) == {} and card(tmp_path)["base_model"] == "a model without a record"
+    assert header(tmp_path) == {}
+    assert card(tmp_path)["base_model"] == "a model without a record"
 
 
 @pytest.mark.parametrize("value", ['"\\ud800"', "[a, b]", "&a [*a]", "2024-01-01", "null", "1"])
-def test_odd_values_of_a_header_are_no_error(tmp_path, value):
+def test_odd_header_values_are_no_error(tmp_path, value):
     (tmp_path / "README.md").write_text(f"---\nlicense: {value}\nbase_model: {value}\n---\n")
     card(tmp_path)
 
@@ -82,7 +84,7 @@ def test_a_broken_record_is_no_error(tmp_path, content):
     assert data_of(tmp_path / "pairs.parquet") == "No record of the pairs was found."
 
 
-def test_a_record_of_the_base_names_it(tmp_path):
+def test_the_record_of_the_base_model_gives_its_name(tmp_path):
     (tmp_path / "policy").mkdir()
     write_json(
         record_path(tmp_path / "policy"),

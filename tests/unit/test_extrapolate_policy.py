@@ -1,4 +1,4 @@
-"""ExPO: every weight lies on the line from base through aligned."""
+"""ExPO: every weight is on the line from base through aligned."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from sppo.policies.models import check_policy, load_policy
 
 @pytest.fixture
 def aligned(tiny_policy, tmp_path):
+    """The tiny policy with other weights."""
     shutil.copytree(tiny_policy, tmp_path / "aligned")
     model = load_policy(tmp_path / "aligned", torch.float32, "cpu")
     with torch.no_grad():
@@ -24,7 +25,7 @@ def aligned(tiny_policy, tmp_path):
     return tmp_path / "aligned"
 
 
-def test_weights_are_carried_on_from_the_base(program, tiny_policy, aligned, tmp_path):
+def test_weights_are_extrapolated_from_the_base(program, tiny_policy, aligned, tmp_path):
     program(
         extrapolate_policy,
         "--base",
@@ -37,10 +38,9 @@ def test_weights_are_carried_on_from_the_base(program, tiny_policy, aligned, tmp
         tmp_path / "out",
     )
 
-    base, middle, out = (
-        load_file(folder / "model.safetensors")
-        for folder in (tiny_policy, aligned, tmp_path / "out")
-    )
+    base = load_file(tiny_policy / "model.safetensors")
+    middle = load_file(aligned / "model.safetensors")
+    out = load_file(tmp_path / "out" / "model.safetensors")
     assert base.keys() == out.keys()
     for name in base:
         torch.testing.assert_close(out[name], 1.5 * middle[name] - 0.5 * base[name])
@@ -48,20 +48,21 @@ def test_weights_are_carried_on_from_the_base(program, tiny_policy, aligned, tmp
 
 
 @pytest.mark.parametrize("shard", ["10GB", "2MB"])
-def test_the_base_is_read_tensor_by_tensor_to_the_same_bytes(
+def test_the_base_is_read_tensor_by_tensor(
     program, tiny_policy, aligned, tmp_path, shard, monkeypatch
 ):
-    """Of a base in bfloat16, in one file or several: what whole policies side by side give."""
+    """The base is in bfloat16, in one file or several.
+
+    The weights equal those computed from two whole policies, although only one is in memory.
+    """
     base = tmp_path / "base"
     shutil.copytree(tiny_policy, base, ignore=shutil.ignore_patterns("*.safetensors"))
     load_policy(tiny_policy, torch.bfloat16, "cpu").save_pretrained(base, max_shard_size=shard)
-    whole = {
-        name: load_policy(folder, torch.float32, "cpu").state_dict()
-        for name, folder in (("base", base), ("aligned", aligned))
-    }
+    base_weights = load_policy(base, torch.float32, "cpu").state_dict()
+    aligned_weights = load_policy(aligned, torch.float32, "cpu").state_dict()
     wanted = {
-        name: weight + 0.3 * (weight - whole["base"][name])
-        for name, weight in whole["aligned"].items()
+        name: weight + 0.3 * (weight - base_weights[name])
+        for name, weight in aligned_weights.items()
     }
     loaded = []
     monkeypatch.setattr(
@@ -84,15 +85,15 @@ def test_the_base_is_read_tensor_by_tensor_to_the_same_bytes(
     found = load_policy(tmp_path / "out", torch.float32, "cpu").state_dict()
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert loaded == [aligned], "one policy lies in memory"
+    assert loaded == [aligned], "only one policy may be loaded whole"
 
 
-@pytest.mark.parametrize("change", ["a layer more", "a layer less"])
+@pytest.mark.parametrize("change", ["one layer more", "one layer less"])
 def test_a_base_with_other_layers_is_refused(change, program, aligned, tmp_path, tiny_policy):
     from transformers import AutoConfig, LlamaForCausalLM
 
     config = AutoConfig.from_pretrained(tiny_policy)
-    config.num_hidden_layers += 1 if change == "a layer more" else -1
+    config.num_hidden_layers += 1 if change == "one layer more" else -1
     shutil.copytree(tiny_policy, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="different shapes"):

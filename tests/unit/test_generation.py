@@ -1,7 +1,8 @@
-"""Generation: noise that belongs to the sample, draws that follow the distribution, contracts of token ids."""
+"""Generation: one seed per sample, draws that follow the distribution, rules of token ids."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -30,20 +31,20 @@ QUESTIONS = [
 # --- seeds ---
 
 
-def test_seed_never_changes_silently():
+def test_seeds_keep_their_values():
     assert sample_seed(0, "iter1", "p1", 0) == 10329470296240424038
     assert sample_seed(7, "alpaca_eval", "open_question-01", 4) == 17986809668610612364
 
 
-def test_seed_is_another_for_every_data_seed_purpose_prompt_and_sample():
+def test_every_sample_has_its_own_seed():
+    """Data seed, purpose, prompt and sample number each change the seed."""
+    samples = itertools.product(range(3), range(1, 4), range(30), range(12))
     seeds = {
-        sample_seed(d, f"iter{t}", f"p{i}", k)
-        for d in range(3)
-        for t in range(1, 4)
-        for i in range(30)
-        for k in range(12)
+        sample_seed(data_seed, f"iter{iteration}", f"p{prompt}", sample)
+        for data_seed, iteration, prompt, sample in samples
     }
-    assert len(seeds) == 3 * 3 * 30 * 12 and max(seeds) < 2**64
+    assert len(seeds) == 3 * 3 * 30 * 12
+    assert max(seeds) < 2**64
     assert sample_seed(0, "iter1", "p1", 11) != sample_seed(0, "iter1", "p11", 1)
 
 
@@ -51,18 +52,23 @@ def test_seed_is_another_for_every_data_seed_purpose_prompt_and_sample():
 
 
 def by_hand(logits: list[float], u: float, temperature: float, top_p: float) -> int:
-    """Inverse of the cumulative distribution over the nucleus in the order of the vocabulary, in loops."""
+    """Draw a token with plain loops.
+
+    It is the inverse of the cumulative distribution over the nucleus, in the vocabulary's order.
+    """
     top = max(logits)
     weights = [math.exp((x - top) / temperature) for x in logits]
     total = math.fsum(weights)
     p = [w / total for w in weights]
-    kept, mass = set(), 0.0
+    kept = set()
+    mass = 0.0
     for token in sorted(range(len(p)), key=lambda i: -p[i]):
         if mass >= top_p and top_p < 1:
             break
         kept.add(token)
         mass += p[token]
-    target, below = (1 - u) * sum(p[i] for i in kept), 0.0
+    target = (1 - u) * sum(p[i] for i in kept)
+    below = 0.0
     for token in range(len(p)):
         if token in kept:
             below += p[token]
@@ -76,54 +82,53 @@ def by_hand(logits: list[float], u: float, temperature: float, top_p: float) -> 
 @pytest.mark.parametrize(
     ("vocabulary", "spread"),
     [(20, 2.0), (3000, 0.5)],
-    ids=["peaked", "nucleus beyond the top 1024"],
+    ids=["peaked", "nucleus of more than 1024 tokens"],
 )
-def test_draw_equals_the_loop(temperature, top_p, vocabulary, spread):
+def test_draws_equal_those_of_plain_loops(temperature, top_p, vocabulary, spread):
     draw = np.random.default_rng(vocabulary)
-    logits, uniforms = draw.normal(scale=spread, size=(40, vocabulary)), draw.random(40)
-    got = draw_tokens(
-        torch.tensor(logits, dtype=torch.float32), torch.tensor(uniforms), temperature, top_p
-    ).tolist()
+    logits = draw.normal(scale=spread, size=(40, vocabulary)).astype(np.float32)
+    uniforms = draw.random(40)
+    drawn = draw_tokens(torch.tensor(logits), torch.tensor(uniforms), temperature, top_p)
     expected = [
         by_hand(row, u, temperature, top_p)
-        for row, u in zip(logits.astype(np.float32).tolist(), uniforms.tolist(), strict=True)
+        for row, u in zip(logits.tolist(), uniforms.tolist(), strict=True)
     ]
-    assert got == expected
+    assert drawn.tolist() == expected
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (0.7, 0.9)])
-def test_frequencies_are_the_distribution(temperature, top_p):
+def test_frequencies_follow_the_distribution(temperature, top_p):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0, 1.5])
     p = torch.softmax(logits.double() / temperature, 0).numpy()
     if top_p < 1:
         ranked = np.argsort(-p)
-        p[ranked[int((p[ranked].cumsum() < top_p).sum()) + 1 :]] = 0
+        size_of_nucleus = int((p[ranked].cumsum() < top_p).sum()) + 1
+        p[ranked[size_of_nucleus:]] = 0
         assert (p == 0).any()
         p /= p.sum()
     n = 40_000
     uniforms = torch.from_numpy(np.random.default_rng(5).random(n))
-    counts = np.bincount(
-        draw_tokens(logits.expand(n, -1), uniforms, temperature, top_p).numpy(), minlength=6
-    )
+    drawn = draw_tokens(logits.expand(n, -1), uniforms, temperature, top_p)
+    counts = np.bincount(drawn.numpy(), minlength=6)
     assert (counts[p == 0] == 0).all()
     chi_square = ((counts[p > 0] - n * p[p > 0]) ** 2 / (n * p[p > 0])).sum()
-    assert chi_square < 20.5  # 5 degrees of freedom, one in a thousand; the uniforms are fixed
+    # The 0.999 quantile at 5 degrees of freedom. The uniforms are fixed, so chance plays no role.
+    assert chi_square < 20.5
 
 
 @pytest.mark.parametrize("top_p", [0.5, 1.0])
-def test_impossible_tokens_are_never_drawn_even_at_the_ends(top_p):
+def test_tokens_of_probability_0_are_never_drawn(top_p):
+    """Also not at the ends of the vocabulary or of the interval of the uniforms."""
     logits = torch.tensor([-torch.inf, 1.0, -torch.inf, 0.9, -torch.inf])
     uniforms = torch.tensor([0.0, 5e-324, 0.25, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
     drawn = draw_tokens(logits.expand(6, -1), uniforms, 1.0, top_p).tolist()
     assert set(drawn) == ({1} if top_p == 0.5 else {1, 3})
 
 
-def test_a_row_draws_the_same_alone_and_among_others():
+def test_a_row_draws_the_same_alone_and_in_a_batch():
     draw = torch.Generator().manual_seed(0)
-    logits, uniforms = (
-        torch.randn(30, 500, generator=draw),
-        torch.rand(30, generator=draw, dtype=torch.float64),
-    )
+    logits = torch.randn(30, 500, generator=draw)
+    uniforms = torch.rand(30, generator=draw, dtype=torch.float64)
     for top_p in (0.9, 1.0):
         alone = [
             draw_tokens(logits[i : i + 1], uniforms[i : i + 1], 1.0, top_p).item()
@@ -154,8 +159,11 @@ def engine(folder, batch_size: int = 64) -> TransformersEngine:
 
 
 @pytest.fixture(scope="module")
-def wordy(tiny_policy):
-    """An engine whose policy is often about to stop, and to emit other special tokens: both finish reasons occur."""
+def often_stopping(tiny_policy):
+    """An engine whose policy often stops and often emits other special tokens.
+
+    So both finish reasons occur.
+    """
     made = engine(tiny_policy)
     bias = torch.zeros(49152)
     bias[[0, 1, EOS]] = torch.tensor([6.0, 6.0, 6.0])
@@ -179,29 +187,22 @@ def test_batch_size_changes_no_token(batch_size, tiny_policy, prompts, responses
 @pytest.mark.parametrize("shards", [2, 3])
 def test_shards_and_their_order_change_no_token(shards, tiny_policy, prompts, responses):
     made = engine(tiny_policy)
-    rows = [
-        row
-        for shard in reversed(range(shards))
-        for row in made.generate(prompts[shard::shards], SAMPLING, 0, "iter1")
-    ]
+    rows = []
+    for shard in reversed(range(shards)):
+        rows += made.generate(prompts[shard::shards], SAMPLING, 0, "iter1")
     assert sorted(rows, key=lambda row: (row["prompt_id"], row["sample_id"])) == responses
 
 
-def test_rows_come_in_the_order_of_the_prompts_with_k_different_samples_each(prompts, responses):
+def test_rows_have_the_order_of_the_prompts_and_samples(prompts, responses):
     assert [(row["prompt_id"], row["sample_id"]) for row in responses] == [
-        (p["prompt_id"], k) for p in prompts for k in range(3)
+        (prompt["prompt_id"], sample) for prompt in prompts for sample in range(3)
     ]
-    for prompt in prompts:
-        assert (
-            len(
-                {
-                    tuple(row["token_ids"])
-                    for row in responses
-                    if row["prompt_id"] == prompt["prompt_id"]
-                }
-            )
-            == 3
-        )
+
+
+def test_the_samples_of_a_prompt_differ(prompts, responses):
+    for start in range(0, len(responses), 3):
+        samples = {tuple(row["token_ids"]) for row in responses[start : start + 3]}
+        assert len(samples) == 3
 
 
 @pytest.mark.parametrize(("seed", "purpose"), [(1, "iter1"), (0, "iter2")])
@@ -209,79 +210,88 @@ def test_another_data_seed_or_iteration_gives_other_tokens(
     seed, purpose, tiny_policy, prompts, responses
 ):
     others = engine(tiny_policy).generate(prompts, SAMPLING, seed, purpose)
-    assert all(
-        a["token_ids"] != b["token_ids"] and a["seed"] != b["seed"]
-        for a, b in zip(responses, others, strict=True)
-    )
+    for row, other in zip(responses, others, strict=True):
+        assert row["token_ids"] != other["token_ids"]
+        assert row["seed"] != other["seed"]
 
 
-def test_tokens_are_the_loop_s_draws_from_the_model_s_own_distribution(
-    tiny_policy, prompts, responses
-):
-    """One sample again: unbatched, without a cache, in loops, from the seed that its row keeps."""
+def test_tokens_equal_draws_by_loops_without_cache(tiny_policy, prompts, responses):
+    """Two samples again: without batch and cache, in plain loops, with the seed in their rows."""
     model = load_policy(tiny_policy, torch.float32, "cpu")
     for row in (responses[0], responses[7]):
-        uniforms = np.random.Generator(np.random.Philox(row["seed"])).random(
-            SAMPLING.max_new_tokens
-        )
+        noise = np.random.Generator(np.random.Philox(row["seed"]))
         ids = list(row["prompt_token_ids"])
-        for u in uniforms[:4]:
+        for u in noise.random(SAMPLING.max_new_tokens)[:4]:
             with torch.inference_mode():
-                ids.append(by_hand(model(torch.tensor([ids])).logits[0, -1].tolist(), u, 1.0, 1.0))
+                logits = model(torch.tensor([ids])).logits[0, -1].tolist()
+            ids.append(by_hand(logits, u, 1.0, 1.0))
         assert ids[-4:] == row["token_ids"][:4]
 
 
-def test_prompt_ids_are_the_template_s_with_nothing_before_them(tiny_policy, prompts):
+def test_prompt_ids_are_exactly_those_of_the_template(tiny_policy, prompts):
     tokenizer = load_tokenizer(tiny_policy)
     for prompt, text in zip(prompts, QUESTIONS, strict=True):
         ids = prompt["prompt_token_ids"]
         rendered = (
-            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+            "trained by Hugging Face<|im_end|>\n"
             f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
         )
         assert tokenizer.decode(ids) == rendered
         assert ids == tokenizer.encode(rendered, add_special_tokens=False)
-        assert (
-            ids[0] == 1 and ids.count(1) == 3 and ids[1] != 1
-        )  # one <|im_start|> a turn: no second BOS
+        # Token 1 is both BOS and <|im_start|>. It occurs once a turn, so there is no BOS before.
+        assert ids[0] == 1
+        assert ids[1] != 1
+        assert ids.count(1) == 3
 
 
-def test_stop_id_ends_a_response_if_and_only_if_it_stopped(wordy, prompts):
-    rows = wordy.generate(prompts, Sampling(5, 1.0, 1.0, 12), 0, "iter1")
-    reasons = {row["finish_reason"] for row in rows}
-    assert reasons == {"stop", "length"}
-    for row in rows:
+@pytest.fixture(scope="module")
+def mixed(often_stopping, prompts) -> list[dict]:
+    """30 responses; some stopped, some were cut at 12 tokens."""
+    rows = often_stopping.generate(prompts, Sampling(5, 1.0, 1.0, 12), 0, "iter1")
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+    return rows
+
+
+def test_only_a_stopped_response_ends_with_a_stop_id(mixed):
+    for row in mixed:
+        ids = row["token_ids"]
         if row["finish_reason"] == "stop":
-            assert (
-                row["token_ids"][-1] == EOS
-                and EOS not in row["token_ids"][:-1]
-                and len(row["token_ids"]) <= 12
-            )
+            assert ids[-1] == EOS
+            assert EOS not in ids[:-1]
+            assert len(ids) <= 12
         else:
-            assert EOS not in row["token_ids"] and len(row["token_ids"]) == 12
-    assert any({0, 1} & set(row["token_ids"]) for row in rows), (
+            assert EOS not in ids
+            assert len(ids) == 12
+
+
+def test_special_tokens_are_not_in_the_text(mixed):
+    assert any({0, 1} & set(row["token_ids"]) for row in mixed), (
         "the policy emitted no other special token: nothing was tested"
     )
-    assert not any(
-        token in row["text"]
-        for row in rows
-        for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-    )
-    facts = summary(rows)
-    assert (
-        facts["tokens"] == sum(len(row["token_ids"]) for row in rows) and facts["responses"] == 30
-    )
-    assert facts["cut_by_max_new_tokens"] == sum(row["finish_reason"] == "length" for row in rows)
+    for row in mixed:
+        for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>"):
+            assert token not in row["text"]
 
 
-def test_stopping_early_changes_nothing_for_the_others_in_the_batch(wordy, prompts):
+def test_summary_counts_responses_and_tokens(mixed):
+    facts = summary(mixed)
+    assert facts["responses"] == 30
+    assert facts["tokens"] == sum(len(row["token_ids"]) for row in mixed)
+    cut = [row for row in mixed if row["finish_reason"] == "length"]
+    assert facts["cut_by_max_new_tokens"] == len(cut)
+
+
+def test_an_early_stop_changes_no_other_response_in_the_batch(often_stopping, prompts):
     sampling = Sampling(2, 1.0, 1.0, 12)
-    together = wordy.generate(prompts, sampling, 0, "iter1")
-    alone = [row for prompt in prompts for row in wordy.generate([prompt], sampling, 0, "iter1")]
+    together = often_stopping.generate(prompts, sampling, 0, "iter1")
+    alone = []
+    for prompt in prompts:
+        alone += often_stopping.generate([prompt], sampling, 0, "iter1")
     assert together == alone
 
 
-def test_every_stop_id_of_the_generation_config_stops(tiny_policy, prompts, tmp_path):
+def test_every_stop_id_of_the_generation_config_ends_a_response(tiny_policy, prompts, tmp_path):
     from transformers import GenerationConfig
 
     folder = tmp_path / "policy"
@@ -298,7 +308,7 @@ def test_every_stop_id_of_the_generation_config_stops(tiny_policy, prompts, tmp_
         assert row["text"] == tokenizer.decode(spoken, skip_special_tokens=True)
 
 
-def test_temperature_zero_equals_greedy_generation_one_by_one(tiny_policy, prompts):
+def test_temperature_0_equals_greedy_generation(tiny_policy, prompts):
     model = load_policy(tiny_policy, torch.float32, "cpu")
     for row in engine(tiny_policy).generate(prompts, Sampling(1, 0.0, 1.0, 10), 0, "iter1"):
         ids = torch.tensor([row["prompt_token_ids"]])
@@ -312,10 +322,10 @@ def test_temperature_zero_equals_greedy_generation_one_by_one(tiny_policy, promp
         assert row["token_ids"] == greedy[0, ids.shape[1] :].tolist()
 
 
-def test_the_model_s_own_generation_config_does_not_warp_the_samples(
+def test_sampling_settings_of_the_model_folder_are_ignored(
     tiny_policy, prompts, responses, tmp_path
 ):
-    """Qwen and Llama folders carry temperature, top_k and repetition penalties of their own."""
+    """Folders of Qwen and Llama set a temperature, top_k and repetition penalties."""
     from transformers import GenerationConfig
 
     folder = tmp_path / "policy"
@@ -341,7 +351,7 @@ def test_the_model_s_own_generation_config_does_not_warp_the_samples(
 
 
 def broken(folder, value: float, first_step: int = 0) -> TransformersEngine:
-    """An engine with one logit of one row replaced from that step on."""
+    """An engine that replaces one logit of one row, from this step on."""
     made = engine(folder)
     steps = iter(range(1000))
 
@@ -357,7 +367,7 @@ def broken(folder, value: float, first_step: int = 0) -> TransformersEngine:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("first_step", [1, 5], ids=["from the start", "later"])
-def test_logits_that_are_not_finite_are_one_line_that_names_the_policy(
+def test_logits_that_are_not_finite_name_the_policy(
     value, temperature, first_step, tiny_policy, prompts
 ):
     made = broken(tiny_policy, value, first_step)
@@ -368,32 +378,33 @@ def test_logits_that_are_not_finite_are_one_line_that_names_the_policy(
     assert "\n" not in said
 
 
-def test_nan_weights_stop_at_the_first_token(tiny_policy, prompts):
+def test_nan_weights_stop_generation_at_the_first_token(tiny_policy, prompts):
     made = engine(tiny_policy)
     passes = []
     made.model.register_forward_hook(lambda module, inputs, output: passes.append(1))
     torch.nn.init.constant_(made.model.model.norm.weight, math.nan)
     with pytest.raises(UserError, match="logits that are NaN or infinite"):
         made.generate(prompts, Sampling(1, 1.0, 1.0, 8), 0, "iter1")
-    assert len(passes) == 2, "one over the prompts, one for the first token"
+    assert len(passes) == 2, "one pass for the prompts, one for the first token"
 
 
-def test_a_forbidden_token_is_no_fault(tiny_policy, prompts):
+def test_a_logit_of_minus_infinity_is_no_error(tiny_policy, prompts):
     rows = broken(tiny_policy, -math.inf).generate(prompts, Sampling(2, 1.0, 1.0, 8), 0, "iter1")
     assert len(rows) == 2 * len(prompts)
 
 
 @pytest.mark.parametrize("top_p", [0.9, 1.0])
-def test_a_row_without_a_distribution_draws_a_token_of_the_vocabulary(top_p):
-    """It waits for FiniteLogits.check; on a GPU a token outside would kill the process first."""
+def test_a_row_of_nan_logits_draws_a_token_of_the_vocabulary(top_p):
+    """FiniteLogits.check reports the row later.
+
+    On a GPU, a token outside the vocabulary would kill the process before that.
+    """
     logits = torch.randn(3, 300)
     logits[1] = math.nan
     assert draw_tokens(logits, torch.tensor([0.2, 0.5, 0.9]), 1.0, top_p).max() < 300
 
 
-def test_a_policy_whose_config_forbids_the_cache_generates_the_same(
-    tiny_policy, prompts, responses, tmp_path
-):
+def test_use_cache_false_in_the_config_changes_no_token(tiny_policy, prompts, responses, tmp_path):
     folder = tmp_path / "policy"
     shutil.copytree(tiny_policy, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -401,8 +412,8 @@ def test_a_policy_whose_config_forbids_the_cache_generates_the_same(
     assert engine(folder).generate(prompts, SAMPLING, 0, "iter1") == responses
 
 
-def test_prompts_of_full_attention_are_read_once(tiny_policy, prompts):
-    """Not once a sample: the prompts' tokens pass through the model a single time."""
+def test_prompts_are_processed_once_for_all_samples(tiny_policy, prompts):
+    """With full attention, the tokens of a prompt pass through the model once for all samples."""
     made = engine(tiny_policy)
     assert made.reads_prompts_once
     tokens = []
@@ -414,8 +425,8 @@ def test_prompts_of_full_attention_are_read_once(tiny_policy, prompts):
     assert tokens == [len(prompts) * (longest - 1), 4 * len(prompts)]
 
 
-def test_generation_on_a_gpu_does_without_cudnn_s_attention(tiny_policy, monkeypatch):
-    """It gives NaN for rows padded left with torch 2.13."""
+def test_generation_on_a_gpu_disables_cudnn_attention(tiny_policy, monkeypatch):
+    """It gives NaN for rows with padding on the left in torch 2.13."""
     model = load_policy(tiny_policy, torch.float32, "cpu")
     monkeypatch.setattr("sppo.policies.generation.load_policy", lambda *_: model)
     before = torch.backends.cuda.cudnn_sdp_enabled()
@@ -434,12 +445,10 @@ def test_generation_on_a_gpu_does_without_cudnn_s_attention(tiny_policy, monkeyp
 # --- vLLM; tests/vllm runs it ---
 
 
-def test_vllm_s_seeds_never_change_silently_and_fit_signed_64_bits():
-    assert (
-        request_seed(0, "iter1", "p1")
-        == sample_seed(0, "iter1", "p1", 0) // 4
-        == 2582367574060106009
-    )
+def test_vllm_seeds_keep_their_values_and_fit_signed_64_bits():
+    seed = request_seed(0, "iter1", "p1")
+    assert seed == 2582367574060106009
+    assert seed == sample_seed(0, "iter1", "p1", 0) // 4
     assert max(request_seed(0, "iter1", f"p{i}") for i in range(1000)) < 2**62
 
 
@@ -451,7 +460,7 @@ def test_vllm_s_seeds_never_change_silently_and_fit_signed_64_bits():
         ("cpu", 1, "responses.engine is vllm, but vLLM cannot be imported here"),
     ],
 )
-def test_vllm_without_what_it_needs_is_one_line(
+def test_vllm_without_its_requirements_is_a_one_line_error(
     device, tensor_parallel, said, tiny_policy, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -464,4 +473,5 @@ def test_vllm_without_what_it_needs_is_one_line(
             batch_size=4,
             tensor_parallel=tensor_parallel,
         )
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The hub: what its errors say, the token, AlpacaEval's own files, pushing. Never the network."""
+"""The Hugging Face hub: errors, the token, files of AlpacaEval, pushing. No network is used."""
 
 from __future__ import annotations
 
@@ -21,12 +21,19 @@ from sppo.policies.models import fetch
 
 
 def http_error(kind: type) -> Exception:
-    return kind(
-        "401 Client Error",
-        response=SimpleNamespace(
-            headers={}, status_code=401, request=None, url="u", text="", json=dict
-        ),
+    response = SimpleNamespace(
+        headers={}, status_code=401, request=None, url="u", text="", json=dict
     )
+    return kind("401 Client Error", response=response)
+
+
+def raiser(error: Exception):
+    """A function that raises this error, whatever it is called with."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
 
 
 @pytest.mark.parametrize(
@@ -46,22 +53,18 @@ def http_error(kind: type) -> Exception:
         (ConnectionError("refused"), "the hub does not answer"),
         (ValueError("what is this"), "what is this"),
     ],
-    ids=["gated", "missing", "revision", "not cached", "offline", "silent", "else"],
+    ids=["gated", "missing", "revision", "not cached", "offline", "no answer", "other"],
 )
-def test_an_error_of_the_hub_says_what_to_do(error, words, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda *args, **kwargs: (_ for _ in ()).throw(error)
-    )
+def test_a_hub_error_names_the_remedy(error, words, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", raiser(error))
     with pytest.raises(UserError) as caught:
         fetch("org/model", None)
-    assert (
-        words in str(caught.value)
-        and "org/model" in str(caught.value)
-        and "give a local folder" in str(caught.value)
-    )
+    assert words in str(caught.value)
+    assert "org/model" in str(caught.value)
+    assert "give a local folder" in str(caught.value)
 
 
-def test_the_token_is_the_environment_s_and_none_that_lies_on_disk(monkeypatch):
+def test_the_token_comes_from_the_environment_only(monkeypatch):
     given = []
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download",
@@ -74,12 +77,15 @@ def test_the_token_is_the_environment_s_and_none_that_lies_on_disk(monkeypatch):
     assert given == [False, "hf_secret"]
 
 
-# --- AlpacaEval's own files, from a local repository in the hub cache's layout ---
+# --- files of AlpacaEval, from a local folder with the layout of the hub's cache ---
 
 
 @pytest.fixture
 def cached_alpaca_eval(tmp_path, monkeypatch) -> Path:
-    """The folder of the pinned snapshot: 805 instructions and a file of difficulties that are taken for the published ones."""
+    """The folder of the pinned snapshot, with 805 instructions and a file of difficulties.
+
+    Their hashes replace those of the published files.
+    """
     rows = [
         {
             "dataset": "d",
@@ -111,56 +117,57 @@ def fetch_both(program, folder: Path) -> None:
     )
 
 
-def test_alpaca_eval_s_files_come_from_the_local_cache_offline(
-    program, cached_alpaca_eval, tmp_path
-):
+def test_files_of_alpaca_eval_come_from_the_local_cache(program, cached_alpaca_eval, tmp_path):
     fetch_both(program, tmp_path)
     assert len(read_json(tmp_path / "reference.json")) == 805
     for name in ("reference.json", "df_gamed.csv"):
         assert read_json(record_path(tmp_path / name))["commit"] == DATASET_REVISION
 
 
+def change_difficulties(folder: Path) -> None:
+    (folder / DIFFICULTY).write_text("other\n")
+
+
+def remove_difficulties(folder: Path) -> None:
+    (folder / DIFFICULTY).unlink()
+
+
+def reverse_reference(folder: Path) -> None:
+    rows = read_json(folder / OFFICIAL_REFERENCE)
+    (folder / OFFICIAL_REFERENCE).write_text(json.dumps(rows[::-1]))
+
+
+def change_generator(folder: Path) -> None:
+    text = (folder / OFFICIAL_REFERENCE).read_text()
+    (folder / OFFICIAL_REFERENCE).write_text(text.replace("gpt4_1106_preview", "gpt5"))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: (folder / DIFFICULTY).write_text("other\n"), "another sha256"),
-        (
-            lambda folder: (folder / DIFFICULTY).unlink(),
-            "cannot get df_gamed.csv of tatsu-lab/alpaca_eval",
-        ),
-        (
-            lambda folder: (folder / OFFICIAL_REFERENCE).write_text(
-                json.dumps(read_json(folder / OFFICIAL_REFERENCE)[::-1])
-            ),
-            "in their order",
-        ),
-        (
-            lambda folder: (folder / OFFICIAL_REFERENCE).write_text(
-                (folder / OFFICIAL_REFERENCE).read_text().replace("gpt4_1106_preview", "gpt5")
-            ),
-            "is by gpt5",
-        ),
+        (change_difficulties, "another sha256"),
+        (remove_difficulties, "cannot get df_gamed.csv of tatsu-lab/alpaca_eval"),
+        (reverse_reference, "in their order"),
+        (change_generator, "is by gpt5"),
     ],
     ids=["other difficulties", "not cached", "other order", "other generator"],
 )
-def test_other_files_than_the_published_ones_are_one_line_and_nothing_is_written(
+def test_files_that_differ_from_the_published_are_refused(
     damage, words, program, cached_alpaca_eval, tmp_path
 ):
     damage(cached_alpaca_eval)
     with pytest.raises(UserError) as caught:
         fetch_both(program, tmp_path)
-    assert (
-        words in str(caught.value)
-        and not list(tmp_path.glob("*.json"))
-        and not list(tmp_path.glob("*.csv"))
-    )
+    assert words in str(caught.value)
+    assert not list(tmp_path.glob("*.json"))
+    assert not list(tmp_path.glob("*.csv"))
 
 
 # --- pushing ---
 
 
 class Api:
-    """What push_policy asks of huggingface_hub.HfApi, kept instead of sent."""
+    """The part of huggingface_hub.HfApi that push_policy uses; it stores calls, sends nothing."""
 
     calls: list[tuple] = []
 
@@ -171,17 +178,8 @@ class Api:
         self.calls.append(("create", repo_id, private))
 
     def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
-        self.calls.append(
-            (
-                "folder",
-                repo_id,
-                sorted(
-                    path.name
-                    for path in Path(folder_path).iterdir()
-                    if path.name not in ignore_patterns
-                ),
-            )
-        )
+        names = {path.name for path in Path(folder_path).iterdir()}
+        self.calls.append(("folder", repo_id, sorted(names - set(ignore_patterns))))
 
     def upload_file(self, repo_id, path_or_fileobj, path_in_repo, commit_message):
         self.calls.append(("file", repo_id, path_in_repo, path_or_fileobj.decode()))
@@ -223,44 +221,46 @@ def push(program, monkeypatch, tmp_path):
     )
 
 
-def test_a_policy_is_pushed_with_its_card_and_figures_to_a_private_repository(push, tmp_path):
+def test_a_policy_is_pushed_to_a_private_repository(push, tmp_path):
     push()
-    token, created, folder, file = Api.calls
-    assert (token, created, folder) == (
+    assert Api.calls[:3] == [
         ("token", "hf_secret"),
         ("create", "me/sppo-1", True),
         ("folder", "me/sppo-1", ["model.safetensors"]),
-    )
-    assert (
-        file[2] == "README.md"
-        and file[3].startswith("---\nlicense: gemma\n---\n# A policy")
-        and "| length_controlled_winrate | 28.53 |" in file[3]
-    )
+    ]
     assert read_json(tmp_path / "pushed.json")["commit"] == "abc123"
-    assert not any(
-        "hf_secret" in path.read_text() for path in tmp_path.rglob("*") if path.is_file()
-    )
+
+
+def test_a_pushed_card_has_the_results_of_the_evaluation(push):
+    push()
+    _, _, _, (kind, _, name, card) = Api.calls
+    assert (kind, name) == ("file", "README.md")
+    assert card.startswith("---\nlicense: gemma\n---\n# A policy")
+    assert "| length_controlled_winrate | 28.53 |" in card
+
+
+def test_pushing_writes_the_token_to_no_file(push, tmp_path):
+    push()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if "hf_secret" in path.read_text()]
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "words"),
     [("HF_TOKEN", "", "export HF_TOKEN"), ("HF_HUB_OFFLINE", "1", "HF_HUB_OFFLINE")],
 )
-def test_pushing_without_a_token_or_offline_is_one_line(
+def test_pushing_without_a_token_or_offline_is_refused(
     variable, value, words, push, monkeypatch, tmp_path
 ):
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=words):
         push()
-    assert Api.calls == [] and not (tmp_path / "pushed.json").exists()
+    assert Api.calls == []
+    assert not (tmp_path / "pushed.json").exists()
 
 
-def test_a_hub_that_refuses_is_one_line(push, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        Api,
-        "create_repo",
-        lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("refused")),
-    )
+def test_a_failed_push_is_a_one_line_error(push, monkeypatch, tmp_path):
+    monkeypatch.setattr(Api, "create_repo", raiser(ConnectionError("refused")))
     with pytest.raises(UserError, match="cannot push .* to me/sppo-1 .*does not answer"):
         push()
     assert not (tmp_path / "pushed.json").exists()

@@ -1,4 +1,4 @@
-"""Summed log-probabilities against a loop in float64; batching, padding and order change nothing."""
+"""Summed log-probabilities equal a loop in float64; batches, padding and order change nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sppo.training.logps import (
     response_logps,
 )
 
-EOS = 2  # and the tokenizer's pad
+EOS = 2  # also the padding token of the tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,18 @@ def model(tiny_policy):
 
 @pytest.fixture(scope="module")
 def sequences() -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and responses of many lengths, some with EOS, which is pad, inside and at the end; one of EOS alone."""
+    """Prompts and responses of many lengths.
+
+    Some responses have EOS inside or at the end, and one is only EOS.
+    """
     draw = random.Random(0)
-    prompts = [[draw.randrange(49152) for _ in range(draw.randint(1, 30))] for _ in range(12)]
-    responses = [
-        [draw.randrange(49152) for _ in range(draw.randint(1, 40))] + [EOS] * (i % 3)
-        for i in range(11)
-    ] + [[EOS]]
+
+    def ids(longest: int) -> list[int]:
+        return [draw.randrange(49152) for _ in range(draw.randint(1, longest))]
+
+    prompts = [ids(30) for _ in range(12)]
+    responses = [ids(40) + [EOS] * (i % 3) for i in range(11)]
+    responses.append([EOS])
     responses[4][len(responses[4]) // 2] = EOS
     return prompts, responses
 
@@ -73,42 +78,44 @@ def in_batches(model, prompts, responses, order: list[int], size: int) -> list[f
 
 
 @pytest.mark.parametrize("size", [1, 5, 12])
-def test_equals_the_loop_whatever_the_batch_size(size, model, sequences, by_hand):
-    assert in_batches(model, *sequences, list(range(12)), size) == pytest.approx(
-        by_hand, abs=1e-4, rel=1e-6
-    )
+def test_log_probabilities_equal_the_loop_at_every_batch_size(size, model, sequences, by_hand):
+    found = in_batches(model, *sequences, list(range(12)), size)
+    assert found == pytest.approx(by_hand, abs=1e-4, rel=1e-6)
 
 
-def test_order_and_neighbours_do_not_matter(model, sequences, by_hand):
+def test_order_and_other_rows_do_not_matter(model, sequences, by_hand):
     order = random.Random(1).sample(range(12), 12)
     assert in_batches(model, *sequences, order, 4) == pytest.approx(by_hand, abs=1e-4, rel=1e-6)
 
 
 def test_wider_padding_does_not_matter(model, sequences, by_hand):
-    """A neighbour far longer on both sides."""
+    """Another row of the batch has a far longer prompt and a far longer response."""
     prompts, responses = sequences
     batch = collate([prompts[0], [7] * 200], [responses[0], [9] * 150])
     with torch.inference_mode():
-        assert response_logps(model, batch)[0].item() == pytest.approx(
-            by_hand[0], abs=1e-4, rel=1e-6
-        )
+        found = response_logps(model, batch)[0].item()
+    assert found == pytest.approx(by_hand[0], abs=1e-4, rel=1e-6)
 
 
-def test_a_response_of_eos_alone_and_eos_at_the_end_count(model, sequences, by_hand):
+def test_a_response_of_eos_alone_counts(sequences, by_hand):
+    _, responses = sequences
+    assert responses[11] == [EOS]
+    assert by_hand[11] < -1e-3
+
+
+def test_eos_at_the_end_of_a_response_counts(model, sequences):
     prompts, responses = sequences
-    assert responses[11] == [EOS] and by_hand[11] < -1e-3
-    longer, shorter = in_batches(
-        model, [prompts[0]] * 2, [responses[0] + [EOS], responses[0]], [0, 1], 2
-    )
+    compared = [responses[0] + [EOS], responses[0]]
+    longer, shorter = in_batches(model, [prompts[0]] * 2, compared, [0, 1], 2)
     assert longer < shorter - 1e-3
 
 
-def test_collate_pads_right_with_places_from_lengths():
+def test_collate_pads_right_and_gives_response_places():
     batch = collate([[11, 12], [13]], [[21], [EOS, 22, EOS]])
     assert batch["input_ids"].tolist() == [[11, 12, 21, 0], [13, EOS, 22, EOS]]
     assert batch["response_places"].tolist() == [2, 5, 6, 7]
     assert batch.keys() == {"input_ids", "response_places"}, (
-        "a mask of attention would cost cuDNN's backward"
+        "an attention mask would prevent the backward pass of cuDNN"
     )
 
 
@@ -136,17 +143,13 @@ def test_pair_batch_holds_all_chosen_then_all_rejected(sequences):
     assert held == [token for response in wanted for token in response]
 
 
-def test_pair_length_is_that_of_its_longer_sequence():
-    assert (
-        pair_length(
-            {
-                "prompt_token_ids": [1] * 3,
-                "chosen_token_ids": [1] * 5,
-                "rejected_token_ids": [1] * 7,
-            }
-        )
-        == 10
-    )
+def test_pair_length_is_the_length_of_its_longer_sequence():
+    pair = {
+        "prompt_token_ids": [1] * 3,
+        "chosen_token_ids": [1] * 5,
+        "rejected_token_ids": [1] * 7,
+    }
+    assert pair_length(pair) == 10
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
@@ -165,30 +168,28 @@ def test_frozen_logps_of_responses_keep_their_order(size, model, sequences, by_h
         {"prompt_id": "p", "sample_id": 0, "prompt_token_ids": prompt, "token_ids": response}
         for prompt, response in zip(*sequences, strict=True)
     ]
-    assert frozen_response_logps(model, rows, torch.float32, "cpu", size) == pytest.approx(
-        by_hand, abs=1e-4, rel=1e-6
-    )
+    found = frozen_response_logps(model, rows, torch.float32, "cpu", size)
+    assert found == pytest.approx(by_hand, abs=1e-4, rel=1e-6)
 
 
-def test_frozen_logps_in_bfloat16_are_near_and_summed_in_float32(model, sequences, by_hand):
+def test_frozen_logps_in_bfloat16_are_summed_in_float32(model, sequences, by_hand):
+    """A sum in bfloat16 would have 8 bits. The error per token is below 0.1."""
     rows = frozen_logps(model, make_pairs(sequences), torch.bfloat16, "cpu", 4)
-    tokens = [len(response) for response in sequences[1][:6]]
+    found = [row["chosen_logp"] for row in rows]
+    lengths = [len(response) for response in sequences[1][:6]]
     errors = [
-        abs(row["chosen_logp"] - exact) / n
-        for row, exact, n in zip(rows, by_hand[:6], tokens, strict=True)
+        abs(logp - exact) / length
+        for logp, exact, length in zip(found, by_hand[:6], lengths, strict=True)
     ]
     assert 0 < max(errors) < 0.1
-    # A sum kept in bfloat16 would have 8 bits.
-    assert any(
-        row["chosen_logp"] != torch.tensor(row["chosen_logp"]).bfloat16().item() for row in rows
-    )
+    assert any(logp != torch.tensor(logp).bfloat16().item() for logp in found)
 
 
 # --- the head ---
 
 
 def large_logits(folder, scale: float):
-    """The tiny policy with logits far above 16, where bfloat16 has steps of an eighth and more."""
+    """The tiny policy with logits far above 16, where bfloat16 has a spacing of 1/8 or more."""
     model = load_policy(folder, torch.float32, "cpu")
     with torch.no_grad():
         model.model.norm.weight.mul_(scale)
@@ -196,15 +197,17 @@ def large_logits(folder, scale: float):
 
 
 def test_bfloat16_states_give_float32_logits(tiny_policy, sequences):
-    """One response of one token: its log-probability is on no grid of bfloat16's steps."""
-    model, (prompts, _) = large_logits(tiny_policy, 20.0), sequences
+    """Responses of one token: their log-probabilities are not rounded to bfloat16."""
+    model = large_logits(tiny_policy, 20.0)
+    prompts, _ = sequences
     batch = collate(prompts, [[7]] * len(prompts))
     with torch.inference_mode(), forward_precision("cpu", torch.bfloat16):
         logps = response_logps(model, batch)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts])
         logits = model(batch["input_ids"]).logits[torch.arange(len(prompts)), last].float()
     rounded = logits[:, 7] - logits.logsumexp(-1)
-    assert logits.abs().max() > 16 and logps.dtype == torch.float32
+    assert logits.abs().max() > 16
+    assert logps.dtype == torch.float32
     assert (logps - rounded).abs().max() > 1e-2
     exact = []
     with torch.inference_mode(), forward_precision("cpu", torch.bfloat16):
@@ -215,25 +218,29 @@ def test_bfloat16_states_give_float32_logits(tiny_policy, sequences):
     assert logps.tolist() == pytest.approx(exact, abs=1e-3)
 
 
-def test_gradients_through_the_head_are_those_of_bfloat16(tiny_policy, sequences):
-    """Against autograd through logits of the whole batch in float64, in bfloat16's accuracy."""
+def test_gradients_through_the_head_have_bfloat16_accuracy(tiny_policy, sequences):
+    """Compared with the gradients of a pass in float64."""
     prompts, responses = sequences
     batch = collate(prompts[:4], responses[:4])
-    found = []
-    for dtype in (torch.bfloat16, torch.float64):
-        model = load_policy(tiny_policy, torch.float32 if dtype == torch.bfloat16 else dtype, "cpu")
-        with forward_precision("cpu", dtype):
+    gradients = []
+    for weights_in, computed_in in (
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float64),
+    ):
+        model = load_policy(tiny_policy, weights_in, "cpu")
+        with forward_precision("cpu", computed_in):
             response_logps(model, batch).sum().backward()
-        found.append(torch.cat([weight.grad.flatten().double() for weight in model.parameters()]))
-    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999
+        flat = [weight.grad.flatten().double() for weight in model.parameters()]
+        gradients.append(torch.cat(flat))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
 
 
-def test_the_model_s_own_head_is_back_after_a_pass(model, sequences):
+def test_the_head_of_the_model_is_restored_after_a_pass(model, sequences):
     in_batches(model, *sequences, [0, 1], 2)
     assert "forward" not in vars(model.lm_head)
 
 
-def test_a_log_probability_that_is_no_number_names_its_pair(tiny_policy, sequences):
+def test_a_nan_log_probability_names_its_pair(tiny_policy, sequences):
     model = load_policy(tiny_policy, torch.float32, "cpu")
     model.model.embed_tokens.register_forward_hook(
         lambda _, ids, states: states.masked_fill((ids[0] == 5)[..., None], torch.nan)

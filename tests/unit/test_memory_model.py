@@ -1,4 +1,7 @@
-"""The memory model against what PyTorch allocates, on fake tensors: shapes without numbers."""
+"""The memory model compared with what PyTorch allocates.
+
+The tensors are fake: they have shapes, but no data.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,23 @@ from sppo.reporting.cost_model import SHAPES, Shape
 from sppo.training.logps import forward_precision, pair_batch, response_logps
 from sppo.training.trainer import with_lora
 
-MISTRAL, LLAMA = "mistralai/Mistral-7B-Instruct-v0.2", "meta-llama/Meta-Llama-3-8B-Instruct"
+MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
+LLAMA = "meta-llama/Meta-Llama-3-8B-Instruct"
 GEMMA = "google/gemma-2-9b-it"
-SMALL = Shape(2, 256, 896, 4, 1, 64, 4000, False)  # of which real tensors are made
+# A small shape for the tests with real tensors.
+SMALL = Shape(2, 256, 896, 4, 1, 64, 4000, False)
 
 
 class Peak(TorchDispatchMode):
-    """Most bytes of storages that live at once; FSDP frees some by resizing them to nothing."""
+    """Largest number of bytes of storages that exist at the same time.
+
+    FSDP frees a storage by resizing it to 0 bytes.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.bytes, self.live = 0, {}
+        self.bytes = 0
+        self.live = {}
         for parameter in model.parameters():
             self.hold(parameter)
 
@@ -55,16 +64,20 @@ class Peak(TorchDispatchMode):
 
 @pytest.fixture
 def mesh():
-    """Eight processes, of which this is the first and the others are not there."""
+    """A group of eight processes; this process is the first, and the others do not exist."""
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     yield init_device_mesh("cpu", (8,))
     dist.destroy_process_group()
 
 
 def make_model(shape: Shape, dtype: torch.dtype, eager: bool) -> torch.nn.Module:
-    llama_or_mistral = LlamaConfig if shape.vocabulary > 1e5 else MistralConfig
-    kind = Gemma2Config if shape.softcap else llama_or_mistral
-    config = kind(
+    if shape.softcap:
+        config_class = Gemma2Config
+    elif shape.vocabulary > 1e5:
+        config_class = LlamaConfig
+    else:
+        config_class = MistralConfig
+    config = config_class(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         head_dim=shape.head_dim,
@@ -101,13 +114,13 @@ def training_peak(
     mesh: DeviceMesh | None = None,
     width: int = 2,
 ) -> int:
-    """Of two steps of two micro-batches by PyTorch's RMSProp, as it runs on a GPU."""
+    """Peak bytes of two steps of two micro-batches with the RMSProp of PyTorch, as on a GPU."""
     dtype = torch.bfloat16 if width == 2 else torch.float32
     batch = batch_of(micro, prompt, response)
-    # PEFT does not know fake tensors, so LoRA's are real and small.
+    # PEFT does not support fake tensors, so the tensors of LoRA are real and small.
     with contextlib.nullcontext() if lora else FakeTensorMode(allow_non_fake_inputs=True):
-        model = make_model(shape, dtype if lora else torch.float32, eager)
-        inner, model = model, with_lora(model, {"lora_rank": lora, "lora_alpha": 32})
+        inner = make_model(shape, dtype if lora else torch.float32, eager)
+        model = with_lora(inner, {"lora_rank": lora, "lora_alpha": 32})
         if mesh:
             layers = inner.model.layers
             for i in range(len(layers)):
@@ -117,9 +130,8 @@ def training_peak(
         elif checkpointing:
             inner.activation_checkpointing_enable()
         model.train()
-        optimizer = torch.optim.RMSprop(
-            [p for p in model.parameters() if p.requires_grad], foreach=mesh is None
-        )
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        optimizer = torch.optim.RMSprop(trained, foreach=mesh is None)
         with Peak(model) as peak:
             for _ in range(2):
                 for _ in range(2):
@@ -147,7 +159,7 @@ def deep(name: str, layers: int) -> Shape:
         (deep(GEMMA, 2), 1, 16, 2048),
     ],
 )
-def test_peak_of_one_gpu_s_training(shape, micro, prompt, response):
+def test_training_memory_of_one_gpu(shape, micro, prompt, response):
     found = training_peak(shape, micro, prompt, response, eager=shape.softcap)
     formula = cost_model.train_bytes(
         shape, 1, micro, prompt, response, 0, True, eager=shape.softcap
@@ -164,8 +176,8 @@ def test_peak_of_one_gpu_s_training(shape, micro, prompt, response):
         (deep(GEMMA, 2), 1, 64, 64),
     ],
 )
-def test_peak_of_one_of_eight_gpus(shape, micro, prompt, response, mesh):
-    """FSDP2 gathers what it computes with: layers, and the embeddings and output layer."""
+def test_training_memory_of_one_of_eight_gpus(shape, micro, prompt, response, mesh):
+    """FSDP2 gathers the weights of the current layer, the embeddings and the output layer."""
     found = training_peak(shape, micro, prompt, response, eager=shape.softcap, mesh=mesh)
     formula = cost_model.train_bytes(
         shape, 8, micro, prompt, response, 0, True, eager=shape.softcap
@@ -174,7 +186,7 @@ def test_peak_of_one_of_eight_gpus(shape, micro, prompt, response, mesh):
 
 
 @pytest.mark.parametrize(("layers", "width"), [(2, 4), (4, 2)])
-def test_peak_without_checkpointing(layers, width):
+def test_training_memory_without_checkpointing(layers, width):
     shape = deep(MISTRAL, layers)
     found = training_peak(shape, 2, 1024, 256, checkpointing=False, width=width)
     formula = cost_model.train_bytes(shape, 1, 2, 1024, 256, 0, False, width)
@@ -189,7 +201,7 @@ def test_peak_without_checkpointing(layers, width):
         (replace(SMALL, intermediate=448), 1024, 64),
     ],
 )
-def test_peak_of_lora(shape, prompt, response):
+def test_training_memory_of_lora(shape, prompt, response):
     found = training_peak(shape, 1, prompt, response, lora=8)
     formula = cost_model.train_bytes(shape, 1, 1, prompt, response, 8, True)
     assert formula == pytest.approx(found, rel=0.15)
@@ -203,7 +215,7 @@ def test_peak_of_lora(shape, prompt, response):
         (deep(GEMMA, 2), 1, 4096, 16),
     ],
 )
-def test_peak_of_scoring(shape, micro, prompt, response):
+def test_memory_of_scoring(shape, micro, prompt, response):
     batch = batch_of(micro, prompt, response)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = make_model(shape, torch.float32, shape.softcap)

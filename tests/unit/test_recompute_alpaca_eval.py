@@ -1,4 +1,4 @@
-"""Leaderboard rows from annotations: the package's published rows, alignment by instruction, bad input."""
+"""Leaderboard rows from annotations: published rows, alignment by instruction, bad input."""
 
 import json
 import os
@@ -13,11 +13,12 @@ import recompute_alpaca_eval as program
 from sppo.core.errors import UserError
 from sppo.evaluation import alpaca_eval
 
-# A folder with public data sets; tests that need one are skipped without it.
+# A folder with public data sets. Tests that need it are skipped if it does not exist.
 PUBLIC_DATA = Path(os.environ.get("SPPO_PUBLIC_DATA", "/nonexistent"))
-needs_shared = pytest.mark.skipif(
+needs_public_data = pytest.mark.skipif(
     not PUBLIC_DATA.is_dir(), reason="the published annotations are not on this machine"
 )
+DIFFICULTY = ("--difficulty", PUBLIC_DATA / "alpaca_eval_df_gamed_reconstructed.csv")
 FILES = {
     1: (
         "alpaca_eval_1_gpt4_annotations.parquet",
@@ -53,35 +54,26 @@ def recompute(monkeypatch, capsys, path, *flags):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-@needs_shared
+@needs_public_data
 @pytest.mark.parametrize("version", [1, 2])
-def test_the_packaged_leaderboard_is_reproduced(monkeypatch, capsys, version):
+def test_the_leaderboard_of_the_package_is_reproduced(monkeypatch, capsys, version):
     import alpaca_eval
 
     file, board = FILES[version]
     listed = pd.read_csv(Path(alpaca_eval.__file__).parent / "leaderboards" / board, index_col=0)
-    difficulty = (
-        ("--difficulty", PUBLIC_DATA / "alpaca_eval_df_gamed_reconstructed.csv")
-        if version == 2
-        else ()
-    )
-    found = [
-        row
-        for row in recompute(monkeypatch, capsys, PUBLIC_DATA / file, *difficulty)
-        if row["model"] in listed.index
-    ]
+    difficulty = DIFFICULTY if version == 2 else ()
+    recomputed = recompute(monkeypatch, capsys, PUBLIC_DATA / file, *difficulty)
+    found = [row for row in recomputed if row["model"] in listed.index]
     assert len(found) >= 46
     for row in found:
         published = listed.loc[row["model"]]
         assert row["win_rate"] == pytest.approx(published["win_rate"], abs=1e-9)
         assert row["standard_error"] == pytest.approx(published["standard_error"], abs=1e-9)
         assert row["n_total"] == published["n_total"]
-        if (
-            row["model"] != "falcon-7b-instruct" or version == 2
-        ):  # whose AlpacaEval 1 annotations are not those of its outputs
-            assert abs(row["avg_length"] - published["avg_length"]) <= (
-                2 if "absent" in row.get("note", "") else 0
-            )
+        # The AlpacaEval 1 annotations of falcon-7b-instruct are not of its published outputs.
+        if row["model"] != "falcon-7b-instruct" or version == 2:
+            allowed = 2 if "absent" in row.get("note", "") else 0
+            assert abs(row["avg_length"] - published["avg_length"]) <= allowed
         if version == 2:
             assert row["lc_source"].endswith("approximate")
             lc = row.get(
@@ -90,7 +82,7 @@ def test_the_packaged_leaderboard_is_reproduced(monkeypatch, capsys, version):
             assert lc == pytest.approx(published["length_controlled_winrate"], abs=0.9)
 
 
-@needs_shared
+@needs_public_data
 def test_rows_are_aligned_by_instruction(monkeypatch, capsys, tmp_path):
     frame = pd.read_parquet(PUBLIC_DATA / FILES[2][0])
     frame = frame[frame["model"] == frame["model"].iloc[0]].drop(columns=["row"])
@@ -98,59 +90,62 @@ def test_rows_are_aligned_by_instruction(monkeypatch, capsys, tmp_path):
     frame.sample(frac=1, random_state=0).to_json(shuffled, orient="records")
     ordered = tmp_path / "ordered.json"
     frame.to_json(ordered, orient="records")
-    difficulty = ("--difficulty", PUBLIC_DATA / "alpaca_eval_df_gamed_reconstructed.csv")
-    [one], [other] = (
-        recompute(monkeypatch, capsys, path, *difficulty) for path in (ordered, shuffled)
-    )
+    [one] = recompute(monkeypatch, capsys, ordered, *DIFFICULTY)
+    [other] = recompute(monkeypatch, capsys, shuffled, *DIFFICULTY)
     assert other["length_controlled_winrate"] == pytest.approx(
         one["length_controlled_winrate"], abs=1e-9
     )
-    assert "by place" not in one.get("note", "") and "by place" in other["note"]
+    assert "by place" not in one.get("note", "")
+    assert "by place" in other["note"]
 
 
-def test_json_of_two_models_and_other_instructions(monkeypatch, capsys, tmp_path):
+def test_annotations_of_two_models_give_two_rows(monkeypatch, capsys, tmp_path):
+    """The instructions are not those of AlpacaEval; one annotation has no preference."""
     file = tmp_path / "annotations.json"
-    file.write_text(
-        json.dumps([*rows(), *rows(12, "other"), rows(13, "other")[-1] | {"preference": None}])
-    )
+    without_preference = rows(13, "other")[-1] | {"preference": None}
+    file.write_text(json.dumps([*rows(), *rows(12, "other"), without_preference]))
     one, other = recompute(monkeypatch, capsys, file)
-    assert (one["model"], one["n_total"], other["model"], other["n_total"]) == (
-        "policy",
-        40,
-        "other",
-        12,
-    )
+    assert (one["model"], one["n_total"]) == ("policy", 40)
+    assert (other["model"], other["n_total"]) == ("other", 12)
     assert one["win_rate"] == pytest.approx(100 * sum(row["preference"] - 1 for row in rows()) / 40)
-    assert (
-        "not the leaderboard's" in one["lc_source"]
-        and "note" not in one
-        and "1 annotations" in other["note"]
-    )
+    assert "not the leaderboard's" in one["lc_source"]
+    assert "note" not in one
+    assert "1 annotations" in other["note"]
 
 
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ("absent", "no annotations"),
-        ("torn", "not"),
-        ("column", "no column preference"),
-        ("twice", "two annotations"),
-        ("few", "at least 5"),
-        ("difficulty", "missing"),
-        ("foreign", "not one of AlpacaEval's"),
+        ("no file", "no annotations"),
+        ("cut file", "not"),
+        ("no column", "no column preference"),
+        ("repeated row", "two annotations"),
+        ("few rows", "at least 5"),
+        ("no difficulty", "missing"),
+        ("other instructions", "not one of AlpacaEval's"),
     ],
 )
-def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, case, says):
-    file, flags, table = tmp_path / "annotations.json", [], rows()
-    if case == "column":
-        table = [{k: v for k, v in row.items() if k != "preference"} for row in table]
-    table = table + table[:1] if case == "twice" else table[:3] if case == "few" else table
-    if case != "absent":
-        file.write_text(json.dumps(table)[: 50 if case == "torn" else None])
-    if case in ("difficulty", "foreign"):
-        flags = ["--difficulty", tmp_path / "df_gamed.csv"]
-    if case == "foreign":
-        flags[1].write_text(
+def test_bad_input_is_a_one_line_error(monkeypatch, capsys, tmp_path, case, says):
+    file = tmp_path / "annotations.json"
+    difficulty = tmp_path / "df_gamed.csv"
+    flags = []
+    table = rows()
+    if case == "no column":
+        for row in table:
+            del row["preference"]
+    if case == "repeated row":
+        table = table + table[:1]
+    if case == "few rows":
+        table = table[:3]
+    text = json.dumps(table)
+    if case == "cut file":
+        text = text[:50]
+    if case != "no file":
+        file.write_text(text)
+    if case in ("no difficulty", "other instructions"):
+        flags = ["--difficulty", difficulty]
+    if case == "other instructions":
+        difficulty.write_text(
             "preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model\n"
         )
     with pytest.raises(UserError, match=says) as error:

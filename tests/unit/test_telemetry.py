@@ -1,4 +1,4 @@
-"""Nothing is reported: a server in the hub's place hears nothing of a training by TRL."""
+"""No telemetry: a server that replaces the hub gets no request from a training with TRL."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PROGRAMS = sorted(
     for file in (ROOT / "src").rglob("*.py")
     if '"__main__"' in file.read_text(encoding="utf-8")
 )
-# As src/train_policy.py does it: the package first, then a trainer of TRL's. A thread sends
-# reports, and may be late.
+# Like src/train_policy.py: it imports the package first and then makes a trainer of TRL. A thread
+# of huggingface_hub sends the reports, so the last lines wait for it.
 TRAINER = """
 import sys
 import sppo.core.errors
@@ -48,7 +48,7 @@ print("made")
 
 @pytest.fixture
 def hub():
-    """A server in the place of huggingface.co; `asked` holds the paths that it was asked for."""
+    """A server that replaces huggingface.co; `asked` is the list of requested paths."""
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self):
@@ -71,7 +71,7 @@ def hub():
 
 
 def make_trainer(hub, policy: Path, folder: Path, **variables: str) -> None:
-    """Make a trainer of TRL's in a process of its own, online as far as it knows."""
+    """Make a trainer of TRL in a separate process without any variable that means offline."""
     unset = {
         *sppo.QUIET,
         "HF_HUB_OFFLINE",
@@ -105,15 +105,15 @@ def test_a_training_by_trl_reports_nothing(hub, tiny_policy, tmp_path):
     assert hub.asked == []
 
 
-def test_the_server_would_have_heard_of_it(hub, tiny_policy, tmp_path):
-    """The test above can fail: with telemetry wished for, TRL reports."""
+def test_trl_reports_if_telemetry_is_switched_on(hub, tiny_policy, tmp_path):
+    """So the test above can fail."""
     make_trainer(hub, tiny_policy, tmp_path, HF_HUB_DISABLE_TELEMETRY="0", DO_NOT_TRACK="0")
     assert any(path.startswith("/api/telemetry/trl/") for path in hub.asked)
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
-def test_every_program_imports_the_package_before_what_reports(program):
-    """Packages read the variables when they are imported."""
+def test_every_program_imports_sppo_before_reporting_packages(program):
+    """Packages read the variables that switch telemetry off when they are imported."""
     reporting = {
         "accelerate",
         "alpaca_eval",
@@ -128,11 +128,10 @@ def test_every_program_imports_the_package_before_what_reports(program):
     }
     modules = []
     for node in ast.parse(program.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            modules += (
-                [node.module]
-                if isinstance(node, ast.ImportFrom)
-                else [alias.name for alias in node.names]
-            )
+        if isinstance(node, ast.ImportFrom):
+            modules.append(node.module)
+        elif isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
     packages = [module.split(".")[0] for module in modules]
-    assert "sppo" in packages and not reporting & set(packages[: packages.index("sppo")])
+    assert "sppo" in packages
+    assert not reporting & set(packages[: packages.index("sppo")])
