@@ -177,7 +177,7 @@ def test_what_is_no_number_is_refused_on_write_and_on_read(name, column, number,
     assert left_over(tmp_path) == []
     pq.write_table(pa.Table.from_pylist(rows, schema=TABLES[name].columns), tmp_path / "t.parquet")
     assert (
-        f"breaks the schema of {name} (column {column} has numbers that are NaN or infinite)"
+        f"breaks the schema of {name} (column {column} has values that are NaN or infinite)"
         in refusal(tmp_path / "t.parquet", name)
     )
 
@@ -360,7 +360,7 @@ def test_broken_record_of_an_input_is_one_line_before_any_work(record, tmp_path,
     record_path(given).write_text(record, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(
         UserError,
-        match="input.record.json is broken .*make verify FIX=1.*makes .*input again and all that follows",
+        match="input.record.json is broken .*make verify FIX=1.*make .*input and everything made from it again",
     ):
         with recorded("select", tmp_path / "artifact", [given], {}):
             pytest.fail("the work began")

@@ -190,6 +190,6 @@ def test_link_to_nothing_is_one_line_that_says_where_it_points(policy):
     (policy / "tokenizer.json").symlink_to("/nowhere/tokenizer.json")
     with pytest.raises(
         UserError,
-        match="policy/tokenizer.json is a link to /nowhere/tokenizer.json, which is not there",
+        match="policy/tokenizer.json is a link to /nowhere/tokenizer.json, which does not exist",
     ):
         check_policy(policy)

@@ -301,7 +301,7 @@ def test_files_that_do_not_belong_together_are_one_line(root, build):
             },
         ),
         (
-            "lies in no folder iter",
+            "is not in a folder named iter",
             {
                 "prompts": [
                     shutil.copy(root / "iter1" / "prompts.parquet", root / "prompts.parquet")
