@@ -59,7 +59,7 @@ def test_what_fits_passes(answers, job, status_command):
         (Asked("train_policy", "gpu", "biology", 1), "may use chemistry, physics"),
         (
             Asked("train_policy", "short", "physics", 31),
-            "more than the 30 minutes that partition short gives, train_policy for 31",
+            r"more than the 30 minutes that partition short allows \(train_policy for 31\)",
         ),
     ],
 )
@@ -75,7 +75,8 @@ def test_a_limit_on_gpus_below_what_one_job_asks_for(answers):
     check_cluster([training], "sacct", most_gpus=8)
     with pytest.raises(
         UserError,
-        match="train_policy asks for 8 GPUs, but no more than 1 may be in use at a time; give --workflow-profile",
+        match="train_policy asks for 8 GPUs, but at most 1 may be in use at a time; "
+        "give --workflow-profile",
     ):
         check_cluster([training], "sacct", most_gpus=1)
 
@@ -96,7 +97,8 @@ def test_no_partition_where_there_is_no_default_one(answers):
     answers("gpu|1-00:00:00\\nshort|30:00\\n")
     with pytest.raises(
         UserError,
-        match="no slurm_partition is given, and this cluster has no default one but gpu, short",
+        match="slurm_partition is not set, and this cluster has no default partition; "
+        "in .* set it to one of gpu, short",
     ):
         check_cluster([Asked("train_policy", "", "", 1)], "sacct")
 
@@ -104,10 +106,10 @@ def test_no_partition_where_there_is_no_default_one(answers):
 def test_a_cluster_without_accounting_wants_squeue_and_no_account(answers):
     answers(TWO, sacct=DISABLED)
     check_cluster([Asked("train_policy", "gpu", "", 1)], "squeue")
-    with pytest.raises(UserError, match="take the # from slurm-status-command: squeue"):
+    with pytest.raises(UserError, match="remove the # before slurm-status-command: squeue"):
         check_cluster([Asked("train_policy", "gpu", "", 1)], "sacct")
     with pytest.raises(
-        UserError, match="slurm_account is physics, but this cluster keeps no accounts"
+        UserError, match="slurm_account is physics, but this cluster does not keep accounts"
     ):
         check_cluster([FITS], "squeue")
 
@@ -120,7 +122,7 @@ def test_no_slurm_and_a_silent_one(answers, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"Slurm does not answer \(slurm_load_partitions: Unable"):
         check_cluster([FITS], "sacct")
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="there is no Slurm here"):
+    with pytest.raises(UserError, match="Slurm is not installed here"):
         check_cluster([FITS], "sacct")
 
 
