@@ -778,11 +778,11 @@ def test_damage_to_any_file_of_a_checkpoint_is_named_and_the_one_before_is_used(
         remove_damaged(whole)
         said = capsys.readouterr().err.splitlines()
         named = (
-            "not written to its end"
+            "not written completely"
             if file.name == "manifest.json" and damage == "removed"
             else file.name
         )
-        assert len(said) == 1 and "checkpoint-3 is of no use" in said[0] and named in said[0]
+        assert len(said) == 1 and "checkpoint-3 cannot be used" in said[0] and named in said[0]
         assert (
             last_checkpoint(whole) == whole / "checkpoint-2"
             and not (whole / "checkpoint-3").exists()
@@ -824,7 +824,7 @@ def test_what_is_no_folder_in_a_checkpoint_s_place_is_removed(kind, work, capsys
     odd = work / "checkpoint-9"
     odd.write_text("x") if kind == "a file" else odd.symlink_to("nowhere")
     remove_damaged(work)
-    assert "checkpoint-9 is of no use" in capsys.readouterr().err and not os.path.lexists(odd)
+    assert "checkpoint-9 cannot be used" in capsys.readouterr().err and not os.path.lexists(odd)
     assert last_checkpoint(work) == work / "checkpoint-3"
 
 
@@ -940,7 +940,7 @@ def test_process_that_cannot_wait_is_told_who_trains(place, holder):
     with (
         pytest.raises(
             UserError,
-            match=f"process {holder.pid} on .* is training .*policy already; wait for its end",
+            match=f"process {holder.pid} on .* is training .*policy already; wait until it has ended",
         ),
         alone(place.folder / "policy", wait=False),
     ):
