@@ -1026,7 +1026,7 @@ def test_lora_update_that_bfloat16_would_drop_is_refused(place, capsys):
     place.score(place.policy, "bfloat16", lora_rank=4)
     words = {"precision": "bfloat16", "lora_rank": 4, "beta": 0.1, "max_grad_norm": 1.0}
     with pytest.raises(
-        UserError, match=r"only \d+% of what LoRA learned is left.*raise train.learning_rate"
+        UserError, match=r"only \d+% of the LoRA update is left.*raise train.learning_rate"
     ):
         place.train("policy", learning_rate=1e-3, **words)
     assert (
