@@ -318,7 +318,7 @@ class PairTrainer(Trainer):
         super().log(logs, start_time)
 
     def _check_numbers(self, rows: Tensor, gradient_norm: float | None) -> None:
-        """UserError if a loss in `rows` (see `_count`) or the gradient norm is not finite."""
+        """Raise a UserError if a loss in `rows` or the gradient norm is not finite."""
         step = f"step {self.state.global_step}"
         pair_ids = [int(pair_id) for pair_id in rows[:, 0].tolist()]
         check_finite(rows[:, 3], [f"pair {pair_id} in {step}" for pair_id in pair_ids], "loss")
