@@ -385,7 +385,7 @@ def test_runs_with_data_of_their_own_are_trained_and_evaluated(clone):
     assert len(pairs["ra_dpo"]) % 2 == 0
     for pair, reverse in zip(pairs["ra_dpo"][::2], pairs["ra_dpo"][1::2]):
         assert pair["chosen"] == reverse["rejected"]
-    # RA-DPO's prompts have additional tokens.
+    # RA-DPO's prompts name a goal, so they have more tokens.
     ra_dpo = read_table(root / "ra_dpo/iter2/prompts.parquet", "prompts")
     selm = read_table(root / "selm/iter2/prompts.parquet", "prompts")
     assert [row["messages"] for row in ra_dpo] == [row["messages"] for row in selm]
