@@ -182,12 +182,8 @@ def train(args: argparse.Namespace) -> None:
         trained, weights = whole_policy(trainer, args)
         if not is_first():
             return
-        trained.config.use_cache = True
-        with written_whole(args.output) as temporary:
-            trained.save_pretrained(temporary, state_dict=weights)
-            tokenizer.save_pretrained(temporary)
-            text = card(args, len(pairs), trainer.state.global_step, history[-1])
-            (temporary / "README.md").write_text(text, encoding="utf-8")
+        card_text = card(args, len(pairs), trainer.state.global_step, history[-1])
+        write_policy(args.output, trained, weights, tokenizer, card_text)
         write_text(args.log, "".join(json.dumps(line) + "\n" for line in history))
         facts |= facts_of(trainer, pairs, dtype, history[-1])
         if kept is not None:
@@ -327,6 +323,20 @@ def check_history(history: list[dict[str, Any]], output: Path) -> None:
                     f"the training of {output} gave a loss or gradient norm that is not finite; "
                     "lower train.learning_rate"
                 )
+
+
+def write_policy(
+    output: Path, model: Any, weights: dict | None, tokenizer: Any, card_text: str
+) -> None:
+    """Write the policy's folder: model, tokenizer and model card.
+
+    `weights` are the weights to write; None for those of `model`.
+    """
+    model.config.use_cache = True
+    with written_whole(output) as temporary:
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card_text, encoding="utf-8")
 
 
 def facts_of(trainer: Any, pairs: list[dict], dtype: Any, last: dict[str, Any]) -> dict[str, Any]:
