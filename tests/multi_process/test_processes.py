@@ -1,4 +1,8 @@
-"""Training in two processes is training in one: weights, logs, step 0, kill and resume, one line for an error. Gloo, no GPU."""
+"""Training in two processes gives the same result as training in one process.
+
+The tests compare weights, logs and step 0, kill and resume trainings, and check that an error is
+one line. They use gloo and need no GPU.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,8 @@ from sppo.policies.models import check_policy, load_policy, load_tokenizer
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "train_policy_on_cpu.py"
+
+# The values of --parallel that divide the weights over processes.
 DIVIDED = [
     "fsdp2",
     pytest.param(
@@ -29,6 +35,8 @@ DIVIDED = [
         marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed"),
     ),
 ]
+
+# Options of a training whose result two processes can reproduce up to rounding.
 PLAIN = {
     "precision": "float32",
     "device": "cpu",
@@ -46,7 +54,10 @@ PLAIN = {
 
 
 class Place(TrainingFolder):
-    """A folder with 11 pairs, so that steps of 8 end raggedly, with 3; and runs of the program in it."""
+    """A folder with 11 pairs, in which the program is run.
+
+    With steps of 8 pairs, the last step has only 3.
+    """
 
     def __init__(self, folder: Path, policy: Path) -> None:
         super().__init__(folder, policy)
@@ -55,6 +66,7 @@ class Place(TrainingFolder):
             self.score(policy, precision)
 
     def score(self, policy: Path, precision: str, name: str | None = None) -> None:
+        """Write the log-probabilities under `policy` to `<name>.parquet`."""
         subprocess.run(
             [
                 sys.executable,
@@ -76,6 +88,7 @@ class Place(TrainingFolder):
         )
 
     def command(self, name: str, reference: str | None = None, **options: object) -> list[str]:
+        """The command that trains the policy `name` with `PLAIN` and these options."""
         options = PLAIN | options
         current = self.folder / f"{reference or options['precision']}.parquet"
         return [
@@ -97,6 +110,7 @@ class Place(TrainingFolder):
     def run(
         self, name: str, environment: dict[str, str] | None = None, **options: object
     ) -> subprocess.CompletedProcess:
+        """Run the program, with additional environment variables."""
         return subprocess.run(
             self.command(name, **options),
             env=os.environ | (environment or {}),
@@ -106,7 +120,7 @@ class Place(TrainingFolder):
         )
 
     def train(self, name: str, **options: object) -> dict[str, torch.Tensor]:
-        """Weights of the policy that these options train, in files as Hugging Face writes them."""
+        """Train a policy and return its weights. Check its files and that nothing else is left."""
         done = self.run(name, **options)
         assert done.returncode == 0, done.stdout + done.stderr
         check_policy(self.folder / name)
@@ -122,25 +136,21 @@ def place(tmp_path_factory, tiny_policy) -> Place:
 
 @pytest.fixture(scope="module")
 def alone(place) -> dict[str, torch.Tensor]:
-    """Weights that one process trains, a step of 8 pairs in one pass, and one of the 3 that are left."""
+    """Weights trained by one process: a step of 8 pairs and a step of 3, each in one pass."""
     return place.train("alone")
 
 
 def assert_same(
     place: Place, alone: dict[str, torch.Tensor], name: str, weights: dict[str, torch.Tensor]
 ) -> None:
-    """The same weights but for rounding, all float32, and the same log."""
+    """`weights` and the log of `name` equal those of `alone` up to rounding, all in float32."""
     moved = distance(place.start(), alone)
-    assert moved > 1e-3 and distance(alone, weights) < 1e-4 * moved
+    assert moved > 1e-3
+    assert distance(alone, weights) < 1e-4 * moved
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    columns = ("loss", "log_ratio_chosen", "log_ratio_rejected", "grad_norm", "learning_rate")
     for ours, theirs in zip(place.log(name), place.log("alone"), strict=True):
-        for column in (
-            "loss",
-            "log_ratio_chosen",
-            "log_ratio_rejected",
-            "grad_norm",
-            "learning_rate",
-        ):
+        for column in columns:
             assert ours[column] == pytest.approx(theirs[column], rel=1e-4, abs=1e-3), column
 
 
@@ -150,9 +160,8 @@ def test_two_processes_train_what_one_does(micro_batch_size, accumulation, place
     weights = place.train(name, processes=2, micro_batch_size=micro_batch_size)
     assert_same(place, alone, name, weights)
     step_0 = read_json(record_path(place.folder / name))["step_0"]
-    assert step_0["log_ratio_per_token"] < 1e-3 and step_0["loss"] == pytest.approx(
-        step_0["closed_form"], rel=1e-3
-    )
+    assert step_0["log_ratio_per_token"] < 1e-3
+    assert step_0["loss"] == pytest.approx(step_0["closed_form"], rel=1e-3)
 
 
 @pytest.mark.parametrize(("micro_batch_size", "accumulation"), [(4, 1), (1, 4)])
@@ -163,17 +172,18 @@ def test_a_divided_policy_is_trained_as_one_process_does(
     name = f"{parallel}_{accumulation}"
     weights = place.train(name, parallel=parallel, processes=2, micro_batch_size=micro_batch_size)
     assert_same(place, alone, name, weights)
-    assert (
-        type(load_policy(place.folder / name, torch.float32, "cpu")).__name__ == "LlamaForCausalLM"
-    )
-    assert read_json(place.folder / name / "config.json") | {"use_cache": True} == read_json(
-        place.folder / "alone" / "config.json"
-    )
+    policy = load_policy(place.folder / name, torch.float32, "cpu")
+    assert type(policy).__name__ == "LlamaForCausalLM"
+    config = read_json(place.folder / name / "config.json")
+    assert config | {"use_cache": True} == read_json(place.folder / "alone" / "config.json")
 
 
 @pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
 def test_an_output_layer_of_its_own(parallel, tmp_path, tiny_policy):
-    """As Mistral and Llama-3 have it, where the embedded policy has the embeddings' weights in both places."""
+    """An output layer with its own weights, as in Mistral and Llama-3.
+
+    In the embedded policy, the output layer and the embeddings share their weights.
+    """
     policy = load_policy(tiny_policy, torch.float32, "cpu")
     policy.config.tie_word_embeddings = False
     policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.detach().flip(1).clone())
@@ -183,20 +193,18 @@ def test_an_output_layer_of_its_own(parallel, tmp_path, tiny_policy):
 
     alone = place.train("alone")
 
-    assert {"lm_head.weight", "model.embed_tokens.weight"} <= alone.keys() and distance(
-        alone, place.start()
-    ) > 0
-    assert_same(
-        place,
-        alone,
-        parallel,
-        place.train(parallel, parallel=parallel, processes=2, micro_batch_size=4),
-    )
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= alone.keys()
+    assert distance(alone, place.start()) > 0
+    weights = place.train(parallel, parallel=parallel, processes=2, micro_batch_size=4)
+    assert_same(place, alone, parallel, weights)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
 def test_step_0_holds_and_updates_below_bfloat16_arrive_with_float32_masters(parallel, place):
-    """bfloat16 computes, with gradient checkpointing: the same log-ratios at step 0 as in one process, and updates far below 2^-8 of a weight."""
+    """bfloat16 with gradient checkpointing: log-ratios are 0 at step 0 up to rounding.
+
+    Updates far below 2^-8 of a weight arrive in the weights.
+    """
     options = {
         "precision": "bfloat16",
         "optimizer": "rmsprop",
@@ -204,24 +212,23 @@ def test_step_0_holds_and_updates_below_bfloat16_arrive_with_float32_masters(par
         "gradient_checkpointing": "true",
     }
     place.train(f"bf16_{parallel}", processes=2, parallel=parallel, micro_batch_size=2, **options)
-    trained, start = (
-        load_file(place.folder / f"bf16_{parallel}" / "model.safetensors"),
-        place.start(),
-    )
+    trained = load_file(place.folder / f"bf16_{parallel}" / "model.safetensors")
     step_0 = read_json(record_path(place.folder / f"bf16_{parallel}"))["step_0"]
-    assert step_0["log_ratio_per_token"] < 5e-2 and step_0["mean_log_ratio_per_token"] < 1e-2
+    assert step_0["log_ratio_per_token"] < 5e-2
+    assert step_0["mean_log_ratio_per_token"] < 1e-2
     name = "model.layers.0.mlp.up_proj.weight"
-    step = (trained[name] - start[name]).abs()
-    assert (
-        trained[name].dtype == torch.float32
-        and (step > 0).float().mean() > 0.9
-        and step.max() < 1e-4
-    )
+    update = (trained[name] - place.start()[name]).abs()
+    assert trained[name].dtype == torch.float32
+    assert (update > 0).float().mean() > 0.9
+    assert update.max() < 1e-4
 
 
 @pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
 def test_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(parallel, place):
-    """Process 1 is killed before the fourth of six steps; RMSProp, so that the optimiser's state counts."""
+    """Process 1 is killed before the fourth of six steps.
+
+    With RMSProp, the result depends on the optimiser's state.
+    """
     options = {
         "processes": 2,
         "parallel": parallel,
@@ -238,29 +245,29 @@ def test_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(paralle
     name = f"resumed_{parallel}"
     killed = place.run(name, {"KILL_STEP": "3"}, **options)
     errors = [line for line in killed.stderr.splitlines() if line.startswith("error: ")]
-    assert (
-        killed.returncode == 1
-        and len(errors) == 1
-        and "process 1 of the training was ended by SIGKILL" in errors[0]
-    ), killed.stderr
-    assert not (place.folder / name).exists() and not record_path(place.folder / name).exists()
+    assert killed.returncode == 1, killed.stderr
+    assert len(errors) == 1, killed.stderr
+    assert "process 1 of the training was ended by SIGKILL" in errors[0]
+    assert not (place.folder / name).exists()
+    assert not record_path(place.folder / name).exists()
     done = place.run(name, **options)
     assert done.returncode == 0, done.stdout + done.stderr
-    said = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")]
-    assert said == ["4", "5", "6"], "it began again, or skipped"
-    # RMSProp makes steps of like size from gradients that are 0 but for rounding, which FSDP2 does not repeat: their signs may differ in single weights.
+    steps = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert steps == ["4", "5", "6"], "the training started again, or skipped steps"
+    # RMSProp makes updates of full size also from gradients that are only rounding errors. FSDP2
+    # does not reproduce these, so the signs of updates may differ in single weights. The mean
+    # difference must be small.
     resumed = load_file(place.folder / name / "model.safetensors")
-    spread = torch.cat([(whole[weight] - resumed[weight]).abs().flatten() for weight in whole])
-    assert whole.keys() == resumed.keys() and spread.mean().item() < 1e-5 * distance(
-        place.start(), whole
-    )
+    assert whole.keys() == resumed.keys()
+    differences = torch.cat([(whole[key] - resumed[key]).abs().flatten() for key in whole])
+    assert differences.mean().item() < 1e-5 * distance(place.start(), whole)
     for ours, theirs in zip(place.log(name), place.log(f"whole_{parallel}"), strict=True):
         for column in ("step", "epoch", "learning_rate", "loss", "grad_norm"):
             assert ours[column] == pytest.approx(theirs[column], rel=1e-5), column
 
 
 def test_two_machines_meet(place, alone):
-    """One process on each of two machines, both this one."""
+    """Two machines with one process each; this machine plays both."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -275,30 +282,27 @@ def test_two_machines_meet(place, alone):
         )
         for rank in "01"
     ]
-    said = [process.communicate(timeout=300)[0] for process in running]
-    assert [process.returncode for process in running] == [0, 0], said
-    assert_same(
-        place, alone, "machines", load_file(place.folder / "machines" / "model.safetensors")
-    )
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    weights = load_file(place.folder / "machines" / "model.safetensors")
+    assert_same(place, alone, "machines", weights)
 
 
 def test_error_of_all_processes_is_one_line_and_nothing_is_kept(place, tmp_path):
-    """References of another policy: both processes find it out."""
+    """The references belong to another policy, and both processes detect it."""
     other = load_policy(place.policy, torch.float32, "cpu")
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     other.save_pretrained(tmp_path)
-    for file in place.policy.iterdir():
-        if file.name not in {path.name for path in tmp_path.iterdir()}:
+    for file in place.policy.iterdir():  # The tokenizer's files.
+        if not (tmp_path / file.name).exists():
             (tmp_path / file.name).write_bytes(file.read_bytes())
     place.score(tmp_path, "float32", "other")
     done = place.run("refused", reference="other", processes=2, micro_batch_size=2)
     lines = done.stderr.splitlines()
-    assert done.returncode == 1 and [line for line in lines if line.startswith("error: ")] == [
-        lines[-1]
-    ], done.stderr
-    assert "step-0 identity" in lines[-1] and "Traceback" not in done.stderr
-    assert (
-        not (place.folder / "refused").exists()
-        and not record_path(place.folder / "refused").exists()
-    )
+    assert done.returncode == 1
+    assert [line for line in lines if line.startswith("error: ")] == [lines[-1]], done.stderr
+    assert "step-0 identity" in lines[-1]
+    assert "Traceback" not in done.stderr
+    assert not (place.folder / "refused").exists()
+    assert not record_path(place.folder / "refused").exists()

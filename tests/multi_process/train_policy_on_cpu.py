@@ -1,7 +1,7 @@
-"""src/train_policy.py, with what the tests need of it.
+"""src/train_policy.py, changed for the tests.
 
-Accelerate divides a policy over GPUs only; here --parallel fsdp2 and zero3 divide it over processors. With KILL_STEP in the
-environment, process 1 is killed before that step.
+Accelerate divides a policy only over GPUs. Here --parallel fsdp2 and zero3 divide it over processes
+on the CPU. If KILL_STEP is set in the environment, process 1 is killed before that step.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from sppo.training import distributed
 
 
 def divide_on_cpu() -> None:
-    """Let accelerate take the processor for a GPU of each process: the backend is gloo, all else is its own."""
+    """Make accelerate treat the CPU as a GPU of each process, with the backend gloo."""
     from accelerate.state import DistributedType, PartialState
 
-    def not_cpu(self, cpu=False, **more):
-        began(self, cpu=False, **more)
+    original_init = PartialState.__init__
 
-    began, PartialState.__init__ = PartialState.__init__, not_cpu
+    def init_without_cpu(self, cpu=False, **more):
+        original_init(self, cpu=False, **more)
+
+    PartialState.__init__ = init_without_cpu
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
 def kill_before(step: int) -> None:
+    """Make this process kill itself when `step` steps are done."""
     from sppo.training.trainer import StepLog
 
     def on_step_begin(self, args, state, control, **_):

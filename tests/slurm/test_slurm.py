@@ -161,9 +161,9 @@ def one_error(output: str) -> str:
 def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
     target = "results/tiny/tables/all.md"
     with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=False):
-        assert "take the # from slurm-status-command" in one_error(run(clone, target, status=1))
+        assert "remove the # before slurm-status-command" in one_error(run(clone, target, status=1))
         with_account = {"# slurm-status-command": "slurm-status-command"} | EDITED
-        assert "this cluster keeps no accounts; delete the line" in one_error(
+        assert "this cluster does not keep accounts; delete the line" in one_error(
             run(clone, target, status=1, edits=with_account)
         )
 
@@ -182,10 +182,10 @@ def test_what_cannot_run_is_one_line_before_any_job(cluster, clone):
         {"your_account": "physics"}
     )
     limited = run(clone, "results/tiny/iter1/policy", status=1, more=("--resources", "gpu=1"))
-    assert "train_policy asks for 8 GPUs, but no more than 1" in one_error(limited)
+    assert "train_policy asks for 8 GPUs, but at most 1" in one_error(limited)
     too_short = said(EDITED | {"your_partition": "short"})
     assert (
-        "more than the 30 minutes that partition short gives, train_policy for 1440" in too_short
+        "more than the 30 minutes that partition short allows (train_policy for 1440)" in too_short
         and PROFILE in too_short
     )
     assert not slurm("squeue", "--states=all", "--noheader")

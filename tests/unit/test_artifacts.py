@@ -185,7 +185,7 @@ def test_nan_and_infinity_are_refused_on_write_and_on_read(name, column, number,
     pq.write_table(pa.Table.from_pylist(rows, schema=TABLES[name].columns), tmp_path / "t.parquet")
     said = refusal(tmp_path / "t.parquet", name)
     assert f"breaks the schema of {name}" in said
-    assert f"(column {column} has numbers that are NaN or infinite)" in said
+    assert f"(column {column} has values that are NaN or infinite)" in said
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -376,7 +376,7 @@ def test_a_broken_record_of_an_input_is_refused(record, tmp_path, as_program):
         UserError,
         match=(
             "input.record.json is broken .*make verify FIX=1.*"
-            "makes .*input again and all that follows"
+            "make .*input and everything made from it again"
         ),
     ):
         with recorded("select", tmp_path / "artifact", [given], {}):

@@ -357,7 +357,7 @@ def test_a_winner_with_the_lower_win_rate_makes_a_pair_too(build):
     ("line", "message"),
     [
         ("{", "line 2 is not JSON"),
-        ('{"id": "b", "response": "\\udc00"}', "line 2 spells half a character"),
+        ('{"id": "b", "response": "\\udc00"}', "line 2 contains half of a character"),
         ('{"id": "b"}', "line 2 is not an object with id and response"),
         ('{"id": "a", "response": "again"}', "line 2: id a occurs twice"),
     ],

@@ -63,7 +63,7 @@ def test_jobs_that_fit_the_cluster_pass(answers, job, status_command):
         (Asked("train_policy", "gpu", "biology", 1), "may use chemistry, physics"),
         (
             Asked("train_policy", "short", "physics", 31),
-            "more than the 30 minutes that partition short gives, train_policy for 31",
+            r"more than the 30 minutes that partition short allows \(train_policy for 31\)",
         ),
     ],
 )
@@ -80,7 +80,7 @@ def test_a_gpu_limit_below_the_request_of_one_job_is_refused(answers):
     with pytest.raises(
         UserError,
         match=(
-            "train_policy asks for 8 GPUs, but no more than 1 may be in use at a time; "
+            "train_policy asks for 8 GPUs, but at most 1 may be in use at a time; "
             "give --workflow-profile"
         ),
     ):
@@ -106,7 +106,8 @@ def test_a_partition_is_required_if_the_cluster_has_no_default(answers):
     answers("gpu|1-00:00:00\\nshort|30:00\\n")
     with pytest.raises(
         UserError,
-        match="no slurm_partition is given, and this cluster has no default one but gpu, short",
+        match="slurm_partition is not set, and this cluster has no default partition; "
+        "in .* set it to one of gpu, short",
     ):
         check_cluster([Asked("train_policy", "", "", 1)], "sacct")
 
@@ -114,10 +115,10 @@ def test_a_partition_is_required_if_the_cluster_has_no_default(answers):
 def test_without_accounting_squeue_and_no_account_are_required(answers):
     answers(TWO, sacct=DISABLED)
     check_cluster([Asked("train_policy", "gpu", "", 1)], "squeue")
-    with pytest.raises(UserError, match="take the # from slurm-status-command: squeue"):
+    with pytest.raises(UserError, match="remove the # before slurm-status-command: squeue"):
         check_cluster([Asked("train_policy", "gpu", "", 1)], "sacct")
     with pytest.raises(
-        UserError, match="slurm_account is physics, but this cluster keeps no accounts"
+        UserError, match="slurm_account is physics, but this cluster does not keep accounts"
     ):
         check_cluster([FITS], "squeue")
 
@@ -133,7 +134,7 @@ def test_a_slurm_that_does_not_answer_is_refused(answers, tmp_path):
 
 def test_a_machine_without_slurm_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="there is no Slurm here"):
+    with pytest.raises(UserError, match="Slurm is not installed here"):
         check_cluster([FITS], "sacct")
 
 

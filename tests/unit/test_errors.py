@@ -391,7 +391,7 @@ def test_policy_whose_weights_were_lost_later_is_one_line_when_it_generates(
         ),
     )
     assert f"{folder}/model.safetensors is a link to {tmp_path}/emptied/model.safetensors" in line
-    assert "which is not there" in line and not (tmp_path / "out.parquet").exists()
+    assert "which does not exist" in line and not (tmp_path / "out.parquet").exists()
 
 
 def test_full_disk_while_a_policy_is_saved_leaves_no_folder(
@@ -432,7 +432,8 @@ def test_file_larger_than_the_limit_is_one_line_whoever_writes_it(kind, tmp_path
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(
-            UserError, match="no space left .*/x .* MiB free .*ulimit -f`, 100000 bytes a file"
+            UserError,
+            match="no space left .*/x .* MiB free .*ulimit -f` .now 100000 bytes per file",
         ):
             if kind == "text":
                 write_text(target, "x" * 200_000)

@@ -198,6 +198,6 @@ def test_a_broken_link_is_named_with_its_target(policy):
     (policy / "tokenizer.json").symlink_to("/nowhere/tokenizer.json")
     with pytest.raises(
         UserError,
-        match="policy/tokenizer.json is a link to /nowhere/tokenizer.json, which is not there",
+        match="policy/tokenizer.json is a link to /nowhere/tokenizer.json, which does not exist",
     ):
         check_policy(policy)

@@ -579,7 +579,7 @@ def test_a_reward_conditioned_policy_is_asked_for_its_best_in_both_turns(
         ('["question_id"]', "line 2 is no JSON object with a question_id"),
         (
             '{"question_id": 8, "category": "math", "turns": ["a", "\\ud83d"]}',
-            "line 2 spells half a character",
+            "line 2 contains half of a character",
         ),
         ('{"question_id": 8, "category": "math", "turns": ["a", 5]}', "question 8 needs two turns"),
         ('{"question_id": 7, "category": "math", "turns": ["a", "b"]}', "question 7 stands twice"),

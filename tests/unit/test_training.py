@@ -740,9 +740,9 @@ def test_damage_to_any_checkpoint_file_is_named(damage, work, capsys):
         remove_damaged(copy)
         expected = file.name
         if file.name == "manifest.json" and damage == "removed":
-            expected = "not written to its end"
+            expected = "not written completely"
         (line,) = capsys.readouterr().err.splitlines()
-        assert "checkpoint-3 is of no use" in line
+        assert "checkpoint-3 cannot be used" in line
         assert expected in line
         assert last_checkpoint(copy) == copy / "checkpoint-2"
         assert not (copy / "checkpoint-3").exists()
@@ -784,7 +784,7 @@ def test_a_file_or_link_named_like_a_checkpoint_is_removed(kind, work, capsys):
     else:
         odd.symlink_to("nowhere")
     remove_damaged(work)
-    assert "checkpoint-9 is of no use" in capsys.readouterr().err
+    assert "checkpoint-9 cannot be used" in capsys.readouterr().err
     assert not os.path.lexists(odd)
     assert last_checkpoint(work) == work / "checkpoint-3"
 
@@ -897,7 +897,7 @@ def test_a_process_that_does_not_wait_is_told_who_trains(place, holder):
     with (
         pytest.raises(
             UserError,
-            match=f"process {holder.pid} on .* is training .*policy already; wait for its end",
+            match=f"process {holder.pid} on .* is training .*policy already; wait until it has ended",
         ),
         alone(place.folder / "policy", wait=False),
     ):
@@ -989,7 +989,7 @@ def test_lora_update_that_bfloat16_would_drop_is_refused(place, capsys):
     place.score(place.policy, "bfloat16", lora_rank=4)
     words = {"precision": "bfloat16", "lora_rank": 4, "beta": 0.1, "max_grad_norm": 1.0}
     with pytest.raises(
-        UserError, match=r"only \d+% of what LoRA learned is left.*raise train.learning_rate"
+        UserError, match=r"only \d+% of the LoRA update is left.*raise train.learning_rate"
     ):
         place.train("policy", learning_rate=1e-3, **words)
     assert not (place.folder / "policy").exists()

@@ -1,4 +1,7 @@
-"""Artifacts: written whole or not at all, a record beside each. Imports nothing heavy: the Snakefile reads this."""
+"""Artifacts: files and folders that are written completely or not at all, each with a record.
+
+The Snakefile imports this module, so it imports nothing that is slow to load.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ from sppo.core.errors import UserError, writing
 from sppo.core.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[3]
+
+# Packages whose versions can change results. A record lists the versions that are installed.
 PACKAGES = (
     "torch",
     "transformers",
@@ -41,6 +46,7 @@ PACKAGES = (
     "snakemake",
 )
 
+# Snakemake writes this file into a folder that is an output, after the record is written.
 TIMESTAMP = ".snakemake_timestamp"
 
 
@@ -55,15 +61,15 @@ def shipped(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` at the end, remove it on any error.
+    """Yield a temporary path beside `path`. Rename it to `path` at the end; remove it on any error.
 
-    The temporary path may be made a file or a folder. Files get the permissions that the umask
-    gives, whatever the library that wrote them asked for.
+    The block may create a file or a folder at the temporary path. All files get the permissions of
+    the umask, because some libraries set other permissions. A full disk is a UserError.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    remove(temporary)  # of a run that was killed
+    remove(temporary)  # A killed run may have left it.
     try:
         with writing(path):
             yield temporary
@@ -76,19 +82,20 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def _follow_umask(path: Path) -> None:
-    """Give a file, or the files of a folder, the mode of a file made by `open`.
+    """Give a file, or every file in a folder, the permissions of a file that `open` creates.
 
-    safetensors makes files that only their owner can read.
+    safetensors creates files that only their owner can read.
     """
-    umask = os.umask(0)
+    umask = os.umask(0)  # The umask can only be read by setting it.
     os.umask(umask)
-    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+    files = path.rglob("*") if path.is_dir() else [path]
+    for file in files:
         if file.is_file() and not file.is_symlink():
             file.chmod(0o666 & ~umask)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link, or a folder with all in it, if it is there."""
+    """Remove a file, a link, or a folder with its contents, if the path exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -96,18 +103,18 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+    """Write a UTF-8 text file, completely or not at all."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON whole. NaN is a ValueError: it is not JSON."""
+    """Write indented JSON, completely or not at all. NaN and infinity raise ValueError."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Whatever is wrong with it, also that it nests too deeply, is a ValueError."""
+    """Parse a JSON text. Any fault of the text, including too deep nesting, raises ValueError."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -115,27 +122,31 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON, a byte-order mark apart. A missing or broken file is a UserError that names it."""
+    """Read a JSON file, with or without a byte-order mark.
+
+    A missing file or invalid JSON is a UserError that names the file.
+    """
     try:
         return parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; make it or correct the path") from None
+        raise UserError(f"{path} is missing; create it or correct the path") from None
     except ValueError as error:
         raise UserError(
-            f"{path} is not valid JSON ({error}); delete it and make it again"
+            f"{path} is not valid JSON ({error}); delete it and create it again"
         ) from None
 
 
 def json_lines(path: Path) -> list[Any]:
-    """The values of a JSONL file, so that line n is value n - 1.
+    """Read a JSONL file; the value of line n is at index n - 1.
 
-    Only \\n divides lines, because a JSON text may hold the other characters that Python takes for
-    ends of lines. A byte-order mark, \\r\\n and blank last lines are accepted. A line that is
-    broken is a UserError that names it.
+    Only \\n ends a line. A JSON text may contain the other characters that Python's `splitlines`
+    treats as line ends. A byte-order mark, \\r\\n and blank lines at the end are accepted. An
+    invalid line is a UserError that names it.
     """
     values: list[Any] = []
     content = Path(path).read_bytes().rstrip()
-    for number, line in enumerate(content.split(b"\n") if content else [], 1):
+    lines = content.split(b"\n") if content else []
+    for number, line in enumerate(lines, 1):
         try:
             value = parse_json(line)
         except ValueError as error:
@@ -144,61 +155,65 @@ def json_lines(path: Path) -> list[Any]:
             ) from None
         if rb"\u" in line and has_lone_surrogate(value):
             raise UserError(
-                f"{path} line {number} spells half a character (a lone surrogate such "
-                "as \\ud83d), which no text can hold; correct or remove that line"
+                f"{path} line {number} contains half of a character (a lone surrogate such as "
+                "\\ud83d), which is not valid text; correct or remove that line"
             )
         values.append(value)
     return values
 
 
 def has_lone_surrogate(value: Any) -> bool:
-    """Whether a text in a JSON value holds half of a surrogate pair, which is no UTF-8."""
+    """Whether a string in a JSON value contains half of a surrogate pair: it is invalid UTF-8."""
     return re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)) is not None
 
 
 def iteration(path: Path) -> int:
-    """t of .../iter{t}/...; UserError if the path names none."""
-    found = [re.fullmatch(r"iter(\d+)", part) for part in path.parts]
-    numbers = [int(match[1]) for match in found if match]
+    """The iteration t of a path .../iter{t}/...; a UserError if the path has no such folder."""
+    matches = [re.fullmatch(r"iter(\d+)", part) for part in path.parts]
+    numbers = [int(match[1]) for match in matches if match]
     if not numbers:
-        raise UserError(f"{path} lies in no folder iter<number>; give files of a run's iterations")
+        raise UserError(
+            f"{path} is not in a folder named iter<number>; give files of a run's iterations"
+        )
     return numbers[-1]
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, or of a folder's file names and contents.
+    """The sha256 of a file, or of the names and contents of all files in a folder.
 
-    Snakemake's time stamp does not count: it comes into a folder after the record is written. A
-    path that is not there, cannot be read, or is a link to nothing is a UserError.
+    Snakemake's time stamp is ignored, because Snakemake adds it after the record is written. A path
+    that does not exist, cannot be read or is a broken link is a UserError.
     """
     path = Path(path)
     if path.is_dir():
-        lines = [f"{name}\0{found}\n".encode() for name, found in file_hashes(path).items()]
+        lines = [f"{name}\0{sha256}\n".encode() for name, sha256 in file_hashes(path).items()]
         return hashlib.sha256(b"".join(lines)).hexdigest()
     with _readable(path), path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each file of a folder, by its path in it, in order. UserError as `file_hash`."""
+    """The sha256 of each file in a folder, keyed by its relative path, in sorted order.
+
+    Raises a UserError in the same cases as `file_hash`.
+    """
     with _readable(folder):
         files = _files(folder)
-        # Several at once: hashing releases the interpreter's lock, and large models are many files.
+        # Hash up to eight files at once: hashing releases the interpreter lock, and a large model
+        # consists of many files.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            hashes = threads.map(file_hash, files)
-            return {
-                file.relative_to(folder).as_posix(): found
-                for file, found in zip(files, hashes, strict=True)
-            }
+            hashes = list(threads.map(file_hash, files))
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return dict(zip(names, hashes, strict=True))
 
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what the system says of a path that cannot be read into a UserError."""
+    """Turn an operating-system error while `path` is read into a UserError."""
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; make it or correct the path") from None
+        raise UserError(f"{path} is missing; create it or correct the path") from None
     except OSError as error:
         raise UserError(
             f"cannot read {path} ({error.strerror}); correct its permissions or the path"
@@ -206,79 +221,90 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a folder in order, also those of its folders."""
-    found = sorted(folder.rglob("*"))
-    for path in found:
-        check_link(path, "correct it, or delete the folder and make it again")
-    return [path for path in found if path.is_file() and path.name != TIMESTAMP]
+    """All files in a folder and its subfolders, sorted. A broken link is a UserError."""
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        check_link(path, "correct it, or delete the folder and create it again")
+    return [path for path in paths if path.is_file() and path.name != TIMESTAMP]
 
 
 def check_link(path: Path, remedy: str) -> None:
-    """UserError if `path` is a link to nothing, as after its target was moved."""
+    """Raise a UserError if `path` is a link whose target does not exist, such as a moved file."""
     if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a link to {os.readlink(path)}, which is not there; {remedy}")
+        raise UserError(f"{path} is a link to {os.readlink(path)}, which does not exist; {remedy}")
 
 
 def record_path(artifact: Path) -> Path:
-    """`<artifact>.record.json`, beside the artifact."""
+    """The path of an artifact's record: `<artifact>.record.json`, in the same folder."""
     return Path(f"{artifact}.record.json")
 
 
 def read_record(artifact: Path) -> dict[str, Any] | None:
-    """The record beside an artifact, None if it has none. A broken one is a UserError."""
+    """An artifact's record, or None if it has no record. A broken record is a UserError."""
     path = record_path(artifact)
     try:
         record = parse_json(path.read_text(encoding="utf-8"))
         if isinstance(record["sha256"], str) and isinstance(record.get("inputs", {}), dict):
             return record
-        problem = "its sha256 is no text, or its inputs are no object"
+        problem = "its sha256 is not a string, or its inputs are not an object"
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); correct its permissions") from None
-    except (ValueError, TypeError, KeyError) as error:
-        problem = "it has no sha256" if isinstance(error, KeyError) else str(error)
+    except KeyError:
+        problem = "it has no sha256"
+    except (ValueError, TypeError) as error:
+        problem = str(error)
     raise UserError(
-        f"{path} is broken ({problem}); `make verify FIX=1` rebuilds it and nothing is "
-        f"done again; deleting it makes {artifact} again and all that follows from it"
+        f"{path} is broken ({problem}); run `make verify FIX=1` to rebuild only the record, or "
+        f"delete it and run again to make {artifact} and everything made from it again"
     )
 
 
 def known_hash(artifact: Path) -> str:
-    """sha256 of an artifact as it is now. One that its record does not describe is a UserError.
+    """The sha256 of an artifact as it is now. A UserError if its record has another sha256.
 
-    Always computed: a changed policy or table would otherwise be used silently. The demo's policy
-    (538 MB) takes 0.3 s on a processor with SHA instructions; the loading that follows reads the
-    file again from memory. A folder's files are hashed eight at once, so that 27B parameters in
-    bfloat16 (54 GB) take as long as the disk needs to read them, which loading needs as well. Each
-    job pays it once: eight shards read the policy eight times, as they do to load it.
+    The hash is always computed, because otherwise a changed policy or table would be used silently.
+    The demo's policy (538 MB) takes 0.3 s on a processor with SHA instructions; loading then reads
+    the file from memory. Eight files of a folder are hashed at once. Thus 27B parameters in
+    bfloat16 (54 GB) take as long as the disk needs to read them, and loading needs that time as
+    well. Each job hashes a policy once: eight shards hash it eight times, and also load it eight
+    times.
     """
-    record, found = read_record(artifact), _hash_once(Path(artifact))
-    if record is not None and record["sha256"] != found:
+    record = read_record(artifact)
+    sha256 = _hash_once(Path(artifact))
+    if record is not None and record["sha256"] != sha256:
         raise UserError(
-            f"{artifact} has changed since its record was written; put the original back, or "
-            "delete it and run again, which makes it again and all that follows from it; to keep "
-            f"it as it is, delete {record_path(artifact)} and run `make verify FIX=1`"
+            f"{artifact} has changed since its record was written; restore the original, or "
+            "delete it and run again to make it and everything made from it again; to keep it "
+            f"as it is, delete {record_path(artifact)} and run `make verify FIX=1`"
         )
-    return found
+    return sha256
 
 
+# Hashes that this process has computed, by path and by what identifies each file's version.
 _hashed: dict[tuple[Any, ...], str] = {}
 
 
 def _hash_once(path: Path) -> str:
-    """`file_hash`, computed once in a process for what is large and stays as it is."""
-    stats = [file.stat() for file in (_files(path) if path.is_dir() else [path]) if file.exists()]
-    if max((stat.st_mtime for stat in stats), default=time.time()) > time.time() - 2:
-        return file_hash(path)  # a later change may bear the same time
-    key = (path.absolute(), *((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats))
+    """`file_hash`, computed once in this process as long as the files do not change."""
+    files = _files(path) if path.is_dir() else [path]
+    stats = [file.stat() for file in files if file.exists()]
+    newest = max((stat.st_mtime for stat in stats), default=time.time())
+    if newest > time.time() - 2:
+        return file_hash(path)  # A later change may get the same modification time.
+    versions = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+    key = (path.absolute(), *versions)
     if key not in _hashed:
         _hashed[key] = file_hash(path)
     return _hashed[key]
 
 
 def code_hashes(program: Path) -> dict[str, str]:
-    """sha256 of the program and of the package src/sppo, as records keep and `make stale` compares them."""
+    """The sha256 of a program and of the package src/sppo.
+
+    Records store both; `make stale` compares them with the present code.
+    """
     package = hashlib.sha256()
     folder = ROOT / "src"
     for file in sorted((folder / "sppo").rglob("*.py")):
@@ -295,11 +321,11 @@ def code_hashes(program: Path) -> dict[str, str]:
 def recorded(
     stage: str, artifact: Path, inputs: Iterable[Path], arguments: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Write the record of `artifact` when the block that made it ends well.
+    """Write the record of `artifact` when the block that makes it ends without an error.
 
-    The inputs and their records are read first: a missing input, a broken record, or an input that
-    its record does not describe is a UserError before any work. Yields a dict for what the stage
-    itself knows (counts, tokens, hashes of templates).
+    The inputs and their records are read first. A missing input, a broken record, or an input whose
+    record has another sha256 is a UserError before any work starts. Yields a dict to which the
+    stage adds its own facts (counts, tokens, hashes of templates).
     """
     began, started = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     hashes = {str(path): known_hash(path) for path in inputs}
@@ -328,25 +354,26 @@ def recorded(
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide results, as far as they are installed here."""
-    found = {}
+    """Versions of those `PACKAGES` that are installed."""
+    versions = {}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def git_revision() -> str | None:
-    """Commit of the working tree, with `+changes` if it is not clean; None outside git."""
+    """The commit of the working tree, with `+changes` if files differ from it; None without git."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
+        done = subprocess.run(
             ["git", "-C", str(ROOT), *words], check=True, capture_output=True, text=True
-        ).stdout.strip()
+        )
+        return done.stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "-uno") else ""
-        )
+        commit = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "-uno")
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}+changes" if changes else commit

@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix, and the one place where a program turns them into a line."""
+"""Errors that the user can fix, and the code that prints such an error as one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 
+# The system's error numbers for a full disk, an exceeded quota and a file above the size limit.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# The same errors in the messages of libraries that raise their own types of exception. The last two
+# are PyTorch's: its writer only reports that a file is shorter than it should be.
 FULL_IN_WORDS = (
     *map(os.strerror, FULL),
     *(f"os error {number})" for number in FULL),
@@ -18,16 +22,37 @@ FULL_IN_WORDS = (
     "unexpected pos ",
 )
 
+# Parts of the messages with which PyTorch's allocator and, under `ulimit -v`, the loader of shared
+# libraries report that there is no more memory.
+OUT_OF_MEMORY_IN_WORDS = ("DefaultCPUAllocator", "failed to map segment")
+
+NO_PERMISSION = (
+    "cannot be read or written with your permissions; change its permissions, or those of its"
+    " folder"
+)
+
+# The rest of the error line for a file, after its name: the problem and the remedy.
+OF_FILES = {
+    errno.ENOENT: "is missing; create it or correct the path",
+    errno.EACCES: NO_PERMISSION,
+    errno.EPERM: NO_PERMISSION,
+    errno.EROFS: "is on a read-only file system; choose another location",
+    errno.EISDIR: "is a folder, but a file is expected; correct the path",
+    errno.ENOTDIR: "uses a file as if it were a folder; correct the path",
+    errno.ENAMETOOLONG: "is longer than a path or a file name may be; shorten it",
+    errno.ELOOP: "is a link that leads back to itself; correct the link",
+}
+
 
 class UserError(Exception):
-    """A mistake of the user's or of the machine's: one line that names the thing and the remedy."""
+    """An error that the user can fix. Its text is one line: what is wrong, and the remedy."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main` and end the process.
+    """Run a program's `main`. Print an error that the user can fix as one line on stderr.
 
-    A `UserError`, and what `explained` knows of files and of the machine, become one line on stderr
-    and exit status 1; everything else is a bug of ours and keeps its traceback.
+    `explained` decides which errors these are; the process then exits with status 1. Any other
+    exception is a bug in this project and keeps its traceback.
     """
     try:
         main()
@@ -38,47 +63,39 @@ def run(main: Callable[[], None]) -> None:
         fail(line)
 
 
-# What the system says of a file, and what to do. Without the file's name it may be a bug of ours.
-NO_PERMISSION = "may not be read or written by you; change its permissions, or those of its folder"
-OF_FILES = {
-    errno.ENOENT: "is missing; make it or correct the path",
-    errno.EACCES: NO_PERMISSION,
-    errno.EPERM: NO_PERMISSION,
-    errno.EROFS: "lies on a file system that is read-only; choose another place",
-    errno.EISDIR: "is a folder where a file is wanted; correct the path",
-    errno.ENOTDIR: "goes through a file as if it were a folder; correct the path",
-    errno.ENAMETOOLONG: "is longer than a path or a name may be; correct it",
-    errno.ELOOP: "is a link that leads back to itself; correct the link",
-}
-
-
 def explained(error: BaseException) -> str | None:
-    """The line for an error of the user's or the machine's; None for what may be a bug of ours."""
-    number, named = getattr(error, "errno", None), getattr(error, "filename", None)
+    """The line for an error that the user can fix; None for an error that may be a bug.
+
+    An operating-system error without a file name may be a bug.
+    """
     if isinstance(error, UserError):
         return str(error)
+    filename = getattr(error, "filename", None)
     if is_disk_full(error):
-        return disk_full(named or "temporary files")
+        return disk_full(filename or "temporary files")
     if is_out_of_memory(error):
         return (
             "there is not enough memory; close other programs, raise the limit (ulimit -v, or"
             " mem_mb on a cluster), or lower batch sizes"
         )
-    if isinstance(error, OSError) and number in OF_FILES and isinstance(named, (str, bytes)):
-        name = os.fsdecode(named)
-        return f"{name if len(name) <= 200 else name[:197] + '...'} {OF_FILES[number]}"
+    if isinstance(error, OSError) and isinstance(filename, (str, bytes)):
+        if error.errno in OF_FILES:
+            name = os.fsdecode(filename)
+            if len(name) > 200:
+                name = name[:197] + "..."
+            return f"{name} {OF_FILES[error.errno]}"
     return None
 
 
 def fail(message: str) -> None:
-    """Print the one line and leave with status 1."""
+    """Print `message` as one line on stderr and exit with status 1."""
     sys.stdout.flush()
     print("error: " + on_one_line(message), file=sys.stderr, flush=True)
     sys.exit(1)
 
 
 def on_one_line(message: str) -> str:
-    """The message as one line: control characters, which a terminal would obey, are written out."""
+    """The message as one line, with control characters escaped: a terminal would execute them."""
     line = " ".join(message.split())
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in line
@@ -86,29 +103,25 @@ def on_one_line(message: str) -> str:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says that no more can be written: by disk, quota, or largest file allowed.
+    """Whether an error means that a full disk, a quota or the file size limit stopped a write.
 
-    safetensors and arrow wrap it in types of their own. Of PyTorch's writer nothing else is left
-    than that a file is shorter than it should be.
+    safetensors, arrow and PyTorch report this with their own types of exception.
     """
-    return getattr(error, "errno", None) in FULL or any(
-        words in str(error) for words in FULL_IN_WORDS
-    )
+    if getattr(error, "errno", None) in FULL:
+        return True
+    return any(words in str(error) for words in FULL_IN_WORDS)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that there is no more memory; PyTorch has words of its own.
-
-    So has the loader of libraries, under `ulimit -v`.
-    """
+    """Whether an error means that there is no more memory on the CPU."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    return any(words in str(error) for words in ("DefaultCPUAllocator", "failed to map segment"))
+    return any(words in str(error) for words in OUT_OF_MEMORY_IN_WORDS)
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a full disk or a limit on sizes, met while the block writes `path`, into a UserError."""
+    """Turn a full disk or a file size limit, while the block writes `path`, into a UserError."""
     try:
         yield
     except Exception as error:
@@ -118,18 +131,16 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def disk_full(path: str | os.PathLike[str]) -> str:
-    """The one line for a full disk met while writing `path`."""
+    """The error line for a full disk, a quota or a file size limit while `path` is written."""
     folder = os.path.dirname(path) or "."
-    free = (
-        f" ({shutil.disk_usage(folder).free // 2**20} MiB free there)"
-        if os.path.isdir(folder)
-        else ""
-    )
-    largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    free = ""
+    if os.path.isdir(folder):
+        free = f" ({shutil.disk_usage(folder).free // 2**20} MiB free there)"
     limit = ""
-    if largest != resource.RLIM_INFINITY:
-        limit = f", or raise `ulimit -f`, {largest} bytes a file,"
+    largest_file = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if largest_file != resource.RLIM_INFINITY:
+        limit = f", or raise `ulimit -f` (now {largest_file} bytes per file),"
     return (
-        f"no space left on device while writing {path}{free}; free some{limit} and run again: "
-        "finished artifacts are kept"
+        f"no space left on device while writing {path}{free}; free some space{limit} and run "
+        "again: finished artifacts are kept"
     )

@@ -1,4 +1,4 @@
-"""A progress bar when a person watches, a line a minute when not."""
+"""Progress on stderr: a bar if a person watches the terminal, otherwise one line per minute."""
 
 from __future__ import annotations
 
@@ -14,23 +14,27 @@ T = TypeVar("T")
 
 
 def watched() -> bool:
-    """Whether a person watches; the Snakefile sets SPPO_WATCHED where tee stands before the terminal."""
+    """Whether a person watches the terminal.
+
+    The Snakefile sets SPPO_WATCHED if its own output is a terminal, because its jobs write to a
+    pipe to `tee`.
+    """
     return sys.stderr.isatty() or bool(os.environ.get("SPPO_WATCHED"))
 
 
 def progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """Iterate over `items` and tell on stderr how far it is."""
+    """Iterate over `items` and report the progress of `what` on stderr."""
     if watched():
         yield from tqdm(items, desc=what)
         return
-    began = told = time.monotonic()
-    for done, item in enumerate(items):
+    began = last_report = time.monotonic()
+    for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - told >= 60 or done + 1 == len(items):
+        if now - last_report >= 60 or done == len(items):
             print(
-                f"{what}: {done + 1} of {len(items)} after {now - began:.0f} s",
+                f"{what}: {done} of {len(items)} after {now - began:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
-            told = now
+            last_report = now

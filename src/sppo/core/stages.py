@@ -1,7 +1,8 @@
-"""Integer version of every stage.
+"""The version number of every stage.
 
-Raise a stage's number when its output changes: the rules name it in `params`, so Snakemake makes the
-stage again. Any other edit of the code reruns nothing; `make stale` lists what older code made.
+Raise a stage's number when its output changes. The rules pass the number in `params`, so Snakemake
+then runs the stage again. No other change of the code reruns a stage; `make stale` lists the
+artifacts that older code made.
 """
 
 STAGES = {

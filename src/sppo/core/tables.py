@@ -1,4 +1,4 @@
-"""Tables in Parquet, checked on write and on read. The schemas of all of them stand here and nowhere else."""
+"""Tables in Parquet, checked on write and on read. `TABLES` defines the schemas of all tables."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from sppo.core.errors import UserError
 
 @dataclass(frozen=True)
 class Table:
-    """Columns with their types, and the columns that together name a row."""
+    """The schema of a table: its columns with types, and the columns that identify a row."""
 
     columns: pa.Schema
     key: tuple[str, ...]
 
 
 def _columns(**types: pa.DataType) -> pa.Schema:
+    """A schema of columns without nulls."""
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
 
 
@@ -53,12 +54,13 @@ TABLES = {
         ),
         ("prompt_id", "sample_id"),
     ),
-    # logits[i][j] is the logit that response i beats response j, read in the order (i, j).
+    # logits[i][j] is the logit that response i beats response j, when the model reads i first.
     "preferences": Table(
         _columns(prompt_id=pa.string(), sample_ids=_ids, logits=pa.list_(pa.list_(pa.float64()))),
         ("prompt_id",),
     ),
-    # From 0 to 6; sample_id -1 is the gold response. A response that the judge gave no score to has no row.
+    # Grades are from 0 to 6. sample_id -1 is the gold response. A response without a score from
+    # the judge has no row.
     "grades": Table(
         _columns(prompt_id=pa.string(), sample_id=pa.int32(), grade=pa.float64()),
         ("prompt_id", "sample_id"),
@@ -89,9 +91,10 @@ TABLES = {
 
 
 def write_table(path: Path, rows: list[dict[str, Any]], name: str) -> None:
-    """Write rows as the table `name`. Rows that break its schema are a ValueError: a bug of ours.
+    """Write rows as the table `name` of `TABLES`.
 
-    Numbers that are NaN or infinite are a UserError: the model that gave them is broken.
+    Rows that break the schema raise ValueError, because that is a bug in this project. A number
+    that is NaN or infinite is a UserError, because the model that computed it is broken.
     """
     schema = TABLES[name].columns
     table = pa.Table.from_pylist(rows, schema=schema)
@@ -103,39 +106,32 @@ def write_table(path: Path, rows: list[dict[str, Any]], name: str) -> None:
         raise UserError(
             f"{path} was not written: {column} of {name} is NaN or infinite in "
             f"{len(bad)} of {len(rows)} rows, first in {first}; check the weights of "
-            "the model that gave it, or run it in float32"
+            "the model that computed it, or run that model in float32"
         )
     with written_whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def read_table(path: Path, name: str) -> list[dict[str, Any]]:
-    """Rows of the table `name`. A missing, truncated or foreign file is a UserError that names it."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table, said = file.read(), file.metadata
-        # Pages have checksums, what describes them has none, but it says this twice.
-        groups = [said.row_group(i).num_rows for i in range(said.num_row_groups)]
-        if not table.num_rows == said.num_rows == sum(groups):
-            raise ValueError(f"{table.num_rows} rows where {said.num_rows} were written")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; make it or correct the path") from None
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole parquet file ({error}); delete it and run again"
-        ) from None
-    wanted = TABLES[name].columns
-    missing = [column for column in wanted.names if column not in table.column_names]
+    """Read the rows of the table `name` of `TABLES`.
+
+    A file that is missing, truncated or damaged, or that is not this table, is a UserError that
+    names the file.
+    """
+    table = _read_parquet(path)
+    schema = TABLES[name].columns
+    missing = [column for column in schema.names if column not in table.column_names]
     if missing:
         raise UserError(
-            f"{path} is not a table of {name}: it lacks {', '.join(missing)}; delete it and run again"
+            f"{path} is not a table of {name}: it lacks {', '.join(missing)}; "
+            "delete it and run again"
         )
     try:
-        table = table.select(wanted.names).cast(wanted)
+        table = table.select(schema.names).cast(schema)
         _check(table, name)
         column = _not_finite(table)
         if column:
-            raise ValueError(f"column {column} has numbers that are NaN or infinite")
+            raise ValueError(f"column {column} has values that are NaN or infinite")
     except (pa.ArrowException, ValueError) as error:
         raise UserError(
             f"{path} breaks the schema of {name} ({error}); delete it and run again"
@@ -143,8 +139,28 @@ def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
+def _read_parquet(path: Path) -> pa.Table:
+    """Read a Parquet file and verify its checksums and row counts."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+            metadata = file.metadata
+        # Only the pages have checksums. The metadata has none, but it stores the number of rows
+        # twice: for the file, and for each row group.
+        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if not table.num_rows == metadata.num_rows == sum(groups):
+            raise ValueError(f"{table.num_rows} rows were read, {metadata.num_rows} were written")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; create it or correct the path") from None
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise UserError(
+            f"{path} is not a whole parquet file ({error}); delete it and run again"
+        ) from None
+    return table
+
+
 def _not_finite(table: pa.Table) -> str | None:
-    """The first column with a number that is NaN or infinite."""
+    """The first column with a number that is NaN or infinite, None if all numbers are finite."""
     for column in table.column_names:
         values = table.column(column)
         while pa.types.is_list(values.type):
@@ -156,20 +172,24 @@ def _not_finite(table: pa.Table) -> str | None:
 
 
 def _finite(value: float | list[Any]) -> bool:
-    return all(map(_finite, value)) if isinstance(value, list) else math.isfinite(value)
+    """Whether a number, or each number in nested lists, is finite."""
+    if isinstance(value, list):
+        return all(_finite(item) for item in value)
+    return math.isfinite(value)
 
 
 def _check(table: pa.Table, name: str) -> None:
+    """Raise ValueError if the table contains a null or if two rows have the same key."""
     for column in table.column_names:
         if _has_nulls(table.column(column)):
             raise ValueError(f"column {column} has nulls")
     key = list(TABLES[name].key)
     if table.group_by(key).aggregate([]).num_rows != table.num_rows:
-        raise ValueError(f"{' and '.join(key)} do not name one row each")
+        raise ValueError(f"two rows have the same {' and '.join(key)}")
 
 
 def _has_nulls(values: pa.ChunkedArray) -> bool:
-    """Whether anything in the column is null, at any depth of lists and structs."""
+    """Whether a column contains a null, also inside lists and structs."""
     if values.null_count:
         return True
     if pa.types.is_list(values.type):

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted, and one training of an output at a time."""
+"""Checkpoints whose manifests detect damage, and a lock: one process trains an output at a time."""
 
 from __future__ import annotations
 
@@ -19,30 +19,32 @@ MANIFEST = "manifest.json"
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the manifest of a checkpoint whose files are all written: their sizes and sha256.
+    """Write the manifest of a complete checkpoint: the size and the sha256 of each file.
 
-    Files, then manifest, are on the disk when this returns. A checkpoint counts only with it.
+    All files are flushed to the disk before the manifest, and the manifest before this returns. A
+    checkpoint without a manifest is incomplete.
     """
     checkpoint = Path(checkpoint)
     contents = _contents(checkpoint)
     for name in contents:
-        _to_disk(checkpoint / name)
+        _flush_to_disk(checkpoint / name)
     with written_whole(checkpoint / MANIFEST) as temporary:
         temporary.write_text(json.dumps(contents, indent=2), encoding="utf-8")
-        _to_disk(temporary)
-    _to_disk(checkpoint)
+        _flush_to_disk(temporary)
+    _flush_to_disk(checkpoint)
 
 
 def _contents(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    hashes = file_hashes(checkpoint)
+    """What a manifest stores: the size in bytes and the sha256 of each other file, by name."""
     return {
-        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": found}
-        for name, found in hashes.items()
+        name: {"bytes": (checkpoint / name).stat().st_size, "sha256": sha256}
+        for name, sha256 in file_hashes(checkpoint).items()
         if name != MANIFEST
     }
 
 
-def _to_disk(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
+    """Wait until the system has written a file, or a folder's list of files, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,33 +53,39 @@ def _to_disk(path: Path) -> None:
 
 
 def fault(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, None if it is as it was sealed."""
+    """What is wrong with a checkpoint; None if its files are as the manifest describes them."""
     try:
-        wanted = parse_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        expected = parse_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return "it was not written to its end"
+        return "it was not written completely"
     except (OSError, ValueError):
-        wanted = None
-    if not isinstance(wanted, dict):
+        expected = None
+    if not isinstance(expected, dict):
         return f"{MANIFEST} is damaged"
     try:
         found = _contents(checkpoint)
     except UserError as error:
         return str(error)
-    differ = [name for name in wanted if wanted[name] != found.get(name)]
-    if differ:
-        return f"{differ[0]} {'has changed' if differ[0] in found else 'is missing'}"
+    for name in expected:
+        if name not in found:
+            return f"{name} is missing"
+        if expected[name] != found[name]:
+            return f"{name} has changed"
     return None
 
 
 def remove_damaged(work: Path) -> None:
-    """Remove the newest checkpoints down to one that is whole; a line on stderr for each."""
+    """Remove damaged checkpoints, newest first, up to the first that is not damaged.
+
+    Prints one line on stderr for each. A damaged checkpoint that is older than an intact one stays.
+    """
     for checkpoint in _newest_first(work):
-        if (why := fault(checkpoint)) is None:
+        problem = fault(checkpoint)
+        if problem is None:
             return
         print(
-            f"checkpoint {checkpoint} is of no use: {why}; it is removed, and training goes on "
-            "from the one before, or begins anew",
+            f"checkpoint {checkpoint} cannot be used: {problem}; it is removed, and training "
+            "resumes from the previous checkpoint, or starts again if there is none",
             file=sys.stderr,
             flush=True,
         )
@@ -85,44 +93,56 @@ def remove_damaged(work: Path) -> None:
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest checkpoint that was sealed, None if there is none."""
-    return next((folder for folder in _newest_first(work) if (folder / MANIFEST).is_file()), None)
+    """The newest checkpoint that has a manifest, None if there is none."""
+    for checkpoint in _newest_first(work):
+        if (checkpoint / MANIFEST).is_file():
+            return checkpoint
+    return None
 
 
 def _newest_first(work: Path) -> list[Path]:
-    """Checkpoint folders as transformers names them, by step."""
-    found = {
-        int(number): folder
-        for folder in Path(work).glob("checkpoint-*")
-        if (number := folder.name.removeprefix("checkpoint-")).isdecimal()
-    }
-    return [found[step] for step in sorted(found, reverse=True)]
+    """The folders checkpoint-<step>, as transformers names them, in descending order of steps."""
+    by_step = {}
+    for folder in Path(work).glob("checkpoint-*"):
+        step = folder.name.removeprefix("checkpoint-")
+        if step.isdecimal():
+            by_step[int(step)] = folder
+    return [by_step[step] for step in sorted(by_step, reverse=True)]
 
 
 @contextlib.contextmanager
 def alone(output: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock `.<output>.lock`, so that no other process trains `output` meanwhile.
+    """Hold the lock `.<output>.lock`, so that no other process trains `output` during the block.
 
-    Yields whether another one held it before: then this process has waited, and said so once.
-    Without `wait` that is a UserError. A file system without locks is passed over.
+    Args:
+        output: the policy to train.
+        wait: whether to wait for a process that holds the lock. If False, such a process is a
+            UserError.
+
+    Yields:
+        Whether this process had to wait. It then has printed one line on stderr. On a file system
+        without locks, the block runs without a lock.
     """
     output = Path(output)
     path = output.with_name(f".{output.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as open_files:
         waited = False
         while True:
-            file = opened.enter_context(path.open("a+", encoding="utf-8"))
+            file = open_files.enter_context(path.open("a+", encoding="utf-8"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                said = f"{file.read().strip() or 'another process'} is training {output} already"
+                holder = file.read().strip() or "another process"
+                busy = f"{holder} is training {output} already"
                 if not wait:
-                    raise UserError(f"{said}; wait for its end, or end it, and run again") from None
+                    raise UserError(
+                        f"{busy}; wait until it has ended, or end it, and run again"
+                    ) from None
                 if not waited:
                     print(
-                        f"{said}; waiting for its end (end it to train here)",
+                        f"{busy}; waiting for its end (end it to train here)",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -131,7 +151,8 @@ def alone(output: Path, wait: bool = True) -> Iterator[bool]:
             except OSError:
                 yield False
                 return
-            # The one before removes the file when it ends: then this is the lock of nobody.
+            # The previous holder removes the lock file when it ends. If the locked file is no
+            # longer the one at `path`, other processes do not see this lock: try again.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     break

@@ -1,6 +1,7 @@
-"""Several processes that train one policy: starting them, joining them, reporting an error once.
+"""Training of one policy in several processes: start them, join them, and report an error once.
 
-`accelerate launch` starts them after config/accelerate/<train.parallel>.yaml. The first one writes everything.
+`accelerate launch` starts the processes with config/accelerate/<train.parallel>.yaml. The first
+process, of rank 0, writes all files.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ CONFIGS = ROOT / "config" / "accelerate"
 def launch(train: dict[str, Any], device: str) -> None:
     """Run this program with the same arguments in all processes of this machine, and wait for them.
 
-    `train` holds processes, nodes and parallel; of several nodes each calls this. What a process ends with is one UserError.
-    The GPUs are taken here, where the locks are held as long as the processes run.
+    With several nodes, each node calls this function. It reserves the GPUs, because this
+    process holds the locks on them as long as the processes run. If one or more processes fail, the
+    first failure is raised as a UserError.
+
+    Args:
+        train: the options of the training: processes, nodes, parallel, gradient_checkpointing.
+        device: auto, cpu or gpu.
     """
     processes, nodes, parallel = train["processes"], train["nodes"], train["parallel"]
     here = processes // nodes
@@ -37,7 +43,7 @@ def launch(train: dict[str, Any], device: str) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    words = [
+    flags = [
         "--config_file",
         CONFIGS / f"{parallel}.yaml",
         "--num_processes",
@@ -48,47 +54,56 @@ def launch(train: dict[str, Any], device: str) -> None:
         max(1, cores_of_job() // here),
     ]
     if nodes > 1:
-        words += _rendezvous_flags(nodes)
+        flags += _rendezvous_flags(nodes)
     else:
-        words += ["--main_process_port", 0]  # any that is free
+        flags += ["--main_process_port", 0]  # 0: any free port
     if parallel == "fsdp2":
-        words += ["--fsdp_activation_checkpointing", str(train["gradient_checkpointing"]).lower()]
-    logging.getLogger("torch.distributed.elastic").setLevel(
-        logging.CRITICAL
-    )  # what it has to say is said below
+        flags += ["--fsdp_activation_checkpointing", str(train["gradient_checkpointing"]).lower()]
+    # Silence torch's own report of a failure; the lines below report it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        launch_command(launch_command_parser().parse_args([*map(str, words), *sys.argv]))
+        launch_command(launch_command_parser().parse_args([*map(str, flags), *sys.argv]))
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except ConnectionError:
         raise UserError(
-            "another program uses the port where the nodes were to meet; set MASTER_PORT to one that is free, the same on each"
+            "another program uses the port at which the nodes meet; set MASTER_PORT to a free "
+            "port, the same on each node"
         ) from None
-    except ChildFailedError as failed:
-        # What the others end with follows from a UserError or a kill; SIGTERM is how accelerate ends them.
-        rank, first = min(
-            failed.failures.items(),
-            key=lambda item: (
-                not isinstance(item[1].message, dict),
-                item[1].exitcode == -signal.SIGTERM,
-                item[1].exitcode,
-            ),
+    except ChildFailedError as error:
+        raise _first_failure(error.failures) from None
+
+
+def _first_failure(failures: dict[int, Any]) -> UserError:
+    """The error line for the process, of those that failed, whose failure caused the others.
+
+    `failures` maps ranks to torch's `ProcessFailure`. A process with a UserError comes first, then
+    one that was killed. SIGTERM comes last, because accelerate sends it to the remaining processes.
+    """
+
+    def order(item: tuple[int, Any]) -> tuple[bool, bool, int]:
+        _, failure = item
+        has_user_error = isinstance(failure.message, dict)
+        return not has_user_error, failure.exitcode == -signal.SIGTERM, failure.exitcode
+
+    rank, first = min(failures.items(), key=order)
+    if isinstance(
+        first.message, dict
+    ):  # torch declares a string, but stores what `errors_once` set
+        return UserError(first.message["message"].removeprefix("UserError: "))
+    if first.exitcode < 0:
+        return UserError(
+            f"process {rank} of the training was ended by {signal.Signals(-first.exitcode).name}, "
+            "most often because memory ran out; lower train.micro_batch_size and run again: "
+            "training resumes from its last checkpoint"
         )
-        message: Any = first.message  # torch declares text, and reads a dict where it can
-        if isinstance(message, dict):
-            raise UserError(message["message"].removeprefix("UserError: ")) from None
-        if first.exitcode < 0:
-            raise UserError(
-                f"process {rank} of the training was ended by {signal.Signals(-first.exitcode).name}, most often for want of memory; "
-                "lower train.micro_batch_size, and run again: it goes on from its last checkpoint"
-            ) from None
-        raise UserError(
-            f"process {rank} of the training failed with status {first.exitcode}; what it said stands above"
-        ) from None
+    return UserError(
+        f"process {rank} of the training failed with status {first.exitcode}; see its output above"
+    )
 
 
 def _check_machine(here: int, parallel: str, device: str) -> None:
-    """This machine can run `here` processes, else UserError."""
+    """Raise a UserError if this machine cannot run `here` processes."""
     import torch
 
     from sppo.policies.models import pick_device
@@ -96,52 +111,61 @@ def _check_machine(here: int, parallel: str, device: str) -> None:
     if pick_device(device) == "cpu":
         if parallel != "ddp":
             raise UserError(
-                f"train.parallel {parallel} needs GPUs, and PyTorch sees none here; set train.parallel: ddp"
+                f"train.parallel {parallel} needs GPUs, but PyTorch finds none here; "
+                "set train.parallel: ddp"
             )
     elif here > (found := torch.cuda.device_count()):
         raise UserError(
-            f"train.processes wants {here} GPUs of this machine, and PyTorch sees {found}; lower it, or ask the cluster for more"
+            f"train.processes needs {here} GPUs of this machine, but PyTorch finds {found}; "
+            "lower it, or request more GPUs from the cluster"
         )
     if parallel == "zero3" and not importlib.util.find_spec("deepspeed"):
         raise UserError(
-            "train.parallel zero3 needs DeepSpeed, which is not installed; run pip install deepspeed, or set train.parallel: fsdp2"
+            "train.parallel zero3 needs DeepSpeed, which is not installed; "
+            "run pip install deepspeed, or set train.parallel: fsdp2"
         )
 
 
 def _rendezvous_flags(nodes: int) -> list[Any]:
-    """Flags that say which of the nodes this is and where they meet: Slurm knows, or the user says."""
+    """Flags with the number of this node and the address and port at which the nodes meet.
+
+    NODE_RANK, MASTER_ADDR and MASTER_PORT have precedence over the values from Slurm.
+    """
     rank = os.environ.get("NODE_RANK") or os.environ.get("SLURM_NODEID")
     address = os.environ.get("MASTER_ADDR") or os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
     if rank is None or address is None:
         raise UserError(
-            f"train.nodes is {nodes}, but nothing says which of them this is; start the training with Slurm's srun, or set "
-            "NODE_RANK (0, 1, ...) and MASTER_ADDR (the address of machine 0) on each"
+            f"train.nodes is {nodes}, but the number of this node is not known; start the "
+            "training with Slurm's srun, or set NODE_RANK (0, 1, ...) and MASTER_ADDR (the address "
+            "of node 0) on each node"
         )
-    port = (
-        os.environ.get("MASTER_PORT") or 20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 10000
-    )  # two jobs may share a machine
+    # The port depends on the job, because two jobs may share a machine.
+    port_of_job = 20000 + int(os.environ.get("SLURM_JOB_ID", 9500)) % 10000
+    port = os.environ.get("MASTER_PORT") or port_of_job
     return ["--machine_rank", rank, "--main_process_ip", address, "--main_process_port", port]
 
 
 def is_launched() -> bool:
-    """Whether this is one of several processes."""
+    """Whether this process is one of several."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def is_first() -> bool:
-    """Whether this process writes: the only one, or the first of several."""
+    """Whether this process writes the files: it is the only process, or the first of several."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def join_processes(processes: int, device: str) -> None:
-    """Join the other processes in torch.distributed, with a GPU of its own as `cuda`.
+    """Join the other processes in torch.distributed; then `cuda` is this process's own GPU.
 
-    Does nothing where this is the only process.
+    Does nothing if this is the only process. A UserError if the number of processes is not
+    `processes`.
     """
     found = int(os.environ.get("WORLD_SIZE", 1))
     if found != processes:
         raise UserError(
-            f"{found} processes were started, but train.processes is {processes}; let src/train_policy.py start them"
+            f"{found} processes were started, but train.processes is {processes}; "
+            "let src/train_policy.py start them"
         )
     if processes > 1:
         from accelerate import PartialState
@@ -151,7 +175,10 @@ def join_processes(processes: int, device: str) -> None:
 
 @contextmanager
 def first_alone() -> Iterator[bool]:
-    """The first process goes through the block with True while the others wait at its end."""
+    """Yield whether this process is the first one. All processes wait for each other at the end.
+
+    Thus `if` in the block lets the first process work while the others wait.
+    """
     yield is_first()
     if is_launched():
         import torch.distributed
@@ -161,14 +188,14 @@ def first_alone() -> Iterator[bool]:
 
 @contextmanager
 def errors_once() -> Iterator[None]:
-    """Leave a UserError of a launched process to the launcher, which prints the first one once.
+    """Pass a UserError of a launched process to the launcher, which prints only the first one.
 
-    What follows in the other processes is cut to a line.
+    Errors in the other processes that follow from it, in their communication, become one line each.
     """
     try:
         yield
     except UserError as error:
-        if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        if "TORCHELASTIC_ERROR_FILE" not in os.environ:  # No launcher started this process.
             raise
         from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
@@ -177,10 +204,12 @@ def errors_once() -> Iterator[None]:
     except RuntimeError as error:
         from torch.distributed import DistError
 
-        if not (is_launched() and (isinstance(error, DistError) or "by peer" in str(error))):
+        lost_connection = isinstance(error, DistError) or "by peer" in str(error)
+        if not (is_launched() and lost_connection):
             raise
         print(
-            f"process {os.environ['RANK']} could not reach another: {' '.join(str(error).split())}",
+            f"process {os.environ['RANK']} lost the connection to another process: "
+            f"{' '.join(str(error).split())}",
             file=sys.stderr,
             flush=True,
         )

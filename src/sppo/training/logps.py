@@ -1,9 +1,9 @@
 """Summed log-probabilities of responses, in float32, without logits of prompts or padding.
 
-Scoring and training share one form of batch: sequences padded on the right, no attention mask. In a
-causal model nothing sees what stands behind it, so that padding changes no response. The attention
-kernels then take their causal path, and no row of a mask is empty (cuDNN's backward pass gives NaN
-there).
+Scoring and training use the same form of batch: sequences padded on the right, without an attention
+mask. In a causal model no token attends to later tokens, so padding does not change the result.
+Without a mask, the attention kernels use their causal implementation, and no row of a mask is empty
+(cuDNN's backward pass gives NaN for such rows).
 """
 
 from __future__ import annotations
@@ -23,47 +23,51 @@ from sppo.core.progress import progress
 def collate(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Batch token ids: each row a prompt and its response, padded right.
+    """Batch token ids: each row is a prompt and its response, padded on the right.
 
-    Returns input_ids (B, L) and response_places (N,), where the N response tokens of all rows stand
-    in the flattened ids. Places come from lengths, never from comparing ids with a pad id: the pad
-    of many models is their EOS.
+    Returns `input_ids` (B, L) and `response_places` (N,): the positions of the N response tokens of
+    all rows in the flattened ids. The positions are computed from lengths. Comparing ids with the
+    id of the padding would be wrong, because many models use EOS as padding.
     """
-    length = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+    length = max(len(sequence) for sequence in sequences)
+    ids = torch.zeros(len(sequences), length, dtype=torch.long)
     places = []
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        end = len(prompt) + len(response)
-        ids[row, :end] = torch.tensor([*prompt, *response])
-        places.append(torch.arange(len(prompt), end) + row * length)
+    for row, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+        places.append(torch.arange(len(prompt), len(sequence)) + row * length)
     return {"input_ids": ids, "response_places": torch.cat(places)}
 
 
 def response_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """log pi(y|x) of each row, shape (B,), nats: summed over response tokens in float32."""
+    """log pi(y|x) of each row of a batch from `collate`, (B,), nats.
+
+    The sum over the response's tokens, in float32.
+    """
     return token_logps(model, batch).sum(1)
 
 
 def token_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """log pi of each response token, (B, L), nats, float32; 0 where none stands."""
+    """log pi of each response token, (B, L), nats, float32; 0 at tokens of prompts and padding."""
     ids, places = batch["input_ids"], batch["response_places"]
-    with head_reads(model, places - 1):  # what predicts a token stands before it
+    with head_reads(model, places - 1):  # The position before a token predicts it.
         logits = model(input_ids=ids, use_cache=False).logits  # (N, V)
     targets = ids.flatten()[places]
-    found = -functional.cross_entropy(logits.float(), targets, reduction="none")
-    table = torch.zeros(ids.numel(), dtype=torch.float32, device=ids.device)
-    return table.index_copy(0, places, found).view_as(ids)
+    logps = -functional.cross_entropy(logits.float(), targets, reduction="none")
+    flat = torch.zeros(ids.numel(), dtype=torch.float32, device=ids.device)
+    return flat.index_copy(0, places, logps).view_as(ids)
 
 
 @contextmanager
 def head_reads(model: nn.Module, places: Tensor) -> Iterator[None]:
-    """Let the model compute logits at these N places of the flattened batch alone: float32 (N, V).
+    """Make the model compute logits only at N positions of the flattened batch: float32 (N, V).
 
-    The head is replaced and not called from here, so that what a model does with its logits, such
-    as Gemma-2's soft cap, stays. Bfloat16 logits of 16 and above are rounded to an eighth; a token's
-    log-probability would carry that error, differently in each batch.
+    The model itself still calls its output layer, whose `forward` is replaced. Thus everything else
+    that the model does with its logits, such as Gemma-2's soft cap, remains. The logits are
+    float32, because bfloat16 rounds logits of 16 and above to multiples of 1/8. Log-probabilities
+    would have that error, and a different one in each batch.
     """
-    inner: Any = getattr(model, "module", model)
+    inner: Any = getattr(model, "module", model)  # the model without its distributed wrapper
     head = inner.get_output_embeddings()
 
     def forward(states: Tensor) -> Tensor:
@@ -83,15 +87,16 @@ def head_reads(model: nn.Module, places: Tensor) -> Iterator[None]:
 
 
 class Float32Product(torch.autograd.Function):
-    """x W^T of bfloat16 x (N, H) and W (V, H), float32 (N, V): multiplied in bfloat16, not rounded to it.
+    """x W^T in float32 (N, V), of bfloat16 x (N, H) and W (V, H).
 
-    The gradient is rounded to bfloat16, as autocast does.
+    The factors are bfloat16, but the product is not rounded to bfloat16. The gradient is, as in
+    autocast.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        with torch.autocast(x.device.type, enabled=False):  # it would round the product again
+        with torch.autocast(x.device.type, enabled=False):  # Autocast would round the product.
             if x.is_cuda:
                 return torch.mm(x, weight.T, out_dtype=torch.float32)
             with bfloat16_products():
@@ -106,10 +111,11 @@ class Float32Product(torch.autograd.Function):
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """Float32 matrix products may use a processor's bfloat16 units: exact where factors are bfloat16."""
-    # torch puts an object in the module's place, which type checkers do not see.
+    """Let float32 matrix products use a CPU's bfloat16 units; exact if the factors are bfloat16."""
+    # torch replaces this module with an object, so type checkers do not find `matmul`.
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
@@ -117,7 +123,7 @@ def bfloat16_products() -> Iterator[None]:
 
 
 def pair_batch(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Rows of the table `pairs` as one batch of 2B sequences: all chosen, then all rejected."""
+    """B rows of the table `pairs` as a batch of 2B sequences: all chosen, then all rejected."""
     prompts = [pair["prompt_token_ids"] for pair in pairs]
     chosen = [pair["chosen_token_ids"] for pair in pairs]
     rejected = [pair["rejected_token_ids"] for pair in pairs]
@@ -125,21 +131,22 @@ def pair_batch(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def pair_length(pair: dict[str, Any]) -> int:
-    """Tokens that the longer sequence of a pair fills in a batch."""
+    """The number of tokens of the longer sequence of a pair, with the prompt."""
     longer = max(len(pair["chosen_token_ids"]), len(pair["rejected_token_ids"]))
     return len(pair["prompt_token_ids"]) + longer
 
 
 def _batches(lengths: list[int], size: int) -> list[list[int]]:
-    """Indices in batches of like lengths."""
+    """Indices of sequences in batches of `size`, in ascending order of their lengths."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def forward_precision(device: str, dtype: torch.dtype) -> torch.autocast:
-    """Float32 weights computed with in `dtype`: the same casts in every pass.
+    """Autocast for float32 weights that are computed with in `dtype`: the same casts in every pass.
 
-    Uncached, because a cache keeps a cast of all weights, 2 bytes each, until the block ends.
+    Autocast's cache is off, because it would keep a bfloat16 copy of all weights, 2 bytes each,
+    until the end of the block.
     """
     enabled = dtype == torch.bfloat16
     return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
@@ -152,25 +159,27 @@ def frozen_logps(
     device: str,
     micro_batch_size: int,
 ) -> list[dict[str, Any]]:
-    """Rows of the table `logps` under a frozen model, batched by length, in the order of `pairs`.
+    """Rows of the table `logps` for `pairs` under a frozen model, in the order of `pairs`.
 
-    A log-probability that is not a number is a UserError that names its pair.
+    Pairs of similar lengths are computed together. A log-probability that is not finite is a
+    UserError that names its pair.
     """
-    rows: dict[int, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = [{} for _ in pairs]
     lengths = [pair_length(pair) for pair in pairs]
     with torch.inference_mode(), forward_precision(device, dtype):
         for batch in progress(_batches(lengths, micro_batch_size), "reference log-probabilities"):
-            inputs = pair_batch([pairs[i] for i in batch])
-            logps = response_logps(model, {k: v.to(device) for k, v in inputs.items()}).cpu()
-            names = [f"pair {pairs[i]['pair_id']}" for i in batch]
+            inputs = _on_device(pair_batch([pairs[index] for index in batch]), device)
+            logps = response_logps(model, inputs).cpu()
+            names = [f"pair {pairs[index]['pair_id']}" for index in batch]
             check_finite(logps, names + names, "log-probability under the frozen policy")
-            for i, chosen, rejected in zip(batch, *logps.chunk(2), strict=True):
-                rows[i] = {
-                    "pair_id": pairs[i]["pair_id"],
-                    "chosen_logp": chosen.item(),
-                    "rejected_logp": rejected.item(),
+            chosen, rejected = logps.chunk(2)
+            for place, index in enumerate(batch):
+                rows[index] = {
+                    "pair_id": pairs[index]["pair_id"],
+                    "chosen_logp": chosen[place].item(),
+                    "rejected_logp": rejected[place].item(),
                 }
-    return [rows[i] for i in range(len(pairs))]
+    return rows
 
 
 def frozen_response_logps(
@@ -182,28 +191,34 @@ def frozen_response_logps(
 ) -> list[float]:
     """log pi(y|x), nats, of rows of the table `responses` under a frozen model, in their order.
 
-    One that is not a number is a UserError that names prompt and sample.
+    Responses of similar lengths are computed together. A log-probability that is not finite is a
+    UserError that names the prompt and the sample.
     """
     logps = [0.0] * len(responses)
     lengths = [len(row["prompt_token_ids"]) + len(row["token_ids"]) for row in responses]
     with torch.inference_mode(), forward_precision(device, dtype):
         for batch in progress(_batches(lengths, batch_size), "log-probabilities of responses"):
-            some = [responses[i] for i in batch]
-            inputs = collate([r["prompt_token_ids"] for r in some], [r["token_ids"] for r in some])
-            found = response_logps(model, {k: v.to(device) for k, v in inputs.items()}).cpu()
-            names = [f"sample {r['sample_id']} of prompt {r['prompt_id']}" for r in some]
-            check_finite(found, names, "log-probability under the policy")
-            for i, logp in zip(batch, found.tolist(), strict=True):
-                logps[i] = logp
+            rows = [responses[index] for index in batch]
+            prompts = [row["prompt_token_ids"] for row in rows]
+            inputs = _on_device(collate(prompts, [row["token_ids"] for row in rows]), device)
+            batch_logps = response_logps(model, inputs).cpu()
+            names = [f"sample {row['sample_id']} of prompt {row['prompt_id']}" for row in rows]
+            check_finite(batch_logps, names, "log-probability under the policy")
+            for index, logp in zip(batch, batch_logps.tolist(), strict=True):
+                logps[index] = logp
     return logps
 
 
+def _on_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: values.to(device) for name, values in batch.items()}
+
+
 def check_finite(values: Tensor, names: list[str], what: str) -> None:
-    """UserError naming the first of `values` (B,) that is NaN or infinite."""
+    """Raise a UserError that names the first of `values` (B,) that is NaN or infinite."""
     finite = values.isfinite().tolist()
     if not all(finite):
         first = finite.index(False)
         raise UserError(
-            f"the {what} of {names[first]} is {values[first].item()}; the policy's weights are damaged "
-            "or overflow: check the policy, or set precision: float32"
+            f"the {what} of {names[first]} is {values[first].item()}; the policy's weights are "
+            "damaged or overflow: check the policy, or set precision: float32"
         )

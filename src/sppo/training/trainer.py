@@ -1,8 +1,9 @@
-"""Training on pairs: our trainer, and TRL's own as the oracle.
+"""Training on pairs: this project's trainer, and TRL's trainer for comparison.
 
-Ours is `transformers.Trainer` with three public methods of its own: `compute_loss` (the SPPO family),
-`get_batch_samples` (a step's loss is the mean over its pairs, however they are cut into micro-batches and divided over
-processes) and `create_scheduler` (the schedule may be longer than the training).
+`PairTrainer` is `transformers.Trainer` and overrides three of its public methods for training.
+`compute_loss` computes the losses of `losses.py`. `get_batch_samples` makes a step's loss the mean
+over its pairs, for any division of the pairs into micro-batches and over processes.
+`create_scheduler` allows a learning-rate schedule that is longer than the training.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ from sppo.training.logps import (
 from sppo.training.losses import LOSSES, pair_loss
 from sppo.training.requirements import micro_batches
 
-# Log-ratios before the first step are rounding alone: what other neighbours and other padding change.
-# Errors of tokens nearly cancel, so that they grow with the root of the length, while those of
-# another policy add up. The root of the sum of squared log-ratios of responses of n tokens in all is
-# at most sqrt(base^2 + each^2 n) nats. benchmarks/step_0_noise.py measures it: bfloat16's standard
-# deviation is about 0.01 for each root of a token, with rare responses ten times as far off.
+# Before the first update, log-ratios to pi_t are not 0 only because of rounding: a sequence is
+# computed in another batch with other padding than in the reference pass. Rounding errors of tokens
+# nearly cancel, so their sum grows with the square root of the length. If the references belong to
+# another policy, the differences of tokens add up instead. For responses of n tokens in total, the
+# root of the sum of squared log-ratios may be at most sqrt(base^2 + each^2 n) nats. The values here
+# are (base, each), measured by benchmarks/step_0_noise.py: in bfloat16 the standard deviation is
+# about 0.01 sqrt(n), and the log-ratios of rare responses are ten times larger.
 IDENTITY_TOLERANCE = {torch.float32: (2e-3, 5e-4), torch.bfloat16: (0.4, 0.04)}
 
-# Of each pair: the preference model's estimates, and log-probabilities under pi_t and the method's reference.
+# The numbers that each pair carries: the preference model's estimates, and the log-probabilities
+# (nats) of both responses under pi_t and under the method's reference.
 NUMBERS = (
     "p_hat_chosen",
     "p_hat_rejected",
@@ -56,28 +60,37 @@ NUMBERS = (
 
 
 def training_order(lengths: list[int], batch_size: int, epochs: int, seed: int) -> list[int]:
-    """Indices of pairs in the order of training: shuffled in every epoch, cut into steps, each sorted by length.
+    """Indices of pairs in the order of training, over all epochs.
 
-    So micro-batches hold pairs of like length, and which pairs make a step does not depend on micro-batches.
+    The pairs are shuffled in every epoch and divided into steps. Each step is sorted by length, the
+    longest pair first, so that the pairs of a micro-batch have similar lengths. The pairs of a step
+    do not depend on the size of micro-batches.
     """
-    order: list[int] = []
+    shuffled: list[int] = []
     for epoch in range(epochs):
         indices = list(range(len(lengths)))
         random.Random(f"{seed}/{epoch}").shuffle(indices)
-        order += indices
-    steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return [i for step in steps for i in sorted(step, key=lambda i: (-lengths[i], i))]
+        shuffled += indices
+    order: list[int] = []
+    for start in range(0, len(shuffled), batch_size):
+        step = shuffled[start : start + batch_size]
+        order += sorted(step, key=lambda index: (-lengths[index], index))
+    return order
 
 
 def plan(n_pairs: int, options: dict[str, Any]) -> tuple[int, int]:
-    """Optimiser steps until `stop_epoch`, and those that the learning-rate schedule is laid out for."""
+    """The number of optimiser steps until `stop_epoch`, and that of the learning-rate schedule."""
     stop = math.ceil(n_pairs * options["stop_epoch"] / options["batch_size"])
     total = math.ceil(n_pairs * options["schedule_total_epochs"] / options["batch_size"])
     return stop, max(stop, total)
 
 
 def collate_pairs(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of B pairs: 2B sequences (chosen, then rejected) and the pairs' own numbers, each (B,)."""
+    """A batch of B pairs: 2B sequences (all chosen, then all rejected), and numbers of shape (B,).
+
+    The numbers are `NUMBERS`, the tokens of each response, the tokens of both sequences, the id and
+    the weight of each pair.
+    """
     batch = pair_batch(pairs)
     for name in NUMBERS:
         batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
@@ -90,35 +103,58 @@ def collate_pairs(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def sequence_tokens(pair: dict[str, Any]) -> int:
-    """Tokens of both sequences of a pair, each with the prompt."""
+    """The tokens of both sequences of a pair, each with the prompt."""
     responses = len(pair["chosen_token_ids"]) + len(pair["rejected_token_ids"])
     return 2 * len(pair["prompt_token_ids"]) + responses
 
 
 def identity_fault(ratios: Tensor, tokens: Tensor, dtype: torch.dtype) -> str | None:
-    """Why log-ratios (n,) of responses of so many tokens (n,) are no rounding, None if they are."""
+    """Why log-ratios are larger than rounding explains, see `IDENTITY_TOLERANCE`; None if not.
+
+    Args:
+        ratios: log-ratios of n responses to pi_t before the first update, (n,), nats.
+        tokens: the number of tokens of each response, (n,).
+        dtype: the type that the forward pass computes in.
+    """
     base, each = IDENTITY_TOLERANCE[dtype]
-    size, length = ratios.double().square().sum().sqrt().item(), int(tokens.sum())
+    size = ratios.double().square().sum().sqrt().item()
+    length = int(tokens.sum())
     limit = math.sqrt(base**2 + each**2 * length)
     if size < limit:
         return None
     return (
         f"the log-ratios of {len(ratios)} responses, {length} tokens, are {size:.3g} nats (root of "
-        f"the sum of squares) before the first update, and rounding gives at most {limit:.3g}"
+        f"the sum of squares) before the first update, but rounding explains at most {limit:.3g}"
     )
 
 
 def pad_to_multiple(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
-    """Rows up to a multiple of `size`, the last one repeated with weight 0: processes must make passes of like number, and count no pair twice."""
+    """Repeat the last row, with weight 0, until the number of rows is a multiple of `size`.
+
+    All processes must make the same number of forward passes. Weight 0 keeps a repeated pair out of
+    the loss and the log.
+    """
     return rows + [rows[-1] | {"weight": 0.0}] * (-len(rows) % size)
 
 
-# What a log line tells as means over the step's pairs.
+# The columns of the training log that are means over a step's pairs.
 MEANS = ("loss", "log_ratio_chosen", "log_ratio_rejected", "reward_accuracy")
 
 
+def stack_columns(*columns: Tensor) -> Tensor:
+    """Stack columns (B,) to rows (B, columns) in float64, on their device and without gradients."""
+    return torch.stack([column.detach().double() for column in columns], dim=1)
+
+
 class PairTrainer(Trainer):
-    """Trains on pairs with any loss of `losses.py`; for SPPO, arXiv 2405.00675, eq. 4.6."""
+    """Trains on pairs with any loss of `losses.py`; for SPPO it is eq. (4.6) of arXiv 2405.00675.
+
+    Args:
+        options: the options of the training, as in the section `train` of the configuration.
+        schedule_steps: the number of steps of the learning-rate schedule.
+        dtype: the type that the forward pass computes in.
+        kwargs: the arguments of `transformers.Trainer`.
+    """
 
     def __init__(
         self,
@@ -129,26 +165,33 @@ class PairTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(data_collator=collate_pairs, **kwargs)
-        self.options, self.schedule_steps, self.dtype = options, schedule_steps, dtype
-        self.model_accepts_loss_kwargs = (
-            True  # the loss is divided by the step's pairs, in compute_loss
-        )
-        self._step_rows: list[
-            Tensor
-        ] = []  # of each micro-batch since the last log line: (B, COLUMNS)
+        self.options = options
+        self.schedule_steps = schedule_steps
+        self.dtype = dtype
+        # Tells the Trainer that compute_loss divides by the number of pairs of the step.
+        self.model_accepts_loss_kwargs = True
+        # One tensor (B, 7) per micro-batch since the last log line, see `_count`.
+        self._step_rows: list[Tensor] = []
         self._step_began = time.monotonic()
-        self._step_0_rows: list[Tensor] = []  # of each micro-batch of the first step: (B, 7)
+        # One tensor (B, 7) per micro-batch of the first step, see `_keep_step_0`.
+        self._step_0_rows: list[Tensor] = []
+        # What `_check_step_0` measured, for the record of the policy.
         self.step_0: dict[str, float] | None = None
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of a step, and the divisor of their losses in `compute_loss`.
+
+        The divisor is the number of pairs of the step divided by the number of processes, because
+        the gradients are averaged over the processes after the backward pass.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         pairs = torch.tensor(float(sum(batch["weight"].sum() for batch in batches)), device=device)
-        # The mean over processes that follows the backward pass divides by their number once more.
         return batches, self.accelerator.reduce(pairs, "sum") / self.accelerator.num_processes
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The learning-rate schedule over `schedule_steps` instead of the training's steps."""
         return super().create_scheduler(self.schedule_steps, optimizer)
 
     def compute_loss(
@@ -158,11 +201,19 @@ class PairTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        # The same float32 weights and casts as in the reference pass, also where weights are divided over processes.
+        """The loss of a micro-batch of B pairs, divided by `num_items_in_batch`.
+
+        The divisor is from `get_batch_samples`; without it, the weights' sum. With
+        `return_outputs`, also the log-probabilities (2B,) of all chosen, then all rejected
+        responses.
+        """
+        # The same float32 weights and casts as in the reference pass, also if the weights are
+        # divided over processes.
         with forward_precision(inputs["input_ids"].device.type, self.dtype):
             logps = response_logps(model, inputs)
         chosen, rejected = logps.chunk(2)
-        delta_w, delta_l = chosen - inputs["current_chosen"], rejected - inputs["current_rejected"]
+        delta_w = chosen - inputs["current_chosen"]
+        delta_l = rejected - inputs["current_rejected"]
         losses = pair_loss(
             self.options["loss"],
             inputs | {"logp_chosen": chosen, "logp_rejected": rejected},
@@ -172,52 +223,54 @@ class PairTrainer(Trainer):
             self._keep_step_0(losses, delta_w, delta_l, inputs)
         self._count(losses, delta_w, delta_l, inputs)
         scale = self.options["beta"] ** 2 if self.options["loss_scale"] == "beta_squared" else 1.0
-        loss = (
-            scale
-            * (losses * inputs["weight"]).sum()
-            / (num_items_in_batch if num_items_in_batch is not None else inputs["weight"].sum())
-        )
+        divisor = num_items_in_batch
+        if divisor is None:
+            divisor = inputs["weight"].sum()
+        loss = scale * (losses * inputs["weight"]).sum() / divisor
         return (loss, logps) if return_outputs else loss
 
     def _keep_step_0(
         self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]
     ) -> None:
-        """Keep a micro-batch of the first step, and what the loss is where all log-ratios are 0."""
-        itself = {
+        """Keep a micro-batch of the first step, with its loss if all log-ratios to pi_t were 0."""
+        at_current = {
             "logp_chosen": inputs["current_chosen"],
             "logp_rejected": inputs["current_rejected"],
         }
-        closed = pair_loss(self.options["loss"], inputs | itself, self.options)
-        columns = (
-            inputs["weight"],
-            losses,
-            closed,
-            delta_w,
-            delta_l,
-            inputs["tokens_chosen"],
-            inputs["tokens_rejected"],
-        )
+        closed = pair_loss(self.options["loss"], inputs | at_current, self.options)
         self._step_0_rows.append(
-            torch.stack([column.detach().double() for column in columns], dim=1)
+            stack_columns(
+                inputs["weight"],
+                losses,
+                closed,
+                delta_w,
+                delta_l,
+                inputs["tokens_chosen"],
+                inputs["tokens_rejected"],
+            )
         )
 
     def _check_step_0(self) -> None:
-        """In the first step the policy was pi_t: its log-ratios to it are 0, else UserError.
+        """Raise a UserError if the policy before the first update was not pi_t.
 
-        On all pairs of the step, for of few pairs rounding hides a policy that is near. The loss and
-        its closed form are recorded beside each other.
+        Its log-ratios to pi_t must be 0 up to rounding. All pairs of the step are checked together,
+        because with few pairs a similar policy cannot be distinguished from rounding. `step_0`
+        keeps the loss and the loss at log-ratio 0, for comparison.
         """
         rows = self.accelerator.gather(torch.cat(self._step_0_rows))
         self._step_0_rows = []
-        losses, closed, *columns = rows[rows[:, 0] > 0, 1:].T
-        ratios, tokens = torch.cat(columns[:2]), torch.cat(columns[2:])
+        counted = rows[rows[:, 0] > 0, 1:]  # without the pairs of weight 0
+        losses, closed, delta_w, delta_l, tokens_chosen, tokens_rejected = counted.T
+        ratios = torch.cat([delta_w, delta_l])
+        tokens = torch.cat([tokens_chosen, tokens_rejected])
         self.step_0 = {
             "log_ratio_per_token": (ratios.abs() / tokens).max().item(),
             "mean_log_ratio_per_token": abs((ratios.sum() / tokens.sum()).item()),
             "loss": losses.mean().item(),
             "closed_form": closed.mean().item(),
         }
-        if fault := identity_fault(ratios, tokens, self.dtype):
+        fault = identity_fault(ratios, tokens, self.dtype)
+        if fault:
             raise UserError(
                 f"step-0 identity: {fault}; the reference log-probabilities belong to another "
                 "policy: delete them and run again"
@@ -226,16 +279,28 @@ class PairTrainer(Trainer):
     def _count(
         self, losses: Tensor, delta_w: Tensor, delta_l: Tensor, inputs: dict[str, Tensor]
     ) -> None:
-        """Keep a micro-batch for the next log line. On its device: reading numbers would make a GPU wait."""
-        of_pairs = (inputs["pair_id"], inputs["weight"], inputs["sequence_tokens"])
-        columns = (*of_pairs, losses, delta_w, delta_l, delta_w > delta_l)
-        self._step_rows.append(torch.stack([column.detach().double() for column in columns], dim=1))
+        """Keep a micro-batch for the next log line.
+
+        The numbers stay on their device, because reading them would make a GPU wait.
+        """
+        self._step_rows.append(
+            stack_columns(
+                inputs["pair_id"],
+                inputs["weight"],
+                inputs["sequence_tokens"],
+                losses,
+                delta_w,
+                delta_l,
+                delta_w > delta_l,
+            )
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Our own columns in place of the Trainer's loss: unscaled, means over pairs of all processes, nats.
+        """Add a step's own columns to a log line: `MEANS`, and tokens per second.
 
-        A loss, log-ratio or gradient norm that is not a finite number is a UserError that names step and
-        pairs. It comes before the step's checkpoint is written.
+        The means are over the pairs of all processes, in nats; the loss is unscaled and replaces
+        the Trainer's. A loss or gradient norm that is not finite is a UserError that names the step
+        and the pairs; it is raised before the step's checkpoint is written.
         """
         if self._step_0_rows:
             self._check_step_0()
@@ -248,58 +313,68 @@ class PairTrainer(Trainer):
             now = time.monotonic()
             means = {name: total / pairs for name, total in zip(MEANS, totals, strict=True)}
             logs = {**logs, **means, "tokens_per_second": tokens / (now - self._step_began)}
-            self._step_rows, self._step_began = [], now
+            self._step_rows = []
+            self._step_began = now
         super().log(logs, start_time)
 
     def _check_numbers(self, rows: Tensor, gradient_norm: float | None) -> None:
-        where = f"step {self.state.global_step}"
-        names = [f"pair {int(pair_id)} in {where}" for pair_id in rows[:, 0].tolist()]
-        check_finite(rows[:, 3], names, "loss")
+        """Raise a UserError if a loss in `rows` or the gradient norm is not finite."""
+        step = f"step {self.state.global_step}"
+        pair_ids = [int(pair_id) for pair_id in rows[:, 0].tolist()]
+        check_finite(rows[:, 3], [f"pair {pair_id} in {step}" for pair_id in pair_ids], "loss")
         if gradient_norm is not None and not math.isfinite(gradient_norm):
-            pairs = ", ".join(str(int(pair_id)) for pair_id in rows[:, 0].tolist())
+            pairs = ", ".join(map(str, pair_ids))
             raise UserError(
-                f"the gradient norm of {where} (pairs {pairs}) is {gradient_norm}; lower "
-                "train.learning_rate, set train.loss_scale: beta_squared, or train.precision: float32"
+                f"the gradient norm of {step} (pairs {pairs}) is {gradient_norm}; lower "
+                "train.learning_rate, set train.loss_scale: beta_squared, or set "
+                "train.precision: float32"
             )
 
 
 class StepLog(TrainerCallback):
-    """A line a step for the log of a job that nobody watches."""
+    """Prints one line per step on stdout, because a job has no progress bar."""
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
-        if logs and "loss" in logs and state.is_world_process_zero:
-            ratios = "".join(
-                f", {name.replace('_', '-', 1).replace('_', ' of ')} {logs[name]:+.2f}"
-                for name in ("log_ratio_chosen", "log_ratio_rejected")
-                if name in logs
-            )
-            print(
-                f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.6g}{ratios}",
-                flush=True,
-            )
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        line = f"step {state.global_step} of {state.max_steps}: loss {logs['loss']:.6g}"
+        for response in ("chosen", "rejected"):
+            ratio = logs.get(f"log_ratio_{response}")
+            if ratio is not None:
+                line += f", log-ratio of {response} {ratio:+.2f}"
+        print(line, flush=True)
 
 
 class SealCheckpoints(TrainerCallback):
-    """Makes a checkpoint count, when all processes have written their parts of it.
+    """Writes a checkpoint's manifest after all processes have written their parts of it.
 
-    Hashing reads it once more, from memory where that has room; the first process does it while the
-    others wait, and a checkpoint is rare.
+    Hashing reads the checkpoint once more, from memory if there is room. The first process does it
+    while the others wait; checkpoints are rare.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        with first_alone():  # all have come here, so all is written
-            pass
-        with first_alone() as here:
-            if here:
+        with first_alone():
+            pass  # After this, all processes have written their parts.
+        with first_alone() as is_first_process:
+            if is_first_process:
                 seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def trainer_arguments(
     options: dict[str, Any], steps: int, schedule_steps: int, device: str, work: Path, seed: int
 ) -> dict[str, Any]:
-    """Arguments that our trainer and TRL's share."""
+    """The arguments that `make_trainer` and `make_trl_trainer` share.
+
+    Args:
+        options: the options of the training.
+        steps: the number of optimiser steps until the end of the training.
+        schedule_steps: the number of steps of the learning-rate schedule.
+        device: cpu or cuda.
+        work: the folder of the checkpoints.
+        seed: the seed of the training.
+    """
     micro, accumulated = micro_batches(options)
     fsdp = options["parallel"] == "fsdp2"
     return {
@@ -311,7 +386,8 @@ def trainer_arguments(
         "optim": options["optimizer"],
         "lr_scheduler_type": options["lr_schedule"],
         "weight_decay": 0.0,
-        # In steps of the whole schedule, which is longer than the training if stop_epoch ends it early.
+        # A share of the whole schedule, which is longer than the training if stop_epoch ends it
+        # early.
         "warmup_steps": math.ceil(options["warmup_ratio"] * schedule_steps),
         "max_grad_norm": options["max_grad_norm"],
         "use_cpu": device == "cpu",
@@ -320,13 +396,14 @@ def trainer_arguments(
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
         "dataloader_pin_memory": device != "cpu",
-        # FSDP has its own checkpointing, which `accelerate launch` was told of, and would keep whole gradients between micro-batches.
+        # FSDP has its own activation checkpointing, which `distributed.launch` sets.
         "activation_checkpointing": options["gradient_checkpointing"] and not fsdp,
+        # Without this, FSDP would keep whole gradients between micro-batches.
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}},
         "ddp_find_unused_parameters": False,
         "logging_steps": 1,
         "logging_first_step": True,
-        # A training shorter than that leaves nothing to go on from.
+        # A training that has at most that many steps writes no checkpoint.
         "save_strategy": "steps" if steps > options["checkpoint_steps"] else "no",
         "save_steps": options["checkpoint_steps"],
         "save_total_limit": 2,
@@ -345,24 +422,30 @@ def make_trainer(
     work: Path,
     seed: int,
 ) -> PairTrainer:
-    """Our trainer for rows of `pairs` that carry all `NUMBERS`."""
+    """The `PairTrainer` for rows of the table `pairs` that carry all `NUMBERS`.
+
+    Args:
+        model: the policy pi_t.
+        pairs: the rows.
+        options: the options of the training.
+        dtype: the type that the forward pass computes in.
+        device: cpu or cuda.
+        work: the folder of the checkpoints.
+        seed: the seed of the order of pairs and of the training.
+    """
     steps, schedule_steps = plan(len(pairs), options)
-    order = training_order(
-        [pair_length(p) for p in pairs],
-        options["batch_size"],
-        math.ceil(options["stop_epoch"]),
-        seed,
-    )
     arguments = TrainingArguments(
         **trainer_arguments(options, steps, schedule_steps, device, work, seed)
     )
-    if arguments.deepspeed_plugin:  # DeepSpeed switches an autocast off that it does not know of
+    if arguments.deepspeed_plugin:
+        # DeepSpeed switches autocast off unless its own configuration enables it. Without safe
+        # modules, processes exchange float32.
         arguments.deepspeed_plugin.deepspeed_config["torch_autocast"] = {
             "enabled": dtype == torch.bfloat16,
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
-        }  # float32 is exchanged
-    rows = [pairs[i] for i in order]
+        }
+    rows = in_training_order(pairs, options, seed)
     if options["processes"] > 1:
         rows = pad_to_multiple(rows, options["processes"] * arguments.per_device_train_batch_size)
     trainer = PairTrainer(
@@ -378,6 +461,19 @@ def make_trainer(
     return trainer
 
 
+def in_training_order(
+    pairs: list[dict[str, Any]], options: dict[str, Any], seed: int
+) -> list[dict[str, Any]]:
+    """The rows of `pairs` in the order of training, over all epochs."""
+    order = training_order(
+        [pair_length(pair) for pair in pairs],
+        options["batch_size"],
+        math.ceil(options["stop_epoch"]),
+        seed,
+    )
+    return [pairs[index] for index in order]
+
+
 def make_trl_trainer(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -389,15 +485,22 @@ def make_trl_trainer(
     seed: int,
     reference: PreTrainedModel | None = None,
 ) -> Trainer:
-    """TRL's DPOTrainer on the same token ids in the same order; it computes its own references, which are pi_t.
+    """TRL's DPOTrainer on the same token ids in the same order as in `make_trainer`.
 
-    All of them before the first step, or, if it is given pi_t as a second model, as it does by default, those of each step in the step.
+    It computes the log-probabilities under its reference, pi_t, itself: all before the first step,
+    or, if `reference` is given, those of each step in that step, as TRL does by default.
+
+    Args:
+        model: the policy pi_t.
+        tokenizer: its tokenizer.
+        pairs, options, dtype, device, work, seed: as in `make_trainer`.
+        reference: pi_t as a second model.
     """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     class TokenIdTrainer(DPOTrainer):
-        """DPOTrainer that takes token ids as they are instead of making them again from text."""
+        """DPOTrainer that uses the given token ids instead of tokenizing texts."""
 
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
@@ -406,19 +509,13 @@ def make_trl_trainer(
             return super().create_scheduler(schedule_steps, optimizer)
 
     steps, schedule_steps = plan(len(pairs), options)
-    order = training_order(
-        [pair_length(p) for p in pairs],
-        options["batch_size"],
-        math.ceil(options["stop_epoch"]),
-        seed,
-    )
     rows = [
         {
-            "prompt_ids": list(pairs[i]["prompt_token_ids"]),
-            "chosen_ids": list(pairs[i]["chosen_token_ids"]),
-            "rejected_ids": list(pairs[i]["rejected_token_ids"]),
+            "prompt_ids": list(pair["prompt_token_ids"]),
+            "chosen_ids": list(pair["chosen_token_ids"]),
+            "rejected_ids": list(pair["rejected_token_ids"]),
         }
-        for i in order
+        for pair in in_training_order(pairs, options, seed)
     ]
     shared = trainer_arguments(options, steps, schedule_steps, device, work, seed)
     arguments = DPOConfig(
@@ -446,7 +543,7 @@ def make_trl_trainer(
 
 
 def with_lora(model: Any, options: dict[str, Any]) -> Any:
-    """The model itself, or with LoRA adapters on all linear layers if `lora_rank` is not 0."""
+    """The model with LoRA adapters on all linear layers, or unchanged if `lora_rank` is 0."""
     if options["lora_rank"] == 0:
         return model
     from peft import LoraConfig, get_peft_model
@@ -464,17 +561,23 @@ def with_lora(model: Any, options: dict[str, Any]) -> Any:
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """The policy with its adapters added to the weights: in float32, for bfloat16 would round most of them away, and on the CPU, which has room."""
+    """The policy with its LoRA adapters merged into the weights.
+
+    In float32, because bfloat16 would round most of the update away, and on the CPU, because it has
+    enough memory.
+    """
     return model.to("cpu").float().merge_and_unload()
 
 
 def share_kept_in_bfloat16(model: Any) -> float:
-    """How much of what LoRA adapters learned is left when the merged policy is read in bfloat16, 0 to 1.
+    """The share, 0 to 1, of the LoRA update that is left if the merged policy is read in bfloat16.
 
-    The projection of the rounded update on the update, over all adapted weights. bfloat16 resolves 1/256
-    of a weight: of an update 2,000 times smaller than its weights about a quarter is left.
+    It is the projection of the rounded update onto the update, over all adapted weights. bfloat16
+    resolves 1/256 of a weight: about a quarter is left of an update that is 2,000 times smaller
+    than the weights.
     """
-    kept = whole = 0.0
+    kept = 0.0
+    whole = 0.0
     for module in model.modules():
         if not hasattr(module, "lora_A"):
             continue
@@ -487,17 +590,16 @@ def share_kept_in_bfloat16(model: Any) -> float:
 
 
 def check_kept_update(model: Any) -> float:
-    """`share_kept_in_bfloat16`, printed; less than a half is a UserError.
+    """Print and return `share_kept_in_bfloat16`; less than one half is a UserError.
 
-    The next iteration, vLLM and the reference read a LoRA policy in bfloat16.
+    The next iteration, vLLM and the reference pass read a LoRA policy in bfloat16.
     """
     share = share_kept_in_bfloat16(model)
-    print(
-        f"LoRA: {share:.0%} of the update is left where the policy is read in bfloat16", flush=True
-    )
+    print(f"LoRA: {share:.0%} of the update is left if the policy is read in bfloat16", flush=True)
     if share < 0.5:
         raise UserError(
-            f"only {share:.0%} of what LoRA learned is left where the policy is read in bfloat16, as the next iteration does; "
-            "raise train.learning_rate, set train.precision: float32, or train all weights with train.lora_rank: 0"
+            f"only {share:.0%} of the LoRA update is left if the policy is read in bfloat16, as in "
+            "the next iteration; raise train.learning_rate, set train.precision: float32, or train "
+            "all weights with train.lora_rank: 0"
         )
     return share
