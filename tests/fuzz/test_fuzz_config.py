@@ -20,12 +20,11 @@ from typing import Any
 import pytest
 import yaml
 from snakemake.common.configfile import load_configfile
-from snakemake.utils import update_config
 
-from sppo.core import config as sppo_config
-from sppo.core.config import resolve, schema, without_effect
-from sppo.core.config_files import check_files, files_hint
+from sppo.core.config import schema
+from sppo.core.config_files import all_files, check_files, files_hint
 from sppo.core.errors import UserError, explained, on_one_line
+from sppo.workflow.configuration import read_configuration, resolve, without_effect
 from sppo.workflow.preflight import check_inputs
 
 FUZZ = int(os.environ.get("FUZZ", "1"))
@@ -33,6 +32,7 @@ IN_PROCESS, THROUGH_SNAKEMAKE = 600, 15
 SECONDS, LONGEST_LINE = 20, 600
 RULES = schema()["properties"]
 LEAVES = [(section, key) for section, rule in RULES.items() for key in rule.get("properties", {})]
+EXTENDED = ["config/config.yaml", "config/methods.yaml", "config/presets/laptop.yaml"]
 TOP = [key for key, rule in RULES.items() if rule["type"] != "object"]
 
 TEXTS = [
@@ -308,13 +308,8 @@ def overlay(draw: random.Random) -> bytes:
             if isinstance(run, dict) and draw.random() < 0.3:
                 run["first_iteration_from"] = draw.choice(["main", "main", odd(draw)])
         content["runs"] = runs
-    if draw.random() < 0.5:  # without the shipped runs, whose own needs hide what comes after them
-        shipped = yaml.safe_load(Path("config/config.yaml").read_text(encoding="utf-8"))["runs"]
-        content["runs"] = (
-            dict.fromkeys(shipped) | content["runs"]
-            if isinstance(content.get("runs", {}), dict) and "runs" in content
-            else dict.fromkeys(shipped)
-        )
+    if draw.random() < 0.5:
+        content["extends"] = draw.choice(EXTENDED)
     with limits_off():
         text = yaml.safe_dump(content, allow_unicode=False, sort_keys=False)
     lines = text.splitlines(keepends=True)
@@ -355,28 +350,30 @@ def at_most(seconds: int) -> Iterator[None]:
 
 
 def refusal(file: Path) -> str | None:
-    """The line with which rules/common.smk refuses a file over config/config.yaml, None if it takes it."""
-    files = [Path("config/config.yaml").absolute(), file]
+    """The line with which rules/common.smk refuses a file, None if it accepts it.
+
+    Every run is asked for.
+    """
     try:
-        check_files(files)
+        check_files([file])
+        written = read_configuration([file], load_configfile(file))
     except Exception as error:
         if explained(error) is None:
             raise
         return on_one_line(explained(error))
-    config = load_configfile(files[0])
-    update_config(config, load_configfile(files[1]))
     try:
-        runs = resolve(config)
+        runs = resolve(written)
     except UserError as error:
-        return on_one_line(str(error) + files_hint(files))
-    try:
-        check_inputs(runs)
-    except Exception as error:
-        if explained(error) is None:
-            raise
-        return on_one_line(explained(error))
-    for line in without_effect(config, runs):
-        check_line(on_one_line(line), file)
+        return on_one_line(str(error) + files_hint(all_files([file])))
+    for name in runs:
+        try:
+            check_inputs(name, runs[name])
+        except Exception as error:
+            if explained(error) is None:
+                raise
+            return on_one_line(explained(error))
+        for line in without_effect(written, name, runs):
+            check_line(on_one_line(line), file)
     return None
 
 
@@ -401,8 +398,6 @@ def check_line(line: str, file: Path) -> None:
 @pytest.mark.parametrize("seed", range(FUZZ))
 def test_random_overlay_is_accepted_or_one_line(seed, copy, monkeypatch, tmp_path):
     monkeypatch.chdir(copy)
-    rules = schema()
-    monkeypatch.setattr(sppo_config, "schema", lambda: rules)  # read once
     draw = random.Random(seed)
     accepted, faults = 0, []
     for number in range(IN_PROCESS):

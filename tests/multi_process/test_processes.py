@@ -266,12 +266,12 @@ def test_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(paralle
             assert ours[column] == pytest.approx(theirs[column], rel=1e-5), column
 
 
-def test_two_machines_meet(place, alone):
-    """Two machines with one process each; this machine plays both."""
+def test_two_nodes_meet(place, alone):
+    """Two nodes with one process each; this machine plays both."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = place.command("machines", processes=2, machines=2, micro_batch_size=2)
+    command = place.command("nodes", processes=2, nodes=2, micro_batch_size=2)
     running = [
         subprocess.Popen(
             command,
@@ -284,8 +284,8 @@ def test_two_machines_meet(place, alone):
     ]
     outputs = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
-    weights = load_file(place.folder / "machines" / "model.safetensors")
-    assert_same(place, alone, "machines", weights)
+    weights = load_file(place.folder / "nodes" / "model.safetensors")
+    assert_same(place, alone, "nodes", weights)
 
 
 def test_error_of_all_processes_is_one_line_and_nothing_is_kept(place, tmp_path):

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sppo.core.config_files import read_files
 from sppo.core.errors import UserError
+from sppo.preferences.base import KINDS
 from sppo.workflow.configuration import resolve
 from sppo.workflow.preflight import check_inputs
 
@@ -129,8 +131,10 @@ def programs() -> dict[str, set[str]]:
     for file in (ROOT / "rules").glob("*.smk"):
         text = file.read_text(encoding="utf-8")
         for rule in re.split(r"^rule ", text, flags=re.MULTILINE)[1:]:
-            program = re.search(r"\{PYTHON\} src/([\w/]+)\.py", rule)[1]
+            program = re.search(r"\{PYTHON\} \{SRC\}/([\w/]+)\.py", rule)[1]
             environments = re.findall(r'"\.\./envs/(\w+)\.yaml"', rule)
+            if "preference_environment" in rule:
+                environments += [kind.environment for kind in KINDS.values()]
             found.setdefault(program, set()).update(environments)
     return found
 
@@ -157,7 +161,7 @@ def test_the_environment_of_a_program_has_what_it_imports(program, packages):
 
 def test_a_tracker_that_core_lacks_is_a_one_line_error(monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
+    config = read_files([ROOT / "config/config.yaml"])
     config["train"] = config["train"] | {"report_to": "tensorboard"}
     with pytest.raises(
         UserError,

@@ -14,8 +14,9 @@ import estimate_cost
 from sppo.core.artifacts import record_path, write_json
 from sppo.core.errors import UserError
 from sppo.core.tables import write_table
+from sppo.policies.shapes import SHAPES, Shape, shape_of
 from sppo.reporting import cost_model
-from sppo.reporting.cost_model import GPUS, SHAPES, Shape, Use
+from sppo.reporting.cost_model import GPUS, Use
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = {path.stem: path for path in (ROOT / "config" / "presets").glob("*.yaml")}
@@ -65,7 +66,7 @@ def test_weight_counts_equal_those_of_transformers_and_the_hub(name, published):
     with torch.device("meta"):
         counted = AutoModelForCausalLM.from_config(config_of(name)).num_parameters()
     assert counted == published
-    assert cost_model.shape_of(config_of(name).to_dict()) == SHAPES[name]
+    assert shape_of(config_of(name).to_dict()) == SHAPES[name]
     assert SHAPES[name].weights == pytest.approx(published, rel=1e-3)
 
 
@@ -250,7 +251,7 @@ def test_records_of_a_run_are_compared_with_the_formulas(program, tiny_policy, t
     ids = list(range(3, 23))
     folder.mkdir()
     shutil.copytree(tiny_policy, folder / "policy")
-    shape = cost_model.shape_of(json.loads((tiny_policy / "config.json").read_text()))
+    shape = shape_of(json.loads((tiny_policy / "config.json").read_text()))
     write_table(
         folder / "responses" / "0.parquet",
         [

@@ -40,7 +40,7 @@ def children(arguments):
     sys.stdin.read()
 
 distributed._check_machine, launch.launch_command = lambda *_: None, children
-train = {"processes": int(sys.argv[1]), "machines": 1, "parallel": "ddp"}
+train = {"processes": int(sys.argv[1]), "nodes": 1, "parallel": "ddp"}
 sys.argv = ["train_policy.py"]
 run(lambda: distributed.launch(train, "auto"))
 """

@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
+from sppo.policies.shapes import SHAPES, Shape
 from sppo.reporting import cost_model
-from sppo.reporting.cost_model import SHAPES, Shape
 from sppo.training.logps import forward_precision, pair_batch, response_logps
 from sppo.training.trainer import with_lora
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from snakemake.utils import update_config
 
 from sppo.core.artifacts import file_hash, record_path, write_json
-from sppo.core.config import ENGINE_KEYS, default_of, resolve, schema
-from sppo.core.config_files import check_files
+from sppo.core.config import ENGINE_KEYS, default_of, schema
+from sppo.core.config_files import check_files, read_files, update
 from sppo.core.errors import UserError, explained
+from sppo.evaluation.registry import EVALUATIONS
+from sppo.workflow.configuration import Runs, resolve
 from sppo.workflow.preflight import check_folder_for_slurm, check_inputs, check_machine, gpus_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +39,11 @@ def test_the_snakefile_needs_only_snakemake():
     code = (
         "import sys\nfor name in ('numpy', 'pandas', 'pyarrow', 'torch', 'transformers', 'openai', 'alpaca_eval', 'fastchat', 'datasets'):\n"
         "    sys.modules[name] = None\n"
-        "import sppo.preferences.adapters, sppo.core.config, sppo.core.errors, sppo.workflow.preflight, sppo.core.stages\n"
-        "import yaml\nsppo.workflow.preflight.check_inputs(sppo.core.config.resolve(yaml.safe_load(open('config/config.yaml'))))"
+        "from sppo.core.config_files import read_files\n"
+        "from sppo.workflow import cluster, deleted, preflight\n"
+        "from sppo.workflow.configuration import resolve\n"
+        "for name, run in resolve(read_files(['config/config.yaml'])).items():\n"
+        "    preflight.check_inputs(name, run)\n"
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": "src"}
@@ -91,18 +95,21 @@ def test_rule_is_described_logged_measured_and_isolated(rule):
         r"^        runtime=\d+,$", body, re.MULTILINE
     )
     assert re.search(r'version=STAGES\["\w+"\],', body), "a raised stage version would not rerun it"
-    environment = re.search(r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT)\n', body)
+    environment = re.search(
+        r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT|preference_environment)\n', body
+    )
     assert environment and (ROOT / "rules" / (environment[1] or "../envs/core.yaml")).is_file()
-    assert '"{PYTHON} src/' in body and "{log:q}" in body
+    assert '"{PYTHON} {SRC}/' in body and "{log:q}" in body
 
 
 @pytest.mark.parametrize("rule", rules())
 def test_rule_calls_its_program_with_arguments_that_it_has(rule):
     """The program exists, and every artifact it is told to write has a record among the outputs."""
     body = rules()[rule]
-    (program,) = re.findall(r"\{PYTHON\} (src/[\w/]+\.py)", body)
-    source = (ROOT / program).read_text(encoding="utf-8")
+    (program,) = re.findall(r"\{PYTHON\} \{SRC\}/([\w/]+\.py)", body)
+    source = (ROOT / "src" / program).read_text(encoding="utf-8")
     known = set(re.findall(r'add_argument\(\s*"--([a-z-]+)"', source))
+    known |= {"replay-share", "replay-older-share"}
     for section in re.findall(r'add_section\(\s*parser, "(\w+)"', source):
         known |= {key.replace("_", "-") for key in schema()["properties"][section]["properties"]}
     if "add_engine(parser)" in source:
@@ -132,12 +139,10 @@ def test_the_snakefile_leaves_functions_to_the_rules():
 
 
 def test_no_rules_file_is_left_out_of_the_snakefile():
-    included = re.findall(
-        r'^include: "rules/(\w+)\.smk"',
-        (ROOT / "Snakefile").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
-    assert sorted(included) == [file.stem for file in RULE_FILES]
+    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
+    included = re.findall(r'^include: "rules/(\w+)\.smk"', text, re.MULTILINE)
+    of_evaluations = {each.rule_file for each in EVALUATIONS}
+    assert sorted([*included, *of_evaluations]) == [file.stem for file in RULE_FILES]
 
 
 # --- profiles ---
@@ -182,10 +187,22 @@ def dry_run(folder: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def overlaid(text: str) -> dict:
-    """A configuration over the default one, merged as Snakemake merges --configfile."""
-    config = yaml.safe_load((ROOT / "config" / "config.yaml").read_text(encoding="utf-8"))
-    update_config(config, yaml.safe_load(text))
+    """A configuration that extends the demo's."""
+    config = read_files([ROOT / "config" / "config.yaml"])
+    update(config, yaml.safe_load(text))
     return config
+
+
+def write_overlay(file: Path, text: str) -> None:
+    """The same as a file."""
+    content = yaml.safe_load(text) | {"extends": "config/config.yaml"}
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+
+
+def check_every_run(runs: Runs) -> None:
+    """As if every run was asked for."""
+    for name in runs:
+        check_inputs(name, runs[name])
 
 
 def jobs(done: subprocess.CompletedProcess) -> dict[str, int]:
@@ -218,7 +235,7 @@ def test_shipped_configuration_plans_every_stage_of_every_iteration(settings, pr
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
-    main = resolve(overlaid(preset.read_text(encoding="utf-8") if preset else "{}"))[""]
+    main = resolve(read_files([preset or ROOT / "config" / "config.yaml"]))[""]
     planned, t, shards = jobs(done), main["iterations"], main["responses"]["shards"]
     expected = {
         "sample_prompts": t,
@@ -236,24 +253,21 @@ def test_shipped_configuration_plans_every_stage_of_every_iteration(settings, pr
 
 @pytest.mark.parametrize("settings", ["paper", "repo"])
 @pytest.mark.parametrize("name", PAPER_SCALE)
-def test_a_preset_at_paper_scale_leaves_nothing_of_the_embedded_default(name, settings):
-    """What the preset itself does not set is the paper's or the official code's."""
-    text = (ROOT / "config" / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
-    written, run = yaml.safe_load(text), resolve(overlaid(text) | {"settings": settings})[""]
+def test_a_preset_at_paper_scale_has_the_paper_s_settings(name, settings):
+    """What the preset and its base do not set is the paper's or the official code's."""
+    written = read_files([ROOT / "config" / "presets" / f"{name}.yaml"])
+    runs = resolve(written | {"settings": settings})
+    run = runs[""]
     for section, rule in schema()["properties"].items():
         for key, inner in rule.get("properties", {}).items():
             if (written.get(section) or {}).get(key) is None:
                 assert run[section][key] == default_of(inner, settings), f"{section}.{key}"
-    assert (run["iterations"], run["train"]["batch_size"], run["train"]["stop_epoch"]) == (3, 64, 1)
-    assert (
-        run["responses"]["samples"],
-        run["responses"]["engine"],
-        run["preference"]["model"],
-    ) == (5, "vllm", "llm-blender/PairRM")
-    runs = resolve(overlaid(text))
-    assert not {"spin", "dno_prct"} & runs.keys() and {
-        one["train"]["batch_size"] for one in runs.values()
-    } == {64}
+    train = run["train"]
+    assert (run["iterations"], train["batch_size"], train["stop_epoch"]) == (3, 64, 1)
+    assert (run["responses"]["samples"], run["responses"]["engine"]) == (5, "vllm")
+    assert run["preference"]["model"] == "llm-blender/PairRM"
+    assert not {"spin", "dno_prct"} & {*runs}
+    assert {one["train"]["batch_size"] for one in runs.usable().values()} == {64}
 
 
 @pytest.mark.parametrize(
@@ -269,7 +283,7 @@ def test_a_gpu_s_job_has_its_share_of_the_cores_and_a_training_that_of_its_gpus(
     words, threads, copy
 ):
     (copy / "threads.smk").write_text(
-        'configfile: "config/config.yaml"\ninclude: "rules/common.smk"\n'
+        'include: "rules/common.smk"\n'
         'print("THREADS", MODEL_THREADS, TRAINING_THREADS, file=sys.stderr)\n'
         "rule all:\n    shell: 'true'\n",
         encoding="utf-8",
@@ -287,7 +301,7 @@ def test_a_gpu_s_job_has_its_share_of_the_cores_and_a_training_that_of_its_gpus(
 def test_the_printed_command_of_a_preset_names_what_its_jobs_need(name):
     """In its header and on every page: vLLM's own environment, and as many GPUs as shards."""
     file = f"config/presets/{name}.yaml"
-    run = resolve(overlaid((ROOT / file).read_text(encoding="utf-8")))[""]
+    run = resolve(read_files([ROOT / file]))[""]
     pages = [ROOT / file, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     printed = [
         line
@@ -549,8 +563,10 @@ def test_pairs_are_chosen_by_grades_in_place_of_preferences_where_a_run_says_so(
         r"grade_responses\.py .*--gold data/gold\.jsonl .*--judge preference --model ranker .*--probability pairwise",
         text,
     )
-    (copy / "graded.yaml").write_text(
-        "runs: {dpo: {pairs: {construction: graded}, grades: {judge: openai, judge_model: m, judge_base_url: http://localhost/v1}}}"
+    write_overlay(
+        copy / "graded.yaml",
+        "runs: {dpo: {pairs: {construction: graded}, grades: {judge: openai, judge_model: m,"
+        " judge_base_url: http://localhost/v1}}}",
     )
     done = dry_run(
         copy, "results/dpo/iter1/pairs.parquet", "--configfile", "graded.yaml", "--printshellcmds"
@@ -574,17 +590,8 @@ def test_dice_compares_by_its_own_reward_after_the_first_iteration(copy):
 
 
 def test_main_may_compare_by_its_own_reward(copy):
-    shipped = yaml.safe_load((copy / "config/config.yaml").read_text())["runs"]
-    (copy / "own.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "name": "own",
-                "pairs": {"implicit": True},
-                "train": {"loss": "dpo"},
-                "runs": dict.fromkeys(shipped),
-            }
-        )
-    )
+    text = "{name: own, preference: {implicit: true}, train: {loss: dpo}}"
+    write_overlay(copy / "own.yaml", text)
     planned = jobs(dry_run(copy, "--configfile", "own.yaml", "--", "results/own/iter3/policy"))
     assert (planned["annotate_preferences"], planned["annotate_implicitly"]) == (1, 2)
 
@@ -612,7 +619,7 @@ def test_a_reward_conditioned_policy_is_asked_for_its_best_when_it_has_learned_t
 
 
 def test_a_run_that_evaluates_otherwise_has_a_base_of_its_own(copy):
-    (copy / "mine.yaml").write_text("runs: {a: {alpaca_eval: {limit: 50}}}")
+    write_overlay(copy / "mine.yaml", "runs: {a: {alpaca_eval: {limit: 50}}}")
     made = evaluated(dry_run(copy, "results/a/summary.md", "--configfile", "mine.yaml"))
     assert {
         "results/a/iter0/alpaca_eval.json",
@@ -634,9 +641,10 @@ def test_no_iterations_evaluate_the_base_alone(copy):
 
 
 def test_chats_are_written_alike_everywhere_and_no_evaluation_s_questions_are_drawn(copy):
-    (copy / "chats.yaml").write_text(
+    write_overlay(
+        copy / "chats.yaml",
         "policy: {chat_template_kwargs: {enable_thinking: false, words: it's}, thoughts: strip}\n"
-        "preference: {source: chat_template}\n"
+        "preference: {source: chat_template}\n",
     )
     done = dry_run(
         copy,
@@ -681,7 +689,7 @@ def test_mt_bench_s_questions_are_fetched_before_prompts_are_drawn(copy):
 def test_named_experiment_and_run_share_the_base_and_the_first_iteration(copy):
     """Two iterations of a run whose first responses are main's: only its second samples and compares."""
     config = "name: x\niterations: 2\nruns:\n  hard:\n    first_iteration_from: main\n    train: {loss: sppo_hard}\n"
-    (copy / "run.yaml").write_text(config)
+    write_overlay(copy / "run.yaml", config)
     done = dry_run(copy, "--configfile", "run.yaml", "--", "results/x/hard/iter2/alpaca_eval.json")
     planned = jobs(done)
     assert {
@@ -697,9 +705,9 @@ def test_named_experiment_and_run_share_the_base_and_the_first_iteration(copy):
 
 
 BAD = {
-    "a file of a run that nobody asked for": (
+    "a file of a run": (
         "prompts: {field: prompt, source: chats.jsonl, per_iteration: 1}\nresponses: {shards: 1}",
-        ["runs.spin: data/gold.jsonl line 1 has no prompt", "{runs: {spin: null}}"],
+        ["data/gold.jsonl line 1 has no prompt"],
     ),
     "K = 1": ("responses: {samples: 1}", ["responses.samples", "K = 1"]),
     "missing prompts file": ("prompts: {source: data/nowhere.jsonl}", ["data/nowhere.jsonl"]),
@@ -713,7 +721,10 @@ BAD = {
     ),
     "limit beyond the end": ("alpaca_eval: {limit: 100000}", ["alpaca_eval.limit is 100000"]),
     "missing adapter": ("preference: {model: ./nowhere}", ["preference.model is ./nowhere"]),
-    "missing judge": ("alpaca_eval: {judge: ./nowhere}", ["alpaca_eval.judge is ./nowhere"]),
+    "missing judge": (
+        "alpaca_eval: {judge: ./nowhere}",
+        ["judge ./nowhere is missing", "alpaca_eval.judge"],
+    ),
     "missing base policy": ("policy: {model: ./nowhere}", ["policy.model is './nowhere'"]),
     "unknown judge": ("alpaca_eval: {judge: no_such_judge}", ["unknown judge no_such_judge"]),
     "official reference for other instructions": (
@@ -729,7 +740,7 @@ BAD = {
         ["train.report_to is trackio", "pip install trackio"],
     ),
     "DeepSpeed that is not installed": (
-        "{train: {parallel: zero3, processes: 8}, runs: {kto_pair: null}}",
+        "{train: {parallel: zero3, processes: 8}}",
         ["train.parallel is zero3", "pip install deepspeed"],
     ),
     "missing MT-Bench questions": (
@@ -826,8 +837,7 @@ BAD = {
     ),
     "a loop of links as prompts": ("prompts: {source: ./loop}", ["prompts.source is './loop'"]),
     "more shards than the file has prompts": (
-        "{prompts: {source: few.jsonl, per_iteration: null}, responses: {shards: 3}, "
-        "runs: {spin: null, dno_prct: null}}",
+        "{prompts: {source: few.jsonl, per_iteration: null}, responses: {shards: 3}}",
         ["responses.shards is 3", "2 prompts"],
     ),
     "a loop of links as Open LLM items": ("open_llm: {data: loop}", ["open_llm.data is loop"]),
@@ -888,53 +898,48 @@ def test_bad_input_is_found_by_what_the_rules_call_first(text, said, copy, monke
     if not (copy / "loop").is_symlink():
         (copy / "loop").symlink_to("loop")
     with pytest.raises((UserError, OSError)) as caught:
-        check_inputs(resolve(overlaid(text)))
+        check_every_run(resolve(overlaid(text)))
     line = explained(caught.value)
     assert line and all(word in line for word in said) and "\n" not in line, caught.value
 
 
-def test_training_on_two_machines_is_started_on_both_and_refused_without_slurm(
-    copy, tmp_path, monkeypatch
-):
-    text = "{train: {machines: 2, processes: 2}, runs: {kto_pair: null}}"
+def test_training_on_two_nodes_needs_slurm_and_is_started_on_both(copy, tmp_path, monkeypatch):
+    text = "{train: {nodes: 2, processes: 2}}"
+    main = resolve(overlaid(text))[""]
     monkeypatch.chdir(copy)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="train.machines is 2.*srun"):
-        check_inputs(resolve(overlaid(text)))
+    with pytest.raises(UserError, match="train.nodes is 2.*srun"):
+        check_inputs("", main)
     (tmp_path / "srun").touch(mode=0o755)
-    check_inputs(resolve(overlaid(text)))
-    (copy / "machines.yaml").write_text(text)
+    check_inputs("", main)
+    write_overlay(copy / "nodes.yaml", text)
     monkeypatch.undo()
-    done = dry_run(
-        copy, "--configfile", "machines.yaml", "--printshellcmds", "--", "results/iter1/policy"
-    )
+    words = ("--configfile", "nodes.yaml", "--printshellcmds", "--", "results/iter1/policy")
+    done = dry_run(copy, *words)
     if shutil.which("srun"):
         assert re.search(
             r"srun --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 \S+ src/train_policy\.py ",
             done.stdout + done.stderr,
         )
     else:
-        assert "train.machines is 2" in one_error(done)
+        assert "train.nodes is 2" in one_error(done)
 
 
 @pytest.mark.parametrize("name", ["K = 1", "missing prompts file", "unknown judge"])
 def test_bad_input_is_one_line_before_any_work(name, copy):
     text, said = BAD[name]
-    (copy / "bad.yaml").write_text(text)
+    write_overlay(copy / "bad.yaml", text)
     line = one_error(dry_run(copy, "--configfile", "bad.yaml"))
     assert all(word in line for word in said), line
 
 
 def test_hub_id_with_a_commit_is_no_typo_of_a_folder_here(copy, monkeypatch):
     monkeypatch.chdir(copy)
-    check_inputs(
-        resolve(
-            overlaid(
-                "{policy: {model: data/rankr, revision: abc}, prompts: {source: data/promts,"
-                " revision: abc}}"
-            )
-        )
+    text = (
+        "{policy: {model: data/rankr, revision: abc}, prompts: {source: data/promts,"
+        " revision: abc}}"
     )
+    check_inputs("", resolve(overlaid(text))[""])
 
 
 SOURCES = {
@@ -1009,8 +1014,7 @@ def test_files_that_were_read_are_checked_and_named(copy):
     line = one_error(dry_run(copy, "--configfile", "odd.yaml", "results/odd/alpaca_eval.json"))
     shutil.rmtree(made.parent)
     assert "unknown key win_rate" in line and line.endswith(
-        "(read as configuration: config/config.yaml, odd.yaml, results/odd/alpaca_eval.json; "
-        "put -- before targets)"
+        "(read as configuration: odd.yaml, results/odd/alpaca_eval.json; put -- before targets)"
     )
 
 
@@ -1036,7 +1040,7 @@ def test_file_that_snakemake_cannot_read_is_one_line(content, said, given, copy)
 
 
 def test_key_without_effect_is_a_warning_at_the_start(copy):
-    (copy / "odd.yaml").write_text("train: {tau: 1}\n")
+    write_overlay(copy / "odd.yaml", "train: {tau: 1}")
     done = dry_run(copy, "--configfile", "odd.yaml")
     assert (
         done.returncode == 0
@@ -1075,7 +1079,26 @@ def test_rule_quotes_what_its_command_names(rule):
     """A user's files may have blanks in their names. Unquoted are only several words in one."""
     command = rules()[rule].split("shell:")[1]
     unquoted = set(re.findall(r"\{((?:input|output|params|log)[.\w]*)\}", command))
-    assert unquoted <= {"params.on_each_machine", "params.best_grade"}
+    assert unquoted <= {"params.on_each_node", "params.best_grade"}
+
+
+def test_wrong_run_stops_only_who_asks_for_it(copy):
+    text = "{runs: {bad: {train: {betta: 1}}, worse: {prompts: {source: data/nowhere.jsonl}}}}"
+    write_overlay(copy / "odd.yaml", text)
+    words = ("--configfile", "odd.yaml", "--")
+    assert jobs(dry_run(copy, *words, "results/dpo/iter3/alpaca_eval.json"))
+    line = one_error(dry_run(copy, *words, "results/bad/iter3/alpaca_eval.json"))
+    assert "unknown key runs.bad.train.betta" in line
+    line = one_error(dry_run(copy, *words, "results/worse/iter3/alpaca_eval.json"))
+    assert "data/nowhere.jsonl" in line
+
+
+def test_own_file_without_extends_has_no_runs_of_the_demo(copy):
+    (copy / "own.yaml").write_text("name: own\nprompts: {per_iteration: 8}\n")
+    planned = jobs(dry_run(copy, "--configfile", "own.yaml"))
+    assert planned["train_policy"] == 3
+    done = dry_run(copy, "--configfile", "own.yaml", "--", "results/own/dpo/iter1/policy")
+    assert done.returncode != 0
 
 
 def test_unknown_key_on_the_command_line_is_one_line(copy):

@@ -369,7 +369,7 @@ def test_processes_that_another_launcher_started_are_counted(started, wanted, pl
     ("options", "said"),
     [
         ({"parallel": "fsdp2"}, "fsdp2 needs GPUs"),
-        ({"machines": 2}, "NODE_RANK"),
+        ({"nodes": 2}, "NODE_RANK"),
         ({"batch_size": 5}, "batch_size"),
         ({"loss": "kto_pair"}, "kto_pair takes means over a step"),
     ],
@@ -388,7 +388,7 @@ def test_a_taken_port_is_a_one_line_error(place, monkeypatch):
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         with pytest.raises(UserError, match="MASTER_PORT"):
-            place.train("policy", processes=2, machines=2)
+            place.train("policy", processes=2, nodes=2)
 
 
 # --- schedule ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sppo.core.artifacts import shipped
@@ -273,7 +274,8 @@ def _paths_written_out(written: Config, rules: Config, where: str) -> Config:
                     f"config: {where}{key} is {shown(value)}, but this machine knows no such "
                     "user; write the path out"
                 )
-            value = str(shipped(value))
+            found = shipped(value)
+            value = str(found) if found != Path(value) else value
         if isinstance(value, str):
             fixed = value.replace("{t}", "") if rule.get("x-iteration") else value
             if "{" in fixed or "}" in fixed:
