@@ -125,7 +125,8 @@ rule fetch_alpaca_eval:
     message:
         "Fetching AlpacaEval's instructions and reference outputs from the hub"
     shell:
-        "{PYTHON} {SRC}/tools/fetch_alpaca_eval.py --reference {output.reference:q}"
+        f"{PYTHON} {SRC}/tools/fetch_alpaca_eval.py"
+        " --reference {output.reference:q}"
         " --difficulty {output.difficulty:q} 2>&1 | tee {log:q}"
 
 
@@ -160,9 +161,12 @@ rule answer_instructions:
     message:
         "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t}, {wildcards.answers}"
     shell:
-        "{PYTHON} {SRC}/evaluation/answer_instructions.py --instructions {input.instructions:q}"
+        f"{PYTHON} {SRC}/evaluation/answer_instructions.py"
+        " --instructions {input.instructions:q}"
         " --policy {input.policy:q} --generator {params.generator:q} --noise {params.noise:q}"
-        " --seed {params.seed:q} --device {MAIN[device]} {params.options:q} {params.best_grade}"
+        " --seed {params.seed:q}"
+        f" --device {DEVICE}"
+        " {params.options:q} {params.best_grade}"
         " --output {output.outputs:q} 2>&1 | tee {log:q}"
 
 
@@ -200,8 +204,12 @@ rule judge_outputs:
     message:
         "Judging {wildcards.run}iteration {wildcards.t}: {wildcards.verdict}"
     shell:
-        "{PYTHON} {SRC}/evaluation/evaluate_alpaca_eval.py --outputs {input.outputs:q}"
-        " --reference {input.reference:q} --judge-base {EMBEDDED_POLICY} --policy {params.policy:q}"
-        " --decoding {params.decoding:q} --seed {params.seed:q} --device {MAIN[device]}"
+        f"{PYTHON} {SRC}/evaluation/evaluate_alpaca_eval.py"
+        " --outputs {input.outputs:q}"
+        " --reference {input.reference:q}"
+        f" --judge-base {EMBEDDED_POLICY}"
+        " --policy {params.policy:q}"
+        " --decoding {params.decoding:q} --seed {params.seed:q}"
+        f" --device {DEVICE}"
         " --threads {threads} {params.options:q} --annotations {output.annotations:q}"
         " --output {output.result:q} 2>&1 | tee {log:q}"

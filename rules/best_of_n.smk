@@ -53,9 +53,12 @@ rule pick_best_of_n:
     message:
         "Picking the best of {wildcards.n} answers: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} {SRC}/evaluation/pick_best_of_n.py --answers {input.answers:q} --n {wildcards.n}"
+        f"{PYTHON} {SRC}/evaluation/pick_best_of_n.py"
+        " --answers {input.answers:q} --n {wildcards.n}"
         " --model {params.model:q} --ranker-base {input.ranker_base:q}"
-        " --generator {params.generator:q} --device {MAIN[device]} --output {output.outputs:q}"
+        " --generator {params.generator:q}"
+        f" --device {DEVICE}"
+        " --output {output.outputs:q}"
         " 2>&1 | tee {log:q}"
 
 
@@ -125,5 +128,6 @@ rule plot_best_of_n:
     message:
         "Plotting best of n: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} {SRC}/reporting/plot_best_of_n.py --alpaca-eval {input:q} --output {output.csv:q}"
+        f"{PYTHON} {SRC}/reporting/plot_best_of_n.py"
+        " --alpaca-eval {input:q} --output {output.csv:q}"
         " --plot {output.png:q} 2>&1 | tee {log:q}"

@@ -140,9 +140,12 @@ if MAIN["device"] != "cpu":
 ENGINE_ENVIRONMENT = (
     "../envs/vllm.yaml" if MAIN["responses"]["engine"] == "vllm" else "../envs/core.yaml"
 )
-# Shell commands take these two as they are. They quote everything else themselves, with :q.
+# Shell commands contain these three as they are; they quote everything else themselves, with :q. A
+# command is an f-string where it names one of them, because Snakemake does not find the global names
+# of a module when it formats the command.
 PYTHON = "python" if IN_CONDA else shlex.quote(sys.executable)
 SRC = shlex.quote(str(REPOSITORY / "src")) if IS_MODULE else "src"
+DEVICE = MAIN["device"]
 if sys.stderr.isatty():
     os.environ["SPPO_WATCHED"] = "1"
 

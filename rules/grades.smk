@@ -68,7 +68,10 @@ rule grade_responses:
     message:
         "Grading responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} {SRC}/other_methods/grade_responses.py --prompts {input.prompts:q}"
+        f"{PYTHON} {SRC}/other_methods/grade_responses.py"
+        " --prompts {input.prompts:q}"
         " --responses {input.responses:q} --gold {input.gold:q} --policy {input.policy:q}"
-        " --ranker-base {input.ranker_base:q} --device {MAIN[device]} {params.options:q}"
+        " --ranker-base {input.ranker_base:q}"
+        f" --device {DEVICE}"
+        " {params.options:q}"
         " --output {output.grades:q} 2>&1 | tee {log:q}"

@@ -41,6 +41,7 @@ rule push_policy:
     message:
         "Uploading the policy of iteration {wildcards.t} to the hub"
     shell:
-        "{PYTHON} {SRC}/tools/push_policy.py --policy {input.policy:q}"
+        f"{PYTHON} {SRC}/tools/push_policy.py"
+        " --policy {input.policy:q}"
         " --evaluation {input.evaluation:q} --repository {params.repository:q}"
         " --output {output.pushed:q} 2>&1 | tee {log:q}"

@@ -60,7 +60,7 @@ rule fetch_mt_bench:
     message:
         "Fetching MT-Bench's questions from the FastChat repository"
     shell:
-        "{PYTHON} {SRC}/tools/fetch_mt_bench.py --output {output.data:q} 2>&1 | tee {log:q}"
+        f"{PYTHON} {SRC}/tools/fetch_mt_bench.py" " --output {output.data:q} 2>&1 | tee {log:q}"
 
 
 rule answer_mt_bench:
@@ -95,9 +95,11 @@ rule answer_mt_bench:
     message:
         "Answering MT-Bench: {wildcards.run}iteration {wildcards.t}, {wildcards.mt_bench_answers}"
     shell:
-        "{PYTHON} {SRC}/evaluation/answer_mt_bench.py --data {params.data:q} --policy {input.policy:q}"
+        f"{PYTHON} {SRC}/evaluation/answer_mt_bench.py"
+        " --data {params.data:q} --policy {input.policy:q}"
         " --model-id {params.name:q} --noise {params.noise:q} --seed {params.seed:q}"
-        " --device {MAIN[device]} {params.options:q} {params.best_grade}"
+        f" --device {DEVICE}"
+        " {params.options:q} {params.best_grade}"
         " --output {output.answers:q} 2>&1 | tee {log:q}"
 
 
@@ -140,6 +142,8 @@ rule evaluate_mt_bench:
     message:
         "Judging MT-Bench: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} {SRC}/evaluation/evaluate_mt_bench.py --data {params.data:q} --answers {input.answers:q}"
-        " {params.embedded:q} {params.judge:q} --device {MAIN[device]}"
+        f"{PYTHON} {SRC}/evaluation/evaluate_mt_bench.py"
+        " --data {params.data:q} --answers {input.answers:q}"
+        " {params.embedded:q} {params.judge:q}"
+        f" --device {DEVICE}"
         " --judgments {output.judgments:q} --output {output.result:q} 2>&1 | tee {log:q}"

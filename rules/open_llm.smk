@@ -28,6 +28,9 @@ rule evaluate_open_llm:
     message:
         "Open LLM tasks: {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} {SRC}/evaluation/evaluate_open_llm.py --policy {input.policy:q}"
-        " --seed {params.seed:q} --device {MAIN[device]} {params.options:q} {params.attention:q}"
+        f"{PYTHON} {SRC}/evaluation/evaluate_open_llm.py"
+        " --policy {input.policy:q}"
+        " --seed {params.seed:q}"
+        f" --device {DEVICE}"
+        " {params.options:q} {params.attention:q}"
         " --output {output.result:q} 2>&1 | tee {log:q}"

@@ -24,7 +24,8 @@ rule embedded_policy:
     message:
         "Converting the embedded policy"
     shell:
-        "{PYTHON} {SRC}/tools/convert_embedded_policy.py --output {output.policy:q} 2>&1 | tee {log:q}"
+        f"{PYTHON} {SRC}/tools/convert_embedded_policy.py"
+        " --output {output.policy:q} 2>&1 | tee {log:q}"
 
 
 def base_source(wildcards):
@@ -57,5 +58,6 @@ rule base_policy:
     message:
         "Preparing the base policy"
     shell:
-        "{PYTHON} {SRC}/tools/prepare_policy.py --model {params.model:q} {params.options:q}"
+        f"{PYTHON} {SRC}/tools/prepare_policy.py"
+        " --model {params.model:q} {params.options:q}"
         " --output {output.policy:q} 2>&1 | tee {log:q}"

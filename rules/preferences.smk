@@ -80,7 +80,8 @@ rule preference_model:
     message:
         "Putting the preference model into {output.model}"
     shell:
-        "{PYTHON} {SRC}/tools/prepare_preference_model.py {params.options:q} --output {output.model:q}"
+        f"{PYTHON} {SRC}/tools/prepare_preference_model.py"
+        " {params.options:q} --output {output.model:q}"
         " 2>&1 | tee {log:q}"
 
 
@@ -112,9 +113,12 @@ rule annotate_preferences:
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} {SRC}/annotate_preferences.py --prompts {input.prompts:q}"
+        f"{PYTHON} {SRC}/annotate_preferences.py"
+        " --prompts {input.prompts:q}"
         " --responses {input.responses:q} --policy {input.policy:q}"
-        " --ranker-base {input.ranker_base:q} --device {MAIN[device]} {params.options:q}"
+        " --ranker-base {input.ranker_base:q}"
+        f" --device {DEVICE}"
+        " {params.options:q}"
         " --output {output.preferences:q} 2>&1 | tee {log:q}"
 
 
@@ -155,9 +159,12 @@ rule annotate_implicitly:
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}, by the policy's own reward"
     shell:
-        "{PYTHON} {SRC}/other_methods/annotate_implicitly.py --prompts {input.prompts:q}"
+        f"{PYTHON} {SRC}/other_methods/annotate_implicitly.py"
+        " --prompts {input.prompts:q}"
         " --responses {input.responses:q} --policy {input.policy:q} --before {input.before:q}"
-        " --beta {params.beta:q} --device {MAIN[device]} {params.attention:q} {params.options:q}"
+        " --beta {params.beta:q}"
+        f" --device {DEVICE}"
+        " {params.attention:q} {params.options:q}"
         " --output {output.preferences:q} 2>&1 | tee {log:q}"
 
 
@@ -221,6 +228,7 @@ rule build_pairs:
     message:
         "Building the pairs of {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} {SRC}/build_pairs.py --prompts {input.prompts:q} --responses {input.responses:q}"
+        f"{PYTHON} {SRC}/build_pairs.py"
+        " --prompts {input.prompts:q} --responses {input.responses:q}"
         " --preferences {input.preferences:q} --grades {input.grades:q} {params.options:q}"
         " {params.replay:q} {params.more:q} --output {output.pairs:q} 2>&1 | tee {log:q}"

@@ -57,7 +57,8 @@ rule sample_prompts:
     message:
         "Drawing the prompts of {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} {SRC}/sample_prompts.py --iteration {wildcards.t}"
+        f"{PYTHON} {SRC}/sample_prompts.py"
+        " --iteration {wildcards.t}"
         " --iterations {params.iterations:q} --seed {params.seed:q} --held-out {input.held_out:q}"
         " --earlier {input.earlier:q} --policy {input.policy:q} --response-tokens {params.room:q}"
         " {params.options:q} {params.best_grade} --output {output.prompts:q} 2>&1 | tee {log:q}"

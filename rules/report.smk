@@ -38,7 +38,8 @@ rule plot_training:
     message:
         "Plotting {wildcards.run}training curves"
     shell:
-        "{PYTHON} {SRC}/reporting/plot_training.py --logs {input.logs:q} --plot {output.png:q}"
+        f"{PYTHON} {SRC}/reporting/plot_training.py"
+        " --logs {input.logs:q} --plot {output.png:q}"
         " 2>&1 | tee {log:q}"
 
 
@@ -86,7 +87,8 @@ rule build_response_browser:
     message:
         "Building {wildcards.run}response browser"
     shell:
-        "{PYTHON} {SRC}/reporting/build_response_browser.py --prompts {input.prompts:q}"
+        f"{PYTHON} {SRC}/reporting/build_response_browser.py"
+        " --prompts {input.prompts:q}"
         " --responses {input.responses:q} --preferences {input.preferences:q}"
         " --pairs {input.pairs:q} --answers {input.answers:q} --annotations {input.annotations:q}"
         " --instructions {input.instructions:q} {params.options:q} {params.replay:q}"
@@ -124,7 +126,9 @@ rule tabulate_evaluations:
     message:
         "Setting all evaluations beside each other"
     shell:
-        "{PYTHON} {SRC}/reporting/tabulate_evaluations.py --results {ROOT:q} --files {input.files:q}"
+        f"{PYTHON} {SRC}/reporting/tabulate_evaluations.py"
+        f" --results {ROOT}"
+        " --files {input.files:q}"
         " --output {output.md:q} 2>&1 | tee {log:q}"
 
 
@@ -182,5 +186,7 @@ rule tabulate_methods:
     message:
         "Setting the methods beside each other"
     shell:
-        "{PYTHON} {SRC}/reporting/tabulate_methods.py --results {ROOT:q} --files {input.files:q}"
+        f"{PYTHON} {SRC}/reporting/tabulate_methods.py"
+        f" --results {ROOT}"
+        " --files {input.files:q}"
         " --output {output.md:q} --plot {output.png:q} 2>&1 | tee {log:q}"

@@ -28,7 +28,9 @@ rule generate_responses:
     message:
         "Generating responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
-        "{PYTHON} {SRC}/generate_responses.py --prompts {input.prompts:q} --policy {input.policy:q}"
+        f"{PYTHON} {SRC}/generate_responses.py"
+        " --prompts {input.prompts:q} --policy {input.policy:q}"
         " --iteration {wildcards.t} --shard {wildcards.shard} --seed {params.seed:q}"
-        " --device {MAIN[device]} {params.running:q} {params.options:q}"
+        f" --device {DEVICE}"
+        " {params.running:q} {params.options:q}"
         " --output {output.responses:q} 2>&1 | tee {log:q}"

@@ -111,7 +111,8 @@ rule summarize_run:
     message:
         "Summing up {wildcards.run}all iterations"
     shell:
-        "{PYTHON} {SRC}/reporting/summarize_run.py --alpaca-eval {input.judged:q} --ranker {input.estimated:q}"
+        f"{PYTHON} {SRC}/reporting/summarize_run.py"
+        " --alpaca-eval {input.judged:q} --ranker {input.estimated:q}"
         " --records {input.records:q} --output {output.table:q} --plot {output.png:q}"
         " --length-plot {output.length_png:q} 2>&1 | tee {log:q}"
 
@@ -181,8 +182,11 @@ rule compare_policies:
     message:
         "Comparing all policies with each other by the {wildcards.model}"
     shell:
-        "{PYTHON} {SRC}/evaluation/compare_policies.py --outputs {input.outputs:q} --model {params.model:q}"
-        " --ranker-base {input.ranker_base:q} --device {MAIN[device]} --output {output.csv:q}"
+        f"{PYTHON} {SRC}/evaluation/compare_policies.py"
+        " --outputs {input.outputs:q} --model {params.model:q}"
+        " --ranker-base {input.ranker_base:q}"
+        f" --device {DEVICE}"
+        " --output {output.csv:q}"
         " --plot {output.png:q} 2>&1 | tee {log:q}"
 
 
@@ -244,5 +248,8 @@ rule paper_tables:
     message:
         "Setting the papers' tables beside what was measured"
     shell:
-        "{PYTHON} {SRC}/reporting/make_tables.py --published {PUBLISHED:q} --results {ROOT:q} --base {params.base:q}"
+        f"{PYTHON} {SRC}/reporting/make_tables.py"
+        f" --published {shlex.quote(str(PUBLISHED))}"
+        f" --results {ROOT}"
+        " --base {params.base:q}"
         " --output {output.all:q} 2>&1 | tee {log:q}"

@@ -47,7 +47,7 @@ rule check_theory:
     message:
         "Checking the theory on games that can be solved exactly"
     shell:
-        "{PYTHON} {SRC}/theory/check_theory.py --output {output.checks:q} 2>&1 | tee {log:q}"
+        f"{PYTHON} {SRC}/theory/check_theory.py" " --output {output.checks:q} 2>&1 | tee {log:q}"
 
 
 rule train_on_games:
@@ -76,7 +76,7 @@ rule train_on_games:
     message:
         "Training small policies to compare them with the exact update"
     shell:
-        "{PYTHON} {SRC}/theory/train_on_games.py --output {output.json:q} 2>&1 | tee {log:q}"
+        f"{PYTHON} {SRC}/theory/train_on_games.py" " --output {output.json:q} 2>&1 | tee {log:q}"
 
 
 rule plot_theory:
@@ -108,5 +108,6 @@ rule plot_theory:
     message:
         "Plotting what each method does on games that can be solved exactly"
     shell:
-        "{PYTHON} {SRC}/theory/plot_theory.py --checks {input.checks:q} --trained {input.trained:q}"
+        f"{PYTHON} {SRC}/theory/plot_theory.py"
+        " --checks {input.checks:q} --trained {input.trained:q}"
         " --output {output.page:q} 2>&1 | tee {log:q}"

@@ -63,8 +63,10 @@ rule score_reference:
     message:
         "Scoring the pairs of {wildcards.run}iteration {wildcards.t} under the {wildcards.frozen} policy"
     shell:
-        "{PYTHON} {SRC}/score_reference.py --pairs {input.pairs:q} --policy {input.policy:q}"
-        " --device {MAIN[device]} {params.attention:q} {params.options:q} --output {output.logps:q}"
+        f"{PYTHON} {SRC}/score_reference.py"
+        " --pairs {input.pairs:q} --policy {input.policy:q}"
+        f" --device {DEVICE}"
+        " {params.attention:q} {params.options:q} --output {output.logps:q}"
         " 2>&1 | tee {log:q}"
 
 
@@ -97,7 +99,8 @@ rule extrapolate_policy:
     message:
         "Extrapolating the policy of {wildcards.run}iteration {wildcards.t}"
     shell:
-        "{PYTHON} {SRC}/other_methods/extrapolate_policy.py --base {input.base:q} --aligned {input.aligned:q}"
+        f"{PYTHON} {SRC}/other_methods/extrapolate_policy.py"
+        " --base {input.base:q} --aligned {input.aligned:q}"
         " --alpha {params.alpha:q} --output {output.policy:q} 2>&1 | tee {log:q}"
 
 
@@ -150,9 +153,11 @@ rule train_policy:
         "Training the policy of {wildcards.run}iteration {wildcards.t}"
     shell:
         "{params.on_each_node}"
-        "{PYTHON} {SRC}/train_policy.py --pairs {input.pairs:q} --current {input.current:q}"
+        f"{PYTHON} {SRC}/train_policy.py"
+        " --pairs {input.pairs:q} --current {input.current:q}"
         " {params.reference:q} --policy {input.policy:q} --seed {params.seed:q}"
-        " --device {MAIN[device]} {params.attention:q} {params.options:q}"
+        f" --device {DEVICE}"
+        " {params.attention:q} {params.options:q}"
         " --output {output.policy:q} --log {output.log:q} 2>&1 | tee {log:q}"
 
 

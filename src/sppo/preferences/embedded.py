@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sppo.core.artifacts import read_json
+from sppo.core.artifacts import read_json, shipped
 from sppo.core.errors import UserError
 from sppo.policies.shapes import SHAPES, forward_flops
 from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
@@ -27,7 +27,7 @@ def adapter_folder(model: str) -> Path | None:
     None if `model` is neither, such as the name of a judge behind an API.
     """
     if model in EMBEDDED:
-        return Path("data") / model
+        return shipped(f"data/{model}")
     return Path(model) if "/" in model or Path(model).is_dir() else None
 
 

@@ -156,7 +156,11 @@ def read_configuration(
     """
     overlay = dict(overlay or {})
     extended = overlay.pop("extends", None)
-    written = read_files(files if files or extended is None else [extended])
+    if not files and extended is not None:
+        if not isinstance(extended, str):
+            raise UserError(f"config: extends is {shown(extended)}; give the path of one file")
+        files = [shipped(extended)]
+    written = read_files(files)
     update(written, overlay)
     return written
 

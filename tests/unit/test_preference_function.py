@@ -1,0 +1,183 @@
+"""The kind `function`: a user's Python function as the preference model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import annotate_preferences
+from sppo.core.artifacts import file_hash, read_json, record_path
+from sppo.core.errors import UserError
+from sppo.core.tables import read_table, write_table
+from sppo.preferences.base import find_kind, load_preference_model, settings_for
+from sppo.preferences.estimates import p_hat, win_probabilities
+from sppo.preferences.function import FunctionModel
+from sppo.workflow.configuration import resolve
+from sppo.workflow.preflight import check_inputs
+
+GROUPS = [("Say hi.", ["hi", "hello there", "hi"]), ("Count.", ["one", "one, two"])]
+LONGER = """
+import numpy as np
+
+def prefer(prompt, responses):
+    lengths = np.array([len(response) for response in responses])
+    return 0.5 + 0.4 * np.sign(lengths[:, None] - lengths[None, :])
+
+def score(prompt, responses):
+    return [len(response) / 10 for response in responses]
+"""
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Writes a module and loads a function of it."""
+
+    def load(text: str, name: str = "prefer") -> FunctionModel:
+        (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+        return load_preference_model(settings_for(f"{tmp_path}/mine.py:{name}"))
+
+    return load
+
+
+def test_probabilities_come_back_from_the_logits(model):
+    logits = model(LONGER).all_pair_logits(GROUPS)
+    first, second = (win_probabilities(values) for values in logits)
+    assert first == pytest.approx(np.array([[0.5, 0.1, 0.5], [0.9, 0.5, 0.9], [0.5, 0.1, 0.5]]))
+    assert second == pytest.approx(np.array([[0.5, 0.1], [0.9, 0.5]]))
+    assert p_hat(first) == pytest.approx([1.1 / 3, 2.3 / 3, 1.1 / 3])
+
+
+def test_scores_are_bradley_terry(model):
+    (logits,) = model(LONGER, "score").all_pair_logits(GROUPS[1:])
+    assert logits == pytest.approx(np.array([[0.0, -0.5], [0.5, 0.0]]))
+
+
+def test_certain_preferences_stay_finite(model):
+    text = "def prefer(prompt, responses):\n    return [[0.5, 1], [0, 0.5]]\n"
+    (logits,) = model(text).all_pair_logits(GROUPS[1:])
+    assert win_probabilities(logits)[0, 1] == pytest.approx(1, abs=1e-8)
+    extreme = "def prefer(prompt, responses):\n    return [0, 1e6]\n"
+    (logits,) = model(extreme).all_pair_logits(GROUPS[1:])
+    assert np.isfinite(logits).all()
+
+
+def test_asymmetric_probabilities_are_averaged_with_a_warning(model, capsys):
+    text = "def prefer(prompt, responses):\n    return [[0.9, 0.8], [0.4, 0.1]]\n"
+    (logits,) = model(text).all_pair_logits(GROUPS[1:])
+    assert win_probabilities(logits)[0, 1] == pytest.approx(0.7)
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("warning: ") and "1 of 1 prompts" in line and "by up to 0.2" in line
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_symmetric_probabilities_give_no_warning(model, capsys):
+    model(LONGER).all_pair_logits(GROUPS)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_function_may_change_its_list_and_import_its_neighbours(model, tmp_path):
+    (tmp_path / "neighbour.py").write_text("WEIGHT = 2\n", encoding="utf-8")
+    text = (
+        "from neighbour import WEIGHT\n"
+        "def prefer(prompt, responses):\n"
+        "    responses.reverse()\n"
+        "    return [WEIGHT * len(response) for response in responses]\n"
+    )
+    groups = [("p", ["a", "bbb"])]
+    (logits,) = model(text).all_pair_logits(groups)
+    assert groups == [("p", ["a", "bbb"])]
+    assert logits[0, 1] == pytest.approx(4)
+
+
+BAD = {
+    "raises": ("raise KeyError('x')", "p2: the function raised KeyError: 'x' .*mine.py, line 4"),
+    "shape": ("return [[0.5]]", r"p2: .* returned shape \(1, 1\); return \(2, 2\)"),
+    "too few scores": ("return [1.0]", r"p2: .* returned shape \(1,\)"),
+    "NaN": ("return [float('nan'), 0.0]", "p2: the function returned NaN or infinity"),
+    "above 1": ("return [[0.5, 1.5], [0.5, 0.5]]", r"p2: .* returned 0.5 to 1.5"),
+    "below 0": ("return [[0.5, -1], [1, 0.5]]", r"p2: .* returned -1 to 1"),
+    "nothing": ("return None", r"p2: .* returned shape \(\)|p2: .* NaN|p2: .*no array"),
+    "text": ("return 'first'", "p2: .* returned str, which is no array of numbers"),
+}
+
+
+@pytest.mark.parametrize(("body", "said"), BAD.values(), ids=BAD)
+def test_wrong_answer_is_one_line_with_the_prompt(body, said, tmp_path, program):
+    text = f"def prefer(prompt, responses):\n    if prompt == 'First':\n        return [0, 1]\n    {body}\n"
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=said) as caught:
+        annotate(tmp_path, program)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "preferences.parquet").exists()
+
+
+def annotate(folder, program) -> None:
+    """Run the program on two prompts with two responses each."""
+    prompts, responses = [], []
+    for name, text in (("p1", "First"), ("p2", "Second")):
+        messages = [{"role": "user", "content": text}]
+        prompts.append(
+            {
+                "prompt_id": name,
+                "source": "test",
+                "category": "c",
+                "messages": messages,
+                "prompt_token_ids": [1, 2],
+            }
+        )
+        responses += [
+            {
+                "prompt_id": name,
+                "sample_id": k,
+                "seed": k,
+                "prompt_token_ids": [1, 2],
+                "token_ids": [3],
+                "text": "x" * (k + 1),
+                "finish_reason": "stop",
+            }
+            for k in range(2)
+        ]
+    write_table(folder / "prompts.parquet", prompts, "prompts")
+    write_table(folder / "responses.parquet", responses, "responses")
+    words = ("--prompts", folder / "prompts.parquet", "--responses", folder / "responses.parquet")
+    out = folder / "preferences.parquet"
+    program(annotate_preferences, *words, "--model", f"{folder}/mine.py:prefer", "--output", out)
+
+
+def test_program_records_the_function_s_file_as_an_input(tmp_path, program):
+    (tmp_path / "mine.py").write_text(LONGER, encoding="utf-8")
+    annotate(tmp_path, program)
+    record = read_json(record_path(tmp_path / "preferences.parquet"))
+    assert record["inputs"][f"{tmp_path}/mine.py"] == file_hash(tmp_path / "mine.py")
+    assert record["preference_model"] == f"{tmp_path}/mine.py:prefer"
+    rows = read_table(tmp_path / "preferences.parquet", "preferences")
+    assert win_probabilities(np.array(rows[0]["logits"]))[1, 0] == pytest.approx(0.9)
+
+
+CONFIGURED = {
+    "missing file": ("nowhere.py:prefer", "nowhere.py is missing"),
+    "no such name": ("mine.py:refer", "mine.py defines no refer"),
+    "not Python": ("broken.py:prefer", "broken.py is not Python"),
+}
+
+
+@pytest.mark.parametrize(("model", "said"), CONFIGURED.values(), ids=CONFIGURED)
+def test_mistake_is_found_with_the_configuration(model, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(LONGER, encoding="utf-8")
+    (tmp_path / "broken.py").write_text("def prefer(", encoding="utf-8")
+    run = resolve({"preference": {"model": model}})[""]
+    with pytest.raises(UserError, match=f"config: preference.model.*{said}"):
+        check_inputs("", run)
+
+
+def test_module_that_fails_to_import_is_one_line(model):
+    with pytest.raises(UserError, match="mine.py cannot be imported .ZeroDivisionError"):
+        model("1 / 0\ndef prefer(prompt, responses):\n    return []\n")
+
+
+def test_only_a_python_file_with_a_name_is_a_function():
+    for name in ("a.py:f", "a folder/b.py:g_1"):
+        assert find_kind(settings_for(name)) is FunctionModel
+    for name in ("a.py", "a.py:", "a:f", "a.py:1f", "ranker", "org/model"):
+        assert find_kind(settings_for(name)) is not FunctionModel
