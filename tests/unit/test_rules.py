@@ -173,7 +173,7 @@ def test_the_slurm_profile_sizes_every_rule_and_gives_gpus_to_those_that_can_use
 def copy(tmp_path_factory) -> Path:
     """The repository without results and environment."""
     folder = tmp_path_factory.mktemp("clone") / "sppo"
-    for name in ("rules", "src", "config", "data", "envs", "profiles"):
+    for name in ("rules", "src", "config", "data", "envs", "profiles", "workflow"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", folder)
     return folder
@@ -1099,6 +1099,62 @@ def test_own_file_without_extends_has_no_runs_of_the_demo(copy):
     assert planned["train_policy"] == 3
     done = dry_run(copy, "--configfile", "own.yaml", "--", "results/own/dpo/iter1/policy")
     assert done.returncode != 0
+
+
+MODULE = """
+configfile: "mine.yaml"
+
+module sppo:
+    snakefile: "{snakefile}"
+    config: config
+
+use rule * from sppo
+
+rule mine:
+    default_target: True
+    input: "results/mine/iter1/alpaca_eval.json"
+    output: "report.txt"
+    shell: "cp {{input}} {{output}}"
+"""
+
+
+def module_dry_run(folder: Path, snakefile: str) -> subprocess.CompletedProcess:
+    """Another workflow, in a folder of its own, that uses this one."""
+    (folder / "Snakefile").write_text(MODULE.format(snakefile=snakefile), encoding="utf-8")
+    (folder / "prefer.py").write_text("def longer(prompt, responses):\n    return [0] * 5\n")
+    (folder / "mine.yaml").write_text(
+        "extends: config/config.yaml\nname: mine\niterations: 1\n"
+        "preference: {model: prefer.py:longer}\n"
+    )
+    return dry_run(folder, "--printshellcmds")
+
+
+def test_another_workflow_uses_this_one_as_a_module(copy, tmp_path):
+    """Its results are in its own folder; programs and shipped data are this repository's."""
+    done = module_dry_run(tmp_path, str(copy / "Snakefile"))
+    planned = jobs(done)
+    assert planned["mine"] == planned["train_policy"] == planned["annotate_preferences"] == 1
+    text = done.stdout + done.stderr
+    assert f"{copy}/src/annotate_preferences.py" in text
+    assert f"--source {copy}/data/prompts.jsonl" in text
+    assert "--model prefer.py:longer" in text
+
+
+def test_a_workflow_deployed_from_git_clones_the_repository_once(copy, tmp_path):
+    """workflow/Snakefile, which snakedeploy writes into a module, read from a git repository."""
+    remote = shutil.copytree(
+        copy, tmp_path / "remote", ignore=shutil.ignore_patterns("results", "pipe", "loop")
+    )
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-C", str(remote)]
+    for words in (["init", "--quiet", "--initial-branch=main"], ["add", "."]):
+        subprocess.run([*git, *words], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "all"], check=True)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    address = f"git+file://{remote}/workflow/Snakefile@main"
+    for _ in range(2):
+        assert jobs(module_dry_run(folder, address))["mine"] == 1
+    assert [path.name for path in (folder / ".snakemake/sppo").iterdir()] == ["main"]
 
 
 def test_unknown_key_on_the_command_line_is_one_line(copy):
