@@ -166,7 +166,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return found
 
 
-def test_environments_are_made_as_they_are_written(installed):
+def test_environments_have_the_listed_packages(installed):
     assert installed.keys() == {"core", "eval"}
     text = "\n".join(
         (HERE.parents[1] / name).read_text(encoding="utf-8")
@@ -214,7 +214,7 @@ def name_of(environment: str) -> str:
     return yaml.safe_load(environment)["name"].removeprefix("sppo-")
 
 
-def test_what_comes_out_is_what_comes_out_without_conda(with_conda, without_conda):
+def test_results_are_the_same_without_conda(with_conda, without_conda):
     ours, others = hashes(with_conda), hashes(without_conda)
     assert {
         "models/SmolLM2-135M-Instruct",
@@ -225,7 +225,7 @@ def test_what_comes_out_is_what_comes_out_without_conda(with_conda, without_cond
     assert {name for name in others if ours[name] != others[name]} <= CONTAIN_TIMES
 
 
-def test_a_container_s_recipe_has_every_environment(conda, tmp_path, copy_repository):
+def test_container_recipe_has_every_environment(conda, tmp_path, copy_repository):
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", "--containerize"],
         cwd=copy_repository(tmp_path),
@@ -247,7 +247,7 @@ def test_a_container_s_recipe_has_every_environment(conda, tmp_path, copy_reposi
         ("24.1.2", "Conda must be version 24.7.1 or later, found version 24.1.2."),
     ],
 )
-def test_a_conda_that_is_missing_or_too_old_is_said_before_any_work(
+def test_missing_or_old_conda_is_reported_before_any_work(
     version, said, conda, tmp_path, copy_repository, tiny_policy
 ):
     """The messages are Snakemake's own."""

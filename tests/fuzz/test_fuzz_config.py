@@ -396,7 +396,7 @@ def check_line(line: str, file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(FUZZ))
-def test_random_overlay_is_accepted_or_one_line(seed, copy, monkeypatch, tmp_path):
+def test_random_overlay_is_accepted_or_a_one_line_error(seed, copy, monkeypatch, tmp_path):
     monkeypatch.chdir(copy)
     draw = random.Random(seed)
     accepted, faults = 0, []
@@ -429,7 +429,7 @@ def is_loaded(file: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(FUZZ))
-def test_random_overlay_is_planned_by_snakemake_or_one_line(seed, copy, monkeypatch):
+def test_snakemake_plans_a_random_overlay_or_prints_one_line(seed, copy, monkeypatch):
     monkeypatch.chdir(copy)
     draw = random.Random(f"snakemake {seed}")
     for number in range(THROUGH_SNAKEMAKE):

@@ -203,7 +203,7 @@ def test_blender_probabilities_equal_those_of_compute_prob(asked):
                 assert ends == (scores.argmax(), scores.argmin())
 
 
-def test_both_backends_of_the_program_write_the_same_preferences(asked, official_python, tmp_path):
+def test_both_backends_write_the_same_preferences(asked, official_python, tmp_path):
     """src/annotate_preferences.py runs in both environments."""
     folder, pairs = asked
     question, answer = next(pair for pair in pairs if len(pair[0]["candidates"][0]) == 5)

@@ -158,7 +158,7 @@ def one_error(output: str) -> str:
     return line
 
 
-def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
+def test_jobs_run_on_a_cluster_without_accounting(installed, clone, tmp_path_factory):
     target = "results/tiny/tables/all.md"
     with one_machine.running(tmp_path_factory.mktemp(one_machine.MARK), accounting=False):
         assert "remove the # before slurm-status-command" in one_error(run(clone, target, status=1))
@@ -173,7 +173,7 @@ def test_a_cluster_without_accounting(installed, clone, tmp_path_factory):
     assert (clone[0] / target).is_file()
 
 
-def test_what_cannot_run_is_one_line_before_any_job(cluster, clone):
+def test_impossible_run_is_a_one_line_error_before_any_job(cluster, clone):
     def said(edits: dict[str, str]) -> str:
         return one_error(run(clone, "results/tiny/iter1/policy", status=1, edits=edits))
 
@@ -191,7 +191,7 @@ def test_what_cannot_run_is_one_line_before_any_job(cluster, clone):
     assert not slurm("squeue", "--states=all", "--noheader")
 
 
-def test_shards_run_side_by_side_each_on_a_gpu_of_its_own(cluster, clone):
+def test_shards_run_in_parallel_on_separate_gpus(cluster, clone):
     run(clone, "results/tiny/iter1/pairs.parquet")
 
     for rule, program in (
@@ -210,7 +210,7 @@ def test_shards_run_side_by_side_each_on_a_gpu_of_its_own(cluster, clone):
         assert len(set(gpus)) == 2 and all(re.fullmatch("[0-7]", gpu) for gpu in gpus)
 
 
-def test_killed_and_timed_out_jobs_are_submitted_again_and_succeed(cluster, clone):
+def test_killed_and_timed_out_jobs_are_resubmitted(cluster, clone):
     process = start(clone, "results/tiny/iter1/policy")
     os.kill(
         until(lambda: started(clone, "src/score_reference.py"), process)[0]["pid"], signal.SIGKILL
@@ -229,7 +229,7 @@ def test_killed_and_timed_out_jobs_are_submitted_again_and_succeed(cluster, clon
     assert jobs("train_policy")[1]["TimeLimit"] == "16:00:00"
 
 
-def test_an_interrupted_and_a_killed_snakemake_lose_no_finished_stage(cluster, clone):
+def test_stopped_snakemake_loses_no_finished_stage(cluster, clone):
     target, root = "results/tiny/iter2/alpaca_eval.json", clone[0] / "results/tiny"
     done = {
         str(path.relative_to(root)).removesuffix(".record.json")
@@ -269,7 +269,7 @@ def test_an_interrupted_and_a_killed_snakemake_lose_no_finished_stage(cluster, c
     assert "Nothing to be done" in snakemake(clone, target)  # without Slurm
 
 
-def test_every_job_starts_its_program_once_and_training_has_the_node(cluster, clone):
+def test_job_starts_one_program_and_training_has_the_node(cluster, clone):
     lines = (clone[0] / "started.jsonl").read_text(encoding="utf-8").splitlines()
     # The program of a local rule has no job.
     counted = Counter(start["job"] for start in map(json.loads, lines) if start["job"])

@@ -108,7 +108,7 @@ def soft(prompt: str, first: str, second: str) -> float:
     return 1 / (1 + np.exp(-(1.0 + np.sin(number) + (len(second) - len(first)) / 300)))
 
 
-def test_figures_are_the_package_s_own(call, tmp_path):
+def test_results_equal_those_of_the_package(call, tmp_path):
     from alpaca_eval.metrics import glm_winrate
 
     result = call(outputs("policy", seed=1), outputs("base"), probability=soft)
@@ -137,7 +137,7 @@ def test_figures_are_the_package_s_own(call, tmp_path):
     assert (tmp_path / "out" / "annotations.json.record.json").exists()
 
 
-def test_annotations_have_the_package_s_form(call, tmp_path):
+def test_annotations_have_the_package_s_format(call, tmp_path):
     call(
         outputs("policy", seed=1)[::-1], outputs("base"), probability=soft
     )  # another order is put right
@@ -159,7 +159,7 @@ def test_annotations_have_the_package_s_form(call, tmp_path):
 
 
 @pytest.mark.parametrize(("policy_wins", "rate"), [(True, 100), (False, 0)])
-def test_who_wins_is_who_wins(call, policy_wins, rate):
+def test_win_rate_counts_the_policy_s_wins(call, policy_wins, rate):
     def probability(prompt, first, second):
         return 1 - 1e-12 if second.startswith("policy") == policy_wins else 1e-12
 
@@ -168,7 +168,7 @@ def test_who_wins_is_who_wins(call, policy_wins, rate):
     assert (result["n_wins"], result["n_wins_base"]) == ((30, 0) if policy_wins else (0, 30))
 
 
-def test_equal_outputs_are_draws_that_no_judge_reads(call):
+def test_equal_outputs_are_draws_without_the_judge(call):
     ours, base = outputs("policy", seed=1), outputs("base")
     for one, other in zip(ours[:4], base):
         one["output"] = other["output"]
@@ -179,7 +179,7 @@ def test_equal_outputs_are_draws_that_no_judge_reads(call):
     assert result["win_rate"] == pytest.approx((4 * 50 + 26 * 90) / 30)
 
 
-def test_a_policy_equal_to_its_reference_gets_50(call):
+def test_policy_equal_to_its_reference_gets_50(call):
     result = call(
         [row | {"generator": "policy"} for row in outputs("base")],
         outputs("base"),
@@ -192,7 +192,7 @@ def test_a_policy_equal_to_its_reference_gets_50(call):
     )
 
 
-def test_a_policy_that_lost_everything_does_not_get_50():
+def test_policy_that_loses_everything_gets_0():
     rows = [
         {
             "preference": 1.0,
@@ -209,7 +209,7 @@ def test_a_policy_that_lost_everything_does_not_get_50():
 
 
 @pytest.mark.parametrize("answer", ["", " \n", "Yes."])
-def test_a_policy_that_says_nothing_is_flagged(call, capfd, answer):
+def test_policy_with_empty_or_short_answers_is_flagged(call, capfd, answer):
     """A judge that goes by length gives it few points; LC then puts it above the base."""
     ours = [row | {"output": answer} for row in outputs("policy")]
     result = call(
@@ -231,7 +231,7 @@ def test_a_policy_that_says_nothing_is_flagged(call, capfd, answer):
     assert ("30 of 30 answers" in said and "are empty" in said) == (not answer.strip())
 
 
-def test_alpaca_eval_s_own_warning_of_lc_is_kept():
+def test_length_controlled_warning_follows_alpaca_eval():
     """Its rule: further than 10 points, and than a quarter of the way to the end of the scale."""
     assert (
         "12.0, the win rate 40.0: so far apart that alpaca-eval's model may have failed"
@@ -244,7 +244,7 @@ def test_alpaca_eval_s_own_warning_of_lc_is_kept():
         assert alpaca_eval.length_controlled_warning(*fine) is None
 
 
-def test_a_sound_evaluation_has_no_warning(call, capfd):
+def test_normal_evaluation_has_no_warning(call, capfd):
     result = call(
         outputs("policy", seed=1), outputs("base"), "--policy", "policy", probability=soft
     )
@@ -263,7 +263,7 @@ def test_outputs_of_another_policy_are_refused(call, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_values_of_the_stand_in_do_not_matter(tmp_path):
+def test_values_of_the_neutral_difficulty_do_not_matter(tmp_path):
     ours, base = outputs("policy", seed=1), outputs("base")
     rows = alpaca_eval.PreferenceAnnotator("judge", Judge(soft)).annotate_head2head(
         *map(_frame, (base, ours))
@@ -291,7 +291,7 @@ def _frame(rows):
     return pd.DataFrame(rows)
 
 
-def test_intervals_hold_the_estimate_and_shrink(call):
+def test_intervals_contain_the_estimate_and_shrink_with_n(call):
     few = call(outputs("policy", 25, 1), outputs("base", 25), probability=soft, fits=40)
     many = call(outputs("policy", 200, 1), outputs("base", 200), probability=soft, fits=40)
     for key in ("win_rate", "length_controlled_winrate"):
@@ -305,7 +305,7 @@ def test_intervals_hold_the_estimate_and_shrink(call):
     assert (high - low) / 2 == pytest.approx(1.96 * many["standard_error"], rel=0.1)
 
 
-def test_same_seed_same_bytes_whatever_the_threads(call, tmp_path):
+def test_equal_seeds_give_equal_files_for_any_thread_count(call, tmp_path):
     file, seen = tmp_path / "out" / "alpaca_eval.json", []
     for threads in (1, 2):
         call(
@@ -326,7 +326,7 @@ def test_same_seed_same_bytes_whatever_the_threads(call, tmp_path):
     )
 
 
-def test_a_failed_judgment_is_an_error_not_a_smaller_n(call, tmp_path):
+def test_failed_judgment_is_an_error(call, tmp_path):
     with (
         pytest.raises(
             UserError, match=r"failed on 1 of 30 instructions, first on 'Write about 7\.'"
@@ -371,7 +371,7 @@ def test_a_failed_judgment_is_an_error_not_a_smaller_n(call, tmp_path):
         (lambda rows: rows.clear(), "not a list of outputs"),
     ],
 )
-def test_bad_outputs_are_named(call, change, message):
+def test_bad_outputs_are_clear_errors(call, change, message):
     rows = outputs("policy")
     change(rows)
     with pytest.raises(UserError, match=message):
@@ -392,7 +392,7 @@ def test_difficulty_needs_the_canonical_order(call, tmp_path):
 # --- Judges ---
 
 
-def test_missing_judges_keys_and_models_are_one_line(monkeypatch, tmp_path):
+def test_incomplete_judge_settings_are_one_line_errors(monkeypatch, tmp_path):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     keys = ("judge", "judge_model", "judge_base_url")
     for arguments, message in [
@@ -433,7 +433,7 @@ def test_missing_judges_keys_and_models_are_one_line(monkeypatch, tmp_path):
     )
 
 
-def test_checking_a_judge_imports_nothing_heavy():
+def test_checking_a_judge_imports_no_heavy_package():
     code = (
         "import sys; from sppo.evaluation.judges import ALPACA_EVAL;"
         "ALPACA_EVAL.check({'judge': 'openai', 'judge_model': 'm', 'judge_base_url': 'http://x/v1'});"
@@ -598,7 +598,7 @@ READING = {"temperature": 1, "top_p": 1.0, "logprobs": True, "top_logprobs": 5}
         ("after reasoning", 100, {}),
     ],
 )
-def test_openai_compatible_server(
+def test_judge_on_an_openai_compatible_server(
     call, serve, monkeypatch, tmp_path, capfd, logprobs, rate, request_
 ):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -627,7 +627,7 @@ def test_openai_compatible_server(
     assert KEY not in "".join(capfd.readouterr())
 
 
-def test_stock_gpt4_judge_by_name(call, serve, monkeypatch, tmp_path):
+def test_gpt4_judge_of_the_package_is_used_by_name(call, serve, monkeypatch, tmp_path):
     import alpaca_eval
 
     package = Path(alpaca_eval.__file__).parent
@@ -648,7 +648,7 @@ def test_stock_gpt4_judge_by_name(call, serve, monkeypatch, tmp_path):
     } == before  # no weights, no cache
 
 
-def test_a_local_server_wants_no_key(call, serve, monkeypatch):
+def test_local_server_needs_no_key(call, serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "")
     server = serve("given")
     call(
@@ -663,7 +663,7 @@ def test_a_local_server_wants_no_key(call, serve, monkeypatch):
     assert server.keys == {"Bearer EMPTY"}
 
 
-def test_failed_judgments_alone_are_asked_again(call, serve, monkeypatch, tmp_path, capfd):
+def test_only_failed_judgments_are_requested_again(call, serve, monkeypatch, tmp_path, capfd):
     """And what will be asked, which may cost money, is said before."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given", "Write about 7.")
@@ -688,7 +688,7 @@ def test_failed_judgments_alone_are_asked_again(call, serve, monkeypatch, tmp_pa
     assert re.search(r"Judgments to ask for: 1, .* Kept from before: 29", capfd.readouterr().err)
 
 
-def test_a_server_that_refuses_is_one_line_without_the_key(call, serve, monkeypatch, capfd):
+def test_refusing_server_is_an_error_without_the_key(call, serve, monkeypatch, capfd):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given")
     server.status = 401
@@ -705,7 +705,7 @@ def test_a_server_that_refuses_is_one_line_without_the_key(call, serve, monkeypa
     assert KEY not in str(error.value) + "".join(capfd.readouterr())
 
 
-def test_a_busy_server_is_asked_again(call, serve, monkeypatch):
+def test_busy_server_is_asked_again(call, serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given")
     server.plan = [429, 503]
@@ -722,7 +722,7 @@ def test_a_busy_server_is_asked_again(call, serve, monkeypatch):
 
 
 @pytest.mark.parametrize("body", ["not JSON", "{}", '{"choices": null}'])
-def test_an_answer_that_is_no_completion_is_one_line(call, serve, monkeypatch, tmp_path, body):
+def test_invalid_completion_is_an_error(call, serve, monkeypatch, tmp_path, body):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given")
     server.plan = [body] * 200
@@ -740,9 +740,7 @@ def test_an_answer_that_is_no_completion_is_one_line(call, serve, monkeypatch, t
 
 
 @pytest.mark.parametrize("judge", ["openai", "weighted_alpaca_eval_gpt4_turbo"])
-def test_a_judge_that_cannot_be_read_is_quoted_before_anything_is_paid(
-    call, serve, monkeypatch, judge
-):
+def test_unreadable_judge_is_quoted_before_any_judgment(call, serve, monkeypatch, judge):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given", alpaca_eval.TRIAL["instruction"])
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
@@ -756,7 +754,7 @@ def test_a_judge_that_cannot_be_read_is_quoted_before_anything_is_paid(
 
 
 @pytest.mark.parametrize("judge", ["openai", "weighted_alpaca_eval_gpt4_turbo"])
-def test_a_web_page_in_place_of_an_answer_is_one_line(call, serve, monkeypatch, judge):
+def test_web_page_instead_of_an_answer_is_an_error(call, serve, monkeypatch, judge):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given")
     server.html = True
@@ -768,7 +766,7 @@ def test_a_web_page_in_place_of_an_answer_is_one_line(call, serve, monkeypatch, 
         call(outputs("policy", 6, 1), outputs("base", 6), *model, judge=judge)
 
 
-def test_what_is_judged_already_needs_no_trial(call, serve, monkeypatch):
+def test_finished_judgments_need_no_trial_request(call, serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given")
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
@@ -780,7 +778,7 @@ def test_what_is_judged_already_needs_no_trial(call, serve, monkeypatch):
     )
 
 
-def test_a_changed_prompt_takes_no_old_judgment(call, serve, monkeypatch):
+def test_changed_judge_settings_ignore_old_judgments(call, serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given")
     arguments = (
@@ -805,7 +803,7 @@ def test_a_changed_prompt_takes_no_old_judgment(call, serve, monkeypatch):
     assert server.judged == 18
 
 
-def test_instructions_that_the_judge_was_trained_on_are_counted(call, tmp_path, capfd):
+def test_instructions_in_the_judge_s_training_are_counted(call, tmp_path, capfd):
     from sppo.preferences.embedded_data import instruction_hash
 
     (tmp_path / "adapter" / "training_instructions.txt").write_text(
@@ -826,7 +824,7 @@ def test_instructions_that_the_judge_was_trained_on_are_counted(call, tmp_path, 
 @pytest.mark.skipif(
     not PUBLIC_DATA.exists(), reason="the published annotations are not on this machine"
 )
-def test_published_preferences_give_the_published_row(call, tmp_path):
+def test_published_preferences_give_the_published_results(call, tmp_path):
     import alpaca_eval
     import pandas as pd
 
@@ -936,7 +934,7 @@ def summarize(folder, monkeypatch, *more):
     summarize_run.main()
 
 
-def test_summary_tells_every_iteration(run_folder, monkeypatch, capsys):
+def test_summary_lists_every_iteration(run_folder, monkeypatch, capsys):
     summarize(run_folder, monkeypatch)
     text = (run_folder / "summary.md").read_text()
     assert capsys.readouterr().out == text and "on 100 instructions, by the embedded judge" in text
@@ -953,7 +951,7 @@ def test_summary_tells_every_iteration(run_folder, monkeypatch, capsys):
     assert (run_folder / "figures" / "win_rate.svg").read_bytes() == svg
 
 
-def test_summary_marks_doubtful_rates_and_counts_empty_answers(run_folder, monkeypatch):
+def test_summary_marks_doubtful_rates_and_empty_answers(run_folder, monkeypatch):
     file = run_folder / "iter2" / "alpaca_eval.json"
     write_json(
         file,
@@ -973,7 +971,7 @@ def test_summary_marks_doubtful_rates_and_counts_empty_answers(run_folder, monke
     )
 
 
-def test_summary_refuses_what_does_not_belong_together(run_folder, monkeypatch):
+def test_summary_refuses_inconsistent_evaluations(run_folder, monkeypatch):
     file = run_folder / "iter1" / "alpaca_eval.json"
     write_json(file, read_json(file) | {"n_total": 50})
     with pytest.raises(UserError, match="differ in judge, reference or n"):

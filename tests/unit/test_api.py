@@ -50,7 +50,7 @@ def openai(monkeypatch):
         (("openai", "o9", "{OPENAI}"), "o9"),
     ],
 )
-def test_a_model_of_openai_is_asked_for(openai, judge, model):
+def test_openai_model_is_looked_up(openai, judge, model):
     judge = [word and word.format(OPENAI=openai_api.OPENAI) for word in judge]
     openai_api.check_served(*judge, "mt_bench")
     assert openai.asked == [(f"/v1/models/{model}", "Bearer sk-key")]
@@ -67,14 +67,14 @@ def test_a_model_of_openai_is_asked_for(openai, judge, model):
     assert "sk-key" not in str(caught.value)
 
 
-def test_a_server_that_fails_or_does_not_answer_says_nothing(openai, monkeypatch):
+def test_failing_or_silent_server_gives_no_error(openai, monkeypatch):
     for openai.status in (403, 429, 500):
         openai_api.check_served("gpt-4", None, None, "mt_bench")
     monkeypatch.setattr(openai_api, "OPENAI", "http://127.0.0.1:9/v1")
     openai_api.check_served("gpt-4", None, None, "mt_bench")
 
 
-def test_who_is_not_openai_s_is_not_asked_for(openai, monkeypatch):
+def test_other_judges_are_not_looked_up(openai, monkeypatch):
     for judge in (
         ("judge", None, None),
         ("preference", None, None),
@@ -87,7 +87,7 @@ def test_who_is_not_openai_s_is_not_asked_for(openai, monkeypatch):
     assert openai.asked == []
 
 
-def test_openai_s_own_address_needs_a_key(openai, monkeypatch):
+def test_openai_address_needs_a_key(openai, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(
         UserError, match="export OPENAI_API_KEY, or choose another alpaca_eval.judge"
@@ -123,7 +123,7 @@ def test_openai_s_own_address_needs_a_key(openai, monkeypatch):
         judges.GRADES,
     ],
 )
-def test_what_is_no_address_is_refused_before_any_work(judging, url):
+def test_invalid_address_is_refused_before_any_work(judging, url):
     with pytest.raises(UserError, match=rf"{judging.section}\.judge_base_url") as caught:
         judging.check(chosen("openai", url), key=False)
     assert "\n" not in str(caught.value)
@@ -140,7 +140,7 @@ def test_what_is_no_address_is_refused_before_any_work(judging, url):
         "http://node_1:8000/v1",
     ],
 )
-def test_addresses_are_taken(url):
+def test_valid_address_is_accepted(url):
     openai_api.check_address(url, "alpaca_eval.judge_base_url")
 
 
@@ -162,7 +162,7 @@ def test_addresses_are_taken(url):
         judges.GRADES,
     ],
 )
-def test_a_password_in_an_address_is_refused_and_not_repeated(judging, url):
+def test_password_in_an_address_is_refused_and_hidden(judging, url):
     for judge in ("openai", "preference" if judging is judges.GRADES else "gpt-4-0613"):
         with pytest.raises(
             UserError, match=rf"{judging.section}\.judge_base_url holds a name or password"

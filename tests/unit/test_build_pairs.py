@@ -102,7 +102,7 @@ def kept(folder: Path, name: str) -> Path:
     return path
 
 
-def test_winner_loser_and_estimates(build):
+def test_pair_has_winner_loser_and_estimates(build):
     pairs, record = build(
         {"a": (["x", "y", "z"], SKEW, STOPPED), "b": (["x", "y", "z"], -SKEW, STOPPED)}
     )
@@ -138,14 +138,14 @@ def test_prompts_without_a_pair_are_dropped_and_counted(build, reason, case, fla
     }
 
 
-def test_the_middle_response_may_be_cut(build):
+def test_truncated_middle_response_keeps_the_pair(build):
     pairs, _ = build(
         {"a": (["x", "y", "z"], SKEW, ["stop", "length", "stop"])}, "--truncated", "drop"
     )
     assert len(pairs) == 1
 
 
-def test_a_cycle_is_a_tie_for_the_official_collapse_and_dropped(build):
+def test_cycle_is_a_tie_for_blender_scores(build):
     cycle = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]], dtype=float)
     pairs, record = build(
         {"a": (["x", "y", "z"], cycle, STOPPED), "b": (["x", "y", "z"], SKEW, STOPPED)},
@@ -155,7 +155,7 @@ def test_a_cycle_is_a_tie_for_the_official_collapse_and_dropped(build):
     assert [pair["prompt_id"] for pair in pairs] == ["b"] and record["dropped"]["tie"] == 1
 
 
-def test_all_pairs_are_every_two_that_differ(build):
+def test_construction_all_pairs_every_two_responses(build):
     pairs, record = build(
         {
             "a": (["x", "y", "z"], SKEW, STOPPED),
@@ -195,7 +195,7 @@ def test_pairs_closer_than_the_margin_are_dropped(build):
     ]["margin"] == 2
 
 
-def test_gold_against_the_policy_s_first_response(build, tiny_policy, tmp_path):
+def test_gold_is_paired_with_the_first_response(build, tiny_policy, tmp_path):
     from sppo.policies.models import load_tokenizer
 
     gold = tmp_path / "gold.jsonl"
@@ -251,9 +251,7 @@ def test_replayed_pairs_come_after_the_new_ones(build, tmp_path):
         (("--replay-older-share", "0.5"), {"third": 2, "second": 4, "first": 3}),
     ],
 )
-def test_what_was_replayed_before_is_no_pair_of_the_previous_iteration(
-    build, tmp_path, flags, counts
-):
+def test_replay_takes_older_pairs_only_on_request(build, tmp_path, flags, counts):
     build({f"first{n}": (["x", "y", "z"], SKEW, STOPPED) for n in range(6)})
     first = kept(tmp_path, "first")
     build(
@@ -278,7 +276,7 @@ def test_what_was_replayed_before_is_no_pair_of_the_previous_iteration(
     )
 
 
-def test_even_lengths_take_a_penalty_from_all_logits(build):
+def test_even_lengths_apply_a_length_penalty(build):
     """Without it the longest response wins; r = (3, 2, 0) less alpha times (30, 10, 12) characters makes the second win."""
     texts, r = ["x" * 30, "y" * 10, "z" * 12], np.array([3.0, 2.0, 0.0])
     case = {"a": (texts, r[:, None] - r, STOPPED)}
@@ -293,7 +291,7 @@ def test_even_lengths_take_a_penalty_from_all_logits(build):
     )
 
 
-def test_target_rewards_train_every_pair_both_ways(build, tiny_policy):
+def test_target_rewards_use_each_pair_in_both_orders(build, tiny_policy):
     from sppo.policies.models import load_tokenizer
 
     (plain,) = build({"a": (["x", "y", "z"], SKEW, STOPPED)})[0]
@@ -327,7 +325,7 @@ def test_target_rewards_train_every_pair_both_ways(build, tiny_policy):
     )
 
 
-def test_target_rewards_drop_pairs_of_one_grade(build, tiny_policy):
+def test_target_rewards_drop_pairs_with_equal_grades(build, tiny_policy):
     """The prompt would ask for the one and for the other."""
     pairs, record = build(
         {"near": (["x", "y", "z"], SKEW / 1000, STOPPED), "far": (["x", "y", "z"], SKEW, STOPPED)},
@@ -341,7 +339,7 @@ def test_target_rewards_drop_pairs_of_one_grade(build, tiny_policy):
     ] == 1
 
 
-def test_a_winner_with_the_lower_win_rate_makes_a_pair_too(build):
+def test_winner_of_a_pair_may_have_the_lower_p_hat(build):
     """y beats x head to head, but z beats y and loses to x: P-hat has them the other way round, and DNO's label follows it."""
     cycle = np.array([[0, -0.5, 3], [0.5, 0, -3], [-3, 3, 0]])
     pairs, record = build({"a": (["x", "y", "z"], cycle, STOPPED)}, "--construction", "all")
@@ -362,7 +360,7 @@ def test_a_winner_with_the_lower_win_rate_makes_a_pair_too(build):
         ('{"id": "a", "response": "again"}', "line 2: id a occurs twice"),
     ],
 )
-def test_broken_gold_is_named(build, tmp_path, line, message, tiny_policy):
+def test_broken_gold_line_is_a_clear_error(build, tmp_path, line, message, tiny_policy):
     (tmp_path / "gold.jsonl").write_text('{"id": "a", "response": "x"}\n' + line)
     with pytest.raises(UserError, match=message):
         build(

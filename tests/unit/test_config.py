@@ -56,7 +56,7 @@ def refusal(written: dict) -> str:
     return str(caught.value)
 
 
-def test_defaults_alone_are_a_valid_configuration_and_resolve_to_themselves():
+def test_defaults_alone_resolve_to_themselves():
     main = resolve({})[""]
     assert (
         resolve({key: value for key, value in main.items() if key != "first_iteration_from"})[""]
@@ -88,13 +88,13 @@ def test_key_is_described_typed_and_has_a_valid_default(name, rule):
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_shipped_file_resolves_and_only_the_default_is_unnamed(file):
+def test_shipped_file_is_valid_and_only_the_default_is_unnamed(file):
     runs = resolve(read_files([file]))
     assert (runs[""]["name"] == "") == (file == SHIPPED[0])
     assert len(runs) > 20
 
 
-def test_numbers_and_booleans_spelled_as_text_are_read():
+def test_numbers_and_booleans_may_be_text():
     """As `snakemake --config section={key: 1}` hands them over, and as YAML reads 1e-6."""
     run = resolve(
         {
@@ -108,7 +108,7 @@ def test_numbers_and_booleans_spelled_as_text_are_read():
 
 
 @pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: file.stem)
-def test_shipped_file_reads_every_number_as_a_number(file):
+def test_shipped_file_has_no_number_that_yaml_reads_as_text(file):
     """YAML reads 1e-6 as text; the schema would refuse it where a number is wanted, not where a text is."""
     texts = [
         value
@@ -122,7 +122,7 @@ def test_shipped_file_reads_every_number_as_a_number(file):
             float(text)
 
 
-def test_settings_switch_between_paper_and_official_code():
+def test_settings_select_paper_or_official_code():
     paper, repo = resolve({"settings": "paper"})[""], resolve({"settings": "repo"})[""]
     assert (
         paper["responses"]["temperature"],
@@ -142,7 +142,7 @@ def test_settings_switch_between_paper_and_official_code():
     ) == (0.7, 0.9, "blender", "chat_template", 1, 0)
 
 
-def test_one_key_set_by_hand_wins_over_settings_and_moves_no_other():
+def test_explicit_key_overrides_settings_for_that_key_only():
     base, one = (
         resolve({"settings": "repo"})[""],
         resolve({"settings": "repo", "responses": {"top_p": 0.5}})[""],
@@ -161,12 +161,12 @@ def test_one_key_set_by_hand_wins_over_settings_and_moves_no_other():
         ({"batch_size": 8, "micro_batch_size": 64, "processes": 1}, (8, 1)),
     ],
 )
-def test_processes_micro_batches_and_accumulation_make_the_batch(train, cut):
+def test_processes_and_micro_batches_multiply_to_the_batch(train, cut):
     assert micro_batches(train) == cut
     assert train["processes"] * cut[0] * cut[1] == train["batch_size"] and resolve({"train": train})
 
 
-def test_run_takes_its_override_then_the_main_run_then_its_own_settings():
+def test_run_uses_its_keys_then_main_then_its_settings():
     runs = resolve(
         {
             "train": {"beta": 0.5},
@@ -182,7 +182,7 @@ def test_run_takes_its_override_then_the_main_run_then_its_own_settings():
     )
 
 
-def test_null_undoes_what_a_file_below_set():
+def test_null_restores_the_default():
     """An overlay hands a key back to its settings; of some keys null is a value, and stays one."""
     for settings, epochs in (("paper", 18), ("repo", 1)):
         run = resolve(
@@ -206,7 +206,7 @@ def test_null_undoes_what_a_file_below_set():
         assert run["train"]["reference_every"] is None and run["prompts"]["per_iteration"] is None
 
 
-def test_null_in_a_run_undoes_what_main_sets_and_a_run_that_is_null_is_not_there():
+def test_null_in_a_run_restores_the_default():
     written = {"spin": None, "dpo": {}, "own": {"train": {"beta": None}}}
     runs = resolve({"train": {"beta": 0.5, "batch_size": 32}, "runs": written})
     assert list(runs) == ["", "dpo", "own"]
@@ -217,7 +217,7 @@ def test_null_in_a_run_undoes_what_main_sets_and_a_run_that_is_null_is_not_there
     ]
 
 
-def test_run_may_share_the_first_iteration_and_train_otherwise():
+def test_run_may_share_only_the_first_iteration():
     runs = resolve(
         {
             "runs": {
@@ -571,7 +571,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("written", "words"), BAD.values(), ids=BAD)
-def test_bad_key_is_one_line_that_names_it(written, words):
+def test_bad_key_is_a_one_line_error_with_its_name(written, words):
     line = refusal(written)
     assert all(word in line for word in words), line
 
@@ -595,7 +595,7 @@ ADDRESSES = [
 
 @pytest.mark.parametrize("section", ["alpaca_eval", "mt_bench", "grades"])
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_what_is_no_address_of_a_server_is_refused_with_the_configuration(address, section):
+def test_invalid_server_address_is_refused(address, section):
     line = refusal({section: {"judge": "openai", "judge_model": "m", "judge_base_url": address}})
     assert f"{section}.judge_base_url" in line and "http://localhost:8000/v1" in line
 
@@ -609,7 +609,7 @@ def test_what_is_no_address_of_a_server_is_refused_with_the_configuration(addres
         "http://10.0.0.1/v1",
     ],
 )
-def test_address_of_a_server_is_taken(address):
+def test_valid_server_address_is_accepted(address):
     assert (
         resolve({"mt_bench": {"judge_base_url": address}})[""]["mt_bench"]["judge_base_url"]
         == address
@@ -619,7 +619,7 @@ def test_address_of_a_server_is_taken(address):
 @pytest.mark.parametrize(
     "address", ["http://user:secret@host/v1", "https://secret@host", "http://user:secret@[::1"]
 )
-def test_password_in_an_address_is_refused_and_not_shown(address):
+def test_password_in_an_address_is_refused_and_hidden(address):
     line = refusal({"runs": {"a": {"alpaca_eval": {"judge_base_url": address}}}})
     assert (
         "runs.a" in line
@@ -629,7 +629,7 @@ def test_password_in_an_address_is_refused_and_not_shown(address):
     )
 
 
-def test_numbers_in_a_list_may_be_spelled_as_text():
+def test_numbers_in_a_list_may_be_text():
     """YAML takes 5e-7 for text, in a list as outside one."""
     assert resolve({"train": {"learning_rate": ["5e-7", 1e-7]}})[""]["train"]["learning_rate"] == [
         5e-7,
@@ -646,7 +646,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_home_folder_is_written_out_in_every_path_of_main_and_runs(name, monkeypatch):
+def test_tilde_in_a_path_becomes_the_home_folder(name, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     section, key = name.split(".")
     in_run = {} if section == "policy" else {"a": {section: {key: "~/other"}}}
@@ -660,7 +660,7 @@ def test_home_folder_is_written_out_in_every_path_of_main_and_runs(name, monkeyp
     assert all(runs[run][section][key] == "/home/me/other" for run in in_run)
 
 
-def test_every_key_that_names_files_is_a_path():
+def test_keys_that_name_files_are_marked_as_paths():
     assert {
         "policy.model",
         "prompts.source",
@@ -732,12 +732,12 @@ IDLE = {
 
 
 @pytest.mark.parametrize(("written", "line"), IDLE.values(), ids=IDLE)
-def test_key_without_effect_is_one_line(written, line):
+def test_key_without_effect_is_reported_in_one_line(written, line):
     found = all_lines(written)
     assert len(found) == 1 and f"config: {line}" in found[0], found
 
 
-def test_key_with_effect_or_not_written_is_no_line():
+def test_key_with_an_effect_is_not_reported():
     for written in (
         {},
         {"train": {"loss": "mmpo", "gamma": 2, "lora_rank": 8, "lora_alpha": 32}},
@@ -753,7 +753,7 @@ def test_key_with_effect_or_not_written_is_no_line():
         assert all_lines(written) == []
 
 
-def test_key_of_main_that_only_a_run_uses_has_an_effect():
+def test_main_key_used_only_by_a_run_has_an_effect():
     written = {"train": {"gamma": 2}, "runs": {"a": {"train": {"loss": "simpo"}}}}
     assert all_lines(written) == []
     written["runs"]["a"]["train"]["gamma"] = 1  # the run has its own
@@ -767,12 +767,12 @@ def test_shipped_file_has_no_key_without_effect(file):
 
 
 @pytest.mark.parametrize("name", sorted(RESERVED))
-def test_reserved_word_is_no_run(name):
+def test_reserved_word_is_refused_as_a_run_name(name):
     assert name in refusal({"runs": {name: {}}})
 
 
 @pytest.mark.parametrize("name", ["iter1", *sorted(RESERVED)])
-def test_reserved_word_is_no_experiment(name):
+def test_reserved_word_is_refused_as_an_experiment_name(name):
     """results/models/ holds the embedded policy and results/iter1/ the default's artifacts."""
     assert name in refusal({"name": name})
 
@@ -780,14 +780,14 @@ def test_reserved_word_is_no_experiment(name):
 @pytest.mark.parametrize(
     "written", [{3: 1}, {"runs": {2: {}}}, {"train": {True: 1}}], ids=["top", "run", "nested"]
 )
-def test_key_that_yaml_reads_as_no_text_is_one_line(written):
+def test_key_that_is_not_text_is_a_one_line_error(written):
     refusal(written)
 
 
 @pytest.mark.parametrize(
     "written", [{"iterations": 3.0}, {"responses": {"samples": 5.0}}], ids=["iterations", "samples"]
 )
-def test_whole_number_with_a_point_is_refused_or_made_whole(written):
+def test_float_for_an_integer_is_refused_or_converted(written):
     """JSON Schema takes 5.0 for an integer; a program's --samples does not."""
     try:
         run = resolve(written)[""]
@@ -798,7 +798,7 @@ def test_whole_number_with_a_point_is_refused_or_made_whole(written):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_number_that_is_none_is_refused(value):
+def test_nan_and_infinity_are_refused(value):
     assert "train.beta" in refusal({"train": {"beta": value}})
 
 
@@ -828,7 +828,7 @@ def other_value(rule: dict):
 
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("settings", ["paper", "repo", "other"])
-def test_flags_give_a_program_the_section_back(section, settings):
+def test_flags_reproduce_the_section_in_a_program(section, settings):
     rules = schema()["properties"][section]["properties"]
     values = {
         key: other_value(rule) if settings == "other" else default_of(rule, settings)
@@ -844,13 +844,13 @@ def test_flags_give_a_program_the_section_back(section, settings):
     assert vars(parser.parse_args(words)) == values
 
 
-def test_value_that_begins_as_a_flag_does_is_a_value():
+def test_value_may_start_with_a_hyphen():
     parser = argparse.ArgumentParser()
     add_section(parser, "prompts")
     assert parser.parse_args(flags({"field": "-x", "split": "--help"})).field == "-x"
 
 
-def test_variables_of_the_chat_template_keep_their_types():
+def test_chat_template_variables_keep_their_types():
     """Also where `snakemake --config policy={...}` hands over text alone; null takes back what a file below sets."""
     given = {"enable_thinking": "false", "effort": "high", "budget": 5}
     assert resolve({"policy": {"chat_template_kwargs": given}})[""]["policy"][
@@ -863,11 +863,11 @@ def test_variables_of_the_chat_template_keep_their_types():
 
 
 @pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "Enable", "a b", "a-b"])
-def test_a_chat_template_has_no_variable_of_that_name(name):
+def test_invalid_chat_template_variable_name_is_refused(name):
     assert "policy.chat_template_kwargs" in refusal({"policy": {"chat_template_kwargs": {name: 1}}})
 
 
-def test_a_date_without_quotes_is_one_and_no_other_day_is():
+def test_template_date_needs_no_quotes():
     written = yaml.safe_load("policy: {template_date: 2025-01-31}")
     assert resolve(written)[""]["policy"]["template_date"] == "2025-01-31"
     assert "policy.template_date is 2025-02-31" in refusal(
@@ -876,7 +876,7 @@ def test_a_date_without_quotes_is_one_and_no_other_day_is():
     assert "policy.template_date" in refusal({"policy": {"template_date": "today"}})
 
 
-def test_flags_of_objects_take_json_alone(capsys):
+def test_object_flag_accepts_only_a_json_object(capsys):
     parser = argparse.ArgumentParser()
     add_section(parser, "policy", only=("chat_template_kwargs",))
     for text in ("5", "{", "[1]"):
@@ -894,7 +894,7 @@ def test_graded_pairs_need_no_gold_responses(gold):
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_old_key_is_one_line_with_its_new_name(old, new):
+def test_renamed_key_is_a_one_line_error_with_the_new_name(old, new):
     section, key = old.split(".")
     assert refusal({section: {key: 1}}) == f"config: {old} is now called {new}; rename it"
     line = f"config: runs.a.{old} is now called {new}; rename it"
@@ -903,7 +903,7 @@ def test_old_key_is_one_line_with_its_new_name(old, new):
     assert new_key in schema()["properties"][new_section]["properties"]
 
 
-def test_old_value_is_one_line_with_its_new_name():
+def test_renamed_value_is_a_one_line_error_with_the_new_name():
     line = refusal({"pairs": {"construction": "extremes"}})
     assert line == "config: pairs.construction: extremes is now called best_vs_worst; write that"
 
@@ -911,7 +911,7 @@ def test_old_value_is_one_line_with_its_new_name():
 # --- runs are checked when they are asked for ---
 
 
-def test_wrong_run_stops_only_those_who_ask_for_it():
+def test_invalid_run_fails_only_when_it_is_requested():
     runs = resolve({"runs": {"good": {}, "bad": {"train": {"betta": 1}}}})
     assert isinstance(runs, Runs) and list(runs) == ["", "good", "bad"]
     assert list(runs.usable()) == ["", "good"]
@@ -929,12 +929,12 @@ def written_to(folder: Path, **files: str) -> dict[str, Path]:
     return paths
 
 
-def test_file_stands_on_the_defaults_alone_unless_it_extends(tmp_path):
+def test_file_without_extends_uses_only_the_defaults(tmp_path):
     files = written_to(tmp_path, own="name: own\n")
     assert dict(resolve(read_files([files["own"]]))) == {"": resolve({"name": "own"})[""]}
 
 
-def test_chain_of_extended_files_is_read_from_the_bottom(tmp_path, monkeypatch):
+def test_extending_file_overrides_the_extended_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = written_to(
         tmp_path,
@@ -950,7 +950,7 @@ def test_chain_of_extended_files_is_read_from_the_bottom(tmp_path, monkeypatch):
     assert list(resolve(read_files([files["c"]]))) == ["", "x"]
 
 
-def test_command_line_and_later_files_win_over_what_is_extended(tmp_path, monkeypatch):
+def test_command_line_and_later_files_override_extended_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = written_to(
         tmp_path, a="seeds: {data: 1, train: 1}\n", b="extends: a.yaml\n", c="seeds: {data: 2}\n"
@@ -959,7 +959,7 @@ def test_command_line_and_later_files_win_over_what_is_extended(tmp_path, monkey
     assert written == {"seeds": {"data": 2, "train": 3}}
 
 
-def test_module_configuration_without_files_can_extend_one():
+def test_module_configuration_can_extend_a_file():
     written = read_configuration([], {"extends": "config/config.yaml", "name": "mine"})
     assert written == read_files([SHIPPED[0]]) | {"name": "mine"}
 
@@ -973,7 +973,7 @@ def test_module_configuration_without_files_can_extend_one():
         ("extends: [b.yaml]", ["a.yaml: extends is ['b.yaml']", "one file"]),
     ],
 )
-def test_bad_extends_is_one_line(text, words, tmp_path, monkeypatch):
+def test_bad_extends_is_a_one_line_error(text, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = written_to(tmp_path, a=text + "\n", b="extends: a.yaml\n")
     with pytest.raises(UserError) as caught:
@@ -982,7 +982,7 @@ def test_bad_extends_is_one_line(text, words, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: file.stem)
-def test_presets_have_no_null_to_undo_the_demo(file):
+def test_shipped_files_need_no_null_keys(file):
     """A configuration stands on the paper's defaults, so it has nothing of the demo to undo."""
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
     written.pop("runs", None)
@@ -996,13 +996,13 @@ def test_presets_have_no_null_to_undo_the_demo(file):
     assert set(nulls) <= {"policy.revision"}
 
 
-def test_a_list_gives_one_value_an_iteration_and_the_last_for_all_after():
+def test_list_gives_one_value_per_iteration():
     train = resolve({"train": {"beta": [0.1, 5.0], "learning_rate": 1e-6}})[""]["train"]
     assert [of_iteration(train, t)["beta"] for t in (1, 2, 3)] == [0.1, 5.0, 5.0]
     assert of_iteration(train, 3)["learning_rate"] == 1e-6
 
 
-def test_flags_leave_out_what_is_skipped_and_take_a_prefix():
+def test_flags_accept_skipped_keys_and_a_prefix():
     parser = argparse.ArgumentParser()
     add_section(parser, "replay", skip=("iteration",), prefix="replay_")
     words = flags(resolve({})[""]["replay"], skip=("iteration",), prefix="replay_")

@@ -37,7 +37,7 @@ rule first:
 """
 
 
-def test_snakemake_plans_the_deleted_file_and_what_follows(tmp_path):
+def test_deleted_file_and_its_dependents_are_planned(tmp_path):
     """If this fails with a new Snakemake, CONTRIBUTING.md says what to do."""
     (tmp_path / "Snakefile").write_text(CHAIN.format(source=str(ROOT / "src")), encoding="utf-8")
     for age, name in enumerate(("third", "first")):
@@ -50,12 +50,12 @@ def test_snakemake_plans_the_deleted_file_and_what_follows(tmp_path):
     assert "rule first:" not in planned and "nobody" not in planned
 
 
-def test_snakemake_without_its_graph_is_an_error_that_says_so():
+def test_unsupported_snakemake_is_a_clear_error():
     with pytest.raises(RuntimeError, match=r"this version of Snakemake.*sppo/workflow/deleted.py"):
         force_deleted(SimpleNamespace(), list)
 
 
-def test_artifacts_that_records_name_and_that_are_gone_are_found(tmp_path, monkeypatch):
+def test_deleted_artifacts_are_found_from_their_records(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = Path("results")
     for name, inputs in (("pairs", ["prompts", "results/iter0/policy"]), ("kept", [])):

@@ -20,7 +20,7 @@ def headings(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere_in_the_repository(document):
+def test_links_point_to_existing_files_and_headings(document):
     text = document.read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
         path, _, anchor = link.partition("#")
@@ -30,7 +30,7 @@ def test_links_lead_somewhere_in_the_repository(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_that_a_document_names_are_there(document):
+def test_files_named_in_a_document_exist(document):
     text = document.read_text(encoding="utf-8")
     for name in re.findall(
         r"(?<![\w/])((?:src|rules|config|benchmarks|tests|envs)/[a-z0-9_/]+\.[a-z]+)", text
@@ -38,5 +38,5 @@ def test_files_that_a_document_names_are_there(document):
         assert (ROOT / name).exists(), name
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= MOST_WORDS

@@ -49,7 +49,7 @@ def raising(error: BaseException):
 
 
 @pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.stem)
-def test_help_is_the_docstring_and_runs_alone(file, tmp_path):
+def test_help_shows_the_docstring(file, tmp_path):
     done = subprocess.run(
         [sys.executable, str(file), "--help"], capture_output=True, text=True, cwd=tmp_path
     )
@@ -61,14 +61,14 @@ def test_help_is_the_docstring_and_runs_alone(file, tmp_path):
 # --- what becomes of an exception ---
 
 
-def test_user_error_is_one_line_even_if_its_text_has_several(capsys):
+def test_user_error_with_several_lines_is_printed_as_one(capsys):
     assert (
         line_of(capsys, raising(UserError("no\n  such thing;\tmend it")))
         == "error: no such thing; mend it"
     )
 
 
-def test_control_characters_of_a_line_are_written_out(capsys):
+def test_control_characters_in_an_error_are_escaped(capsys):
     line = line_of(capsys, raising(UserError("\x1b[31m\x00 é名 is \ud800; correct it")))
     assert line == "error: \\x1b[31m\\x00 é名 is \\ud800; correct it"
 
@@ -82,7 +82,7 @@ def test_control_characters_of_a_line_are_written_out(capsys):
     ],
     ids=["disk", "quota", "wrapped"],
 )
-def test_full_disk_is_one_line(error, capsys):
+def test_full_disk_is_a_one_line_error(error, capsys):
     line = line_of(capsys, raising(error))
     assert "no space left" in line and "MiB free" in line
     assert isinstance(error, RuntimeError) or "/tmp/x.parquet" in line
@@ -126,12 +126,12 @@ LINES = {
 
 
 @pytest.mark.parametrize(("error", "words"), LINES.values(), ids=LINES)
-def test_what_the_system_says_of_a_file_or_of_memory_is_one_line(error, words, capsys):
+def test_system_error_is_one_line(error, words, capsys):
     line = line_of(capsys, raising(error))
     assert all(word in line for word in words) and len(line) < 400, line
 
 
-def test_limit_on_file_sizes_met_by_a_program_is_one_line_and_leaves_nothing(tmp_path):
+def test_file_size_limit_leaves_no_partial_file(tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'src'); from pathlib import Path; from sppo.core.artifacts"
         " import write_json; from sppo.core.errors import run\nrun(lambda: write_json(Path(sys.argv[1])"
@@ -157,12 +157,12 @@ def test_limit_on_file_sizes_met_by_a_program_is_one_line_and_leaves_nothing(tmp
     [ValueError("bug"), OSError(errno.EACCES, "denied"), KeyError("x")],
     ids=["value", "access", "key"],
 )
-def test_a_bug_of_ours_keeps_its_traceback(error):
+def test_programming_error_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         run(raising(error))
 
 
-def test_a_good_end_is_no_exit():
+def test_success_does_not_exit():
     run(lambda: None)
 
 
@@ -176,9 +176,7 @@ ROWS = [{"pair_id": 0, "chosen_logp": -1.0, "rejected_logp": -2.0}]
     [lambda path: write_table(path, ROWS, "logps"), lambda path: write_json(path, {"a": 1})],
     ids=["table", "json"],
 )
-def test_full_disk_while_writing_keeps_the_old_file_and_no_half_of_the_new(
-    write, tmp_path, monkeypatch, capsys
-):
+def test_full_disk_keeps_the_old_file(write, tmp_path, monkeypatch, capsys):
     write(tmp_path / "artifact")
     old = (tmp_path / "artifact").read_bytes()
 
@@ -197,9 +195,7 @@ def test_full_disk_while_writing_keeps_the_old_file_and_no_half_of_the_new(
     ).read_bytes() == old
 
 
-def test_full_disk_in_the_middle_of_a_program_leaves_no_artifact_and_no_record(
-    tmp_path, monkeypatch, capsys, program
-):
+def test_full_disk_leaves_no_artifact_and_no_record(tmp_path, monkeypatch, capsys, program):
     write_table(
         tmp_path / "prompts",
         [
@@ -332,7 +328,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("damage", "words"), BROKEN.values(), ids=BROKEN)
-def test_broken_model_folder_is_one_line_and_gives_no_policy(
+def test_broken_model_folder_is_a_one_line_error(
     damage, words, tiny_policy, tmp_path, capsys, program
 ):
     folder = tmp_path / "model"
@@ -345,7 +341,7 @@ def test_broken_model_folder_is_one_line_and_gives_no_policy(
     assert not (tmp_path / "policy").exists() and not record_path(tmp_path / "policy").exists()
 
 
-def test_model_that_is_nowhere_is_one_line(tmp_path, capsys, program):
+def test_missing_model_is_a_one_line_error(tmp_path, capsys, program):
     for model in ("./nowhere", "not a model", "a/b/c"):
         assert model in line_of(
             capsys,
@@ -353,9 +349,7 @@ def test_model_that_is_nowhere_is_one_line(tmp_path, capsys, program):
         )
 
 
-def test_policy_whose_weights_were_lost_later_is_one_line_when_it_generates(
-    tiny_policy, tmp_path, capsys, program
-):
+def test_dangling_link_to_weights_is_a_one_line_error(tiny_policy, tmp_path, capsys, program):
     """As links into a hub cache that was emptied."""
     write_table(
         tmp_path / "prompts",
@@ -394,7 +388,7 @@ def test_policy_whose_weights_were_lost_later_is_one_line_when_it_generates(
     assert "which does not exist" in line and not (tmp_path / "out.parquet").exists()
 
 
-def test_full_disk_while_a_policy_is_saved_leaves_no_folder(
+def test_full_disk_while_saving_a_policy_leaves_no_folder(
     tiny_policy, tmp_path, monkeypatch, capsys
 ):
     """safetensors wraps the error of the disk in one of its own."""
@@ -420,7 +414,7 @@ def test_full_disk_while_a_policy_is_saved_leaves_no_folder(
 
 
 @pytest.mark.parametrize("kind", ["text", "table", "safetensors", "torch", "folder"])
-def test_file_larger_than_the_limit_is_one_line_whoever_writes_it(kind, tmp_path):
+def test_file_over_the_size_limit_is_a_one_line_error(kind, tmp_path):
     """`ulimit -f`, which every library words otherwise; a full disk fails in the same places."""
     import torch
     from safetensors.torch import save_file
@@ -454,7 +448,7 @@ def test_file_larger_than_the_limit_is_one_line_whoever_writes_it(kind, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fail_prints_after_what_was_already_said():
+def test_fail_prints_after_earlier_output():
     code = "import sys; sys.path.insert(0, 'src'); from sppo.core.errors import fail; print('said'); fail('no')"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -46,7 +46,7 @@ JUDGED = {
         ("iter1", None),
     ],
 )
-def test_the_policy_of_the_place_is_taken(tmp_path, monkeypatch, place, policy):
+def test_evaluation_of_the_folder_s_policy_is_accepted(tmp_path, monkeypatch, place, policy):
     check_policy(tmp_path / "results" / place / "alpaca_eval.json", policy)
     monkeypatch.chdir(tmp_path)
     check_policy(Path("results") / place / "alpaca_eval.json", policy)
@@ -70,7 +70,7 @@ def test_the_policy_of_the_place_is_taken(tmp_path, monkeypatch, place, policy):
         ("iter2", "results/iter0/policy"),
     ],
 )
-def test_another_policy_is_refused(tmp_path, place, policy):
+def test_evaluation_of_another_policy_is_refused(tmp_path, place, policy):
     with pytest.raises(
         UserError,
         match=f"{place}/alpaca_eval.json is of {policy}, which is not the policy of its place; "
@@ -79,11 +79,11 @@ def test_another_policy_is_refused(tmp_path, place, policy):
         check_policy(tmp_path / "results" / place / "alpaca_eval.json", policy)
 
 
-def test_files_that_lie_elsewhere_are_passed_over(tmp_path):
+def test_files_outside_results_are_not_checked(tmp_path):
     check_policy(tmp_path / "iter2" / "alpaca_eval.json", "sppo/iter1")
 
 
-def test_every_reader_of_evaluations_refuses_them(program, tmp_path):
+def test_every_reader_refuses_a_misplaced_evaluation(program, tmp_path):
     """Iteration 1's file in iteration 2's place: summary, tables, curve over n, upload."""
     results = tmp_path / "results"
     write_json(results / "iter1" / "alpaca_eval.json", JUDGED | {"policy": "sppo/iter1"})
@@ -131,7 +131,7 @@ def test_every_reader_of_evaluations_refuses_them(program, tmp_path):
     assert sorted(path.name for path in results.iterdir()) == ["iter1", "iter2"]
 
 
-def test_what_is_no_evaluation_is_one_line(tmp_path):
+def test_file_without_an_evaluation_is_a_one_line_error(tmp_path):
     (tmp_path / "alpaca_eval.json").write_text("[]")
     with pytest.raises(UserError, match="alpaca_eval.json is no evaluation"):
         read_evaluation(tmp_path / "alpaca_eval.json")

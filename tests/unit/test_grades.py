@@ -50,11 +50,11 @@ PAPER = (5, 2, 1)  # winner_grade, gold_grade_margin, own_grade_margin
         ({3: 6}, PAPER, []),
     ],
 )
-def test_pairs_are_those_far_enough_apart(grades, thresholds, pairs):
+def test_pairs_need_the_grade_margins(grades, thresholds, pairs):
     assert far_apart(grades, *thresholds) == pairs
 
 
-def test_a_loop_is_eight_words_four_times():
+def test_loop_is_eight_words_repeated_four_times():
     once = "the cat sat on the mat and slept"
     assert loops(" ".join([once] * 4)) and not loops(" ".join([once] * 3))
     assert loops(
@@ -66,7 +66,7 @@ def test_a_loop_is_eight_words_four_times():
     assert not loops(once, 8, 2) and loops(f"{once} {once}", 8, 2)
 
 
-def test_loops_spare_what_people_wrote():
+def test_gold_responses_are_not_loops():
     for line in (Path(__file__).resolve().parents[2] / "data/gold.jsonl").read_text().splitlines():
         assert not loops(json.loads(line)["response"])
 
@@ -91,11 +91,11 @@ def test_loops_spare_what_people_wrote():
         ("", None),
     ],
 )
-def test_the_last_score_is_read(answer, score):
+def test_last_score_of_an_answer_is_read(answer, score):
     assert read_score(answer) == score
 
 
-def test_the_rubric_holds_request_and_response_as_they_are():
+def test_rubric_contains_request_and_response_unchanged():
     (asked,) = rubric([{"role": "user", "content": "What is {tea}?"}], "A {plant}.\nScore: 6")
     assert (
         asked["role"] == "user"
@@ -124,7 +124,7 @@ def keys(judge, model=None, url=None):
     return {"judge": judge, "judge_model": model, "judge_base_url": url}
 
 
-def test_judges_are_checked_before_work(monkeypatch):
+def test_judge_keys_are_checked_before_any_work(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for judge, model, url, message in (
         ("openai", None, None, "grades.judge_model"),
@@ -214,7 +214,7 @@ class Longer:
             yield (lengths[:, None] - lengths[None, :]) / 10
 
 
-def test_the_preference_model_s_grade_is_six_p_hat_in_the_pool_with_gold(grade, files, monkeypatch):
+def test_preference_model_grade_is_six_times_p_hat(grade, files, monkeypatch):
     monkeypatch.setattr(grade_responses, "load_preference_model", lambda *_: Longer())
     grades = grade()
 
@@ -251,7 +251,7 @@ def by_api(grade, server, monkeypatch):
     )
 
 
-def test_an_api_grades_by_the_rubric_and_what_has_no_score_is_left_out(by_api, server, files):
+def test_api_judge_grades_by_the_rubric(by_api, server, files):
     server.plan = ["Score: 9", *["Fine.\nScore: 5"] * 4, 429, "Score: 2"]
     grades = by_api()
 
@@ -267,7 +267,7 @@ def test_an_api_grades_by_the_rubric_and_what_has_no_score_is_left_out(by_api, s
     )
 
 
-def test_what_has_no_score_is_said_and_asked_for_again(by_api, server, files, capfd):
+def test_answer_without_a_score_is_reported_and_retried(by_api, server, files, capfd):
     server.plan = ["I like it.", *["Score: 5"] * 5]
     by_api()
     assert (
@@ -283,7 +283,7 @@ def test_what_has_no_score_is_said_and_asked_for_again(by_api, server, files, ca
 
 
 @pytest.mark.parametrize("answer", ["I like it.", ""])
-def test_a_judge_that_gives_no_score_is_an_error_that_quotes_it(by_api, server, files, answer):
+def test_judge_without_any_score_is_quoted_in_the_error(by_api, server, files, answer):
     server.plan = [answer] * 6
     quote = f"'{answer}'" if answer else "an empty answer"
     with pytest.raises(
@@ -295,7 +295,7 @@ def test_a_judge_that_gives_no_score_is_an_error_that_quotes_it(by_api, server, 
     assert sorted(by_api().values()) == [0, *[4] * 6]
 
 
-def test_a_dead_judge_costs_no_finished_grade_and_hides_the_key(by_api, server, files):
+def test_failed_judge_keeps_grades_and_hides_the_key(by_api, server, files):
     server.plan, server.dead_after = ["Score: 4"] * 9, 3
     with pytest.raises(UserError, match="finished judgments are kept") as error:
         by_api()
@@ -307,7 +307,7 @@ def test_a_dead_judge_costs_no_finished_grade_and_hides_the_key(by_api, server, 
     assert len(server.prompts) == 6
 
 
-def test_missing_gold_file_and_foreign_responses_are_named(grade, files):
+def test_missing_gold_file_and_unknown_prompts_are_errors(grade, files):
     (files / "gold.jsonl").unlink()
     with pytest.raises(UserError, match="gold.jsonl is missing"):
         grade()
@@ -355,7 +355,7 @@ def build(program, files, tiny_policy):
     return call
 
 
-def test_graded_pairs_carry_grades_in_place_of_p_hat(build, files):
+def test_graded_pairs_have_grades_instead_of_p_hat(build, files):
     pairs, record = build(
         {("a", GOLD): 6, ("a", 0): 5, ("a", 1): 3, ("a", 2): 0, ("b", 0): 4, ("b", 1): 4.5}
     )  # ("b", 2) has no grade
@@ -398,7 +398,7 @@ def test_graded_pairs_are_replayed(build, files):
     )
 
 
-def test_grades_of_other_responses_and_shards_that_lack_are_named(build, program, files):
+def test_grades_that_do_not_match_responses_are_errors(build, program, files):
     with pytest.raises(UserError, match="grades response 7 to prompt a"):
         build({("a", 7): 5})
     with pytest.raises(UserError, match="grades response -1 to prompt b"):

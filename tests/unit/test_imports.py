@@ -52,14 +52,14 @@ def module_name(file: Path) -> str:
 
 
 @pytest.mark.parametrize("file", MODULES, ids=module_name)
-def test_module_imports_downwards_only(file):
+def test_module_imports_only_lower_layers(file):
     _, layer, _ = module_name(file).split(".")
     above = LAYERS[LAYERS.index(layer) + 1 :]
     parts = [name.split(".") for name in imported(file)]
     assert not {part[1] for part in parts if part[0] == "sppo" and len(part) > 1} & {*above}
 
 
-def test_modules_import_in_no_circle():
+def test_modules_have_no_circular_imports():
     names = {module_name(file) for file in MODULES}
     graph = {module_name(file): imported(file) & names for file in MODULES}
     try:
@@ -69,10 +69,10 @@ def test_modules_import_in_no_circle():
 
 
 @pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.stem)
-def test_program_imports_no_program(file):
+def test_program_imports_no_other_program(file):
     programs = {program.stem for program in PROGRAMS}
     assert not {name.split(".")[0] for name in imported(file)} & programs
 
 
-def test_the_programs_of_algorithm_1_stand_alone():
+def test_src_has_only_the_programs_of_algorithm_1_on_top():
     assert {file.stem for file in SOURCE.glob("*.py")} == ALGORITHM_1

@@ -168,11 +168,11 @@ def random_rows(n: int, seed: int) -> list[dict[str, float]]:
         ("inpo", 9604.0, {"beta": 0.005, "tau": 0.005 / 3}),
     ],
 )
-def test_golden_value(name, value, options):
+def test_loss_has_its_golden_value(name, value, options):
     assert ours(name, [GOLDEN], **options)[0].item() == pytest.approx(value, rel=1e-12)
 
 
-def test_golden_value_of_a_soft_label():
+def test_soft_label_losses_have_their_golden_values():
     """The golden soft label is P(w beats l) = 0.9 itself; DNO's is sigma of the difference of two P-hats, MMPO's of gamma times it."""
     loss, _ = ours("mmpo", [GOLDEN], beta=0.1, gamma=math.log(9) / 0.6)
     assert loss.item() == pytest.approx(0.5843552444685273, rel=1e-12)
@@ -181,13 +181,13 @@ def test_golden_value_of_a_soft_label():
     )  # methods.md: sigma(0.6) = 0.6457 of it on the winner
 
 
-def test_golden_value_times_beta_squared():
+def test_golden_sppo_loss_times_beta_squared():
     assert 1e-3**2 * ours("sppo", [GOLDEN], 1e-3)[0].item() == pytest.approx(0.0891025, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [1e-3, 0.1, 2.0])
-def test_batch_equals_a_loop_over_pairs(name, beta):
+def test_batch_loss_equals_a_loop_over_pairs(name, beta):
     rows = random_rows(17, seed=1)
     assert ours(name, rows, beta, **CASES[name])[0].tolist() == pytest.approx(
         by_hand(name, rows, beta, **CASES[name]), rel=1e-12
@@ -196,7 +196,7 @@ def test_batch_equals_a_loop_over_pairs(name, beta):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [1e-3, 0.1])
-def test_gradients_equal_central_differences_of_the_loop(name, beta):
+def test_gradients_equal_central_differences(name, beta):
     rows, h = random_rows(5, seed=2), 1e-3
     loss, pair = ours(name, rows, beta, **CASES[name])
     loss.sum().backward()
@@ -216,7 +216,7 @@ def test_gradients_equal_central_differences_of_the_loop(name, beta):
             assert got == pytest.approx((up - down) / (2 * h), rel=1e-4, abs=1e-5)
 
 
-def test_schema_names_the_losses_of_the_registry():
+def test_schema_lists_the_registered_losses():
     assert (
         set(LOSSES)
         == set(schema()["properties"]["train"]["properties"]["loss"]["enum"])
@@ -225,13 +225,13 @@ def test_schema_names_the_losses_of_the_registry():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss_reads_columns_and_keys_of_the_section_train(name):
+def test_loss_reads_only_known_columns_and_keys(name):
     columns = {*Columns.__dataclass_fields__, *vars(Columns)}
     assert set(LOSSES[name].reads) <= columns | OPTIONS.keys()
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss_requires_p_hat_exactly_where_it_reads_it(name):
+def test_loss_requires_p_hat_exactly_if_it_uses_it(name):
     """The configuration refuses such a loss where pairs have no P-hat."""
     rows = random_rows(5, seed=3)
     other = [row | {key: 1 - row[key] ** 2 for key in row if key.startswith("p_")} for row in rows]
@@ -268,7 +268,7 @@ def pair_of(
     }
 
 
-def test_sppo_is_least_where_every_log_ratio_meets_its_own_target():
+def test_sppo_is_minimal_at_the_target_of_each_log_ratio():
     """Pointwise, unlike DPO and IPO, which fix only the difference of the two."""
     pair = pair_of(0.4 / 0.01, -0.3 / 0.01, p_hat_chosen=0.9, p_hat_rejected=0.2)
     loss = pair_loss("sppo", pair, OPTIONS | {"beta": 0.01})
@@ -281,7 +281,7 @@ def test_sppo_is_least_where_every_log_ratio_meets_its_own_target():
     )
 
 
-def test_first_step_of_a_strict_order_of_five_costs_160000():
+def test_first_sppo_loss_of_a_strict_order_of_five():
     """K = 5 in a strict total order: P-hat 0.9 and 0.1, targets of +-400 nats at eta = 1000."""
     pair = pair_of(0.0, 0.0, 3, p_hat_chosen=0.9, p_hat_rejected=0.1)
     assert pair_loss("sppo", pair, OPTIONS | {"beta": 1e-3}).tolist() == pytest.approx(
@@ -289,7 +289,7 @@ def test_first_step_of_a_strict_order_of_five_costs_160000():
     )
 
 
-def test_inpo_and_mpo_have_one_minimiser_where_the_label_is_the_margin():
+def test_inpo_and_mpo_losses_are_proportional():
     """INPO(eta_I, tau) = MMD(eta, alpha) with eta_I = (1 + eta alpha) / eta, tau = alpha (spec 2.2, item 17), margin 1/2."""
     eta, alpha = 4.0, 0.3
     row = GOLDEN | {"p_hat_chosen": 0.75, "p_hat_rejected": 0.25}
@@ -304,7 +304,7 @@ def test_unknown_loss_is_refused_by_name():
         pair_loss("dop", pair_of(0.0, 0.0), OPTIONS)
 
 
-def test_the_exact_step_of_nash_md_on_a_game_has_no_loss():
+def test_exact_nash_md_step_has_zero_loss():
     game, beta, tau = games.GAMES["comal3"], 2.0, 0.3
     start, once, twice = games.play(games.nash_md(game.P, game.start, game.start, beta, tau), 2)
     mixture = once ** (1 - tau / beta) * start ** (tau / beta)

@@ -184,7 +184,7 @@ def grade(program, answers, server, tmp_path, monkeypatch):
     return call
 
 
-def test_every_turn_is_graded_with_fastchat_s_prompts(grade, server, tmp_path):
+def test_every_turn_is_graded_with_the_prompts_of_fastchat(grade, server, tmp_path):
     result = grade()
 
     assert (result["average"], result["first_turn"], result["second_turn"]) == (7, 7, 7)
@@ -208,7 +208,7 @@ def test_busy_and_failing_servers_are_asked_again(grade, server):
     assert grade()["n"] == 64 and len(server.prompts) == 64
 
 
-def test_a_judgment_that_hangs_is_asked_again(grade, server, monkeypatch):
+def test_request_that_times_out_is_sent_again(grade, server, monkeypatch):
     monkeypatch.setattr(judges, "TIMEOUT", 0.5)
     server.plan = ["hang"]
 
@@ -217,7 +217,7 @@ def test_a_judgment_that_hangs_is_asked_again(grade, server, monkeypatch):
     assert (result["n"], result["failures"], result["average"]) == (64, 0, 7)
 
 
-def test_an_answer_that_is_no_completion_is_one_line(grade, server, tmp_path):
+def test_invalid_completion_is_an_error(grade, server, tmp_path):
     for body in ("{", "{}", '{"choices": null}'):
         server.plan = [body]
         with pytest.raises(UserError, match="finished judgments are kept"):
@@ -244,7 +244,7 @@ def completion(content):
     )
 
 
-def test_nonsense_is_counted_and_left_out_of_the_mean_and_asked_again(grade, server, capfd):
+def test_answers_without_a_grade_are_left_out_and_retried(grade, server, capfd):
     server.plan = ["no idea", "Rating: [3]", "[[10]]", "Rating: [[07]]"]
 
     result = grade()
@@ -273,9 +273,7 @@ def test_nonsense_is_counted_and_left_out_of_the_mean_and_asked_again(grade, ser
         (completion(None), "an empty answer"),
     ],
 )
-def test_a_judge_that_grades_nothing_is_an_error_that_quotes_it_and_is_asked_again(
-    grade, server, tmp_path, answer, quote
-):
+def test_judge_without_any_grade_is_quoted_in_the_error(grade, server, tmp_path, answer, quote):
     server.plan = [answer] * 64
     with pytest.raises(
         UserError,
@@ -291,7 +289,7 @@ def test_a_judge_that_grades_nothing_is_an_error_that_quotes_it_and_is_asked_aga
     assert grade()["n"] == 64 and len(server.prompts) == 128
 
 
-def test_more_than_a_fifth_without_a_grade_is_an_error_and_the_others_are_kept(grade, server):
+def test_more_than_a_fifth_without_a_grade_is_an_error(grade, server):
     server.plan = ["?"] * 13  # of 64
     with pytest.raises(
         UserError, match="13 of 64 answers .*, such as '\\?'.* the other judgments are kept"
@@ -300,7 +298,7 @@ def test_more_than_a_fifth_without_a_grade_is_an_error_and_the_others_are_kept(g
     assert grade()["n"] == 64 and len(server.prompts) == 64 + 13
 
 
-def test_nonsense_that_older_code_kept_is_asked_for_again(grade, server, tmp_path):
+def test_cached_answers_without_a_grade_are_requested_again(grade, server, tmp_path):
     grade()
     cache = tmp_path / ".judgments/mt_bench.jsonl"
     keys = [json.loads(line)[0] for line in cache.read_text().splitlines()]
@@ -308,7 +306,7 @@ def test_nonsense_that_older_code_kept_is_asked_for_again(grade, server, tmp_pat
     assert grade()["n"] == 64 and len(server.prompts) == 128
 
 
-def test_answers_of_another_policy_than_the_place_says_are_refused(program, answers, tmp_path):
+def test_answers_of_another_policy_are_refused(program, answers, tmp_path):
     for place, said in (
         ("results/iter2", "sppo/iter1"),
         ("results/dpo/iter1", "sppo/iter1"),
@@ -343,7 +341,7 @@ def test_answers_of_another_policy_than_the_place_says_are_refused(program, answ
             )
 
 
-def test_line_separators_in_an_answer_are_no_end_of_line(tmp_path):
+def test_unicode_line_separators_do_not_end_a_line(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         '{"question_id": 1, "text": "one\u2028two\x85three"}\n{"question_id": 2}\n\n',
         encoding="utf-8",
@@ -362,20 +360,20 @@ def test_line_separators_in_an_answer_are_no_end_of_line(tmp_path):
         ({"max_tokens": "unsupported_parameter", "temperature": "unsupported_value"}, {}),
     ],
 )
-def test_a_request_takes_the_form_that_the_server_wants(grade, server, refused, taken):
+def test_request_adapts_to_the_server_s_parameters(grade, server, refused, taken):
     server.refused = refused
 
     assert grade()["n"] == 64 and server.requests == [taken] * 64
 
 
-def test_another_refusal_changes_nothing(grade, server):
+def test_other_refusals_do_not_change_the_request(grade, server):
     server.refused = {"max_tokens": "context_length_exceeded"}
     with pytest.raises(UserError, match="max_tokens is not supported"):
         grade()
     assert server.requests == []
 
 
-def test_a_dead_judge_costs_no_finished_judgment_and_hides_the_key(grade, server, tmp_path):
+def test_failed_judge_keeps_judgments_and_hides_the_key(grade, server, tmp_path):
     server.dead_after = 20
     with pytest.raises(UserError, match="finished judgments are kept") as error:
         grade()
@@ -386,7 +384,7 @@ def test_a_dead_judge_costs_no_finished_judgment_and_hides_the_key(grade, server
     assert len(server.prompts) == 64  # none was asked twice
 
 
-def test_a_changed_judge_or_template_uses_no_old_judgment(grade, server, tmp_path):
+def test_changed_judge_or_template_ignores_old_judgments(grade, server, tmp_path):
     grade()
     grade()
     assert len(server.prompts) == 64
@@ -401,7 +399,7 @@ def test_a_changed_judge_or_template_uses_no_old_judgment(grade, server, tmp_pat
     assert len(server.prompts) == 192
 
 
-def test_a_torn_cache_line_is_passed_over(grade, server, tmp_path):
+def test_incomplete_cache_line_is_ignored(grade, server, tmp_path):
     grade()
     cache = tmp_path / ".judgments/mt_bench.jsonl"
     cache.write_text(cache.read_text()[:-10])
@@ -409,7 +407,7 @@ def test_a_torn_cache_line_is_passed_over(grade, server, tmp_path):
     assert len(server.prompts) == 65
 
 
-def test_the_embedded_judge_compares_with_the_base(answers):
+def test_embedded_judge_compares_with_the_base(answers):
     class Model:
         def pair_logits(self, instruction, texts):
             assert [text.split()[0] for text in texts] == ["base", "policy"]
@@ -435,7 +433,7 @@ def test_the_embedded_judge_compares_with_the_base(answers):
     assert mt_bench.win_rates(alike)["win_rate"] == 50
 
 
-def test_scores_are_fastchat_s(tmp_path, capsys):
+def test_scores_equal_those_of_fastchat(tmp_path, capsys):
     """show_result.py of the package prints the same means, by turn and in all, failures left out."""
     import argparse
 
@@ -471,13 +469,13 @@ def test_scores_are_fastchat_s(tmp_path, capsys):
     )
 
 
-def test_temperatures_are_fastchat_s():
+def test_temperatures_equal_those_of_fastchat():
     from fastchat.llm_judge.common import temperature_config
 
     assert all(temperature_config[name] == value for name, value in mt_bench.TEMPERATURES.items())
 
 
-def test_answers_have_two_turns_and_equal_seeds_give_equal_files(program, tiny_policy, tmp_path):
+def test_answers_have_two_turns_and_are_reproducible(program, tiny_policy, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     rows = mt_bench.read_questions(DATA)
@@ -529,7 +527,7 @@ def test_answers_have_two_turns_and_equal_seeds_give_equal_files(program, tiny_p
         )
 
 
-def test_a_reward_conditioned_policy_is_asked_for_its_best_in_both_turns(
+def test_reward_conditioned_policy_is_asked_for_its_best_grade(
     program, tiny_policy, tmp_path, monkeypatch
 ):
     question = {
@@ -589,7 +587,7 @@ def test_a_reward_conditioned_policy_is_asked_for_its_best_in_both_turns(
         ),
     ],
 )
-def test_bad_questions_are_named(tmp_path, line, message):
+def test_bad_questions_are_clear_errors(tmp_path, line, message):
     (tmp_path / "question.jsonl").write_text(
         '{"question_id": 7, "category": "math", "turns": ["a", "b"]}\n' + line
     )
@@ -597,7 +595,7 @@ def test_bad_questions_are_named(tmp_path, line, message):
         mt_bench.read_questions(tmp_path)
 
 
-def test_questions_and_answers_may_hold_what_python_takes_for_ends_of_lines(tmp_path):
+def test_questions_and_answers_may_contain_line_separators(tmp_path):
     question = {"question_id": 7, "category": "math", "turns": ["a\u2028b", "c\x85d"]}
     (tmp_path / "question.jsonl").write_bytes(
         b"\xef\xbb\xbf" + json.dumps(question, ensure_ascii=False).encode() + b"\r\n\n"
@@ -610,7 +608,7 @@ def test_questions_and_answers_may_hold_what_python_takes_for_ends_of_lines(tmp_
     assert mt_bench.read_answers(tmp_path / "answers.jsonl", [question]) == {7: answer}
 
 
-def test_missing_answers_and_references_are_named(grade, answers, tmp_path):
+def test_missing_answers_and_references_are_errors(grade, answers, tmp_path):
     data = shutil.copytree(DATA, tmp_path / "data")
     lines = (data / "reference_answer.jsonl").read_text().splitlines()
     (data / "reference_answer.jsonl").write_text("\n".join(lines[1:]))
@@ -629,7 +627,7 @@ def keys(judge, model=None, url=None):
     return {"judge": judge, "judge_model": model, "judge_base_url": url}
 
 
-def test_judges_are_checked_before_work(monkeypatch):
+def test_judge_keys_are_checked_before_any_work(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     for judge, model, url, message in (
         ("openai", None, None, "mt_bench.judge_model"),
@@ -642,7 +640,7 @@ def test_judges_are_checked_before_work(monkeypatch):
     MT_BENCH.check(keys("judge"))
 
 
-def test_a_changed_file_of_fastchat_is_refused(program, tmp_path):
+def test_changed_fastchat_file_is_refused(program, tmp_path):
     for path, _ in mt_bench.OFFICIAL.values():
         (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "source" / path).write_text("{}")
@@ -658,7 +656,7 @@ def test_a_changed_file_of_fastchat_is_refused(program, tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="FastChat's data is not beside the repository")
-def test_fastchat_s_own_data_is_fetched_whole(program, tmp_path):
+def test_official_fastchat_data_is_fetched_completely(program, tmp_path):
     for name, (path, _) in mt_bench.OFFICIAL.items():
         (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SHARED / name, tmp_path / "source" / path)

@@ -188,7 +188,7 @@ def by_hand(
 
 
 @pytest.mark.parametrize("k", range(len(GROUPS)))
-def test_logits_are_those_of_each_pair_alone_in_both_orders(pairrm, folders, k):
+def test_logits_equal_those_of_each_single_pair(pairrm, folders, k):
     prompt, candidates = GROUPS[k]
     logits = pairrm.pair_logits(prompt, candidates)
     assert (
@@ -207,7 +207,7 @@ def test_both_layouts_give_the_same_logits(folders):
     np.testing.assert_array_equal(one, other)
 
 
-def test_limits_are_the_checkpoint_s_and_without_any_those_of_the_publication(folders):
+def test_token_limits_come_from_the_checkpoint(folders):
     one, other = (PairRM(folders[layout]) for layout in folders)
     assert (one.max_source, one.max_candidate) == (40, 16) and (
         other.max_source,
@@ -216,7 +216,7 @@ def test_limits_are_the_checkpoint_s_and_without_any_those_of_the_publication(fo
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 300, 10_000])
-def test_neither_batch_nor_company_nor_order_matter(folders, pairrm, batch_tokens):
+def test_logits_do_not_depend_on_batching(folders, pairrm, batch_tokens):
     other = PairRM(folders["llm-blender"], batch_tokens=batch_tokens)
     together = other.all_pair_logits(GROUPS)
     for (prompt, candidates), logits in zip(GROUPS, together):
@@ -233,7 +233,7 @@ def test_neither_batch_nor_company_nor_order_matter(folders, pairrm, batch_token
     )
 
 
-def test_every_pair_is_read_once_and_no_batch_is_over_budget():
+def test_batches_cover_each_pair_within_the_budget():
     lengths = [7, 30, 30, 64, 9, 31, 8, 200, 12, 5]
     made = batches(lengths, 64)
     assert (
@@ -244,7 +244,7 @@ def test_every_pair_is_read_once_and_no_batch_is_over_budget():
     assert sum(sizes) < 1.35 * sum(lengths)  # like lengths come together, so that little is padding
 
 
-def test_identical_answers_tie_exactly_and_few_candidates_are_no_error(pairrm):
+def test_identical_answers_tie_exactly(pairrm):
     logits = pairrm.pair_logits("Hi", ["same", "other", "same", LONG + "a", LONG + "b"])
     relative = logits - logits.T
     assert (
@@ -255,12 +255,12 @@ def test_identical_answers_tie_exactly_and_few_candidates_are_no_error(pairrm):
     assert pairrm.pair_logits("Hi", []).shape == (0, 0) and pairrm.all_pair_logits([]) == []
 
 
-def test_marks_that_a_text_spells_out_are_spaces(pairrm):
+def test_mark_tokens_in_a_text_become_spaces(pairrm):
     marked = pairrm.pair_logits(f"Say{SOURCE}so[SEP]", [f"a{FIRST}b", f"{SECOND}c", f"d{MARKS[1]}"])
     np.testing.assert_array_equal(marked, pairrm.pair_logits("Say so ", ["a b", " c", "d "]))
 
 
-def test_bfloat16_changes_rounding_alone(folders, pairrm):
+def test_bfloat16_changes_only_rounding(folders, pairrm):
     half = PairRM(folders["llm-blender"], precision="bfloat16")
     assert (
         half.dtype == torch.bfloat16
@@ -274,7 +274,7 @@ def test_bfloat16_changes_rounding_alone(folders, pairrm):
 # --- what it reads ---
 
 
-def test_a_prompt_lends_its_answers_what_it_leaves(pairrm):
+def test_answers_use_the_tokens_that_a_short_prompt_leaves(pairrm):
     short, long = pairrm.read([("Hi", [LONG, "no"])])[0], pairrm.read([(LONG, [LONG, "no"])])[0]
     assert len(long.source) == 40 and len(long.answers[0]) == 16
     assert (
@@ -287,7 +287,7 @@ def test_a_prompt_lends_its_answers_what_it_leaves(pairrm):
     )
 
 
-def test_prompts_cut_together_lend_what_the_longest_leaves(folders, pairrm):
+def test_prompts_truncated_together_share_one_limit(folders, pairrm):
     groups = [("Hi", [LONG, "no"]), (LONG, [LONG, "no"]), ("Hi", [LONG, "no"])]
     lengths = {
         n: [
@@ -356,7 +356,7 @@ def broken(folder: Path, how: str) -> None:
         ("no head", "head_layer.1.weight"),
     ],
 )
-def test_files_of_another_layout_are_refused_before_any_work(folders, tmp_path, how, said):
+def test_unknown_layout_is_refused_before_any_work(folders, tmp_path, how, said):
     shutil.copytree(folders["llm-blender"], tmp_path / "model")
     broken(tmp_path / "model", how)
     with pytest.raises(UserError, match=said) as caught:
@@ -375,9 +375,7 @@ def test_files_of_another_layout_are_refused_before_any_work(folders, tmp_path, 
         ("hf", "other ids", "cand1_prefix_id 7"),
     ],
 )
-def test_files_that_do_not_belong_together_are_refused_when_read(
-    folders, tmp_path, layout, how, said
-):
+def test_inconsistent_files_are_refused_when_read(folders, tmp_path, layout, how, said):
     shutil.copytree(folders[layout], tmp_path / "model")
     broken(tmp_path / "model", how)
     with pytest.raises(UserError, match=said) as caught:
@@ -385,7 +383,7 @@ def test_files_that_do_not_belong_together_are_refused_when_read(
     assert "\n" not in str(caught.value)
 
 
-def test_llm_blender_reads_its_own_layout_alone(folders):
+def test_llm_blender_reads_only_its_own_layout(folders):
     assert check_pairrm(folders["llm-blender"], "llm_blender") == "llm-blender"
     with pytest.raises(UserError, match="does not read the layout"):
         check_inputs(
@@ -407,7 +405,7 @@ def test_llm_blender_reads_its_own_layout_alone(folders):
         ("some/other-model", False),
     ],
 )
-def test_the_name_selects_it(name, is_it, monkeypatch):
+def test_model_name_selects_pairrm(name, is_it, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert is_pairrm(name) == is_it
 
@@ -416,11 +414,11 @@ def test_the_name_selects_it(name, is_it, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-def test_kind_reads_keys_of_the_section(kind):
+def test_each_kind_reads_known_preference_keys(kind):
     assert set(kind.options) <= schema()["properties"]["preference"]["properties"].keys()
 
 
-def test_it_is_put_in_place_with_its_record_or_not_at_all(folders, tmp_path, program):
+def test_model_is_installed_with_its_record_or_not_at_all(folders, tmp_path, program):
     program(
         prepare_preference_model,
         "--model",
@@ -452,7 +450,7 @@ def test_it_is_put_in_place_with_its_record_or_not_at_all(folders, tmp_path, pro
     ]
 
 
-def test_annotation_by_the_program_is_that_of_the_model(folders, pairrm, tmp_path, program):
+def test_annotation_program_writes_the_model_s_logits(folders, pairrm, tmp_path, program):
     write_table(
         tmp_path / "prompts.parquet",
         [
@@ -532,7 +530,7 @@ def plan(folder: Path, config: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_every_stage_that_asks_it_is_planned_with_it(folders, tmp_path):
+def test_stages_that_compare_use_the_configured_pairrm(folders, tmp_path):
     """Two runs share one PairRM; neither the embedded ranker nor its base is asked for."""
     said = plan(
         tmp_path,
@@ -551,7 +549,7 @@ def test_every_stage_that_asks_it_is_planned_with_it(folders, tmp_path):
     )
 
 
-def test_llm_blender_without_conda_is_one_line_before_any_work(folders, tmp_path):
+def test_llm_blender_without_conda_is_a_one_line_error(folders, tmp_path):
     said = plan(
         tmp_path, f"preference: {{model: {folders['llm-blender']}, backend: llm_blender}}\n"
     )
@@ -562,7 +560,9 @@ def test_llm_blender_without_conda_is_one_line_before_any_work(folders, tmp_path
 
 
 @pytest.mark.slow
-def test_the_workflow_trains_on_what_it_prefers(folders, tiny_policy, copy_repository, tmp_path):
+def test_workflow_trains_on_the_pairs_that_pairrm_prefers(
+    folders, tiny_policy, copy_repository, tmp_path
+):
     """One iteration and its evaluation in small, from the prompts to the win rate."""
     folder = copy_repository(tmp_path)
     config = [

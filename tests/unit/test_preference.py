@@ -69,7 +69,7 @@ def by_hand(logits, probability: str, scale: float) -> list[list[float]]:
     ]
 
 
-def test_golden_scores_winner_and_loser():
+def test_golden_scores_give_winner_and_loser():
     assert mean_logits(L) == pytest.approx(SCORE, abs=1e-12)
     assert winner_and_loser(mean_logits(L)) == (0, 3)
 
@@ -77,14 +77,14 @@ def test_golden_scores_winner_and_loser():
 @pytest.mark.parametrize(
     ("probability", "expected"), [("blender", CODE_P_HAT), ("pairwise", DIRECT_P_HAT)]
 )
-def test_golden_p_hat(probability, expected):
+def test_p_hat_has_its_golden_value(probability, expected):
     # The golden value of the pairwise estimate sums both orders.
     assert p_hat(win_probabilities(L, probability, 1.0)) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("probability", ["pairwise", "blender"])
 @pytest.mark.parametrize("scale", [0.5, 1.0])
-def test_p_equals_loops_and_ignores_the_diagonal(probability, scale):
+def test_win_probabilities_equal_the_loops(probability, scale):
     for logits in random_logits():
         logits = np.clip(logits, -100, 100)
         expected = np.array(by_hand(logits.tolist(), probability, scale))
@@ -96,7 +96,7 @@ def test_p_equals_loops_and_ignores_the_diagonal(probability, scale):
 
 @pytest.mark.parametrize("probability", ["pairwise", "blender"])
 @pytest.mark.parametrize("scale", [0.5, 1.0])
-def test_p_and_its_transpose_are_one_and_the_diagonal_half_exactly(probability, scale):
+def test_p_plus_its_transpose_is_exactly_one(probability, scale):
     for logits in random_logits():
         p = win_probabilities(logits, probability, scale)
         assert (p + p.T == 1.0).all()
@@ -106,14 +106,14 @@ def test_p_and_its_transpose_are_one_and_the_diagonal_half_exactly(probability, 
         assert (p_hat(p) >= 0.5 / len(p)).all() and (p_hat(p) <= 1 - 0.5 / len(p)).all()
 
 
-def test_cycle_stays_a_cycle_pair_by_pair_and_vanishes_in_the_collapse():
+def test_mean_logits_hide_a_cycle_that_pairs_show():
     p = win_probabilities(CYCLE, "pairwise", 0.5)
     assert p[0, 1] == p[1, 2] == p[2, 0] == pytest.approx(1 / (1 + math.exp(-1.5)))
     assert (win_probabilities(CYCLE, "blender") == 0.5).all()
     assert winner_and_loser(mean_logits(CYCLE)) is None
 
 
-def test_uneven_cycle_has_a_winner_although_each_is_beaten():
+def test_uneven_cycle_has_a_winner():
     logits = np.array([[0.0, 3.0, -1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     p = win_probabilities(logits, "pairwise", 1.0)
     assert p[0, 1] > 0.5 and p[1, 2] > 0.5 and p[2, 0] > 0.5
@@ -129,7 +129,7 @@ def test_both_estimates_agree_on_additive_logits():
     )
 
 
-def test_logit_scale_half_is_the_mean_of_both_orders_and_one_their_sum():
+def test_logit_scale_gives_mean_or_sum_of_both_orders():
     logits = np.array([[0.0, 1.5], [-0.5, 0.0]])
     assert win_probabilities(logits, logit_scale=0.5)[0, 1] == pytest.approx(
         1 / (1 + math.exp(-1.0))
@@ -139,7 +139,7 @@ def test_logit_scale_half_is_the_mean_of_both_orders_and_one_their_sum():
     )
 
 
-def test_relabelling_the_responses_relabels_the_estimates():
+def test_p_hat_follows_a_permutation_of_the_responses():
     for logits in random_logits():
         order = np.random.default_rng(1).permutation(len(logits))
         np.testing.assert_allclose(
@@ -155,14 +155,14 @@ def test_equal_scores_have_no_winner():
 
 
 @pytest.mark.parametrize("logits", [np.zeros(4), np.zeros((2, 3))])
-def test_logits_of_another_shape_are_refused(logits):
+def test_logits_that_are_not_square_are_refused(logits):
     with pytest.raises(ValueError):
         mean_logits(logits)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("estimate", [mean_logits, win_probabilities])
-def test_a_preference_model_that_gives_no_numbers_is_named(estimate, number):
+def test_nan_or_infinite_logits_are_refused(estimate, number):
     with pytest.raises(
         UserError, match="the preference model gave logits that are NaN or infinite"
     ):
@@ -174,7 +174,7 @@ def test_unknown_estimate_is_refused_by_name():
         win_probabilities(L, "bt")
 
 
-def test_weights_make_the_samples_of_one_policy_speak_for_another():
+def test_importance_weights_estimate_another_policy():
     draw = np.random.default_rng(0)
     P = np.triu(draw.uniform(size=(6, 6)), 1)
     P += np.tril(1 - P.T, -1) + 0.5 * np.eye(6)
@@ -186,7 +186,7 @@ def test_weights_make_the_samples_of_one_policy_speak_for_another():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_length_penalty_is_the_best_of_a_fine_grid(seed):
+def test_length_penalty_is_as_good_as_a_fine_grid(seed):
     draw = np.random.default_rng(seed)
     lengths = [draw.integers(1, 400, size=k).astype(float) for k in (5, 5, 4, 2)]
     scores = [0.01 * n + draw.normal(size=len(n)) for n in lengths]  # longer is better, as a rule
@@ -202,6 +202,6 @@ def test_the_length_penalty_is_the_best_of_a_fine_grid(seed):
     assert alpha > 0 and difference(alpha) <= min(map(difference, np.linspace(0, 0.1, 2001))) + 1e-9
 
 
-def test_no_length_penalty_where_winners_are_short_or_lengths_all_equal():
+def test_length_penalty_is_zero_if_winners_are_not_longer():
     assert even_length_penalty([np.array([2.0, 1.0])], [np.array([10.0, 20.0])]) == 0
     assert even_length_penalty([np.array([2.0, 1.0])], [np.array([20.0, 20.0])]) == 0

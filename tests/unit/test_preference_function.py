@@ -39,7 +39,7 @@ def model(tmp_path):
     return load
 
 
-def test_probabilities_come_back_from_the_logits(model):
+def test_logits_give_the_probabilities_back(model):
     logits = model(LONGER).all_pair_logits(GROUPS)
     first, second = (win_probabilities(values) for values in logits)
     assert first == pytest.approx(np.array([[0.5, 0.1, 0.5], [0.9, 0.5, 0.9], [0.5, 0.1, 0.5]]))
@@ -47,7 +47,7 @@ def test_probabilities_come_back_from_the_logits(model):
     assert p_hat(first) == pytest.approx([1.1 / 3, 2.3 / 3, 1.1 / 3])
 
 
-def test_scores_are_bradley_terry(model):
+def test_scores_give_bradley_terry_logits(model):
     (logits,) = model(LONGER, "score").all_pair_logits(GROUPS[1:])
     assert logits == pytest.approx(np.array([[0.0, -0.5], [0.5, 0.0]]))
 
@@ -75,7 +75,7 @@ def test_symmetric_probabilities_give_no_warning(model, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
-def test_function_may_change_its_list_and_import_its_neighbours(model, tmp_path):
+def test_function_may_import_a_neighbouring_module(model, tmp_path):
     (tmp_path / "neighbour.py").write_text("WEIGHT = 2\n", encoding="utf-8")
     text = (
         "from neighbour import WEIGHT\n"
@@ -102,7 +102,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("body", "said"), BAD.values(), ids=BAD)
-def test_wrong_answer_is_one_line_with_the_prompt(body, said, tmp_path, program):
+def test_wrong_result_is_a_one_line_error_with_the_prompt(body, said, tmp_path, program):
     text = f"def prefer(prompt, responses):\n    if prompt == 'First':\n        return [0, 1]\n    {body}\n"
     (tmp_path / "mine.py").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=said) as caught:
@@ -144,7 +144,7 @@ def annotate(folder, program) -> None:
     program(annotate_preferences, *words, "--model", f"{folder}/mine.py:prefer", "--output", out)
 
 
-def test_program_records_the_function_s_file_as_an_input(tmp_path, program):
+def test_program_records_the_function_file_as_an_input(tmp_path, program):
     (tmp_path / "mine.py").write_text(LONGER, encoding="utf-8")
     annotate(tmp_path, program)
     record = read_json(record_path(tmp_path / "preferences.parquet"))
@@ -162,7 +162,7 @@ CONFIGURED = {
 
 
 @pytest.mark.parametrize(("model", "said"), CONFIGURED.values(), ids=CONFIGURED)
-def test_mistake_is_found_with_the_configuration(model, said, tmp_path, monkeypatch):
+def test_configuration_check_finds_mistakes(model, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(LONGER, encoding="utf-8")
     (tmp_path / "broken.py").write_text("def prefer(", encoding="utf-8")
@@ -171,12 +171,12 @@ def test_mistake_is_found_with_the_configuration(model, said, tmp_path, monkeypa
         check_inputs("", run)
 
 
-def test_module_that_fails_to_import_is_one_line(model):
+def test_failing_import_is_a_one_line_error(model):
     with pytest.raises(UserError, match="mine.py cannot be imported .ZeroDivisionError"):
         model("1 / 0\ndef prefer(prompt, responses):\n    return []\n")
 
 
-def test_only_a_python_file_with_a_name_is_a_function():
+def test_file_and_name_select_a_function():
     for name in ("a.py:f", "a folder/b.py:g_1"):
         assert find_kind(settings_for(name)) is FunctionModel
     for name in ("a.py", "a.py:", "a:f", "a.py:1f", "ranker", "org/model"):

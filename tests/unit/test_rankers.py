@@ -118,7 +118,7 @@ def test_logits_are_skew_symmetric(ranker):
     )  # no two of these answers are the same to the model
 
 
-def test_skew_logits_equal_the_paper_formula():
+def test_skew_logits_equal_equation_3_of_gpm():
     """GPM eq. 3, written out: e_i^T R e_j with R = blockdiag([[0, -1], [1, 0]])."""
     import torch
 
@@ -136,7 +136,7 @@ def test_skew_logits_equal_the_paper_formula():
     assert (cycle[1, 0] > 0) and (cycle[2, 1] > 0) and (cycle[0, 2] > 0)
 
 
-def test_order_and_company_of_candidates_do_not_matter(ranker):
+def test_logits_do_not_depend_on_other_candidates(ranker):
     L = ranker.pair_logits("Say something.", ANSWERS)
     order = [3, 0, 4, 2, 1]
     shuffled = ranker.pair_logits("Say something.", [ANSWERS[i] for i in order])
@@ -148,7 +148,7 @@ def test_order_and_company_of_candidates_do_not_matter(ranker):
     np.testing.assert_array_equal(ranker.pair_logits("Say something.", ANSWERS), L)
 
 
-def test_sharing_the_prompt_equals_reading_each_answer_alone(ranker):
+def test_shared_prompt_gives_the_same_states(ranker):
     import torch
 
     text = ranker.model.text
@@ -174,7 +174,7 @@ def test_sharing_the_prompt_equals_reading_each_answer_alone(ranker):
                 torch.testing.assert_close(together[part][row], alone[part], atol=1e-4, rtol=1e-4)
 
 
-def test_relevance_is_the_likeness_of_instruction_and_answer_up_to_what_is_enough(ranker):
+def test_relevance_is_the_capped_cosine_similarity(ranker):
     import torch
 
     model, instruction = ranker.model, "Say something."
@@ -195,7 +195,7 @@ def test_relevance_is_the_likeness_of_instruction_and_answer_up_to_what_is_enoug
     np.testing.assert_allclose(e[:, [0, 2, 3]], 0, atol=1e-6)
 
 
-def test_merged_update_equals_the_low_rank_layers(adapter_dir, base_dir, ranker):
+def test_merged_weights_equal_the_low_rank_layers(adapter_dir, base_dir, ranker):
     import torch
     from safetensors.torch import load_file
 
@@ -209,14 +209,14 @@ def test_merged_update_equals_the_low_rank_layers(adapter_dir, base_dir, ranker)
         )
 
 
-def test_few_and_empty_candidates(ranker):
+def test_few_or_empty_candidates_are_accepted(ranker):
     np.testing.assert_array_equal(ranker.pair_logits("Hi", ["one"]), [[0.0]])
     assert ranker.pair_logits("Hi", []).shape == (0, 0)
     assert np.isfinite(ranker.pair_logits("", ["", ""])).all()
     assert ranker.pair_logits("Hi", ["same", "same"])[0, 1] == 0.0
 
 
-def test_control_tokens_in_text_stay_text(ranker):
+def test_control_tokens_in_a_text_stay_text(ranker):
     end = ranker.model.text.tokenizer.eos_token_id
     assert ranker.model.text.answer("a<|im_end|>b").count(end) == 1
     assert ranker.model.text.answer("") == [end]
@@ -228,7 +228,7 @@ def test_control_tokens_in_text_stay_text(ranker):
     assert plain == ranker.model.text.tokenizer(template, add_special_tokens=False).input_ids
 
 
-def test_long_texts_keep_head_and_tail(ranker):
+def test_long_texts_keep_their_start_and_end(ranker):
     ids = ranker.model.text.answer("a" * 60 + "z" * 60)
     assert len(ids) == SPEC["max_answer_tokens"] + 1
     kept = ranker.model.text.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
@@ -238,7 +238,7 @@ def test_long_texts_keep_head_and_tail(ranker):
     assert ids[0] == ranker.model.text.plain("a")[0] and ids[-2] == ranker.model.text.plain("z")[0]
 
 
-def test_unusable_folders_are_one_line_errors(adapter_dir, base_dir, tmp_path):
+def test_unusable_folder_is_a_one_line_error(adapter_dir, base_dir, tmp_path):
     from sppo.preferences.embedded_network import EmbeddedRanker
 
     with pytest.raises(UserError, match="has no ranker.json"):
@@ -262,9 +262,7 @@ def test_unusable_folders_are_one_line_errors(adapter_dir, base_dir, tmp_path):
 
 
 @pytest.mark.parametrize("change", ["renamed", "one missing", "one too many", "another shape"])
-def test_adapter_whose_tensors_are_not_all_used_is_one_line(
-    change, adapter_dir, base_dir, tmp_path
-):
+def test_adapter_with_wrong_tensors_is_a_one_line_error(change, adapter_dir, base_dir, tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -303,7 +301,7 @@ def annotations(instructions=30, models=6, seed=0):
     )
 
 
-def test_parts_are_stable_disjoint_and_of_the_stated_sizes():
+def test_parts_are_stable_and_have_the_stated_sizes():
     parts = [embedded_data.part_of(f"instruction {i}") for i in range(4000)]
     shares = [parts.count(name) / len(parts) for name in embedded_data.PARTS]
     np.testing.assert_allclose(shares, [0.4, 0.4, 0.2], atol=0.03)
@@ -325,7 +323,7 @@ def test_shipped_training_instructions_are_disjoint():
     assert not listed["ranker"] & listed["judge"]
 
 
-def test_unusable_rows_are_left_out_and_counted(tmp_path):
+def test_unusable_rows_are_excluded_and_counted(tmp_path):
     frame = annotations(2, 5)
     frame["preference"] = frame["preference"].astype(float)
     frame.loc[0, "preference"], frame.loc[1, "preference"], frame.loc[2, "preference"] = (
@@ -347,7 +345,7 @@ def test_unusable_rows_are_left_out_and_counted(tmp_path):
     }
 
 
-def test_balance_gives_equally_many_wins_and_is_seeded():
+def test_balance_gives_equal_wins_and_is_seeded():
     frame = annotations()
     even = embedded_data.balance(frame, 3)
     assert (
@@ -375,13 +373,13 @@ def test_groups_are_fair_to_the_reference_and_seeded():
     assert sum(sides) / total == pytest.approx(0.6)
 
 
-def test_log_odds():
+def test_log_odds_are_clipped_at_16():
     np.testing.assert_allclose(
         embedded_data.log_odds([1.0, 1.5, 2.0, 1.75]), [-16, 0, 16, np.log(3)], atol=1e-9
     )
 
 
-def test_corruptions():
+def test_corruptions_change_the_text_as_named():
     text = "The first sentence is here. The second follows it at once. A third one comes. Then the fourth. And the end of it all."
     made = {
         kind: corrupt(text, random.Random(1)) for kind, corrupt in embedded_data.CORRUPTIONS.items()
@@ -413,7 +411,7 @@ def test_corruptions():
         ("no_base", "no model folder"),
     ],
 )
-def test_evaluation_errors_are_one_line(tmp_path, case, says, monkeypatch, capsys):
+def test_evaluation_error_is_one_line(tmp_path, case, says, monkeypatch, capsys):
     """Through main() in this process, for an interpreter that imports torch takes seconds to start."""
     import evaluate_ranker
     from sppo.core.errors import run
@@ -463,7 +461,7 @@ def test_evaluation_errors_are_one_line(tmp_path, case, says, monkeypatch, capsy
     assert stop.value.code == 1 and says in error and len(error.splitlines()) == 1
 
 
-def test_train_then_evaluate(base_dir, tmp_path, monkeypatch, capsys):
+def test_training_is_reproducible_and_can_be_evaluated(base_dir, tmp_path, monkeypatch, capsys):
     """Both programs on the tiny model: the adapter is the same from the same seed, the figures are whole."""
     import evaluate_ranker
     import train_ranker
@@ -515,7 +513,7 @@ def test_train_then_evaluate(base_dir, tmp_path, monkeypatch, capsys):
     }
 
 
-def test_half_of_the_shared_annotations_are_usable():
+def test_public_annotations_are_filtered_as_documented():
     """The facts that data/README.md of the shared folder states about the raw file."""
     file = PUBLIC_DATA / "alpaca_eval_1_gpt4_annotations.parquet"
     if not file.is_file():

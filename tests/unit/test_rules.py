@@ -34,7 +34,7 @@ FROM_OUTSIDE = (
 SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
 
 
-def test_the_snakefile_needs_only_snakemake():
+def test_snakefile_needs_only_snakemake():
     """With conda, Snakemake runs in an environment of its own, without the programs' packages."""
     code = (
         "import sys\nfor name in ('numpy', 'pandas', 'pyarrow', 'torch', 'transformers', 'openai', 'alpaca_eval', 'fastchat', 'datasets'):\n"
@@ -63,7 +63,7 @@ def rules() -> dict[str, str]:
     return found
 
 
-def test_no_rule_escapes_this_lint():
+def test_all_rules_are_found_by_these_tests():
     declared = re.findall(
         r"^\s*(?:rule|checkpoint) \w*",
         "".join(file.read_text(encoding="utf-8") for file in RULE_FILES),
@@ -73,7 +73,7 @@ def test_no_rule_escapes_this_lint():
 
 
 @pytest.mark.parametrize("rule", rules())
-def test_rule_is_described_logged_measured_and_isolated(rule):
+def test_rule_has_all_required_sections(rule):
     body = rules()[rule]
     assert re.match(r'\s*"""\S.+\S"""\n', body), "no docstring"
     for key in (
@@ -103,7 +103,7 @@ def test_rule_is_described_logged_measured_and_isolated(rule):
 
 
 @pytest.mark.parametrize("rule", rules())
-def test_rule_calls_its_program_with_arguments_that_it_has(rule):
+def test_rule_calls_its_program_with_known_arguments(rule):
     """The program exists, and every artifact it is told to write has a record among the outputs."""
     body = rules()[rule]
     (program,) = re.findall(r"\{PYTHON\} \{SRC\}/([\w/]+\.py)", body)
@@ -122,7 +122,7 @@ def test_rule_calls_its_program_with_arguments_that_it_has(rule):
 
 
 @pytest.mark.parametrize("file", RULE_FILES, ids=lambda file: file.stem)
-def test_rules_file_opens_with_what_it_requires_and_gives(file):
+def test_rules_file_starts_with_its_inputs_and_outputs(file):
     text = file.read_text(encoding="utf-8")
     assert re.match(r'"""Requires: .+ Gives: .+', text)
 
@@ -130,15 +130,15 @@ def test_rules_file_opens_with_what_it_requires_and_gives(file):
 @pytest.mark.parametrize(
     "file", [file for file in RULE_FILES if file.stem != "common"], ids=lambda file: file.stem
 )
-def test_only_common_spells_the_results_folder(file):
+def test_only_common_names_the_results_folder(file):
     assert "results/" not in file.read_text(encoding="utf-8").replace("under results/", "")
 
 
-def test_the_snakefile_leaves_functions_to_the_rules():
+def test_snakefile_has_no_lambda():
     assert "lambda" not in (ROOT / "Snakefile").read_text(encoding="utf-8")
 
 
-def test_no_rules_file_is_left_out_of_the_snakefile():
+def test_snakefile_includes_every_rules_file():
     text = (ROOT / "Snakefile").read_text(encoding="utf-8")
     included = re.findall(r'^include: "rules/(\w+)\.smk"', text, re.MULTILINE)
     of_evaluations = {each.rule_file for each in EVALUATIONS}
@@ -148,7 +148,7 @@ def test_no_rules_file_is_left_out_of_the_snakefile():
 # --- profiles ---
 
 
-def test_the_slurm_profile_sizes_every_rule_and_gives_gpus_to_those_that_can_use_one():
+def test_slurm_profile_sets_resources_of_every_rule():
     sized = yaml.safe_load(
         (ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
     )["set-resources"]
@@ -224,7 +224,7 @@ def evaluated(done: subprocess.CompletedProcess) -> set[str]:
     "preset", [None, *PRESETS], ids=lambda preset: preset.stem if preset else "default"
 )
 @pytest.mark.parametrize("settings", ["paper", "repo"])
-def test_shipped_configuration_plans_every_stage_of_every_iteration(settings, preset, copy):
+def test_shipped_configuration_plans_every_stage(settings, preset, copy):
     """Within five seconds of a core, without a GPU, a key or the network."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = dry_run(
@@ -253,7 +253,7 @@ def test_shipped_configuration_plans_every_stage_of_every_iteration(settings, pr
 
 @pytest.mark.parametrize("settings", ["paper", "repo"])
 @pytest.mark.parametrize("name", PAPER_SCALE)
-def test_a_preset_at_paper_scale_has_the_paper_s_settings(name, settings):
+def test_paper_scale_preset_has_the_paper_s_settings(name, settings):
     """What the preset and its base do not set is the paper's or the official code's."""
     written = read_files([ROOT / "config" / "presets" / f"{name}.yaml"])
     runs = resolve(written | {"settings": settings})
@@ -279,9 +279,7 @@ def test_a_preset_at_paper_scale_has_the_paper_s_settings(name, settings):
         (("--resources", "gpu=8", "--config", "device=cpu"), "16 16"),
     ],
 )
-def test_a_gpu_s_job_has_its_share_of_the_cores_and_a_training_that_of_its_gpus(
-    words, threads, copy
-):
+def test_gpu_jobs_share_the_cores(words, threads, copy):
     (copy / "threads.smk").write_text(
         'include: "rules/common.smk"\n'
         'print("THREADS", MODEL_THREADS, TRAINING_THREADS, file=sys.stderr)\n'
@@ -298,7 +296,7 @@ def test_a_gpu_s_job_has_its_share_of_the_cores_and_a_training_that_of_its_gpus(
 
 
 @pytest.mark.parametrize("name", PAPER_SCALE)
-def test_the_printed_command_of_a_preset_names_what_its_jobs_need(name):
+def test_documented_preset_commands_have_the_needed_flags(name):
     """In its header and on every page: vLLM's own environment, and as many GPUs as shards."""
     file = f"config/presets/{name}.yaml"
     run = resolve(read_files([ROOT / file]))[""]
@@ -315,7 +313,7 @@ def test_the_printed_command_of_a_preset_names_what_its_jobs_need(name):
         assert "--resources gpu=8" in line or run["responses"]["shards"] == 1, line
 
 
-def test_alpaca_eval_s_own_files_are_fetched_where_official_is_asked_for(copy):
+def test_official_alpaca_eval_files_are_fetched_on_request(copy):
     """And judged with: the reference is GPT-4 turbo's, so the base answers once; prompts are drawn aside from the 805."""
     words = ("--configfile", "config/presets/mistral-7b.yaml", "--")
     done = dry_run(copy, *words, "results/mistral-7b/iter0/alpaca_eval.json")
@@ -334,7 +332,7 @@ def test_alpaca_eval_s_own_files_are_fetched_where_official_is_asked_for(copy):
     assert "fetch_alpaca_eval" not in jobs(dry_run(copy))
 
 
-def test_a_released_checkpoint_is_evaluated_without_training(copy):
+def test_released_checkpoint_is_evaluated_without_training(copy):
     done = dry_run(
         copy,
         "--configfile",
@@ -366,7 +364,7 @@ def test_a_released_checkpoint_is_evaluated_without_training(copy):
     }
 
 
-def test_policies_are_pushed_only_where_the_configuration_says_so(copy):
+def test_policies_are_pushed_only_on_request(copy):
     assert "push_policy" not in jobs(dry_run(copy))
     done = dry_run(copy, "--config", "push_to_hub=me/mine-{t}", "iterations=2")
     assert (
@@ -375,7 +373,7 @@ def test_policies_are_pushed_only_where_the_configuration_says_so(copy):
     )
 
 
-def test_a_real_run_asks_for_gpus_first(copy):
+def test_missing_gpu_stops_a_run_before_its_first_job(copy):
     """On this machine, or on any without one: what a dry run of the same passes over is one line before the first job."""
     if gpus_here():
         pytest.skip("this machine has a GPU")
@@ -396,7 +394,7 @@ def test_a_real_run_asks_for_gpus_first(copy):
     shutil.rmtree(copy / "results", ignore_errors=True)
 
 
-def test_a_judge_behind_an_api_runs_without_a_gpu(copy, monkeypatch):
+def test_api_judge_runs_without_a_gpu(copy, monkeypatch):
     """What a cluster's nodes answered is judged on its login node, with the same configuration."""
     if gpus_here():
         pytest.skip("this machine has a GPU")
@@ -474,7 +472,7 @@ NEEDED = {
 
 
 @pytest.mark.parametrize(("config", "job", "gpus", "said"), NEEDED.values(), ids=NEEDED)
-def test_what_jobs_to_come_need_is_one_line(config, job, gpus, said, monkeypatch):
+def test_missing_requirement_of_a_job_is_a_one_line_error(config, job, gpus, said, monkeypatch):
     for name in ("OPENAI_API_KEY", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     runs = resolve(config)
@@ -487,7 +485,7 @@ def test_what_jobs_to_come_need_is_one_line(config, job, gpus, said, monkeypatch
         check_machine(runs, {job}, None)  # on a cluster
 
 
-def test_vllm_that_is_not_installed_is_one_line_before_the_first_job(monkeypatch):
+def test_missing_vllm_is_a_one_line_error(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     runs, jobs = resolve({"responses": {"engine": "vllm"}}), {("generate_responses", "", False)}
     with pytest.raises(UserError, match="responses.engine is vllm.*--use-conda"):
@@ -500,13 +498,13 @@ def test_vllm_that_is_not_installed_is_one_line_before_the_first_job(monkeypatch
 
 
 @pytest.mark.parametrize("folder", ["/home/me/my work", "/home/me/it's", "/home/$USER/x"])
-def test_slurm_is_refused_where_its_executor_would_divide_the_path(folder):
+def test_slurm_refuses_a_path_that_needs_quotes(folder):
     with pytest.raises(UserError, match="Slurm executor.*move the checkout"):
         check_folder_for_slurm(folder)
     check_folder_for_slurm("/home/müller/my-work_1.0/sppo")
 
 
-def test_gpus_are_counted_as_programs_will_see_them(monkeypatch):
+def test_gpu_count_respects_cuda_visible_devices(monkeypatch):
     monkeypatch.setattr(Path, "glob", lambda *_: [Path(f"/dev/nvidia{i}") for i in range(4)])
     for shown, count in (("0,2", 2), ("", 0), ("0,1,2,3,4,5", 4)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
@@ -515,12 +513,12 @@ def test_gpus_are_counted_as_programs_will_see_them(monkeypatch):
     assert gpus_here() == 4
 
 
-def test_the_user_s_own_target_is_planned_whole(copy):
+def test_requested_target_is_planned_with_its_inputs(copy):
     done = dry_run(copy, "results/iter3/alpaca_eval.json")
     assert jobs(done)["train_policy"] == 3 and evaluated(done) == {"results/iter3/alpaca_eval.json"}
 
 
-def test_everything_is_every_evaluation_best_of_n_and_the_k2_run(copy):
+def test_everything_plans_all_evaluations(copy):
     planned = jobs(dry_run(copy, "everything"))
     assert (
         planned["train_policy"] == 6
@@ -533,7 +531,7 @@ def test_everything_is_every_evaluation_best_of_n_and_the_k2_run(copy):
     assert jobs(dry_run(copy, "paper_tables"))["paper_tables"] == 1
 
 
-def test_methods_refer_to_the_base_the_previous_iterate_or_a_magnet(copy):
+def test_reference_policy_of_each_method_is_scored(copy):
     """References other than pi_t are scored where a method has them: INPO's base from iteration 2 on, MPO's magnet (N = 2) in 2 alone."""
     for run, scored in (("dpo", set()), ("inpo", {2, 3}), ("dpo_offline", {2, 3}), ("mpo", {2})):
         done = dry_run(copy, f"results/{run}/iter3/policy")
@@ -548,7 +546,7 @@ def test_methods_refer_to_the_base_the_previous_iterate_or_a_magnet(copy):
         assert found == scored, run
 
 
-def test_pairs_are_chosen_by_grades_in_place_of_preferences_where_a_run_says_so(copy):
+def test_graded_runs_use_grades_instead_of_preferences(copy):
     done = dry_run(copy, "results/dno_prct/summary.md", "--printshellcmds")
     planned, text = jobs(done), done.stdout + done.stderr
     assert (
@@ -579,7 +577,7 @@ def test_pairs_are_chosen_by_grades_in_place_of_preferences_where_a_run_says_so(
     assert "data/ranker" not in text and "annotate_preferences" not in jobs(done)
 
 
-def test_dice_compares_by_its_own_reward_after_the_first_iteration(copy):
+def test_dice_uses_its_implicit_reward_from_iteration_2(copy):
     """The first comparison is main's, by the ranker; the others are of pi_t with the iterate before it; replayed pairs are the first."""
     done = dry_run(copy, "results/dice/iter3/policy", "--printshellcmds")
     assert jobs(done)["annotate_preferences"] == 1 and jobs(done)["annotate_implicitly"] == 2
@@ -589,7 +587,7 @@ def test_dice_compares_by_its_own_reward_after_the_first_iteration(copy):
     assert text.count("--previous results/dice/iter1/pairs.parquet") == 2
 
 
-def test_main_may_compare_by_its_own_reward(copy):
+def test_main_run_may_use_its_implicit_reward(copy):
     text = "{name: own, preference: {implicit: true}, train: {loss: dpo}}"
     write_overlay(copy / "own.yaml", text)
     planned = jobs(dry_run(copy, "--configfile", "own.yaml", "--", "results/own/iter3/policy"))
@@ -603,7 +601,7 @@ def test_gold_responses_need_no_comparisons(copy):
     )
 
 
-def test_a_reward_conditioned_policy_is_asked_for_its_best_when_it_has_learned_to(copy):
+def test_reward_conditioned_policy_is_asked_for_its_best_grade(copy):
     done = dry_run(
         copy,
         "results/ra_dpo/iter2/alpaca_eval.json",
@@ -618,7 +616,7 @@ def test_a_reward_conditioned_policy_is_asked_for_its_best_when_it_has_learned_t
     )
 
 
-def test_a_run_that_evaluates_otherwise_has_a_base_of_its_own(copy):
+def test_run_with_other_evaluation_keys_evaluates_its_own_base(copy):
     write_overlay(copy / "mine.yaml", "runs: {a: {alpaca_eval: {limit: 50}}}")
     made = evaluated(dry_run(copy, "results/a/summary.md", "--configfile", "mine.yaml"))
     assert {
@@ -627,12 +625,12 @@ def test_a_run_that_evaluates_otherwise_has_a_base_of_its_own(copy):
     } <= made and "results/iter0/alpaca_eval.json" not in made
 
 
-def test_without_keep_policies_all_but_the_last_are_temporary(copy):
+def test_keep_policies_false_keeps_only_the_last_policy(copy):
     planned = jobs(dry_run(copy, "--config", "keep_policies=false"))
     assert (planned["train_dropped_policy"], planned["train_policy"]) == (2, 1)
 
 
-def test_no_iterations_evaluate_the_base_alone(copy):
+def test_zero_iterations_evaluate_only_the_base(copy):
     done = dry_run(copy, "--config", "iterations=0")
     assert (
         evaluated(done) == {"results/iter0/alpaca_eval.json"}
@@ -640,7 +638,7 @@ def test_no_iterations_evaluate_the_base_alone(copy):
     )
 
 
-def test_chats_are_written_alike_everywhere_and_no_evaluation_s_questions_are_drawn(copy):
+def test_all_programs_get_the_same_chat_settings(copy):
     write_overlay(
         copy / "chats.yaml",
         "policy: {chat_template_kwargs: {enable_thinking: false, words: it's}, thoughts: strip}\n"
@@ -679,14 +677,14 @@ def test_chats_are_written_alike_everywhere_and_no_evaluation_s_questions_are_dr
     )
 
 
-def test_mt_bench_s_questions_are_fetched_before_prompts_are_drawn(copy):
+def test_mt_bench_questions_are_fetched_before_prompts(copy):
     planned = jobs(
         dry_run(copy, "results/iter1/prompts.parquet", "--config", "mt_bench={data: fastchat}")
     )
     assert planned["fetch_mt_bench"] == planned["sample_prompts"] == 1
 
 
-def test_named_experiment_and_run_share_the_base_and_the_first_iteration(copy):
+def test_run_shares_the_base_and_the_first_iteration(copy):
     """Two iterations of a run whose first responses are main's: only its second samples and compares."""
     config = "name: x\niterations: 2\nruns:\n  hard:\n    first_iteration_from: main\n    train: {loss: sppo_hard}\n"
     write_overlay(copy / "run.yaml", config)
@@ -886,7 +884,7 @@ def one_error(done: subprocess.CompletedProcess) -> str:
 
 
 @pytest.mark.parametrize(("text", "said"), BAD.values(), ids=BAD)
-def test_bad_input_is_found_by_what_the_rules_call_first(text, said, copy, monkeypatch):
+def test_bad_input_is_found_by_the_first_checks(text, said, copy, monkeypatch):
     """In this process: rules/common.smk calls these two, and puts what they raise on one line."""
     monkeypatch.chdir(copy)
     for name, content in FILES.items():
@@ -903,7 +901,7 @@ def test_bad_input_is_found_by_what_the_rules_call_first(text, said, copy, monke
     assert line and all(word in line for word in said) and "\n" not in line, caught.value
 
 
-def test_training_on_two_nodes_needs_slurm_and_is_started_on_both(copy, tmp_path, monkeypatch):
+def test_training_on_two_nodes_is_started_by_srun(copy, tmp_path, monkeypatch):
     text = "{train: {nodes: 2, processes: 2}}"
     main = resolve(overlaid(text))[""]
     monkeypatch.chdir(copy)
@@ -926,14 +924,14 @@ def test_training_on_two_nodes_needs_slurm_and_is_started_on_both(copy, tmp_path
 
 
 @pytest.mark.parametrize("name", ["K = 1", "missing prompts file", "unknown judge"])
-def test_bad_input_is_one_line_before_any_work(name, copy):
+def test_bad_input_is_a_one_line_error_of_a_dry_run(name, copy):
     text, said = BAD[name]
     write_overlay(copy / "bad.yaml", text)
     line = one_error(dry_run(copy, "--configfile", "bad.yaml"))
     assert all(word in line for word in said), line
 
 
-def test_hub_id_with_a_commit_is_no_typo_of_a_folder_here(copy, monkeypatch):
+def test_hub_id_with_a_commit_is_not_a_mistyped_folder(copy, monkeypatch):
     monkeypatch.chdir(copy)
     text = (
         "{policy: {model: data/rankr, revision: abc}, prompts: {source: data/promts,"
@@ -974,7 +972,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize(("content", "said"), SOURCES.values(), ids=SOURCES)
-def test_file_that_a_loader_would_misread_is_one_line(content, said, tmp_path, monkeypatch):
+def test_misleading_configuration_file_is_a_one_line_error(content, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / "odd.yaml").write_bytes(content)
@@ -997,11 +995,11 @@ def test_json_may_be_indented_with_tabs(tmp_path):
     [ROOT / "config" / "config.yaml", *PRESETS, ROOT / "tests" / "workflow" / "config.yaml"],
     ids=lambda file: file.stem,
 )
-def test_shipped_file_is_read_as_it_stands(file):
+def test_shipped_file_passes_the_file_checks(file):
     check_files([file])
 
 
-def test_files_that_were_read_are_checked_and_named(copy):
+def test_errors_name_the_files_read_as_configuration(copy):
     """A key that stands twice, and a target that --configfile took for a file."""
     (copy / "odd.yaml").write_text("train: {beta: 1}\ntrain: {tau: 1}\n")
     assert "odd.yaml has the key train twice" in one_error(
@@ -1032,7 +1030,7 @@ BEFORE_THE_SNAKEFILE = {
 @pytest.mark.parametrize(
     ("content", "said"), BEFORE_THE_SNAKEFILE.values(), ids=BEFORE_THE_SNAKEFILE
 )
-def test_file_that_snakemake_cannot_read_is_one_line(content, said, given, copy):
+def test_file_unreadable_by_snakemake_is_a_one_line_error(content, said, given, copy):
     (copy / "odd.yaml").unlink(missing_ok=True)
     if content is not None:
         (copy / "odd.yaml").write_bytes(content)
@@ -1049,13 +1047,13 @@ def test_key_without_effect_is_a_warning_at_the_start(copy):
 
 
 @pytest.mark.parametrize("words", [(), ("--directory", ".")])
-def test_run_from_another_folder_is_one_line(words, copy, tmp_path):
+def test_run_from_another_folder_is_a_one_line_error(words, copy, tmp_path):
     assert f"run in it: cd {copy}" in one_error(
         dry_run(tmp_path, "-s", str(copy / "Snakefile"), *words)
     )
 
 
-def test_base_policy_is_made_anew_when_a_file_in_its_folder_was_replaced(copy, tiny_policy):
+def test_base_policy_is_rebuilt_when_its_folder_changes(copy, tiny_policy):
     shutil.copytree(tiny_policy, copy / "mine")
     made = copy / "results" / "iter0" / "policy"
     made.mkdir(parents=True)
@@ -1075,14 +1073,14 @@ def test_base_policy_is_made_anew_when_a_file_in_its_folder_was_replaced(copy, t
 
 
 @pytest.mark.parametrize("rule", rules())
-def test_rule_quotes_what_its_command_names(rule):
+def test_rule_quotes_paths_in_its_command(rule):
     """A user's files may have blanks in their names. Unquoted are only several words in one."""
     command = rules()[rule].split("shell:")[1]
     unquoted = set(re.findall(r"\{((?:input|output|params|log)[.\w]*)\}", command))
     assert unquoted <= {"params.on_each_node", "params.best_grade"}
 
 
-def test_wrong_run_stops_only_who_asks_for_it(copy):
+def test_invalid_run_stops_only_its_own_targets(copy):
     text = "{runs: {bad: {train: {betta: 1}}, worse: {prompts: {source: data/nowhere.jsonl}}}}"
     write_overlay(copy / "odd.yaml", text)
     words = ("--configfile", "odd.yaml", "--")
@@ -1093,7 +1091,7 @@ def test_wrong_run_stops_only_who_asks_for_it(copy):
     assert "data/nowhere.jsonl" in line
 
 
-def test_own_file_without_extends_has_no_runs_of_the_demo(copy):
+def test_file_without_extends_has_no_demo_runs(copy):
     (copy / "own.yaml").write_text("name: own\nprompts: {per_iteration: 8}\n")
     planned = jobs(dry_run(copy, "--configfile", "own.yaml"))
     assert planned["train_policy"] == 3
@@ -1129,7 +1127,7 @@ def module_dry_run(folder: Path, snakefile: str) -> subprocess.CompletedProcess:
     return dry_run(folder, "--printshellcmds")
 
 
-def test_another_workflow_uses_this_one_as_a_module(copy, tmp_path):
+def test_workflow_can_be_used_as_a_module(copy, tmp_path):
     """Its results are in its own folder; programs and shipped data are this repository's."""
     done = module_dry_run(tmp_path, str(copy / "Snakefile"))
     planned = jobs(done)
@@ -1140,7 +1138,7 @@ def test_another_workflow_uses_this_one_as_a_module(copy, tmp_path):
     assert "--model prefer.py:longer" in text
 
 
-def test_a_workflow_deployed_from_git_clones_the_repository_once(copy, tmp_path):
+def test_deployed_workflow_clones_the_repository_once(copy, tmp_path):
     """workflow/Snakefile, which snakedeploy writes into a module, read from a git repository."""
     remote = shutil.copytree(
         copy, tmp_path / "remote", ignore=shutil.ignore_patterns("results", "pipe", "loop")
@@ -1157,12 +1155,12 @@ def test_a_workflow_deployed_from_git_clones_the_repository_once(copy, tmp_path)
     assert [path.name for path in (folder / ".snakemake/sppo").iterdir()] == ["main"]
 
 
-def test_unknown_key_on_the_command_line_is_one_line(copy):
+def test_unknown_command_line_key_is_a_one_line_error(copy):
     line = one_error(dry_run(copy, "--config", "iteratoins=3"))
     assert "unknown key iteratoins" in line and "did you mean iterations?" in line
 
 
-def test_number_of_a_section_can_be_set_on_the_command_line(copy):
+def test_section_number_can_be_set_on_the_command_line(copy):
     """Snakemake hands the values inside {...} over as text."""
     assert (
         jobs(dry_run(copy, "--config", "responses={shards: 2}", "iterations=1"))[

@@ -45,7 +45,7 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_every_figure_stands_in_its_place(results, program):
+def test_every_value_is_in_its_row_and_column(results, program):
     program(
         tabulate_evaluations,
         "--results",

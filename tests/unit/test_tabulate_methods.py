@@ -67,7 +67,7 @@ def tabulated(results, program):
         return list(csv.DictReader(stream))
 
 
-def test_every_run_has_its_figures_and_costs(results, program):
+def test_every_run_has_its_results_and_costs(results, program):
     base, main, dpo = tabulated(results, program)
 
     assert (base["run"], base["iteration"], base["loss"], base["minutes"]) == (
@@ -90,13 +90,13 @@ def test_every_run_has_its_figures_and_costs(results, program):
     assert all((results / f"figures/methods.{form}").stat().st_size for form in ("png", "svg"))
 
 
-def test_intervals_that_meet_give_no_order(results, program):
+def test_overlapping_intervals_give_no_order(results, program):
     write_json(results / "iter1/alpaca_eval.json", judged(60, 55, 65))
     tabulated(results, program)
     assert "part nowhere" in (results / "tables/methods.md").read_text()
 
 
-def test_nothing_evaluated_is_one_line(results, program):
+def test_no_evaluation_is_a_one_line_error(results, program):
     with pytest.raises(UserError, match="no run under .* has been evaluated"):
         program(
             tabulate_methods,

@@ -116,7 +116,7 @@ def tokens(rows: list[dict]) -> list[list[int]]:
 # --- contracts ---
 
 
-def test_rows_come_in_the_order_of_the_prompts_with_k_different_samples_each(prompts, responses):
+def test_rows_follow_the_prompts_with_k_different_samples(prompts, responses):
     assert [(row["prompt_id"], row["sample_id"]) for row in responses] == [
         (p["prompt_id"], k) for p in prompts for k in range(3)
     ]
@@ -137,7 +137,7 @@ def test_stop_id_ends_a_response_if_and_only_if_it_stopped(engine, responses):
         assert row["text"] == engine.tokenizer.decode(spoken, skip_special_tokens=True)
 
 
-def test_every_stop_id_stops(engine, prompts, sampling, monkeypatch):
+def test_every_stop_id_ends_a_response(engine, prompts, sampling, monkeypatch):
     """Other ids do not stop, not even the tokenizer's EOS if the generation config lacks it."""
     commas = [token for token in range(49152) if "," in engine.tokenizer.decode([token])]
     monkeypatch.setattr(engine, "stop_ids", commas)
@@ -158,7 +158,7 @@ def test_every_stop_id_stops(engine, prompts, sampling, monkeypatch):
 
 
 @pytest.mark.parametrize("shards", [2, 6])
-def test_shards_and_their_order_change_no_token(shards, engine, prompts, sampling, responses):
+def test_tokens_do_not_depend_on_the_shards(shards, engine, prompts, sampling, responses):
     rows = [
         row
         for shard in reversed(range(shards))
@@ -167,14 +167,14 @@ def test_shards_and_their_order_change_no_token(shards, engine, prompts, samplin
     assert sorted(rows, key=lambda row: (row["prompt_id"], row["sample_id"])) == responses
 
 
-def test_a_sample_is_the_same_whatever_k_is(engine, prompts, sampling, responses):
+def test_sample_does_not_depend_on_k(engine, prompts, sampling, responses):
     from dataclasses import replace
 
     fewer = engine.generate(prompts, replace(sampling, samples=2), 0, "iter1")
     assert fewer == [row for row in responses if row["sample_id"] < 2]
 
 
-def test_the_seed_of_a_row_is_the_one_that_vllm_drew_with(engine, responses):
+def test_row_records_the_seed_that_vllm_used(engine, responses):
     """Sample k of a request has the seed + k. A request with that seed gives the same sample."""
     from vllm import SamplingParams
 
@@ -197,7 +197,7 @@ def test_the_seed_of_a_row_is_the_one_that_vllm_drew_with(engine, responses):
 
 
 @pytest.mark.parametrize(("seed", "purpose"), [(1, "iter1"), (0, "iter2")])
-def test_another_data_seed_or_iteration_gives_other_tokens(
+def test_other_data_seed_or_iteration_gives_other_tokens(
     seed, purpose, engine, prompts, sampling, responses
 ):
     others = engine.generate(prompts, sampling, seed, purpose)
@@ -208,7 +208,7 @@ def test_another_data_seed_or_iteration_gives_other_tokens(
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
-def test_frequencies_are_the_model_s_own_distribution(temperature, top_p, engine, reference):
+def test_token_frequencies_match_the_model_s_distribution(temperature, top_p, engine, reference):
     """First tokens of many samples compared with transformers' logits by chi-square.
 
     The prompt is short, because a CPU reads it for each sample.
@@ -244,7 +244,7 @@ def test_frequencies_are_the_model_s_own_distribution(temperature, top_p, engine
     assert freedom >= 2 and chi_square < limit, (chi_square, freedom)
 
 
-def test_greedy_answers_are_those_of_transformers(engine, prompts, reference, capsys):
+def test_greedy_answers_equal_those_of_transformers(engine, prompts, reference, capsys):
     """At the first difference both tokens must have nearly equal logits in transformers."""
     import torch
 
@@ -282,7 +282,7 @@ def test_greedy_answers_are_those_of_transformers(engine, prompts, reference, ca
     assert equal >= len(more) - 2
 
 
-def test_the_prompt_is_read_once_for_its_k_samples(engine):
+def test_prompt_is_read_once_for_its_k_samples(engine):
     """Prefix caching works in blocks of 128 tokens on a CPU."""
     from vllm import SamplingParams
 
@@ -295,7 +295,7 @@ def test_the_prompt_is_read_once_for_its_k_samples(engine):
     assert len(prompt["prompt_token_ids"]) > 300 and answer.num_cached_tokens >= 256
 
 
-def test_more_tokens_than_a_step_takes_change_no_sample(engine, sampling, prompts, responses):
+def test_samples_do_not_depend_on_the_step_size(engine, sampling, prompts, responses):
     """vLLM reads such prompts in several parts if its noise allows it.
 
     On a CPU the engine turns this off, because a seeded request would fail.
@@ -317,7 +317,7 @@ def test_more_tokens_than_a_step_takes_change_no_sample(engine, sampling, prompt
     assert alone == [row for row in rows if row["prompt_id"] in ("long0", "long8")]
 
 
-def test_a_prompt_that_does_not_fit_is_one_line(engine, sampling):
+def test_too_long_prompt_is_a_one_line_error(engine, sampling):
     from sppo.core.errors import UserError
 
     message = (
@@ -327,7 +327,7 @@ def test_a_prompt_that_does_not_fit_is_one_line(engine, sampling):
         engine.generate([{"prompt_id": "p", "prompt_token_ids": [5] * 8170}], sampling, 0, "iter1")
 
 
-def test_no_prompts_no_rows(engine, sampling):
+def test_no_prompts_give_no_rows(engine, sampling):
     assert engine.generate([], sampling, 0, "iter1") == []
 
 
@@ -368,7 +368,7 @@ def rows(folder: Path, shards: int) -> list[dict]:
     return sorted(made, key=lambda row: (row["prompt_id"], row["sample_id"]))
 
 
-def test_the_rules_generate_with_vllm_and_shards_change_nothing(tmp_path):
+def test_rules_generate_with_vllm_in_any_number_of_shards(tmp_path):
     for name in ("rules", "src", "config", "data", "envs", "profiles"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "Snakefile", tmp_path)

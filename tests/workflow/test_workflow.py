@@ -101,7 +101,7 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text())
 
 
-def test_killed_resumed_and_finished(clone):
+def test_killed_workflow_is_resumed_and_finished(clone):
     process = subprocess.Popen(
         command(clone, RESULT),
         cwd=clone[0],
@@ -140,7 +140,7 @@ def test_killed_resumed_and_finished(clone):
     assert "Nothing to be done" in snakemake(clone, RESULT)
 
 
-def test_results_are_verified_and_a_rebuilt_record_makes_nothing_again(clone):
+def test_rebuilt_record_causes_no_rerun(clone):
     def verify(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "src/tools/verify_results.py", *words],
@@ -162,7 +162,7 @@ def test_results_are_verified_and_a_rebuilt_record_makes_nothing_again(clone):
     assert "Nothing to be done" in snakemake(clone, RESULT)
 
 
-def test_a_deleted_policy_is_made_again_with_what_follows_and_nothing_before(clone):
+def test_deleted_policy_is_rebuilt_with_its_dependents(clone):
     before = times(clone)
     shutil.rmtree(clone[0] / "results/tiny/iter1/policy")
 
@@ -188,7 +188,7 @@ def test_a_deleted_policy_is_made_again_with_what_follows_and_nothing_before(clo
     assert not kept & again
 
 
-def test_a_run_shares_the_first_iteration(clone):
+def test_run_shares_the_first_iteration(clone):
     before = times(clone)
 
     snakemake(clone, "results/tiny/hard/iter1/alpaca_eval.json")
@@ -208,7 +208,7 @@ def test_a_run_shares_the_first_iteration(clone):
     assert json.loads(log[0])["loss"] == pytest.approx(2 * (eta / 2) ** 2, rel=1e-4)
 
 
-def test_stale_artifacts_are_listed_not_rerun(clone):
+def test_stale_artifacts_are_listed_and_not_rebuilt(clone):
     program = clone[0] / "src/build_pairs.py"
     program.write_text(program.read_text() + "\n# a cosmetic edit\n")
 
@@ -225,7 +225,7 @@ def test_stale_artifacts_are_listed_not_rerun(clone):
     assert "Nothing to be done" in snakemake(clone, "results/tiny/iter2/pairs.parquet")
 
 
-def test_a_run_is_summed_up(clone):
+def test_run_summary_is_written(clone):
     snakemake(clone, "results/tiny/summary.md")
 
     lines = (clone[0] / "results/tiny/summary.md").read_text().splitlines()
@@ -234,7 +234,7 @@ def test_a_run_is_summed_up(clone):
     assert (clone[0] / "results/tiny/figures/win_rate.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_best_of_n_takes_the_ranker_s_choice_of_the_same_samples(clone):
+def test_best_of_n_takes_the_choice_of_the_ranker(clone):
     root = clone[0] / "results/tiny/iter1"
     snakemake(clone, "results/tiny/iter1/best_of_n.png")
 
@@ -251,7 +251,7 @@ def test_best_of_n_takes_the_ranker_s_choice_of_the_same_samples(clone):
     assert read_json(root / "best_of_3/alpaca_eval.json")["policy"] == "tiny/iter1-best-of-3"
 
 
-def test_mt_bench_offline(clone):
+def test_mt_bench_runs_offline(clone):
     snakemake(clone, "results/tiny/iter0/mt_bench.json", "results/tiny/iter1/mt_bench.json")
 
     for t in (0, 1):
@@ -262,7 +262,7 @@ def test_mt_bench_offline(clone):
         assert result["policy"] == f"tiny/iter{t}"
 
 
-def test_all_policies_are_compared_with_each_other(clone):
+def test_all_policies_are_compared_pairwise(clone):
     snakemake(
         clone, "results/tiny/figures/pairwise_judge.png", "results/tiny/figures/pairwise_ranker.png"
     )
@@ -290,7 +290,7 @@ def test_open_llm_tasks_run_offline(clone):
     assert result["shots"]["truthfulqa_mc2"] == 0
 
 
-def test_papers_tables_show_what_was_measured(clone):
+def test_paper_tables_show_the_measured_values(clone):
     snakemake(clone, "paper_tables")
 
     with (clone[0] / "results/tiny/tables/sppo_open_llm.csv").open(newline="") as stream:
@@ -300,7 +300,7 @@ def test_papers_tables_show_what_was_measured(clone):
     assert {row["comparable"] for row in ours} == {"other base model, other items"}
 
 
-def test_the_report_is_one_file_with_figures_tables_and_responses(clone):
+def test_report_is_one_file_with_all_results(clone):
     targets = [
         "results/tiny/summary.md",
         "results/tiny/figures/training.svg",
@@ -332,7 +332,7 @@ def test_the_report_is_one_file_with_figures_tables_and_responses(clone):
         assert name in report
 
 
-def test_another_shard_count_gives_the_same_tokens_and_preferences(clone):
+def test_shard_count_changes_no_token_and_no_preference(clone):
     root = clone[0] / "results/tiny/iter1"
 
     def tables(shards: int):
@@ -363,7 +363,7 @@ def test_another_shard_count_gives_the_same_tokens_and_preferences(clone):
 
 
 @pytest.mark.slow
-def test_runs_with_data_of_their_own_are_trained_and_evaluated(clone):
+def test_runs_with_their_own_data_are_trained(clone):
     """DICE, RA-DPO and SELM of config/config.yaml with small numbers: two iterations."""
     runs = ("dice", "ra_dpo", "selm")
     snakemake(clone, *(f"results/tiny/{run}/iter2/alpaca_eval.json" for run in runs))
