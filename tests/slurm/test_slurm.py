@@ -154,7 +154,8 @@ def until(holds: Callable[[], object], process: subprocess.Popen | None = None):
 def one_error(output: str) -> str:
     """The only error line of the output, which must have no traceback and no submitted job."""
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in output and "sbatch" not in output, output
+    assert "Traceback" not in output, output
+    assert "sbatch" not in output, output
     return line
 
 
@@ -186,8 +187,8 @@ def test_impossible_run_is_a_one_line_error_before_any_job(cluster, clone):
     too_short = said(EDITED | {"your_partition": "short"})
     assert (
         "more than the 30 minutes that partition short allows (train_policy for 1440)" in too_short
-        and PROFILE in too_short
     )
+    assert PROFILE in too_short
     assert not slurm("squeue", "--states=all", "--noheader")
 
 
@@ -207,7 +208,8 @@ def test_shards_run_in_parallel_on_separate_gpus(cluster, clone):
             (first["JobId"], second["JobId"])
         )
         gpus = [start["gpus"] for start in started(clone, program)]
-        assert len(set(gpus)) == 2 and all(re.fullmatch("[0-7]", gpu) for gpu in gpus)
+        assert len(set(gpus)) == 2
+        assert all(re.fullmatch("[0-7]", gpu) for gpu in gpus)
 
 
 def test_killed_and_timed_out_jobs_are_resubmitted(cluster, clone):
@@ -275,7 +277,8 @@ def test_job_starts_one_program_and_training_has_the_node(cluster, clone):
     counted = Counter(start["job"] for start in map(json.loads, lines) if start["job"])
     assert set(counted.values()) == {1}
     trainings = started(clone, "src/train_policy.py")
-    assert len(trainings) == 3 and {start["gpus"] for start in trainings} == {"0,1,2,3,4,5,6,7"}
+    assert len(trainings) == 3
+    assert {start["gpus"] for start in trainings} == {"0,1,2,3,4,5,6,7"}
     assert {start["job"] for start in trainings} == {
         job["JobId"] for job in jobs("train_policy") if job["JobState"] != "CANCELLED"
     }

@@ -123,7 +123,8 @@ def test_results_equal_those_of_the_package(call, tmp_path):
         (wins < 0.5).sum(),
         0,
     )
-    assert result["n_total"] == 30 and result["avg_length"] != result["reference_avg_length"]
+    assert result["n_total"] == 30
+    assert result["avg_length"] != result["reference_avg_length"]
     with (
         alpaca_eval.length_model(30, None) as (formula, file),
         pytest.MonkeyPatch.context() as patch,
@@ -155,7 +156,8 @@ def test_annotations_have_the_package_s_format(call, tmp_path):
             "preference",
         } <= set(row)
         assert (row["generator_1"], row["generator_2"]) == ("base", "policy")
-        assert row["output_1"].startswith("base") and row["output_2"].startswith("policy")
+        assert row["output_1"].startswith("base")
+        assert row["output_2"].startswith("policy")
 
 
 @pytest.mark.parametrize(("policy_wins", "rate"), [(True, 100), (False, 0)])
@@ -175,7 +177,8 @@ def test_equal_outputs_are_draws_without_the_judge(call):
     result = call(
         ours, base, probability=lambda prompt, first, second: 1 / 0 if first == second else 0.9
     )
-    assert result["n_draws"] == 4 and result["n_wins"] == 26
+    assert result["n_draws"] == 4
+    assert result["n_wins"] == 26
     assert result["win_rate"] == pytest.approx((4 * 50 + 26 * 90) / 30)
 
 
@@ -186,10 +189,8 @@ def test_policy_equal_to_its_reference_gets_50(call):
         probability=soft,
         fits=3,
     )
-    assert (
-        result["win_rate"] == result["length_controlled_winrate"] == 50.0
-        and result["n_draws"] == 30
-    )
+    assert result["win_rate"] == result["length_controlled_winrate"] == 50.0
+    assert result["n_draws"] == 30
 
 
 def test_policy_that_loses_everything_gets_0():
@@ -218,7 +219,8 @@ def test_policy_with_empty_or_short_answers_is_flagged(call, capfd, answer):
         probability=lambda prompt, first, second: 1 / (1 + np.exp((len(first) - len(second)) / 80)),
     )
     said = capfd.readouterr().err
-    assert result["win_rate"] < 20 and result["length_controlled_winrate"] > 60
+    assert result["win_rate"] < 20
+    assert result["length_controlled_winrate"] > 60
     assert (
         "so far apart that alpaca-eval's model may have failed"
         in result["length_controlled_warning"]
@@ -248,11 +250,9 @@ def test_normal_evaluation_has_no_warning(call, capfd):
     result = call(
         outputs("policy", seed=1), outputs("base"), "--policy", "policy", probability=soft
     )
-    assert (
-        result["length_controlled_warning"] is None
-        and result["n_empty"] == 0
-        and "warning" not in capfd.readouterr().err
-    )
+    assert result["length_controlled_warning"] is None
+    assert result["n_empty"] == 0
+    assert "warning" not in capfd.readouterr().err
 
 
 def test_outputs_of_another_policy_are_refused(call, tmp_path):
@@ -425,12 +425,11 @@ def test_incomplete_judge_settings_are_one_line_errors(monkeypatch, tmp_path):
         text=True,
         cwd=tmp_path,
     )
-    assert program.returncode == 1 and not list(tmp_path.iterdir())
-    assert (
-        program.stderr.startswith("error: ")
-        and program.stderr.count("\n") == 1
-        and "OPENAI_API_KEY" in program.stderr
-    )
+    assert program.returncode == 1
+    assert not list(tmp_path.iterdir())
+    assert program.stderr.startswith("error: ")
+    assert program.stderr.count("\n") == 1
+    assert "OPENAI_API_KEY" in program.stderr
 
 
 def test_checking_a_judge_imports_no_heavy_package():
@@ -613,7 +612,8 @@ def test_judge_on_an_openai_compatible_server(
         server.url,
         judge="openai",
     )
-    assert result["win_rate"] == pytest.approx(rate) and result["n_total"] == server.judged == 30
+    assert result["win_rate"] == pytest.approx(rate)
+    assert result["n_total"] == server.judged == 30
     assert result["judge_details"] == {
         "model": "tiny-instruct",
         "base_url": server.url,
@@ -638,7 +638,8 @@ def test_gpt4_judge_of_the_package_is_used_by_name(call, serve, monkeypatch, tmp
     result = call(
         outputs("policy", seed=1), outputs("base"), judge="weighted_alpaca_eval_gpt4_turbo"
     )
-    assert result["win_rate"] == pytest.approx(80) and server.judged == 30
+    assert result["win_rate"] == pytest.approx(80)
+    assert server.judged == 30
     assert (
         read_json(tmp_path / "out" / "annotations.json")[0]["annotator"]
         == "weighted_alpaca_eval_gpt4_turbo"
@@ -718,7 +719,8 @@ def test_busy_server_is_asked_again(call, serve, monkeypatch):
         server.url,
         judge="openai",
     )
-    assert result["n_total"] == 6 and server.judged == 6
+    assert result["n_total"] == 6
+    assert server.judged == 6
 
 
 @pytest.mark.parametrize("body", ["not JSON", "{}", '{"choices": null}'])
@@ -750,7 +752,8 @@ def test_unreadable_judge_is_quoted_before_any_judgment(call, serve, monkeypatch
         match=r"judge (tiny|weighted_.*_turbo) cannot be read: .* it answers '\?'; no judgment",
     ) as error:
         call(outputs("policy", 6, 1), outputs("base", 6), *model, judge=judge)
-    assert server.judged == 0 and "\n" not in str(error.value)
+    assert server.judged == 0
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("judge", ["openai", "weighted_alpaca_eval_gpt4_turbo"])
@@ -869,10 +872,8 @@ def test_published_preferences_give_the_published_results(call, tmp_path):
     assert result["length_controlled_winrate"] == pytest.approx(
         published["length_controlled_winrate"], abs=0.5
     )
-    assert (
-        result["length_controlled_model"] == "length_controlled_v1"
-        and result["difficulty"]["official"] is False
-    )
+    assert result["length_controlled_model"] == "length_controlled_v1"
+    assert result["difficulty"]["official"] is False
 
 
 # --- The summary ---
@@ -937,7 +938,8 @@ def summarize(folder, monkeypatch, *more):
 def test_summary_lists_every_iteration(run_folder, monkeypatch, capsys):
     summarize(run_folder, monkeypatch)
     text = (run_folder / "summary.md").read_text()
-    assert capsys.readouterr().out == text and "on 100 instructions, by the embedded judge" in text
+    assert capsys.readouterr().out == text
+    assert "on 100 instructions, by the embedded judge" in text
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in text.splitlines()
@@ -964,7 +966,8 @@ def test_summary_marks_doubtful_rates_and_empty_answers(run_folder, monkeypatch)
     )
     summarize(run_folder, monkeypatch)
     text = (run_folder / "summary.md").read_text()
-    assert "50.0 [51.0, 59.0] (!) |" in text and text.count("(!)") == 2
+    assert "50.0 [51.0, 59.0] (!) |" in text
+    assert text.count("(!)") == 2
     assert text.endswith(
         "\niteration 2: 7 of 100 answers are empty.\n"
         "\niteration 2: (!) do not rely on the LC win rate: it is exactly 50.\n"

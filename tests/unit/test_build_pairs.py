@@ -113,12 +113,14 @@ def test_pair_has_winner_loser_and_estimates(build):
         "z",
         "x",
     )
-    assert first["chosen_token_ids"] == [10, 2] and first["rejected_sample_id"] == 2
+    assert first["chosen_token_ids"] == [10, 2]
+    assert first["rejected_sample_id"] == 2
     sigma = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     assert first["p_hat_chosen"] == pytest.approx((0.5 + sigma(1) + sigma(2)) / 3, abs=1e-12)
     assert first["p_hat_chosen"] + first["p_hat_rejected"] == pytest.approx(1, abs=1e-12)
     assert first["p_chosen_beats_rejected"] == pytest.approx(sigma(2), abs=1e-12)
-    assert record["pairs"] == 2 and sum(record["dropped"].values()) == 0
+    assert record["pairs"] == 2
+    assert sum(record["dropped"].values()) == 0
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,8 @@ def test_cycle_is_a_tie_for_blender_scores(build):
         "--probability",
         "blender",
     )
-    assert [pair["prompt_id"] for pair in pairs] == ["b"] and record["dropped"]["tie"] == 1
+    assert [pair["prompt_id"] for pair in pairs] == ["b"]
+    assert record["dropped"]["tie"] == 1
 
 
 def test_construction_all_pairs_every_two_responses(build):
@@ -175,9 +178,8 @@ def test_construction_all_pairs_every_two_responses(build):
     assert [pair["pair_id"] for pair in pairs] == list(range(5))
     assert record["dropped"] == {"tie": 3, "identical": 1, "empty": 0, "truncated": 0}
     sigma = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
-    assert pairs[2]["p_chosen_beats_rejected"] == pytest.approx(sigma(1)) and pairs[2][
-        "p_hat_chosen"
-    ] == pytest.approx(0.5)
+    assert pairs[2]["p_chosen_beats_rejected"] == pytest.approx(sigma(1))
+    assert pairs[2]["p_hat_chosen"] == pytest.approx(0.5)
 
 
 def test_pairs_closer_than_the_margin_are_dropped(build):
@@ -190,9 +192,8 @@ def test_pairs_closer_than_the_margin_are_dropped(build):
         "--margin",
         str(max(gaps) - 0.01),
     )
-    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("x", "z")] and record[
-        "dropped"
-    ]["margin"] == 2
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("x", "z")]
+    assert record["dropped"]["margin"] == 2
 
 
 def test_gold_is_paired_with_the_first_response(build, tiny_policy, tmp_path):
@@ -214,13 +215,11 @@ def test_gold_is_paired_with_the_first_response(build, tiny_policy, tmp_path):
         for pair in pairs
     ] == [("a", "A good answer. <|im_end|>", "x", -1)]
     ids, tokenizer = pairs[0]["chosen_token_ids"], load_tokenizer(tiny_policy)
-    assert (
-        ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
-    )  # one stop id, whatever the text spells
-    assert (
-        tokenizer.decode(ids[:-1]) == "A good answer. <|im_end|>"
-        and record["dropped"]["no_gold"] == 1
-    )
+    assert ids[-1] == tokenizer.eos_token_id
+    # one stop id, whatever the text spells
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(ids[:-1]) == "A good answer. <|im_end|>"
+    assert record["dropped"]["no_gold"] == 1
 
 
 def test_replayed_pairs_come_after_the_new_ones(build, tmp_path):
@@ -230,11 +229,9 @@ def test_replayed_pairs_come_after_the_new_ones(build, tmp_path):
     pairs, record = build(
         {"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay-share", "0.5"
     )
-    assert (
-        [pair["pair_id"] for pair in pairs] == list(range(5))
-        and pairs[0]["prompt_id"] == "new"
-        and record["replayed"] == 4
-    )
+    assert [pair["pair_id"] for pair in pairs] == list(range(5))
+    assert pairs[0]["prompt_id"] == "new"
+    assert record["replayed"] == 4
     assert len({pair["prompt_id"] for pair in pairs}) == 5
     assert (
         build(
@@ -270,10 +267,8 @@ def test_replay_takes_older_pairs_only_on_request(build, tmp_path, flags, counts
         "1",
         *flags,
     )
-    assert (
-        Counter(pair["prompt_id"][:-1] for pair in pairs) == counts
-        and record["replayed"] == len(pairs) - 2
-    )
+    assert Counter(pair["prompt_id"][:-1] for pair in pairs) == counts
+    assert record["replayed"] == len(pairs) - 2
 
 
 def test_even_lengths_apply_a_length_penalty(build):
@@ -304,18 +299,15 @@ def test_target_rewards_use_each_pair_in_both_orders(build, tiny_policy):
         "z",
         "x",
     )
-    assert (
-        bad["chosen_token_ids"] == plain["rejected_token_ids"]
-        and bad["rejected_sample_id"] == plain["chosen_sample_id"]
-    )
-    assert (
-        bad["p_chosen_beats_rejected"] == pytest.approx(1 - good["p_chosen_beats_rejected"])
-        and good["pair_id"] != bad["pair_id"]
-    )
+    assert bad["chosen_token_ids"] == plain["rejected_token_ids"]
+    assert bad["rejected_sample_id"] == plain["chosen_sample_id"]
+    assert bad["p_chosen_beats_rejected"] == pytest.approx(1 - good["p_chosen_beats_rejected"])
+    assert good["pair_id"] != bad["pair_id"]
     for row in (good, bad):
         text = load_tokenizer(tiny_policy).decode(row["prompt_token_ids"])
         grade = 1 + 9 * (3 * row["p_hat_chosen"] - 0.5) / 2  # P-hat over the two others
-        assert f"quality is {round(grade, 1):g} on" in text and text.count("<|im_start|>user") == 1
+        assert f"quality is {round(grade, 1):g} on" in text
+        assert text.count("<|im_start|>user") == 1
     assert (
         good["p_hat_chosen"]
         == plain["p_hat_chosen"]
@@ -334,9 +326,8 @@ def test_target_rewards_drop_pairs_with_equal_grades(build, tiny_policy):
         "--policy",
         tiny_policy,
     )
-    assert [pair["prompt_id"] for pair in pairs] == ["far", "far"] and record["dropped"][
-        "same_grade"
-    ] == 1
+    assert [pair["prompt_id"] for pair in pairs] == ["far", "far"]
+    assert record["dropped"]["same_grade"] == 1
 
 
 def test_winner_of_a_pair_may_have_the_lower_p_hat(build):
@@ -347,7 +338,8 @@ def test_winner_of_a_pair_may_have_the_lower_p_hat(build):
         ("y", "x"),
         ("x", "z"),
         ("z", "y"),
-    ] and "margin" not in record["dropped"]
+    ]
+    assert "margin" not in record["dropped"]
     assert pairs[0]["p_hat_chosen"] < 0.5 < pairs[0]["p_hat_rejected"]
 
 

@@ -77,7 +77,8 @@ def test_defaults_alone_resolve_to_themselves():
 
 @pytest.mark.parametrize(("name", "rule"), list(leaves()))
 def test_key_is_described_typed_and_has_a_valid_default(name, rule):
-    assert rule["description"].strip() and rule["type"], name
+    assert rule["description"].strip(), name
+    assert rule["type"], name
     assert ("default" in rule) != ("x-settings" in rule), (
         f"{name} needs a default or x-settings, and only one"
     )
@@ -103,8 +104,10 @@ def test_numbers_and_booleans_may_be_text():
             "alpaca_eval": {"limit": "null"},
         }
     )[""]
-    assert run["train"]["learning_rate"] == 1e-6 and run["train"]["gradient_checkpointing"] is True
-    assert run["responses"]["shards"] == 2 and run["alpaca_eval"]["limit"] is None
+    assert run["train"]["learning_rate"] == 1e-6
+    assert run["train"]["gradient_checkpointing"] is True
+    assert run["responses"]["shards"] == 2
+    assert run["alpaca_eval"]["limit"] is None
 
 
 @pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: file.stem)
@@ -147,7 +150,8 @@ def test_explicit_key_overrides_settings_for_that_key_only():
         resolve({"settings": "repo"})[""],
         resolve({"settings": "repo", "responses": {"top_p": 0.5}})[""],
     )
-    assert one["responses"].pop("top_p") == 0.5 and base["responses"].pop("top_p") == 0.9
+    assert one["responses"].pop("top_p") == 0.5
+    assert base["responses"].pop("top_p") == 0.9
     assert one == base
 
 
@@ -163,7 +167,8 @@ def test_explicit_key_overrides_settings_for_that_key_only():
 )
 def test_processes_and_micro_batches_multiply_to_the_batch(train, cut):
     assert micro_batches(train) == cut
-    assert train["processes"] * cut[0] * cut[1] == train["batch_size"] and resolve({"train": train})
+    assert train["processes"] * cut[0] * cut[1] == train["batch_size"]
+    assert resolve({"train": train})
 
 
 def test_run_uses_its_keys_then_main_then_its_settings():
@@ -174,7 +179,8 @@ def test_run_uses_its_keys_then_main_then_its_settings():
             "runs": {"k2": {"responses": {"samples": 2}, "settings": "repo"}},
         }
     )
-    assert runs["k2"]["responses"]["samples"] == 2 and runs[""]["responses"]["samples"] == 3
+    assert runs["k2"]["responses"]["samples"] == 2
+    assert runs[""]["responses"]["samples"] == 3
     assert runs["k2"]["train"]["beta"] == 0.5
     assert (runs[""]["responses"]["temperature"], runs["k2"]["responses"]["temperature"]) == (
         1.0,
@@ -203,7 +209,8 @@ def test_null_restores_the_default():
             run["train"]["learning_rate"],
             run["iterations"],
         ) == (epochs, 5e-7, 3)
-        assert run["train"]["reference_every"] is None and run["prompts"]["per_iteration"] is None
+        assert run["train"]["reference_every"] is None
+        assert run["prompts"]["per_iteration"] is None
 
 
 def test_null_in_a_run_restores_the_default():
@@ -229,9 +236,8 @@ def test_run_may_share_only_the_first_iteration():
             }
         }
     )
-    assert (
-        runs["hard"]["first_iteration_from"] == "main" and runs[""]["first_iteration_from"] is None
-    )
+    assert runs["hard"]["first_iteration_from"] == "main"
+    assert runs[""]["first_iteration_from"] is None
 
 
 BAD = {
@@ -597,7 +603,8 @@ ADDRESSES = [
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_invalid_server_address_is_refused(address, section):
     line = refusal({section: {"judge": "openai", "judge_model": "m", "judge_base_url": address}})
-    assert f"{section}.judge_base_url" in line and "http://localhost:8000/v1" in line
+    assert f"{section}.judge_base_url" in line
+    assert "http://localhost:8000/v1" in line
 
 
 @pytest.mark.parametrize(
@@ -621,12 +628,10 @@ def test_valid_server_address_is_accepted(address):
 )
 def test_password_in_an_address_is_refused_and_hidden(address):
     line = refusal({"runs": {"a": {"alpaca_eval": {"judge_base_url": address}}}})
-    assert (
-        "runs.a" in line
-        and "alpaca_eval.judge_base_url" in line
-        and "OPENAI_API_KEY" in line
-        and "secret" not in line
-    )
+    assert "runs.a" in line
+    assert "alpaca_eval.judge_base_url" in line
+    assert "OPENAI_API_KEY" in line
+    assert "secret" not in line
 
 
 def test_numbers_in_a_list_may_be_text():
@@ -734,7 +739,8 @@ IDLE = {
 @pytest.mark.parametrize(("written", "line"), IDLE.values(), ids=IDLE)
 def test_key_without_effect_is_reported_in_one_line(written, line):
     found = all_lines(written)
-    assert len(found) == 1 and f"config: {line}" in found[0], found
+    assert len(found) == 1, found
+    assert f"config: {line}" in found[0], found
 
 
 def test_key_with_an_effect_is_not_reported():
@@ -794,7 +800,8 @@ def test_float_for_an_integer_is_refused_or_converted(written):
     except UserError as error:
         assert "3.0" in str(error) or "5.0" in str(error)
     else:
-        assert type(run["iterations"]) is int and type(run["responses"]["samples"]) is int
+        assert type(run["iterations"]) is int
+        assert type(run["responses"]["samples"]) is int
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -913,7 +920,8 @@ def test_renamed_value_is_a_one_line_error_with_the_new_name():
 
 def test_invalid_run_fails_only_when_it_is_requested():
     runs = resolve({"runs": {"good": {}, "bad": {"train": {"betta": 1}}}})
-    assert isinstance(runs, Runs) and list(runs) == ["", "good", "bad"]
+    assert isinstance(runs, Runs)
+    assert list(runs) == ["", "good", "bad"]
     assert list(runs.usable()) == ["", "good"]
     with pytest.raises(UserError, match="runs.bad.train.betta"):
         runs["bad"]

@@ -25,7 +25,8 @@ def test_links_point_to_existing_files_and_headings(document):
     for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
         path, _, anchor = link.partition("#")
         target = (document.parent / path).resolve() if path else document
-        assert target.exists() and target.is_relative_to(ROOT), link
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
         assert not anchor or anchor in headings(target), link
 
 

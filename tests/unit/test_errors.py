@@ -55,7 +55,8 @@ def test_help_shows_the_docstring(file, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     docstring = file.read_text(encoding="utf-8").split('"""')[1]
-    assert docstring.strip().splitlines()[0] in done.stdout and "usage:" in done.stdout
+    assert docstring.strip().splitlines()[0] in done.stdout
+    assert "usage:" in done.stdout
 
 
 # --- what becomes of an exception ---
@@ -84,7 +85,8 @@ def test_control_characters_in_an_error_are_escaped(capsys):
 )
 def test_full_disk_is_a_one_line_error(error, capsys):
     line = line_of(capsys, raising(error))
-    assert "no space left" in line and "MiB free" in line
+    assert "no space left" in line
+    assert "MiB free" in line
     assert isinstance(error, RuntimeError) or "/tmp/x.parquet" in line
 
 
@@ -128,7 +130,8 @@ LINES = {
 @pytest.mark.parametrize(("error", "words"), LINES.values(), ids=LINES)
 def test_system_error_is_one_line(error, words, capsys):
     line = line_of(capsys, raising(error))
-    assert all(word in line for word in words) and len(line) < 400, line
+    assert all(word in line for word in words), line
+    assert len(line) < 400, line
 
 
 def test_file_size_limit_leaves_no_partial_file(tmp_path):
@@ -143,12 +146,10 @@ def test_file_size_limit_leaves_no_partial_file(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: ")
-        and "ulimit -f" in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "ulimit -f" in done.stderr
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,9 +191,8 @@ def test_full_disk_keeps_the_old_file(write, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Path, "write_text", full)
     line = line_of(capsys, lambda: write(tmp_path / "artifact"))
     assert str(tmp_path) in line
-    assert [path.name for path in tmp_path.iterdir()] == ["artifact"] and (
-        tmp_path / "artifact"
-    ).read_bytes() == old
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
+    assert (tmp_path / "artifact").read_bytes() == old
 
 
 def test_full_disk_leaves_no_artifact_and_no_record(tmp_path, monkeypatch, capsys, program):
@@ -337,8 +337,10 @@ def test_broken_model_folder_is_a_one_line_error(
     line = line_of(
         capsys, lambda: program(prepare_policy, "--model", folder, "--output", tmp_path / "policy")
     )
-    assert words in line and str(folder) in line, line
-    assert not (tmp_path / "policy").exists() and not record_path(tmp_path / "policy").exists()
+    assert words in line, line
+    assert str(folder) in line, line
+    assert not (tmp_path / "policy").exists()
+    assert not record_path(tmp_path / "policy").exists()
 
 
 def test_missing_model_is_a_one_line_error(tmp_path, capsys, program):
@@ -385,7 +387,8 @@ def test_dangling_link_to_weights_is_a_one_line_error(tiny_policy, tmp_path, cap
         ),
     )
     assert f"{folder}/model.safetensors is a link to {tmp_path}/emptied/model.safetensors" in line
-    assert "which does not exist" in line and not (tmp_path / "out.parquet").exists()
+    assert "which does not exist" in line
+    assert not (tmp_path / "out.parquet").exists()
 
 
 def test_full_disk_while_saving_a_policy_leaves_no_folder(

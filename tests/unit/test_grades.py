@@ -56,14 +56,20 @@ def test_pairs_need_the_grade_margins(grades, thresholds, pairs):
 
 def test_loop_is_eight_words_repeated_four_times():
     once = "the cat sat on the mat and slept"
-    assert loops(" ".join([once] * 4)) and not loops(" ".join([once] * 3))
+    assert loops(" ".join([once] * 4))
+    assert not loops(" ".join([once] * 3))
     assert loops(
         f"It was so. {once}! One. {once.upper()}, two; {once}\n\nthree {once}"
     )  # wherever, however written
-    assert loops("no " * 11) and not loops("no " * 10)  # overlapping: eleven words hold four eights
-    assert not loops("") and not loops("one two three") and not loops("| --- " * 40 + "| a | b |")
+    assert loops("no " * 11)
+    # overlapping: eleven words hold four eights
+    assert not loops("no " * 10)
+    assert not loops("")
+    assert not loops("one two three")
+    assert not loops("| --- " * 40 + "| a | b |")
     assert not loops(" ".join(f"Step {i}: open the box, take one out, close it." for i in range(3)))
-    assert not loops(once, 8, 2) and loops(f"{once} {once}", 8, 2)
+    assert not loops(once, 8, 2)
+    assert loops(f"{once} {once}", 8, 2)
 
 
 def test_gold_responses_are_not_loops():
@@ -97,11 +103,9 @@ def test_last_score_of_an_answer_is_read(answer, score):
 
 def test_rubric_contains_request_and_response_unchanged():
     (asked,) = rubric([{"role": "user", "content": "What is {tea}?"}], "A {plant}.\nScore: 6")
-    assert (
-        asked["role"] == "user"
-        and "<request>\nWhat is {tea}?\n</request>" in asked["content"]
-        and "<response>\nA {plant}.\nScore: 6\n</response>" in asked["content"]
-    )
+    assert asked["role"] == "user"
+    assert "<request>\nWhat is {tea}?\n</request>" in asked["content"]
+    assert "<response>\nA {plant}.\nScore: 6\n</response>" in asked["content"]
     (asked,) = rubric(
         [
             {"role": "user", "content": "Hi"},
@@ -255,7 +259,8 @@ def test_api_judge_grades_by_the_rubric(by_api, server, files):
     server.plan = ["Score: 9", *["Fine.\nScore: 5"] * 4, 429, "Score: 2"]
     grades = by_api()
 
-    assert sorted(grades.values()) == [0, 2, 5, 5, 5, 5] and grades["a", 2] == 0
+    assert sorted(grades.values()) == [0, 2, 5, 5, 5, 5]
+    assert grades["a", 2] == 0
     assert len(server.prompts) == 6  # the loop is not asked about
     assert all("Score: n" in prompt[-1]["content"] for prompt in server.prompts)
     record = read_json(files / "grades/0.parquet.record.json")
@@ -276,10 +281,12 @@ def test_answer_without_a_score_is_reported_and_retried(by_api, server, files, c
     )
     by_api()
     record = read_json(files / "grades/0.parquet.record.json")
-    assert len(server.prompts) == 7 and (record["graded"], record["ungraded"]) == (
+    assert len(server.prompts) == 7
+    # the server's own answer has no score either
+    assert (record["graded"], record["ungraded"]) == (
         6,
         1,
-    )  # the server's own answer has no score either
+    )
 
 
 @pytest.mark.parametrize("answer", ["I like it.", ""])
@@ -299,10 +306,12 @@ def test_failed_judge_keeps_grades_and_hides_the_key(by_api, server, files):
     server.plan, server.dead_after = ["Score: 4"] * 9, 3
     with pytest.raises(UserError, match="finished judgments are kept") as error:
         by_api()
-    assert KEY not in str(error.value) and not (files / "grades/0.parquet").exists()
+    assert KEY not in str(error.value)
+    assert not (files / "grades/0.parquet").exists()
     server.plan, server.dead_after = ["Score: 4"] * 9, None
 
-    assert sorted(by_api().values()) == [0, *[4] * 6] and len(server.prompts) == 6
+    assert sorted(by_api().values()) == [0, *[4] * 6]
+    assert len(server.prompts) == 6
     by_api()
     assert len(server.prompts) == 6
 
@@ -368,16 +377,15 @@ def test_graded_pairs_have_grades_instead_of_p_hat(build, files):
         "No idea.",
         [1],
     )
-    assert pairs[0]["chosen_token_ids"][-1] == 2 and pairs[0]["rejected_token_ids"] == [11, 2]
+    assert pairs[0]["chosen_token_ids"][-1] == 2
+    assert pairs[0]["rejected_token_ids"] == [11, 2]
     assert (
         pairs[2]["p_hat_chosen"],
         pairs[2]["p_hat_rejected"],
         pairs[2]["p_chosen_beats_rejected"],
     ) == (5 / 6, 0.5, 1)
-    assert (
-        record["dropped"] == {"tie": 0, "identical": 0, "empty": 0, "truncated": 0, "no_pair": 1}
-        and str(files / "grades.parquet") in record["inputs"]
-    )
+    assert record["dropped"] == {"tie": 0, "identical": 0, "empty": 0, "truncated": 0, "no_pair": 1}
+    assert str(files / "grades.parquet") in record["inputs"]
     assert (
         len(build({("b", 0): 4, ("b", 1): 3}, "--winner-grade", 4, "--own-grade-margin", 0.5)[0])
         == 1
@@ -391,11 +399,9 @@ def test_graded_pairs_are_replayed(build, files):
     pairs, record = build(
         {("b", 0): 6, ("b", 1): 3}, "--previous", files / "before.parquet", "--replay-share", 0.3
     )
-    assert (
-        record["replayed"] == 1
-        and pairs[0]["prompt_id"] == "b"
-        and pairs[1]["chosen"] in {pair["chosen"] for pair in first}
-    )
+    assert record["replayed"] == 1
+    assert pairs[0]["prompt_id"] == "b"
+    assert pairs[1]["chosen"] in {pair["chosen"] for pair in first}
 
 
 def test_grades_that_do_not_match_responses_are_errors(build, program, files):

@@ -188,11 +188,11 @@ def test_every_turn_is_graded_with_the_prompts_of_fastchat(grade, server, tmp_pa
     result = grade()
 
     assert (result["average"], result["first_turn"], result["second_turn"]) == (7, 7, 7)
-    assert (result["n"], result["failures"], result["questions"]) == (64, 0, 32) and result[
-        "standard_error"
-    ] == 0
+    assert (result["n"], result["failures"], result["questions"]) == (64, 0, 32)
+    assert result["standard_error"] == 0
     assert set(result["by_category"]) == set(mt_bench.TEMPERATURES)
-    assert not result["comparable_with_published"] and not result["official_questions"]
+    assert not result["comparable_with_published"]
+    assert not result["official_questions"]
     guided = [m for m in server.prompts if "correct answer" in m[-1]["content"].lower()]
     assert len(guided) == 24  # math, reasoning and coding: 12 questions, 2 turns
     rows = [json.loads(line) for line in (tmp_path / "judgments.jsonl").read_text().splitlines()]
@@ -205,7 +205,8 @@ def test_every_turn_is_graded_with_the_prompts_of_fastchat(grade, server, tmp_pa
 def test_busy_and_failing_servers_are_asked_again(grade, server):
     server.plan = [429, 500, 503, 429]
 
-    assert grade()["n"] == 64 and len(server.prompts) == 64
+    assert grade()["n"] == 64
+    assert len(server.prompts) == 64
 
 
 def test_request_that_times_out_is_sent_again(grade, server, monkeypatch):
@@ -222,7 +223,8 @@ def test_invalid_completion_is_an_error(grade, server, tmp_path):
         server.plan = [body]
         with pytest.raises(UserError, match="finished judgments are kept"):
             grade()
-    assert grade()["n"] == 64 and len(server.prompts) <= 64 + 3
+    assert grade()["n"] == 64
+    assert len(server.prompts) <= 64 + 3
 
 
 def completion(content):
@@ -259,9 +261,9 @@ def test_answers_without_a_grade_are_left_out_and_retried(grade, server, capfd):
         re.M,
     )
     result = grade()
-    assert (result["n"], result["failures"]) == (64, 0) and len(
-        server.prompts
-    ) == 64 + 2  # the judge was repaired
+    assert (result["n"], result["failures"]) == (64, 0)
+    # the judge was repaired
+    assert len(server.prompts) == 64 + 2
     assert "warning" not in capfd.readouterr().err
 
 
@@ -281,12 +283,11 @@ def test_judge_without_any_grade_is_quoted_in_the_error(grade, server, tmp_path,
         f"such as {quote}; at most 20% may have none",
     ) as error:
         grade()
-    assert (
-        "\n" not in str(error.value)
-        and not (tmp_path / "mt_bench.json").exists()
-        and not (tmp_path / "judgments.jsonl").exists()
-    )
-    assert grade()["n"] == 64 and len(server.prompts) == 128
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "mt_bench.json").exists()
+    assert not (tmp_path / "judgments.jsonl").exists()
+    assert grade()["n"] == 64
+    assert len(server.prompts) == 128
 
 
 def test_more_than_a_fifth_without_a_grade_is_an_error(grade, server):
@@ -295,7 +296,8 @@ def test_more_than_a_fifth_without_a_grade_is_an_error(grade, server):
         UserError, match="13 of 64 answers .*, such as '\\?'.* the other judgments are kept"
     ):
         grade()
-    assert grade()["n"] == 64 and len(server.prompts) == 64 + 13
+    assert grade()["n"] == 64
+    assert len(server.prompts) == 64 + 13
 
 
 def test_cached_answers_without_a_grade_are_requested_again(grade, server, tmp_path):
@@ -303,7 +305,8 @@ def test_cached_answers_without_a_grade_are_requested_again(grade, server, tmp_p
     cache = tmp_path / ".judgments/mt_bench.jsonl"
     keys = [json.loads(line)[0] for line in cache.read_text().splitlines()]
     cache.write_text("".join(json.dumps([key, ""]) + "\n" for key in keys))
-    assert grade()["n"] == 64 and len(server.prompts) == 128
+    assert grade()["n"] == 64
+    assert len(server.prompts) == 128
 
 
 def test_answers_of_another_policy_are_refused(program, answers, tmp_path):
@@ -363,7 +366,8 @@ def test_unicode_line_separators_do_not_end_a_line(tmp_path):
 def test_request_adapts_to_the_server_s_parameters(grade, server, refused, taken):
     server.refused = refused
 
-    assert grade()["n"] == 64 and server.requests == [taken] * 64
+    assert grade()["n"] == 64
+    assert server.requests == [taken] * 64
 
 
 def test_other_refusals_do_not_change_the_request(grade, server):
@@ -377,7 +381,8 @@ def test_failed_judge_keeps_judgments_and_hides_the_key(grade, server, tmp_path)
     server.dead_after = 20
     with pytest.raises(UserError, match="finished judgments are kept") as error:
         grade()
-    assert KEY not in str(error.value) and not (tmp_path / "mt_bench.json").exists()
+    assert KEY not in str(error.value)
+    assert not (tmp_path / "mt_bench.json").exists()
     server.dead_after = None
 
     assert grade()["n"] == 64
@@ -505,10 +510,8 @@ def test_answers_have_two_turns_and_are_reproducible(program, tiny_policy, tmp_p
 
     assert texts[0] == texts[1]
     found = mt_bench.read_answers(tmp_path / "a.jsonl", mt_bench.read_questions(data))
-    assert (
-        all(len(row["choices"][0]["turns"]) == 2 for row in found.values())
-        and read_json(tmp_path / "a.jsonl.record.json")["responses"] == 6
-    )
+    assert all(len(row["choices"][0]["turns"]) == 2 for row in found.values())
+    assert read_json(tmp_path / "a.jsonl.record.json")["responses"] == 6
     with pytest.raises(UserError, match="mt_bench.max_new_tokens = 500"):
         program(
             answer_mt_bench,
@@ -661,6 +664,5 @@ def test_official_fastchat_data_is_fetched_completely(program, tmp_path):
         (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(SHARED / name, tmp_path / "source" / path)
     program(fetch_mt_bench, "--source", f"file://{tmp_path}/source/", "--output", tmp_path / "data")
-    assert len(mt_bench.read_questions(tmp_path / "data")) == 80 and all(
-        mt_bench.is_official(tmp_path / "data", name) for name in mt_bench.OFFICIAL
-    )
+    assert len(mt_bench.read_questions(tmp_path / "data")) == 80
+    assert all(mt_bench.is_official(tmp_path / "data", name) for name in mt_bench.OFFICIAL)

@@ -191,11 +191,10 @@ def by_hand(
 def test_logits_equal_those_of_each_single_pair(pairrm, folders, k):
     prompt, candidates = GROUPS[k]
     logits = pairrm.pair_logits(prompt, candidates)
-    assert (
-        logits.dtype == np.float64
-        and np.abs(logits).max() > 0.1
-        and np.abs(logits + logits.T).max() > 1e-3
-    )  # no skew symmetry is assumed
+    assert logits.dtype == np.float64
+    assert np.abs(logits).max() > 0.1
+    # no skew symmetry is assumed
+    assert np.abs(logits + logits.T).max() > 1e-3
     np.testing.assert_allclose(
         logits, by_hand(folders["llm-blender"], prompt, candidates, 40, 16), atol=2e-5
     )
@@ -209,7 +208,8 @@ def test_both_layouts_give_the_same_logits(folders):
 
 def test_token_limits_come_from_the_checkpoint(folders):
     one, other = (PairRM(folders[layout]) for layout in folders)
-    assert (one.max_source, one.max_candidate) == (40, 16) and (
+    assert (one.max_source, one.max_candidate) == (40, 16)
+    assert (
         other.max_source,
         other.max_candidate,
     ) == (1224, 412)
@@ -236,9 +236,8 @@ def test_logits_do_not_depend_on_batching(folders, pairrm, batch_tokens):
 def test_batches_cover_each_pair_within_the_budget():
     lengths = [7, 30, 30, 64, 9, 31, 8, 200, 12, 5]
     made = batches(lengths, 64)
-    assert (
-        sorted(at for batch in made for at in batch) == list(range(len(lengths))) and len(made) == 5
-    )
+    assert sorted(at for batch in made for at in batch) == list(range(len(lengths)))
+    assert len(made) == 5
     sizes = [len(batch) * max(lengths[at] for at in batch) for batch in made]
     assert [size for size in sizes if size > 64] == [200]
     assert sum(sizes) < 1.35 * sum(lengths)  # like lengths come together, so that little is padding
@@ -247,12 +246,13 @@ def test_batches_cover_each_pair_within_the_budget():
 def test_identical_answers_tie_exactly(pairrm):
     logits = pairrm.pair_logits("Hi", ["same", "other", "same", LONG + "a", LONG + "b"])
     relative = logits - logits.T
-    assert (
-        relative[0, 2] == 0 == relative[3, 4] and logits[0, 2] != 0
-    )  # an answer against itself still shows the order
+    assert relative[0, 2] == 0 == relative[3, 4]
+    # an answer against itself still shows the order
+    assert logits[0, 2] != 0
     np.testing.assert_array_equal(logits[0, [1, 3, 4]], logits[2, [1, 3, 4]])
     np.testing.assert_array_equal(pairrm.pair_logits("Hi", ["one"]), [[0.0]])
-    assert pairrm.pair_logits("Hi", []).shape == (0, 0) and pairrm.all_pair_logits([]) == []
+    assert pairrm.pair_logits("Hi", []).shape == (0, 0)
+    assert pairrm.all_pair_logits([]) == []
 
 
 def test_mark_tokens_in_a_text_become_spaces(pairrm):
@@ -262,11 +262,9 @@ def test_mark_tokens_in_a_text_become_spaces(pairrm):
 
 def test_bfloat16_changes_only_rounding(folders, pairrm):
     half = PairRM(folders["llm-blender"], precision="bfloat16")
-    assert (
-        half.dtype == torch.bfloat16
-        and half.model.head_layer[1].weight.dtype == torch.float32
-        and pairrm.dtype == torch.float32
-    )
+    assert half.dtype == torch.bfloat16
+    assert half.model.head_layer[1].weight.dtype == torch.float32
+    assert pairrm.dtype == torch.float32
     exact, rounded = (win_probabilities(model.pair_logits(*GROUPS[1])) for model in (pairrm, half))
     assert 0 < np.abs(exact - rounded).max() < 0.1
 
@@ -276,10 +274,11 @@ def test_bfloat16_changes_only_rounding(folders, pairrm):
 
 def test_answers_use_the_tokens_that_a_short_prompt_leaves(pairrm):
     short, long = pairrm.read([("Hi", [LONG, "no"])])[0], pairrm.read([(LONG, [LONG, "no"])])[0]
-    assert len(long.source) == 40 and len(long.answers[0]) == 16
-    assert (
-        len(short.source) == 6 and len(short.answers[0]) == 16 + (40 - 6) // 2
-    )  # [CLS] mark, a word boundary, H i [SEP]
+    assert len(long.source) == 40
+    assert len(long.answers[0]) == 16
+    assert len(short.source) == 6
+    # [CLS] mark, a word boundary, H i [SEP]
+    assert len(short.answers[0]) == 16 + (40 - 6) // 2
     assert all(
         ids[0] == 1 and ids[-1] == 2
         for read in (short, long)
@@ -361,7 +360,8 @@ def test_unknown_layout_is_refused_before_any_work(folders, tmp_path, how, said)
     broken(tmp_path / "model", how)
     with pytest.raises(UserError, match=said) as caught:
         check_inputs("", resolve({"preference": {"model": str(tmp_path / "model")}})[""])
-    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -427,11 +427,9 @@ def test_model_is_installed_with_its_record_or_not_at_all(folders, tmp_path, pro
         tmp_path / "preference_model",
     )
     record = read_json(record_path(tmp_path / "preference_model"))
-    assert (
-        record["layout"] == "hf"
-        and record["commit"] is None
-        and is_pairrm(tmp_path / "preference_model")
-    )
+    assert record["layout"] == "hf"
+    assert record["commit"] is None
+    assert is_pairrm(tmp_path / "preference_model")
     with pytest.raises(UserError, match="does not read the layout"):
         program(
             prepare_preference_model,
@@ -537,16 +535,14 @@ def test_stages_that_compare_use_the_configured_pairrm(folders, tmp_path):
         f"policy: {{model: {folders['hf']}}}\npreference: {{model: {folders['hf']}, batch_tokens: 512}}\n"
         "runs:\n  k2: {responses: {samples: 2}}\n",
     )
-    assert (
-        "prepare_preference_model.py --model" in said
-        and said.count("Putting PairRM into results/iter0/preference_model") == 1
-    )
+    assert "prepare_preference_model.py --model" in said
+    assert said.count("Putting PairRM into results/iter0/preference_model") == 1
     for program in ("annotate_preferences", "pick_best_of_n", "evaluate_alpaca_eval"):
         lines = [line for line in said.splitlines() if f"/{program}.py" in line]
         assert any("results/iter0/preference_model" in line for line in lines), program
-    assert (
-        "--batch-tokens 512" in said and "data/ranker" not in said and "--model ranker" not in said
-    )
+    assert "--batch-tokens 512" in said
+    assert "data/ranker" not in said
+    assert "--model ranker" not in said
 
 
 def test_llm_blender_without_conda_is_a_one_line_error(folders, tmp_path):
@@ -604,7 +600,8 @@ def test_workflow_trains_on_the_pairs_that_pairrm_prefers(
     }
     model = PairRM(folders["hf"])
     pairs = read_table(root / "iter1/pairs.parquet", "pairs")
-    assert pairs and read_json(record_path(root / "iter1/policy"))["pairs"] == len(pairs)
+    assert pairs
+    assert read_json(record_path(root / "iter1/policy"))["pairs"] == len(pairs)
     for pair in pairs:
         mine = texts[pair["prompt_id"]]
         estimates = win_probabilities(

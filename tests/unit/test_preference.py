@@ -103,7 +103,8 @@ def test_p_plus_its_transpose_is_exactly_one(probability, scale):
         assert (np.diag(p) == 0.5).all()
         assert p_hat(p).mean() == pytest.approx(0.5, abs=1e-15)
         # The comparison with itself keeps P-hat off 0 and 1.
-        assert (p_hat(p) >= 0.5 / len(p)).all() and (p_hat(p) <= 1 - 0.5 / len(p)).all()
+        assert (p_hat(p) >= 0.5 / len(p)).all()
+        assert (p_hat(p) <= 1 - 0.5 / len(p)).all()
 
 
 def test_mean_logits_hide_a_cycle_that_pairs_show():
@@ -116,7 +117,9 @@ def test_mean_logits_hide_a_cycle_that_pairs_show():
 def test_uneven_cycle_has_a_winner():
     logits = np.array([[0.0, 3.0, -1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     p = win_probabilities(logits, "pairwise", 1.0)
-    assert p[0, 1] > 0.5 and p[1, 2] > 0.5 and p[2, 0] > 0.5
+    assert p[0, 1] > 0.5
+    assert p[1, 2] > 0.5
+    assert p[2, 0] > 0.5
     assert winner_and_loser(mean_logits(logits)) == (0, 1)
 
 
@@ -199,7 +202,8 @@ def test_length_penalty_is_as_good_as_a_fine_grid(seed):
         return abs(float(np.mean([winner - loser for winner, loser in ends])))
 
     alpha = even_length_penalty(scores, lengths)
-    assert alpha > 0 and difference(alpha) <= min(map(difference, np.linspace(0, 0.1, 2001))) + 1e-9
+    assert alpha > 0
+    assert difference(alpha) <= min(map(difference, np.linspace(0, 0.1, 2001))) + 1e-9
 
 
 def test_length_penalty_is_zero_if_winners_are_not_longer():

@@ -66,7 +66,9 @@ def test_asymmetric_probabilities_are_averaged_with_a_warning(model, capsys):
     (logits,) = model(text).all_pair_logits(GROUPS[1:])
     assert win_probabilities(logits)[0, 1] == pytest.approx(0.7)
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert line.startswith("warning: ") and "1 of 1 prompts" in line and "by up to 0.2" in line
+    assert line.startswith("warning: ")
+    assert "1 of 1 prompts" in line
+    assert "by up to 0.2" in line
     assert "warning" not in capsys.readouterr().err
 
 

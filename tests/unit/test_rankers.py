@@ -111,7 +111,8 @@ def ranker(adapter_dir, base_dir):
 
 def test_logits_are_skew_symmetric(ranker):
     L = ranker.pair_logits("Say something.", ANSWERS)
-    assert L.shape == (5, 5) and L.dtype == np.float64
+    assert L.shape == (5, 5)
+    assert L.dtype == np.float64
     np.testing.assert_array_equal(L, -L.T)
     assert (
         np.abs(L[np.triu_indices(5, 1)]).min() > 0
@@ -133,7 +134,9 @@ def test_skew_logits_equal_equation_3_of_gpm():
     )
     angles = torch.arange(3) * 2 * torch.pi / 3  # rock, paper, scissors: what no reward can express
     cycle = skew_logits(torch.stack([angles.cos(), angles.sin()], 1))
-    assert (cycle[1, 0] > 0) and (cycle[2, 1] > 0) and (cycle[0, 2] > 0)
+    assert cycle[1, 0] > 0
+    assert cycle[2, 1] > 0
+    assert cycle[0, 2] > 0
 
 
 def test_logits_do_not_depend_on_other_candidates(ranker):
@@ -235,7 +238,8 @@ def test_long_texts_keep_their_start_and_end(ranker):
     assert (
         kept == "a" * 19 + " [...] " + "z" * 6
     )  # 25 tokens of room beside the mark's 7, 6 for the tail
-    assert ids[0] == ranker.model.text.plain("a")[0] and ids[-2] == ranker.model.text.plain("z")[0]
+    assert ids[0] == ranker.model.text.plain("a")[0]
+    assert ids[-2] == ranker.model.text.plain("z")[0]
 
 
 def test_unusable_folder_is_a_one_line_error(adapter_dir, base_dir, tmp_path):
@@ -314,12 +318,12 @@ def test_shipped_training_instructions_are_disjoint():
     for name in ("ranker", "judge"):
         file = ROOT / "data" / name / "training_instructions.txt"
         listed[name] = set(file.read_text().split())
-        assert all(len(line) == 64 for line in listed[name]) and len(listed[name]) > 250
+        assert all(len(line) == 64 for line in listed[name])
+        assert len(listed[name]) > 250
         assert (ROOT / "data" / name / "adapter.safetensors").stat().st_size <= 5_000_000
         shares = [int(line[:8], 16) / 2**32 for line in listed[name]]
-        assert min(shares) >= (0 if name == "ranker" else 0.4) and max(shares) < (
-            0.4 if name == "ranker" else 0.8
-        )
+        assert min(shares) >= (0 if name == "ranker" else 0.4)
+        assert max(shares) < (0.4 if name == "ranker" else 0.8)
     assert not listed["ranker"] & listed["judge"]
 
 
@@ -384,11 +388,15 @@ def test_corruptions_change_the_text_as_named():
     made = {
         kind: corrupt(text, random.Random(1)) for kind, corrupt in embedded_data.CORRUPTIONS.items()
     }
-    assert text.startswith(made["cut"]) and 0 < len(made["cut"]) < 0.7 * len(text)
-    assert sorted(made["shuffled"].split()) == sorted(text.split()) and made["shuffled"] != text
-    assert made["shuffled_sentences"] != text and len(made["shuffled_sentences"]) == len(text)
+    assert text.startswith(made["cut"])
+    assert 0 < len(made["cut"]) < 0.7 * len(text)
+    assert sorted(made["shuffled"].split()) == sorted(text.split())
+    assert made["shuffled"] != text
+    assert made["shuffled_sentences"] != text
+    assert len(made["shuffled_sentences"]) == len(text)
     opening = " ".join(made["repeated"].split()[:8])
-    assert made["repeated"].count(opening) >= 3 and text.startswith(opening)
+    assert made["repeated"].count(opening) >= 3
+    assert text.startswith(opening)
     for kind, corrupt in embedded_data.CORRUPTIONS.items():
         assert corrupt(text, random.Random(1)) == made[kind]
         (
@@ -458,7 +466,9 @@ def test_evaluation_error_is_one_line(tmp_path, case, says, monkeypatch, capsys)
     with pytest.raises(SystemExit) as stop:
         run(evaluate_ranker.main)
     error = capsys.readouterr().err.strip()
-    assert stop.value.code == 1 and says in error and len(error.splitlines()) == 1
+    assert stop.value.code == 1
+    assert says in error
+    assert len(error.splitlines()) == 1
 
 
 def test_training_is_reproducible_and_can_be_evaluated(base_dir, tmp_path, monkeypatch, capsys):
@@ -496,7 +506,9 @@ def test_training_is_reproducible_and_can_be_evaluated(base_dir, tmp_path, monke
     capsys.readouterr()
     evaluate_ranker.main()
     result = json.loads(capsys.readouterr().out)
-    assert result["n"] == 40 and result["balanced"] and result["asymmetry"] < 1e-12
+    assert result["n"] == 40
+    assert result["balanced"]
+    assert result["asymmetry"] < 1e-12
     assert sum(result["excluded"].values()) + 40 == 360
     trained = (folder / "training_instructions.txt").read_text().split()
     assert result["excluded"]["training_instruction"] == 6 * len(trained) > 0
@@ -519,5 +531,6 @@ def test_public_annotations_are_filtered_as_documented():
     if not file.is_file():
         pytest.skip(f"{file} is not here")
     frame, excluded = embedded_data.load_annotations(file)
-    assert excluded["missing_preference"] == 57 and excluded["draw"] >= 172
+    assert excluded["missing_preference"] == 57
+    assert excluded["draw"] >= 172
     assert 0.79 < (frame["preference"] > 1.5).mean() < 0.81

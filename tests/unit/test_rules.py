@@ -69,7 +69,8 @@ def test_all_rules_are_found_by_these_tests():
         "".join(file.read_text(encoding="utf-8") for file in RULE_FILES),
         re.MULTILINE,
     )
-    assert len(declared) == len(rules()) > 5 and not any("checkpoint" in line for line in declared)
+    assert len(declared) == len(rules()) > 5
+    assert not any("checkpoint" in line for line in declared)
 
 
 @pytest.mark.parametrize("rule", rules())
@@ -91,15 +92,16 @@ def test_rule_has_all_required_sections(rule):
         assert re.search(rf"^    {key}:", body, re.MULTILINE) or (
             key == "input" and rule in FROM_OUTSIDE
         ), f"no {key}"
-    assert re.search(r"^        mem_mb=\d+,$", body, re.MULTILINE) and re.search(
-        r"^        runtime=\d+,$", body, re.MULTILINE
-    )
+    assert re.search(r"^        mem_mb=\d+,$", body, re.MULTILINE)
+    assert re.search(r"^        runtime=\d+,$", body, re.MULTILINE)
     assert re.search(r'version=STAGES\["\w+"\],', body), "a raised stage version would not rerun it"
     environment = re.search(
         r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT|preference_environment)\n', body
     )
-    assert environment and (ROOT / "rules" / (environment[1] or "../envs/core.yaml")).is_file()
-    assert '"{PYTHON} {SRC}/' in body and "{log:q}" in body
+    assert environment
+    assert (ROOT / "rules" / (environment[1] or "../envs/core.yaml")).is_file()
+    assert '"{PYTHON} {SRC}/' in body
+    assert "{log:q}" in body
 
 
 @pytest.mark.parametrize("rule", rules())
@@ -115,7 +117,8 @@ def test_rule_calls_its_program_with_known_arguments(rule):
     if "add_engine(parser)" in source:
         known |= {key.replace("_", "-") for key in ENGINE_KEYS} | {"seed", "device", "attention"}
     asked = set(re.findall(r"--([a-z-]+) ", body.split("shell:")[1]))
-    assert asked and asked <= known, f"{program} has no {asked - known}"
+    assert asked, f"{program} has no {asked - known}"
+    assert asked <= known, f"{program} has no {asked - known}"
     (outputs,) = re.findall(r"^    output:\n((?: {8}.+\n)+)", body, re.MULTILINE)
     entries = re.split(r"^ {8}(?=\w+=)", outputs, flags=re.MULTILINE)[1:]
     assert 2 * sum("record(" in entry for entry in entries) >= len(entries)
@@ -292,7 +295,8 @@ def test_gpu_jobs_share_the_cores(words, threads, copy):
     used = {
         name.split(".")[1]: re.search(r"threads: (\w+)", body)[1] for name, body in text.items()
     }
-    assert used["train_policy"] == "TRAINING_THREADS" and used["score_reference"] == "MODEL_THREADS"
+    assert used["train_policy"] == "TRAINING_THREADS"
+    assert used["score_reference"] == "MODEL_THREADS"
 
 
 @pytest.mark.parametrize("name", PAPER_SCALE)
@@ -323,12 +327,12 @@ def test_official_alpaca_eval_files_are_fetched_on_request(copy):
         == planned["answer_instructions"]
         == planned["judge_outputs"]
         == 1
-        and "train_policy" not in planned
     )
+    assert "train_policy" not in planned
     planned = jobs(dry_run(copy, *words, "results/mistral-7b/iter2/prompts.parquet"))
-    assert (
-        planned["fetch_alpaca_eval"] == 1 and planned["sample_prompts"] == 2
-    )  # a source each, so the second is drawn aside from the first
+    assert planned["fetch_alpaca_eval"] == 1
+    # a source each, so the second is drawn aside from the first
+    assert planned["sample_prompts"] == 2
     assert "fetch_alpaca_eval" not in jobs(dry_run(copy))
 
 
@@ -342,10 +346,8 @@ def test_released_checkpoint_is_evaluated_without_training(copy):
         "name=sppo-iter3",
         "policy={model: UCLA-AGI/Mistral7B-PairRM-SPPO-Iter3}",
     )
-    assert (
-        evaluated(done) == {"results/sppo-iter3/iter0/alpaca_eval.json"}
-        and not {"train_policy", "generate_responses"} & jobs(done).keys()
-    )
+    assert evaluated(done) == {"results/sppo-iter3/iter0/alpaca_eval.json"}
+    assert not {"train_policy", "generate_responses"} & jobs(done).keys()
     assert {"mt_bench", "open_llm"} == {
         name
         for name in ("mt_bench", "open_llm")
@@ -367,10 +369,8 @@ def test_released_checkpoint_is_evaluated_without_training(copy):
 def test_policies_are_pushed_only_on_request(copy):
     assert "push_policy" not in jobs(dry_run(copy))
     done = dry_run(copy, "--config", "push_to_hub=me/mine-{t}", "iterations=2")
-    assert (
-        jobs(done)["push_policy"] == 2
-        and "results/iter2/pushed_to_hub.json" in done.stdout + done.stderr
-    )
+    assert jobs(done)["push_policy"] == 2
+    assert "results/iter2/pushed_to_hub.json" in done.stdout + done.stderr
 
 
 def test_missing_gpu_stops_a_run_before_its_first_job(copy):
@@ -515,19 +515,16 @@ def test_gpu_count_respects_cuda_visible_devices(monkeypatch):
 
 def test_requested_target_is_planned_with_its_inputs(copy):
     done = dry_run(copy, "results/iter3/alpaca_eval.json")
-    assert jobs(done)["train_policy"] == 3 and evaluated(done) == {"results/iter3/alpaca_eval.json"}
+    assert jobs(done)["train_policy"] == 3
+    assert evaluated(done) == {"results/iter3/alpaca_eval.json"}
 
 
 def test_everything_plans_all_evaluations(copy):
     planned = jobs(dry_run(copy, "everything"))
-    assert (
-        planned["train_policy"] == 6
-        and planned["evaluate_mt_bench"] == planned["evaluate_open_llm"] == 4
-    )
-    assert (
-        planned["judge_best_of_n"] == 5
-        and planned["build_response_browser"] == planned["plot_training"] == 1
-    )
+    assert planned["train_policy"] == 6
+    assert planned["evaluate_mt_bench"] == planned["evaluate_open_llm"] == 4
+    assert planned["judge_best_of_n"] == 5
+    assert planned["build_response_browser"] == planned["plot_training"] == 1
     assert jobs(dry_run(copy, "paper_tables"))["paper_tables"] == 1
 
 
@@ -536,7 +533,8 @@ def test_reference_policy_of_each_method_is_scored(copy):
     for run, scored in (("dpo", set()), ("inpo", {2, 3}), ("dpo_offline", {2, 3}), ("mpo", {2})):
         done = dry_run(copy, f"results/{run}/iter3/policy")
         planned = jobs(done)
-        assert planned["score_reference"] == 3 + len(scored) and planned["generate_responses"] == 3
+        assert planned["score_reference"] == 3 + len(scored)
+        assert planned["generate_responses"] == 3
         found = {
             int(t)
             for t in re.findall(
@@ -551,12 +549,10 @@ def test_graded_runs_use_grades_instead_of_preferences(copy):
     planned, text = jobs(done), done.stdout + done.stderr
     assert (
         planned["grade_responses"] == planned["generate_responses"] == planned["build_pairs"] == 3
-        and "annotate_preferences" not in planned
     )
-    assert (
-        "--grades results/dno_prct/iter2/grades/0.parquet" in text
-        and "--previous results/dno_prct/iter1/pairs.parquet" in text
-    )
+    assert "annotate_preferences" not in planned
+    assert "--grades results/dno_prct/iter2/grades/0.parquet" in text
+    assert "--previous results/dno_prct/iter1/pairs.parquet" in text
     assert re.search(
         r"grade_responses\.py .*--gold data/gold\.jsonl .*--judge preference --model ranker .*--probability pairwise",
         text,
@@ -574,13 +570,15 @@ def test_graded_runs_use_grades_instead_of_preferences(copy):
         r"grade_responses\.py .*--responses results/iter1/responses/0\.parquet .*--judge openai .*--output results/dpo/iter1/grades/0\.parquet",
         text,
     )
-    assert "data/ranker" not in text and "annotate_preferences" not in jobs(done)
+    assert "data/ranker" not in text
+    assert "annotate_preferences" not in jobs(done)
 
 
 def test_dice_uses_its_implicit_reward_from_iteration_2(copy):
     """The first comparison is main's, by the ranker; the others are of pi_t with the iterate before it; replayed pairs are the first."""
     done = dry_run(copy, "results/dice/iter3/policy", "--printshellcmds")
-    assert jobs(done)["annotate_preferences"] == 1 and jobs(done)["annotate_implicitly"] == 2
+    assert jobs(done)["annotate_preferences"] == 1
+    assert jobs(done)["annotate_implicitly"] == 2
     text = done.stdout + done.stderr
     assert "--policy results/dice/iter1/policy --before results/iter0/policy" in text
     assert "--policy results/dice/iter2/policy --before results/dice/iter1/policy" in text
@@ -622,7 +620,8 @@ def test_run_with_other_evaluation_keys_evaluates_its_own_base(copy):
     assert {
         "results/a/iter0/alpaca_eval.json",
         "results/a/iter3/alpaca_eval.json",
-    } <= made and "results/iter0/alpaca_eval.json" not in made
+    } <= made
+    assert "results/iter0/alpaca_eval.json" not in made
 
 
 def test_keep_policies_false_keeps_only_the_last_policy(copy):
@@ -632,10 +631,8 @@ def test_keep_policies_false_keeps_only_the_last_policy(copy):
 
 def test_zero_iterations_evaluate_only_the_base(copy):
     done = dry_run(copy, "--config", "iterations=0")
-    assert (
-        evaluated(done) == {"results/iter0/alpaca_eval.json"}
-        and not {"train_policy", "generate_responses"} & jobs(done).keys()
-    )
+    assert evaluated(done) == {"results/iter0/alpaca_eval.json"}
+    assert not {"train_policy", "generate_responses"} & jobs(done).keys()
 
 
 def test_all_programs_get_the_same_chat_settings(copy):
@@ -664,7 +661,8 @@ def test_all_programs_get_the_same_chat_settings(copy):
         "answer_mt_bench",
     ):
         run = [line for line in lines if f"/{program}.py" in line]
-        assert run and all(
+        assert run, program
+        assert all(
             f"--chat-template-kwargs {kwargs} --template-date 2024-07-26" in line for line in run
         ), program
         assert all(
@@ -695,11 +693,10 @@ def test_run_shares_the_base_and_the_first_iteration(copy):
         for name in ("train_policy", "generate_responses", "annotate_preferences", "base_policy")
     } == {"train_policy": 2, "generate_responses": 2, "annotate_preferences": 2, "base_policy": 1}
     text = done.stdout + done.stderr
-    assert (
-        "results/x/iter1/responses/0.parquet" in text
-        and "results/x/hard/iter1/responses" not in text
-    )
-    assert "results/x/hard/iter1/policy" in text and "results/x/iter1/policy" not in text
+    assert "results/x/iter1/responses/0.parquet" in text
+    assert "results/x/hard/iter1/responses" not in text
+    assert "results/x/hard/iter1/policy" in text
+    assert "results/x/iter1/policy" not in text
 
 
 BAD = {
@@ -878,7 +875,8 @@ FILES = {
 def one_error(done: subprocess.CompletedProcess) -> str:
     output = (done.stdout + done.stderr).splitlines()
     errors = [line for line in output if line.startswith("error: ")]
-    assert done.returncode != 0 and len(errors) == 1, output
+    assert done.returncode != 0, output
+    assert len(errors) == 1, output
     assert not any("Traceback" in line or "Exception" in line for line in output), output
     return errors[0]
 
@@ -898,7 +896,9 @@ def test_bad_input_is_found_by_the_first_checks(text, said, copy, monkeypatch):
     with pytest.raises((UserError, OSError)) as caught:
         check_every_run(resolve(overlaid(text)))
     line = explained(caught.value)
-    assert line and all(word in line for word in said) and "\n" not in line, caught.value
+    assert line, caught.value
+    assert all(word in line for word in said), caught.value
+    assert "\n" not in line, caught.value
 
 
 def test_training_on_two_nodes_is_started_by_srun(copy, tmp_path, monkeypatch):
@@ -1011,7 +1011,8 @@ def test_errors_name_the_files_read_as_configuration(copy):
     made.write_text('{"win_rate": 1}')
     line = one_error(dry_run(copy, "--configfile", "odd.yaml", "results/odd/alpaca_eval.json"))
     shutil.rmtree(made.parent)
-    assert "unknown key win_rate" in line and line.endswith(
+    assert "unknown key win_rate" in line
+    assert line.endswith(
         "(read as configuration: odd.yaml, results/odd/alpaca_eval.json; put -- before targets)"
     )
 
@@ -1040,10 +1041,8 @@ def test_file_unreadable_by_snakemake_is_a_one_line_error(content, said, given, 
 def test_key_without_effect_is_a_warning_at_the_start(copy):
     write_overlay(copy / "odd.yaml", "train: {tau: 1}")
     done = dry_run(copy, "--configfile", "odd.yaml")
-    assert (
-        done.returncode == 0
-        and "warning: config: train.tau has no effect where train.loss is sppo\n" in done.stderr
-    )
+    assert done.returncode == 0
+    assert "warning: config: train.tau has no effect where train.loss is sppo\n" in done.stderr
 
 
 @pytest.mark.parametrize("words", [(), ("--directory", ".")])
@@ -1157,7 +1156,8 @@ def test_deployed_workflow_clones_the_repository_once(copy, tmp_path):
 
 def test_unknown_command_line_key_is_a_one_line_error(copy):
     line = one_error(dry_run(copy, "--config", "iteratoins=3"))
-    assert "unknown key iteratoins" in line and "did you mean iterations?" in line
+    assert "unknown key iteratoins" in line
+    assert "did you mean iterations?" in line
 
 
 def test_section_number_can_be_set_on_the_command_line(copy):

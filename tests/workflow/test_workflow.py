@@ -112,7 +112,8 @@ def test_killed_workflow_is_resumed_and_finished(clone):
     )
     deadline = time.monotonic() + 300
     while not list((clone[0] / "results/tiny/iter1/preferences").glob("*.record.json")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
