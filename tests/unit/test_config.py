@@ -1,4 +1,4 @@
-"""Configuration: defaults hold, every bad key is one line that names it, flags carry every value to the programs."""
+"""Configuration: defaults, error lines for bad keys, extended files, flags for the programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECTIONS = [key for key, rule in schema()["properties"].items() if "properties" 
 
 
 def leaves():
-    """(dotted name, rule) of every key that takes a value."""
+    """The dotted name and the schema rule of every key that has a value."""
     for key, rule in schema()["properties"].items():
         for name, inner in rule.get("properties", {}).items():
             yield f"{key}.{name}", inner
@@ -39,40 +39,40 @@ def leaves():
 
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
-    """Paths in configurations begin at the working directory."""
+    """Paths in configurations are relative to the working directory."""
     monkeypatch.chdir(ROOT)
 
 
 def all_lines(written: dict) -> list[str]:
-    """What `without_effect` says of all runs."""
+    """The lines of `without_effect` for all runs."""
     runs = resolve(written)
     return [line for name in runs.usable() for line in without_effect(written, name, runs)]
 
 
 def refusal(written: dict) -> str:
+    """The one-line error for a configuration of which every run is requested."""
     with pytest.raises(UserError) as caught:
-        dict(resolve(written))  # asks for every run
+        dict(resolve(written))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_defaults_alone_resolve_to_themselves():
     main = resolve({})[""]
-    assert (
-        resolve({key: value for key, value in main.items() if key != "first_iteration_from"})[""]
-        == main
-    )
-    assert (
-        main["train"]
-        | {
-            "beta": 1e-3,
-            "loss": "sppo",
-            "optimizer": "rmsprop",
-            "learning_rate": 5e-7,
-            "batch_size": 64,
-        }
-        == main["train"]
-    )
+    written = {key: value for key, value in main.items() if key != "first_iteration_from"}
+    assert resolve(written)[""] == main
+
+
+def test_default_training_settings_are_the_paper_s():
+    train = resolve({})[""]["train"]
+    expected = {
+        "beta": 1e-3,
+        "loss": "sppo",
+        "optimizer": "rmsprop",
+        "learning_rate": 5e-7,
+        "batch_size": 64,
+    }
+    assert {key: train[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(("name", "rule"), list(leaves()))
@@ -96,7 +96,7 @@ def test_shipped_file_is_valid_and_only_the_default_is_unnamed(file):
 
 
 def test_numbers_and_booleans_may_be_text():
-    """As `snakemake --config section={key: 1}` hands them over, and as YAML reads 1e-6."""
+    """`snakemake --config section={key: 1}` gives text, and YAML reads 1e-6 as text."""
     run = resolve(
         {
             "train": {"learning_rate": "1e-6", "gradient_checkpointing": "true"},
@@ -112,7 +112,7 @@ def test_numbers_and_booleans_may_be_text():
 
 @pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: file.stem)
 def test_shipped_file_has_no_number_that_yaml_reads_as_text(file):
-    """YAML reads 1e-6 as text; the schema would refuse it where a number is wanted, not where a text is."""
+    """YAML reads 1e-6 as text. The schema cannot detect this for keys that may be text."""
     texts = [
         value
         for section in yaml.safe_load(file.read_text(encoding="utf-8")).values()
@@ -146,10 +146,8 @@ def test_settings_select_paper_or_official_code():
 
 
 def test_explicit_key_overrides_settings_for_that_key_only():
-    base, one = (
-        resolve({"settings": "repo"})[""],
-        resolve({"settings": "repo", "responses": {"top_p": 0.5}})[""],
-    )
+    base = resolve({"settings": "repo"})[""]
+    one = resolve({"settings": "repo", "responses": {"top_p": 0.5}})[""]
     assert one["responses"].pop("top_p") == 0.5
     assert base["responses"].pop("top_p") == 0.9
     assert one == base
@@ -182,14 +180,12 @@ def test_run_uses_its_keys_then_main_then_its_settings():
     assert runs["k2"]["responses"]["samples"] == 2
     assert runs[""]["responses"]["samples"] == 3
     assert runs["k2"]["train"]["beta"] == 0.5
-    assert (runs[""]["responses"]["temperature"], runs["k2"]["responses"]["temperature"]) == (
-        1.0,
-        0.7,
-    )
+    assert runs[""]["responses"]["temperature"] == 1.0
+    assert runs["k2"]["responses"]["temperature"] == 0.7
 
 
 def test_null_restores_the_default():
-    """An overlay hands a key back to its settings; of some keys null is a value, and stays one."""
+    """In an overlay null means the default of the settings, unless null is a value of the key."""
     for settings, epochs in (("paper", 18), ("repo", 1)):
         run = resolve(
             {
@@ -204,38 +200,35 @@ def test_null_restores_the_default():
             }
         )[""]
         assert run == resolve({"settings": settings, "train": {"reference_every": None}})[""]
-        assert (
-            run["train"]["schedule_total_epochs"],
-            run["train"]["learning_rate"],
-            run["iterations"],
-        ) == (epochs, 5e-7, 3)
+        assert run["train"]["schedule_total_epochs"] == epochs
+        assert run["train"]["learning_rate"] == 5e-7
+        assert run["iterations"] == 3
         assert run["train"]["reference_every"] is None
         assert run["prompts"]["per_iteration"] is None
 
 
 def test_null_in_a_run_restores_the_default():
-    written = {"spin": None, "dpo": {}, "own": {"train": {"beta": None}}}
+    written = {"dpo": {}, "own": {"train": {"beta": None}}}
     runs = resolve({"train": {"beta": 0.5, "batch_size": 32}, "runs": written})
-    assert list(runs) == ["", "dpo", "own"]
-    assert [(run["train"]["beta"], run["train"]["batch_size"]) for run in runs.values()] == [
-        (0.5, 32),
-        (0.5, 32),
-        (0.001, 32),
-    ]
+    assert {name: run["train"]["beta"] for name, run in runs.items()} == {
+        "": 0.5,
+        "dpo": 0.5,
+        "own": 0.001,
+    }
+    assert {run["train"]["batch_size"] for run in runs.values()} == {32}
+
+
+def test_run_that_is_null_does_not_exist():
+    assert list(resolve({"runs": {"spin": None, "dpo": {}}})) == ["", "dpo"]
 
 
 def test_run_may_share_only_the_first_iteration():
-    runs = resolve(
-        {
-            "runs": {
-                "hard": {
-                    "first_iteration_from": "main",
-                    "train": {"loss": "sppo_hard"},
-                    "seeds": {"train": 5},
-                }
-            }
-        }
-    )
+    hard = {
+        "first_iteration_from": "main",
+        "train": {"loss": "sppo_hard"},
+        "seeds": {"train": 5},
+    }
+    runs = resolve({"runs": {"hard": hard}})
     assert runs["hard"]["first_iteration_from"] == "main"
     assert runs[""]["first_iteration_from"] is None
 
@@ -266,7 +259,7 @@ BAD = {
         {"train": {"learning_rate": "small"}},
         ["train.learning_rate is 'small'", "number"],
     ),
-    "not a choice": ({"train": {"loss": "dop"}}, ["train.loss is 'dop'", "sppo_hard"]),
+    "unknown choice": ({"train": {"loss": "dop"}}, ["train.loss is 'dop'", "sppo_hard"]),
     "too large": ({"responses": {"top_p": 1.5}}, ["responses.top_p is 1.5", "at most 1"]),
     "section is null": ({"train": None}, ["train is None", "object"]),
     "runs is null": ({"runs": None}, ["runs is None", "object"]),
@@ -278,16 +271,19 @@ BAD = {
         {"train": {"betta": None}},
         ["unknown key train.betta", "did you mean beta?"],
     ),
-    "a hub repository without the iteration": (
+    "hub repository without {t}": (
         {"push_to_hub": "me/policy"},
         ["push_to_hub", "me/policy"],
     ),
-    "a run on the hub": ({"runs": {"a": {"push_to_hub": "me/a-{t}"}}}, ["runs.a", "push_to_hub"]),
+    "push_to_hub of a run": (
+        {"runs": {"a": {"push_to_hub": "me/a-{t}"}}},
+        ["runs.a", "push_to_hub"],
+    ),
     "reserved run name": ({"runs": {"tables": {}}}, ["runs.tables", "reserved"]),
-    "run called like an iteration": ({"runs": {"iter1": {}}}, ["runs.iter1", "reserved"]),
+    "run name of an iteration": ({"runs": {"iter1": {}}}, ["runs.iter1", "reserved"]),
     "run name with a slash": ({"runs": {"a/b": {}}}, ["a/b"]),
-    "name outside results": ({"name": "../x"}, ["name"]),
-    "run overrides what all share": (
+    "name with a parent folder": ({"name": "../x"}, ["name"]),
+    "run overrides a shared key": (
         {"runs": {"big": {"policy": {"model": "x/y"}}}},
         ["runs.big", "policy"],
     ),
@@ -296,37 +292,40 @@ BAD = {
         {"runs": {"a": {"first_iteration_from": "b"}}},
         ["runs.a.first_iteration_from", "'b'"],
     ),
-    "shared first iteration, other K": (
+    "shared first iteration, different K": (
         {"runs": {"a": {"first_iteration_from": "main", "responses": {"samples": 2}}}},
         ["runs.a", "responses.samples"],
     ),
-    "shared first iteration, other data seed": (
+    "shared first iteration, different data seed": (
         {"runs": {"a": {"first_iteration_from": "main", "seeds": {"data": 1}}}},
         ["runs.a", "seeds.data"],
     ),
-    "stops after the schedule": (
+    "stop after the end of the schedule": (
         {"train": {"schedule_total_epochs": 1, "stop_epoch": 2}},
         ["train.stop_epoch", "train.schedule_total_epochs"],
     ),
-    "TRL has no soft loss": ({"train": {"backend": "trl"}}, ["TRL", "train.loss"]),
-    "TRL scales no loss": (
+    "TRL with a soft loss": ({"train": {"backend": "trl"}}, ["TRL", "train.loss"]),
+    "TRL with loss_scale": (
         {"train": {"backend": "trl", "loss": "sppo_hard", "loss_scale": "beta_squared"}},
         ["TRL", "train.loss_scale"],
     ),
-    "greedy responses": ({"responses": {"temperature": 0}}, ["responses.temperature", "above 0"]),
+    "responses at temperature 0": (
+        {"responses": {"temperature": 0}},
+        ["responses.temperature", "above 0"],
+    ),
     "too few instructions": (
         {"alpaca_eval": {"limit": 3}},
         ["alpaca_eval.limit is 3", "at least 5"],
     ),
-    "experiment called like a run": (
+    "experiment name equal to a run name": (
         {"name": "k2", "runs": {"k2": {}}},
         ["name is k2", "results/k2/"],
     ),
-    "policies kept by one run alone": (
+    "keep_policies of a run": (
         {"runs": {"a": {"keep_policies": False}}},
         ["runs.a", "keep_policies"],
     ),
-    "shared first iteration, other held-out instructions": (
+    "shared first iteration, different instructions": (
         {
             "runs": {
                 "a": {"first_iteration_from": "main", "alpaca_eval": {"instructions": "x.json"}}
@@ -334,64 +333,67 @@ BAD = {
         },
         ["runs.a", "alpaca_eval.instructions"],
     ),
-    "shared first iteration, other split": (
+    "shared first iteration, different iterations": (
         {"runs": {"a": {"first_iteration_from": "main", "iterations": 5}}},
         ["runs.a", "iterations"],
     ),
-    "TRL has another IPO": (
+    "TRL with IPO": (
         {"train": {"backend": "trl", "loss": "ipo"}},
         ["TRL", "train.per_token"],
     ),
-    "TRL refers to the previous iterate": (
+    "TRL with the base as reference": (
         {"train": {"backend": "trl", "loss": "dpo", "reference_every": None}},
         ["TRL", "train.reference_every"],
     ),
-    "KTO's means over part of a step": (
+    "KTO with gradient accumulation": (
         {"train": {"loss": "kto_pair"}},
         ["kto_pair", "train.micro_batch_size"],
     ),
-    "Nash-MD on winner and loser alone": (
+    "Nash-MD with best_vs_worst pairs": (
         {"train": {"loss": "nash_md", "tau": 0.0003}},
         ["nash_md", "pairs.construction: all"],
     ),
-    "pi_t with a negative weight": (
+    "tau above beta": (
         {"train": {"loss": "inpo", "beta": 0.01, "tau": 0.02}},
         ["train.tau", "train.beta"],
     ),
-    "extrapolation of nothing": ({"extrapolation": 0.3}, ["extrapolation", "belongs to a run"]),
-    "gold without a file": (
+    "extrapolation of the main run": (
+        {"extrapolation": 0.3},
+        ["extrapolation", "belongs to a run"],
+    ),
+    "gold pairs without a gold file": (
         {"pairs": {"construction": "gold"}, "train": {"loss": "dpo"}},
         ["pairs.construction", "pairs.gold"],
     ),
-    "a file of gold responses for the ends of K": (
+    "gold file with best_vs_worst pairs": (
         {"pairs": {"gold": "gold.jsonl"}},
         ["pairs.construction", "pairs.gold"],
     ),
-    "grades for a loss that learns from P-hat": (
+    "graded pairs with SPPO": (
         {"pairs": {"construction": "graded"}},
         ["train.loss sppo", "P-hat", "pairs.construction graded"],
     ),
-    "grades for DNO's soft labels in a run": (
+    "graded pairs with DNO in a run": (
         {"runs": {"a": {"pairs": {"construction": "graded"}, "train": {"loss": "dno"}}}},
         ["runs.a", "train.loss dno", "pairs.construction graded"],
     ),
-    "gold responses for SPPO": (
+    "gold pairs with SPPO": (
         {"pairs": {"construction": "gold", "gold": "x.jsonl"}},
         ["train.loss sppo", "P-hat", "pairs.construction gold"],
     ),
-    "INPO without a weight": (
+    "INPO without tau": (
         {"train": {"loss": "inpo", "reference_every": None}},
         ["train.loss inpo", "train.tau above 0"],
     ),
-    "INPO held near pi_t alone": (
+    "INPO without the base as reference": (
         {"train": {"loss": "inpo", "beta": 0.01, "tau": 0.005}},
         ["train.loss inpo", "train.reference_every: null"],
     ),
-    "grades and target rewards": (
+    "graded pairs with target rewards": (
         {"pairs": {"construction": "graded", "target_reward": True}, "train": {"loss": "dpo"}},
         ["pairs.target_reward", "pairs.construction graded"],
     ),
-    "grades by llm-blender": (
+    "grades from llm-blender": (
         {
             "pairs": {"construction": "graded"},
             "train": {"loss": "dpo"},
@@ -399,30 +401,30 @@ BAD = {
         },
         ["grades.judge preference", "preference.backend llm_blender"],
     ),
-    "grades without a margin": (
+    "grade margin of 0": (
         {"pairs": {"own_grade_margin": 0}},
         ["pairs.own_grade_margin is 0", "greater than 0"],
     ),
-    "swapped pairs for a loss of win rates": (
+    "target rewards with SPPO": (
         {"pairs": {"target_reward": True}},
         ["pairs.target_reward", "train.loss sppo"],
     ),
-    "target rewards of gold": (
+    "target rewards with gold pairs": (
         {
             "pairs": {"target_reward": True, "construction": "gold", "gold": "x.jsonl"},
             "train": {"loss": "dpo"},
         },
         ["pairs.target_reward", "construction gold"],
     ),
-    "own rewards against the base": (
+    "implicit rewards with the base as reference": (
         {"preference": {"implicit": True}, "train": {"loss": "dpo", "reference_every": None}},
         ["preference.implicit", "reference_every: 1"],
     ),
-    "own rewards without a reference": (
+    "implicit rewards without a reference": (
         {"preference": {"implicit": True}, "train": {"loss": "simpo"}},
         ["preference.implicit", "with a reference"],
     ),
-    "own rewards of graded": (
+    "implicit rewards with graded pairs": (
         {
             "preference": {"implicit": True},
             "pairs": {"construction": "graded"},
@@ -430,31 +432,31 @@ BAD = {
         },
         ["preference.implicit", "graded"],
     ),
-    "TRL without optimism": (
+    "TRL with optimism": (
         {"train": {"backend": "trl", "loss": "dpo", "optimism": 0.1}},
         ["TRL", "optimism"],
     ),
-    "Nash-MD without near pairs": (
+    "Nash-MD with a margin": (
         {"pairs": {"construction": "all", "margin": 0.2}, "train": {"loss": "nash_md"}},
         ["nash_md", "pairs.margin: 0"],
     ),
-    "even lengths of every two": (
+    "even lengths with all pairs": (
         {"pairs": {"even_lengths": True, "construction": "all"}},
         ["pairs.even_lengths", "pairs.construction: best_vs_worst"],
     ),
-    "an empty list of rates": ({"train": {"learning_rate": []}}, ["train.learning_rate"]),
-    "a run that cannot take over main's processes": (
+    "empty list of learning rates": ({"train": {"learning_rate": []}}, ["train.learning_rate"]),
+    "KTO in a run with main's processes": (
         {
             "train": {"processes": 2},
             "runs": {"a": {"train": {"loss": "kto_pair", "micro_batch_size": 64}}},
         },
         ["runs.a: train.loss kto_pair", "train.processes: 1"],
     ),
-    "KTO's means over processes": (
+    "KTO in two processes": (
         {"train": {"loss": "kto_pair", "micro_batch_size": 64, "processes": 2}},
         ["kto_pair", "train.processes: 1"],
     ),
-    "processes that do not make a batch": (
+    "processes that do not divide the batch": (
         {"train": {"processes": 6}},
         ["train.batch_size (64)", "train.micro_batch_size (8) x train.processes (6)"],
     ),
@@ -462,19 +464,19 @@ BAD = {
         {"train": {"processes": 128}},
         ["train.batch_size (64)", "train.processes (128)"],
     ),
-    "accumulation that does not make a batch": (
+    "micro-batches of all processes that do not divide the batch": (
         {"train": {"processes": 4, "micro_batch_size": 3}},
         ["train.micro_batch_size (3) x train.processes (4)"],
     ),
-    "processes that do not divide over nodes": (
+    "processes that are no multiple of nodes": (
         {"train": {"processes": 8, "nodes": 3}},
         ["train.processes (8)", "train.nodes (3)"],
     ),
-    "nodes without processes": (
+    "fewer processes than nodes": (
         {"train": {"nodes": 2}},
         ["train.processes (1)", "train.nodes (2)"],
     ),
-    "one process that divides a policy": (
+    "FSDP2 in one process": (
         {"train": {"parallel": "fsdp2"}},
         ["train.parallel fsdp2", "train.processes is 1"],
     ),
@@ -482,74 +484,80 @@ BAD = {
         {"device": "cpu", "train": {"parallel": "fsdp2", "processes": 2}},
         ["train.parallel fsdp2 needs GPUs"],
     ),
-    "LoRA divided": (
+    "ZeRO-3 with LoRA": (
         {"train": {"parallel": "zero3", "processes": 8, "lora_rank": 8}},
         ["train.parallel zero3", "train.lora_rank"],
     ),
-    "TRL in processes": (
+    "TRL in two processes": (
         {"train": {"backend": "trl", "loss": "dpo", "processes": 2}},
         ["TRL", "train.processes: 1"],
     ),
-    "a model divided by transformers": (
+    "tensor parallelism without vllm": (
         {"responses": {"tensor_parallel": 2}},
         ["responses.tensor_parallel is 2", "engine: vllm"],
     ),
-    "a run by another engine": (
+    "engine of a run": (
         {"runs": {"a": {"responses": {"engine": "vllm"}}}},
         ["runs.a", "responses.engine"],
     ),
-    "a run on more GPUs": (
+    "tensor parallelism of a run": (
         {"responses": {"engine": "vllm"}, "runs": {"a": {"responses": {"tensor_parallel": 2}}}},
         ["runs.a", "responses.tensor_parallel"],
     ),
-    "an experiment in capitals": ({"name": "MyRun"}, ["name is 'MyRun'", "lower-case letters"]),
-    "a run in capitals": (
+    "experiment name in capitals": ({"name": "MyRun"}, ["name is 'MyRun'", "lower-case letters"]),
+    "run name in capitals": (
         {"runs": {"MyRun": {}}},
         ["name of a run in runs is 'MyRun'", "lower-case letters"],
     ),
-    "an experiment's name that ends in a newline": (
+    "experiment name with a newline": (
         {"name": "mine\n"},
         ["name is 'mine\\n'", "form"],
     ),
-    "a run's name that ends in a newline": ({"runs": {"mine\n": {}}}, ["'mine\\n'", "form"]),
-    "a repository that ends in a newline": ({"push_to_hub": "me/a-{t}\n"}, ["push_to_hub", "form"]),
-    "a name of 300 letters": ({"name": "x" * 300}, ["name is 'xxx", "100 at most"]),
-    "a run's name of 300 letters": ({"runs": {"x" * 300: {}}}, ["'xxx", "100 at most"]),
-    "shards without end": ({"responses": {"shards": 257}}, ["responses.shards", "at most 256"]),
+    "run name with a newline": ({"runs": {"mine\n": {}}}, ["'mine\\n'", "form"]),
+    "hub repository with a newline": ({"push_to_hub": "me/a-{t}\n"}, ["push_to_hub", "form"]),
+    "experiment name of 300 letters": ({"name": "x" * 300}, ["name is 'xxx", "100 at most"]),
+    "run name of 300 letters": ({"runs": {"x" * 300: {}}}, ["'xxx", "100 at most"]),
+    "too many shards": ({"responses": {"shards": 257}}, ["responses.shards", "at most 256"]),
     "more shards than prompts": (
         {"responses": {"shards": 9}, "prompts": {"per_iteration": 8}},
         ["responses.shards is 9", "prompts.per_iteration is 8"],
     ),
-    "iterations without end": ({"iterations": 101}, ["iterations", "at most 100"]),
-    "more than 64 bits": ({"iterations": 10**30}, ["iterations is 1000000", "64 bits"]),
-    "more digits than Python writes": (
+    "too many iterations": ({"iterations": 101}, ["iterations", "at most 100"]),
+    "integer of more than 64 bits": ({"iterations": 10**30}, ["iterations is 1000000", "64 bits"]),
+    "integer with too many digits for Python": (
         {"train": {"beta": 16**5000}},
         ["train.beta is a number of thousands of digits"],
     ),
-    "more than a float holds": ({"train": {"tau": 10**400}}, ["train.tau is 10000", "64 bits"]),
-    "such a number in a list": (
+    "integer too large for a float": (
+        {"train": {"tau": 10**400}},
+        ["train.tau is 10000", "64 bits"],
+    ),
+    "integer too large for a float in a list": (
         {"train": {"learning_rate": [10**400]}},
         ["train.learning_rate", "64 bits"],
     ),
-    "such a number in a run": (
+    "integer with too many digits in a run": (
         {"runs": {"a": {"prompts": {"source": 16**5000}}}},
         ["runs.a.prompts.source", "thousands of digits"],
     ),
-    "such a number as a key": ({16**5000: 1}, ["key a number of thousands of digits is not text"]),
-    "a seed of more than 32 bits": (
+    "integer with too many digits as a key": (
+        {16**5000: 1},
+        ["key a number of thousands of digits is not text"],
+    ),
+    "seed of more than 32 bits": (
         {"seeds": {"train": 2**32}},
         ["seeds.train is 4294967296", "at most 4294967295"],
     ),
-    "a key of thousands of letters": ({"x" * 5000: 1}, ["unknown key xxxxx", "...; known are"]),
-    "a list of texts": (
+    "key of 5000 letters": ({"x" * 5000: 1}, ["unknown key xxxxx", "...; known are"]),
+    "text in a list of numbers": (
         {"train": {"learning_rate": ["fast"]}},
         ["train.learning_rate.0 is 'fast'", "number"],
     ),
-    "the home of nobody": (
+    "home folder of an unknown user": (
         {"policy": {"model": "~no such user/x"}},
         ["policy.model", "no such user"],
     ),
-    "a run's home of nobody": (
+    "home folder of an unknown user in a run": (
         {"runs": {"a": {"pairs": {"gold": "~no such user/x"}}}},
         ["runs.a", "pairs.gold", "no such user"],
     ),
@@ -565,11 +573,11 @@ BAD = {
         {"runs": {"a": {"mt_bench": {"data": "{x}"}}}},
         ["runs.a.mt_bench.data", "braces"],
     ),
-    "another wildcard than the iteration": (
+    "unknown wildcard": (
         {"prompts": {"source": "me/p{t}{x}"}},
         ["prompts.source", "braces"],
     ),
-    "ragged micro-batches": (
+    "micro-batches that do not divide the batch": (
         {"train": {"batch_size": 10, "micro_batch_size": 4}},
         ["train.batch_size", "train.micro_batch_size"],
     ),
@@ -635,11 +643,9 @@ def test_password_in_an_address_is_refused_and_hidden(address):
 
 
 def test_numbers_in_a_list_may_be_text():
-    """YAML takes 5e-7 for text, in a list as outside one."""
-    assert resolve({"train": {"learning_rate": ["5e-7", 1e-7]}})[""]["train"]["learning_rate"] == [
-        5e-7,
-        1e-7,
-    ]
+    """YAML reads 5e-7 as text, also in a list."""
+    train = resolve({"train": {"learning_rate": ["5e-7", 1e-7]}})[""]["train"]
+    assert train["learning_rate"] == [5e-7, 1e-7]
 
 
 PATHS = [
@@ -654,15 +660,16 @@ PATHS = [
 def test_tilde_in_a_path_becomes_the_home_folder(name, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     section, key = name.split(".")
-    in_run = {} if section == "policy" else {"a": {section: {key: "~/other"}}}
-    more = (
-        {"pairs": {"construction": "graded"}, "train": {"loss": "dpo"}}
-        if section == "pairs"
-        else {}
-    )
-    runs = resolve({**more, section: {**more.get(section, {}), key: "~/file"}, "runs": in_run})
+    written = {section: {key: "~/file"}}
+    if section != "policy":
+        written["runs"] = {"a": {section: {key: "~/other"}}}
+    if section == "pairs":
+        written["pairs"]["construction"] = "graded"
+        written["train"] = {"loss": "dpo"}
+    runs = resolve(written)
     assert runs[""][section][key] == "/home/me/file"
-    assert all(runs[run][section][key] == "/home/me/other" for run in in_run)
+    if section != "policy":
+        assert runs["a"][section][key] == "/home/me/other"
 
 
 def test_keys_that_name_files_are_marked_as_paths():
@@ -685,51 +692,51 @@ IDLE = {
         {"train": {"gamma": 2, "loss": "dpo"}},
         "train.gamma has no effect where train.loss is dpo",
     ),
-    "smoothing": ({"train": {"label_smoothing": 0.1}}, "train.label_smoothing"),
+    "label smoothing": ({"train": {"label_smoothing": 0.1}}, "train.label_smoothing"),
     "IPO's target": ({"train": {"ipo_target": 1}}, "train.ipo_target"),
-    "IPO per token": ({"train": {"per_token": True}}, "train.per_token"),
+    "per_token without IPO": ({"train": {"per_token": True}}, "train.per_token"),
     "LoRA's scale": (
         {"train": {"lora_alpha": 32}},
         "train.lora_alpha has no effect where train.lora_rank is 0",
     ),
     "warm-up": ({"train": {"lr_schedule": "constant", "warmup_ratio": 0.2}}, "train.warmup_ratio"),
-    "older pairs": (
+    "share of older pairs": (
         {"replay": {"older_share": 0.5}},
         "replay.older_share has no effect where replay.share is 0",
     ),
-    "first pairs": ({"replay": {"iteration": "first"}}, "replay.iteration"),
-    "grades": (
+    "iteration to replay": ({"replay": {"iteration": "first"}}, "replay.iteration"),
+    "winner grade": (
         {"pairs": {"winner_grade": 4}},
         "pairs.winner_grade has no effect where pairs.construction is best_vs_worst",
     ),
-    "gold's margin": (
+    "grade margin of gold": (
         {
             "pairs": {"construction": "graded", "gold_grade_margin": 1},
             "train": {"loss": "dpo"},
         },
         "pairs.gold_grade_margin has no effect where pairs.gold is null",
     ),
-    "a server nobody asks": (
+    "address of an unused judge": (
         {"mt_bench": {"judge_base_url": "http://h"}},
         "mt_bench.judge_base_url",
     ),
-    "a model nobody asks": (
+    "model of an unused judge": (
         {"alpaca_eval": {"judge_model": "m"}},
         "alpaca_eval.judge_model has no effect where alpaca_eval.judge is judge",
     ),
     "PairRM's precision": ({"preference": {"precision": "float32"}}, "preference.precision"),
     "PairRM's window": ({"preference": {"max_prompt_tokens": 100}}, "preference.max_prompt_tokens"),
-    "a scale of the blender": (
+    "logit scale with blender": (
         {"pairs": {"logit_scale": 1, "probability": "blender"}},
         "pairs.logit_scale",
     ),
-    "a commit of the embedded policy": ({"policy": {"revision": "abc"}}, "policy.revision"),
-    "a commit of a file": ({"prompts": {"revision": "abc"}}, "prompts.revision"),
-    "a run's tau": (
+    "revision of the embedded policy": ({"policy": {"revision": "abc"}}, "policy.revision"),
+    "revision of a local file": ({"prompts": {"revision": "abc"}}, "prompts.revision"),
+    "tau in a run": (
         {"runs": {"a": {"train": {"tau": 0.1}}}},
         "runs.a.train.tau has no effect where train.loss is sppo",
     ),
-    "training of a run that is not trained": (
+    "training key of an extrapolated run": (
         {"runs": {"a": {"extrapolation": 0.3, "train": {"beta": 1}}}},
         "runs.a.train.beta has no effect where extrapolation is 0.3",
     ),
@@ -743,8 +750,9 @@ def test_key_without_effect_is_reported_in_one_line(written, line):
     assert f"config: {line}" in found[0], found
 
 
-def test_key_with_an_effect_is_not_reported():
-    for written in (
+@pytest.mark.parametrize(
+    "written",
+    [
         {},
         {"train": {"loss": "mmpo", "gamma": 2, "lora_rank": 8, "lora_alpha": 32}},
         {"train": {"tau": None}},
@@ -755,14 +763,17 @@ def test_key_with_an_effect_is_not_reported():
             "runs": {"a": {"train": {"loss": "sppo"}}},
             "name": "x",
         },
-    ):
-        assert all_lines(written) == []
+    ],
+    ids=["no key", "MMPO and LoRA", "null", "replay", "hub data", "main key that a run ignores"],
+)
+def test_key_with_an_effect_is_not_reported(written):
+    assert all_lines(written) == []
 
 
 def test_main_key_used_only_by_a_run_has_an_effect():
     written = {"train": {"gamma": 2}, "runs": {"a": {"train": {"loss": "simpo"}}}}
     assert all_lines(written) == []
-    written["runs"]["a"]["train"]["gamma"] = 1  # the run has its own
+    written["runs"]["a"]["train"]["gamma"] = 1  # Now no run uses main's gamma.
     line = "config: train.gamma has no effect where train.loss is sppo"
     assert all_lines(written) == [line]
 
@@ -779,7 +790,7 @@ def test_reserved_word_is_refused_as_a_run_name(name):
 
 @pytest.mark.parametrize("name", ["iter1", *sorted(RESERVED)])
 def test_reserved_word_is_refused_as_an_experiment_name(name):
-    """results/models/ holds the embedded policy and results/iter1/ the default's artifacts."""
+    """results/models/ and results/iter1/ contain artifacts of the default experiment."""
     assert name in refusal({"name": name})
 
 
@@ -794,7 +805,7 @@ def test_key_that_is_not_text_is_a_one_line_error(written):
     "written", [{"iterations": 3.0}, {"responses": {"samples": 5.0}}], ids=["iterations", "samples"]
 )
 def test_float_for_an_integer_is_refused_or_converted(written):
-    """JSON Schema takes 5.0 for an integer; a program's --samples does not."""
+    """JSON Schema accepts 5.0 as an integer, but a program's --samples does not."""
     try:
         run = resolve(written)[""]
     except UserError as error:
@@ -810,27 +821,22 @@ def test_nan_and_infinity_are_refused(value):
 
 
 def other_value(rule: dict):
-    """A valid value that is not the default of either column."""
+    """A valid value that is not a default of `paper` or `repo`, if there is one."""
     defaults = [default_of(rule, "paper"), default_of(rule, "repo")]
     types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
     if "enum" in rule:
-        return next(
-            (value for value in rule["enum"] if value not in defaults and value is not None),
-            rule["enum"][0],
-        )
+        others = [value for value in rule["enum"] if value not in [*defaults, None]]
+        return others[0] if others else rule["enum"][0]
     if "boolean" in types:
         return not defaults[0]
     if "object" in types:
         return {"enable_thinking": False, "date_string": 'it\'s "so"', "levels": [1, None]}
     if rule.get("pattern", "").startswith("^[0-9]{4}-"):
         return "1999-12-31"
-    return (
-        {"integer": 123, "number": 0.1234567890123, "string": "a folder/with 'quotes' {t}"}[
-            types[0]
-        ]
-        if "pattern" not in rule
-        else "x"
-    )
+    if "pattern" in rule:
+        return "x"
+    examples = {"integer": 123, "number": 0.1234567890123, "string": "a folder/with 'quotes' {t}"}
+    return examples[types[0]]
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -858,15 +864,16 @@ def test_value_may_start_with_a_hyphen():
 
 
 def test_chat_template_variables_keep_their_types():
-    """Also where `snakemake --config policy={...}` hands over text alone; null takes back what a file below sets."""
+    """`snakemake --config policy={...}` gives only text."""
     given = {"enable_thinking": "false", "effort": "high", "budget": 5}
-    assert resolve({"policy": {"chat_template_kwargs": given}})[""]["policy"][
-        "chat_template_kwargs"
-    ] == {"enable_thinking": False, "effort": "high", "budget": 5}
-    assert (
-        resolve({"policy": {"chat_template_kwargs": None}})[""]["policy"]["chat_template_kwargs"]
-        == {}
-    )
+    policy = resolve({"policy": {"chat_template_kwargs": given}})[""]["policy"]
+    expected = {"enable_thinking": False, "effort": "high", "budget": 5}
+    assert policy["chat_template_kwargs"] == expected
+
+
+def test_null_removes_all_chat_template_variables():
+    policy = resolve({"policy": {"chat_template_kwargs": None}})[""]["policy"]
+    assert policy["chat_template_kwargs"] == {}
 
 
 @pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "Enable", "a b", "a-b"])
@@ -877,9 +884,11 @@ def test_invalid_chat_template_variable_name_is_refused(name):
 def test_template_date_needs_no_quotes():
     written = yaml.safe_load("policy: {template_date: 2025-01-31}")
     assert resolve(written)[""]["policy"]["template_date"] == "2025-01-31"
-    assert "policy.template_date is 2025-02-31" in refusal(
-        {"policy": {"template_date": "2025-02-31"}}
-    )
+
+
+def test_template_date_that_is_not_a_day_is_refused():
+    line = refusal({"policy": {"template_date": "2025-02-31"}})
+    assert "policy.template_date is 2025-02-31" in line
     assert "policy.template_date" in refusal({"policy": {"template_date": "today"}})
 
 
@@ -915,7 +924,7 @@ def test_renamed_value_is_a_one_line_error_with_the_new_name():
     assert line == "config: pairs.construction: extremes is now called best_vs_worst; write that"
 
 
-# --- runs are checked when they are asked for ---
+# --- runs are checked when they are requested ---
 
 
 def test_invalid_run_fails_only_when_it_is_requested():
@@ -927,7 +936,7 @@ def test_invalid_run_fails_only_when_it_is_requested():
         runs["bad"]
 
 
-# --- files that extend others ---
+# --- files that extend other files ---
 
 
 def written_to(folder: Path, **files: str) -> dict[str, Path]:
@@ -991,7 +1000,7 @@ def test_bad_extends_is_a_one_line_error(text, words, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: file.stem)
 def test_shipped_files_need_no_null_keys(file):
-    """A configuration stands on the paper's defaults, so it has nothing of the demo to undo."""
+    """A file starts from the defaults of the paper, so it needs no null to undo the demo."""
     written = yaml.safe_load(file.read_text(encoding="utf-8"))
     written.pop("runs", None)
     nulls = [
