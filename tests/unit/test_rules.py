@@ -1,4 +1,4 @@
-"""The workflow's files: what every rule carries, and that every shipped configuration plans a run."""
+"""The workflow's files: the required parts of rules, dry runs, and errors before the first job."""
 
 from __future__ import annotations
 
@@ -26,18 +26,43 @@ ROOT = Path(__file__).resolve().parents[2]
 RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
 PRESETS = sorted((ROOT / "config" / "presets").glob("*.yaml"))
 PAPER_SCALE = ("mistral-7b", "llama-3-8b", "gemma-2-9b", "single-gpu")
-FROM_OUTSIDE = (
+# Rules without input files. They read a package or the network.
+WITHOUT_INPUT = (
     "policies.embedded_policy",
     "mt_bench.fetch_mt_bench",
     "alpaca_eval.fetch_alpaca_eval",
-)  # they read a package or the network
+)
+SECTIONS_OF_A_RULE = (
+    "input",
+    "output",
+    "log",
+    "benchmark",
+    "conda",
+    "threads",
+    "resources",
+    "params",
+    "message",
+    "shell",
+)
+PACKAGES_OF_PROGRAMS = (
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "torch",
+    "transformers",
+    "openai",
+    "alpaca_eval",
+    "fastchat",
+    "datasets",
+)
 SNAKEMAKE = (sys.executable, "-m", "snakemake", "--cores", "2")
 
 
 def test_snakefile_needs_only_snakemake():
-    """With conda, Snakemake runs in an environment of its own, without the programs' packages."""
+    """With conda, Snakemake runs in a separate environment without the programs' packages."""
     code = (
-        "import sys\nfor name in ('numpy', 'pandas', 'pyarrow', 'torch', 'transformers', 'openai', 'alpaca_eval', 'fastchat', 'datasets'):\n"
+        "import sys\n"
+        f"for name in {PACKAGES_OF_PROGRAMS}:\n"
         "    sys.modules[name] = None\n"
         "from sppo.core.config_files import read_files\n"
         "from sppo.workflow import cluster, deleted, preflight\n"
@@ -51,14 +76,12 @@ def test_snakefile_needs_only_snakemake():
 
 
 def rules() -> dict[str, str]:
-    """Text of every rule in rules/, by file and name."""
+    """The text of every rule in rules/, by file and name."""
+    one_rule = re.compile(r"^rule (\w+):\n((?:[ \t]+.*\n|\n)+)", re.MULTILINE)
     found = {}
     for file in RULE_FILES:
-        for name, body in re.findall(
-            r"^rule (\w+):\n((?:[ \t]+.*\n|\n)+)",
-            file.read_text(encoding="utf-8") + "\n",
-            re.MULTILINE,
-        ):
+        text = file.read_text(encoding="utf-8") + "\n"
+        for name, body in one_rule.findall(text):
             found[f"{file.stem}.{name}"] = body
     return found
 
@@ -77,24 +100,12 @@ def test_all_rules_are_found_by_these_tests():
 def test_rule_has_all_required_sections(rule):
     body = rules()[rule]
     assert re.match(r'\s*"""\S.+\S"""\n', body), "no docstring"
-    for key in (
-        "input",
-        "output",
-        "log",
-        "benchmark",
-        "conda",
-        "threads",
-        "resources",
-        "params",
-        "message",
-        "shell",
-    ):
-        assert re.search(rf"^    {key}:", body, re.MULTILINE) or (
-            key == "input" and rule in FROM_OUTSIDE
-        ), f"no {key}"
+    for key in SECTIONS_OF_A_RULE:
+        if key != "input" or rule not in WITHOUT_INPUT:
+            assert re.search(rf"^    {key}:", body, re.MULTILINE), f"no {key}"
     assert re.search(r"^        mem_mb=\d+,$", body, re.MULTILINE)
     assert re.search(r"^        runtime=\d+,$", body, re.MULTILINE)
-    assert re.search(r'version=STAGES\["\w+"\],', body), "a raised stage version would not rerun it"
+    assert re.search(r'version=STAGES\["\w+"\],', body), "a new stage version would not rerun it"
     environment = re.search(
         r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT|preference_environment)\n', body
     )
@@ -106,7 +117,7 @@ def test_rule_has_all_required_sections(rule):
 
 @pytest.mark.parametrize("rule", rules())
 def test_rule_calls_its_program_with_known_arguments(rule):
-    """The program exists, and every artifact it is told to write has a record among the outputs."""
+    """The program exists, and every artifact that it writes has a record in the rule's outputs."""
     body = rules()[rule]
     (program,) = re.findall(r"\{PYTHON\} \{SRC\}/([\w/]+\.py)", body)
     source = (ROOT / "src" / program).read_text(encoding="utf-8")
@@ -117,7 +128,7 @@ def test_rule_calls_its_program_with_known_arguments(rule):
     if "add_engine(parser)" in source:
         known |= {key.replace("_", "-") for key in ENGINE_KEYS} | {"seed", "device", "attention"}
     asked = set(re.findall(r"--([a-z-]+) ", body.split("shell:")[1]))
-    assert asked, f"{program} has no {asked - known}"
+    assert asked
     assert asked <= known, f"{program} has no {asked - known}"
     (outputs,) = re.findall(r"^    output:\n((?: {8}.+\n)+)", body, re.MULTILINE)
     entries = re.split(r"^ {8}(?=\w+=)", outputs, flags=re.MULTILINE)[1:]
@@ -174,7 +185,7 @@ def test_slurm_profile_sets_resources_of_every_rule():
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory) -> Path:
-    """The repository without results and environment."""
+    """A copy of the repository without results and environment."""
     folder = tmp_path_factory.mktemp("clone") / "sppo"
     for name in ("rules", "src", "config", "data", "envs", "profiles", "workflow"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -190,37 +201,36 @@ def dry_run(folder: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def overlaid(text: str) -> dict:
-    """A configuration that extends the demo's."""
+    """The demo's configuration, updated with the YAML `text`."""
     config = read_files([ROOT / "config" / "config.yaml"])
     update(config, yaml.safe_load(text))
     return config
 
 
 def write_overlay(file: Path, text: str) -> None:
-    """The same as a file."""
+    """Write a file that extends the demo's configuration with the YAML `text`."""
     content = yaml.safe_load(text) | {"extends": "config/config.yaml"}
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
 def check_every_run(runs: Runs) -> None:
-    """As if every run was asked for."""
+    """Check the inputs of every run, as if every run was requested."""
     for name in runs:
         check_inputs(name, runs[name])
 
 
 def jobs(done: subprocess.CompletedProcess) -> dict[str, int]:
-    """Jobs by rule, from the table that Snakemake prints."""
+    """The number of jobs of each rule, from the table that Snakemake prints."""
     assert done.returncode == 0, done.stdout + done.stderr
     table = (done.stdout + done.stderr).split("Job stats:")[1].split("\n\n")[0]
     return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
 
 
 def evaluated(done: subprocess.CompletedProcess) -> set[str]:
-    """Evaluations that would be made."""
-    written = re.findall(r"Missing output files: ([^;\n]+)", done.stdout + done.stderr)
-    return {
-        name for line in written for name in line.split(", ") if name.endswith("/alpaca_eval.json")
-    }
+    """The files alpaca_eval.json that a run would make."""
+    missing = re.findall(r"Missing output files: ([^;\n]+)", done.stdout + done.stderr)
+    names = {name for line in missing for name in line.split(", ")}
+    return {name for name in names if name.endswith("/alpaca_eval.json")}
 
 
 @pytest.mark.parametrize(
@@ -228,18 +238,18 @@ def evaluated(done: subprocess.CompletedProcess) -> set[str]:
 )
 @pytest.mark.parametrize("settings", ["paper", "repo"])
 def test_shipped_configuration_plans_every_stage(settings, preset, copy):
-    """Within five seconds of a core, without a GPU, a key or the network."""
+    """It takes less than five seconds of CPU time and needs no GPU, no key and no network."""
+    words = ["--config", f"settings={settings}"]
+    if preset:
+        words = ["--configfile", str(preset.relative_to(ROOT)), *words]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = dry_run(
-        copy,
-        *(("--configfile", str(preset.relative_to(ROOT))) if preset else ()),
-        "--config",
-        f"settings={settings}",
-    )
+    done = dry_run(copy, *words)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
     main = resolve(read_files([preset or ROOT / "config" / "config.yaml"]))[""]
-    planned, t, shards = jobs(done), main["iterations"], main["responses"]["shards"]
+    planned = jobs(done)
+    t = main["iterations"]
+    shards = main["responses"]["shards"]
     expected = {
         "sample_prompts": t,
         "generate_responses": t * shards,
@@ -257,7 +267,7 @@ def test_shipped_configuration_plans_every_stage(settings, preset, copy):
 @pytest.mark.parametrize("settings", ["paper", "repo"])
 @pytest.mark.parametrize("name", PAPER_SCALE)
 def test_paper_scale_preset_has_the_paper_s_settings(name, settings):
-    """What the preset and its base do not set is the paper's or the official code's."""
+    """Each key that the preset does not set has the value of the paper or the official code."""
     written = read_files([ROOT / "config" / "presets" / f"{name}.yaml"])
     runs = resolve(written | {"settings": settings})
     run = runs[""]
@@ -278,7 +288,7 @@ def test_paper_scale_preset_has_the_paper_s_settings(name, settings):
     [
         (("--resources", "gpu=8", "--config", "device=gpu"), "2 2"),
         (("--resources", "gpu=8", "--configfile", "config/presets/mistral-7b.yaml"), "2 16"),
-        (("--config", "device=gpu"), "16 16"),  # the default profile has one at a time
+        (("--config", "device=gpu"), "16 16"),  # the default profile runs one GPU job at a time
         (("--resources", "gpu=8", "--config", "device=cpu"), "16 16"),
     ],
 )
@@ -301,7 +311,7 @@ def test_gpu_jobs_share_the_cores(words, threads, copy):
 
 @pytest.mark.parametrize("name", PAPER_SCALE)
 def test_documented_preset_commands_have_the_needed_flags(name):
-    """In its header and on every page: vLLM's own environment, and as many GPUs as shards."""
+    """Commands in the preset's header and in all documents select vLLM's environment and GPUs."""
     file = f"config/presets/{name}.yaml"
     run = resolve(read_files([ROOT / file]))[""]
     pages = [ROOT / file, ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -318,52 +328,38 @@ def test_documented_preset_commands_have_the_needed_flags(name):
 
 
 def test_official_alpaca_eval_files_are_fetched_on_request(copy):
-    """And judged with: the reference is GPT-4 turbo's, so the base answers once; prompts are drawn aside from the 805."""
+    """The official reference outputs are those of GPT-4 turbo, so only the base answers."""
     words = ("--configfile", "config/presets/mistral-7b.yaml", "--")
-    done = dry_run(copy, *words, "results/mistral-7b/iter0/alpaca_eval.json")
-    planned = jobs(done)
-    assert (
-        planned["fetch_alpaca_eval"]
-        == planned["answer_instructions"]
-        == planned["judge_outputs"]
-        == 1
-    )
-    assert "train_policy" not in planned
-    planned = jobs(dry_run(copy, *words, "results/mistral-7b/iter2/prompts.parquet"))
+    planned = jobs(dry_run(copy, *words, "results/mistral-7b/iter0/alpaca_eval.json"))
     assert planned["fetch_alpaca_eval"] == 1
-    # a source each, so the second is drawn aside from the first
-    assert planned["sample_prompts"] == 2
+    assert planned["answer_instructions"] == 1
+    assert planned["judge_outputs"] == 1
+    assert "train_policy" not in planned
     assert "fetch_alpaca_eval" not in jobs(dry_run(copy))
 
 
+def test_official_instructions_are_fetched_before_prompts(copy):
+    """Training prompts must differ from the 805 instructions of AlpacaEval."""
+    words = ("--configfile", "config/presets/mistral-7b.yaml", "--")
+    planned = jobs(dry_run(copy, *words, "results/mistral-7b/iter2/prompts.parquet"))
+    assert planned["fetch_alpaca_eval"] == 1
+    # Iteration 2 has its own source, and its prompts must differ from those of iteration 1.
+    assert planned["sample_prompts"] == 2
+
+
 def test_released_checkpoint_is_evaluated_without_training(copy):
-    done = dry_run(
-        copy,
+    words = (
         "--configfile",
         "config/presets/mistral-7b.yaml",
         "--config",
         "iterations=0",
         "name=sppo-iter3",
-        "policy={model: UCLA-AGI/Mistral7B-PairRM-SPPO-Iter3}",
     )
+    done = dry_run(copy, *words, "policy={model: UCLA-AGI/Mistral7B-PairRM-SPPO-Iter3}")
     assert evaluated(done) == {"results/sppo-iter3/iter0/alpaca_eval.json"}
     assert not {"train_policy", "generate_responses"} & jobs(done).keys()
-    assert {"mt_bench", "open_llm"} == {
-        name
-        for name in ("mt_bench", "open_llm")
-        if jobs(
-            dry_run(
-                copy,
-                "--configfile",
-                "config/presets/mistral-7b.yaml",
-                "--config",
-                "iterations=0",
-                "name=sppo-iter3",
-                "--",
-                f"results/sppo-iter3/iter0/{name}.json",
-            )
-        )
-    }
+    for name in ("mt_bench", "open_llm"):
+        assert jobs(dry_run(copy, *words, "--", f"results/sppo-iter3/iter0/{name}.json"))
 
 
 def test_policies_are_pushed_only_on_request(copy):
@@ -374,7 +370,7 @@ def test_policies_are_pushed_only_on_request(copy):
 
 
 def test_missing_gpu_stops_a_run_before_its_first_job(copy):
-    """On this machine, or on any without one: what a dry run of the same passes over is one line before the first job."""
+    """A dry run does not check for GPUs."""
     if gpus_here():
         pytest.skip("this machine has a GPU")
     done = subprocess.run(
@@ -395,7 +391,7 @@ def test_missing_gpu_stops_a_run_before_its_first_job(copy):
 
 
 def test_api_judge_runs_without_a_gpu(copy, monkeypatch):
-    """What a cluster's nodes answered is judged on its login node, with the same configuration."""
+    """A login node judges the answers of a cluster's nodes with the same configuration."""
     if gpus_here():
         pytest.skip("this machine has a GPU")
     monkeypatch.setenv("OPENAI_API_KEY", "key")
@@ -422,25 +418,24 @@ def test_api_judge_runs_without_a_gpu(copy, monkeypatch):
         text=True,
     )
     shutil.rmtree(copy / "results")
-    assert (
-        "alpaca_eval_gpt4_baseline.json is not a list of outputs" in done.stdout + done.stderr
-    )  # judged, as far as these go
+    # The judge program was started: the error about the file's content is its own.
+    assert "alpaca_eval_gpt4_baseline.json is not a list of outputs" in done.stdout + done.stderr
 
 
 NEEDED = {
-    "a key": (
+    "key for AlpacaEval": (
         {"alpaca_eval": {"judge": "weighted_alpaca_eval_gpt4_turbo"}},
         ("alpaca_eval", "", False),
         8,
         "export OPENAI_API_KEY",
     ),
-    "a key for MT-Bench": (
+    "key for MT-Bench": (
         {"mt_bench": {"judge": "gpt-4"}},
         ("evaluate_mt_bench", "", False),
         8,
         "mt_bench.judge",
     ),
-    "a key for grades": (
+    "key for grades": (
         {
             "runs": {
                 "a": {
@@ -454,20 +449,20 @@ NEEDED = {
         8,
         "export OPENAI_API_KEY.*grades.judge",
     ),
-    "a GPU": ({"device": "gpu"}, ("train_policy", "", True), 0, "shows no NVIDIA GPU"),
-    "a GPU for each shard": (
+    "GPU": ({"device": "gpu"}, ("train_policy", "", True), 0, "shows no NVIDIA GPU"),
+    "GPU for each shard": (
         {"device": "gpu", "responses": {"shards": 8}},
         ("generate_responses", "", True),
         2,
         "responses.shards is 8, one GPU each, but this machine shows 2",
     ),
-    "a run's GPU for each shard": (
+    "GPU for each shard of a run": (
         {"runs": {"a": {"responses": {"shards": 3}}}},
         ("generate_responses", "a", True),
         2,
         "runs.a.responses.shards is 3",
     ),
-    "a token": ({"push_to_hub": "me/a-{t}"}, ("push_policy", "", False), 8, "export HF_TOKEN"),
+    "hub token": ({"push_to_hub": "me/a-{t}"}, ("push_policy", "", False), 8, "export HF_TOKEN"),
 }
 
 
@@ -479,10 +474,12 @@ def test_missing_requirement_of_a_job_is_a_one_line_error(config, job, gpus, sai
     with pytest.raises(UserError, match=said) as caught:
         check_machine(runs, {job}, gpus)
     assert "\n" not in str(caught.value)
-    check_machine(runs, {("build_pairs", job[1], False)}, gpus)  # other jobs need none of it
-    if job[2]:
+
+    _, run, on_gpu = job
+    check_machine(runs, {("build_pairs", run, False)}, gpus)  # Other jobs do not need it.
+    if on_gpu:
         check_machine(runs, {job}, 8)
-        check_machine(runs, {job}, None)  # on a cluster
+        check_machine(runs, {job}, None)  # A cluster has an unknown number of GPUs.
 
 
 def test_missing_vllm_is_a_one_line_error(monkeypatch):
@@ -529,34 +526,38 @@ def test_everything_plans_all_evaluations(copy):
 
 
 def test_reference_policy_of_each_method_is_scored(copy):
-    """References other than pi_t are scored where a method has them: INPO's base from iteration 2 on, MPO's magnet (N = 2) in 2 alone."""
+    """References other than pi_t are scored only in the iterations in which a method has them.
+
+    INPO and offline DPO have the base as reference from iteration 2 on. MPO has its magnet (N = 2)
+    only in iteration 2.
+    """
     for run, scored in (("dpo", set()), ("inpo", {2, 3}), ("dpo_offline", {2, 3}), ("mpo", {2})):
         done = dry_run(copy, f"results/{run}/iter3/policy")
         planned = jobs(done)
         assert planned["score_reference"] == 3 + len(scored)
         assert planned["generate_responses"] == 3
-        found = {
-            int(t)
-            for t in re.findall(
-                rf"results/{run}/iter(\d)/logps/reference\.parquet", done.stdout + done.stderr
-            )
-        }
+        file = rf"results/{run}/iter(\d)/logps/reference\.parquet"
+        found = {int(t) for t in re.findall(file, done.stdout + done.stderr)}
         assert found == scored, run
 
 
 def test_graded_runs_use_grades_instead_of_preferences(copy):
     done = dry_run(copy, "results/dno_prct/summary.md", "--printshellcmds")
-    planned, text = jobs(done), done.stdout + done.stderr
-    assert (
-        planned["grade_responses"] == planned["generate_responses"] == planned["build_pairs"] == 3
-    )
+    planned = jobs(done)
+    text = done.stdout + done.stderr
+    for rule in ("grade_responses", "generate_responses", "build_pairs"):
+        assert planned[rule] == 3, rule
     assert "annotate_preferences" not in planned
     assert "--grades results/dno_prct/iter2/grades/0.parquet" in text
     assert "--previous results/dno_prct/iter1/pairs.parquet" in text
     assert re.search(
-        r"grade_responses\.py .*--gold data/gold\.jsonl .*--judge preference --model ranker .*--probability pairwise",
+        r"grade_responses\.py .*--gold data/gold\.jsonl .*--judge preference --model ranker "
+        r".*--probability pairwise",
         text,
     )
+
+
+def test_graded_run_may_grade_the_responses_of_main(copy):
     write_overlay(
         copy / "graded.yaml",
         "runs: {dpo: {pairs: {construction: graded}, grades: {judge: openai, judge_model: m,"
@@ -565,9 +566,10 @@ def test_graded_runs_use_grades_instead_of_preferences(copy):
     done = dry_run(
         copy, "results/dpo/iter1/pairs.parquet", "--configfile", "graded.yaml", "--printshellcmds"
     )
-    text = done.stdout + done.stderr  # main's responses, the run's own grades
+    text = done.stdout + done.stderr
     assert re.search(
-        r"grade_responses\.py .*--responses results/iter1/responses/0\.parquet .*--judge openai .*--output results/dpo/iter1/grades/0\.parquet",
+        r"grade_responses\.py .*--responses results/iter1/responses/0\.parquet .*--judge openai "
+        r".*--output results/dpo/iter1/grades/0\.parquet",
         text,
     )
     assert "data/ranker" not in text
@@ -575,7 +577,10 @@ def test_graded_runs_use_grades_instead_of_preferences(copy):
 
 
 def test_dice_uses_its_implicit_reward_from_iteration_2(copy):
-    """The first comparison is main's, by the ranker; the others are of pi_t with the iterate before it; replayed pairs are the first."""
+    """In iteration 1 the ranker compares, as in main. Later the reward compares pi_t with pi_t-1.
+
+    The pairs of iteration 1 are replayed.
+    """
     done = dry_run(copy, "results/dice/iter3/policy", "--printshellcmds")
     assert jobs(done)["annotate_preferences"] == 1
     assert jobs(done)["annotate_implicitly"] == 2
@@ -617,10 +622,8 @@ def test_reward_conditioned_policy_is_asked_for_its_best_grade(copy):
 def test_run_with_other_evaluation_keys_evaluates_its_own_base(copy):
     write_overlay(copy / "mine.yaml", "runs: {a: {alpaca_eval: {limit: 50}}}")
     made = evaluated(dry_run(copy, "results/a/summary.md", "--configfile", "mine.yaml"))
-    assert {
-        "results/a/iter0/alpaca_eval.json",
-        "results/a/iter3/alpaca_eval.json",
-    } <= made
+    assert "results/a/iter0/alpaca_eval.json" in made
+    assert "results/a/iter3/alpaca_eval.json" in made
     assert "results/iter0/alpaca_eval.json" not in made
 
 
@@ -683,15 +686,18 @@ def test_mt_bench_questions_are_fetched_before_prompts(copy):
 
 
 def test_run_shares_the_base_and_the_first_iteration(copy):
-    """Two iterations of a run whose first responses are main's: only its second samples and compares."""
-    config = "name: x\niterations: 2\nruns:\n  hard:\n    first_iteration_from: main\n    train: {loss: sppo_hard}\n"
+    """The run takes the responses and preferences of iteration 1 from main."""
+    config = (
+        "name: x\niterations: 2\n"
+        "runs: {hard: {first_iteration_from: main, train: {loss: sppo_hard}}}\n"
+    )
     write_overlay(copy / "run.yaml", config)
     done = dry_run(copy, "--configfile", "run.yaml", "--", "results/x/hard/iter2/alpaca_eval.json")
     planned = jobs(done)
-    assert {
-        name: planned[name]
-        for name in ("train_policy", "generate_responses", "annotate_preferences", "base_policy")
-    } == {"train_policy": 2, "generate_responses": 2, "annotate_preferences": 2, "base_policy": 1}
+    assert planned["train_policy"] == 2
+    assert planned["generate_responses"] == 2
+    assert planned["annotate_preferences"] == 2
+    assert planned["base_policy"] == 1
     text = done.stdout + done.stderr
     assert "results/x/iter1/responses/0.parquet" in text
     assert "results/x/hard/iter1/responses" not in text
@@ -700,7 +706,7 @@ def test_run_shares_the_base_and_the_first_iteration(copy):
 
 
 BAD = {
-    "a file of a run": (
+    "gold file without the prompt field": (
         "prompts: {field: prompt, source: chats.jsonl, per_iteration: 1}\nresponses: {shards: 1}",
         ["data/gold.jsonl line 1 has no prompt"],
     ),
@@ -714,7 +720,10 @@ BAD = {
         "alpaca_eval: {instructions: nowhere.json}",
         ["nowhere.json is missing"],
     ),
-    "limit beyond the end": ("alpaca_eval: {limit: 100000}", ["alpaca_eval.limit is 100000"]),
+    "limit above the number of instructions": (
+        "alpaca_eval: {limit: 100000}",
+        ["alpaca_eval.limit is 100000"],
+    ),
     "missing adapter": ("preference: {model: ./nowhere}", ["preference.model is ./nowhere"]),
     "missing judge": (
         "alpaca_eval: {judge: ./nowhere}",
@@ -726,7 +735,7 @@ BAD = {
         "alpaca_eval: {reference: official}",
         ["alpaca_eval.reference is official", "alpaca_eval.instructions"],
     ),
-    "official difficulties for some": (
+    "official difficulties with a limit": (
         "alpaca_eval: {instructions: official, difficulty: official, limit: 100}",
         ["alpaca_eval.difficulty is official", "limit"],
     ),
@@ -767,11 +776,11 @@ BAD = {
         "alpaca_eval: {reference: other.json}",
         ["lack the reference's instruction"],
     ),
-    "file of the run is missing": (
+    "missing prompts file of a run": (
         "runs: {a: {prompts: {source: data/nowhere.jsonl}}}",
         ["data/nowhere.jsonl"],
     ),
-    "a section that is null": ("train:", ["train is None"]),
+    "section that is null": ("train:", ["train is None"]),
     "four instructions": (
         "alpaca_eval: {instructions: four.json, limit: null}",
         ["four.json, which has 4 instructions", "needs 5"],
@@ -780,83 +789,83 @@ BAD = {
         "alpaca_eval: {instructions: none.json, limit: null}",
         ["none.json has no instructions"],
     ),
-    "a blank instruction": (
+    "blank instruction": (
         "alpaca_eval: {instructions: blank.json, limit: null}",
         ["blank.json: instruction 2 is blank"],
     ),
-    "half a character": (
+    "instruction with half of a surrogate pair": (
         "alpaca_eval: {instructions: surrogate.json, limit: null}",
         ["surrogate.json: instruction 1", "surrogate"],
     ),
-    "a folder as instructions": ("alpaca_eval: {instructions: data}", ["data is a folder"]),
-    "a loop of links as instructions": (
+    "folder as instructions": ("alpaca_eval: {instructions: data}", ["data is a folder"]),
+    "link to itself as instructions": (
         "alpaca_eval: {instructions: loop}",
         ["loop is a link that leads back to itself"],
     ),
-    "a long path as instructions": (
+    "long path as instructions": (
         f"alpaca_eval: {{instructions: {'x/' * 2500}y}}",
         ["is longer than"],
     ),
-    "an empty folder as the policy": ("policy: {model: empty}", ["empty has no config.json"]),
-    "a file as the policy": (
+    "empty folder as the policy": ("policy: {model: empty}", ["empty has no config.json"]),
+    "file as the policy": (
         "policy: {model: four.json}",
         ["policy.model is four.json, which is a file"],
     ),
-    "a blank in the policy's name": (
+    "space in the policy's name": (
         "policy: {model: a b}",
         ["policy.model is 'a b'", "org/model"],
     ),
-    "an address as the policy": (
+    "URL as the policy": (
         "policy: {model: 'https://huggingface.co/org/model'}",
         ["policy.model is 'https", "org/model"],
     ),
-    "nothing as the policy": ("policy: {model: '  '}", ["policy.model is '  '"]),
-    "a flag as the policy": ("policy: {model: -x/y}", ["policy.model is '-x/y'"]),
-    "a long name as the policy": (f"policy: {{model: {'x' * 5000}}}", ["is longer than"]),
-    "a loop of links as the policy": ("policy: {model: ./loop}", ["policy.model is './loop'"]),
-    "a typo in the policy's folder": (
+    "blank name of the policy": ("policy: {model: '  '}", ["policy.model is '  '"]),
+    "flag as the policy": ("policy: {model: -x/y}", ["policy.model is '-x/y'"]),
+    "long name of the policy": (f"policy: {{model: {'x' * 5000}}}", ["is longer than"]),
+    "link to itself as the policy": ("policy: {model: ./loop}", ["policy.model is './loop'"]),
+    "typing error in the policy's folder": (
         "policy: {model: data/rankr}",
         ["data/rankr", "ranker is, in data", "policy.revision"],
     ),
-    "a typo in the prompts' file": (
+    "typing error in the prompts file": (
         "prompts: {source: data/promts}",
         ["data/promts", "prompts.jsonl is, in data", "prompts.revision"],
     ),
-    "a folder of prompts": (
+    "folder as prompts": (
         "prompts: {source: data/mt_bench}",
         ["prompts.source is data/mt_bench, which is a folder"],
     ),
-    "prompts of one iteration": (
+    "prompts of iteration 1 only": (
         "prompts: {source: 'one/p{t}.jsonl', per_iteration: null}",
         ["prompts.source is 'one/p2.jsonl'"],
     ),
-    "a loop of links as prompts": ("prompts: {source: ./loop}", ["prompts.source is './loop'"]),
-    "more shards than the file has prompts": (
+    "link to itself as prompts": ("prompts: {source: ./loop}", ["prompts.source is './loop'"]),
+    "more shards than prompts in the file": (
         "{prompts: {source: few.jsonl, per_iteration: null}, responses: {shards: 3}}",
         ["responses.shards is 3", "2 prompts"],
     ),
-    "a loop of links as Open LLM items": ("open_llm: {data: loop}", ["open_llm.data is loop"]),
-    "a blank path as instructions": (
+    "link to itself as Open LLM items": ("open_llm: {data: loop}", ["open_llm.data is loop"]),
+    "blank path as instructions": (
         "alpaca_eval: {instructions: '\t'}",
         ["alpaca_eval.instructions is '\\t'", "is missing"],
     ),
-    "a path that no system has as instructions": (
+    "path with a null character as instructions": (
         'alpaca_eval: {instructions: "\\0"}',
         ["alpaca_eval.instructions is '\\x00'", "is missing"],
     ),
-    "a pipe as instructions": (
+    "pipe as instructions": (
         "alpaca_eval: {instructions: pipe}",
         ["alpaca_eval.instructions is 'pipe'", "neither a file nor a folder"],
     ),
-    "JSON that nests too deeply as instructions": (
+    "too deeply nested JSON as instructions": (
         "alpaca_eval: {instructions: deep.json}",
         ["deep.json is not valid JSON", "too deeply"],
     ),
-    "a number of thousands of digits in JSON": (
+    "number of 5000 digits as instructions": (
         "alpaca_eval: {instructions: digits.json}",
         ["digits.json is not valid JSON"],
     ),
-    "a folder as gold": ("runs: {spin: {pairs: {gold: data}}}", ["data"]),
+    "folder as gold responses": ("runs: {spin: {pairs: {gold: data}}}", ["data"]),
 }
 FILES = {
     "deep.json": "[" * 5000,
@@ -883,7 +892,7 @@ def one_error(done: subprocess.CompletedProcess) -> str:
 
 @pytest.mark.parametrize(("text", "said"), BAD.values(), ids=BAD)
 def test_bad_input_is_found_by_the_first_checks(text, said, copy, monkeypatch):
-    """In this process: rules/common.smk calls these two, and puts what they raise on one line."""
+    """rules/common.smk calls the same functions and prints their errors in one line."""
     monkeypatch.chdir(copy)
     for name, content in FILES.items():
         (copy / name).parent.mkdir(exist_ok=True)
@@ -941,33 +950,33 @@ def test_hub_id_with_a_commit_is_not_a_mistyped_folder(copy, monkeypatch):
 
 
 SOURCES = {
-    "a key twice": (
+    "repeated key": (
         b"train:\n  beta: 1\niterations: 1\ntrain: {tau: 1}\n",
         ["odd.yaml", "train twice", "lines 1 and 4"],
     ),
-    "a key twice in a run": (
+    "repeated key in a run": (
         b"runs:\n  a:\n    train:\n      beta: 1\n      beta: 2\n",
         ["beta twice", "lines 4 and 5"],
     ),
-    "a key twice in JSON": (
+    "repeated key in JSON": (
         b'{"train": {"beta": 1},\n "train": {}}',
         ["train twice", "lines 1 and 2"],
     ),
-    "another encoding": ("name: x  # é".encode("latin-1"), ["odd.yaml is not in UTF-8"]),
-    "an anchor that holds itself": (
+    "not UTF-8": ("name: x  # é".encode("latin-1"), ["odd.yaml is not in UTF-8"]),
+    "anchor that contains itself": (
         b"train: &a\n  beta: *a\n",
         ["odd.yaml line 1", "holds itself"],
     ),
-    "no YAML": (b"train: [", ["odd.yaml is not a configuration in YAML"]),
-    "missing": (None, ["odd.yaml is missing"]),
-    "nothing": (b"", ["odd.yaml has no keys"]),
-    "a list": (b"- a\n", ["odd.yaml has no keys"]),
-    "too deep": (b"[" * 3000, ["odd.yaml nests more deeply"]),
-    "a key that is a mapping": (b"? {a: 1}\n: 3\n", ["odd.yaml is not a configuration in YAML"]),
-    "a day that no calendar has": (b"name: 2024-13-45\n", ["odd.yaml is not", "month"]),
+    "not YAML": (b"train: [", ["odd.yaml is not a configuration in YAML"]),
+    "missing file": (None, ["odd.yaml is missing"]),
+    "empty file": (b"", ["odd.yaml has no keys"]),
+    "list": (b"- a\n", ["odd.yaml has no keys"]),
+    "too deeply nested": (b"[" * 3000, ["odd.yaml nests more deeply"]),
+    "mapping as a key": (b"? {a: 1}\n: 3\n", ["odd.yaml is not a configuration in YAML"]),
+    "date that does not exist": (b"name: 2024-13-45\n", ["odd.yaml is not", "month"]),
     "text with the tag of a number": (b"train: {beta: !!float x}\n", ["odd.yaml is not", "'x'"]),
     "text with the tag of a time": (b"name: !!timestamp x\n", ["odd.yaml is not"]),
-    "a number of thousands of digits": (b"iterations: " + b"9" * 5000, ["odd.yaml is not"]),
+    "number of 5000 digits": (b"iterations: " + b"9" * 5000, ["odd.yaml is not"]),
 }
 
 
@@ -1000,11 +1009,7 @@ def test_shipped_file_passes_the_file_checks(file):
 
 
 def test_errors_name_the_files_read_as_configuration(copy):
-    """A key that stands twice, and a target that --configfile took for a file."""
-    (copy / "odd.yaml").write_text("train: {beta: 1}\ntrain: {tau: 1}\n")
-    assert "odd.yaml has the key train twice" in one_error(
-        dry_run(copy, "--configfile", "odd.yaml")
-    )
+    """--configfile reads a target after it as a configuration file."""
     (copy / "odd.yaml").write_text("train: {tau: 1}\n")
     made = copy / "results" / "odd" / "alpaca_eval.json"
     made.parent.mkdir(parents=True)
@@ -1017,11 +1022,18 @@ def test_errors_name_the_files_read_as_configuration(copy):
     )
 
 
+def test_repeated_key_is_a_one_line_error_of_a_dry_run(copy):
+    (copy / "odd.yaml").write_text("train: {beta: 1}\ntrain: {tau: 1}\n")
+    line = one_error(dry_run(copy, "--configfile", "odd.yaml"))
+    assert "odd.yaml has the key train twice" in line
+
+
+# Snakemake reads these files before the Snakefile.
 BEFORE_THE_SNAKEFILE = {
-    "another encoding": (b"name: caf\xe9", "odd.yaml is not in UTF-8 (byte 9)"),
-    "an anchor that holds itself": (b"a: &x\n  b: *x", "odd.yaml line 1: the anchor here holds"),
-    "thousands of brackets": (b"[" * 3000, "odd.yaml nests more deeply than can be read"),
-    "no such file": (None, "odd.yaml, read as configuration, is not here; if it is a target, put"),
+    "not UTF-8": (b"name: caf\xe9", "odd.yaml is not in UTF-8 (byte 9)"),
+    "anchor that contains itself": (b"a: &x\n  b: *x", "odd.yaml line 1: the anchor here holds"),
+    "too deeply nested": (b"[" * 3000, "odd.yaml nests more deeply than can be read"),
+    "missing file": (None, "odd.yaml, read as configuration, is not here; if it is a target, put"),
 }
 
 
@@ -1047,9 +1059,8 @@ def test_key_without_effect_is_a_warning_at_the_start(copy):
 
 @pytest.mark.parametrize("words", [(), ("--directory", ".")])
 def test_run_from_another_folder_is_a_one_line_error(words, copy, tmp_path):
-    assert f"run in it: cd {copy}" in one_error(
-        dry_run(tmp_path, "-s", str(copy / "Snakefile"), *words)
-    )
+    line = one_error(dry_run(tmp_path, "-s", str(copy / "Snakefile"), *words))
+    assert f"run in it: cd {copy}" in line
 
 
 def test_base_policy_is_rebuilt_when_its_folder_changes(copy, tiny_policy):
@@ -1073,7 +1084,7 @@ def test_base_policy_is_rebuilt_when_its_folder_changes(copy, tiny_policy):
 
 @pytest.mark.parametrize("rule", rules())
 def test_rule_quotes_paths_in_its_command(rule):
-    """A user's files may have blanks in their names. Unquoted are only several words in one."""
+    """A user's file names may contain spaces. Only values that are several words are unquoted."""
     command = rules()[rule].split("shell:")[1]
     unquoted = set(re.findall(r"\{((?:input|output|params|log)[.\w]*)\}", command))
     assert unquoted <= {"params.on_each_node", "params.best_grade"}
@@ -1116,7 +1127,7 @@ rule mine:
 
 
 def module_dry_run(folder: Path, snakefile: str) -> subprocess.CompletedProcess:
-    """Another workflow, in a folder of its own, that uses this one."""
+    """Dry run of another workflow in `folder`, which uses this one as a module."""
     (folder / "Snakefile").write_text(MODULE.format(snakefile=snakefile), encoding="utf-8")
     (folder / "prefer.py").write_text("def longer(prompt, responses):\n    return [0] * 5\n")
     (folder / "mine.yaml").write_text(
@@ -1127,10 +1138,11 @@ def module_dry_run(folder: Path, snakefile: str) -> subprocess.CompletedProcess:
 
 
 def test_workflow_can_be_used_as_a_module(copy, tmp_path):
-    """Its results are in its own folder; programs and shipped data are this repository's."""
+    """Results are in the other workflow's folder. Programs and data are in this repository."""
     done = module_dry_run(tmp_path, str(copy / "Snakefile"))
     planned = jobs(done)
-    assert planned["mine"] == planned["train_policy"] == planned["annotate_preferences"] == 1
+    for rule in ("mine", "train_policy", "annotate_preferences"):
+        assert planned[rule] == 1, rule
     text = done.stdout + done.stderr
     assert f"{copy}/src/annotate_preferences.py" in text
     assert f"--source {copy}/data/prompts.jsonl" in text
@@ -1138,7 +1150,7 @@ def test_workflow_can_be_used_as_a_module(copy, tmp_path):
 
 
 def test_deployed_workflow_clones_the_repository_once(copy, tmp_path):
-    """workflow/Snakefile, which snakedeploy writes into a module, read from a git repository."""
+    """snakedeploy uses workflow/Snakefile of a git repository as the module's Snakefile."""
     remote = shutil.copytree(
         copy, tmp_path / "remote", ignore=shutil.ignore_patterns("results", "pipe", "loop")
     )
@@ -1161,10 +1173,6 @@ def test_unknown_command_line_key_is_a_one_line_error(copy):
 
 
 def test_section_number_can_be_set_on_the_command_line(copy):
-    """Snakemake hands the values inside {...} over as text."""
-    assert (
-        jobs(dry_run(copy, "--config", "responses={shards: 2}", "iterations=1"))[
-            "generate_responses"
-        ]
-        == 2
-    )
+    """Snakemake gives the values inside {...} as text."""
+    planned = jobs(dry_run(copy, "--config", "responses={shards: 2}", "iterations=1"))
+    assert planned["generate_responses"] == 2
