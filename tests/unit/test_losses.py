@@ -1,4 +1,4 @@
-"""Losses: the golden values, an independent re-implementation, gradients, the closed form before the first step."""
+"""Losses compared with golden values, an independent implementation and closed forms."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ OPTIONS = {
     key: default_of(rule, "paper")
     for key, rule in schema()["properties"]["train"]["properties"].items()
 }
-# One pair with reference values of its losses: log-probabilities under the policy, the reference and pi_t, tokens, P-hat, P(w beats l).
+# One pair of which reference values of the losses are known: log-probabilities under the policy,
+# the reference and pi_t; numbers of tokens; P-hat of both responses; P(w beats l).
 GOLDEN = {
     "logp_chosen": -50.0,
     "logp_rejected": -61.0,
@@ -32,7 +33,7 @@ GOLDEN = {
     "p_hat_rejected": 0.2,
     "p_chosen_beats_rejected": 0.9,
 }
-# Losses with the options that the checks below give them.
+# The options of each loss in the tests below.
 CASES = {name: {} for name in LOSSES} | {
     "dpo": {"label_smoothing": 0.1, "sft_weight": 0.005},
     "ipo": {"per_token": True, "ipo_target": 1.0},
@@ -65,15 +66,18 @@ def by_hand(
     sft_weight=0.0,
     optimism=0.0,
 ) -> list[float]:
-    """Pairs in plain Python, from the formulas of the specification and not from ours."""
+    """The losses of pairs in plain Python, from the formulas of the papers.
+
+    It shares no code with sppo.training.losses.
+    """
     losses = []
     ratio_w = [row["logp_chosen"] - row["reference_chosen"] for row in rows]
     ratio_l = [row["logp_rejected"] - row["reference_rejected"] for row in rows]
     for row, w, l in zip(rows, ratio_w, ratio_l):
         pw, pl, p = row["p_hat_chosen"], row["p_hat_rejected"], row["p_chosen_beats_rejected"]
-        h, ref, prev = (
-            row[f"{x}_chosen"] - row[f"{x}_rejected"] for x in ("logp", "reference", "current")
-        )
+        h = row["logp_chosen"] - row["logp_rejected"]
+        ref = row["reference_chosen"] - row["reference_rejected"]
+        prev = row["current_chosen"] - row["current_rejected"]
         eta = 1 / beta
         if name == "sppo":
             loss = ((w - eta * (pw - 0.5)) ** 2 + (l - eta * (pl - 0.5)) ** 2) / 2
@@ -82,29 +86,27 @@ def by_hand(
         elif name == "sppo_hard":
             loss = (w - eta / 2) ** 2 + (l + eta / 2) ** 2  # TRL has no factor 1/2
         elif name in ("dpo", "dno", "mmpo"):
-            q = {
+            labels = {
                 "dpo": 1 - label_smoothing,
                 "dno": sigmoid(pw - pl),
                 "mmpo": sigmoid(gamma * (pw - pl)),
-            }[name]
+            }
+            q = labels[name]
             loss = -q * log_sigmoid(beta * (w - l)) - (1 - q) * log_sigmoid(beta * (l - w))
         elif name == "hinge":
             loss = max(0.0, 1 - beta * (w - l))
         elif name == "ipo":
-            a, b = (w / row["tokens_chosen"], l / row["tokens_rejected"]) if per_token else (w, l)
+            a, b = w, l
+            if per_token:
+                a, b = w / row["tokens_chosen"], l / row["tokens_rejected"]
             loss = (a - b - ipo_target / beta) ** 2
         elif name == "kto_pair":
             kl_w, kl_l = max(0.0, sum(ratio_w) / len(rows)), max(0.0, sum(ratio_l) / len(rows))
             loss = (1 - sigmoid(beta * (w - kl_l)) + 1 - sigmoid(beta * (kl_w - l))) / 2
         elif name == "simpo":
-            loss = -log_sigmoid(
-                beta
-                * (
-                    row["logp_chosen"] / row["tokens_chosen"]
-                    - row["logp_rejected"] / row["tokens_rejected"]
-                )
-                - gamma
-            )
+            a = row["logp_chosen"] / row["tokens_chosen"]
+            b = row["logp_rejected"] / row["tokens_rejected"]
+            loss = -log_sigmoid(beta * (a - b) - gamma)
         elif name == "inpo":
             loss = (h - tau / beta * ref - (beta - tau) / beta * prev - 1 / (2 * beta)) ** 2
         elif name == "nash_md":
@@ -112,18 +114,19 @@ def by_hand(
             loss = (h - mixture - (pw - pl) / beta) ** 2
         elif name == "mpo":
             loss = ((1 + eta * tau) * h - prev - eta * tau * ref - eta * (pw - pl)) ** 2
-        losses.append(
-            loss
-            + sft_weight * -row["logp_chosen"] / row["tokens_chosen"]
-            + optimism * beta * (w + l) / 2
-        )
+        loss += sft_weight * -row["logp_chosen"] / row["tokens_chosen"]
+        loss += optimism * beta * (w + l) / 2
+        losses.append(loss)
     return losses
 
 
 def ours(
     name: str, rows: list[dict[str, float]], beta: float, **options: object
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of a batch in float64, and its columns with the policy's log-probabilities as leaves."""
+    """The loss of a batch in float64, and the batch's columns.
+
+    The policy's log-probabilities require gradients.
+    """
     pair = {key: torch.tensor([row[key] for row in rows], dtype=torch.float64) for key in rows[0]}
     for side in ("chosen", "rejected"):
         pair[f"logp_{side}"].requires_grad_()
@@ -173,12 +176,14 @@ def test_loss_has_its_golden_value(name, value, options):
 
 
 def test_soft_label_losses_have_their_golden_values():
-    """The golden soft label is P(w beats l) = 0.9 itself; DNO's is sigma of the difference of two P-hats, MMPO's of gamma times it."""
-    loss, _ = ours("mmpo", [GOLDEN], beta=0.1, gamma=math.log(9) / 0.6)
-    assert loss.item() == pytest.approx(0.5843552444685273, rel=1e-12)
-    assert ours("dno", [GOLDEN], beta=0.1)[0].item() == pytest.approx(
-        0.66066, abs=5e-6
-    )  # methods.md: sigma(0.6) = 0.6457 of it on the winner
+    """The label of DNO is sigma(d) and the label of MMPO is sigma(gamma d), with d = 0.8 - 0.2.
+
+    Here gamma gives MMPO the label 0.9 = P(w beats l). The label of DNO is sigma(0.6) = 0.6457.
+    """
+    mmpo, _ = ours("mmpo", [GOLDEN], beta=0.1, gamma=math.log(9) / 0.6)
+    assert mmpo.item() == pytest.approx(0.5843552444685273, rel=1e-12)
+    dno, _ = ours("dno", [GOLDEN], beta=0.1)
+    assert dno.item() == pytest.approx(0.66066, abs=5e-6)
 
 
 def test_golden_sppo_loss_times_beta_squared():
@@ -197,31 +202,26 @@ def test_batch_loss_equals_a_loop_over_pairs(name, beta):
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("beta", [1e-3, 0.1])
 def test_gradients_equal_central_differences(name, beta):
-    rows, h = random_rows(5, seed=2), 1e-3
+    rows = random_rows(5, seed=2)
+    h = 1e-3
     loss, pair = ours(name, rows, beta, **CASES[name])
     loss.sum().backward()
+
+    def total(i: int, key: str, step: float) -> float:
+        """The sum of all losses after `step` is added to one log-probability."""
+        moved = {**rows[i], key: rows[i][key] + step}
+        return sum(by_hand(name, [*rows[:i], moved, *rows[i + 1 :]], beta, **CASES[name]))
+
     for key in ("logp_chosen", "logp_rejected"):
         for i, got in enumerate(pair[key].grad.tolist()):
-            up, down = (
-                sum(
-                    by_hand(
-                        name,
-                        rows[:i] + [{**rows[i], key: rows[i][key] + step}] + rows[i + 1 :],
-                        beta,
-                        **CASES[name],
-                    )
-                )
-                for step in (h, -h)
-            )
-            assert got == pytest.approx((up - down) / (2 * h), rel=1e-4, abs=1e-5)
+            slope = (total(i, key, h) - total(i, key, -h)) / (2 * h)
+            assert got == pytest.approx(slope, rel=1e-4, abs=1e-5)
 
 
 def test_schema_lists_the_registered_losses():
-    assert (
-        set(LOSSES)
-        == set(schema()["properties"]["train"]["properties"]["loss"]["enum"])
-        > {"sppo", "sppo_single", "dpo", "hinge", "ipo", "kto_pair"}
-    )
+    in_schema = set(schema()["properties"]["train"]["properties"]["loss"]["enum"])
+    assert set(LOSSES) == in_schema
+    assert in_schema > {"sppo", "sppo_single", "dpo", "hinge", "ipo", "kto_pair"}
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -232,36 +232,33 @@ def test_loss_reads_only_known_columns_and_keys(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_requires_p_hat_exactly_if_it_uses_it(name):
-    """The configuration refuses such a loss where pairs have no P-hat."""
+    """The configuration refuses such a loss if the pairs have no P-hat."""
     rows = random_rows(5, seed=3)
     other = [row | {key: 1 - row[key] ** 2 for key in row if key.startswith("p_")} for row in rows]
-    changed = (
-        ours(name, rows, 0.1, **CASES[name])[0].tolist()
-        != ours(name, other, 0.1, **CASES[name])[0].tolist()
-    )
+    before, _ = ours(name, rows, 0.1, **CASES[name])
+    after, _ = ours(name, other, 0.1, **CASES[name])
+    changed = before.tolist() != after.tolist()
     assert changed == (P_HAT in LOSSES[name].requires)
 
 
 def pair_of(
     delta_w: float, delta_l: float, n: int = 1, **numbers: float
 ) -> dict[str, torch.Tensor]:
-    """Pairs with these log-ratios to both the reference and pi_t."""
-    zeros = {
-        f"{of}_{side}": 0.0 for of in ("reference", "current") for side in ("chosen", "rejected")
+    """`n` pairs with these log-ratios to the reference and to pi_t."""
+    row = {
+        "reference_chosen": 0.0,
+        "reference_rejected": 0.0,
+        "current_chosen": 0.0,
+        "current_rejected": 0.0,
+        "logp_chosen": delta_w,
+        "logp_rejected": delta_l,
+        "tokens_chosen": 1.0,
+        "tokens_rejected": 1.0,
+        "p_hat_chosen": 0.5,
+        "p_hat_rejected": 0.5,
+        "p_chosen_beats_rejected": 0.5,
     }
-    row = (
-        zeros
-        | {
-            "logp_chosen": delta_w,
-            "logp_rejected": delta_l,
-            "tokens_chosen": 1.0,
-            "tokens_rejected": 1.0,
-            "p_hat_chosen": 0.5,
-            "p_hat_rejected": 0.5,
-            "p_chosen_beats_rejected": 0.5,
-        }
-        | numbers
-    )
+    row |= numbers
     return {
         key: torch.full((n,), value, dtype=torch.float64, requires_grad=key.startswith("logp_"))
         for key, value in row.items()
@@ -269,20 +266,17 @@ def pair_of(
 
 
 def test_sppo_is_minimal_at_the_target_of_each_log_ratio():
-    """Pointwise, unlike DPO and IPO, which fix only the difference of the two."""
+    """SPPO has a target for each log-ratio. DPO and IPO determine only their difference."""
     pair = pair_of(0.4 / 0.01, -0.3 / 0.01, p_hat_chosen=0.9, p_hat_rejected=0.2)
     loss = pair_loss("sppo", pair, OPTIONS | {"beta": 0.01})
     loss.sum().backward()
     assert loss.item() == pytest.approx(0, abs=1e-20)
-    assert (
-        pair["logp_chosen"].grad.item()
-        == pair["logp_rejected"].grad.item()
-        == pytest.approx(0, abs=1e-10)
-    )
+    assert pair["logp_chosen"].grad.item() == pytest.approx(0, abs=1e-10)
+    assert pair["logp_rejected"].grad.item() == pytest.approx(0, abs=1e-10)
 
 
 def test_first_sppo_loss_of_a_strict_order_of_five():
-    """K = 5 in a strict total order: P-hat 0.9 and 0.1, targets of +-400 nats at eta = 1000."""
+    """K = 5 in a strict order: P-hat is 0.9 and 0.1, the targets at eta = 1000 are +-400 nats."""
     pair = pair_of(0.0, 0.0, 3, p_hat_chosen=0.9, p_hat_rejected=0.1)
     assert pair_loss("sppo", pair, OPTIONS | {"beta": 1e-3}).tolist() == pytest.approx(
         [160000.0] * 3, rel=1e-6
@@ -290,8 +284,12 @@ def test_first_sppo_loss_of_a_strict_order_of_five():
 
 
 def test_inpo_and_mpo_losses_are_proportional():
-    """INPO(eta_I, tau) = MMD(eta, alpha) with eta_I = (1 + eta alpha) / eta, tau = alpha (spec 2.2, item 17), margin 1/2."""
-    eta, alpha = 4.0, 0.3
+    """INPO(eta_I, tau) equals MMD(eta, alpha) if the difference of the two P-hats is 1/2.
+
+    Here eta_I = (1 + eta alpha) / eta and tau = alpha.
+    """
+    eta = 4.0
+    alpha = 0.3
     row = GOLDEN | {"p_hat_chosen": 0.75, "p_hat_rejected": 0.25}
     beta = (1 + eta * alpha) / eta
     inpo = ours("inpo", [row], beta=beta, tau=alpha)[0].item()
@@ -305,7 +303,9 @@ def test_unknown_loss_is_refused_by_name():
 
 
 def test_exact_nash_md_step_has_zero_loss():
-    game, beta, tau = games.GAMES["comal3"], 2.0, 0.3
+    game = games.GAMES["comal3"]
+    beta = 2.0
+    tau = 0.3
     start, once, twice = games.play(games.nash_md(game.P, game.start, game.start, beta, tau), 2)
     mixture = once ** (1 - tau / beta) * start ** (tau / beta)
     won = game.P @ (mixture / mixture.sum())

@@ -1,4 +1,4 @@
-"""Preference estimates: golden values, identities that hold exactly, the cycle that the collapse to scores hides."""
+"""Preference estimates: golden values, exact identities, and cycles, which mean scores hide."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sppo.preferences.estimates import (
     winner_and_loser,
 )
 
-# Logits of one prompt, and reference values of what follows from them.
+# The logits of one prompt, and the reference values of its estimates.
 L = np.array(
     [
         [0.0, 1.2, -0.3, 2.0, 0.7],
@@ -42,12 +42,13 @@ DIRECT_P_HAT = [
     0.274448765938398,
     0.5542302860885935,
 ]
-# a beats b beats c beats a, each reading in its own strength: scores are equal, pairs are not.
+# a beats b, b beats c and c beats a. The two orders of a pair differ in strength. The mean scores
+# are equal, but no pair is a tie.
 CYCLE = np.array([[9.0, 2.0, -2.0], [-1.0, 9.0, 2.0], [1.0, -1.0, 9.0]])
 
 
 def random_logits():
-    """Fifty K x K matrices without any symmetry, small and huge."""
+    """Fifty K x K matrices without symmetry, with small and very large entries."""
     draw = np.random.default_rng(3)
     for number in range(50):
         k = int(draw.integers(2, 9))
@@ -55,18 +56,19 @@ def random_logits():
 
 
 def by_hand(logits, probability: str, scale: float) -> list[list[float]]:
-    """P in loops, from the specification."""
+    """P(i beats j) in loops; it shares no code with sppo.preferences.estimates."""
     k = len(logits)
-    if probability == "blender":
-        s = [sum(logits[i][j] - logits[j][i] for j in range(k) if j != i) / k for i in range(k)]
-        return [[1 / (1 + math.exp(s[j] - s[i])) for j in range(k)] for i in range(k)]
-    return [
-        [
-            0.5 if i == j else 1 / (1 + math.exp(-scale * (logits[i][j] - logits[j][i])))
-            for j in range(k)
-        ]
-        for i in range(k)
-    ]
+    p = [[0.5] * k for _ in range(k)]
+    scores = [sum(logits[i][j] - logits[j][i] for j in range(k) if j != i) / k for i in range(k)]
+    for i in range(k):
+        for j in range(k):
+            if i == j:
+                continue
+            if probability == "blender":
+                p[i][j] = 1 / (1 + math.exp(scores[j] - scores[i]))
+            else:
+                p[i][j] = 1 / (1 + math.exp(-scale * (logits[i][j] - logits[j][i])))
+    return p
 
 
 def test_golden_scores_give_winner_and_loser():
@@ -84,7 +86,7 @@ def test_p_hat_has_its_golden_value(probability, expected):
 
 @pytest.mark.parametrize("probability", ["pairwise", "blender"])
 @pytest.mark.parametrize("scale", [0.5, 1.0])
-def test_win_probabilities_equal_the_loops(probability, scale):
+def test_win_probabilities_equal_loops_and_ignore_the_diagonal(probability, scale):
     for logits in random_logits():
         logits = np.clip(logits, -100, 100)
         expected = np.array(by_hand(logits.tolist(), probability, scale))
@@ -102,7 +104,7 @@ def test_p_plus_its_transpose_is_exactly_one(probability, scale):
         assert (p + p.T == 1.0).all()
         assert (np.diag(p) == 0.5).all()
         assert p_hat(p).mean() == pytest.approx(0.5, abs=1e-15)
-        # The comparison with itself keeps P-hat off 0 and 1.
+        # P-hat includes the comparison of a response with itself, so it is never 0 or 1.
         assert (p_hat(p) >= 0.5 / len(p)).all()
         assert (p_hat(p) <= 1 - 0.5 / len(p)).all()
 
@@ -124,7 +126,10 @@ def test_uneven_cycle_has_a_winner():
 
 
 def test_both_estimates_agree_on_additive_logits():
-    """L_ij = (u_i - u_j) / 2 is Bradley-Terry; the collapse sums both orders, so `pairwise` must too (scale 1)."""
+    """L_ij = (u_i - u_j) / 2 is the Bradley-Terry model.
+
+    `blender` sums both orders. With scale 1 `pairwise` sums them too.
+    """
     u = np.random.default_rng(0).normal(size=6)
     logits = (u[:, None] - u[None, :]) / 2
     np.testing.assert_allclose(
@@ -134,12 +139,10 @@ def test_both_estimates_agree_on_additive_logits():
 
 def test_logit_scale_gives_mean_or_sum_of_both_orders():
     logits = np.array([[0.0, 1.5], [-0.5, 0.0]])
-    assert win_probabilities(logits, logit_scale=0.5)[0, 1] == pytest.approx(
-        1 / (1 + math.exp(-1.0))
-    )
-    assert win_probabilities(logits, logit_scale=1.0)[0, 1] == pytest.approx(
-        1 / (1 + math.exp(-2.0))
-    )
+    half = win_probabilities(logits, logit_scale=0.5)
+    assert half[0, 1] == pytest.approx(1 / (1 + math.exp(-1.0)))
+    one = win_probabilities(logits, logit_scale=1.0)
+    assert one[0, 1] == pytest.approx(1 / (1 + math.exp(-2.0)))
 
 
 def test_p_hat_follows_a_permutation_of_the_responses():
@@ -184,7 +187,8 @@ def test_importance_weights_estimate_another_policy():
     pi, other = draw.dirichlet(np.full(6, 5.0)), draw.dirichlet(np.full(6, 5.0))
     sample = draw.choice(6, size=4000, p=pi)
     estimate = p_hat_weighted(P[np.ix_(np.arange(6), sample)], np.log(other / pi)[sample] + 700.0)
-    assert np.abs(estimate - P @ other).max() < 0.02 < np.abs(P @ pi - P @ other).max()
+    assert np.abs(estimate - P @ other).max() < 0.02
+    assert np.abs(P @ pi - P @ other).max() > 0.02  # The two policies differ by more than this.
     assert p_hat_weighted(P, np.zeros(6)) == pytest.approx(p_hat(P))
 
 
@@ -192,14 +196,17 @@ def test_importance_weights_estimate_another_policy():
 def test_length_penalty_is_as_good_as_a_fine_grid(seed):
     draw = np.random.default_rng(seed)
     lengths = [draw.integers(1, 400, size=k).astype(float) for k in (5, 5, 4, 2)]
-    scores = [0.01 * n + draw.normal(size=len(n)) for n in lengths]  # longer is better, as a rule
+    # Longer responses have higher scores on average.
+    scores = [0.01 * n + draw.normal(size=len(n)) for n in lengths]
 
     def difference(alpha: float) -> float:
-        ends = [
-            (max(zip(s - alpha * n, n))[1], min(zip(s - alpha * n, n))[1])
-            for s, n in zip(scores, lengths, strict=True)
-        ]
-        return abs(float(np.mean([winner - loser for winner, loser in ends])))
+        """The mean difference in length of winner and loser, as an absolute value."""
+        differences = []
+        for score, length in zip(scores, lengths, strict=True):
+            ranked = sorted(zip(score - alpha * length, length))
+            (_, loser), (_, winner) = ranked[0], ranked[-1]
+            differences.append(winner - loser)
+        return abs(float(np.mean(differences)))
 
     alpha = even_length_penalty(scores, lengths)
     assert alpha > 0

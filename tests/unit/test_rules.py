@@ -86,12 +86,12 @@ def rules() -> dict[str, str]:
     return found
 
 
+def text_of_rule_files() -> str:
+    return "".join(file.read_text(encoding="utf-8") for file in RULE_FILES)
+
+
 def test_all_rules_are_found_by_these_tests():
-    declared = re.findall(
-        r"^\s*(?:rule|checkpoint) \w*",
-        "".join(file.read_text(encoding="utf-8") for file in RULE_FILES),
-        re.MULTILINE,
-    )
+    declared = re.findall(r"^\s*(?:rule|checkpoint) \w*", text_of_rule_files(), re.MULTILINE)
     assert len(declared) == len(rules()) > 5
     assert not any("checkpoint" in line for line in declared)
 
@@ -117,7 +117,6 @@ def test_rule_has_all_required_sections(rule):
 
 @pytest.mark.parametrize("rule", rules())
 def test_rule_calls_its_program_with_known_arguments(rule):
-    """The program exists, and every artifact that it writes has a record in the rule's outputs."""
     body = rules()[rule]
     (program,) = re.findall(r"\{PYTHON\} \{SRC\}/([\w/]+\.py)", body)
     source = (ROOT / "src" / program).read_text(encoding="utf-8")
@@ -130,7 +129,11 @@ def test_rule_calls_its_program_with_known_arguments(rule):
     asked = set(re.findall(r"--([a-z-]+) ", body.split("shell:")[1]))
     assert asked
     assert asked <= known, f"{program} has no {asked - known}"
-    (outputs,) = re.findall(r"^    output:\n((?: {8}.+\n)+)", body, re.MULTILINE)
+
+
+@pytest.mark.parametrize("rule", rules())
+def test_rule_writes_a_record_of_every_artifact(rule):
+    (outputs,) = re.findall(r"^    output:\n((?: {8}.+\n)+)", rules()[rule], re.MULTILINE)
     entries = re.split(r"^ {8}(?=\w+=)", outputs, flags=re.MULTILINE)[1:]
     assert 2 * sum("record(" in entry for entry in entries) >= len(entries)
 
@@ -162,22 +165,35 @@ def test_snakefile_includes_every_rules_file():
 # --- profiles ---
 
 
-def test_slurm_profile_sets_resources_of_every_rule():
-    sized = yaml.safe_load(
-        (ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
-    )["set-resources"]
+def resources_in_the_slurm_profile() -> dict[str, dict]:
+    """The resources of each rule in the Slurm profile."""
+    file = ROOT / "profiles" / "slurm" / "config.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["set-resources"]
+
+
+def rules_and_derived_rules() -> dict[str, str]:
+    """The text of every rule by name. A derived rule has the text of its base."""
     text = {name.split(".")[1]: body for name, body in rules().items()}
-    derived = re.findall(
-        r"^\s*use rule (\w+) as (\w+) with:",
-        "".join(file.read_text(encoding="utf-8") for file in RULE_FILES),
-        re.MULTILINE,
-    )
-    text |= {name: text[base] for base, name in derived}
-    assert sized.keys() == text.keys()
-    assert {name for name, asked in sized.items() if "gpu" in asked} == {
-        name for name, body in text.items() if re.search(r"gpu=(\w+_GPUS|gpus_if)", body)
+    derived = re.findall(r"^\s*use rule (\w+) as (\w+) with:", text_of_rule_files(), re.MULTILINE)
+    return text | {name: text[base] for base, name in derived}
+
+
+def test_slurm_profile_sets_resources_of_every_rule():
+    resources = resources_in_the_slurm_profile()
+    assert resources.keys() == rules_and_derived_rules().keys()
+    for name, asked in resources.items():
+        assert "attempt" in asked["mem_mb"], name
+        assert "attempt" in asked["runtime"], name
+
+
+def test_slurm_profile_gives_gpus_to_rules_that_use_them():
+    with_gpu = {name for name, asked in resources_in_the_slurm_profile().items() if "gpu" in asked}
+    use_gpu = {
+        name
+        for name, body in rules_and_derived_rules().items()
+        if re.search(r"gpu=(\w+_GPUS|gpus_if)", body)
     }
-    assert all("attempt" in asked[key] for asked in sized.values() for key in ("mem_mb", "runtime"))
+    assert with_gpu == use_gpu
 
 
 # --- dry runs ---
@@ -301,12 +317,12 @@ def test_gpu_jobs_share_the_cores(words, threads, copy):
     )
     done = dry_run(copy, "--cores", "16", "--snakefile", "threads.smk", *words)
     assert f"THREADS {threads}\n" in done.stderr, done.stderr
-    text = rules()
-    used = {
-        name.split(".")[1]: re.search(r"threads: (\w+)", body)[1] for name, body in text.items()
-    }
-    assert used["train_policy"] == "TRAINING_THREADS"
-    assert used["score_reference"] == "MODEL_THREADS"
+
+
+def test_gpu_rules_use_the_shared_thread_counts():
+    text = rules_and_derived_rules()
+    assert "threads: TRAINING_THREADS" in text["train_policy"]
+    assert "threads: MODEL_THREADS" in text["score_reference"]
 
 
 @pytest.mark.parametrize("name", PAPER_SCALE)
@@ -672,10 +688,12 @@ def test_all_programs_get_the_same_chat_settings(copy):
             ("--thoughts strip" in line) == program.startswith(("generate", "answer"))
             for line in run
         )
-    assert any(
-        "--held-out data/evaluation.json data/mt_bench/question.jsonl --earlier" in line
-        for line in lines
-    )
+
+
+def test_prompts_exclude_the_questions_of_all_evaluations(copy):
+    done = dry_run(copy, "results/iter1/prompts.parquet", "--printshellcmds")
+    held_out = "--held-out data/evaluation.json data/mt_bench/question.jsonl --earlier"
+    assert held_out in done.stdout + done.stderr
 
 
 def test_mt_bench_questions_are_fetched_before_prompts(copy):
