@@ -1,4 +1,7 @@
-"""PairRM: what it reads and computes, its two layouts, and the workflow around it. tests/parity holds it to llm-blender itself."""
+"""PairRM: its logits, its input, its two layouts, and the workflow around it.
+
+tests/parity compares it with llm-blender.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ GROUPS = [(prompt, ANSWERS[k:] + ANSWERS[:k]) for k, prompt in enumerate(PROMPTS
 
 
 def tokenizer() -> Tokenizer:
-    """Letters and a few words, framed and marked as DeBERTa-v3's tokenizer is in PairRM's files."""
+    """A small vocabulary with the special tokens and marks of PairRM's DeBERTa-v3 tokenizer."""
     control = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
     pieces = (
         [(token, 0.0) for token in control]
@@ -92,14 +95,16 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """The same random PairRM in both layouts; limits of 40 and 16 tokens where the layout names any."""
+    """The same random PairRM in both layouts.
+
+    Only the layout of llm-blender contains token limits. They are 40 and 16 here.
+    """
     made, root = tokenizer(), tmp_path_factory.mktemp("pairrm")
     torch.manual_seed(0)
     network = PairRanker(DebertaV2Config(**SHAPE, vocab_size=made.get_vocab_size()), 1)
     with torch.no_grad():
-        for (
-            parameter
-        ) in network.parameters():  # far from the usual start, so that logits are far from 0
+        # Large weights give logits far from 0.
+        for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     backbone = root / "backbone"
     DebertaV2Config(**SHAPE, vocab_size=made.get_vocab_size() - 4).save_pretrained(backbone)
@@ -140,7 +145,10 @@ def pairrm(folders) -> PairRM:
 def by_hand(
     folder: Path, prompt: str, candidates: list[str], max_source: int, max_candidate: int
 ) -> np.ndarray:
-    """The logits, one pair at a time and without padding, by nothing of ours but the names of the tensors."""
+    """The logits, one pair at a time and without padding.
+
+    Only the names of the tensors and marks are taken from our code.
+    """
     weights = load_file(folder / "model.safetensors")
     spoken = Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = DebertaV2Config(
@@ -184,7 +192,7 @@ def by_hand(
     return logits
 
 
-# --- what it computes ---
+# --- logits ---
 
 
 @pytest.mark.parametrize("k", range(len(GROUPS)))
@@ -193,7 +201,7 @@ def test_logits_equal_those_of_each_single_pair(pairrm, folders, k):
     logits = pairrm.pair_logits(prompt, candidates)
     assert logits.dtype == np.float64
     assert np.abs(logits).max() > 0.1
-    # no skew symmetry is assumed
+    # The logits are not skew-symmetric.
     assert np.abs(logits + logits.T).max() > 1e-3
     np.testing.assert_allclose(
         logits, by_hand(folders["llm-blender"], prompt, candidates, 40, 16), atol=2e-5
@@ -207,7 +215,9 @@ def test_both_layouts_give_the_same_logits(folders):
 
 
 def test_token_limits_come_from_the_checkpoint(folders):
-    one, other = (PairRM(folders[layout]) for layout in folders)
+    """The Hugging Face layout contains no limits. The defaults are those of the publication."""
+    one = PairRM(folders["llm-blender"])
+    other = PairRM(folders["hf"])
     assert (one.max_source, one.max_candidate) == (40, 16)
     assert (
         other.max_source,
@@ -240,16 +250,21 @@ def test_batches_cover_each_pair_within_the_budget():
     assert len(made) == 5
     sizes = [len(batch) * max(lengths[at] for at in batch) for batch in made]
     assert [size for size in sizes if size > 64] == [200]
-    assert sum(sizes) < 1.35 * sum(lengths)  # like lengths come together, so that little is padding
+    # Pairs of similar length share a batch, so that there is little padding.
+    assert sum(sizes) < 1.35 * sum(lengths)
 
 
 def test_identical_answers_tie_exactly(pairrm):
     logits = pairrm.pair_logits("Hi", ["same", "other", "same", LONG + "a", LONG + "b"])
     relative = logits - logits.T
-    assert relative[0, 2] == 0 == relative[3, 4]
-    # an answer against itself still shows the order
+    assert relative[0, 2] == 0
+    assert relative[3, 4] == 0
+    # The logit of two equal answers depends on their order, so it is not 0.
     assert logits[0, 2] != 0
     np.testing.assert_array_equal(logits[0, [1, 3, 4]], logits[2, [1, 3, 4]])
+
+
+def test_fewer_than_two_candidates_are_accepted(pairrm):
     np.testing.assert_array_equal(pairrm.pair_logits("Hi", ["one"]), [[0.0]])
     assert pairrm.pair_logits("Hi", []).shape == (0, 0)
     assert pairrm.all_pair_logits([]) == []
@@ -269,39 +284,33 @@ def test_bfloat16_changes_only_rounding(folders, pairrm):
     assert 0 < np.abs(exact - rounded).max() < 0.1
 
 
-# --- what it reads ---
+# --- input ---
 
 
 def test_answers_use_the_tokens_that_a_short_prompt_leaves(pairrm):
     short, long = pairrm.read([("Hi", [LONG, "no"])])[0], pairrm.read([(LONG, [LONG, "no"])])[0]
     assert len(long.source) == 40
     assert len(long.answers[0]) == 16
-    assert len(short.source) == 6
-    # [CLS] mark, a word boundary, H i [SEP]
+    assert len(short.source) == 6  # [CLS], the mark, a word boundary, H, i, [SEP]
     assert len(short.answers[0]) == 16 + (40 - 6) // 2
-    assert all(
-        ids[0] == 1 and ids[-1] == 2
-        for read in (short, long)
-        for ids in (read.source, *read.answers)
-    )
+    for read in (short, long):
+        for ids in (read.source, *read.answers):
+            assert ids[0] == 1
+            assert ids[-1] == 2
 
 
 def test_prompts_truncated_together_share_one_limit(folders, pairrm):
     groups = [("Hi", [LONG, "no"]), (LONG, [LONG, "no"]), ("Hi", [LONG, "no"])]
-    lengths = {
-        n: [
-            len(read.answers[0])
-            for read in PairRM(folders["hf"], "cpu", "auto", 40, 16, n).read(groups)
-        ]
-        for n in (1, 2, 3)
-    }
-    assert lengths == {1: [33, 16, 33], 2: [16, 16, 33], 3: [16, 16, 16]}
+    for together, expected in ((1, [33, 16, 33]), (2, [16, 16, 33]), (3, [16, 16, 16])):
+        model = PairRM(folders["hf"], "cpu", "auto", 40, 16, together)
+        assert [len(read.answers[0]) for read in model.read(groups)] == expected
 
 
-# --- other files are refused ---
+# --- unsuitable files ---
 
 
-def broken(folder: Path, how: str) -> None:
+def damage(folder: Path, how: str) -> None:
+    """Damage the checkpoint in `folder` in the way that `how` names."""
     config, weights = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
     if how == "another model":
         (folder / "config.json").write_text(
@@ -312,7 +321,7 @@ def broken(folder: Path, how: str) -> None:
                 }
             )
         )
-    elif how == "no dictionary":
+    elif how == "configuration is a list":
         (folder / "config.json").write_text("[]")
     elif how == "pickled weights":
         (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -335,7 +344,7 @@ def broken(folder: Path, how: str) -> None:
         (folder / "tokenizer.json").write_text(
             (folder / "tokenizer.json").read_text().replace(SECOND, "<|another|>")
         )
-    elif how == "no tokenizer at all":
+    elif how == "invalid tokenizer":
         (folder / "tokenizer.json").write_text("{}")
     elif how == "embeddings without marks":
         name = "pretrained_model.embeddings.word_embeddings.weight"
@@ -348,7 +357,7 @@ def broken(folder: Path, how: str) -> None:
     ("how", "said"),
     [
         ("another model", "another layout"),
-        ("no dictionary", "another layout"),
+        ("configuration is a list", "another layout"),
         ("pickled weights", "model.safetensors"),
         ("no tokenizer", "tokenizer.json"),
         ("cut off", "cut off"),
@@ -357,7 +366,7 @@ def broken(folder: Path, how: str) -> None:
 )
 def test_unknown_layout_is_refused_before_any_work(folders, tmp_path, how, said):
     shutil.copytree(folders["llm-blender"], tmp_path / "model")
-    broken(tmp_path / "model", how)
+    damage(tmp_path / "model", how)
     with pytest.raises(UserError, match=said) as caught:
         check_inputs("", resolve({"preference": {"model": str(tmp_path / "model")}})[""])
     assert "\n" not in str(caught.value)
@@ -370,14 +379,14 @@ def test_unknown_layout_is_refused_before_any_work(folders, tmp_path, how, said)
         ("llm-blender", "another backbone", "do not fit its backbone microsoft/deberta-v3-large"),
         ("llm-blender", "no backbone", "nowhere"),
         ("hf", "tokenizer without marks", "does not read <|candidate2|>"),
-        ("hf", "no tokenizer at all", "is no tokenizer"),
+        ("hf", "invalid tokenizer", "is no tokenizer"),
         ("llm-blender", "embeddings without marks", "no embeddings"),
         ("hf", "other ids", "cand1_prefix_id 7"),
     ],
 )
 def test_inconsistent_files_are_refused_when_read(folders, tmp_path, layout, how, said):
     shutil.copytree(folders[layout], tmp_path / "model")
-    broken(tmp_path / "model", how)
+    damage(tmp_path / "model", how)
     with pytest.raises(UserError, match=said) as caught:
         PairRM(tmp_path / "model")
     assert "\n" not in str(caught.value)
@@ -503,7 +512,7 @@ def test_annotation_program_writes_the_model_s_logits(folders, pairrm, tmp_path,
 
 
 def plan(folder: Path, config: str) -> str:
-    """What Snakemake would do with `config` laid over the default, or its one error."""
+    """The output of a dry run of all targets with the configuration `config`."""
     for name in ("rules", "src", "config", "data", "envs", "profiles", "Snakefile"):
         os.symlink(ROOT / name, folder / name)
     (folder / "mine.yaml").write_text(config)
@@ -529,10 +538,11 @@ def plan(folder: Path, config: str) -> str:
 
 
 def test_stages_that_compare_use_the_configured_pairrm(folders, tmp_path):
-    """Two runs share one PairRM; neither the embedded ranker nor its base is asked for."""
+    """Two runs share one PairRM. The embedded ranker and its base are not used."""
     said = plan(
         tmp_path,
-        f"policy: {{model: {folders['hf']}}}\npreference: {{model: {folders['hf']}, batch_tokens: 512}}\n"
+        f"policy: {{model: {folders['hf']}}}\n"
+        f"preference: {{model: {folders['hf']}, batch_tokens: 512}}\n"
         "runs:\n  k2: {responses: {samples: 2}}\n",
     )
     assert "prepare_preference_model.py --model" in said
@@ -550,7 +560,8 @@ def test_llm_blender_without_conda_is_a_one_line_error(folders, tmp_path):
         tmp_path, f"preference: {{model: {folders['llm-blender']}, backend: llm_blender}}\n"
     )
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [
-        "error: config: preference.backend is llm_blender, which needs an environment of its own; run with --use-conda, or set transformers"
+        "error: config: preference.backend is llm_blender, which needs an environment of its own; "
+        "run with --use-conda, or set transformers"
     ]
     assert "Traceback" not in said
 
@@ -559,7 +570,7 @@ def test_llm_blender_without_conda_is_a_one_line_error(folders, tmp_path):
 def test_workflow_trains_on_the_pairs_that_pairrm_prefers(
     folders, tiny_policy, copy_repository, tmp_path
 ):
-    """One iteration and its evaluation in small, from the prompts to the win rate."""
+    """One small iteration and its evaluation, from the prompts to the win rate."""
     folder = copy_repository(tmp_path)
     config = [
         f"policy={{model: {tiny_policy}}}",
@@ -588,12 +599,9 @@ def test_workflow_trains_on_the_pairs_that_pairrm_prefers(
     assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
     root = folder / "results/tiny"
     texts: dict[str, dict[int, str]] = {}
-    for row in (
-        row
-        for shard in (0, 1)
-        for row in read_table(root / f"iter1/responses/{shard}.parquet", "responses")
-    ):
-        texts.setdefault(row["prompt_id"], {})[row["sample_id"]] = row["text"]
+    for shard in (0, 1):
+        for row in read_table(root / f"iter1/responses/{shard}.parquet", "responses"):
+            texts.setdefault(row["prompt_id"], {})[row["sample_id"]] = row["text"]
     asked = {
         row["prompt_id"]: row["messages"][-1]["content"]
         for row in read_table(root / "iter1/prompts.parquet", "prompts")
@@ -604,12 +612,12 @@ def test_workflow_trains_on_the_pairs_that_pairrm_prefers(
     assert read_json(record_path(root / "iter1/policy"))["pairs"] == len(pairs)
     for pair in pairs:
         mine = texts[pair["prompt_id"]]
-        estimates = win_probabilities(
-            model.pair_logits(asked[pair["prompt_id"]], [mine[k] for k in sorted(mine)])
-        ).mean(axis=1)
-        assert (pair["p_hat_chosen"], pair["p_hat_rejected"]) == pytest.approx(
-            (estimates[pair["chosen_sample_id"]], estimates[pair["rejected_sample_id"]]), abs=1e-4
-        )
+        candidates = [mine[k] for k in sorted(mine)]
+        logits = model.pair_logits(asked[pair["prompt_id"]], candidates)
+        estimates = win_probabilities(logits).mean(axis=1)
+        for side in ("chosen", "rejected"):
+            expected = estimates[pair[f"{side}_sample_id"]]
+            assert pair[f"p_hat_{side}"] == pytest.approx(expected, abs=1e-4)
     assert (
         read_json(root / "iter1/ranker_estimate.json")["judge"]
         == "results/tiny/iter0/preference_model"

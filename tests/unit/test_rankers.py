@@ -1,4 +1,4 @@
-"""The embedded preference models: the form of the logits, the data they learn from, and the programs."""
+"""The embedded preference models: their logits, their training data, and their programs."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# A folder with public data sets; tests that need one are skipped without it.
+# A folder with public data sets. Without it, the tests that need a data set are skipped.
 PUBLIC_DATA = Path(os.environ.get("SPPO_PUBLIC_DATA", "/nonexistent"))
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -114,13 +114,12 @@ def test_logits_are_skew_symmetric(ranker):
     assert L.shape == (5, 5)
     assert L.dtype == np.float64
     np.testing.assert_array_equal(L, -L.T)
-    assert (
-        np.abs(L[np.triu_indices(5, 1)]).min() > 0
-    )  # no two of these answers are the same to the model
+    # The model does not consider any two of these answers equal.
+    assert np.abs(L[np.triu_indices(5, 1)]).min() > 0
 
 
 def test_skew_logits_equal_equation_3_of_gpm():
-    """GPM eq. 3, written out: e_i^T R e_j with R = blockdiag([[0, -1], [1, 0]])."""
+    """GPM, eq. 3: L_ij = e_i^T R e_j with R = blockdiag([[0, -1], [1, 0]], ...)."""
     import torch
 
     from sppo.preferences.embedded_network import skew_logits
@@ -128,11 +127,25 @@ def test_skew_logits_equal_equation_3_of_gpm():
     e = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     R = torch.block_diag(*[torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)] * 3)
     torch.testing.assert_close(skew_logits(e), e @ R @ e.T)
+
+
+def test_skew_logits_can_express_a_reward():
+    import torch
+
+    from sppo.preferences.embedded_network import skew_logits
+
     reward = torch.tensor([0.3, -1.0, 2.0])
-    torch.testing.assert_close(
-        skew_logits(torch.stack([torch.ones(3), reward], 1)), reward[:, None] - reward
-    )
-    angles = torch.arange(3) * 2 * torch.pi / 3  # rock, paper, scissors: what no reward can express
+    logits = skew_logits(torch.stack([torch.ones(3), reward], 1))
+    torch.testing.assert_close(logits, reward[:, None] - reward)
+
+
+def test_skew_logits_can_express_a_cycle():
+    """Rock, paper, scissors: no reward can express these preferences."""
+    import torch
+
+    from sppo.preferences.embedded_network import skew_logits
+
+    angles = torch.arange(3) * 2 * torch.pi / 3
     cycle = skew_logits(torch.stack([angles.cos(), angles.sin()], 1))
     assert cycle[1, 0] > 0
     assert cycle[2, 1] > 0
@@ -156,15 +169,13 @@ def test_shared_prompt_gives_the_same_states(ranker):
 
     text = ranker.model.text
     prompt, instruction = text.prompt("Say something."), text.plain("Say something.")
+    starts = [i for i in range(len(prompt)) if prompt[i : i + len(instruction)] == instruction]
+    at = starts[0]
     with torch.inference_mode():
         together = ranker.model.states("Say something.", ANSWERS)
-        for row, ids in enumerate(map(text.answer, ANSWERS)):
-            states = ranker.model.backbone(
-                input_ids=torch.tensor([prompt + ids])
-            ).last_hidden_state[0]
-            at = next(
-                i for i in range(len(prompt)) if prompt[i : i + len(instruction)] == instruction
-            )
+        for row, answer in enumerate(ANSWERS):
+            ids = torch.tensor([prompt + text.answer(answer)])
+            states = ranker.model.backbone(input_ids=ids).last_hidden_state[0]
             alone = {
                 "instruction": states[at : at + len(instruction)].mean(0),
                 "mean": states[len(prompt) :].mean(0),
@@ -235,9 +246,8 @@ def test_long_texts_keep_their_start_and_end(ranker):
     ids = ranker.model.text.answer("a" * 60 + "z" * 60)
     assert len(ids) == SPEC["max_answer_tokens"] + 1
     kept = ranker.model.text.tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
-    assert (
-        kept == "a" * 19 + " [...] " + "z" * 6
-    )  # 25 tokens of room beside the mark's 7, 6 for the tail
+    # The mark takes 7 of the 32 tokens. A quarter of the other 25 is for the end.
+    assert kept == "a" * 19 + " [...] " + "z" * 6
     assert ids[0] == ranker.model.text.plain("a")[0]
     assert ids[-2] == ranker.model.text.plain("z")[0]
 
@@ -289,7 +299,7 @@ def test_adapter_with_wrong_tensors_is_a_one_line_error(change, adapter_dir, bas
 
 
 def annotations(instructions=30, models=6, seed=0):
-    """Made-up annotations: longer outputs tend to win, output_2 wins more often."""
+    """Random annotations in which longer outputs and output_2 win more often."""
     rng = random.Random(seed)
     rows = []
     for number in range(instructions):
@@ -315,27 +325,31 @@ def test_parts_are_stable_and_have_the_stated_sizes():
 
 def test_shipped_training_instructions_are_disjoint():
     listed = {}
-    for name in ("ranker", "judge"):
+    for name, low, high in (("ranker", 0, 0.4), ("judge", 0.4, 0.8)):
         file = ROOT / "data" / name / "training_instructions.txt"
         listed[name] = set(file.read_text().split())
         assert all(len(line) == 64 for line in listed[name])
         assert len(listed[name]) > 250
-        assert (ROOT / "data" / name / "adapter.safetensors").stat().st_size <= 5_000_000
+        # An instruction's part is determined by the first 32 bits of its hash.
         shares = [int(line[:8], 16) / 2**32 for line in listed[name]]
-        assert min(shares) >= (0 if name == "ranker" else 0.4)
-        assert max(shares) < (0.4 if name == "ranker" else 0.8)
+        assert min(shares) >= low
+        assert max(shares) < high
     assert not listed["ranker"] & listed["judge"]
+
+
+@pytest.mark.parametrize("name", ["ranker", "judge"])
+def test_shipped_adapter_has_at_most_5_megabytes(name):
+    assert (ROOT / "data" / name / "adapter.safetensors").stat().st_size <= 5_000_000
 
 
 def test_unusable_rows_are_excluded_and_counted(tmp_path):
     frame = annotations(2, 5)
     frame["preference"] = frame["preference"].astype(float)
-    frame.loc[0, "preference"], frame.loc[1, "preference"], frame.loc[2, "preference"] = (
-        np.nan,
-        0.0,
-        1.5,
-    )
-    frame.loc[3, "preference"], frame.loc[4, "output_2"] = 3.0, frame.loc[4, "output_1"]
+    frame.loc[0, "preference"] = np.nan
+    frame.loc[1, "preference"] = 0.0
+    frame.loc[2, "preference"] = 1.5
+    frame.loc[3, "preference"] = 3.0
+    frame.loc[4, "output_2"] = frame.loc[4, "output_1"]
     frame.loc[5, "output_2"] = None
     frame.to_parquet(tmp_path / "a.parquet")
     rows, excluded = embedded_data.load_annotations(tmp_path / "a.parquet")
@@ -352,25 +366,37 @@ def test_unusable_rows_are_excluded_and_counted(tmp_path):
 def test_balance_gives_equal_wins_and_is_seeded():
     frame = annotations()
     even = embedded_data.balance(frame, 3)
-    assert (
-        (even["preference"] > 1.5).sum()
-        == (even["preference"] < 1.5).sum()
-        == min((frame["preference"] > 1.5).sum(), (frame["preference"] < 1.5).sum())
-    )
+
+    def wins(table) -> tuple[int, int]:
+        return (table["preference"] < 1.5).sum(), (table["preference"] > 1.5).sum()
+
+    fewer = min(wins(frame))
+    assert wins(even) == (fewer, fewer)
     pd.testing.assert_frame_equal(even, embedded_data.balance(frame, 3))
 
 
-def test_groups_are_fair_to_the_reference_and_seeded():
+@pytest.fixture
+def groups():
+    return embedded_data.make_groups([annotations(200)], 5, 1, False, "ranker")
+
+
+def test_groups_are_seeded_and_keep_to_their_part(groups):
     frame = annotations(200)
-    groups = embedded_data.make_groups([frame], 5, 1, False, "ranker")
     assert groups == embedded_data.make_groups([frame], 5, 1, False, "ranker")
     assert all(embedded_data.part_of(group.instruction) == "ranker" for group in groups)
     held_out = embedded_data.make_groups([frame], 5, 1, True, "ranker")
     assert not {group.instruction for group in groups} & {group.instruction for group in held_out}
+
+
+def test_reference_wins_and_loses_equally_often_in_each_group(groups):
+    """Otherwise a ranker could learn the reference's style instead of quality."""
     for group in groups:
-        ours = [1 if i == 0 else -1 for i, j, _ in group.pairs if 0 in (i, j)]
-        assert sum(ours) == 0  # the reference wins as often as it loses: its style says nothing
+        results = [1 if i == 0 else -1 for i, j, _ in group.pairs if 0 in (i, j)]
+        assert sum(results) == 0
         assert all(0.5 < target <= embedded_data.MAX_TARGET for *_, target in group.pairs)
+
+
+def test_shorter_weight_gives_longer_winners_the_asked_share(groups):
     weight = embedded_data.shorter_weight(groups, 0.6)
     sides = [len(g.texts[i]) > len(g.texts[j]) for g in groups for i, j, _ in g.pairs]
     total = sum(1 if longer else weight for longer in sides)
@@ -384,7 +410,10 @@ def test_log_odds_are_clipped_at_16():
 
 
 def test_corruptions_change_the_text_as_named():
-    text = "The first sentence is here. The second follows it at once. A third one comes. Then the fourth. And the end of it all."
+    text = (
+        "The first sentence is here. The second follows it at once. A third one comes. "
+        "Then the fourth. And the end of it all."
+    )
     made = {
         kind: corrupt(text, random.Random(1)) for kind, corrupt in embedded_data.CORRUPTIONS.items()
     }
@@ -399,10 +428,14 @@ def test_corruptions_change_the_text_as_named():
     assert text.startswith(opening)
     for kind, corrupt in embedded_data.CORRUPTIONS.items():
         assert corrupt(text, random.Random(1)) == made[kind]
-        (
-            corrupt("", random.Random(0)),
-            corrupt("one", random.Random(0)),
-        )  # nothing to corrupt is no crash
+
+
+@pytest.mark.parametrize(
+    "corrupt", embedded_data.CORRUPTIONS.values(), ids=embedded_data.CORRUPTIONS
+)
+def test_corruption_accepts_very_short_texts(corrupt):
+    for text in ("", "one"):
+        corrupt(text, random.Random(0))
 
 
 # ---------------------------------------------------------------- the programs
@@ -420,7 +453,7 @@ def test_corruptions_change_the_text_as_named():
     ],
 )
 def test_evaluation_error_is_one_line(tmp_path, case, says, monkeypatch, capsys):
-    """Through main() in this process, for an interpreter that imports torch takes seconds to start."""
+    """main() runs in this process, because a new process needs seconds to import torch."""
     import evaluate_ranker
     from sppo.core.errors import run
     from sppo.preferences.embedded_network import SPEC
@@ -428,27 +461,22 @@ def test_evaluation_error_is_one_line(tmp_path, case, says, monkeypatch, capsys)
     file, frame = tmp_path / "a.parquet", annotations(6)
     adapters = tmp_path / "data" / "judge"
     adapters.mkdir(parents=True)
-    hashes = (
-        [embedded_data.instruction_hash(i) for i in frame["instruction"]]
-        if case == "all_training"
-        else []
-    )
+    hashes = []
+    if case == "all_training":
+        hashes = [embedded_data.instruction_hash(text) for text in frame["instruction"]]
     (adapters / "training_instructions.txt").write_text("\n".join(hashes))
     (adapters / "ranker.json").write_text(json.dumps(dict.fromkeys(SPEC, "judge")))
     (adapters / "adapter.safetensors").write_bytes(
         (0).to_bytes(8, "little") if case != "no_base" else (2).to_bytes(8, "little") + b"{}"
     )
-    monkeypatch.chdir(tmp_path)  # data/ is looked for where the command runs
+    monkeypatch.chdir(tmp_path)  # The program reads data/ in the working directory.
+    if case == "no_column":
+        frame = frame.drop(columns="preference")
+    if case == "empty":
+        frame = frame[:0]
     if case == "not_parquet":
         file.write_bytes(b"PAR1 cut")
     elif case != "absent":
-        frame = (
-            frame.drop(columns="preference")
-            if case == "no_column"
-            else frame[:0]
-            if case == "empty"
-            else frame
-        )
         frame.to_parquet(file)
     monkeypatch.setattr(
         sys,
@@ -472,7 +500,7 @@ def test_evaluation_error_is_one_line(tmp_path, case, says, monkeypatch, capsys)
 
 
 def test_training_is_reproducible_and_can_be_evaluated(base_dir, tmp_path, monkeypatch, capsys):
-    """Both programs on the tiny model: the adapter is the same from the same seed, the figures are whole."""
+    """Train twice with one seed and evaluate once, on the tiny model."""
     import evaluate_ranker
     import train_ranker
 
@@ -488,15 +516,16 @@ def test_training_is_reproducible_and_can_be_evaluated(base_dir, tmp_path, monke
         )
         train_ranker.main()
     folder = tmp_path / "data" / "ranker"
-    assert (folder / "adapter.safetensors").read_bytes() == (
-        tmp_path / "again" / "adapter.safetensors"
-    ).read_bytes()
+    first, second = (
+        (folder / "adapter.safetensors").read_bytes() for folder in (folder, tmp_path / "again")
+    )
+    assert first == second
     assert sorted(f.name for f in folder.iterdir()) == [
         "adapter.safetensors",
         "ranker.json",
         "training_instructions.txt",
     ]
-    monkeypatch.chdir(tmp_path)  # data/ is looked for where the command runs
+    monkeypatch.chdir(tmp_path)  # The program reads data/ in the working directory.
     monkeypatch.setattr(
         sys,
         "argv",
@@ -526,7 +555,7 @@ def test_training_is_reproducible_and_can_be_evaluated(base_dir, tmp_path, monke
 
 
 def test_public_annotations_are_filtered_as_documented():
-    """The facts that data/README.md of the shared folder states about the raw file."""
+    """The numbers of unusable rows and of wins in AlpacaEval 1's published annotations."""
     file = PUBLIC_DATA / "alpaca_eval_1_gpt4_annotations.parquet"
     if not file.is_file():
         pytest.skip(f"{file} is not here")
