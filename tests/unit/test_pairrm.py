@@ -392,7 +392,7 @@ def test_llm_blender_reads_its_own_layout_alone(folders):
             "",
             resolve({"preference": {"model": str(folders["hf"]), "backend": "llm_blender"}})[""],
         )
-    with pytest.raises(UserError, match="runs PairRM, and preference.model is ranker"):
+    with pytest.raises(UserError, match="preference.model is ranker, but .*which runs PairRM"):
         check_inputs("", resolve({"preference": {"backend": "llm_blender"}})[""])
 
 
@@ -541,7 +541,7 @@ def test_every_stage_that_asks_it_is_planned_with_it(folders, tmp_path):
     )
     assert (
         "prepare_preference_model.py --model" in said
-        and said.count("Putting PairRM into results/iter0/preference_model") == 1
+        and said.count("Putting the preference model into results/iter0/preference_model") == 1
     )
     for program in ("annotate_preferences", "pick_best_of_n", "evaluate_alpaca_eval"):
         lines = [line for line in said.splitlines() if f"/{program}.py" in line]

@@ -54,8 +54,8 @@ class EmbeddedModel(PreferenceModel):
         model, backend = settings["model"], settings["backend"]
         if backend != "transformers":
             raise UserError(
-                f"config: preference.backend is {backend}, which runs PairRM, but {key} is {model};"
-                " give llm-blender/PairRM or set transformers"
+                f"{key} is {model}, but preference.backend is {backend}, which runs PairRM; give"
+                " llm-blender/PairRM or set transformers"
             )
         check_adapter(model, key)
 
