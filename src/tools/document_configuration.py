@@ -1,7 +1,8 @@
 """Write docs/configuration.md: every configuration key, from the schema.
 
 Reads   config/schema.yaml, and the registries of losses that it names
-Writes  the page as Markdown on standard output, or with --check nothing: it fails if the page is old
+Writes  the page as Markdown on standard output; with --check nothing, but it fails if the page is
+        out of date
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ runs:
   k2: {{responses: {{samples: 2}}}}   # results/mine/k2/
 ```
 
-Without `--configfile` the demo's [config/config.yaml](../config/config.yaml) is read. A key takes the
-first of: the run's own value, the configuration's, the default. Where the paper and the official code
-differ, the default depends on `settings`. `null` undoes a value that an extended file set. Values can
-also be given on the command line: `--config iterations=1 "train={{beta: 0.01}}"`. Paths begin at the
-repository's folder.
+Without `--configfile` the demo's [config/config.yaml](../config/config.yaml) is read. A key takes
+the first of: the run's own value, the configuration's, the default. Where the paper and the
+official code differ, the default depends on `settings`. `null` undoes a value that an extended file
+set. Values can also be given on the command line: `--config iterations=1 "train={{beta: 0.01}}"`.
+Paths begin at the repository's folder.
 """
 
 

@@ -507,8 +507,8 @@ BAD = {
     ),
     "a run's name that ends in a newline": ({"runs": {"mine\n": {}}}, ["'mine\\n'", "form"]),
     "a repository that ends in a newline": ({"push_to_hub": "me/a-{t}\n"}, ["push_to_hub", "form"]),
-    "a name of 300 letters": ({"name": "x" * 300}, ["name is 'xxx", "100 at most"]),
-    "a run's name of 300 letters": ({"runs": {"x" * 300: {}}}, ["'xxx", "100 at most"]),
+    "a name of 300 letters": ({"name": "x" * 300}, ["name is 'xxx", "at most 100 characters"]),
+    "a run's name of 300 letters": ({"runs": {"x" * 300: {}}}, ["'xxx", "at most 100 characters"]),
     "shards without end": ({"responses": {"shards": 257}}, ["responses.shards", "at most 256"]),
     "more shards than prompts": (
         {"responses": {"shards": 9}, "prompts": {"per_iteration": 8}},

@@ -91,7 +91,7 @@ class EmbeddedModel(PreferenceModel):
 
 
 def check_adapter(model: str, key: str) -> None:
-    """Raise `UserError` if the folder of an adapter lacks a file. key: the configuration's, for it."""
+    """Raise `UserError` if an adapter's folder lacks a file. key: names it in the error line."""
     folder = adapter_folder(model)
     for file in ADAPTER_FILES:
         if folder and not (folder / file).is_file():
