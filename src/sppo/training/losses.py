@@ -3,7 +3,7 @@
 A loss names what it reads by its arguments. Each is one of these columns of a batch, or a key of
 the configuration section `train`:
 
-    logp_w, logp_l          log pi_theta(y|x) of winner and loser, summed over response tokens (nats)
+    logp_w, logp_l          log pi_theta(y|x) of winner and loser over response tokens, in nats
     tokens_w, tokens_l      response tokens
     delta_w, delta_l        log pi_theta(y|x) / pi_ref(y|x), where pi_ref is the method's reference
                             (for SPPO pi_t, the policy at the start of the iteration)
