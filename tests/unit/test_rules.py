@@ -1082,6 +1082,13 @@ def test_rule_quotes_what_its_command_names(rule):
     assert unquoted <= {"params.on_each_node", "params.best_grade"}
 
 
+def test_snakemake_s_own_lint_finds_only_functions_beside_their_rules(copy):
+    """CONTRIBUTING.md says why functions stay with the rules that use them."""
+    done = subprocess.run([*SNAKEMAKE, "--lint"], cwd=copy, capture_output=True, text=True)
+    found = set(re.findall(r"^    \* (.+?)(?: in line \d+)?:$", done.stderr, re.MULTILINE))
+    assert found == {"Mixed rules and functions in same snakefile."}, done.stderr
+
+
 def test_wrong_run_stops_only_who_asks_for_it(copy):
     text = "{runs: {bad: {train: {betta: 1}}, worse: {prompts: {source: data/nowhere.jsonl}}}}"
     write_overlay(copy / "odd.yaml", text)

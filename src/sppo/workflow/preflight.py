@@ -192,6 +192,11 @@ def check_folder_for_slurm(folder: str) -> None:
         )
 
 
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, found without importing torch."""
+    return Path("/dev/nvidiactl").exists()
+
+
 def gpus_here() -> int:
     """GPUs that programs started here would see, told without importing torch."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
