@@ -36,12 +36,13 @@ from sppo.workflow.preflight import (
     check_inputs,
     check_machine,
     gpus_here,
+    has_gpu,
 )
 
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 if IN_CONDA:
     # A user's ~/.local would be searched before the environment's own packages.
-    os.environ["PYTHONNOUSERSITE"] = "1"
+    os.environ.update(PYTHONNOUSERSITE="1")
 if workflow.is_main_process and not IS_MODULE and not REPOSITORY.samefile(os.getcwd()):
     fail(
         "the workflow's paths begin in the Snakefile's folder; run in it: "
@@ -117,7 +118,7 @@ CHATS = flags({key: MAIN["policy"][key] for key in OF_CHATS})
 RUNNING = flags(MAIN["policy"], skip=MODEL_SOURCE)
 
 # On one machine models never share hardware: each job takes all cores, or a GPU and its share.
-ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and Path("/dev/nvidiactl").exists())
+ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and has_gpu())
 GPUS_AT_ONCE = workflow.resource_settings.resources.get("gpu")
 GPUS_AT_ONCE = GPUS_AT_ONCE.value if GPUS_AT_ONCE else gpus_here()
 MODEL_GPUS = 1 if ON_GPU else 0
@@ -147,7 +148,7 @@ PYTHON = "python" if IN_CONDA else shlex.quote(sys.executable)
 SRC = shlex.quote(str(REPOSITORY / "src")) if IS_MODULE else "src"
 DEVICE = MAIN["device"]
 if sys.stderr.isatty():
-    os.environ["SPPO_WATCHED"] = "1"
+    os.environ.update(SPPO_WATCHED="1")
 
 
 def any_of(runs):

@@ -3,9 +3,9 @@
 Reads   prompts.parquet, responses/{shard}.parquet, the preference model (src/sppo/preferences/)
 Writes  preferences/{shard}.parquet (K x K logits for each prompt) and its record
 Paper   2405.00675, Algorithm 1 line 5
-Departs from the official code: it keeps the logits, not one score per response. The preference model
-        reads the user's words instead of the chat template (`--source`). The logits of a prompt do
-        not depend on other prompts, unless `--truncate-together` says so. For PairRM see
+Departs from the official code: it keeps the logits, not one score per response. The preference
+        model reads the user's words instead of the chat template (`--source`). The logits of a
+        prompt do not depend on other prompts, unless `--truncate-together` says so. For PairRM see
         src/sppo/preferences/pairrm_network.py.
 """
 

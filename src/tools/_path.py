@@ -1,4 +1,4 @@
-"""Importing this module puts src/ on the path, so that programs in this folder find sppo."""
+"""Importing this module puts src/, the folder of the package sppo, on Python's import path."""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Put a preference model that is fetched into its place, before anything is sampled.
 
-Reads   a folder, or the hub at a pinned revision (the local cache first): PairRM in one of its layouts
+Reads   a folder, or the hub at a pinned revision (the local cache first), with the files of PairRM
 Writes  iter0/preference_model, a folder of links to its files, and a record with the hub's commit.
         Files of another layout are refused here, not after sampling.
 """

@@ -515,8 +515,11 @@ BAD = {
     ),
     "run name with a newline": ({"runs": {"mine\n": {}}}, ["'mine\\n'", "form"]),
     "hub repository with a newline": ({"push_to_hub": "me/a-{t}\n"}, ["push_to_hub", "form"]),
-    "experiment name of 300 letters": ({"name": "x" * 300}, ["name is 'xxx", "100 at most"]),
-    "run name of 300 letters": ({"runs": {"x" * 300: {}}}, ["'xxx", "100 at most"]),
+    "experiment name of 300 letters": (
+        {"name": "x" * 300},
+        ["name is 'xxx", "at most 100 characters"],
+    ),
+    "run name of 300 letters": ({"runs": {"x" * 300: {}}}, ["'xxx", "at most 100 characters"]),
     "too many shards": ({"responses": {"shards": 257}}, ["responses.shards", "at most 256"]),
     "more shards than prompts": (
         {"responses": {"shards": 9}, "prompts": {"per_iteration": 8}},

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import document_configuration
+from sppo.core.config import schema
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 MOST_WORDS = 700
@@ -33,11 +36,23 @@ def test_links_point_to_existing_files_and_headings(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_named_in_a_document_exist(document):
     text = document.read_text(encoding="utf-8")
+    examples = re.findall(r"^```\w+ file=(\S+)", text, re.MULTILINE)
     for name in re.findall(
         r"(?<![\w/])((?:src|rules|config|benchmarks|tests|envs)/[a-z0-9_/]+\.[a-z]+)", text
     ):
-        assert (ROOT / name).exists(), name
+        assert (ROOT / name).exists() or name in examples, name
 
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= MOST_WORDS
+
+
+def test_the_page_of_all_keys_is_up_to_date(program):
+    program(document_configuration, "--check")
+
+
+@pytest.mark.parametrize("section", [key for key in schema()["properties"] if key != "runs"])
+def test_the_page_of_all_keys_has_every_key(section):
+    text = document_configuration.page()
+    keys = schema()["properties"][section].get("properties", {section: None})
+    assert all(f"| `{key}` |" in text for key in keys)

@@ -399,7 +399,7 @@ def test_llm_blender_reads_only_its_own_layout(folders):
             "",
             resolve({"preference": {"model": str(folders["hf"]), "backend": "llm_blender"}})[""],
         )
-    with pytest.raises(UserError, match="runs PairRM, and preference.model is ranker"):
+    with pytest.raises(UserError, match="preference.model is ranker, but .*which runs PairRM"):
         check_inputs("", resolve({"preference": {"backend": "llm_blender"}})[""])
 
 
@@ -546,7 +546,7 @@ def test_stages_that_compare_use_the_configured_pairrm(folders, tmp_path):
         "runs:\n  k2: {responses: {samples: 2}}\n",
     )
     assert "prepare_preference_model.py --model" in said
-    assert said.count("Putting PairRM into results/iter0/preference_model") == 1
+    assert said.count("Putting the preference model into results/iter0/preference_model") == 1
     for program in ("annotate_preferences", "pick_best_of_n", "evaluate_alpaca_eval"):
         lines = [line for line in said.splitlines() if f"/{program}.py" in line]
         assert any("results/iter0/preference_model" in line for line in lines), program

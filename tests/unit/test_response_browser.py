@@ -313,7 +313,7 @@ def test_files_that_do_not_belong_together_are_refused(root, build):
                 ]
             },
         ),
-        ("lies in no folder iter", {"prompts": [outside]}),
+        ("is not in a folder named iter", {"prompts": [outside]}),
     ):
         with pytest.raises(UserError, match=said):
             build(**other)

@@ -1108,6 +1108,13 @@ def test_rule_quotes_paths_in_its_command(rule):
     assert unquoted <= {"params.on_each_node", "params.best_grade"}
 
 
+def test_snakemake_lint_finds_only_functions_next_to_rules(copy):
+    """CONTRIBUTING.md says why functions stay with the rules that use them."""
+    done = subprocess.run([*SNAKEMAKE, "--lint"], cwd=copy, capture_output=True, text=True)
+    found = set(re.findall(r"^    \* (.+?)(?: in line \d+)?:$", done.stderr, re.MULTILINE))
+    assert found == {"Mixed rules and functions in same snakefile."}, done.stderr
+
+
 def test_invalid_run_stops_only_its_own_targets(copy):
     text = "{runs: {bad: {train: {betta: 1}}, worse: {prompts: {source: data/nowhere.jsonl}}}}"
     write_overlay(copy / "odd.yaml", text)

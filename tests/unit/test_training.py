@@ -439,7 +439,7 @@ def test_log_has_a_line_per_step_with_all_columns(place):
         "loss",
         "log_ratio_chosen",
         "log_ratio_rejected",
-        "order_right",
+        "reward_accuracy",
         "learning_rate",
         "grad_norm",
         "epoch",
@@ -447,7 +447,7 @@ def test_log_has_a_line_per_step_with_all_columns(place):
     } <= log[0].keys()
     assert [line["step"] for line in log] == [1, 2, 3]
     assert abs(log[0]["log_ratio_chosen"]) < 1e-3
-    assert all(0 <= line["order_right"] <= 1 for line in log)
+    assert all(0 <= line["reward_accuracy"] <= 1 for line in log)
     assert all(line["tokens_per_second"] > 0 for line in log)
 
 
@@ -1050,7 +1050,7 @@ def test_model_card_names_data_method_results_and_licence(place, tmp_path):
         "| loss | sppo |",
         "| beta | 0.001 |",
         "| pairs | 10 |",
-        "| order_right | ",
+        "| reward_accuracy | ",
         "little: gemma",
     ):
         assert words in text, words

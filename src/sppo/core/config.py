@@ -1,4 +1,4 @@
-"""The configuration's schema: its keys, types and defaults, and what a user wrote checked against it.
+"""The configuration's schema, and checks of what a user wrote against it.
 
 `config/schema.yaml` holds every key. `sppo.workflow.configuration` makes complete runs from what a
 user wrote, and `sppo.core.flags` gives programs their flags, both by the same schema.
@@ -12,7 +12,6 @@ import difflib
 import functools
 import importlib
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jsonschema
@@ -51,10 +50,15 @@ RENAMED_VALUES = {("pairs.construction", "extremes"): "best_vs_worst"}
 def schema() -> Config:
     """The JSON schema of the configuration. It is shared: do not change it.
 
-    What registries decide is filled in here: the choices of a key with `x-choices`, and for a key
-    with `x-loss-parameter` the losses that read it, as `x-only-with`.
+    What registries decide is filled in here: sections of evaluations with settings of their own,
+    the choices of a key with `x-choices`, and for a key with `x-loss-parameter` the losses that
+    read it, as `x-only-with`.
     """
     rules: Config = yaml.safe_load(SCHEMA_FILE.read_text(encoding="utf-8"))
+    for evaluation in _registry(rules["x-evaluations"]):
+        if evaluation.settings:
+            section = {"type": "object", "additionalProperties": False}
+            rules["properties"][evaluation.name] = section | {"properties": evaluation.settings}
     for section in rules["properties"].values():
         for key, rule in section.get("properties", {}).items():
             if "x-choices" in rule:
@@ -66,8 +70,8 @@ def schema() -> Config:
     return rules
 
 
-def _registry(place: str) -> Mapping[str, Any]:
-    """The registry at `package.module:NAME`, whose keys are the choices of a configuration key."""
+def _registry(place: str) -> Any:
+    """The registry at `package.module:NAME`."""
     module, name = place.split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -97,7 +101,7 @@ def completed(written: Config) -> Config:
 
 
 def typed(written: Config, rules: Config) -> Config:
-    """`written` with text turned into the number or boolean that the schema wants, where it spells one.
+    """`written` with text turned into the number or boolean of the schema, if it spells one.
 
     `snakemake --config section={key: 1}` hands over text alone, and YAML takes 1e-6 for text.
     """
@@ -137,7 +141,7 @@ def check_sizes(value: Any, where: str) -> None:
 
 
 def without_nulls(written: Config, rules: Config) -> Config:
-    """What is set in `written`: without the keys that are null, but for those of which null is a value."""
+    """`written` without the keys that are null, except those of which null is a value."""
     result: Config = {}
     for key, value in written.items():
         rule = rules.get("properties", {}).get(key, {"type": "null"})

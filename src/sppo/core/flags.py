@@ -45,7 +45,7 @@ def add_section(
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """The flags of a program that generates: ENGINE_KEYS, seed, device, and how chats are written."""
+    """The flags of a program that generates: ENGINE_KEYS, seed, device, keys of chats."""
     others = schema()["properties"]["responses"]["properties"].keys() - set(ENGINE_KEYS)
     add_section(parser, "responses", skip=tuple(others))
     parser.add_argument("--seed", type=int, default=0)

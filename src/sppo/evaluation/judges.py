@@ -1,4 +1,4 @@
-"""Judges and graders: which a configuration section can name, and the client for those behind an API.
+"""Judges and graders: which ones a configuration can name, and the client for those behind an API.
 
 A local judge is a preference model (`sppo.preferences`). Others answer through OpenAI's interface.
 This module imports nothing heavy until a judge is asked.
@@ -65,7 +65,8 @@ class Judging:
     """What the keys judge, judge_model and judge_base_url of a configuration section can name.
 
     local: whether a preference model can judge. words: names with a meaning of their own.
-    is_known: whether a name is one of the judges behind an API. known: what these are, for the user.
+    is_known: whether a name is one of the judges behind an API. known: what these are, for the
+    user.
     """
 
     section: str
@@ -149,13 +150,14 @@ def concurrently(ask: Callable[[Any], Any], items: list[Any], what: str) -> list
 class Client:
     """A judge behind an OpenAI-compatible server.
 
-    Called, it has the signature of FastChat's chat_completion_openai. Finished judgments are kept in
-    `cache` by model, server and the whole prompt, so that a run resumes where it stopped and an old
-    judgment is never used for another judge, prompt or answer. The openai package repeats requests
-    after 429, time-outs and server failures, with backoff; what still fails is a UserError.
+    Called, it has the signature of FastChat's chat_completion_openai. Finished judgments are kept
+    in `cache` by model, server and the whole prompt, so that a run resumes where it stopped and an
+    old judgment is never used for another judge, prompt or answer. The openai package repeats
+    requests after 429, time-outs and server failures, with backoff; what still fails is a
+    UserError.
 
-    An answer that is not `readable` is not kept, so that a repaired judge is asked again. `unreadable`
-    holds those of this run.
+    An answer that is not `readable` is not kept, so that a repaired judge is asked again.
+    `unreadable` holds those of this run.
     """
 
     def __init__(
@@ -227,7 +229,7 @@ class Client:
         print(f"warning: {said}; they are left out and counted", file=sys.stderr, flush=True)
 
     def _answer(self, messages: list[dict[str, str]], forms: list[dict[str, Any]]) -> str:
-        """The server's answer. The first form of the request that it accepts is used from then on."""
+        """The server's answer. The first form of the request that it accepts is kept."""
         import openai
 
         form = self.form

@@ -1,9 +1,9 @@
 """The evaluations of a policy, and everything that the workflow and the tables ask about one.
 
 To add an evaluation, write a program in src/evaluation/ that writes iter{t}/<name>.json, a file
-rules/<name>.smk that runs it, and an entry of EVALUATIONS. The Snakefile, the checks before the first
-job, the target `everything`, and the tables go through the entries. The Snakefile reads this module,
-so it imports nothing heavy.
+rules/<name>.smk that runs it, and an entry of EVALUATIONS. The Snakefile, the checks before the
+first job, the target `everything`, and the tables go through the entries. The Snakefile reads this
+module, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPEN_LLM_TASKS = (
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of all evaluations: its head, and its cell from the JSON file's contents.
+    """A column of the table of all evaluations: its head, and a cell from a JSON file's contents.
 
     A policy that was not evaluated has a dash.
     """
@@ -64,10 +64,11 @@ class Evaluation:
     columns: of the table of all evaluations. note: a sentence below that table; {keys} are the JSON
     file's. rules: the file of rules/ that makes it. settings: schema of the configuration section
     that is called like the evaluation, by key; empty if config/schema.yaml has the section, or if
-    there is none. judging: which judges the section can name, and judged_by the rule (or value of the
-    wildcard `verdict`) whose jobs ask the judge. answered_by: rules that run the generation engine.
-    check: raises UserError for bad inputs before the first job, and returns prompts, normalised, that
-    must not be trained on. differences: why a result cannot be compared with published figures.
+    there is none. judging: which judges the section can name, and judged_by the rule (or value of
+    the wildcard `verdict`) whose jobs ask the judge. answered_by: rules that run the generation
+    engine. check: raises UserError for bad inputs before the first job, and returns prompts,
+    normalised, that must not be trained on. differences: why a result cannot be compared with
+    published figures.
     """
 
     name: str

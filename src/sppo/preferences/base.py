@@ -2,11 +2,11 @@
 
 A preference model compares the K responses to a prompt. Everything that the workflow asks of a kind
 of model is answered by its class: how a configuration names it, which files it reads, what must be
-checked before the first job, which resources it needs, what it costs. To add a kind, write a class in
-a new file of this package, decorate it with `register`, and import the file in `__init__.py`.
+checked before the first job, which resources it needs, what it costs. To add a kind, write a class
+in a new file of this package, decorate it with `register`, and import the file in `__init__.py`.
 
-The Snakefile imports this package without torch, so a kind imports heavy packages only in `__init__`
-and in its methods.
+The Snakefile imports this package without torch, so a kind imports heavy packages only in
+`__init__` and in its methods.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Reading:
 
 
 class ComparisonError(UserError):
-    """One group cannot be compared. `index` is its place, so that the caller can name the prompt."""
+    """One group cannot be compared; `index` is its place, so that its prompt can be named."""
 
     def __init__(self, index: int, message: str) -> None:
         super().__init__(message)
@@ -65,7 +65,7 @@ class PreferenceModel(ABC):
 
     @classmethod
     def files(cls, model: str) -> list[Path]:
-        """The files that a model of this kind consists of. A change of one makes new comparisons."""
+        """The files that a model consists of. If one changes, responses are compared again."""
         return []
 
     @classmethod
@@ -124,7 +124,7 @@ KINDS: dict[str, type[PreferenceModel]] = {}
 
 
 def register(kind: type[PreferenceModel]) -> type[PreferenceModel]:
-    """Class decorator: make a kind known to configurations. The first that recognises one is taken."""
+    """Class decorator: make a kind known. The first kind that recognises a model is used."""
     KINDS[kind.kind] = kind
     return kind
 

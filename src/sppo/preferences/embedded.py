@@ -54,8 +54,8 @@ class EmbeddedModel(PreferenceModel):
         model, backend = settings["model"], settings["backend"]
         if backend != "transformers":
             raise UserError(
-                f"config: preference.backend is {backend}, which runs PairRM, but {key} is {model};"
-                " give llm-blender/PairRM or set transformers"
+                f"{key} is {model}, but preference.backend is {backend}, which runs PairRM; give"
+                " llm-blender/PairRM or set transformers"
             )
         check_adapter(model, key)
 
@@ -91,7 +91,7 @@ class EmbeddedModel(PreferenceModel):
 
 
 def check_adapter(model: str, key: str) -> None:
-    """Raise `UserError` if the folder of an adapter lacks a file. key: the configuration's, for it."""
+    """Raise `UserError` if an adapter's folder lacks a file. key: names it in the error line."""
     folder = adapter_folder(model)
     for file in ADAPTER_FILES:
         if folder and not (folder / file).is_file():

@@ -1,14 +1,15 @@
 """A preference model that a user writes as one Python function.
 
-`preference: {model: path/to/file.py:name}` calls `name(prompt, responses)`, where prompt is a text and
-responses are K texts. It returns one of
+`preference: {model: path/to/file.py:name}` calls `name(prompt, responses)`, where prompt is a text
+and responses are K texts. It returns one of
 
 * a (K, K) matrix: P[i, j] is the probability that response i is preferred to response j, in [0, 1];
 * a (K,) vector of scores s, in any unit; then P[i, j] = sigma(s_i - s_j) (Bradley-Terry).
 
 A matrix need not satisfy P[i, j] + P[j, i] = 1: the mean of P[i, j] and 1 - P[j, i] is used, and a
-warning says how far off it was. With `pairs.probability: pairwise` and `pairs.logit_scale: 0.5`, the
-defaults, the probabilities that train are the function's own, but never closer to 0 or 1 than 1e-9.
+warning says how far off it was. With `pairs.probability: pairwise` and `pairs.logit_scale: 0.5`,
+the defaults, the probabilities that train are the function's own, but never closer to 0 or 1 than
+1e-9.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ class FunctionModel(PreferenceModel):
         if off:
             print(
                 f"warning: {self.name} is not symmetric for {len(off)} of {len(groups)} prompts:"
-                f" P(i, j) + P(j, i) differs from 1 by up to {max(off):.3g}; the mean of P(i, j) and"
-                " 1 - P(j, i) is used",
+                f" P(i, j) + P(j, i) differs from 1 by up to {max(off):.3g}; the mean of P(i, j)"
+                " and 1 - P(j, i) is used",
                 file=sys.stderr,
                 flush=True,
             )

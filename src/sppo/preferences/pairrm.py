@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PairRMFiles(PreferenceModel):
-    """What both kinds of PairRM share: the published files, put into results/ before they are used."""
+    """What both kinds of PairRM share: the published files, which are put into results/ first."""
 
     form = "llm-blender/PairRM, llm-blender/PairRM-hf or a folder with the files of one"
     is_prepared = True

@@ -21,7 +21,7 @@ LIMITS = {"source_maxlength": 1224, "candidate_maxlength": 412}
 
 
 def is_pairrm(model: str | Path) -> bool:
-    """Whether this is PairRM: a folder with a model's config and no adapter, or a hub id like it."""
+    """Whether this is PairRM: a folder with a model's config and no adapter, or such a hub id."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return (folder / "config.json").is_file() and not (folder / "ranker.json").is_file()
@@ -29,7 +29,7 @@ def is_pairrm(model: str | Path) -> bool:
 
 
 def check_pairrm(folder: Path, backend: str = "transformers") -> str:
-    """The layout of a PairRM folder, `llm-blender` or `hf`: those of the two published repositories.
+    """The layout of a PairRM folder: `llm-blender` or `hf`, as in the two published repositories.
 
     Reads config.json and the header of the weights. Raises `UserError` for another layout, and for
     one that the backend does not read.

@@ -1,9 +1,9 @@
 """Losses of all methods: pure functions of (B,) tensors that return one loss value per pair.
 
-A loss names what it reads by its arguments. Each is one of these columns of a batch, or a key of the
-configuration section `train`:
+A loss names what it reads by its arguments. Each is one of these columns of a batch, or a key of
+the configuration section `train`:
 
-    logp_w, logp_l          log pi_theta(y|x) of winner and loser, summed over response tokens, in nats
+    logp_w, logp_l          log pi_theta(y|x) of winner and loser over response tokens, in nats
     tokens_w, tokens_l      response tokens
     delta_w, delta_l        log pi_theta(y|x) / pi_ref(y|x), where pi_ref is the method's reference
                             (for SPPO pi_t, the policy at the start of the iteration)
@@ -14,9 +14,9 @@ configuration section `train`:
 
 For SPPO, MPO and Nash-MD beta is 1 / eta of their papers. For INPO and DNO beta is their eta.
 
-To add a loss, write a function here or in a module of its own and add an entry to LOSSES. The schema,
-the checks of the configuration and the flags of the programs follow from the entry. The Snakefile
-reads this module without torch, so torch is imported only inside functions.
+To add a loss, write a function here or in a module of its own and add an entry to LOSSES. The
+schema, the checks of the configuration and the flags of the programs follow from the entry. The
+Snakefile reads this module without torch, so torch is imported only inside functions.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def mmpo(delta_w: Tensor, delta_l: Tensor, margin: Tensor, beta: float, gamma: f
 
 
 def soft_label(delta_w: Tensor, delta_l: Tensor, q: Tensor, beta: float) -> Tensor:
-    """Cross entropy of sigma(beta (delta_w - delta_l)) against q = P(w is preferred), shape (B,)."""
+    """Cross entropy of sigma(beta (delta_w - delta_l)) against q = P(w is preferred), (B,)."""
     logit = beta * (delta_w - delta_l)
     return -q * log_sigmoid(logit) - (1.0 - q) * log_sigmoid(-logit)
 
@@ -105,8 +105,8 @@ def hinge(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
     """Hinge on the difference of log-ratios, shape (B,): relu(1 - beta (delta_w - delta_l)).
 
     This is the hinge of TRL and of the official SPPO code. It is not the SLiC-HF (2305.10425) of
-    HALOs. That one puts the hinge on the log-probabilities themselves, without a reference, and adds
-    the likelihood of a target as a regulariser.
+    HALOs. That one puts the hinge on the log-probabilities themselves, without a reference, and
+    adds the likelihood of a target as a regulariser.
     """
     return (1.0 - beta * (delta_w - delta_l)).relu()
 
@@ -120,7 +120,7 @@ def ipo(
     ipo_target: float,
     per_token: bool,
 ) -> Tensor:
-    """IPO (2310.12036), shape (B,): the difference of log-ratios is regressed onto ipo_target / beta.
+    """IPO (2310.12036), shape (B,): regress the difference of log-ratios onto ipo_target / beta.
 
     ipo_target is 0.5 in the paper, and 1 in eq. (4.14) of SPPO. With per_token the log-ratios are
     divided by their response's tokens, as in TRL.
@@ -300,9 +300,9 @@ def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
     the log-ratio of one more response of pi_t. Over every two of K responses our mean is the mean
     over K such responses, without computing a third sequence.
 
-    pair: each (B,): logp_, current_ (under pi_t), reference_ (under pi_ref) and tokens_ of chosen and
-    rejected, p_hat_chosen, p_hat_rejected, p_chosen_beats_rejected.
-    options: the configuration section `train`.
+    pair: each (B,): logp_, current_ (under pi_t), reference_ (under pi_ref) and tokens_ of chosen
+    and rejected, p_hat_chosen, p_hat_rejected, p_chosen_beats_rejected. options: the configuration
+    section `train`.
     """
     if name not in LOSSES:
         raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")

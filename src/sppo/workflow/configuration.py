@@ -262,9 +262,9 @@ def _paths_written_out(written: Config, rules: Config, where: str) -> Config:
     """`written` with every path as all programs understand it.
 
     ~ is written out as the home folder. A relative path begins at the working directory; if nothing
-    is there but the repository has such a file, as where another workflow uses this one as a module,
-    it is the repository's. Raises `UserError` for the ~ of a user whom this machine does not know,
-    and for braces, which Snakemake would take for a wildcard.
+    is there but the repository has such a file, as where another workflow uses this one as a
+    module, it is the repository's. Raises `UserError` for the ~ of a user whom this machine does
+    not know, and for braces, which Snakemake would take for a wildcard.
     """
     result: Config = {}
     for key, value in written.items():
@@ -342,8 +342,8 @@ def _check_pairs(config: Config) -> None:
         train["reference_every"] != 1 or not LOSSES[train["loss"]].has_reference
     ):
         raise UserError(
-            "config: preference.implicit compares by beta log(pi_t / pi_t-1), which is a reward only"
-            " if training refers to the previous iterate; set train.reference_every: 1 and a"
+            "config: preference.implicit compares by beta log(pi_t / pi_t-1), which is a reward"
+            " only if training refers to the previous iterate; set train.reference_every: 1 and a"
             " train.loss with a reference"
         )
     for key, asked in (
@@ -394,8 +394,8 @@ def _check_trl(train: Config) -> None:
     """What TRL's trainer, used as it comes, cannot do."""
     if train["reference_every"] != 1:
         raise UserError(
-            "config: TRL's trainer here refers to the previous iterate; set train.reference_every: 1,"
-            " or train.backend: transformers"
+            "config: TRL's trainer here refers to the previous iterate; set"
+            " train.reference_every: 1, or train.backend: transformers"
         )
     for key in ("sft_weight", "optimism", "label_smoothing"):
         if train[key]:

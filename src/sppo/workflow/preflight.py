@@ -40,8 +40,8 @@ JUDGED: dict[str, Judging] = {
 def check_inputs(name: str, run: dict[str, Any], in_conda: bool = False) -> None:
     """Every file that a run's configuration names exists and can be read, and prompts suffice.
 
-    name: of the run, "" is main. in_conda: programs run in the environments of envs/, so that what is
-    installed here does not matter. Raises `UserError` that names the first problem.
+    name: of the run, "" is main. in_conda: programs run in the environments of envs/, so that what
+    is installed here does not matter. Raises `UserError` that names the first problem.
     """
     where = f"runs.{name}." if name else ""
     if not name:
@@ -192,6 +192,11 @@ def check_folder_for_slurm(folder: str) -> None:
         )
 
 
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, found without importing torch."""
+    return Path("/dev/nvidiactl").exists()
+
+
 def gpus_here() -> int:
     """GPUs that programs started here would see, told without importing torch."""
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -204,7 +209,10 @@ def gpus_here() -> int:
 
 
 def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
-    """A JSONL source is whole and holds enough prompts for all iterations; a hub source is left to its rule."""
+    """A JSONL source is complete and has enough prompts for all iterations; else UserError.
+
+    A hub source is left to its rule.
+    """
     prompts = run["prompts"]
     source = prompts["source"]
     for each in sorted({source.replace("{t}", str(t)) for t in range(1, run["iterations"] + 1)}):
@@ -227,8 +235,9 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
     wanted = (prompts["per_iteration"] or 1) * run["iterations"]
     if wanted > free:
         raise UserError(
-            f"config: prompts.per_iteration asks for {prompts['per_iteration'] or 1} prompts in each of {run['iterations']} "
-            f"iterations, {wanted} in all, but {source} has {free} outside the evaluation set; lower it or give more prompts"
+            f"config: prompts.per_iteration asks for {prompts['per_iteration'] or 1} prompts in each"
+            f" of {run['iterations']} iterations, {wanted} in all, but {source} has {free} outside the"
+            " evaluation set; lower it or give more prompts"
         )
     each_has = prompts["per_iteration"] or free // run["iterations"]
     if run["responses"]["shards"] > each_has:

@@ -1,0 +1,136 @@
+"""Every example of docs/extending.md, added to a copy of the repository as the page says, and run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```\w+ (file|register)=(\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+PARTS = ("Snakefile", "rules", "src", "config", "data", "envs", "profiles")
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """The repository with all examples. Registrations are appended to their files."""
+    folder = tmp_path_factory.mktemp("extended")
+    for name in PARTS:
+        source, target = ROOT / name, folder / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    for kind, name, text in BLOCKS:
+        file = folder / name
+        if kind == "file":
+            assert not file.exists(), name
+            file.write_text(text, encoding="utf-8")
+        else:
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write("\n" + text)
+    (folder / "words.txt").write_text("tea\nleaves\n", encoding="utf-8")
+    return folder
+
+
+def run(folder: Path, *words: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(folder / "src")}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def planned(folder: Path, *words: str) -> str:
+    return run(folder, "-m", "snakemake", "-n", "--cores", "2", "--printshellcmds", *words)
+
+
+def test_page_has_the_three_examples_and_the_function():
+    files = {name for kind, name, _ in BLOCKS if kind == "file"}
+    registered = {name for kind, name, _ in BLOCKS if kind == "register"}
+    assert len(files) == 6
+    assert registered == {
+        "src/sppo/preferences/__init__.py",
+        "src/sppo/training/losses.py",
+        "src/sppo/evaluation/registry.py",
+    }
+
+
+def test_function_of_the_page_compares(extended):
+    code = (
+        "from sppo.preferences.base import *\n"
+        "model = load_preference_model(settings_for('prefer.py:short'))\n"
+        "print(model.pair_logits('Hi', ['short', 'a much longer response'])[0, 1] > 0)"
+    )
+    assert run(extended, "-c", code).startswith("True\n")
+    words = ("--configfile", "mine.yaml", "--", "results/mine/iter1/alpaca_eval.json")
+    assert "--model prefer.py:short" in planned(extended, *words)
+
+
+def test_kind_of_the_page_is_planned_and_compares(extended):
+    words = ("--config", "preference={model: words.txt}", "name=kw")
+    text = planned(extended, *words, "--", "results/kw/iter1/policy")
+    assert "--model words.txt" in text
+    code = (
+        "from sppo.preferences.base import *\n"
+        "model = load_preference_model(settings_for('words.txt'))\n"
+        "print(model.pair_logits('Hi', ['tea leaves', 'tea', 'coffee']).tolist())"
+    )
+    assert json.loads(run(extended, "-c", code)) == [[0, 1, 2], [-1, 0, 1], [-2, -1, 0]]
+
+
+def test_empty_list_of_words_is_one_line(extended):
+    (extended / "none.txt").write_text("\n", encoding="utf-8")
+    words = ("-n", "--cores", "1", "--config", "preference={model: none.txt}")
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", *words], cwd=extended, capture_output=True, text=True
+    )
+    line = "error: config: preference.model is none.txt, which has no words; add some"
+    assert done.returncode == 1 and line in done.stderr.splitlines()
+
+
+def test_loss_of_the_page_is_a_choice_and_is_computed(extended):
+    words = ("--config", "train={loss: exponential, beta: 0.1}", "name=e")
+    assert "--loss exponential" in planned(extended, *words, "--", "results/e/iter1/policy")
+    code = (
+        "import torch\n"
+        "from sppo.core.config import default_of, schema\n"
+        "from sppo.training.losses import pair_loss\n"
+        "rules = schema()['properties']['train']['properties']\n"
+        "options = {key: default_of(rule, 'paper') for key, rule in rules.items()}\n"
+        "names = ('logp', 'reference', 'current', 'tokens', 'p_hat')\n"
+        "pair = {f'{n}_{s}': torch.zeros(1) for n in names for s in ('chosen', 'rejected')}\n"
+        "pair |= {'p_chosen_beats_rejected': torch.zeros(1), 'logp_chosen': torch.ones(1)}\n"
+        "print(pair_loss('exponential', pair, options | {'beta': 1.0}).item())"
+    )
+    assert float(run(extended, "-c", code)) == pytest.approx(0.36788, abs=1e-5)
+
+
+def test_evaluation_of_the_page_is_planned_with_its_settings(extended):
+    words = ("--config", "diversity={words: 500}", "name=d")
+    text = planned(extended, *words, "--", "results/d/iter1/diversity.json")
+    assert "evaluate_diversity.py" in text and "--words 500" in text
+    assert "results/iter3/diversity.json" in planned(extended, "everything")
+    columns = "import tabulate_evaluations as t; print(t.HEAD[-1])"
+    code = f"import sys; sys.path.insert(0, 'src/reporting'); {columns}"
+    assert run(extended, "-c", code) == "different words\n"
+
+
+def test_program_of_the_page_writes_its_result(extended):
+    rows = [
+        {"instruction": str(n), "output": text, "generator": "g"}
+        for n, text in enumerate(("Tea, tea.", "tea leaves", "Leaves"))
+    ]
+    (extended / "outputs.json").write_text(json.dumps(rows), encoding="utf-8")
+    words = ("--outputs", "outputs.json", "--output", "diversity.json")
+    run(extended, "src/evaluation/evaluate_diversity.py", *words)
+    found = json.loads((extended / "diversity.json").read_text(encoding="utf-8"))
+    assert found == {"different": 80.0, "words": 5}
