@@ -1,4 +1,4 @@
-"""Addresses of judges, and whether OpenAI still has a model, asked of a server of the test's."""
+"""Addresses of judges, and the check that OpenAI still has a model, with a local server."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from sppo.evaluation import judges
 
 
 def chosen(judge: str, url: str | None = None, model: str | None = "m") -> dict:
-    """The keys of a section that name a judge."""
+    """The keys of a section that select a judge."""
     return {"judge": judge, "judge_model": model, "judge_base_url": url}
 
 
 @pytest.fixture
 def openai(monkeypatch):
-    """A server in OpenAI's place: `status` is what it answers, `asked` what it was asked with which key."""
+    """A server that replaces OpenAI.
+
+    `status` is the status of its answers. `asked` has the path and the key of each request.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):

@@ -1,8 +1,7 @@
-"""From responses and logits to pairs: who wins, what is dropped and counted."""
+"""Pairs from responses and logits: winners, losers, and dropped pairs."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,66 +9,71 @@ import numpy as np
 import pytest
 
 import build_pairs
-from sppo.core.artifacts import record_path
+from sppo.core.artifacts import read_json, record_path
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table, write_table
 
-SKEW = np.array(
-    [[0.0, 1.0, 2.0], [-1.0, 0.0, 1.0], [-2.0, -1.0, 0.0]]
-)  # response 0 wins, response 2 loses
+# Response 0 wins and response 2 loses.
+SKEW = np.array([[0.0, 1.0, 2.0], [-1.0, 0.0, 1.0], [-2.0, -1.0, 0.0]])
+STOPPED = ["stop"] * 3
+XYZ = (["x", "y", "z"], SKEW, STOPPED)
 
 
-@pytest.fixture
-def build(tmp_path, program):
-    """Run the program on {prompt_id: (texts, logits, finish reasons)}, two shards; returns pairs and record."""
+def sigma(x: float) -> float:
+    return 1 / (1 + np.exp(-x))
 
-    def run(cases: dict, *flags: str):
-        ids = list(cases)
-        write_table(
-            tmp_path / "prompts.parquet",
-            [
-                {
-                    "prompt_id": i,
-                    "category": "",
-                    "messages": [{"role": "user", "content": i}],
-                    "prompt_token_ids": [1],
-                    "source": "s",
-                }
-                for i in ids
-            ],
-            "prompts",
-        )
-        for shard in (0, 1):
-            mine = ids[shard::2]
-            write_table(
-                tmp_path / f"responses{shard}.parquet",
-                [
+
+def write_inputs(folder: Path, cases: dict) -> None:
+    """Write the program's input tables, with two shards.
+
+    `cases` maps the id of a prompt to the responses' texts, their logits and their finish reasons.
+    """
+    ids = list(cases)
+    prompts = [
+        {
+            "prompt_id": name,
+            "category": "",
+            "messages": [{"role": "user", "content": name}],
+            "prompt_token_ids": [1],
+            "source": "s",
+        }
+        for name in ids
+    ]
+    write_table(folder / "prompts.parquet", prompts, "prompts")
+    for shard in (0, 1):
+        responses = []
+        preferences = []
+        for name in ids[shard::2]:
+            texts, logits, finish_reasons = cases[name]
+            for k, text in enumerate(texts):
+                responses.append(
                     {
-                        "prompt_id": i,
+                        "prompt_id": name,
                         "sample_id": k,
                         "seed": k,
                         "prompt_token_ids": [1],
                         "token_ids": [10 + k, 2],
                         "text": text,
-                        "finish_reason": cases[i][2][k],
+                        "finish_reason": finish_reasons[k],
                     }
-                    for i in mine
-                    for k, text in enumerate(cases[i][0])
-                ],
-                "responses",
+                )
+            preferences.append(
+                {
+                    "prompt_id": name,
+                    "sample_ids": list(range(len(texts))),
+                    "logits": np.asarray(logits).tolist(),
+                }
             )
-            write_table(
-                tmp_path / f"preferences{shard}.parquet",
-                [
-                    {
-                        "prompt_id": i,
-                        "sample_ids": list(range(len(cases[i][0]))),
-                        "logits": np.asarray(cases[i][1]).tolist(),
-                    }
-                    for i in mine
-                ],
-                "preferences",
-            )
+        write_table(folder / f"responses{shard}.parquet", responses, "responses")
+        write_table(folder / f"preferences{shard}.parquet", preferences, "preferences")
+
+
+@pytest.fixture
+def build(tmp_path, program):
+    """Run the program on the cases of `write_inputs`; returns the pairs and their record."""
+
+    def run(cases: dict, *flags: str):
+        write_inputs(tmp_path, cases)
         program(
             build_pairs,
             "--prompts",
@@ -84,18 +88,14 @@ def build(tmp_path, program):
             tmp_path / "pairs.parquet",
             *flags,
         )
-        return read_table(tmp_path / "pairs.parquet", "pairs"), json.loads(
-            (tmp_path / "pairs.parquet.record.json").read_text()
-        )
+        pairs = read_table(tmp_path / "pairs.parquet", "pairs")
+        return pairs, read_json(record_path(tmp_path / "pairs.parquet"))
 
     return run
 
 
-STOPPED = ["stop"] * 3
-
-
 def kept(folder: Path, name: str) -> Path:
-    """The pairs that were just built, out of the way of the next, with their record."""
+    """Rename the pairs that were just built and their record; returns the new path."""
     path = folder / f"{name}.parquet"
     (folder / "pairs.parquet").rename(path)
     record_path(folder / "pairs.parquet").rename(record_path(path))
@@ -103,19 +103,12 @@ def kept(folder: Path, name: str) -> Path:
 
 
 def test_pair_has_winner_loser_and_estimates(build):
-    pairs, record = build(
-        {"a": (["x", "y", "z"], SKEW, STOPPED), "b": (["x", "y", "z"], -SKEW, STOPPED)}
-    )
+    pairs, record = build({"a": XYZ, "b": (["x", "y", "z"], -SKEW, STOPPED)})
     first, second = pairs
-    assert (first["chosen"], first["rejected"], second["chosen"], second["rejected"]) == (
-        "x",
-        "z",
-        "z",
-        "x",
-    )
+    assert (first["chosen"], first["rejected"]) == ("x", "z")
+    assert (second["chosen"], second["rejected"]) == ("z", "x")
     assert first["chosen_token_ids"] == [10, 2]
     assert first["rejected_sample_id"] == 2
-    sigma = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     assert first["p_hat_chosen"] == pytest.approx((0.5 + sigma(1) + sigma(2)) / 3, abs=1e-12)
     assert first["p_hat_chosen"] + first["p_hat_rejected"] == pytest.approx(1, abs=1e-12)
     assert first["p_chosen_beats_rejected"] == pytest.approx(sigma(2), abs=1e-12)
@@ -133,7 +126,7 @@ def test_pair_has_winner_loser_and_estimates(build):
     ],
 )
 def test_prompts_without_a_pair_are_dropped_and_counted(build, reason, case, flags):
-    pairs, record = build({"bad": case, "good": (["x", "y", "z"], SKEW, STOPPED)}, *flags)
+    pairs, record = build({"bad": case, "good": XYZ}, *flags)
     assert [pair["prompt_id"] for pair in pairs] == ["good"]
     assert record["dropped"] == {
         name: int(name == reason) for name in ("tie", "identical", "empty", "truncated")
@@ -150,7 +143,7 @@ def test_truncated_middle_response_keeps_the_pair(build):
 def test_cycle_is_a_tie_for_blender_scores(build):
     cycle = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]], dtype=float)
     pairs, record = build(
-        {"a": (["x", "y", "z"], cycle, STOPPED), "b": (["x", "y", "z"], SKEW, STOPPED)},
+        {"a": (["x", "y", "z"], cycle, STOPPED), "b": XYZ},
         "--probability",
         "blender",
     )
@@ -161,7 +154,7 @@ def test_cycle_is_a_tie_for_blender_scores(build):
 def test_construction_all_pairs_every_two_responses(build):
     pairs, record = build(
         {
-            "a": (["x", "y", "z"], SKEW, STOPPED),
+            "a": XYZ,
             "b": (["x", "x", "z"], SKEW, STOPPED),
             "c": (["x", "y", "z"], np.ones((3, 3)), STOPPED),
         },
@@ -177,16 +170,15 @@ def test_construction_all_pairs_every_two_responses(build):
     ]
     assert [pair["pair_id"] for pair in pairs] == list(range(5))
     assert record["dropped"] == {"tie": 3, "identical": 1, "empty": 0, "truncated": 0}
-    sigma = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
     assert pairs[2]["p_chosen_beats_rejected"] == pytest.approx(sigma(1))
     assert pairs[2]["p_hat_chosen"] == pytest.approx(0.5)
 
 
 def test_pairs_closer_than_the_margin_are_dropped(build):
-    wide = build({"a": (["x", "y", "z"], SKEW, STOPPED)}, "--construction", "all")[0]
+    wide = build({"a": XYZ}, "--construction", "all")[0]
     gaps = [pair["p_hat_chosen"] - pair["p_hat_rejected"] for pair in wide]
     pairs, record = build(
-        {"a": (["x", "y", "z"], SKEW, STOPPED)},
+        {"a": XYZ},
         "--construction",
         "all",
         "--margin",
@@ -202,7 +194,7 @@ def test_gold_is_paired_with_the_first_response(build, tiny_policy, tmp_path):
     gold = tmp_path / "gold.jsonl"
     gold.write_text('{"id": "a", "response": "A good answer. <|im_end|>"}\n')
     pairs, record = build(
-        {"a": (["x", "y", "z"], SKEW, STOPPED), "b": (["x", "y", "z"], SKEW, STOPPED)},
+        {"a": XYZ, "b": XYZ},
         "--construction",
         "gold",
         "--gold",
@@ -210,49 +202,42 @@ def test_gold_is_paired_with_the_first_response(build, tiny_policy, tmp_path):
         "--policy",
         tiny_policy,
     )
-    assert [
-        (pair["prompt_id"], pair["chosen"], pair["rejected"], pair["chosen_sample_id"])
-        for pair in pairs
-    ] == [("a", "A good answer. <|im_end|>", "x", -1)]
-    ids, tokenizer = pairs[0]["chosen_token_ids"], load_tokenizer(tiny_policy)
+    (pair,) = pairs
+    assert (pair["prompt_id"], pair["chosen_sample_id"]) == ("a", -1)
+    assert (pair["chosen"], pair["rejected"]) == ("A good answer. <|im_end|>", "x")
+    ids, tokenizer = pair["chosen_token_ids"], load_tokenizer(tiny_policy)
     assert ids[-1] == tokenizer.eos_token_id
-    # one stop id, whatever the text spells
+    # The text <|im_end|> in the response does not become a stop id.
     assert ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(ids[:-1]) == "A good answer. <|im_end|>"
     assert record["dropped"]["no_gold"] == 1
 
 
 def test_replayed_pairs_come_after_the_new_ones(build, tmp_path):
-    many = {name: (["x", "y", "z"], SKEW, STOPPED) for name in "abcdefgh"}
-    build(many)
+    build(dict.fromkeys("abcdefgh", XYZ))
     before = kept(tmp_path, "before")
-    pairs, record = build(
-        {"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay-share", "0.5"
-    )
+    new = {"new": (["p", "q", "r"], SKEW, STOPPED)}
+    pairs, record = build(new, "--previous", before, "--replay-share", "0.5")
     assert [pair["pair_id"] for pair in pairs] == list(range(5))
     assert pairs[0]["prompt_id"] == "new"
     assert record["replayed"] == 4
     assert len({pair["prompt_id"] for pair in pairs}) == 5
-    assert (
-        build(
-            {"new": (["p", "q", "r"], SKEW, STOPPED)}, "--previous", before, "--replay-share", "0.5"
-        )[0]
-        == pairs
-    )  # the same draw
+    again, _ = build(new, "--previous", before, "--replay-share", "0.5")
+    assert again == pairs  # The random choice is reproducible.
 
 
 @pytest.mark.parametrize(
     ("flags", "counts"),
     [
-        ((), {"third": 2, "second": 4}),  # SPIN: new ones and the previous iteration's
+        ((), {"third": 2, "second": 4}),  # SPIN: new pairs and those of the previous iteration
         (("--replay-older-share", "0.5"), {"third": 2, "second": 4, "first": 3}),
     ],
 )
 def test_replay_takes_older_pairs_only_on_request(build, tmp_path, flags, counts):
-    build({f"first{n}": (["x", "y", "z"], SKEW, STOPPED) for n in range(6)})
+    build({f"first{n}": XYZ for n in range(6)})
     first = kept(tmp_path, "first")
     build(
-        {f"second{n}": (["x", "y", "z"], SKEW, STOPPED) for n in range(4)},
+        {f"second{n}": XYZ for n in range(4)},
         "--previous",
         first,
         "--replay-share",
@@ -260,7 +245,7 @@ def test_replay_takes_older_pairs_only_on_request(build, tmp_path, flags, counts
     )
     second = kept(tmp_path, "second")
     pairs, record = build(
-        {f"third{n}": (["x", "y", "z"], SKEW, STOPPED) for n in range(2)},
+        {f"third{n}": XYZ for n in range(2)},
         "--previous",
         second,
         "--replay-share",
@@ -272,55 +257,49 @@ def test_replay_takes_older_pairs_only_on_request(build, tmp_path, flags, counts
 
 
 def test_even_lengths_apply_a_length_penalty(build):
-    """Without it the longest response wins; r = (3, 2, 0) less alpha times (30, 10, 12) characters makes the second win."""
+    """Rewards are (3, 2, 0) and lengths are (30, 10, 12) characters.
+
+    Without a penalty the longest response wins. With the penalty alpha x length, the second wins.
+    """
     texts, r = ["x" * 30, "y" * 10, "z" * 12], np.array([3.0, 2.0, 0.0])
     case = {"a": (texts, r[:, None] - r, STOPPED)}
     assert build(case)[0][0]["chosen"] == texts[0]
     pairs, record = build(case, "--even-lengths", "true")
     assert (pairs[0]["chosen"], pairs[0]["rejected"]) == (texts[1], texts[2])
     alpha = record["length_penalty"]
-    assert 0.05 < alpha < 1 / 6  # above, the first would become the loser; below 1/20 it wins
-    left = (r - alpha * np.array([30, 10, 12]))[:, None] - (r - alpha * np.array([30, 10, 12]))
-    assert pairs[0]["p_hat_chosen"] == pytest.approx(
-        (1 / (1 + np.exp(-left))).mean(1)[1], abs=1e-12
-    )
+    # Below 1/20 the first response wins. Above 1/6 it loses.
+    assert 0.05 < alpha < 1 / 6
+    penalized = r - alpha * np.array([30, 10, 12])
+    p_hat = sigma(penalized[:, None] - penalized).mean(1)
+    assert pairs[0]["p_hat_chosen"] == pytest.approx(p_hat[1], abs=1e-12)
 
 
 def test_target_rewards_use_each_pair_in_both_orders(build, tiny_policy):
     from sppo.policies.models import load_tokenizer
 
-    (plain,) = build({"a": (["x", "y", "z"], SKEW, STOPPED)})[0]
-    good, bad = build(
-        {"a": (["x", "y", "z"], SKEW, STOPPED)}, "--target-reward", "true", "--policy", tiny_policy
-    )[0]
-    assert (good["chosen"], good["rejected"], bad["chosen"], bad["rejected"]) == (
-        "x",
-        "z",
-        "z",
-        "x",
-    )
+    (plain,) = build({"a": XYZ})[0]
+    good, bad = build({"a": XYZ}, "--target-reward", "true", "--policy", tiny_policy)[0]
+    assert (good["chosen"], good["rejected"]) == ("x", "z")
+    assert (bad["chosen"], bad["rejected"]) == ("z", "x")
     assert bad["chosen_token_ids"] == plain["rejected_token_ids"]
     assert bad["rejected_sample_id"] == plain["chosen_sample_id"]
     assert bad["p_chosen_beats_rejected"] == pytest.approx(1 - good["p_chosen_beats_rejected"])
     assert good["pair_id"] != bad["pair_id"]
     for row in (good, bad):
         text = load_tokenizer(tiny_policy).decode(row["prompt_token_ids"])
-        grade = 1 + 9 * (3 * row["p_hat_chosen"] - 0.5) / 2  # P-hat over the two others
+        # The grade is the win rate over the two other responses, scaled to 1..10.
+        grade = 1 + 9 * (3 * row["p_hat_chosen"] - 0.5) / 2
         assert f"quality is {round(grade, 1):g} on" in text
         assert text.count("<|im_start|>user") == 1
-    assert (
-        good["p_hat_chosen"]
-        == plain["p_hat_chosen"]
-        == bad["p_hat_rejected"]
-        > 0.5
-        > bad["p_hat_chosen"]
-    )
+    assert good["p_hat_chosen"] == plain["p_hat_chosen"]
+    assert bad["p_hat_rejected"] == plain["p_hat_chosen"]
+    assert bad["p_hat_chosen"] < 0.5 < plain["p_hat_chosen"]
 
 
 def test_target_rewards_drop_pairs_with_equal_grades(build, tiny_policy):
-    """The prompt would ask for the one and for the other."""
+    """Otherwise one prompt would have both responses as its winner."""
     pairs, record = build(
-        {"near": (["x", "y", "z"], SKEW / 1000, STOPPED), "far": (["x", "y", "z"], SKEW, STOPPED)},
+        {"near": (["x", "y", "z"], SKEW / 1000, STOPPED), "far": XYZ},
         "--target-reward",
         "true",
         "--policy",
@@ -331,7 +310,10 @@ def test_target_rewards_drop_pairs_with_equal_grades(build, tiny_policy):
 
 
 def test_winner_of_a_pair_may_have_the_lower_p_hat(build):
-    """y beats x head to head, but z beats y and loses to x: P-hat has them the other way round, and DNO's label follows it."""
+    """y beats x in their pair, but z beats y and loses to x. So P-hat of x is higher.
+
+    DNO's label follows P-hat.
+    """
     cycle = np.array([[0, -0.5, 3], [0.5, 0, -3], [-3, 3, 0]])
     pairs, record = build({"a": (["x", "y", "z"], cycle, STOPPED)}, "--construction", "all")
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [
@@ -356,7 +338,7 @@ def test_broken_gold_line_is_a_clear_error(build, tmp_path, line, message, tiny_
     (tmp_path / "gold.jsonl").write_text('{"id": "a", "response": "x"}\n' + line)
     with pytest.raises(UserError, match=message):
         build(
-            {"a": (["x", "y", "z"], SKEW, STOPPED)},
+            {"a": XYZ},
             "--construction",
             "gold",
             "--gold",

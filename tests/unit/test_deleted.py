@@ -1,4 +1,4 @@
-"""Deleted artifacts are made again: the one place that touches Snakemake's internals."""
+"""Deleted artifacts are rebuilt. Only this part of the code uses Snakemake's internals."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ rule first:
 
 
 def test_deleted_file_and_its_dependents_are_planned(tmp_path):
-    """If this fails with a new Snakemake, CONTRIBUTING.md says what to do."""
+    """CONTRIBUTING.md explains what to do if this test fails with a new Snakemake."""
     (tmp_path / "Snakefile").write_text(CHAIN.format(source=str(ROOT / "src")), encoding="utf-8")
     for age, name in enumerate(("third", "first")):
         (tmp_path / name).touch()
@@ -61,7 +61,7 @@ def test_deleted_artifacts_are_found_from_their_records(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = Path("results")
     for name, inputs in (("pairs", ["prompts", "results/iter0/policy"]), ("kept", [])):
-        record = {"artifact": f"results/{name}", "inputs": [f"{one}" for one in inputs]}
+        record = {"artifact": f"results/{name}", "inputs": inputs}
         (root / name).parent.mkdir(exist_ok=True)
         write_json(root / f"{name}.record.json", record)
     (root / "broken.record.json").write_text("{", encoding="utf-8")

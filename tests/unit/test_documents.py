@@ -1,4 +1,4 @@
-"""README and docs: their links lead somewhere, and the README stays short."""
+"""README and docs: valid links, existing files, and a short README."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_WORDS = 700
 
 
 def headings(document: Path) -> set[str]:
-    """Anchors of a document, as GitHub makes them of its headings."""
+    """The anchors that GitHub makes from the headings of a document."""
     text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -47,12 +47,12 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= MOST_WORDS
 
 
-def test_the_page_of_all_keys_is_up_to_date(program):
+def test_page_of_all_keys_is_up_to_date(program):
     program(document_configuration, "--check")
 
 
 @pytest.mark.parametrize("section", [key for key in schema()["properties"] if key != "runs"])
-def test_the_page_of_all_keys_has_every_key(section):
+def test_page_of_all_keys_has_every_key(section):
     text = document_configuration.page()
     keys = schema()["properties"][section].get("properties", {section: None})
     assert all(f"| `{key}` |" in text for key in keys)

@@ -1,4 +1,4 @@
-"""Failure paths: one line, exit status 1, nothing half-written, finished artifacts untouched."""
+"""Errors: one line, exit status 1, no partial files, and no change of finished artifacts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 def line_of(capsys, main) -> str:
-    """The one line that a program ends with when `main` raises."""
+    """The one error line of a program whose `main` raises an exception."""
     with pytest.raises(SystemExit) as ended:
         run(main)
     assert ended.value.code == 1
@@ -59,14 +59,12 @@ def test_help_shows_the_docstring(file, tmp_path):
     assert "usage:" in done.stdout
 
 
-# --- what becomes of an exception ---
+# --- the line of an exception ---
 
 
 def test_user_error_with_several_lines_is_printed_as_one(capsys):
-    assert (
-        line_of(capsys, raising(UserError("no\n  such thing;\tmend it")))
-        == "error: no such thing; mend it"
-    )
+    line = line_of(capsys, raising(UserError("no\n  such thing;\tcorrect it")))
+    assert line == "error: no such thing; correct it"
 
 
 def test_control_characters_in_an_error_are_escaped(capsys):
@@ -91,36 +89,42 @@ def test_full_disk_is_a_one_line_error(error, capsys):
 
 
 LINES = {
-    "a limit on sizes": (
+    "limit on file sizes": (
         OSError(errno.EFBIG, "File too large", "/tmp/x.parquet"),
         ["/tmp/x.parquet", "no space left"],
     ),
-    "a wrapped limit on sizes": (
+    "wrapped limit on file sizes": (
         RuntimeError("I/O error: File too large (os error 27)"),
         ["no space left"],
     ),
     "memory": (MemoryError(), ["not enough memory", "ulimit -v"]),
-    "the system's memory": (OSError(errno.ENOMEM, "Cannot allocate memory"), ["not enough memory"]),
-    "PyTorch's memory": (
+    "out of memory in the system": (
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ["not enough memory"],
+    ),
+    "out of memory in PyTorch": (
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
         ["not enough memory"],
     ),
-    "no right to read": (
+    "no permission to read": (
         PermissionError(errno.EACCES, "Permission denied", "/data/x.json"),
         ["/data/x.json", "permissions"],
     ),
-    "a folder": (IsADirectoryError(errno.EISDIR, "Is a directory", "/tmp"), ["/tmp is a folder"]),
-    "missing": (FileNotFoundError(errno.ENOENT, "No such file", b"/tmp/x"), ["/tmp/x is missing"]),
-    "a file as a folder": (
+    "folder": (IsADirectoryError(errno.EISDIR, "Is a directory", "/tmp"), ["/tmp is a folder"]),
+    "missing file": (
+        FileNotFoundError(errno.ENOENT, "No such file", b"/tmp/x"),
+        ["/tmp/x is missing"],
+    ),
+    "file used as a folder": (
         NotADirectoryError(errno.ENOTDIR, "Not a directory", "/tmp/x/y"),
         ["/tmp/x/y", "as if it were a folder"],
     ),
-    "a long name": (
+    "long name": (
         OSError(errno.ENAMETOOLONG, "File name too long", "x" * 5000),
         ["xxx... is longer than"],
     ),
-    "a loop of links": (OSError(errno.ELOOP, "Too many levels", "/tmp/x"), ["/tmp/x is a link"]),
-    "a disk that is read-only": (
+    "link to itself": (OSError(errno.ELOOP, "Too many levels", "/tmp/x"), ["/tmp/x is a link"]),
+    "read-only disk": (
         OSError(errno.EROFS, "Read-only", "/mnt/x"),
         ["/mnt/x", "read-only"],
     ),
@@ -136,9 +140,12 @@ def test_system_error_is_one_line(error, words, capsys):
 
 def test_file_size_limit_leaves_no_partial_file(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, 'src'); from pathlib import Path; from sppo.core.artifacts"
-        " import write_json; from sppo.core.errors import run\nrun(lambda: write_json(Path(sys.argv[1])"
-        " / 'x.json', 'x' * 10**6))"
+        "import sys\n"
+        "from pathlib import Path\n"
+        "sys.path.insert(0, 'src')\n"
+        "from sppo.core.artifacts import write_json\n"
+        "from sppo.core.errors import run\n"
+        "run(lambda: write_json(Path(sys.argv[1]) / 'x.json', 'x' * 10**6))\n"
     )
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 10; exec "$@"', "-", sys.executable, "-c", code, str(tmp_path)],
@@ -167,7 +174,7 @@ def test_success_does_not_exit():
     run(lambda: None)
 
 
-# --- the disk fills while an artifact is written ---
+# --- the disk is full while an artifact is written ---
 
 ROWS = [{"pair_id": 0, "chosen_logp": -1.0, "rejected_logp": -2.0}]
 
@@ -316,14 +323,14 @@ def broken_index(folder: Path) -> None:
 BROKEN = {
     "no config": (without("config.json"), "has no config.json"),
     "no weights": (without("model.safetensors"), "has no weights"),
-    "weights cut": (cut, "is cut off"),
-    "weights cut in the header": (cut_in_the_header, "is cut off"),
-    "a pointer of git-lfs": (no_safetensors, "is cut off or is not a safetensors file"),
+    "truncated weights": (cut, "is cut off"),
+    "weights truncated in the header": (cut_in_the_header, "is cut off"),
+    "pointer of git-lfs": (no_safetensors, "is cut off or is not a safetensors file"),
     "no chat template": (no_template, "no chat template"),
-    "one shard missing": (sharded_with_one_missing, "model-00002-of-00002.safetensors is missing"),
+    "missing shard": (sharded_with_one_missing, "model-00002-of-00002.safetensors is missing"),
     "no tokenizer": (no_tokenizer, "has no tokenizer"),
-    "config cut": (broken_config, "config.json"),
-    "index cut": (broken_index, "model.safetensors.index.json"),
+    "truncated config": (broken_config, "config.json"),
+    "truncated index": (broken_index, "model.safetensors.index.json"),
 }
 
 
@@ -345,14 +352,12 @@ def test_broken_model_folder_is_a_one_line_error(
 
 def test_missing_model_is_a_one_line_error(tmp_path, capsys, program):
     for model in ("./nowhere", "not a model", "a/b/c"):
-        assert model in line_of(
-            capsys,
-            lambda: program(prepare_policy, "--model", model, "--output", tmp_path / "policy"),
-        )
+        words = ("--model", model, "--output", tmp_path / "policy")
+        assert model in line_of(capsys, lambda: program(prepare_policy, *words))
 
 
 def test_dangling_link_to_weights_is_a_one_line_error(tiny_policy, tmp_path, capsys, program):
-    """As links into a hub cache that was emptied."""
+    """For example a link into a hub cache that was deleted later."""
     write_table(
         tmp_path / "prompts",
         [
@@ -394,7 +399,7 @@ def test_dangling_link_to_weights_is_a_one_line_error(tiny_policy, tmp_path, cap
 def test_full_disk_while_saving_a_policy_leaves_no_folder(
     tiny_policy, tmp_path, monkeypatch, capsys
 ):
-    """safetensors wraps the error of the disk in one of its own."""
+    """safetensors wraps the system's error in its own exception."""
     import torch
 
     from sppo.core.artifacts import written_whole
@@ -418,7 +423,7 @@ def test_full_disk_while_saving_a_policy_leaves_no_folder(
 
 @pytest.mark.parametrize("kind", ["text", "table", "safetensors", "torch", "folder"])
 def test_file_over_the_size_limit_is_a_one_line_error(kind, tmp_path):
-    """`ulimit -f`, which every library words otherwise; a full disk fails in the same places."""
+    """Each library reports `ulimit -f` differently. A full disk fails in the same places."""
     import torch
     from safetensors.torch import save_file
 
@@ -452,7 +457,13 @@ def test_file_over_the_size_limit_is_a_one_line_error(kind, tmp_path):
 
 
 def test_fail_prints_after_earlier_output():
-    code = "import sys; sys.path.insert(0, 'src'); from sppo.core.errors import fail; print('said'); fail('no')"
+    code = (
+        "import sys\n"
+        "sys.path.insert(0, 'src')\n"
+        "from sppo.core.errors import fail\n"
+        "print('said')\n"
+        "fail('no')\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Evaluations say of which policy they are, and are refused in the place of another's."""
+"""An evaluation names its policy, and is refused in the folder of another policy."""
 
 from __future__ import annotations
 
@@ -84,13 +84,11 @@ def test_files_outside_results_are_not_checked(tmp_path):
 
 
 def test_every_reader_refuses_a_misplaced_evaluation(program, tmp_path):
-    """Iteration 1's file in iteration 2's place: summary, tables, curve over n, upload."""
+    """The summary, the tables, the best-of-n plot and the upload check the policy's name."""
     results = tmp_path / "results"
     write_json(results / "iter1" / "alpaca_eval.json", JUDGED | {"policy": "sppo/iter1"})
-    moved, best = (
-        results / "iter2" / "alpaca_eval.json",
-        results / "iter1" / "best_of_2" / "alpaca_eval.json",
-    )
+    moved = results / "iter2" / "alpaca_eval.json"
+    best = results / "iter1" / "best_of_2" / "alpaca_eval.json"
     for file in (moved, best):
         write_json(file, JUDGED | {"policy": "sppo/iter1"})
     with pytest.raises(UserError, match="iter2/alpaca_eval.json is of sppo/iter1"):

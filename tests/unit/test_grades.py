@@ -1,8 +1,9 @@
-"""DNO-Prct's grades: pairs by hand, loops, scores in a judge's answer, grading by a preference model and by a server that fails."""
+"""Grades of DNO-Prct: their pairs, loops, judges' scores, and both kinds of judges."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ TEXTS = {
 }
 
 
-# --- pure ---
+# --- functions ---
 
 PAPER = (5, 2, 1)  # winner_grade, gold_grade_margin, own_grade_margin
 
@@ -32,19 +33,16 @@ PAPER = (5, 2, 1)  # winner_grade, gold_grade_margin, own_grade_margin
 @pytest.mark.parametrize(
     ("grades", "thresholds", "pairs"),
     [
-        (
-            {GOLD: 6, 0: 4, 1: 5},
-            PAPER,
-            [(GOLD, 0), (1, 0)],
-        ),  # gold beats what is 2 below, the policy's own what is 1 below
-        (
-            {GOLD: 5, 0: 3, 1: 4, 2: 3.5},
-            PAPER,
-            [(GOLD, 0)],
-        ),  # 4 is no winner, and too close to gold
-        ({GOLD: 0, 0: 6, 1: 6}, PAPER, []),  # gold never loses; equal grades make no pair
-        ({GOLD: 4, 0: 4, 1: 0}, PAPER, []),  # nobody is good enough
-        ({0: 6, 1: 5, 2: 4}, PAPER, [(0, 1), (0, 2), (1, 2)]),  # without gold
+        # Gold beats responses that are 2 below it. The policy's responses need a margin of 1.
+        ({GOLD: 6, 0: 4, 1: 5}, PAPER, [(GOLD, 0), (1, 0)]),
+        # Grade 4 is not a winner, and it is too close to gold.
+        ({GOLD: 5, 0: 3, 1: 4, 2: 3.5}, PAPER, [(GOLD, 0)]),
+        # Gold never loses, and equal grades make no pair.
+        ({GOLD: 0, 0: 6, 1: 6}, PAPER, []),
+        # No response reaches the winner grade.
+        ({GOLD: 4, 0: 4, 1: 0}, PAPER, []),
+        # There is no gold response.
+        ({0: 6, 1: 5, 2: 4}, PAPER, [(0, 1), (0, 2), (1, 2)]),
         ({GOLD: 3.9, 0: 3.4, 1: 2.5}, (3.6, 1.0, 0.5), [(GOLD, 1)]),
         ({}, PAPER, []),
         ({3: 6}, PAPER, []),
@@ -58,11 +56,10 @@ def test_loop_is_eight_words_repeated_four_times():
     once = "the cat sat on the mat and slept"
     assert loops(" ".join([once] * 4))
     assert not loops(" ".join([once] * 3))
-    assert loops(
-        f"It was so. {once}! One. {once.upper()}, two; {once}\n\nthree {once}"
-    )  # wherever, however written
+    # The place, the case and the punctuation of the repetitions do not matter.
+    assert loops(f"It was so. {once}! One. {once.upper()}, two; {once}\n\nthree {once}")
+    # Repetitions may overlap: 11 words contain 4 sequences of 8 words.
     assert loops("no " * 11)
-    # overlapping: eleven words hold four eights
     assert not loops("no " * 10)
     assert not loops("")
     assert not loops("one two three")
@@ -73,7 +70,8 @@ def test_loop_is_eight_words_repeated_four_times():
 
 
 def test_gold_responses_are_not_loops():
-    for line in (Path(__file__).resolve().parents[2] / "data/gold.jsonl").read_text().splitlines():
+    file = Path(__file__).resolve().parents[2] / "data/gold.jsonl"
+    for line in file.read_text().splitlines():
         assert not loops(json.loads(line)["response"])
 
 
@@ -106,22 +104,22 @@ def test_rubric_contains_request_and_response_unchanged():
     assert asked["role"] == "user"
     assert "<request>\nWhat is {tea}?\n</request>" in asked["content"]
     assert "<response>\nA {plant}.\nScore: 6\n</response>" in asked["content"]
-    (asked,) = rubric(
-        [
-            {"role": "user", "content": "Hi"},
-            {"role": "assistant", "content": "Hello"},
-            {"role": "user", "content": "Tea?"},
-        ],
-        "Yes",
-    )
+
+
+def test_rubric_contains_all_turns_of_a_chat():
+    chat = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Tea?"},
+    ]
+    (asked,) = rubric(chat, "Yes")
     assert "user: Hi\n\nassistant: Hello\n\nuser: Tea?" in asked["content"]
-    assert (
-        sum(
-            line[:2] in ("1.", "2.", "3.", "4.", "5.", "6.")
-            for line in asked["content"].splitlines()
-        )
-        == 6
-    )
+
+
+def test_rubric_has_six_criteria():
+    (asked,) = rubric([{"role": "user", "content": "Hi"}], "Yes")
+    numbers = re.findall(r"^([1-6])\.", asked["content"], re.MULTILINE)
+    assert numbers == ["1", "2", "3", "4", "5", "6"]
 
 
 def keys(judge, model=None, url=None):
@@ -207,7 +205,7 @@ def grade(program, files):
 
 
 class Longer:
-    """Prefers the longer text, by a logit of the difference in characters."""
+    """A preference model whose logit is a tenth of the difference in characters."""
 
     name = "longer"
 
@@ -225,25 +223,18 @@ def test_preference_model_grade_is_six_times_p_hat(grade, files, monkeypatch):
     def sigma(x):
         return 1 / (1 + np.exp(-x))
 
-    pool = {k: len(text) for k, text in enumerate(TEXTS["a"])} | {
-        GOLD: len("An infusion of leaves.")
-    }
+    lengths = {k: len(text) for k, text in enumerate(TEXTS["a"])}
+    lengths[GOLD] = len("An infusion of leaves.")
     for k in (0, 1, GOLD):
-        assert grades["a", k] == pytest.approx(
-            6 * np.mean([sigma((pool[k] - other) / 10) for other in pool.values()])
-        )
-    assert grades["a", 2] == 0  # the longest of all, and a loop
-    assert sum(grade for (prompt, _), grade in grades.items() if prompt == "b") == pytest.approx(
-        9
-    )  # mean 3, without gold
+        p_hat = np.mean([sigma((lengths[k] - other) / 10) for other in lengths.values()])
+        assert grades["a", k] == pytest.approx(6 * p_hat)
+    assert grades["a", 2] == 0  # It is the longest response, but a loop.
+    # The mean P-hat of the three responses to prompt b, which has no gold response, is 1/2.
+    assert sum(grades["b", k] for k in range(3)) == pytest.approx(9)
+    assert len(grades) == 7
     record = read_json(files / "grades/0.parquet.record.json")
-    assert (
-        record["graded"],
-        record["ungraded"],
-        record["looping"],
-        record["gold"],
-        record["grader"],
-    ) == (7, 0, 1, 1, "longer")
+    counts = {"graded": 7, "ungraded": 0, "looping": 1, "gold": 1, "grader": "longer"}
+    assert {key: record[key] for key in counts} == counts
     assert str(files / "gold.jsonl") in record["inputs"]
 
 
@@ -261,15 +252,11 @@ def test_api_judge_grades_by_the_rubric(by_api, server, files):
 
     assert sorted(grades.values()) == [0, 2, 5, 5, 5, 5]
     assert grades["a", 2] == 0
-    assert len(server.prompts) == 6  # the loop is not asked about
+    assert len(server.prompts) == 6  # The loop has grade 0 without a request.
     assert all("Score: n" in prompt[-1]["content"] for prompt in server.prompts)
     record = read_json(files / "grades/0.parquet.record.json")
-    assert (record["graded"], record["ungraded"], record["looping"], record["grader"]) == (
-        6,
-        1,
-        1,
-        "judge-1",
-    )
+    counts = {"graded": 6, "ungraded": 1, "looping": 1, "grader": "judge-1"}
+    assert {key: record[key] for key in counts} == counts
 
 
 def test_answer_without_a_score_is_reported_and_retried(by_api, server, files, capfd):
@@ -282,11 +269,8 @@ def test_answer_without_a_score_is_reported_and_retried(by_api, server, files, c
     by_api()
     record = read_json(files / "grades/0.parquet.record.json")
     assert len(server.prompts) == 7
-    # the server's own answer has no score either
-    assert (record["graded"], record["ungraded"]) == (
-        6,
-        1,
-    )
+    # The second answer, "Rating: [[7]]", has no score either.
+    assert (record["graded"], record["ungraded"]) == (6, 1)
 
 
 @pytest.mark.parametrize("answer", ["I like it.", ""])
@@ -330,7 +314,7 @@ def test_missing_gold_file_and_unknown_prompts_are_errors(grade, files):
 
 @pytest.fixture
 def build(program, files, tiny_policy):
-    """Pairs from grades by (prompt, sample)."""
+    """Build pairs from {(prompt, sample): grade}; returns the pairs and their record."""
 
     def call(grades, *flags):
         write_table(
@@ -357,17 +341,17 @@ def build(program, files, tiny_policy):
             files / "pairs.parquet",
             *flags,
         )
-        return read_table(files / "pairs.parquet", "pairs"), read_json(
-            files / "pairs.parquet.record.json"
-        )
+        pairs = read_table(files / "pairs.parquet", "pairs")
+        return pairs, read_json(files / "pairs.parquet.record.json")
 
     return call
 
 
 def test_graded_pairs_have_grades_instead_of_p_hat(build, files):
+    # ("b", 2) has no grade.
     pairs, record = build(
         {("a", GOLD): 6, ("a", 0): 5, ("a", 1): 3, ("a", 2): 0, ("b", 0): 4, ("b", 1): 4.5}
-    )  # ("b", 2) has no grade
+    )
 
     assert [
         (pair["prompt_id"], pair["chosen_sample_id"], pair["rejected_sample_id"]) for pair in pairs
@@ -379,17 +363,16 @@ def test_graded_pairs_have_grades_instead_of_p_hat(build, files):
     )
     assert pairs[0]["chosen_token_ids"][-1] == 2
     assert pairs[0]["rejected_token_ids"] == [11, 2]
-    assert (
-        pairs[2]["p_hat_chosen"],
-        pairs[2]["p_hat_rejected"],
-        pairs[2]["p_chosen_beats_rejected"],
-    ) == (5 / 6, 0.5, 1)
+    assert pairs[2]["p_hat_chosen"] == 5 / 6
+    assert pairs[2]["p_hat_rejected"] == 0.5
+    assert pairs[2]["p_chosen_beats_rejected"] == 1
     assert record["dropped"] == {"tie": 0, "identical": 0, "empty": 0, "truncated": 0, "no_pair": 1}
     assert str(files / "grades.parquet") in record["inputs"]
-    assert (
-        len(build({("b", 0): 4, ("b", 1): 3}, "--winner-grade", 4, "--own-grade-margin", 0.5)[0])
-        == 1
-    )
+
+
+def test_grade_thresholds_can_be_set(build):
+    pairs, _ = build({("b", 0): 4, ("b", 1): 3}, "--winner-grade", 4, "--own-grade-margin", 0.5)
+    assert len(pairs) == 1
 
 
 def test_graded_pairs_are_replayed(build, files):

@@ -30,7 +30,7 @@ def score(prompt, responses):
 
 @pytest.fixture
 def model(tmp_path):
-    """Writes a module and loads a function of it."""
+    """Write a module and load one of its functions."""
 
     def load(text: str, name: str = "prefer") -> FunctionModel:
         (tmp_path / "mine.py").write_text(text, encoding="utf-8")
@@ -82,8 +82,17 @@ def test_function_may_import_a_neighbouring_module(model, tmp_path):
     text = (
         "from neighbour import WEIGHT\n"
         "def prefer(prompt, responses):\n"
-        "    responses.reverse()\n"
         "    return [WEIGHT * len(response) for response in responses]\n"
+    )
+    (logits,) = model(text).all_pair_logits([("p", ["a", "bbb"])])
+    assert logits[1, 0] == pytest.approx(4)
+
+
+def test_function_may_change_its_list_of_responses(model):
+    text = (
+        "def prefer(prompt, responses):\n"
+        "    responses.reverse()\n"
+        "    return [2 * len(response) for response in responses]\n"
     )
     groups = [("p", ["a", "bbb"])]
     (logits,) = model(text).all_pair_logits(groups)
@@ -92,20 +101,25 @@ def test_function_may_import_a_neighbouring_module(model, tmp_path):
 
 
 BAD = {
-    "raises": ("raise KeyError('x')", "p2: the function raised KeyError: 'x' .*mine.py, line 4"),
-    "shape": ("return [[0.5]]", r"p2: .* returned shape \(1, 1\); return \(2, 2\)"),
+    "exception": ("raise KeyError('x')", "p2: the function raised KeyError: 'x' .*mine.py, line 4"),
+    "wrong shape": ("return [[0.5]]", r"p2: .* returned shape \(1, 1\); return \(2, 2\)"),
     "too few scores": ("return [1.0]", r"p2: .* returned shape \(1,\)"),
     "NaN": ("return [float('nan'), 0.0]", "p2: the function returned NaN or infinity"),
     "above 1": ("return [[0.5, 1.5], [0.5, 0.5]]", r"p2: .* returned 0.5 to 1.5"),
     "below 0": ("return [[0.5, -1], [1, 0.5]]", r"p2: .* returned -1 to 1"),
-    "nothing": ("return None", r"p2: .* returned shape \(\)|p2: .* NaN|p2: .*no array"),
+    "None": ("return None", r"p2: .* returned shape \(\)|p2: .* NaN|p2: .*no array"),
     "text": ("return 'first'", "p2: .* returned str, which is no array of numbers"),
 }
 
 
 @pytest.mark.parametrize(("body", "said"), BAD.values(), ids=BAD)
 def test_wrong_result_is_a_one_line_error_with_the_prompt(body, said, tmp_path, program):
-    text = f"def prefer(prompt, responses):\n    if prompt == 'First':\n        return [0, 1]\n    {body}\n"
+    text = (
+        "def prefer(prompt, responses):\n"
+        "    if prompt == 'First':\n"
+        "        return [0, 1]\n"
+        f"    {body}\n"
+    )
     (tmp_path / "mine.py").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=said) as caught:
         annotate(tmp_path, program)

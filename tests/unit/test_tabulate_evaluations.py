@@ -1,4 +1,4 @@
-"""All evaluations in one table: every figure where it belongs, dashes elsewhere."""
+"""The table of all evaluations, with a dash for each missing value."""
 
 from __future__ import annotations
 
@@ -58,26 +58,26 @@ def test_every_value_is_in_its_row_and_column(results, program):
 
     with (results / "tables/evaluations.csv").open(newline="") as stream:
         main, k2 = csv.DictReader(stream)
-    assert (
-        main["run"],
-        main["iteration"],
-        main["pairs"],
-        main["win rate [95%]"],
-        main["LC win rate [95%]"],
-    ) == ("main", "1", "31", "55.0 [50.0, 60.0]", "52.0")
-    assert (
-        main["MT-Bench"],
-        main["turn 2"],
-        main["MT-Bench won against the base"],
-        main["Open LLM: average"],
-    ) == ("5.68", "-", "51.0", "-")
-    assert (
-        k2["run"],
-        k2["by the ranker"],
-        k2["win rate [95%]"],
-        k2["Open LLM: arc_challenge"],
-        k2["Open LLM: mmlu"],
-    ) == ("k2", "61.0", "-", "25.0", "-")
+    of_main = {
+        "run": "main",
+        "iteration": "1",
+        "pairs": "31",
+        "win rate [95%]": "55.0 [50.0, 60.0]",
+        "LC win rate [95%]": "52.0",
+        "MT-Bench": "5.68",
+        "turn 2": "-",
+        "MT-Bench won against the base": "51.0",
+        "Open LLM: average": "-",
+    }
+    of_k2 = {
+        "run": "k2",
+        "by the ranker": "61.0",
+        "win rate [95%]": "-",
+        "Open LLM: arc_challenge": "25.0",
+        "Open LLM: mmlu": "-",
+    }
+    assert {key: main[key] for key in of_main} == of_main
+    assert {key: k2[key] for key in of_k2} == of_k2
     for suffix in ("md", "html"):
         text = (results / f"tables/evaluations.{suffix}").read_text()
         assert "55.0 [50.0, 60.0]" in text

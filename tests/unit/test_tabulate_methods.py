@@ -1,4 +1,8 @@
-"""The table of methods: every run's own figures and costs, the shared first iteration counted for each, an order only where intervals part."""
+"""The table of methods: results, costs and order of the runs.
+
+Each run has the costs of a shared first iteration. Runs are ordered only if their intervals do not
+overlap.
+"""
 
 from __future__ import annotations
 
@@ -70,21 +74,24 @@ def tabulated(results, program):
 def test_every_run_has_its_results_and_costs(results, program):
     base, main, dpo = tabulated(results, program)
 
-    assert (base["run"], base["iteration"], base["loss"], base["minutes"]) == (
-        "main",
-        "0",
-        "-",
-        "-",
-    )
-    assert (main["loss"], main["LC win rate [95%]"], main["by the ranker"], main["pairs"]) == (
-        "sppo",
-        "70.0 [65.0, 75.0]",
-        "72.0",
-        "28",
-    )
-    assert (dpo["loss"], dpo["by the ranker"], dpo["tokens trained"]) == ("dpo", "-", "1000")
-    assert main["tokens sampled"] == dpo["tokens sampled"] == "1000"
-    assert main["minutes"] == dpo["minutes"] == "4.5"  # 60 + 60 + 30 + 120 s
+    of_base = {"run": "main", "iteration": "0", "loss": "-", "minutes": "-"}
+    of_main = {
+        "loss": "sppo",
+        "LC win rate [95%]": "70.0 [65.0, 75.0]",
+        "by the ranker": "72.0",
+        "pairs": "28",
+        "tokens sampled": "1000",
+        "minutes": "4.5",  # 60 + 60 + 30 + 120 s
+    }
+    of_dpo = {
+        "loss": "dpo",
+        "by the ranker": "-",
+        "tokens trained": "1000",
+        "tokens sampled": "1000",
+        "minutes": "4.5",
+    }
+    for row, expected in ((base, of_base), (main, of_main), (dpo, of_dpo)):
+        assert {key: row[key] for key in expected} == expected
     for file in ("tables/methods.md", "tables/methods.tex", "tables/methods.html"):
         assert "main above dpo" in (results / file).read_text()
     assert all((results / f"figures/methods.{form}").stat().st_size for form in ("png", "svg"))
