@@ -1,4 +1,4 @@
-"""AlpacaEval: our figures are the package's, our judges point the right way, and failures say what failed."""
+"""AlpacaEval: results compared with the package's, judges, error messages, and the summary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sppo.core.errors import UserError  # noqa: E402
 from sppo.evaluation import alpaca_eval  # noqa: E402
 from sppo.evaluation.judges import ALPACA_EVAL  # noqa: E402
 
-# A folder with public data sets; tests that need one are skipped without it.
+# A folder with public data sets. Without it, the tests that need a data set are skipped.
 PUBLIC_DATA = Path(os.environ.get("SPPO_PUBLIC_DATA", "/nonexistent"))
 KEY = "sk-secret-of-the-test"
 
@@ -46,7 +46,7 @@ def outputs(generator: str, n: int = 30, seed: int = 0) -> list[dict]:
 
 
 class Judge:
-    """A preference model that knows the answer: P(second beats first) by the second's text."""
+    """A preference model with a given function for P(second beats first)."""
 
     def __init__(self, probability) -> None:
         self.probability = probability
@@ -54,12 +54,12 @@ class Judge:
     def pair_logits(self, prompt: str, candidates: list[str]) -> np.ndarray:
         p = np.clip(self.probability(prompt, *candidates), 1e-300, 1 - 1e-16)
         logit = np.log(p) - np.log1p(-p)
-        return np.array([[7.0, -logit], [logit, -3.0]])  # the diagonal says nothing
+        return np.array([[7.0, -logit], [logit, -3.0]])  # The diagonal has no meaning.
 
 
 @pytest.fixture
 def call(tmp_path, monkeypatch):
-    """Run the program in this process on `ours` and `base`; returns the result, or raises what it raises."""
+    """Run the program in this process on `ours` and `base`; returns the result."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     for name in ("adapter.safetensors", "ranker.json"):
@@ -103,7 +103,7 @@ def call(tmp_path, monkeypatch):
 
 
 def soft(prompt: str, first: str, second: str) -> float:
-    """A judge with an opinion of its own that also likes length; made of digits in the prompt, so fixed."""
+    """A judge that depends on the number in the prompt and prefers longer outputs."""
     number = int(re.search(r"\d+", prompt)[0])
     return 1 / (1 + np.exp(-(1.0 + np.sin(number) + (len(second) - len(first)) / 300)))
 
@@ -118,11 +118,9 @@ def test_results_equal_those_of_the_package(call, tmp_path):
     assert result["standard_error"] == pytest.approx(
         100 * wins.std(ddof=1) / np.sqrt(len(wins)), abs=1e-9
     )
-    assert (result["n_wins"], result["n_wins_base"], result["n_draws"]) == (
-        (wins > 0.5).sum(),
-        (wins < 0.5).sum(),
-        0,
-    )
+    assert result["n_wins"] == (wins > 0.5).sum()
+    assert result["n_wins_base"] == (wins < 0.5).sum()
+    assert result["n_draws"] == 0
     assert result["n_total"] == 30
     assert result["avg_length"] != result["reference_avg_length"]
     with (
@@ -139,9 +137,8 @@ def test_results_equal_those_of_the_package(call, tmp_path):
 
 
 def test_annotations_have_the_package_s_format(call, tmp_path):
-    call(
-        outputs("policy", seed=1)[::-1], outputs("base"), probability=soft
-    )  # another order is put right
+    # The program sorts outputs that have another order than the reference.
+    call(outputs("policy", seed=1)[::-1], outputs("base"), probability=soft)
     rows = read_json(tmp_path / "out" / "annotations.json")
     assert [row["instruction"] for row in rows] == [row["instruction"] for row in outputs("base")]
     for row in rows:
@@ -189,7 +186,8 @@ def test_policy_equal_to_its_reference_gets_50(call):
         probability=soft,
         fits=3,
     )
-    assert result["win_rate"] == result["length_controlled_winrate"] == 50.0
+    assert result["win_rate"] == 50.0
+    assert result["length_controlled_winrate"] == 50.0
     assert result["n_draws"] == 30
 
 
@@ -211,7 +209,7 @@ def test_policy_that_loses_everything_gets_0():
 
 @pytest.mark.parametrize("answer", ["", " \n", "Yes."])
 def test_policy_with_empty_or_short_answers_is_flagged(call, capfd, answer):
-    """A judge that goes by length gives it few points; LC then puts it above the base."""
+    """The judge compares lengths, so the win rate is low. But LC is above 50."""
     ours = [row | {"output": answer} for row in outputs("policy")]
     result = call(
         ours,
@@ -234,7 +232,7 @@ def test_policy_with_empty_or_short_answers_is_flagged(call, capfd, answer):
 
 
 def test_length_controlled_warning_follows_alpaca_eval():
-    """Its rule: further than 10 points, and than a quarter of the way to the end of the scale."""
+    """It warns of a difference above 10 points and above a quarter of the way to 0 or 100."""
     assert (
         "12.0, the win rate 40.0: so far apart that alpaca-eval's model may have failed"
         in alpaca_eval.length_controlled_warning(40.0, 12.0)
@@ -272,16 +270,9 @@ def test_values_of_the_neutral_difficulty_do_not_matter(tmp_path):
         neutral = alpaca_eval.metrics(rows, formula, file)
         lines = file.read_text().splitlines()
     rng = np.random.default_rng(0)
+    values = [f"{rng.random()},{i},{rng.normal()},{rng.normal()},False,x" for i in range(len(rows))]
     other = tmp_path / "df_gamed.csv"
-    other.write_text(
-        "\n".join(
-            [lines[0]]
-            + [
-                f"{rng.random()},{i},{rng.normal()},{rng.normal()},False,x"
-                for i in range(len(rows))
-            ]
-        )
-    )
+    other.write_text("\n".join([lines[0], *values]))
     assert alpaca_eval.metrics(rows, formula, other) == neutral
 
 
@@ -318,35 +309,27 @@ def test_equal_seeds_give_equal_files_for_any_thread_count(call, tmp_path):
         )
         seen.append(file.read_bytes())
     assert seen[0] == seen[1]
-    assert (
-        call(outputs("policy", seed=1), outputs("base"), probability=soft, seed=1)[
-            "win_rate_interval"
-        ]
-        != json.loads(seen[0])["win_rate_interval"]
-    )
+    other = call(outputs("policy", seed=1), outputs("base"), probability=soft, seed=1)
+    assert other["win_rate_interval"] != json.loads(seen[0])["win_rate_interval"]
 
 
-def test_failed_judgment_is_an_error(call, tmp_path):
-    with (
-        pytest.raises(
-            UserError, match=r"failed on 1 of 30 instructions, first on 'Write about 7\.'"
-        ),
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        whole = alpaca_eval.PreferenceAnnotator._annotation
-        patch.setattr(
-            alpaca_eval.PreferenceAnnotator,
-            "_annotation",
-            lambda self, one, two: (
-                whole(self, one, two)
-                | ({"preference": float("nan")} if one["instruction"] == "Write about 7." else {})
-            ),
-        )
+def test_failed_judgment_is_an_error(call, tmp_path, monkeypatch):
+    annotation = alpaca_eval.PreferenceAnnotator._annotation
+
+    def fails_on_7(self, one, two):
+        row = annotation(self, one, two)
+        if one["instruction"] == "Write about 7.":
+            row = row | {"preference": float("nan")}
+        return row
+
+    monkeypatch.setattr(alpaca_eval.PreferenceAnnotator, "_annotation", fails_on_7)
+    said = r"failed on 1 of 30 instructions, first on 'Write about 7\.'"
+    with pytest.raises(UserError, match=said):
         call(outputs("policy", seed=1), outputs("base"), probability=soft)
     assert not (tmp_path / "out").exists()
 
 
-# --- Evaluation files ---
+# --- files of outputs ---
 
 
 @pytest.mark.parametrize(
@@ -389,7 +372,7 @@ def test_difficulty_needs_the_canonical_order(call, tmp_path):
         )
 
 
-# --- Judges ---
+# --- judges ---
 
 
 def test_incomplete_judge_settings_are_one_line_errors(monkeypatch, tmp_path):
@@ -404,8 +387,16 @@ def test_incomplete_judge_settings_are_one_line_errors(monkeypatch, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             ALPACA_EVAL.check(dict(zip(keys, arguments, strict=True)))
-    # A local server needs no key.
-    ALPACA_EVAL.check(dict(zip(keys, ("openai", "m", "http://localhost:1/v1"), strict=True)))
+
+
+def test_judge_on_a_local_server_needs_no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    judge = {"judge": "openai", "judge_model": "m", "judge_base_url": "http://localhost:1/v1"}
+    ALPACA_EVAL.check(judge)
+
+
+def test_program_without_a_key_ends_with_one_line(monkeypatch, tmp_path):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     program = subprocess.run(
         [
             sys.executable,
@@ -442,22 +433,26 @@ def test_checking_a_judge_imports_no_heavy_package():
 
 
 class Server(ThreadingHTTPServer):
-    """An OpenAI-compatible server that prefers the policy's output with probability 0.8."""
+    """An OpenAI-compatible server that prefers the policy's output with probability 0.8.
+
+    `logprobs` says how it treats requests for log-probabilities: "given" returns them, "ignored"
+    does not, "refused" is an error. The other two values imitate models that reason: "if told not
+    to reason" returns them, "after reasoning" refuses several parameters. The answer to a judgment
+    whose prompt contains the text `broken` is "?".
+    """
 
     def __init__(self, logprobs: str, broken: str = "") -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.html = False  # whether a web page is the answer to everything
-        self.plan: list[
-            int | str
-        ] = []  # statuses, or bodies that are no completion, of the next answers to judgments
-        self.logprobs, self.broken, self.judged, self.status, self.keys, self.letters = (
-            logprobs,
-            broken,
-            0,
-            200,
-            set(),
-            set(),
-        )
+        self.logprobs = logprobs
+        self.broken = broken
+        self.html = False  # If true, each answer is a web page.
+        self.status = 200  # Another status makes each answer an error.
+        # The next answers to judgments: a status, or a body that is not a completion.
+        self.plan: list[int | str] = []
+        # What the server has seen and sent.
+        self.judged = 0
+        self.keys: set[str] = set()
+        self.letters: set[str] = set()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -471,52 +466,18 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, b"<html>\n<body>Welcome</body></html>", "text/html")
         if self.server.status != 200:
             return self.reply(self.server.status, {"error": {"message": f"bad key {key}"}})
-        if "max_tokens" in request and self.server.logprobs in (
-            "after reasoning",
-            "if told not to reason",
-        ):
-            return self.reply(
-                400,
-                {
-                    "error": {
-                        "message": "use max_completion_tokens",
-                        "code": "unsupported_parameter",
-                        "param": "max_tokens",
-                    }
-                },
-            )
-        if {
-            "temperature",
-            "top_p",
-            "logprobs",
-            "reasoning_effort",
-        } & request.keys() and self.server.logprobs == "after reasoning":
-            return self.reply(
-                400,
-                {
-                    "error": {
-                        "message": "temperature does not support 0",
-                        "code": "unsupported_value",
-                        "param": "temperature",
-                    }
-                },
-            )
-        if request.get("logprobs") and self.server.logprobs == "refused":
-            return self.reply(400, {"error": {"message": "logprobs are not supported"}})
+        if refusal := self.refused_parameter(request):
+            return self.reply(400, {"error": refusal})
         text = request["messages"][-1]["content"]
-        answers = (
-            re.findall(r'"output": """(\w*)', text)
-            if alpaca_eval.TRIAL["instruction"] not in text
-            else []
-        )
-        letter = "m" if not answers or answers[0] == "policy" else "M"
+        answers = []
+        if alpaca_eval.TRIAL["instruction"] not in text:
+            answers = re.findall(r'"output": """(\w*)', text)
         if answers and self.server.plan:
             answer = self.server.plan.pop(0)
-            return (
-                self.reply(answer, {"error": {"message": "busy"}})
-                if isinstance(answer, int)
-                else self.send(200, answer.encode())
-            )
+            if isinstance(answer, int):
+                return self.reply(answer, {"error": {"message": "busy"}})
+            return self.send(200, answer.encode())
+        letter = "m" if not answers or answers[0] == "policy" else "M"
         if answers:
             self.server.judged += 1
             self.server.letters.add(letter)
@@ -524,15 +485,7 @@ class Handler(BaseHTTPRequestHandler):
             letter = "?"
         content = None
         if request.get("logprobs") and self.server.logprobs in ("given", "if told not to reason"):
-            odds = (
-                [(letter, 0.8), ("M" if letter == "m" else "m", 0.2)]
-                if letter != "?"
-                else [("?", 1.0)]
-            )
-            tops = [
-                {"token": token, "logprob": float(np.log(p)), "bytes": None} for token, p in odds
-            ]
-            content = {"content": [tops[0] | {"top_logprobs": tops}]}
+            content = self.log_probabilities(letter)
         self.reply(
             200,
             {
@@ -551,6 +504,35 @@ class Handler(BaseHTTPRequestHandler):
                 ],
             },
         )
+
+    def refused_parameter(self, request):
+        """The error for a parameter that this server does not accept; None if it accepts all."""
+        kind = self.server.logprobs
+        if kind in ("after reasoning", "if told not to reason") and "max_tokens" in request:
+            return {
+                "message": "use max_completion_tokens",
+                "code": "unsupported_parameter",
+                "param": "max_tokens",
+            }
+        refused = {"temperature", "top_p", "logprobs", "reasoning_effort"}
+        if kind == "after reasoning" and refused & request.keys():
+            return {
+                "message": "temperature does not support 0",
+                "code": "unsupported_value",
+                "param": "temperature",
+            }
+        if kind == "refused" and request.get("logprobs"):
+            return {"message": "logprobs are not supported"}
+        return None
+
+    def log_probabilities(self, letter):
+        """The answer's log-probabilities: 0.8 for `letter`, or 1 for the unreadable "?"."""
+        odds = {letter: 0.8, "M" if letter == "m" else "m": 0.2} if letter != "?" else {"?": 1.0}
+        tops = [
+            {"token": token, "logprob": float(np.log(p)), "bytes": None}
+            for token, p in odds.items()
+        ]
+        return {"content": [tops[0] | {"top_logprobs": tops}]}
 
     def reply(self, status, body):
         self.send(status, json.dumps(body).encode())
@@ -620,7 +602,7 @@ def test_judge_on_an_openai_compatible_server(
         "reads": "logprobs" if rate == 80 else "text",
         "request": request_,
     }
-    # The package swaps the order at random, and the win rate does not show it.
+    # The package changes the order of the outputs at random. The win rate accounts for this.
     assert server.letters == {"m", "M"}
     assert server.keys == {f"Bearer {KEY}"}
     assert not any(KEY in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
@@ -631,22 +613,22 @@ def test_gpt4_judge_of_the_package_is_used_by_name(call, serve, monkeypatch, tmp
     import alpaca_eval
 
     package = Path(alpaca_eval.__file__).parent
-    before = {file for file in package.rglob("*") if "__pycache__" not in file.parts}
+
+    def files() -> set[Path]:
+        return {file for file in package.rglob("*") if "__pycache__" not in file.parts}
+
+    before = files()
     server = serve("given")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url)  # the OpenAI client's own variable
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)  # The OpenAI client reads this variable.
     result = call(
         outputs("policy", seed=1), outputs("base"), judge="weighted_alpaca_eval_gpt4_turbo"
     )
     assert result["win_rate"] == pytest.approx(80)
     assert server.judged == 30
-    assert (
-        read_json(tmp_path / "out" / "annotations.json")[0]["annotator"]
-        == "weighted_alpaca_eval_gpt4_turbo"
-    )
-    assert {
-        file for file in package.rglob("*") if "__pycache__" not in file.parts
-    } == before  # no weights, no cache
+    annotations = read_json(tmp_path / "out" / "annotations.json")
+    assert annotations[0]["annotator"] == "weighted_alpaca_eval_gpt4_turbo"
+    assert files() == before  # The package's folder has no new weights and no new cache.
 
 
 def test_local_server_needs_no_key(call, serve, monkeypatch):
@@ -665,7 +647,7 @@ def test_local_server_needs_no_key(call, serve, monkeypatch):
 
 
 def test_only_failed_judgments_are_requested_again(call, serve, monkeypatch, tmp_path, capfd):
-    """And what will be asked, which may cost money, is said before."""
+    """The number of requests is printed before they are sent, because they may cost money."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve("given", "Write about 7.")
     arguments = (
@@ -776,9 +758,8 @@ def test_finished_judgments_need_no_trial_request(call, serve, monkeypatch):
     arguments = (outputs("policy", 6, 1), outputs("base", 6))
     call(*arguments, judge="weighted_alpaca_eval_gpt4_turbo")
     server.status = 500
-    assert call(*arguments, judge="weighted_alpaca_eval_gpt4_turbo")["win_rate"] == pytest.approx(
-        80
-    )
+    again = call(*arguments, judge="weighted_alpaca_eval_gpt4_turbo")
+    assert again["win_rate"] == pytest.approx(80)
 
 
 def test_changed_judge_settings_ignore_old_judgments(call, serve, monkeypatch):
@@ -801,7 +782,7 @@ def test_changed_judge_settings_ignore_old_judgments(call, serve, monkeypatch):
     )
     call(*arguments, judge="openai")
     assert server.judged == 12
-    server.logprobs = "refused"  # read otherwise
+    server.logprobs = "refused"  # Now the text of the answer is read.
     call(*arguments, judge="openai")
     assert server.judged == 18
 
@@ -809,19 +790,14 @@ def test_changed_judge_settings_ignore_old_judgments(call, serve, monkeypatch):
 def test_instructions_in_the_judge_s_training_are_counted(call, tmp_path, capfd):
     from sppo.preferences.embedded_data import instruction_hash
 
-    (tmp_path / "adapter" / "training_instructions.txt").write_text(
-        "\n".join(instruction_hash(f"Write about {n}.") for n in (3, 5, 99))
-    )
-    assert (
-        call(outputs("policy"), outputs("base"), probability=soft)["judge_details"][
-            "instructions_seen_in_training"
-        ]
-        == 2
-    )
+    hashes = [instruction_hash(f"Write about {n}.") for n in (3, 5, 99)]
+    (tmp_path / "adapter" / "training_instructions.txt").write_text("\n".join(hashes))
+    result = call(outputs("policy"), outputs("base"), probability=soft)
+    assert result["judge_details"]["instructions_seen_in_training"] == 2
     assert "trained on 2 of these 30" in capfd.readouterr().err
 
 
-# --- Against what was published ---
+# --- published results ---
 
 
 @pytest.mark.skipif(
@@ -868,7 +844,7 @@ def test_published_preferences_give_the_published_results(call, tmp_path):
         "avg_length",
     ):
         assert result[key] == pytest.approx(published[key], abs=1e-9), key
-    # The file of difficulties is our reconstruction, and the result says that it is not the official one.
+    # The difficulties are a reconstruction, and the result says that they are not official.
     assert result["length_controlled_winrate"] == pytest.approx(
         published["length_controlled_winrate"], abs=0.5
     )
@@ -876,7 +852,7 @@ def test_published_preferences_give_the_published_results(call, tmp_path):
     assert result["difficulty"]["official"] is False
 
 
-# --- The summary ---
+# --- the summary ---
 
 
 @pytest.fixture
@@ -912,11 +888,9 @@ def summarize(folder, monkeypatch, *more):
         "--ranker": "iter*/ranker.json",
         "--records": "iter*/?.record.json",
     }
-    arguments = [
-        word
-        for flag, pattern in lists.items()
-        for word in (flag, *map(str, sorted(folder.glob(pattern))))
-    ]
+    arguments = []
+    for flag, pattern in lists.items():
+        arguments += [flag, *map(str, sorted(folder.glob(pattern)))]
     monkeypatch.setattr(
         sys,
         "argv",

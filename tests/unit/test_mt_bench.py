@@ -1,8 +1,12 @@
-"""MT-Bench: FastChat's grading through our client, against a server that fails in every way; the embedded judge; the scores."""
+"""MT-Bench: grading by a server that fails in several ways, the embedded judge, and scores.
+
+Prompts, scores and temperatures are compared with those of FastChat.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import threading
@@ -28,20 +32,28 @@ from sppo.policies import models
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data/mt_bench"
-SHARED = ROOT.parent / "shared/data/mt_bench"
+# FastChat's files in the folder with public data sets. Without them, one test is skipped.
+OFFICIAL_DATA = Path(os.environ.get("SPPO_PUBLIC_DATA", "/nonexistent")) / "mt_bench"
 KEY = "sk-secret-of-the-test"
 
 
 class Server(ThreadingHTTPServer):
-    """Grades every answer 7; `plan` holds statuses or texts for the next requests, popped from its end."""
+    """A judge that grades each answer 7, unless `plan` says otherwise.
+
+    `plan` has the statuses or texts of the next answers, from its end. After `dead_after` answers
+    each request fails with status 401. `refused` has the parameters that the server refuses,
+    with the code of its error. `prompts` has the messages of answered requests, and `requests` has
+    the parameters of all requests that are not refused.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.plan, self.prompts, self.dead_after, self.lock = [], [], None, threading.Lock()
-        self.refused, self.requests = (
-            {},
-            [],
-        )  # parameters that a 400 names with its code; parameters of all other requests
+        self.lock = threading.Lock()
+        self.plan: list[int | str] = []
+        self.dead_after: int | None = None
+        self.refused: dict[str, str] = {}
+        self.prompts: list[list[dict]] = []
+        self.requests: list[dict] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -65,10 +77,8 @@ class Handler(BaseHTTPRequestHandler):
                 {key: value for key, value in request.items() if key not in ("model", "messages")}
             )
             turn = self.server.plan.pop() if self.server.plan else "Fine. Rating: [[7]]"
-            if (
-                self.server.dead_after is not None
-                and len(self.server.prompts) >= self.server.dead_after
-            ):
+            dead_after = self.server.dead_after
+            if dead_after is not None and len(self.server.prompts) >= dead_after:
                 turn = 401
             if isinstance(turn, str):
                 self.server.prompts.append(request["messages"])
@@ -127,38 +137,29 @@ def server():
 
 @pytest.fixture
 def answers(tmp_path):
-    """Answers to our questions by a policy and by the base."""
+    """Answers to the questions in data/ from a policy and from the base, by name."""
     files = {}
     for name in ("policy", "base"):
+        lines = []
+        for row in mt_bench.read_questions(DATA):
+            number = row["question_id"]
+            answer = {
+                "question_id": number,
+                "answer_id": "a",
+                "model_id": name,
+                "choices": [
+                    {"index": 0, "turns": [f"{name} one {number}", f"{name} two {number}"]}
+                ],
+            }
+            lines.append(json.dumps(answer) + "\n")
         files[name] = tmp_path / f"{name}.jsonl"
-        files[name].write_text(
-            "".join(
-                json.dumps(
-                    {
-                        "question_id": row["question_id"],
-                        "answer_id": "a",
-                        "model_id": name,
-                        "choices": [
-                            {
-                                "index": 0,
-                                "turns": [
-                                    f"{name} one {row['question_id']}",
-                                    f"{name} two {row['question_id']}",
-                                ],
-                            }
-                        ],
-                    }
-                )
-                + "\n"
-                for row in mt_bench.read_questions(DATA)
-            )
-        )
+        files[name].write_text("".join(lines))
     return files
 
 
 @pytest.fixture
 def grade(program, answers, server, tmp_path, monkeypatch):
-    """Grade the answers by the server; returns mt_bench.json."""
+    """Grade the policy's answers with the server; returns the content of mt_bench.json."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def call(data=DATA, model="judge-1"):
@@ -228,7 +229,7 @@ def test_invalid_completion_is_an_error(grade, server, tmp_path):
 
 
 def completion(content):
-    """A chat completion as a server sends it."""
+    """The body of a chat completion."""
     return json.dumps(
         {
             "id": "1",
@@ -262,7 +263,7 @@ def test_answers_without_a_grade_are_left_out_and_retried(grade, server, capfd):
     )
     result = grade()
     assert (result["n"], result["failures"]) == (64, 0)
-    # the judge was repaired
+    # Only the two answers without a grade were requested again.
     assert len(server.prompts) == 64 + 2
     assert "warning" not in capfd.readouterr().err
 
@@ -291,7 +292,7 @@ def test_judge_without_any_grade_is_quoted_in_the_error(grade, server, tmp_path,
 
 
 def test_more_than_a_fifth_without_a_grade_is_an_error(grade, server):
-    server.plan = ["?"] * 13  # of 64
+    server.plan = ["?"] * 13
     with pytest.raises(
         UserError, match="13 of 64 answers .*, such as '\\?'.* the other judgments are kept"
     ):
@@ -386,7 +387,7 @@ def test_failed_judge_keeps_judgments_and_hides_the_key(grade, server, tmp_path)
     server.dead_after = None
 
     assert grade()["n"] == 64
-    assert len(server.prompts) == 64  # none was asked twice
+    assert len(server.prompts) == 64  # No judgment was requested twice.
 
 
 def test_changed_judge_or_template_ignores_old_judgments(grade, server, tmp_path):
@@ -417,9 +418,8 @@ def test_embedded_judge_compares_with_the_base(answers):
         def pair_logits(self, instruction, texts):
             assert [text.split()[0] for text in texts] == ["base", "policy"]
             second = "two" in texts[0]
-            assert (
-                instruction.count("\n\n") >= second
-            )  # the second turn is read with the first question
+            # The instruction of the second turn contains the first question.
+            assert instruction.count("\n\n") >= second
             logit = np.log(3) if second else 0.0
             return np.array([[0.0, -logit], [logit, 0.0]])
 
@@ -428,18 +428,17 @@ def test_embedded_judge_compares_with_the_base(answers):
     rows = mt_bench.grade_locally(questions, policy, base, Model(), "judge")
 
     rates = mt_bench.win_rates(rows)
-    assert (rates["first_turn"], rates["second_turn"], rates["win_rate"]) == pytest.approx(
-        (50, 75, 62.5)
-    )
-    assert mt_bench.scores(rows, {row["question_id"]: row["category"] for row in questions})[
-        "average"
-    ] == pytest.approx(1 + 9 * 0.625)
+    assert rates["first_turn"] == pytest.approx(50)
+    assert rates["second_turn"] == pytest.approx(75)
+    assert rates["win_rate"] == pytest.approx(62.5)
+    categories = {row["question_id"]: row["category"] for row in questions}
+    assert mt_bench.scores(rows, categories)["average"] == pytest.approx(1 + 9 * 0.625)
     alike = mt_bench.grade_locally(questions, base, base, Model(), "judge")
     assert mt_bench.win_rates(alike)["win_rate"] == 50
 
 
 def test_scores_equal_those_of_fastchat(tmp_path, capsys):
-    """show_result.py of the package prints the same means, by turn and in all, failures left out."""
+    """show_result.py prints the same means of each turn and of both, without failures."""
     import argparse
 
     from fastchat.llm_judge import show_result
@@ -658,11 +657,11 @@ def test_changed_fastchat_file_is_refused(program, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="FastChat's data is not beside the repository")
+@pytest.mark.skipif(not OFFICIAL_DATA.is_dir(), reason="FastChat's data is not on this machine")
 def test_official_fastchat_data_is_fetched_completely(program, tmp_path):
     for name, (path, _) in mt_bench.OFFICIAL.items():
         (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(SHARED / name, tmp_path / "source" / path)
+        shutil.copy(OFFICIAL_DATA / name, tmp_path / "source" / path)
     program(fetch_mt_bench, "--source", f"file://{tmp_path}/source/", "--output", tmp_path / "data")
     assert len(mt_bench.read_questions(tmp_path / "data")) == 80
     assert all(mt_bench.is_official(tmp_path / "data", name) for name in mt_bench.OFFICIAL)
