@@ -201,12 +201,10 @@ def test_shards_run_in_parallel_on_separate_gpus(cluster, clone):
     ):
         first, second = jobs(rule)
         assert first["JobState"] == second["JobState"] == "COMPLETED"
-        assert max(first["StartTime"], second["StartTime"]) < min(
-            first["EndTime"], second["EndTime"]
-        )
-        assert sorted(start["job"] for start in started(clone, program)) == sorted(
-            (first["JobId"], second["JobId"])
-        )
+        last_start = max(first["StartTime"], second["StartTime"])
+        assert last_start < min(first["EndTime"], second["EndTime"])
+        started_jobs = sorted(start["job"] for start in started(clone, program))
+        assert started_jobs == sorted((first["JobId"], second["JobId"]))
         gpus = [start["gpus"] for start in started(clone, program)]
         assert len(set(gpus)) == 2
         assert all(re.fullmatch("[0-7]", gpu) for gpu in gpus)
@@ -214,9 +212,8 @@ def test_shards_run_in_parallel_on_separate_gpus(cluster, clone):
 
 def test_killed_and_timed_out_jobs_are_resubmitted(cluster, clone):
     process = start(clone, "results/tiny/iter1/policy")
-    os.kill(
-        until(lambda: started(clone, "src/score_reference.py"), process)[0]["pid"], signal.SIGKILL
-    )
+    killed = until(lambda: started(clone, "src/score_reference.py"), process)[0]
+    os.kill(killed["pid"], signal.SIGKILL)
     hung = until(lambda: started(clone, "src/train_policy.py"), process)[0]
     os.kill(hung["pid"], signal.SIGSTOP)
     slurm("scontrol", "update", f"JobId={hung['job']}", "TimeLimit=1")

@@ -38,7 +38,7 @@ rule first:
 
 
 def test_deleted_file_and_its_dependents_are_planned(tmp_path):
-    """CONTRIBUTING.md explains what to do if this test fails with a new Snakemake."""
+    """If this fails with a new Snakemake, adapt sppo/workflow/deleted.py to its internals."""
     (tmp_path / "Snakefile").write_text(CHAIN.format(source=str(ROOT / "src")), encoding="utf-8")
     for age, name in enumerate(("third", "first")):
         (tmp_path / name).touch()

@@ -284,7 +284,7 @@ def test_first_sppo_loss_of_a_strict_order_of_five():
 
 
 def test_inpo_and_mpo_losses_are_proportional():
-    """INPO(eta_I, tau) equals MMD(eta, alpha) if the difference of the two P-hats is 1/2.
+    """INPO(eta_I, tau) and MMD(eta, alpha) have one minimiser if the two P-hats differ by 1/2.
 
     Here eta_I = (1 + eta alpha) / eta and tau = alpha.
     """

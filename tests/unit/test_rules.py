@@ -593,9 +593,9 @@ def test_graded_run_may_grade_the_responses_of_main(copy):
 
 
 def test_dice_uses_its_implicit_reward_from_iteration_2(copy):
-    """In iteration 1 the ranker compares, as in main. Later the reward compares pi_t with pi_t-1.
+    """In iteration 1 the ranker compares responses. Later the implicit reward compares them.
 
-    The pairs of iteration 1 are replayed.
+    The reward is log pi_t / pi_(t-1). The pairs of iteration 1 are replayed.
     """
     done = dry_run(copy, "results/dice/iter3/policy", "--printshellcmds")
     assert jobs(done)["annotate_preferences"] == 1
@@ -1056,7 +1056,9 @@ BEFORE_THE_SNAKEFILE = {
 
 
 @pytest.mark.parametrize(
-    "given", [("--configfile", "odd.yaml"), ("--configfile=odd.yaml",)], ids=len
+    "given",
+    [("--configfile", "odd.yaml"), ("--configfile=odd.yaml",)],
+    ids=["two words", "one word"],
 )
 @pytest.mark.parametrize(
     ("content", "said"), BEFORE_THE_SNAKEFILE.values(), ids=BEFORE_THE_SNAKEFILE
@@ -1109,7 +1111,7 @@ def test_rule_quotes_paths_in_its_command(rule):
 
 
 def test_snakemake_lint_finds_only_functions_next_to_rules(copy):
-    """CONTRIBUTING.md says why functions stay with the rules that use them."""
+    """CONTRIBUTING.md explains why functions stay with the rules that use them."""
     done = subprocess.run([*SNAKEMAKE, "--lint"], cwd=copy, capture_output=True, text=True)
     found = set(re.findall(r"^    \* (.+?)(?: in line \d+)?:$", done.stderr, re.MULTILINE))
     assert found == {"Mixed rules and functions in same snakefile."}, done.stderr
