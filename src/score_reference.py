@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sppo.core.artifacts import recorded
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
 
 
@@ -25,19 +26,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--policy", type=Path, required=True, help="the frozen policy")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="pairs in one forward pass")
-    parser.add_argument(
-        "--precision",
-        choices=["auto", "bfloat16", "float32"],
-        default="auto",
-        help="the same as in training",
-    )
-    parser.add_argument(
-        "--lora-rank",
-        type=int,
-        default=0,
-        help="the same as in training; with LoRA the weights have the dtype of --precision",
-    )
+    # The same as in training, so that log-ratios begin at 0.
+    add_section(parser, "train", only=("micro_batch_size", "precision", "lora_rank"))
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
     args = parser.parse_args()

@@ -19,6 +19,7 @@ import numpy as np
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
 
 
@@ -38,19 +39,8 @@ def main() -> None:
     parser.add_argument(
         "--beta", type=float, required=True, help="beta of the training that gave pi_t"
     )
-    parser.add_argument(
-        "--micro-batch-size",
-        type=int,
-        default=8,
-        help="pairs in one forward pass: twice as many responses",
-    )
-    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
-    parser.add_argument(
-        "--lora-rank",
-        type=int,
-        default=0,
-        help="the same as in training, because it decides the precision of the weights",
-    )
+    # The same as in training, so that log-ratios begin at 0.
+    add_section(parser, "train", only=("micro_batch_size", "precision", "lora_rank"))
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
     args = parser.parse_args()
