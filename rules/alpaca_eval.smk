@@ -157,7 +157,7 @@ rule answer_instructions:
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
         options=answer_flags,
-        best_grade=lambda wildcards: best_grade(wildcards, wildcards.t),
+        best_grade=lambda wildcards: highest_reward(wildcards, wildcards.t),
     message:
         "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t}, {wildcards.answers}"
     shell:

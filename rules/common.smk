@@ -244,10 +244,10 @@ def section_flags(name, skip=()):
     return lambda wildcards: flags(settings(wildcards)[name], skip)
 
 
-def best_grade(wildcards, t):
+def highest_reward(wildcards, t):
     """The flag that asks the policy after iteration t for the highest reward, if it learned that."""
     asked = settings(wildcards)["pairs"]["target_reward"] and int(t) > 0
-    return "--best-grade" if asked else ""
+    return "--highest-reward" if asked else ""
 
 
 def gpus_if(needed):

@@ -91,7 +91,7 @@ rule answer_mt_bench:
         noise=lambda wildcards: MT_BENCH_NOISE[wildcards.mt_bench_answers],
         name=policy_name,
         options=mt_bench_flags,
-        best_grade=lambda wildcards: best_grade(wildcards, wildcards.t),
+        best_grade=lambda wildcards: highest_reward(wildcards, wildcards.t),
     message:
         "Answering MT-Bench: {wildcards.run}iteration {wildcards.t}, {wildcards.mt_bench_answers}"
     shell:

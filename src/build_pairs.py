@@ -32,7 +32,7 @@ from sppo.core.config import OF_CHATS
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
-from sppo.policies.prompts import read_gold, with_goal
+from sppo.policies.prompts import read_gold, with_target_reward
 from sppo.preferences.estimates import even_length_penalty, mean_logits
 from sppo.preferences.grades import GOLD, read_grades
 from sppo.preferences.pairs import Dropped, Rules, pairs_of
@@ -225,7 +225,7 @@ def twice_with_target_rewards(
                 name.format("rejected"): pair[name.format("chosen")],
             }
         for row, grade in zip((pair, turned), grades, strict=True):
-            asked = with_goal(messages[pair["prompt_id"]], grade)
+            asked = with_target_reward(messages[pair["prompt_id"]], grade)
             ids = prompt_token_ids(tokenizer, asked, f"prompt {pair['prompt_id']}")
             found.append(row | {"prompt_token_ids": ids})
     return found, same

@@ -1,4 +1,4 @@
-"""Importing this puts src/, which holds the package sppo, on the path of a program in this folder."""
+"""Importing this module puts src/, which contains the package sppo, on the import path."""
 
 import sys
 from pathlib import Path

@@ -556,7 +556,7 @@ def test_a_reward_conditioned_policy_is_asked_for_its_best_in_both_turns(
         "n",
         "--max-new-tokens",
         4,
-        "--best-grade",
+        "--highest-reward",
         "--output",
         tmp_path / "a.jsonl",
     )

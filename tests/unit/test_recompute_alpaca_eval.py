@@ -116,7 +116,7 @@ def test_annotations_of_two_models_give_two_rows(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ("no file", "no annotations"),
+        ("no file", "do not exist"),
         ("cut file", "not"),
         ("no column", "no column preference"),
         ("repeated row", "two annotations"),

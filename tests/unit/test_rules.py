@@ -610,7 +610,7 @@ def test_a_reward_conditioned_policy_is_asked_for_its_best_when_it_has_learned_t
         "results/ra_dpo/iter1/mt_bench.json",
         "--printshellcmds",
     )
-    asked = [line for line in (done.stdout + done.stderr).splitlines() if "--best-grade" in line]
+    asked = [line for line in (done.stdout + done.stderr).splitlines() if "--highest-reward" in line]
     assert len(asked) == 3 and any("sample_prompts.py --iteration 2" in line for line in asked)
     assert all(
         any(f"results/ra_dpo/{file}" in line for line in asked)

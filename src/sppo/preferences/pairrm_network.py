@@ -90,7 +90,7 @@ class PairRanker(nn.Module):
         return (left - right).mean(1)
 
 
-class PairText:
+class PairTokenizer:
     """Texts to token ids by the checkpoint's own tokenizer, uncut."""
 
     def __init__(self, folder: Path) -> None:
@@ -126,7 +126,7 @@ class PairText:
         return text
 
 
-def cut(ids: list[int], limit: int) -> list[int]:
+def truncated(ids: list[int], limit: int) -> list[int]:
     """At most `limit` ids: the beginning of the text and its [SEP]."""
     return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
@@ -185,7 +185,7 @@ class PairRM:
         limits = LIMITS | {key: config[key] for key in LIMITS if config.get(key)}
         self.max_source = max_prompt_tokens or limits["source_maxlength"]
         self.max_candidate = max_response_tokens or limits["candidate_maxlength"]
-        self.text = PairText(folder)
+        self.text = PairTokenizer(folder)
         for key, mark in (
             ("source_prefix_id", SOURCE),
             ("cand1_prefix_id", FIRST),
@@ -248,7 +248,7 @@ class PairRM:
     def read(self, groups: list[tuple[str, list[str]]]) -> list[Read]:
         """Ids of all texts, cut; `together` prompts share what the longest of them leaves."""
         sources = [
-            cut(ids, self.max_source)
+            truncated(ids, self.max_source)
             for ids in self.text.read(SOURCE, [prompt for prompt, _ in groups])
         ]
         found = []
@@ -256,7 +256,7 @@ class PairRM:
             first = k - k % self.together
             lent = (self.max_source - max(map(len, sources[first : first + self.together]))) // 2
             ids = [
-                tuple(cut(answer, self.max_candidate + lent))
+                tuple(truncated(answer, self.max_candidate + lent))
                 for answer in self.text.read(CANDIDATE, candidates)
             ]
             answers = list(dict.fromkeys(ids))
