@@ -367,7 +367,7 @@ def test_a_failed_judgment_is_an_error_not_a_smaller_n(call, tmp_path):
         ),
         (lambda rows: rows[1].pop("output"), "entry 2 has no text in 'output'"),
         (lambda rows: rows[1].update(generator="x"), "entry 2 is by x, entry 1 by policy"),
-        (lambda rows: [row.update(generator="base") for row in rows], "name them apart"),
+        (lambda rows: [row.update(generator="base") for row in rows], "give them different names"),
         (lambda rows: rows.clear(), "not a list of outputs"),
     ],
 )
@@ -679,13 +679,13 @@ def test_failed_judgments_alone_are_asked_again(call, serve, monkeypatch, tmp_pa
         call(*arguments, judge="openai")
     assert not (tmp_path / "out" / "alpaca_eval.json").exists()
     assert re.search(
-        r"Judgments to ask for: 30, about [1-9][\d,]+ tokens to read, .* Kept from before: 0",
+        r"Judgments to ask for: 30, about [1-9][\d,]+ tokens to read .* Already finished: 0",
         capfd.readouterr().err,
     )
     server.broken, server.judged = "", 0
     assert call(*arguments, judge="openai")["win_rate"] == pytest.approx(80)
     assert server.judged == 1
-    assert re.search(r"Judgments to ask for: 1, .* Kept from before: 29", capfd.readouterr().err)
+    assert re.search(r"Judgments to ask for: 1, .* Already finished: 29", capfd.readouterr().err)
 
 
 def test_a_server_that_refuses_is_one_line_without_the_key(call, serve, monkeypatch, capfd):

@@ -73,7 +73,7 @@ def test_the_policy_of_the_place_is_taken(tmp_path, monkeypatch, place, policy):
 def test_another_policy_is_refused(tmp_path, place, policy):
     with pytest.raises(
         UserError,
-        match=f"{place}/alpaca_eval.json is of {policy}, which is not the policy of its place; "
+        match=f"{place}/alpaca_eval.json is of {policy}, which is not the policy of its folder; "
         "delete it and run again",
     ):
         check_policy(tmp_path / "results" / place / "alpaca_eval.json", policy)
@@ -133,5 +133,5 @@ def test_every_reader_of_evaluations_refuses_them(program, tmp_path):
 
 def test_what_is_no_evaluation_is_one_line(tmp_path):
     (tmp_path / "alpaca_eval.json").write_text("[]")
-    with pytest.raises(UserError, match="alpaca_eval.json is no evaluation"):
+    with pytest.raises(UserError, match="alpaca_eval.json is not an evaluation"):
         read_evaluation(tmp_path / "alpaca_eval.json")

@@ -408,7 +408,7 @@ def test_corruptions():
         ("absent", "no annotation file"),
         ("not_parquet", "not a readable parquet"),
         ("no_column", "lacks the column"),
-        ("empty", "none that can be used"),
+        ("empty", "but no usable one"),
         ("all_training", "was trained on the instructions of all usable rows"),
         ("no_base", "no model folder"),
     ],
