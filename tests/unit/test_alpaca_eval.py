@@ -763,7 +763,7 @@ def test_a_web_page_in_place_of_an_answer_is_one_line(call, serve, monkeypatch, 
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     model = ["--judge-model", "tiny", "--judge-base-url", server.url] if judge == "openai" else []
     with pytest.raises(
-        UserError, match="its answer is no chat completion .*; is the address right"
+        UserError, match="its answer is not a chat completion .*; is the address right"
     ):
         call(outputs("policy", 6, 1), outputs("base", 6), *model, judge=judge)
 

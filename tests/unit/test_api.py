@@ -165,7 +165,7 @@ def test_addresses_are_taken(url):
 def test_a_password_in_an_address_is_refused_and_not_repeated(judging, url):
     for judge in ("openai", "preference" if judging is judges.GRADES else "gpt-4-0613"):
         with pytest.raises(
-            UserError, match=rf"{judging.section}\.judge_base_url holds a name or password"
+            UserError, match=rf"{judging.section}\.judge_base_url contains a name or password"
         ) as caught:
             judging.check(chosen(judge, url), key=False)
         assert "hunter2" not in str(caught.value)

@@ -610,7 +610,9 @@ def test_a_reward_conditioned_policy_is_asked_for_its_best_when_it_has_learned_t
         "results/ra_dpo/iter1/mt_bench.json",
         "--printshellcmds",
     )
-    asked = [line for line in (done.stdout + done.stderr).splitlines() if "--highest-reward" in line]
+    asked = [
+        line for line in (done.stdout + done.stderr).splitlines() if "--highest-reward" in line
+    ]
     assert len(asked) == 3 and any("sample_prompts.py --iteration 2" in line for line in asked)
     assert all(
         any(f"results/ra_dpo/{file}" in line for line in asked)
@@ -956,9 +958,9 @@ SOURCES = {
         ["train twice", "lines 1 and 2"],
     ),
     "another encoding": ("name: x  # é".encode("latin-1"), ["odd.yaml is not in UTF-8"]),
-    "an anchor that holds itself": (
+    "an anchor that contains itself": (
         b"train: &a\n  beta: *a\n",
-        ["odd.yaml line 1", "holds itself"],
+        ["odd.yaml line 1", "contains itself"],
     ),
     "no YAML": (b"train: [", ["odd.yaml is not a configuration in YAML"]),
     "missing": (None, ["odd.yaml is missing"]),
@@ -1020,9 +1022,15 @@ def test_files_that_were_read_are_checked_and_named(copy):
 
 BEFORE_THE_SNAKEFILE = {
     "another encoding": (b"name: caf\xe9", "odd.yaml is not in UTF-8 (byte 9)"),
-    "an anchor that holds itself": (b"a: &x\n  b: *x", "odd.yaml line 1: the anchor here holds"),
+    "an anchor that contains itself": (
+        b"a: &x\n  b: *x",
+        "odd.yaml line 1: the anchor here contains",
+    ),
     "thousands of brackets": (b"[" * 3000, "odd.yaml nests more deeply than can be read"),
-    "no such file": (None, "odd.yaml, read as configuration, is not here; if it is a target, put"),
+    "no such file": (
+        None,
+        "odd.yaml, read as configuration, does not exist; if it is a target, put",
+    ),
 }
 
 
