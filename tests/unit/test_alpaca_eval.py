@@ -981,5 +981,5 @@ def test_summary_refuses_what_does_not_belong_together(run_folder, monkeypatch):
     write_json(file, {"win_rate": 1})
     with pytest.raises(UserError, match="has no win_rate_interval"):
         summarize(run_folder, monkeypatch)
-    with pytest.raises(UserError, match="no folder iter<number>"):
+    with pytest.raises(UserError, match="not in a folder named iter<number>"):
         summarize_run.iteration(Path("results/alpaca_eval.json"))

@@ -14,7 +14,7 @@ import estimate_cost
 from sppo.core.artifacts import record_path, write_json
 from sppo.core.errors import UserError
 from sppo.core.tables import write_table
-from sppo.policies.shapes import SHAPES, Shape, shape_of
+from sppo.policies.shapes import PAIRRM, SHAPES, Shape, shape_of
 from sppo.reporting import cost_model
 from sppo.reporting.cost_model import GPUS, Use
 
@@ -71,7 +71,7 @@ def test_weight_counts_equal_those_of_transformers_and_the_hub(name, published):
 
 
 def test_preference_model_has_the_size_of_pairrm():
-    assert cost_model.PAIRRM.weights == pytest.approx(435e6, rel=0.02)  # DeBERTa-v3-large
+    assert PAIRRM.weights == pytest.approx(435e6, rel=0.02)  # DeBERTa-v3-large
 
 
 def test_forward_flops_equal_those_that_pytorch_counts():

@@ -392,7 +392,7 @@ def test_llm_blender_reads_its_own_layout_alone(folders):
             "",
             resolve({"preference": {"model": str(folders["hf"]), "backend": "llm_blender"}})[""],
         )
-    with pytest.raises(UserError, match="runs PairRM, and preference.model is ranker"):
+    with pytest.raises(UserError, match="runs PairRM, but config: preference.model is ranker"):
         check_inputs("", resolve({"preference": {"backend": "llm_blender"}})[""])
 
 
@@ -541,7 +541,7 @@ def test_every_stage_that_asks_it_is_planned_with_it(folders, tmp_path):
     )
     assert (
         "prepare_preference_model.py --model" in said
-        and said.count("Putting PairRM into results/iter0/preference_model") == 1
+        and said.count("Preparing the preference model in results/iter0/preference_model") == 1
     )
     for program in ("annotate_preferences", "pick_best_of_n", "evaluate_alpaca_eval"):
         lines = [line for line in said.splitlines() if f"/{program}.py" in line]
@@ -556,7 +556,7 @@ def test_llm_blender_without_conda_is_one_line_before_any_work(folders, tmp_path
         tmp_path, f"preference: {{model: {folders['llm-blender']}, backend: llm_blender}}\n"
     )
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [
-        "error: config: preference.backend is llm_blender, which needs an environment of its own; run with --use-conda, or set transformers"
+        "error: config: preference.backend is llm_blender, which needs its own environment; run with --use-conda, or set it to transformers"
     ]
     assert "Traceback" not in said
 
