@@ -57,7 +57,8 @@ def test_a_model_of_openai_is_asked_for(openai, judge, model):
 
     openai.status = 404
     with pytest.raises(
-        UserError, match=f"mt_bench.judge is {judge[0]}, but OpenAI has no model {model} .*to another"
+        UserError,
+        match=f"mt_bench.judge is {judge[0]}, but OpenAI has no model {model} .*to another",
     ) as caught:
         openai_api.check_served(*judge, "mt_bench")
     assert "\n" not in str(caught.value)
