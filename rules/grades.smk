@@ -1,6 +1,6 @@
-"""Requires: iter{t}/responses/, a preference model or a judge behind an API.
+"""Requires: iter{t}/responses/, a preference model or API. Gives: iter{t}/grades/{shard}.parquet.
 
-Gives: iter{t}/grades/{shard}.parquet, for pairs.construction graded.
+The grades are for pairs.construction graded.
 """
 
 

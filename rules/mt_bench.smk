@@ -110,11 +110,7 @@ rule answer_mt_bench:
 
 
 rule evaluate_mt_bench:
-    """Compute scores by turn and category.
-
-    They are an API's grades by FastChat's functions, or the embedded judge's comparison with the
-    base.
-    """
+    """Compute scores by turn and category, from a judge's grades or comparisons with the base."""
     input:
         unpack(mt_bench_judge),
         answers=at("mt_bench_answers.jsonl"),

@@ -1,7 +1,7 @@
-"""Requires: iter{t}/responses/, a preference model.
+"""Requires: iter{t}/responses/, a preference model. Gives: iter{t}/pairs.parquet.
 
-Gives: iter0/preference_model (of a fetched model), iter{t}/preferences/{shard}.parquet,
-iter{t}/pairs.parquet.
+It also gives iter{t}/preferences/{shard}.parquet, and iter0/preference_model if the model is
+fetched.
 """
 
 

@@ -1,8 +1,8 @@
-"""Requires: a run's training logs, samples and evaluations.
+"""Requires: training logs, samples, evaluations. Gives: figures and tables for the report.
 
-Gives: figures/training.{png,svg} and response_browser.html, which `snakemake --report` shows with
-the other figures and the tables; tables/evaluations.{csv,md,html}, tables/methods.{csv,md,tex,html}
-and figures/methods.{png,svg}.
+The files are figures/training.{png,svg} and response_browser.html of a run,
+tables/evaluations.{csv,md,html}, tables/methods.{csv,md,tex,html} and figures/methods.{png,svg}.
+`snakemake --report` shows them.
 """
 
 
@@ -48,10 +48,7 @@ rule plot_training:
 
 
 rule build_response_browser:
-    """Make a page with every prompt and evaluation instruction and their responses.
-
-    Prompts are shown with their matrix P, winner and loser; instructions with all iterations.
-    """
+    """Make a page of all prompts, responses, matrices P and pairs, and all evaluation outputs."""
     input:
         template=shipped("src/sppo/reporting/response_browser.html"),
         instructions=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],

@@ -1,6 +1,6 @@
-"""Requires: the evaluations of a run's iterations.
+"""Requires: the evaluations of a run's iterations. Gives: summaries, comparisons and tables.
 
-Gives: summary.md and figures/{win_rate,length}.{png,svg} of that run;
+The files are summary.md and figures/{win_rate,length}.{png,svg} of a run;
 figures/pairwise_{ranker,judge}.{csv,png,svg}; tables/*.{csv,md,tex}, tables/all.{md,html} and
 tables/measured.md, which compare the papers' figures with the measured ones.
 """

@@ -1,6 +1,6 @@
-"""Requires: iter{t}/pairs.parquet, iter{t-1}/policy.
+"""Requires: iter{t}/pairs.parquet, iter{t-1}/policy. Gives: iter{t}/policy.
 
-Gives: iter{t}/logps/{current,reference}.parquet, iter{t}/policy, iter{t}/train_log.jsonl.
+It also gives iter{t}/logps/{current,reference}.parquet and iter{t}/train_log.jsonl.
 """
 
 
