@@ -10,10 +10,10 @@ h(source, candidate1) - h(source, candidate2), where h is a small network on the
 of the three marks. The layout of inputs and weights is llm-blender's. tests/parity compares the
 logits with llm-blender 0.0.2. Departures from llm-blender:
 
-* If a prompt is shorter than its limit, the rest of the limit is added to the limits of its own
-  answers. llm-blender adds what the longest prompt of a batch leaves, so its logits depend on the
-  batch. `truncate_together` sets the number of prompts in such a batch. At 1 the two agree; SPPO's
-  rank.py and the model card of PairRM-hf use 1.
+* If a prompt is shorter than its limit, half of the rest is added to the limit of each of its
+  answers. llm-blender uses the rest that the longest prompt of a batch leaves, so its logits depend
+  on the batch. `truncate_together` sets the number of prompts in such a batch. At 1 the two agree;
+  SPPO's rank.py and the model card of PairRM-hf use 1.
 * A batch contains pairs of similar length, from any prompts, and is padded to its longest pair.
   This changes only rounding.
 * Marks that a text spells out become spaces. llm-blender does so only with [SEP]; the other marks
@@ -275,8 +275,8 @@ class PairRM:
     def read(self, groups: list[tuple[str, list[str]]]) -> list[TokenizedPrompt]:
         """The truncated ids of all texts.
 
-        In each batch of `together` prompts, what the longest prompt leaves of its limit is divided
-        between the two answers of a pair.
+        In each batch of `together` prompts, half of what the longest prompt leaves of its limit is
+        added to the limit of each answer.
         """
         sources = [
             truncated(ids, self.max_source)
