@@ -1,11 +1,14 @@
-"""Requires: iter{t}/policy, evaluation instructions, a judge. Gives: iter{t}/alpaca_eval.json and what it is made of."""
+"""Requires: iter{t}/policy, evaluation instructions, a judge. Gives: iter{t}/alpaca_eval.json.
+
+It also gives the outputs and annotations, and iter{t}/ranker_estimate.json.
+"""
 
 import json
 
 ANSWER_KEYS = ("limit", "temperature", "top_p", "max_new_tokens")
-# Every policy answers with the same noise, so that they differ by their weights alone; the reference has its own,
-# so that iter0 against it shows what noise does.
-# Sample k of best-of-n has the same noise whatever n is, so that every n takes the first of the same samples.
+# Every policy answers with the same random noise, so that policies differ only by their weights.
+# The reference has its own noise, so that iter0 against it shows the effect of noise.
+# Sample k of best-of-n has the same noise for every n. So every n uses the same samples.
 NOISE = {
     "alpaca_eval_outputs": "alpaca_eval",
     "reference_outputs": "alpaca_eval_reference",
@@ -14,7 +17,7 @@ NOISE = {
 
 
 def answer_flags(wildcards):
-    """How the evaluation instructions are answered."""
+    """The flags that set how the evaluation instructions are answered."""
     run = settings(wildcards)
     chosen = {key: run["alpaca_eval"][key] for key in ANSWER_KEYS}
     engine = {key: run["responses"][key] for key in ENGINE_KEYS}
@@ -22,7 +25,10 @@ def answer_flags(wildcards):
 
 
 def reference_outputs(wildcards):
-    """What the policy is compared with: main's answers of the base unless the run answers otherwise."""
+    """The outputs that the policy is compared with: the configured ones, or the base's answers.
+
+    The base's answers are the main run's, unless this run answers in another way.
+    """
     run = settings(wildcards)
     if run["alpaca_eval"]["reference"] != "base":
         return run["alpaca_eval"]["reference"]
@@ -30,7 +36,7 @@ def reference_outputs(wildcards):
 
 
 def answers_as_main(run):
-    """Whether the run answers the same instructions in the same way, so that answers can be compared."""
+    """Whether the run answers the same instructions in the same way as the main run."""
     return all(
         run["alpaca_eval"][key] == MAIN["alpaca_eval"][key]
         for key in (*ANSWER_KEYS, "instructions")
@@ -38,20 +44,18 @@ def answers_as_main(run):
 
 
 def judge(wildcards):
-    """Who judges: the configured judge, or, for the estimate, the preference model that training saw."""
-    run = settings(wildcards)
-    return (
-        run["alpaca_eval"]["judge"]
-        if wildcards.verdict == "alpaca_eval"
-        else preference_model(run_of(wildcards))
-    )
+    """The configured judge, or, for the estimate, the preference model of training."""
+    if wildcards.verdict == "alpaca_eval":
+        return settings(wildcards)["alpaca_eval"]["judge"]
+    return preference_model(run_of(wildcards))
 
 
 def judge_files(wildcards):
-    """Files of an embedded judge and its base, or PairRM's; nothing for a judge behind an API."""
+    """The files of an embedded judge and its base, or of PairRM; empty for a judge with an API."""
     if wildcards.verdict == "ranker_estimate":
         run = run_of(wildcards)
-        files, base = preference_model_files(run), ranker_base(run)
+        files = preference_model_files(run)
+        base = ranker_base(run)
     else:
         kind = local_kind(judge(wildcards))
         files = kind.files(judge(wildcards)) if kind else []
@@ -60,51 +64,50 @@ def judge_files(wildcards):
 
 
 def difficulty_file(wildcards):
-    """Instruction difficulties, where the length-controlled metric takes them."""
-    return (
-        settings(wildcards)["alpaca_eval"]["difficulty"]
-        if wildcards.verdict == "alpaca_eval"
-        else None
-    )
+    """The file of instruction difficulties for the length-controlled metric, or None."""
+    if wildcards.verdict == "alpaca_eval":
+        return settings(wildcards)["alpaca_eval"]["difficulty"]
+    return None
 
 
 def judge_flags(wildcards):
-    """The judge and how its verdicts are summed up. What the ranker believes it gained needs no interval of LC."""
+    """The flags of the judge and its metrics.
+
+    The ranker's estimate needs no interval of the length-controlled win rate.
+    """
     chosen = settings(wildcards)["alpaca_eval"]
-    keys = (
-        "judge_model",
-        "judge_base_url",
-        "difficulty",
-        "bootstrap",
-        "length_controlled_bootstrap",
-    )
-    rest = (
-        {key: chosen[key] for key in keys}
-        if wildcards.verdict == "alpaca_eval"
-        else {"bootstrap": chosen["bootstrap"], "length_controlled_bootstrap": 0}
-    )
-    return flags({"judge": judge(wildcards)} | rest)
+    if wildcards.verdict == "alpaca_eval":
+        keys = (
+            "judge_model",
+            "judge_base_url",
+            "difficulty",
+            "bootstrap",
+            "length_controlled_bootstrap",
+        )
+        metrics = {key: chosen[key] for key in keys}
+    else:
+        metrics = {"bootstrap": chosen["bootstrap"], "length_controlled_bootstrap": 0}
+    return flags({"judge": judge(wildcards)} | metrics)
 
 
 def decoding(wildcards):
-    """Facts of decoding that the result keeps, as JSON."""
+    """The decoding settings for the result, as JSON."""
     return json.dumps({key: settings(wildcards)["alpaca_eval"][key] for key in ANSWER_KEYS[1:]})
 
 
 def policy_name(wildcards):
-    """What the policy is called: experiment, run, iteration."""
+    """The policy's name: experiment, run, iteration."""
     return f"{MAIN['name'] or 'sppo'}/{wildcards.run}iter{wildcards.t}"
 
 
 def generator_name(wildcards):
-    """What it is called in outputs; alpaca-eval compares nothing if two generators have one name."""
-    return policy_name(wildcards) + (
-        "-reference" if wildcards.answers == "reference_outputs" else ""
-    )
+    """The policy's name in outputs. alpaca-eval does not compare generators with the same name."""
+    suffix = "-reference" if wildcards.answers == "reference_outputs" else ""
+    return policy_name(wildcards) + suffix
 
 
 rule fetch_alpaca_eval:
-    """AlpacaEval's 805 instructions with GPT-4 turbo's outputs, and their difficulties, for `official`."""
+    """Fetch AlpacaEval's 805 instructions with GPT-4 turbo's outputs, and their difficulties."""
     output:
         reference=OFFICIAL_OUTPUTS,
         difficulty=OFFICIAL_DIFFICULTIES,
@@ -131,7 +134,7 @@ rule fetch_alpaca_eval:
 
 
 rule answer_instructions:
-    """Answer the held-out instructions with one policy; for the base also with a second seed, the reference."""
+    """Answer the evaluation instructions with one policy. The base also answers as reference."""
     input:
         instructions=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],
         policy=this_policy,
@@ -157,9 +160,10 @@ rule answer_instructions:
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
         options=answer_flags,
-        best_grade=lambda wildcards: best_grade(wildcards, wildcards.t),
+        best_grade=lambda wildcards: highest_reward(wildcards, wildcards.t),
     message:
-        "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t}, {wildcards.answers}"
+        "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t},"
+        " {wildcards.answers}"
     shell:
         f"{PYTHON} {SRC}/evaluation/answer_instructions.py"
         " --instructions {input.instructions:q}"
@@ -171,7 +175,7 @@ rule answer_instructions:
 
 
 rule judge_outputs:
-    """Win rate and length-controlled win rate against the reference, by alpaca-eval's own metrics."""
+    """Compute the win rate and the length-controlled win rate against the reference."""
     input:
         outputs=at("alpaca_eval_outputs.json"),
         reference=reference_outputs,

@@ -1,11 +1,11 @@
-"""Requires: iter{t}/policy, a preference model, a judge. Gives: win rates by n of best-of-n.
+"""Requires: iter{t}/policy, a preference model, a judge. Gives: win rates of best-of-n, by n.
 
 The files are iter{t}/best_of_{n}/alpaca_eval.json, iter{t}/best_of_n.csv, .png and .svg.
 """
 
 
 def best_of_n_flags(wildcards):
-    """The flags of alpaca_eval's decoding, with several answers to each instruction."""
+    """The flags that set how instructions are answered, with several answers to each."""
     return [*answer_flags(wildcards), *flags(settings(wildcards)["best_of_n"])]
 
 
@@ -21,7 +21,7 @@ use rule answer_instructions as answer_instructions_n_times with:
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
         options=best_of_n_flags,
-        best_grade=lambda wildcards: best_grade(wildcards, wildcards.t),
+        best_grade=lambda wildcards: highest_reward(wildcards, wildcards.t),
 
 
 rule pick_best_of_n:
@@ -89,13 +89,13 @@ use rule judge_outputs as judge_best_of_n with:
 
 
 def powers_of_two(wildcards):
-    """1, 2, 4, ... up to the number of samples, and the number of samples itself."""
+    """1, 2, 4, ... up to the number of samples, and the number of samples."""
     most = settings(wildcards)["best_of_n"]["samples"]
     return sorted({2**i for i in range(most.bit_length())} | {most})
 
 
 rule plot_best_of_n:
-    """Plot win rate and length by n, always from the same samples."""
+    """Plot win rate and length by n; every n uses the same samples."""
     input:
         lambda wildcards: [
             at(f"best_of_{n}/alpaca_eval.json").format(**wildcards)

@@ -1,6 +1,6 @@
-"""Requires: the configuration. Gives: resolved runs, the paths of all artifacts, what every rule shares.
+"""Requires: the configuration. Gives: resolved runs, and the paths and functions that rules share.
 
-No other file spells `results/`. Artifacts are stored under results/[name/][run/]iter{t}/.
+No other file writes `results/`. Artifacts are stored in results/[name/][run/]iter{t}/.
 """
 
 import functools
@@ -45,12 +45,12 @@ if IN_CONDA:
     os.environ.update(PYTHONNOUSERSITE="1")
 if workflow.is_main_process and not IS_MODULE and not REPOSITORY.samefile(os.getcwd()):
     fail(
-        "the workflow's paths begin in the Snakefile's folder; run in it: "
+        "the workflow's paths start at the Snakefile's folder; run in it: "
         f"cd {shlex.quote(str(REPOSITORY))}"
     )
 
-# The demo's configuration is read only when no other is given. `config` holds what --config and the
-# files of --configfile say, or what the workflow says that uses this one as a module.
+# The demo's configuration is read only if no other is given. `config` contains the values of
+# --config and --configfile, or those of the workflow that uses this one as a module.
 CONFIG_FILES = list(workflow.overwrite_configfiles)
 if not CONFIG_FILES and not (IS_MODULE and config):
     CONFIG_FILES = [REPOSITORY / "config" / "config.yaml"]
@@ -68,7 +68,7 @@ except UserError as error:
 
 @functools.cache
 def run_settings(name):
-    """The resolved configuration of a run, checked when it is first asked for; main's name is ""."""
+    """The resolved configuration of a run, checked at the first call. The main run's name is ""."""
     try:
         run = RUNS[name]
         if workflow.is_main_process:
@@ -90,11 +90,12 @@ def run_settings(name):
 
 
 MODELS = "results/models/"
-# AlpacaEval's own files, where the configuration says `official`: a rule fetches them.
+# AlpacaEval's own files, which a rule fetches if the configuration says `official`.
 OFFICIAL_OUTPUTS = f"{MODELS}alpaca_eval/{OFFICIAL_REFERENCE}"
 OFFICIAL_DIFFICULTIES = f"{MODELS}alpaca_eval/{DIFFICULTY}"
 MAIN = run_settings("")
-# Runs whose configurations are right, for what all runs decide together; no check of their files.
+# The runs whose configurations are valid, for decisions that depend on all runs. Their files are
+# not checked.
 USABLE = RUNS.usable()
 ROOT = f"results/{MAIN['name']}/" if MAIN["name"] else "results/"
 LOGS = f"{ROOT}logs/"
@@ -103,26 +104,29 @@ EMBEDDED_POLICY = f"{MODELS}SmolLM2-135M-Instruct"
 
 
 def folder_of(run):
-    """Where a run's artifacts are stored; main, whose name is "", has no folder of its own."""
+    """The folder of a run's artifacts. The main run, whose name is "", has no folder of its own."""
     return f"{ROOT}{run}/" if run else ROOT
 
 
 def artifact(run, t, name):
-    """Path of an artifact of a run's iteration t."""
+    """The path of an artifact of a run's iteration t."""
     return f"{folder_of(run)}iter{t}/{name}"
 
 
 BASE_POLICY = artifact("", 0, "policy")
-# Flags of how chats are written and, for programs that run the policy, of how it is run.
+# Flags that set how chats are written.
 CHATS = flags({key: MAIN["policy"][key] for key in OF_CHATS})
+# Flags that set how programs run the policy.
 RUNNING = flags(MAIN["policy"], skip=MODEL_SOURCE)
 
-# On one machine models never share hardware: each job takes all cores, or a GPU and its share.
+# On one machine, models never share hardware. Each job uses all cores, or a GPU and its share of
+# the cores.
 ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and has_gpu())
 GPUS_AT_ONCE = workflow.resource_settings.resources.get("gpu")
 GPUS_AT_ONCE = GPUS_AT_ONCE.value if GPUS_AT_ONCE else gpus_here()
 MODEL_GPUS = 1 if ON_GPU else 0
-# Snakemake makes OMP_NUM_THREADS of these. A GPU's job loads, casts and writes weights with them.
+# Snakemake sets OMP_NUM_THREADS to a rule's threads. A job on a GPU uses them to load, cast and
+# write weights.
 CORES = workflow.resource_settings.cores or 1
 MODEL_THREADS = max(CORES // (max(GPUS_AT_ONCE, 1) if ON_GPU else 1), 1)
 PROCESSES = max(run["train"]["processes"] for run in USABLE.values())
@@ -132,18 +136,18 @@ TRAINING_GPUS = MODEL_GPUS * max(
 TRAINING_THREADS = min(MODEL_THREADS * max(TRAINING_GPUS, 1), max(CORES, 1))
 GPUS_OF_ENGINE = MAIN["responses"]["tensor_parallel"] or 1
 ENGINE_GPUS = MODEL_GPUS * GPUS_OF_ENGINE
-# GPUs that the configuration makes a rule's jobs use on a cluster, over all nodes. The cluster's
-# profile says what they get.
+# The number of GPUs that a rule's jobs use on a cluster, over all nodes, by rule. The configuration
+# decides it; the cluster's profile decides how many GPUs the jobs get.
 GPUS_USED = {}
 if MAIN["device"] != "cpu":
     GPUS_USED = dict.fromkeys(GENERATING, GPUS_OF_ENGINE) | dict.fromkeys(TRAINING, PROCESSES)
-# vLLM needs another version of transformers than the rest.
+# vLLM needs another version of transformers than the other programs.
 ENGINE_ENVIRONMENT = (
     "../envs/vllm.yaml" if MAIN["responses"]["engine"] == "vllm" else "../envs/core.yaml"
 )
-# Shell commands contain these three as they are; they quote everything else themselves, with :q. A
-# command is an f-string where it names one of them, because Snakemake does not find the global names
-# of a module when it formats the command.
+# Shell commands contain these three values as they are, and quote all other values with :q. A part
+# of a command that contains one of the three is an f-string, because Snakemake does not find the
+# global names of a module when it formats a command.
 PYTHON = "python" if IN_CONDA else shlex.quote(sys.executable)
 SRC = shlex.quote(str(REPOSITORY / "src")) if IS_MODULE else "src"
 DEVICE = MAIN["device"]
@@ -152,9 +156,10 @@ if sys.stderr.isatty():
 
 
 def any_of(runs):
-    """Pattern of the wildcard `run` for these runs alone.
+    """The pattern of the wildcard `run` for these runs only.
 
-    It has brackets because Snakemake reads an empty pattern, main's, as no pattern at all.
+    The brackets are needed because the main run's pattern is empty, which Snakemake reads as no
+    pattern.
     """
     names = [f"{name}/" if name else "" for name in runs]
     return f"({'|'.join(names)})" if names else "(?!)"
@@ -167,7 +172,10 @@ wildcard_constraints:
 
 
 def run_of(wildcards):
-    """The name of a job's run. The wildcard ends in a slash, for main's is empty and has none."""
+    """The name of a job's run.
+
+    The wildcard includes the slash after the name, because the main run has neither.
+    """
     return wildcards.run.rstrip("/")
 
 
@@ -177,7 +185,7 @@ def settings(wildcards):
 
 
 def labels(figure):
-    """A file's labels in the report: its run, and what it shows, which can name wildcards."""
+    """A file's labels in the report: its run, and `figure`, which can contain wildcards."""
     return lambda wildcards: {
         "run": (run_of(wildcards) or "main") if hasattr(wildcards, "run") else "all",
         "figure": figure.format(**dict(wildcards.items())),
@@ -185,12 +193,12 @@ def labels(figure):
 
 
 def at(name):
-    """Pattern of an artifact of any run and iteration."""
+    """The pattern of an artifact of any run and iteration."""
     return f"{ROOT}{{run}}iter{{t}}/{name}"
 
 
 def record(path):
-    """The record beside an artifact, or its pattern."""
+    """The path, or pattern, of an artifact's record."""
     return f"{path}.record.json"
 
 
@@ -200,32 +208,32 @@ def policy(run, t):
 
 
 def current_policy(wildcards):
-    """pi_t of this iteration: what it samples from, refers to and starts from."""
+    """pi_t of this iteration, from which it samples and starts training."""
     return policy(run_of(wildcards), int(wildcards.t) - 1)
 
 
 def this_policy(wildcards):
-    """The policy that this iteration gave."""
+    """The policy that this iteration trains, or the base in iteration 0."""
     return policy(run_of(wildcards), wildcards.t)
 
 
 def files_of(folder):
-    """All files of a folder of data; none if `folder` is a name such as `hub`.
+    """All files of a folder of data; empty if `folder` is a name such as `hub`.
 
-    A folder's own time does not show that a file in it was edited.
+    The files are inputs because the folder's time does not change when a file in it is edited.
     """
     return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file())
 
 
 def hub_files(folder):
-    """The files of a model's folder that are used; none if it is a name such as a hub id."""
+    """The files of a model's folder that are used; empty if `folder` is a name such as a hub id."""
     return sorted({str(path) for pattern in HUB_FILES for path in Path(folder).glob(pattern)})
 
 
 def sampled(wildcards, name, t=None):
-    """An artifact up to the preferences, of iteration t or the job's own.
+    """The path of prompts, responses or preferences, in iteration t or the job's iteration.
 
-    It is main's where a run shares its first iteration.
+    In iteration 1 it is the main run's, if the run shares its first iteration.
     """
     t = str(t or wildcards.t)
     shared = t == "1" and settings(wildcards)["first_iteration_from"] == "main"
@@ -233,7 +241,7 @@ def sampled(wildcards, name, t=None):
 
 
 def shards(wildcards, folder, t=None):
-    """All shards of an artifact, a fixed number known from the configuration."""
+    """The paths of all shards of an artifact. The configuration sets their number."""
     return [
         sampled(wildcards, f"{folder}/{shard}.parquet", t)
         for shard in range(settings(wildcards)["responses"]["shards"])
@@ -245,22 +253,28 @@ def section_flags(name, skip=()):
     return lambda wildcards: flags(settings(wildcards)[name], skip)
 
 
-def best_grade(wildcards, t):
-    """The flag that asks the policy after iteration t for the highest reward, if it learned that."""
+def highest_reward(wildcards, t):
+    """The flag that asks the policy of iteration t for the highest reward.
+
+    It is empty if the policy was not trained with target rewards.
+    """
     asked = settings(wildcards)["pairs"]["target_reward"] and int(t) > 0
-    return "--best-grade" if asked else ""
+    return "--highest-reward" if asked else ""
 
 
 def gpus_if(needed):
-    """GPUs of a job that runs a model itself only if `needed`, a function of its wildcards, says so.
+    """Resource function: the GPUs of a job that runs a model only if `needed(wildcards)` is true.
 
-    The wildcards are None where Snakemake asks about the rule and not about a job.
+    The wildcards are None if Snakemake asks about the rule and not about a job.
     """
     return lambda wildcards: MODEL_GPUS if wildcards is None or needed(wildcards) else 0
 
 
 def asked_of_cluster(job_rule, attempts):
-    """What a rule's jobs ask of a cluster, at the last attempt, which the profile can refer to."""
+    """The resources that a rule's jobs request on a cluster at the last attempt.
+
+    They can depend on the attempt in the profile.
+    """
 
     def value(name):
         resource = job_rule.resources.get(name)
@@ -284,7 +298,7 @@ def asked_of_cluster(job_rule, attempts):
 
 
 def check_slurm():
-    """Whether the cluster can take the jobs, before the first is submitted."""
+    """Check that the cluster accepts the jobs, before the first is submitted."""
     # Jobs inherit the environment, and nobody watches their logs.
     os.environ.pop("SPPO_WATCHED", None)
     attempts = workflow.execution_settings.retries + 1
@@ -299,7 +313,7 @@ if workflow.is_main_process:
 
 
 onstart:
-    # What a dry run does without: before the first job, not after hours.
+    # Checks before the first job, so that it does not fail after hours. A dry run omits them.
     if workflow.is_main_process:
         to_come = {
             (

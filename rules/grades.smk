@@ -1,33 +1,32 @@
-"""Requires: iter{t}/responses/, a preference model or a judge behind an API. Gives: iter{t}/grades/{shard}.parquet, for pairs.construction graded."""
+"""Requires: iter{t}/responses/, a preference model or API. Gives: iter{t}/grades/{shard}.parquet.
+
+The grades are for pairs.construction graded.
+"""
 
 
 def grade_files(wildcards, t=None):
-    """All shards of a run's own grades, by which its pairs are chosen; none where they are chosen by preferences."""
+    """All shards of a run's grades; empty if its pairs are not chosen by grades."""
     run = settings(wildcards)
+    if run["pairs"]["construction"] != "graded":
+        return []
     folder = artifact(run_of(wildcards), t or wildcards.t, "grades")
-    return (
-        [f"{folder}/{shard}.parquet" for shard in range(run["responses"]["shards"])]
-        if run["pairs"]["construction"] == "graded"
-        else []
-    )
+    return [f"{folder}/{shard}.parquet" for shard in range(run["responses"]["shards"])]
 
 
 def preference_shards(wildcards, t=None):
-    """All shards of the preferences by which a run's pairs are chosen; none where grades or gold responses choose them."""
-    return (
-        shards(wildcards, "preferences", t)
-        if settings(wildcards)["pairs"]["construction"] in ("best_vs_worst", "all")
-        else []
-    )
+    """All shards of a run's preferences; empty if its pairs are not chosen by preferences."""
+    if settings(wildcards)["pairs"]["construction"] not in ("best_vs_worst", "all"):
+        return []
+    return shards(wildcards, "preferences", t)
 
 
 def by_preference(wildcards):
-    """Whether the run's own preference model grades, and no judge behind an API."""
+    """Whether the run's preference model grades, and not a judge behind an API."""
     return settings(wildcards)["grades"]["judge"] == "preference"
 
 
 def grader(wildcards):
-    """Who grades; the run's preference model with what it reads and how its logits become probabilities."""
+    """The flags of the grader: a judge behind an API, or the run's preference model."""
     run = settings(wildcards)
     if not by_preference(wildcards):
         return flags(run["grades"])
@@ -36,7 +35,7 @@ def grader(wildcards):
 
 
 rule grade_responses:
-    """A grade from 0 to 6 of every response and of the gold one: by the preference model, or a rubric behind an API."""
+    """Grade every response, and the gold response, from 0 to 6."""
     input:
         prompts=lambda wildcards: sampled(wildcards, "prompts.parquet"),
         responses=lambda wildcards: sampled(wildcards, f"responses/{wildcards.shard}.parquet"),

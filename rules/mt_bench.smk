@@ -1,4 +1,7 @@
-"""Requires: iter{t}/policy, questions in FastChat's form, a judge. Gives: iter{t}/mt_bench.json and what it is made of."""
+"""Requires: iter{t}/policy, questions in FastChat's format, a judge. Gives: iter{t}/mt_bench.json.
+
+It also gives the answers and judgments.
+"""
 
 FASTCHAT_DATA = f"{MODELS}mt_bench"
 MT_BENCH_NOISE = {
@@ -14,20 +17,23 @@ def mt_bench_folder(wildcards):
 
 
 def mt_bench_data(wildcards):
-    """What that folder must hold before a job starts."""
+    """The input of a job that reads that folder: a rule's output, or the user's files."""
     folder = mt_bench_folder(wildcards)
     return FASTCHAT_DATA if folder == FASTCHAT_DATA else files_of(folder)
 
 
 def mt_bench_flags(wildcards):
-    """How the questions are answered."""
+    """The flags that set how the questions are answered."""
     run = settings(wildcards)
     engine = {key: run["responses"][key] for key in ENGINE_KEYS}
     return flags(engine | {"max_new_tokens": run["mt_bench"]["max_new_tokens"]}) + RUNNING
 
 
 def mt_bench_judge(wildcards):
-    """What an embedded judge needs: the base's answers, its own base and adapter. One behind an API needs nothing."""
+    """The inputs of an embedded judge; empty for a judge behind an API.
+
+    They are the answers of the base policy, the judge's base model, and its adapter.
+    """
     chosen = settings(wildcards)["mt_bench"]
     kind = local_kind(chosen["judge"])
     if kind is None:
@@ -41,7 +47,7 @@ def mt_bench_judge(wildcards):
 
 
 rule fetch_mt_bench:
-    """FastChat's 80 questions, judge prompts and reference answers, which its package lacks."""
+    """Fetch FastChat's 80 questions, judge prompts and reference answers."""
     output:
         data=directory(FASTCHAT_DATA),
         record=record(FASTCHAT_DATA),
@@ -64,7 +70,7 @@ rule fetch_mt_bench:
 
 
 rule answer_mt_bench:
-    """Answer the questions of two turns with one policy; for the base also with a second seed, the reference."""
+    """Answer the questions with one policy; the base also answers as the reference."""
     input:
         data=mt_bench_data,
         policy=this_policy,
@@ -91,7 +97,7 @@ rule answer_mt_bench:
         noise=lambda wildcards: MT_BENCH_NOISE[wildcards.mt_bench_answers],
         name=policy_name,
         options=mt_bench_flags,
-        best_grade=lambda wildcards: best_grade(wildcards, wildcards.t),
+        best_grade=lambda wildcards: highest_reward(wildcards, wildcards.t),
     message:
         "Answering MT-Bench: {wildcards.run}iteration {wildcards.t}, {wildcards.mt_bench_answers}"
     shell:
@@ -104,7 +110,7 @@ rule answer_mt_bench:
 
 
 rule evaluate_mt_bench:
-    """Scores by turn and category: an API's grades by FastChat's functions, or the embedded judge's comparison with the base."""
+    """Compute scores by turn and category, from a judge's grades or comparisons with the base."""
     input:
         unpack(mt_bench_judge),
         answers=at("mt_bench_answers.jsonl"),

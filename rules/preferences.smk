@@ -1,37 +1,40 @@
-"""Requires: iter{t}/responses/, a preference model. Gives: iter0/preference_model (PairRM), iter{t}/preferences/{shard}.parquet, iter{t}/pairs.parquet."""
+"""Requires: iter{t}/responses/, a preference model. Gives: iter{t}/pairs.parquet.
+
+It also gives iter{t}/preferences/{shard}.parquet, and iter0/preference_model if the model is
+fetched.
+"""
 
 
 def preference_kind(run):
-    """The kind of a run's preference model: what it needs and reads."""
+    """The kind of a run's preference model, which states what the model needs and reads."""
     return kind_of(run_settings(run)["preference"])
 
 
 def preference_model(run):
-    """The preference model of a run as programs take it: its name, or the folder that it is put into.
+    """A run's preference model as programs expect it: its name, or the folder that a rule makes.
 
-    All runs with the same model share the folder.
+    A run shares the main run's folder if it has the same model.
     """
-    chosen, of_main = (
-        {key: run_settings(name)["preference"][key] for key in ("model", "revision", "backend")}
-        for name in (run, "")
-    )
+    chosen = run_settings(run)["preference"]
+    of_main = run_settings("")["preference"]
     if not preference_kind(run).is_prepared:
         return chosen["model"]
-    return artifact("" if chosen == of_main else run, 0, "preference_model")
+    is_same = all(chosen[key] == of_main[key] for key in ("model", "revision", "backend"))
+    return artifact("" if is_same else run, 0, "preference_model")
 
 
 def preference_model_files(run):
-    """The files of that model, so that a changed one compares anew."""
+    """The files of that model. If one changes, responses are compared again."""
     return preference_kind(run).files(preference_model(run))
 
 
 def ranker_base(run):
-    """The base of a run's preference model, if it has one."""
+    """The base model of a run's preference model; empty if it has none."""
     return EMBEDDED_POLICY if preference_kind(run).needs_base else []
 
 
 def comparison_flags(wildcards):
-    """The preference model, the prompt that it reads, and the keys that its kind reads."""
+    """The flags of the preference model, the prompts that it reads, and the options of its kind."""
     run = run_of(wildcards)
     chosen = settings(wildcards)["preference"]
     options = {key: chosen[key] for key in ("source", *preference_kind(run).options)}
@@ -41,18 +44,18 @@ def comparison_flags(wildcards):
 
 
 def preference_environment(wildcards):
-    """The conda environment of the kind."""
+    """The conda environment of the preference model's kind."""
     environment = preference_kind(run_of(wildcards)).environment
     if environment != "core" and not IN_CONDA:
         fail(
-            f"config: preference.backend is {environment}, which needs an environment of its own; "
-            "run with --use-conda, or set transformers"
+            f"config: preference.backend is {environment}, which needs its own environment; "
+            "run with --use-conda, or set it to transformers"
         )
     return f"../envs/{environment}.yaml"
 
 
 rule preference_model:
-    """A fetched preference model: links to a local folder, or to the hub's files at a revision."""
+    """Link the files of a preference model from a local folder, or from the hub at a revision."""
     input:
         lambda wildcards: hub_files(settings(wildcards)["preference"]["model"]),
     output:
@@ -78,7 +81,7 @@ rule preference_model:
             }
         ),
     message:
-        "Putting the preference model into {output.model}"
+        "Preparing the preference model in {output.model}"
     shell:
         f"{PYTHON} {SRC}/tools/prepare_preference_model.py"
         " {params.options:q} --output {output.model:q}"
@@ -86,7 +89,7 @@ rule preference_model:
 
 
 rule annotate_preferences:
-    """All K x K logits of each prompt, both orders, by the preference model."""
+    """Compute all K x K logits of each prompt with the preference model."""
     input:
         prompts=at("prompts.parquet"),
         responses=at("responses/{shard}.parquet"),
@@ -122,11 +125,11 @@ rule annotate_preferences:
         " --output {output.preferences:q} 2>&1 | tee {log:q}"
 
 
-BY_THEMSELVES = [name for name, run in USABLE.items() if run["preference"]["implicit"]]
+IMPLICIT = [name for name, run in USABLE.items() if run["preference"]["implicit"]]
 
 
 rule annotate_implicitly:
-    """All K x K logits of each prompt by the implicit reward of pi_t against the iterate before it."""
+    """Compute all K x K logits of each prompt from the implicit reward of pi_t."""
     input:
         prompts=at("prompts.parquet"),
         responses=at("responses/{shard}.parquet"),
@@ -140,7 +143,7 @@ rule annotate_implicitly:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/annotate_implicitly.{{shard}}.tsv"
     wildcard_constraints:
-        run=any_of(BY_THEMSELVES),
+        run=any_of(IMPLICIT),
         t=r"(?!1/)\d+",
     conda:
         "../envs/core.yaml"
@@ -154,10 +157,12 @@ rule annotate_implicitly:
         beta=lambda wildcards: of_iteration(settings(wildcards)["train"], int(wildcards.t) - 1)[
             "beta"
         ],
-        options=lambda wildcards: scoring_flags(wildcards),  # of a file that is read later
+        # A lambda, because scoring_flags is defined in a file that is read later.
+        options=lambda wildcards: scoring_flags(wildcards),
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
-        "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}, by the policy's own reward"
+        "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard},"
+        " by the policy's implicit reward"
     shell:
         f"{PYTHON} {SRC}/other_methods/annotate_implicitly.py"
         " --prompts {input.prompts:q}"
@@ -172,8 +177,9 @@ ruleorder: annotate_implicitly > annotate_preferences
 
 
 def previous_pairs(wildcards):
-    """An earlier iteration's pairs, where some of them are trained on again."""
-    t, replay = int(wildcards.t), settings(wildcards)["replay"]
+    """An earlier iteration's pairs, some of which are trained on again; empty without replay."""
+    t = int(wildcards.t)
+    replay = settings(wildcards)["replay"]
     if not replay["share"] or t == 1:
         return []
     earlier = 1 if replay["iteration"] == "first" else t - 1
@@ -181,12 +187,12 @@ def previous_pairs(wildcards):
 
 
 def replay_flags(wildcards):
-    """How much of an earlier iteration's pairs is trained on again."""
+    """The flags that set how many of an earlier iteration's pairs are trained on again."""
     return flags(settings(wildcards)["replay"], skip=("iteration",), prefix="replay_")
 
 
 rule build_pairs:
-    """P-hat of every response; winner and loser of every prompt."""
+    """Compute P-hat of every response, and choose winner and loser of every prompt."""
     input:
         prompts=lambda wildcards: sampled(wildcards, "prompts.parquet"),
         responses=lambda wildcards: shards(wildcards, "responses"),

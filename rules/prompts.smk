@@ -53,7 +53,7 @@ rule sample_prompts:
         room=lambda wildcards: settings(wildcards)["responses"]["max_new_tokens"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         options=lambda wildcards: flags(settings(wildcards)["prompts"]) + CHATS,
-        best_grade=lambda wildcards: best_grade(wildcards, int(wildcards.t) - 1),
+        best_grade=lambda wildcards: highest_reward(wildcards, int(wildcards.t) - 1),
     message:
         "Drawing the prompts of {wildcards.run}iteration {wildcards.t}"
     shell:

@@ -1,14 +1,18 @@
-"""Requires: a run's training logs, samples and evaluations. Gives: figures/training.{png,svg} and response_browser.html, which
-`snakemake --report` shows with the other figures and the tables."""
+"""Requires: training logs, samples, evaluations. Gives: figures and tables for the report.
+
+The files are figures/training.{png,svg} and response_browser.html of a run,
+tables/evaluations.{csv,md,html}, tables/methods.{csv,md,tex,html} and figures/methods.{png,svg}.
+`snakemake --report` shows them.
+"""
 
 
 def trainings(wildcards):
-    """1 to T of the run."""
+    """The iterations 1 to T of the run."""
     return range(1, settings(wildcards)["iterations"] + 1)
 
 
 rule plot_training:
-    """Loss, log-ratios of winner and loser, and how often the winner is ranked first, over all iterations."""
+    """Plot the loss, the log-ratios of winners and losers, and the accuracy of all iterations."""
     input:
         logs=lambda wildcards: [
             artifact(run_of(wildcards), t, "train_log.jsonl") for t in trainings(wildcards)
@@ -44,7 +48,7 @@ rule plot_training:
 
 
 rule build_response_browser:
-    """Every prompt with its responses, P matrix, winner and loser; every evaluation instruction across the iterations."""
+    """Make a page of all prompts, responses, matrices P and pairs, and all evaluation outputs."""
     input:
         template=shipped("src/sppo/reporting/response_browser.html"),
         instructions=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],
@@ -96,7 +100,7 @@ rule build_response_browser:
 
 
 rule tabulate_evaluations:
-    """One line for every iterate of every run, with all that was evaluated of it."""
+    """Make a table of all evaluations, with one line for each iteration of each run."""
     input:
         files=already_made([*(each.artifact for each in EVALUATIONS), record("pairs.parquet")]),
     output:
@@ -124,7 +128,7 @@ rule tabulate_evaluations:
     params:
         version=STAGES["tabulate"],
     message:
-        "Setting all evaluations beside each other"
+        "Making the table of all evaluations"
     shell:
         f"{PYTHON} {SRC}/reporting/tabulate_evaluations.py"
         f" --results {ROOT}"
@@ -147,7 +151,7 @@ COSTS = [
 
 
 rule tabulate_methods:
-    """Every run by iteration: what it won by the judge and by the ranker, and what it cost."""
+    """Make a table of the win rates and the cost of each iteration of each run."""
     input:
         files=already_made(["alpaca_eval.json", "ranker_estimate.json", *map(record, COSTS)]),
     output:
@@ -184,7 +188,7 @@ rule tabulate_methods:
     params:
         version=STAGES["tabulate"],
     message:
-        "Setting the methods beside each other"
+        "Making the table of the methods"
     shell:
         f"{PYTHON} {SRC}/reporting/tabulate_methods.py"
         f" --results {ROOT}"

@@ -1,7 +1,8 @@
-"""Requires: the evaluations of a run's iterations. Gives: summary.md and
-figures/{win_rate,length}.{png,svg} of that run; figures/pairwise_{ranker,judge}.{csv,png,svg};
-tables/*.{csv,md,tex}, tables/all.{md,html} and tables/measured.md, the papers' figures with ours
-beside them.
+"""Requires: the evaluations of a run's iterations. Gives: summaries, comparisons and tables.
+
+The files are summary.md and figures/{win_rate,length}.{png,svg} of a run;
+figures/pairwise_{ranker,judge}.{csv,png,svg}; tables/*.{csv,md,tex}, tables/all.{md,html} and
+tables/measured.md, which compare the papers' figures with the measured ones.
 """
 
 import csv
@@ -12,12 +13,12 @@ with open(PUBLISHED / "index.csv", encoding="utf-8", newline="") as stream:
 
 
 def iterations(wildcards):
-    """0 to T of the run."""
+    """The iterations 0 to T of the run."""
     return range(settings(wildcards)["iterations"] + 1)
 
 
 def base_of(wildcards):
-    """Where the base is evaluated for a run: as main's iter0, unless the run evaluates otherwise."""
+    """The run whose iter0 evaluates the base: this run if it evaluates differently, else main."""
     run = settings(wildcards)
     name = run_of(wildcards)
     same_judge = run["alpaca_eval"] == MAIN["alpaca_eval"]
@@ -26,7 +27,7 @@ def base_of(wildcards):
 
 
 def of_every_iteration(name):
-    """Input function: one artifact of each iteration."""
+    """Input function: one artifact in each iteration of the run."""
     return lambda wildcards: [
         artifact(run_of(wildcards) if t else base_of(wildcards), t, name)
         for t in iterations(wildcards)
@@ -57,7 +58,7 @@ def records_of_every_iteration(wildcards):
 
 
 def summary_files(run):
-    """What the summary of a run consists of."""
+    """The files of a run's summary."""
     folder = folder_of(run)
     return [
         f"{folder}summary.md",
@@ -70,7 +71,7 @@ def summary_files(run):
 
 
 rule summarize_run:
-    """Iteration, win rate and LC with intervals, the ranker's own estimate, length, minutes: table and figure."""
+    """Make a run's table and figures: win rates, the ranker's estimate, length, minutes."""
     input:
         judged=of_every_iteration("alpaca_eval.json"),
         estimated=of_every_iteration("ranker_estimate.json"),
@@ -109,7 +110,7 @@ rule summarize_run:
     params:
         version=STAGES["tabulate"],
     message:
-        "Summing up {wildcards.run}all iterations"
+        "Summarizing {wildcards.run}all iterations"
     shell:
         f"{PYTHON} {SRC}/reporting/summarize_run.py"
         " --alpaca-eval {input.judged:q} --ranker {input.estimated:q}"
@@ -118,21 +119,26 @@ rule summarize_run:
 
 
 def comparable_outputs(wildcards):
-    """Answers of main's iterates, and of those of other runs that are there already and answer the same instructions alike."""
-    same = [name for name, run in USABLE.items() if name and answers_as_main(run)]
-    made = [
-        path
-        for run in same
-        for t in range(1, USABLE[run]["iterations"] + 1)
-        if os.path.exists(path := artifact(run, t, "alpaca_eval_outputs.json"))
-    ]
-    return [
-        artifact("", t, "alpaca_eval_outputs.json") for t in range(MAIN["iterations"] + 1)
-    ] + made
+    """The outputs of the main run's policies, and those of other runs that exist already.
+
+    Only runs that answer the same instructions in the same way as the main run are included.
+    """
+    files = [artifact("", t, "alpaca_eval_outputs.json") for t in range(MAIN["iterations"] + 1)]
+    for name, run in USABLE.items():
+        if name and answers_as_main(run):
+            of_run = [
+                artifact(name, t, "alpaca_eval_outputs.json")
+                for t in range(1, run["iterations"] + 1)
+            ]
+            files += [path for path in of_run if os.path.exists(path)]
+    return files
 
 
 def compared_by(wildcards):
-    """The preference model of training, or the judge; the embedded judge where that one is behind an API."""
+    """The preference model of training, or the judge.
+
+    The embedded judge replaces a judge behind an API.
+    """
     if wildcards.model == "ranker":
         return preference_model("")
     judge = MAIN["alpaca_eval"]["judge"]
@@ -140,7 +146,7 @@ def compared_by(wildcards):
 
 
 rule compare_policies:
-    """Win rates of all iterates and runs against each other, by the ranker and by the judge that training did not see."""
+    """Compute the win rates of all policies against each other, by the ranker or by the judge."""
     input:
         outputs=comparable_outputs,
         model=lambda wildcards: (
@@ -191,7 +197,10 @@ rule compare_policies:
 
 
 def already_made(names):
-    """Input function: what is there of all runs' iterations. A table shows what was run and asks for nothing more."""
+    """Input function: the artifacts of all runs and iterations that exist.
+
+    A table shows what was run and does not start other jobs.
+    """
     return lambda wildcards: [
         path
         for run in USABLE
@@ -202,7 +211,7 @@ def already_made(names):
 
 
 rule paper_tables:
-    """The tables of the papers, published beside measured, a dash where a run was not made."""
+    """Make the papers' tables with published and measured figures; a dash if a run was not made."""
     input:
         published=expand(f"{PUBLISHED}/{{table}}.csv", table=["index", *PAPER_TABLES]),
         measured=already_made(
@@ -246,7 +255,7 @@ rule paper_tables:
             else MAIN["policy"]["model"]
         ),
     message:
-        "Setting the papers' tables beside what was measured"
+        "Comparing the papers' tables with the measured figures"
     shell:
         f"{PYTHON} {SRC}/reporting/make_tables.py"
         f" --published {shlex.quote(str(PUBLISHED))}"

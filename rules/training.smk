@@ -1,42 +1,49 @@
-"""Requires: iter{t}/pairs.parquet, iter{t-1}/policy. Gives: iter{t}/logps/{current,reference}.parquet, iter{t}/policy, train_log.jsonl."""
+"""Requires: iter{t}/pairs.parquet, iter{t-1}/policy. Gives: iter{t}/policy.
+
+It also gives iter{t}/logps/{current,reference}.parquet and iter{t}/train_log.jsonl.
+"""
 
 
 def reference_iteration(wildcards):
-    """The iterate that log-ratios refer to: the newest when it last moved."""
-    every, before = settings(wildcards)["train"]["reference_every"], int(wildcards.t) - 1
-    return 0 if every is None else before - before % every
+    """The iteration of the reference policy of log-ratios.
+
+    The reference is replaced by the newest policy every `reference_every` iterations.
+    """
+    every = settings(wildcards)["train"]["reference_every"]
+    if every is None:
+        return 0
+    before = int(wildcards.t) - 1
+    return before - before % every
 
 
 def scoring_flags(wildcards):
-    """How the pairs are scored: as the trainer computes, or log-ratios would not begin at 0."""
+    """The flags of scoring. They match the trainer's, because log-ratios must start at 0."""
     train = settings(wildcards)["train"]
     return flags(
-        {key: train[key] for key in ("micro_batch_size", "precision")}
-        | {"lora_rank": train["lora_rank"] or None}
+        {
+            "micro_batch_size": train["micro_batch_size"],
+            "precision": train["precision"],
+            "lora_rank": train["lora_rank"] or None,
+        }
     )
 
 
 def frozen_policy(wildcards):
-    """What scores the pairs: pi_t, or the method's reference where that is another."""
-    return (
-        current_policy(wildcards)
-        if wildcards.frozen == "current"
-        else policy(run_of(wildcards), reference_iteration(wildcards))
-    )
+    """The policy that scores the pairs: pi_t, or the method's reference."""
+    if wildcards.frozen == "current":
+        return current_policy(wildcards)
+    return policy(run_of(wildcards), reference_iteration(wildcards))
 
 
 def other_reference(wildcards):
-    """Log-probabilities under the reference, where it is not pi_t."""
-    same = reference_iteration(wildcards) == int(wildcards.t) - 1
-    return (
-        {}
-        if same
-        else {"reference": artifact(run_of(wildcards), wildcards.t, "logps/reference.parquet")}
-    )
+    """The log-probabilities under the reference as an input; empty if the reference is pi_t."""
+    if reference_iteration(wildcards) == int(wildcards.t) - 1:
+        return {}
+    return {"reference": artifact(run_of(wildcards), wildcards.t, "logps/reference.parquet")}
 
 
 rule score_reference:
-    """Log-probabilities of the pairs under pi_t, or another frozen policy, forward only, once."""
+    """Compute the log-probabilities of the pairs under pi_t, or under another frozen policy."""
     input:
         pairs=at("pairs.parquet"),
         policy=frozen_policy,
@@ -61,7 +68,8 @@ rule score_reference:
         options=scoring_flags,
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
-        "Scoring the pairs of {wildcards.run}iteration {wildcards.t} under the {wildcards.frozen} policy"
+        "Scoring the pairs of {wildcards.run}iteration {wildcards.t}"
+        " under the {wildcards.frozen} policy"
     shell:
         f"{PYTHON} {SRC}/score_reference.py"
         " --pairs {input.pairs:q} --policy {input.policy:q}"
@@ -74,7 +82,7 @@ EXTRAPOLATED = [name for name, run in USABLE.items() if run["extrapolation"] is 
 
 
 rule extrapolate_policy:
-    """ExPO: main's policy carried on along the line from the base, without training."""
+    """Extrapolate the main run's policy along the line from the base, without training (ExPO)."""
     input:
         base=BASE_POLICY,
         aligned=artifact("", "{t}", "policy"),
@@ -108,7 +116,10 @@ ruleorder: extrapolate_policy > train_policy
 
 
 def on_each_node(wildcards):
-    """What starts a command on all nodes of its job; on each the program starts its own processes."""
+    """The prefix that starts a command on all nodes of its job; empty for one node.
+
+    On each node the program starts its own processes.
+    """
     nodes = settings(wildcards)["train"]["nodes"]
     if nodes == 1:
         return ""
@@ -116,7 +127,7 @@ def on_each_node(wildcards):
 
 
 rule train_policy:
-    """Regress the log-ratios of winners and losers onto their targets: the next policy."""
+    """Train the next policy: regress the log-ratios of winners and losers onto their targets."""
     input:
         unpack(other_reference),
         pairs=at("pairs.parquet"),
@@ -161,7 +172,8 @@ rule train_policy:
         " --output {output.policy:q} --log {output.log:q} 2>&1 | tee {log:q}"
 
 
-# Without keep_policies all but the last are dropped once the next iteration and the evaluations have used them.
+# Without keep_policies, all policies but the last are deleted once the next iteration and the
+# evaluations have used them.
 LAST = min(run["iterations"] for run in USABLE.values())
 if not MAIN["keep_policies"] and LAST > 1:
 

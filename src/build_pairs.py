@@ -1,20 +1,29 @@
-"""Estimate P-hat from the logits and choose the pairs that are trained on.
+"""Estimate P-hat from the logits and choose the pairs for training.
 
-Reads   prompts.parquet (its order), all shards of responses/ and preferences/; gold responses (JSONL) and the policy,
-        whose tokenizer reads them, for `--construction gold`; an earlier iteration's pairs and their record for `--replay-share`.
-        For `--construction graded` all shards of grades/ in place of preferences/, and gold responses if there are any
-Writes  pairs.parquet and its record, which counts what was dropped and why
-Paper   2405.00675, section 5.1: P-hat over the K responses; winner and loser by the mean logit; these two are trained on.
-        `all`: 2404.03715, Algorithm 1, every two responses. `gold`: 2401.01335, the gold response against one of the policy's.
-        `--even-lengths`: DICE, 2406.09760. `--target-reward`: RA-DPO, 2410.08067, with P-hat in place of a reward model's grades.
-        `graded`: 2404.03715, Algorithm 2 (DNO-Prct), every two far enough apart by their grades.
-Departs from 2404.03715 in `graded`: a gold response never loses, where the paper takes all pairs.
-        Pairs of `graded` and `gold` have no P-hat, for gold is none of the K: its columns hold grade / 6, or 1 and 0, that of P(chosen beats
-        rejected) 1, and no loss may read them.
-Departs from INPO, 2407.00617: winner and loser are the ends of the mean logit, not of a tournament, and stay a pair where the loser beats the
-        winner in the comparison of these two, which cyclic preferences allow.
-Departs from the official code: `--probability blender` is its collapse to scores; where all scores are equal it takes
-        one response as winner and loser, here such prompts are dropped.
+Reads   prompts.parquet (for its order), all shards of responses/ and preferences/.
+        For `--construction gold`: gold responses (JSONL), and the policy, for its tokenizer.
+        For `--construction graded`: all shards of grades/ instead of preferences/, and gold
+        responses if there are any.
+        For `--replay-share`: an earlier iteration's pairs and their record.
+Writes  pairs.parquet and its record, which counts the dropped pairs by reason
+Paper   2405.00675, section 5.1: P-hat over the K responses. The winner has the highest mean logit,
+        the loser the lowest; training uses this pair.
+        `all`: 2404.03715, Algorithm 1, every two responses.
+        `gold`: 2401.01335, the gold response against one of the policy's responses.
+        `graded`: 2404.03715, Algorithm 2 (DNO-Prct), every two responses whose grades differ
+        enough.
+        `--even-lengths`: DICE, 2406.09760.
+        `--target-reward`: RA-DPO, 2410.08067, with P-hat instead of a reward model's grades.
+Departs from 2404.03715 in `graded`: a gold response never loses; the paper takes all pairs.
+        Pairs of `graded` and `gold` have no P-hat, because the gold response is not one of the K.
+        Their P-hat columns contain grade / 6, or 1 and 0, and P(chosen beats rejected) is 1. No
+        loss may read these columns.
+Departs from INPO, 2407.00617: the mean logit decides winner and loser, not a tournament. With
+        cyclic preferences the loser can beat the winner when only these two are compared; such
+        pairs are kept.
+Departs from the official code: `--probability blender` is its Bradley-Terry model of the scores. If
+        all scores are equal, the official code uses one response as both winner and loser; here
+        such prompts are dropped.
 """
 
 from __future__ import annotations
@@ -22,6 +31,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +42,7 @@ from sppo.core.config import OF_CHATS
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
-from sppo.policies.prompts import read_gold, with_goal
+from sppo.policies.prompts import read_gold, with_target_reward
 from sppo.preferences.estimates import even_length_penalty, mean_logits
 from sppo.preferences.grades import GOLD, read_grades
 from sppo.preferences.pairs import Dropped, Rules, pairs_of
@@ -50,11 +60,13 @@ def main() -> None:
         type=Path,
         nargs="*",
         default=[],
-        help="in place of preferences, for --construction graded",
+        help="shards that replace preferences, for --construction graded",
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
-        "--policy", type=Path, help="whose tokenizer reads gold responses and target rewards"
+        "--policy",
+        type=Path,
+        help="policy whose tokenizer is used for gold responses and target rewards",
     )
     parser.add_argument("--replay-seed", type=int, default=0)
     parser.add_argument(
@@ -65,45 +77,41 @@ def main() -> None:
     add_section(parser, "policy", only=OF_CHATS)
     args = parser.parse_args()
 
-    by = {"graded": "grades", "gold": None}.get(args.construction, "preferences")
-    judged = getattr(args, by) if by else []
-    if by and len(judged) != len(args.responses):
+    # The kind of shards that decide the pairs, if any.
+    kind = {"graded": "grades", "gold": None}.get(args.construction, "preferences")
+    shards: list[Path] = getattr(args, kind) if kind else []
+    if kind and len(shards) != len(args.responses):
         raise UserError(
-            f"--construction {args.construction} needs a shard of --{by} for each of --responses; give all"
+            f"--construction {args.construction} needs a shard of --{kind} for each of "
+            "--responses; give all"
         )
     messages = {row["prompt_id"]: row["messages"] for row in read_table(args.prompts, "prompts")}
     order = list(messages)
-    logits = (
-        {row["prompt_id"]: row for path in judged for row in read_table(path, by)}
-        if by == "preferences"
-        else {}
-    )
+    logits: dict[str, dict[str, Any]] = {}
+    if kind == "preferences":
+        for path in shards:
+            logits |= {row["prompt_id"]: row for row in read_table(path, kind)}
     responses: dict[str, dict[int, dict]] = defaultdict(dict)
     for path in args.responses:
         for row in read_table(path, "responses"):
             responses[row["prompt_id"]][row["sample_id"]] = row
-    for prompt_id in order:
-        compared = logits.get(prompt_id, {}).get("sample_ids") == sorted(
-            responses.get(prompt_id, ())
+    incomplete = first_incomplete(order, responses, logits if kind == "preferences" else None)
+    if incomplete is not None:
+        raise UserError(
+            f"prompt {incomplete} lacks responses or preferences; delete "
+            f"{args.responses[0].parent} and {(shards or args.responses)[0].parent} and run again"
         )
-        if prompt_id not in responses or by == "preferences" and not compared:
-            raise UserError(
-                f"prompt {prompt_id} lacks responses or preferences; delete {args.responses[0].parent} and "
-                f"{(judged or args.responses)[0].parent} and run again"
-            )
-    gold = (
-        gold_responses(Path(args.gold), args.policy)
-        if args.gold and args.construction in ("gold", "graded")
-        else {}
-    )
-    grades = read_grades(judged, responses, gold) if by == "grades" else {}
-    more = [Path(path) for path in (args.gold, args.previous) if path]
-    with recorded(
-        "select", args.output, [args.prompts, *args.responses, *judged, *more], vars(args)
-    ) as facts:
+    gold: dict[str, dict[str, Any]] = {}
+    if args.gold and args.construction in ("gold", "graded"):
+        gold = gold_responses(Path(args.gold), args.policy)
+    grades = read_grades(shards, responses, gold) if kind == "grades" else {}
+    inputs = [args.prompts, *args.responses, *shards]
+    inputs += [Path(path) for path in (args.gold, args.previous) if path]
+    with recorded("select", args.output, inputs, vars(args)) as facts:
         if args.even_lengths:
             facts["length_penalty"] = even_out_lengths(logits, responses)
-        found, dropped = [], Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
+        found: list[dict[str, Any]] = []
+        dropped = Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
         rules = Rules.of(vars(args))
         for prompt_id in order:
             for pair in pairs_of(
@@ -135,63 +143,85 @@ def main() -> None:
         }
 
 
+def first_incomplete(
+    prompt_ids: Iterable[str],
+    responses: dict[str, dict[int, dict]],
+    logits: dict[str, dict[str, Any]] | None,
+) -> str | None:
+    """The first prompt without responses, or whose row of `logits` does not compare all of them.
+
+    logits: rows of the table `preferences` by prompt_id; None if the pairs do not need them.
+    """
+    for prompt_id in prompt_ids:
+        if prompt_id not in responses:
+            return prompt_id
+        if logits is None:
+            continue
+        compared = logits.get(prompt_id, {}).get("sample_ids")
+        if compared != sorted(responses[prompt_id]):
+            return prompt_id
+    return None
+
+
 def replayed(path: Path, share: float, share_of_older: float, seed: int) -> list[dict[str, Any]]:
-    """Pairs of an earlier iteration, drawn at random: a share of those that it made, which come first, and one of those that it had replayed itself."""
-    pairs, draw = read_table(path, "pairs"), random.Random(seed)
+    """Random pairs of an earlier iteration.
+
+    They are a share of the pairs that the iteration built, and then `share_of_older` of the pairs
+    that it replayed itself. UserError if the record does not tell the two apart.
+    """
+    pairs = read_table(path, "pairs")
+    draw = random.Random(seed)
     record = read_record(path) or {}
     if "replayed" not in record:
         raise UserError(
             f"the record of {path} does not say how many of its pairs were replayed; "
             f"delete {path} and make it again, or set replay.share: 0"
         )
-    made = len(pairs) - record["replayed"]
-    return [
-        pair
-        for some, of_them in ((pairs[:made], share), (pairs[made:], share_of_older))
-        for pair in draw.sample(some, round(of_them * len(some)))
-    ]
+    # A table has the pairs that were built first, and the replayed ones after them.
+    number_built = len(pairs) - record["replayed"]
+    built = pairs[:number_built]
+    older = pairs[number_built:]
+    chosen = draw.sample(built, round(share * len(built)))
+    return chosen + draw.sample(older, round(share_of_older * len(older)))
 
 
 def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:
-    """Gold responses by prompt, with token ids that end as the chat template ends a response.
+    """Gold responses by prompt_id, as rows of the table `responses`.
 
-    UserError names a broken line.
+    Their token ids end with the token that ends a response in the chat template. UserError names a
+    broken line.
     """
     from sppo.policies.models import load_tokenizer, stop_token_ids
 
     tokenizer = load_tokenizer(policy)
     stop = stop_token_ids(policy, tokenizer)[0]
-    return {
-        name: {
+    rows = {}
+    for prompt_id, text in read_gold(path).items():
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        rows[prompt_id] = {
             "text": text,
             "sample_id": GOLD,
             "finish_reason": "stop",
-            "token_ids": tokenizer(
-                text, add_special_tokens=False, split_special_tokens=True
-            ).input_ids
-            + [stop],
+            "token_ids": ids + [stop],
         }
-        for name, text in read_gold(path).items()
-    }
+    return rows
 
 
 def even_out_lengths(
     logits: dict[str, dict[str, Any]], responses: dict[str, dict[int, dict]]
 ) -> float:
-    """Take the penalty for length, in characters, from all logits; returns it."""
-    lengths = {
-        name: np.array(
-            [float(len(responses[name][sample]["text"])) for sample in row["sample_ids"]]
-        )
-        for name, row in logits.items()
-    }
-    # Half, for both orders of a pair are in it, and the penalty is taken from each.
-    alpha = even_length_penalty(
-        [mean_logits(np.array(row["logits"])) / 2 for row in logits.values()],
-        list(lengths.values()),
-    )
-    for name, row in logits.items():
-        row["logits"] = np.array(row["logits"]) - alpha * (lengths[name][:, None] - lengths[name])
+    """Subtract a penalty for length, in characters, from all logits; return the penalty."""
+    lengths = {}
+    for prompt_id, row in logits.items():
+        texts = [responses[prompt_id][sample_id]["text"] for sample_id in row["sample_ids"]]
+        lengths[prompt_id] = np.array([float(len(text)) for text in texts])
+    # A mean logit contains both orders of a pair, and the penalty is subtracted from each order. So
+    # the scores are half the mean logits.
+    scores = [mean_logits(np.array(row["logits"])) / 2 for row in logits.values()]
+    alpha = even_length_penalty(scores, list(lengths.values()))
+    for prompt_id, row in logits.items():
+        length = lengths[prompt_id]
+        row["logits"] = np.array(row["logits"]) - alpha * (length[:, None] - length)
     return alpha
 
 
@@ -201,38 +231,46 @@ def twice_with_target_rewards(
     messages: dict[str, list],
     args: argparse.Namespace,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Each pair with the prompt asking for the winner's grade, and turned round with the prompt asking for the loser's; and how many had one grade.
+    """Two pairs from each pair, with different target rewards in the prompt (RA-DPO, 2410.08067).
 
-    A grade is 1 + 9 P-hat over the K - 1 others, so that one that surely beats them all has a 10.
+    The prompt of the first asks for the winner's reward. The prompt of the second asks for the
+    loser's reward, and winner and loser are swapped. A reward is 1 + 9 P, where P is the mean
+    probability of beating the K - 1 other responses. So a response that always wins has the reward
+    10. Pairs whose two rewards are equal are dropped; their number is the second result.
     """
     from sppo.policies.models import load_tokenizer, prompt_token_ids
 
     tokenizer = load_tokenizer(args.policy, args.chat_template_kwargs, args.template_date)
-    found, same = [], 0
+    found: list[dict[str, Any]] = []
+    equal = 0
     for pair in pairs:
-        k = len(logits[pair["prompt_id"]]["sample_ids"])
-        grades = [
-            round(1 + 9 * (k * pair[f"p_hat_{end}"] - 0.5) / (k - 1), 1)
-            for end in ("chosen", "rejected")
-        ]
-        if grades[0] == grades[1]:
-            same += 1
+        prompt_id = pair["prompt_id"]
+        k = len(logits[prompt_id]["sample_ids"])
+        # P-hat includes the response itself with 1/2.
+        reward_chosen = round(1 + 9 * (k * pair["p_hat_chosen"] - 0.5) / (k - 1), 1)
+        reward_rejected = round(1 + 9 * (k * pair["p_hat_rejected"] - 0.5) / (k - 1), 1)
+        if reward_chosen == reward_rejected:
+            equal += 1
             continue
-        turned = pair | {"p_chosen_beats_rejected": 1 - pair["p_chosen_beats_rejected"]}
-        for name in ("{}", "{}_token_ids", "{}_sample_id", "p_hat_{}"):
-            turned |= {
-                name.format("chosen"): pair[name.format("rejected")],
-                name.format("rejected"): pair[name.format("chosen")],
-            }
-        for row, grade in zip((pair, turned), grades, strict=True):
-            asked = with_goal(messages[pair["prompt_id"]], grade)
-            ids = prompt_token_ids(tokenizer, asked, f"prompt {pair['prompt_id']}")
+        for row, reward in ((pair, reward_chosen), (swapped(pair), reward_rejected)):
+            asked = with_target_reward(messages[prompt_id], reward)
+            ids = prompt_token_ids(tokenizer, asked, f"prompt {prompt_id}")
             found.append(row | {"prompt_token_ids": ids})
-    return found, same
+    return found, equal
+
+
+def swapped(pair: dict[str, Any]) -> dict[str, Any]:
+    """The pair with its winner as the loser and its loser as the winner."""
+    result = pair | {"p_chosen_beats_rejected": 1 - pair["p_chosen_beats_rejected"]}
+    for column in ("{}", "{}_token_ids", "{}_sample_id", "p_hat_{}"):
+        chosen = column.format("chosen")
+        rejected = column.format("rejected")
+        result |= {chosen: pair[rejected], rejected: pair[chosen]}
+    return result
 
 
 def statistics(pairs: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over pairs: P-hat of both ends, and how much longer (tokens) winners are."""
+    """Means over pairs of P-hat and of the number of tokens, of winners and losers."""
     if not pairs:
         return {}
     return {

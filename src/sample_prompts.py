@@ -24,12 +24,12 @@ from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
 from sppo.evaluation.mt_bench import read_questions
 from sppo.policies.prompts import (
-    BEST_GRADE,
+    HIGHEST_REWARD,
     is_held_out,
     normalised,
     read_instructions,
     read_prompts,
-    with_goal,
+    with_target_reward,
 )
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         help="number of tokens to reserve for a response",
     )
     parser.add_argument(
-        "--best-grade",
+        "--highest-reward",
         action="store_true",
         help="ask a reward-conditioned policy for its best answer",
     )
@@ -206,8 +206,8 @@ def with_token_ids(
             dropped["holds_special_tokens"] += 1
             continue
         messages = prompt["messages"]
-        if args.best_grade:
-            messages = with_goal(messages, BEST_GRADE)
+        if args.highest_reward:
+            messages = with_target_reward(messages, HIGHEST_REWARD)
         try:
             ids = prompt_token_ids(tokenizer, messages, f"prompt {prompt['id']} of {source}")
         except UserError as error:

@@ -1,21 +1,23 @@
 """Answer the evaluation instructions with a policy.
 
-Reads   evaluation instructions in alpaca-eval's form, the policy
-Writes  outputs in alpaca-eval's form (with prompt_id, sample_id, finish_reason, tokens), `--samples` to an
-        instruction, and a record
-Departs from the paper: decoding is a configuration key; the published rows use temperature 0.7 or 0.9.
+Reads   evaluation instructions in alpaca-eval's format, the policy
+Writes  outputs in alpaca-eval's format (with prompt_id, sample_id, finish_reason, tokens),
+        `--samples` for each instruction, and a record
+Departs from the paper: the configuration sets the decoding; the published rows use temperature 0.7
+or 0.9.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_engine
-from sppo.policies.prompts import BEST_GRADE, read_instructions, with_goal
+from sppo.policies.prompts import HIGHEST_REWARD, read_instructions, with_target_reward
 
 
 def main() -> None:
@@ -23,18 +25,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--instructions", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=None, help="only the first so many")
+    parser.add_argument(
+        "--limit", type=int, default=None, help="number of instructions to read; default: all"
+    )
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--generator", required=True, help="name of the policy in the outputs")
     parser.add_argument(
-        "--noise", required=True, help="name of the noise; policies that share it share their noise"
+        "--noise",
+        required=True,
+        help="name of the random noise; policies with the same name sample with the same noise",
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=1, help="answers to each instruction")
     parser.add_argument(
-        "--best-grade",
+        "--highest-reward",
         action="store_true",
-        help="a reward-conditioned policy is asked for its best",
+        help="ask a reward-conditioned policy for its best answer",
     )
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.9)
@@ -45,54 +51,23 @@ def main() -> None:
     instructions = read_instructions(args.instructions, args.limit)
     from sppo.policies.engines import EngineOptions, open_engine
     from sppo.policies.generation import Sampling, summary
-    from sppo.policies.models import (
-        check_no_control_tokens,
-        context_length,
-        control_tokens,
-        prompt_token_ids,
-        start_torch,
-        template_hash,
-    )
+    from sppo.policies.models import start_torch, template_hash
 
     start_torch(args.tensor_parallel or 1)
     with recorded("answer", args.output, [args.instructions, args.policy], vars(args)) as facts:
         engine = open_engine(args.policy, EngineOptions.of(vars(args)))
-        context, controls = context_length(args.policy), control_tokens(engine.tokenizer)
-        prompts = []
-        for number, row in enumerate(instructions):
-            messages = [{"role": "user", "content": row["instruction"]}]
-            name = f"instruction {number} of {args.instructions}"
-            check_no_control_tokens(controls, row["instruction"], name)
-            asked = with_goal(messages, BEST_GRADE) if args.best_grade else messages
-            ids = prompt_token_ids(engine.tokenizer, asked, name)
-            if context and len(ids) + args.max_new_tokens > context:
-                raise UserError(
-                    f"{name} has {len(ids)} tokens and does not fit the policy's "
-                    f"context of {context} with alpaca_eval.max_new_tokens = {args.max_new_tokens}; lower that"
-                )
-            prompts.append(
-                {"prompt_id": str(row.get("prompt_id", number)), "prompt_token_ids": ids}
-            )
         rows = engine.generate(
-            prompts,
+            prompts_of(instructions, engine.tokenizer, args),
             Sampling(args.samples, args.temperature, args.top_p, args.max_new_tokens),
             args.seed,
             args.noise,
         )
+        # The engine gives all samples of the first instruction, then those of the second, ...
         answered = [instruction for instruction in instructions for _ in range(args.samples)]
         write_json(
             args.output,
             [
-                {
-                    "dataset": instruction.get("dataset", ""),
-                    "instruction": instruction["instruction"],
-                    "output": row["text"],
-                    "generator": args.generator,
-                    "prompt_id": row["prompt_id"],
-                    "sample_id": row["sample_id"],
-                    "finish_reason": row["finish_reason"],
-                    "tokens": len(row["token_ids"]),
-                }
+                output_of(instruction, row, args.generator)
                 for instruction, row in zip(answered, rows, strict=True)
             ],
         )
@@ -100,6 +75,54 @@ def main() -> None:
             "computed_in": str(engine.dtype),
             "chat_template_sha256": template_hash(engine.tokenizer),
         }
+
+
+def prompts_of(
+    instructions: list[dict[str, Any]], tokenizer: Any, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The engine's prompts, one for each instruction.
+
+    UserError if an instruction contains a control token, or does not fit the policy's context
+    together with its answer.
+    """
+    from sppo.policies.models import (
+        check_no_control_tokens,
+        context_length,
+        control_tokens,
+        prompt_token_ids,
+    )
+
+    context = context_length(args.policy)
+    controls = control_tokens(tokenizer)
+    prompts = []
+    for number, row in enumerate(instructions):
+        name = f"instruction {number} of {args.instructions}"
+        check_no_control_tokens(controls, row["instruction"], name)
+        messages = [{"role": "user", "content": row["instruction"]}]
+        if args.highest_reward:
+            messages = with_target_reward(messages, HIGHEST_REWARD)
+        ids = prompt_token_ids(tokenizer, messages, name)
+        if context and len(ids) + args.max_new_tokens > context:
+            raise UserError(
+                f"{name} has {len(ids)} tokens and does not fit the policy's context of {context} "
+                f"with alpaca_eval.max_new_tokens = {args.max_new_tokens}; lower that"
+            )
+        prompts.append({"prompt_id": str(row.get("prompt_id", number)), "prompt_token_ids": ids})
+    return prompts
+
+
+def output_of(instruction: dict[str, Any], row: dict[str, Any], generator: str) -> dict[str, Any]:
+    """One answer in alpaca-eval's format. row: the engine's row of the answer."""
+    return {
+        "dataset": instruction.get("dataset", ""),
+        "instruction": instruction["instruction"],
+        "output": row["text"],
+        "generator": generator,
+        "prompt_id": row["prompt_id"],
+        "sample_id": row["sample_id"],
+        "finish_reason": row["finish_reason"],
+        "tokens": len(row["token_ids"]),
+    }
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Answer MT-Bench's questions of two turns with a policy.
+"""Answer MT-Bench's questions, which have two turns, with a policy.
 
-Reads   question.jsonl of a folder in FastChat's form, the policy
-Writes  answers in FastChat's form (.jsonl), one record a question, and a record
+Reads   question.jsonl of a folder in FastChat's format, the policy
+Writes  answers in FastChat's format (.jsonl), one line for each question, and a record
 Paper   MT-Bench, 2306.05685; temperatures by category and 1024 tokens as in FastChat 0.2.36
-Departs from FastChat: the prompt is the policy's own chat template; answer_id is made from model and question, and
-        there is no time stamp, so that equal runs give equal files.
+Departs from FastChat: the prompt uses the policy's own chat template; answer_id is made from the
+        model and the question, and there is no time stamp, so that equal runs write equal files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sppo.core.artifacts import recorded, write_text
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_engine
 from sppo.evaluation.mt_bench import TEMPERATURES, read_questions
-from sppo.policies.prompts import BEST_GRADE, with_goal
+from sppo.policies.prompts import HIGHEST_REWARD, with_target_reward
 
 
 def main() -> None:
@@ -30,13 +30,15 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--model-id", required=True, help="name of the policy in the answers")
     parser.add_argument(
-        "--noise", required=True, help="name of the noise; policies that share it share their noise"
+        "--noise",
+        required=True,
+        help="name of the random noise; policies with the same name sample with the same noise",
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
-        "--best-grade",
+        "--highest-reward",
         action="store_true",
-        help="a reward-conditioned policy is asked for its best",
+        help="ask a reward-conditioned policy for its best answer",
     )
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     add_engine(parser)
@@ -60,9 +62,10 @@ def main() -> None:
         engine = open_engine(args.policy, EngineOptions.of(vars(args)))
         controls = control_tokens(engine.tokenizer)
         for question in questions:
-            for turn in question["turns"]:
+            for text in question["turns"]:
                 name = f"question {question['question_id']} of {args.data}"
-                check_no_control_tokens(controls, turn, name)
+                check_no_control_tokens(controls, text, name)
+        context = context_length(args.policy)
         chats: dict[str, list[dict[str, str]]] = {
             str(question["question_id"]): [] for question in questions
         }
@@ -72,20 +75,12 @@ def main() -> None:
                 chats[str(question["question_id"])].append(
                     {"role": "user", "content": question["turns"][turn - 1]}
                 )
-            rows += answer_turn(
-                engine,
-                questions,
-                chats,
-                args,
-                f"{args.noise}/turn{turn}",
-                context_length(args.policy),
-            )
+            noise = f"{args.noise}/turn{turn}"
+            rows += answer_turn(engine, questions, chats, args, noise, context)
+        answers = [answer_record(question, chats, args.model_id) for question in questions]
         write_text(
             args.output,
-            "".join(
-                json.dumps(answer_record(question, chats, args.model_id), ensure_ascii=False) + "\n"
-                for question in questions
-            ),
+            "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers),
         )
         facts |= summary(rows) | {
             "computed_in": str(engine.dtype),
@@ -101,9 +96,14 @@ def answer_turn(
     noise: str,
     context: int | None,
 ) -> list[dict[str, Any]]:
-    """Add the policy's answer to every chat; returns the engine's rows."""
+    """Add the policy's answer to every chat; return the engine's rows.
+
+    chats: messages by question_id. noise: name of the random noise of this turn. context: the
+    policy's context length in tokens, None if it is unknown. UserError if a chat and its answer do
+    not fit the context.
+    """
     from sppo.policies.generation import Sampling
-    from sppo.policies.models import control_tokens, prompt_token_ids, without_control_tokens
+    from sppo.policies.models import control_tokens, prompt_token_ids
 
     controls = control_tokens(engine.tokenizer)
     rows = []
@@ -112,22 +112,16 @@ def answer_turn(
         for question in questions:
             if TEMPERATURES[question["category"]] != temperature:
                 continue
-            chat = chats[str(question["question_id"])]
-            # What the policy said must not be read as the end of its turn, whatever it spells.
-            chat = [
-                message
-                if message["role"] == "user"
-                else message | {"content": without_control_tokens(controls, message["content"])}
-                for message in chat
-            ]
-            asked = with_goal(chat, BEST_GRADE) if args.best_grade else chat
-            ids = prompt_token_ids(
-                engine.tokenizer, asked, f"question {question['question_id']} of {args.data}"
-            )
+            name = f"question {question['question_id']} of {args.data}"
+            chat = with_safe_answers(chats[str(question["question_id"])], controls)
+            if args.highest_reward:
+                chat = with_target_reward(chat, HIGHEST_REWARD)
+            ids = prompt_token_ids(engine.tokenizer, chat, name)
             if context and len(ids) + args.max_new_tokens > context:
                 raise UserError(
-                    f"question {question['question_id']} of {args.data} has {len(ids)} tokens with what came before and does not fit "
-                    f"the policy's context of {context} with mt_bench.max_new_tokens = {args.max_new_tokens}; lower that"
+                    f"{name} has {len(ids)} tokens with the turns before it and does not fit the "
+                    f"policy's context of {context} with mt_bench.max_new_tokens = "
+                    f"{args.max_new_tokens}; lower that"
                 )
             prompts.append({"prompt_id": str(question["question_id"]), "prompt_token_ids": ids})
         if prompts:
@@ -139,19 +133,34 @@ def answer_turn(
     return rows
 
 
+def with_safe_answers(chat: list[dict[str, str]], controls: Any) -> list[dict[str, str]]:
+    """The chat without control tokens in the policy's answers.
+
+    Otherwise a control token that an answer spells out would be read as the end of its turn.
+    """
+    from sppo.policies.models import without_control_tokens
+
+    safe = []
+    for message in chat:
+        if message["role"] != "user":
+            message = message | {"content": without_control_tokens(controls, message["content"])}
+        safe.append(message)
+    return safe
+
+
 def answer_record(
     question: dict[str, Any], chats: dict[str, list[dict[str, str]]], model_id: str
 ) -> dict[str, Any]:
     """FastChat's record of one answer."""
-    number = question["question_id"]
-    spoken = [
-        message["content"] for message in chats[str(number)] if message["role"] == "assistant"
+    question_id = question["question_id"]
+    answers = [
+        message["content"] for message in chats[str(question_id)] if message["role"] == "assistant"
     ]
     return {
-        "question_id": number,
-        "answer_id": f"{model_id}/{number}",
+        "question_id": question_id,
+        "answer_id": f"{model_id}/{question_id}",
         "model_id": model_id,
-        "choices": [{"index": 0, "turns": spoken}],
+        "choices": [{"index": 0, "turns": answers}],
     }
 
 

@@ -1,9 +1,12 @@
-"""Win rates of all policies against each other, by one preference model on the evaluation instructions.
+"""Win rates of all policies against each other on the evaluation instructions.
 
-Reads   outputs of each policy in alpaca-eval's form, on the same instructions; the preference model
-Writes  a matrix (.csv: per cent that the row beats the column, P + P^T = 100), a heatmap (.png and .svg), their records
+Reads   outputs of each policy in alpaca-eval's format, on the same instructions; the preference
+        model
+Writes  a matrix (.csv: per cent of comparisons that the row wins against the column,
+        P + P^T = 100), a heatmap (.png and .svg), their records
 Paper   2405.00675, Figure 3
-Departs from the paper: an answer's win is its probability, not a hard vote; the paper's Figure 3 is by PairRM alone
+Departs from the paper: a comparison counts with its win probability, not as a hard vote; the
+        paper's Figure 3 uses PairRM only
 """
 
 from __future__ import annotations
@@ -40,11 +43,11 @@ def main() -> None:
         help="preference model: ranker, judge, an adapter's folder or PairRM's",
     )
     parser.add_argument(
-        "--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on"
+        "--ranker-base", type=Path, nargs="?", help="folder of the adapter's base model"
     )
     parser.add_argument("--output", type=Path, required=True, help="the matrix, .csv")
     parser.add_argument(
-        "--plot", type=Path, required=True, help="the heatmap, .png; an .svg is written beside it"
+        "--plot", type=Path, required=True, help="the heatmap, .png; an .svg is written next to it"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     args = parser.parse_args()
@@ -54,50 +57,53 @@ def main() -> None:
     from sppo.policies.models import pick_device, start_torch
 
     start_torch()
+    inputs = [*args.outputs, *model_files(args.model, args.ranker_base)]
     plots = [args.plot, args.plot.with_suffix(".svg")]
     with contextlib.ExitStack() as records:
         for artifact in (args.output, *plots):
-            records.enter_context(
-                recorded(
-                    "tabulate",
-                    artifact,
-                    [*args.outputs, *model_files(args.model, args.ranker_base)],
-                    vars(args),
-                )
-            )
+            records.enter_context(recorded("tabulate", artifact, inputs, vars(args)))
         model = load_preference_model(
             settings_for(args.model), args.ranker_base, pick_device(args.device)
         )
-        wins = np.mean(
-            [
-                win_probabilities(model.pair_logits(instruction, texts))
-                for instruction, texts in progress(list(answers.items()), "compare")
-            ],
-            axis=0,
-        )
-        rows = [[name, *(f"{100 * p:.4f}" for p in row)] for name, row in zip(names, wins)]
-        write_text(
-            args.output, "\n".join(",".join(row) for row in [["policy", *names], *rows]) + "\n"
-        )
+        probabilities = [
+            win_probabilities(model.pair_logits(instruction, texts))
+            for instruction, texts in progress(list(answers.items()), "compare")
+        ]
+        wins = np.mean(probabilities, axis=0)
+        write_text(args.output, csv_matrix(wins, names))
         plot_heatmap(wins, names, f"by the {args.model}, n = {len(answers)}", plots)
 
 
 def answers_by_instruction(paths: list[Path]) -> tuple[dict[str, list[str]], list[str]]:
-    """Answers of all policies to each instruction, and the policies' names. UserError if instructions differ."""
+    """Answers of all policies to each instruction, and the policies' names.
+
+    UserError if the instructions differ.
+    """
     outputs = {path: {row["instruction"]: row for row in read_outputs(path)} for path in paths}
     first = outputs[paths[0]]
     for path, rows in outputs.items():
         if rows.keys() != first.keys():
-            raise UserError(f"{path} and {paths[0]} answer different instructions; answer the same")
+            raise UserError(
+                f"{path} and {paths[0]} answer different instructions; answer the same ones"
+            )
     names = [next(iter(rows.values()))["generator"] for rows in outputs.values()]
-    return {
+    answers = {
         instruction: [rows[instruction]["output"] for rows in outputs.values()]
         for instruction in first
-    }, names
+    }
+    return answers, names
+
+
+def csv_matrix(wins: Array, names: list[str]) -> str:
+    """The matrix `wins` (policies, policies) in per cent, with the policies' names, as CSV."""
+    lines = [["policy", *names]]
+    for name, row in zip(names, wins):
+        lines.append([name, *(f"{100 * probability:.4f}" for probability in row)])
+    return "\n".join(",".join(line) for line in lines) + "\n"
 
 
 def plot_heatmap(wins: Array, names: list[str], title: str, files: list[Path]) -> None:
-    """Row beats column, in per cent; white is a draw."""
+    """Plot how often the row wins against the column, in per cent; 50, a draw, is white."""
     plt = pyplot()
     short = [name.split("/", 1)[-1] for name in names]
     size = 2.2 + 0.6 * len(names)
@@ -106,14 +112,8 @@ def plot_heatmap(wins: Array, names: list[str], title: str, files: list[Path]) -
     image = axes.imshow(100 * wins, cmap="PuOr", vmin=50 - reach, vmax=50 + reach)
     for i, row in enumerate(100 * wins):
         for j, value in enumerate(row):
-            axes.text(
-                j,
-                i,
-                f"{value:.0f}",
-                ha="center",
-                va="center",
-                color="white" if abs(value - 50) > 0.7 * reach else "black",
-            )
+            color = "white" if abs(value - 50) > 0.7 * reach else "black"
+            axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(names)), short, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), short)
     axes.set(xlabel="loses", ylabel="wins", title=f"Row beats column (%), {title}")

@@ -1,11 +1,13 @@
-"""Win rate and length-controlled win rate of a policy against a reference, by alpaca-eval's own code.
+"""Win rate and length-controlled (LC) win rate of a policy against a reference.
 
-Reads   the policy's outputs and the reference's, in alpaca-eval's form; the judge
-Writes  alpaca_eval.json (all rates in per cent), the annotations in alpaca-eval's form, their records
-Metric  alpaca-eval 0.6.6, LC: arXiv 2404.04475
-Departs from the paper, which judges with GPT-4 turbo on the 805 instructions of AlpacaEval: by default the
-embedded judge compares on held-out instructions of ours. `--judge weighted_alpaca_eval_gpt4_turbo` with the
-805 and `--difficulty df_gamed.csv` is the paper's evaluation. Intervals by bootstrap are ours.
+Reads   the policy's outputs and the reference's, in alpaca-eval's format; the judge
+Writes  alpaca_eval.json (all rates in per cent), the annotations in alpaca-eval's format, their
+        records
+Metric  alpaca-eval's own code, version 0.6.6; LC: arXiv 2404.04475
+Departs from the paper, which judges with GPT-4 turbo on the 805 instructions of AlpacaEval: by
+default the embedded judge compares answers to this repository's held-out instructions. The paper's
+evaluation is `--judge weighted_alpaca_eval_gpt4_turbo` with the 805 instructions and
+`--difficulty df_gamed.csv`. The bootstrap intervals are an addition.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def main() -> None:
         help="the reference's outputs on the same instructions",
     )
     parser.add_argument("--output", type=Path, required=True, help="alpaca_eval.json")
-    parser.add_argument("--annotations", type=Path, required=True, help="where the judgments go")
+    parser.add_argument("--annotations", type=Path, required=True, help="file for the judgments")
     parser.add_argument(
         "--judge",
         required=True,
@@ -98,10 +100,10 @@ def main() -> None:
         default=300,
         help="refits for LC's interval; 0 for none",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--threads", type=int, default=1, help="processes that refit LC")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    parser.add_argument("--threads", type=int, default=1, help="number of processes that refit LC")
     parser.add_argument(
-        "--policy", help="what the policy is, for the result; its generator name if not given"
+        "--policy", help="name of the policy in the result; default: its generator name"
     )
     parser.add_argument(
         "--decoding",
@@ -123,16 +125,9 @@ def main() -> None:
     if difficulty:
         check_order(reference, difficulty)
     kind = local_kind(args.judge)
-    inputs = [
-        path
-        for path in (
-            args.outputs,
-            args.reference,
-            *model_files(args.judge, args.judge_base),
-            difficulty,
-        )
-        if path
-    ]
+    inputs = [args.outputs, args.reference, *model_files(args.judge, args.judge_base)]
+    if difficulty:
+        inputs.append(difficulty)
     cache = args.output.parent / ".judgments"
     with (
         recorded("judge", args.output, inputs, vars(args)),
@@ -145,30 +140,22 @@ def main() -> None:
             args.judge_base,
             pick_device(args.device) if kind else "cpu",
         )
-        seen = (
-            instructions_of_training(kind.training_instructions(args.judge), reference)
-            if kind
-            else 0
-        )
+        seen = 0
+        if kind:
+            seen = instructions_of_training(kind.training_instructions(args.judge), reference)
         if seen:
-            print(
-                f"warning: {args.judge} was trained on {seen} of these {len(reference)} instructions",
-                file=sys.stderr,
-            )
+            warn(f"{args.judge} was trained on {seen} of these {len(reference)} instructions")
         row, annotations, details = evaluate(outputs, reference, formula, file, cache, judge)
-        rates = (float(row[key]) for key in ("win_rate", "length_controlled_winrate"))
-        warning = length_controlled_warning(*rates)
+        if kind:
+            details = details | {"instructions_seen_in_training": seen}
+        warning = length_controlled_warning(
+            float(row["win_rate"]), float(row["length_controlled_winrate"])
+        )
         if warning:
-            print(
-                f"warning: do not rely on the length-controlled win rate: {warning}",
-                file=sys.stderr,
-            )
+            warn(f"do not rely on the length-controlled win rate: {warning}")
         empty = sum(not line["output"].strip() for line in outputs)
         if empty:
-            print(
-                f"warning: {empty} of {len(outputs)} answers in {args.outputs} are empty",
-                file=sys.stderr,
-            )
+            warn(f"{empty} of {len(outputs)} answers in {args.outputs} are empty")
         intervals = bootstrap(
             annotations,
             formula,
@@ -178,9 +165,8 @@ def main() -> None:
             args.seed,
             args.threads,
         )
-        with recorded(
-            "judge", args.annotations, inputs, vars(args)
-        ):  # the time is in the other record
+        # The seconds of the evaluation are in the record of args.output.
+        with recorded("judge", args.annotations, inputs, vars(args)):
             write_json(
                 args.annotations,
                 [{key: _plain(value) for key, value in line.items()} for line in annotations],
@@ -188,15 +174,15 @@ def main() -> None:
         write_json(
             args.output,
             {
-                **{
-                    key: _plain(row[key])
-                    for key in ("win_rate", "standard_error", "length_controlled_winrate")
-                },
+                "win_rate": _plain(row["win_rate"]),
+                "standard_error": _plain(row["standard_error"]),
+                "length_controlled_winrate": _plain(row["length_controlled_winrate"]),
                 **intervals,
-                **{
-                    key: int(row[key])
-                    for key in ("n_total", "n_wins", "n_draws", "n_wins_base", "avg_length")
-                },
+                "n_total": int(row["n_total"]),
+                "n_wins": int(row["n_wins"]),
+                "n_draws": int(row["n_draws"]),
+                "n_wins_base": int(row["n_wins_base"]),
+                "avg_length": int(row["avg_length"]),
                 "n_empty": empty,
                 "length_controlled_warning": warning,
                 "reference_avg_length": int(
@@ -209,8 +195,7 @@ def main() -> None:
                     "official": file_hash(difficulty) == OFFICIAL_DIFFICULTY,
                 },
                 "judge": args.judge,
-                "judge_details": details
-                | ({"instructions_seen_in_training": seen} if kind else {}),
+                "judge_details": details,
                 "policy": args.policy or outputs[0]["generator"],
                 "reference": reference[0]["generator"],
                 "decoding": args.decoding,
@@ -220,11 +205,18 @@ def main() -> None:
         )
 
 
-def instructions_of_training(shipped: Path | None, reference: list[dict[str, Any]]) -> int:
-    """How many of the instructions the judge was trained on, by the hashes that it is shipped with."""
-    if shipped is None or not shipped.is_file():
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def instructions_of_training(hash_file: Path | None, reference: list[dict[str, Any]]) -> int:
+    """The number of instructions that the judge was trained on.
+
+    hash_file: hashes of the judge's training instructions; 0 is returned if there is no such file.
+    """
+    if hash_file is None or not hash_file.is_file():
         return 0
-    hashes = set(shipped.read_text(encoding="utf-8").split())
+    hashes = set(hash_file.read_text(encoding="utf-8").split())
     return sum(instruction_hash(row["instruction"]) in hashes for row in reference)
 
 
@@ -237,30 +229,36 @@ def bootstrap(
     seed: int,
     threads: int,
 ) -> dict[str, Any]:
-    """95% percentile intervals (per cent) of the win rate from `draws` resamples, of LC from the first `fits`.
+    """95% percentile intervals of the win rate and the LC win rate, in per cent.
 
-    Instructions are drawn with replacement, each with its pair of outputs, and the package's LC model is
-    fitted anew: some 60 ms for 100 instructions, hence fewer of them. `fits=0` leaves LC's interval None.
-    That model has an L1 penalty chosen by cross-validation, and where it finds no effect it answers exactly
-    50: the interval often ends there. The share of such resamples is reported.
+    The win rate uses `draws` resamples, LC the first `fits` of them. Instructions are drawn with
+    replacement, each with its pair of outputs. The package's LC model is refitted on each resample,
+    which takes about 60 ms for 100 instructions, so LC uses fewer resamples. `fits=0` leaves LC's
+    interval None. The LC model has an L1 penalty chosen by cross-validation, and it returns exactly
+    50 if it finds no effect, so the interval often ends at 50. The share of such resamples is
+    reported.
     """
     import numpy as np
     import pandas as pd
     from joblib import Parallel, delayed
 
-    # The frame keeps its index through resampling: instruction difficulties go by it.
+    # Resampling keeps the frame's index, by which the package looks up instruction difficulties.
     frame = pd.DataFrame(annotations)
-    wins = (
-        frame["preference"].astype(float).replace(0.0, 1.5).to_numpy() - 1
-    )  # 0 is an old form of a draw
+    # The package once wrote a draw as 0.
+    preference = frame["preference"].astype(float).replace(0.0, 1.5)
+    wins = preference.to_numpy() - 1
     chosen = np.random.default_rng(seed).integers(len(wins), size=(draws, len(wins)))
     refits = Parallel(n_jobs=threads)(
         delayed(metrics)(frame.iloc[rows], formula, difficulty) for rows in chosen[:fits]
     )
     controlled = [float(refit["length_controlled_winrate"]) for refit in refits]
 
+    share_at_50 = float(np.mean(np.equal(controlled, 50.0))) if controlled else None
+
     def interval(values: Any) -> list[float] | None:
-        return [float(end) for end in np.percentile(values, [2.5, 97.5])] if len(values) else None
+        if not len(values):
+            return None
+        return [float(end) for end in np.percentile(values, [2.5, 97.5])]
 
     return {
         "win_rate_interval": interval(100 * wins[chosen].mean(axis=1)),
@@ -269,15 +267,13 @@ def bootstrap(
             "resamples": draws,
             "length_controlled_resamples": len(controlled),
             "seed": seed,
-            "length_controlled_share_at_50": float(np.mean(np.equal(controlled, 50.0)))
-            if controlled
-            else None,
+            "length_controlled_share_at_50": share_at_50,
         },
     }
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value: numpy scalars unpacked, NaN (the package's missing value) as null."""
+    """A JSON value: a numpy scalar becomes a Python number, NaN (a missing value) becomes null."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and math.isnan(value) else value
 

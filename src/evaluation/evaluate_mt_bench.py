@@ -1,11 +1,14 @@
 """MT-Bench scores of a policy.
 
-Reads   answers in FastChat's form, the folder with question.jsonl, judge_prompts.jsonl and reference_answer*.jsonl; for
-        an embedded judge also the base policy's answers
-Writes  mt_bench.json: average (1 to 10), by turn and by category, failures counted; the judgments (.jsonl); their records
+Reads   answers in FastChat's format, the folder with question.jsonl, judge_prompts.jsonl and
+        reference_answer*.jsonl; for an embedded judge also the base policy's answers
+Writes  mt_bench.json: the average (1 to 10), by turn and by category, and the number of failures;
+        the judgments (.jsonl); their records
 Paper   MT-Bench, 2306.05685; 2405.00675 reports it with GPT-4 as judge
-Departs from it by default: the questions are ours, and a grade is the embedded judge's probability of beating the base's
-        answer, put on the scale 1 to 10 (5.5 is the base's own level). `comparable_with_published` says when it does not.
+Departs from the paper by default: the questions are this repository's own, and a grade is the
+        embedded judge's probability that the answer beats the base's answer, mapped to the scale 1
+        to 10 (5.5 is the level of the base). `comparable_with_published` says whether the scores
+        are comparable with published ones.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--judge",
         required=True,
-        help="judge, ranker, an adapter folder, openai, or a model of OpenAI's such as gpt-6-luna",
+        help="judge, ranker, an adapter folder, openai, or an OpenAI model such as gpt-6-luna",
     )
     parser.add_argument(
         "--judge-base", type=Path, help="Hugging Face folder of the embedded judge's base"
@@ -72,7 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="mt_bench.json")
     parser.add_argument(
-        "--judgments", type=Path, required=True, help="where the judgments go, .jsonl"
+        "--judgments", type=Path, required=True, help="file for the judgments, .jsonl"
     )
     args = parser.parse_args()
 
@@ -81,24 +84,21 @@ def main() -> None:
     answers = read_answers(args.answers, questions)
     policy = next(iter(answers.values()))["model_id"]
     check_policy(args.answers, policy)
-    inputs = [
-        path
-        for path in (
-            args.answers,
-            args.reference,
-            args.data,
-            args.judge_base,
-            *model_files(args.judge, None),
-        )
-        if path
+    possible_inputs = [
+        args.answers,
+        args.reference,
+        args.data,
+        args.judge_base,
+        *model_files(args.judge, None),
     ]
+    inputs = [path for path in possible_inputs if path]
     kind = local_kind(args.judge)
     with recorded("mt_bench", args.output, inputs, vars(args)):
         if kind:
             if not args.reference or (kind.needs_base and not args.judge_base):
                 raise UserError(
-                    f"judge {args.judge} compares: name the base's answers with --reference, and its"
-                    " own base model with --judge-base"
+                    f"judge {args.judge} compares two answers; give the base policy's answers with "
+                    "--reference, and the judge's base model with --judge-base"
                 )
             from sppo.policies.models import pick_device, start_torch
 
@@ -125,9 +125,10 @@ def main() -> None:
                 args.judgments, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             )
         official = all(is_official(args.data, name) for name in OFFICIAL)
+        categories = {row["question_id"]: row["category"] for row in questions}
         write_json(
             args.output,
-            scores(rows, {row["question_id"]: row["category"] for row in questions})
+            scores(rows, categories)
             | {
                 "against_base": win_rates(rows) if kind else None,
                 "comparable_with_published": official and args.judge in PUBLISHED_JUDGES,

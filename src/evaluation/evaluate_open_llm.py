@@ -1,12 +1,14 @@
 """The six tasks of the Open LLM Leaderboard v1, by lm-eval.
 
-Reads   the policy; the tasks' data: `hub` (the official sets), or a folder of JSON lines in their fields
-        (data/open_llm: small items of our own, not comparable with published scores)
+Reads   the policy; the tasks' data: `hub` (the official sets), or a folder of JSON lines with the
+        same fields (data/open_llm: this repository's own small items; their scores are not
+        comparable with published ones)
 Writes  open_llm.json (per cent, with standard errors) and its record
 Paper   2405.00675, Table 3; shots and metrics of the leaderboard, prompts and scoring of lm-eval
-Departs from the leaderboard: the harness is lm-eval 0.4.13, not the commit of 2023 that it pinned, which matters for
-        MMLU; the leaderboard's MMLU is the unweighted mean over subjects, given as `mmlu_unweighted` beside the
-        harness's own `mmlu`, weighted by size, which `average` uses as the paper's harness does.
+Departs from the leaderboard: the harness is lm-eval 0.4.13, not the commit of 2023 that the
+        leaderboard pinned, which matters for MMLU. The leaderboard's MMLU is the unweighted mean
+        over subjects; it is written as `mmlu_unweighted`. The harness's `mmlu` is weighted by the
+        size of the subjects; `average` uses it, as the paper's harness does.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from sppo.core.artifacts import recorded, write_json
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 
-# task: (shots, metric), as the leaderboard had them
+# (shots, metric) of each task on the leaderboard.
 TASKS = {
     "arc_challenge": (25, "acc_norm,none"),
     "truthfulqa_mc2": (0, "acc,none"),
@@ -80,8 +82,8 @@ def main() -> None:
             )
         except (OSError, ConnectionError, ValueError) as error:
             raise UserError(
-                f"lm-eval cannot run on the data of {args.data}: {str(error).splitlines()[0]}; check the network, or set "
-                "open_llm.data to a folder"
+                f"lm-eval cannot run on the data of {args.data}: {str(error).splitlines()[0]}; "
+                "check the network, or set open_llm.data to a folder"
             ) from error
         scores = summary(found)
         official = args.data == "hub" and args.limit is None and args.max_shots is None
@@ -104,86 +106,95 @@ def main() -> None:
 
 
 def shots_of(task: str, max_shots: int | None) -> int:
-    """The leaderboard's number of examples, or fewer."""
-    return TASKS[task][0] if max_shots is None else min(TASKS[task][0], max_shots)
+    """The leaderboard's number of examples, but at most `max_shots`."""
+    shots = TASKS[task][0]
+    return shots if max_shots is None else min(shots, max_shots)
 
 
 def harness_tasks(data: str, max_shots: int | None) -> list[dict[str, Any]]:
-    """The tasks for lm-eval: its own, with the leaderboard's shots, on the hub's data or on a folder's."""
-    members = []
+    """lm-eval's configurations of the tasks, with the leaderboard's shots.
+
+    data: `hub`, or a folder with a subfolder for each task. UserError if a subfolder does not exist
+    or contains no data.
+    """
+    configurations = []
     for name in TASKS:
         shots = {"num_fewshot": shots_of(name, max_shots)}
         if data == "hub":
-            members += [
-                {"task": task, **shots} for task in (mmlu_tasks() if name == "mmlu" else [name])
-            ]
+            tasks = mmlu_tasks() if name == "mmlu" else [name]
+            configurations += [{"task": task, **shots} for task in tasks]
             continue
-        folder = Path(data) / name
-        if not folder.is_dir():
-            raise UserError(
-                f"open_llm.data is {data}, but there is no folder {folder}; give `hub`, or a folder with all six tasks"
-            )
-        for task in sorted(path.name for path in folder.iterdir()) if name == "mmlu" else [None]:
-            files = {
-                file.stem: str(file.resolve())
-                for file in sorted((folder / task if task else folder).glob("*.jsonl"))
-            }
+        for task, folder in folders_of(data, name).items():
+            files = {file.stem: str(file.resolve()) for file in sorted(folder.glob("*.jsonl"))}
             if not files:
                 raise UserError(
-                    f"{folder / (task or '')} has no .jsonl files; add test.jsonl and the examples' split"
+                    f"{folder} has no .jsonl files; add test.jsonl and the split of the examples"
                 )
-            members.append(
+            configurations.append(
                 {
-                    "task": f"mmlu_{task}" if task else name,
+                    "task": task,
                     **shots,
                     "dataset_path": "json",
                     "dataset_name": None,
                     "dataset_kwargs": {"data_files": files},
                 }
             )
-    return members
+    return configurations
+
+
+def folders_of(data: str, name: str) -> dict[str, Path]:
+    """The folders with the data of one of `TASKS`, by lm-eval's name: for MMLU one per subject."""
+    folder = Path(data) / name
+    if not folder.is_dir():
+        raise UserError(
+            f"open_llm.data is {data}, but there is no folder {folder}; give `hub`, or a folder "
+            "with all six tasks"
+        )
+    if name != "mmlu":
+        return {name: folder}
+    subjects = sorted(path.name for path in folder.iterdir())
+    return {f"mmlu_{subject}": folder / subject for subject in subjects}
 
 
 def mmlu_tasks() -> list[str]:
-    """lm-eval's 57 subjects."""
+    """lm-eval's names of MMLU's 57 subjects."""
     import lm_eval
 
-    return sorted(
-        file.stem
-        for file in (Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default").glob(
-            "mmlu_*.yaml"
-        )
-    )
+    folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    return sorted(file.stem for file in folder.glob("mmlu_*.yaml"))
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Per cent and standard error of the six tasks, MMLU both ways, and the plain mean of the six."""
-    results, sizes = (
-        found["results"],
-        {task: size["effective"] for task, size in found["n-samples"].items()},
-    )
+    """Scores and standard errors in per cent, from lm-eval's results.
+
+    They are of the six tasks, of MMLU weighted by size and unweighted, and of the plain mean of the
+    six. A standard error is None if lm-eval gives none for the task.
+    """
+    results = found["results"]
+    sizes = {task: size["effective"] for task, size in found["n-samples"].items()}
     scores: dict[str, Any] = {}
     errors: dict[str, float] = {}
     counts: dict[str, int] = {}
     for name, (_, metric) in TASKS.items():
-        parts = [task for task in results if task.startswith("mmlu_")] if name == "mmlu" else [name]
-        n = sum(sizes[task] for task in parts)
-        accuracy = [results[task][metric] for task in parts]
-        error = [results[task][metric.replace(",", "_stderr,")] for task in parts]
-        scores[name] = 100 * sum(a * sizes[task] for a, task in zip(accuracy, parts)) / n
-        known = all(isinstance(e, float) for e in error)
-        errors[name] = (
-            100 * math.sqrt(sum((e * sizes[task]) ** 2 for e, task in zip(error, parts))) / n
-            if known
-            else math.nan
-        )
-        counts[name] = n
+        parts = [name]
         if name == "mmlu":
-            scores["mmlu_unweighted"] = 100 * sum(accuracy) / len(accuracy)
+            parts = [task for task in results if task.startswith("mmlu_")]
+        n = sum(sizes[task] for task in parts)
+        counts[name] = n
+        part_scores = [results[task][metric] for task in parts]
+        part_errors = [results[task][metric.replace(",", "_stderr,")] for task in parts]
+        total = sum(score * sizes[task] for score, task in zip(part_scores, parts))
+        scores[name] = 100 * total / n
+        errors[name] = math.nan
+        if all(isinstance(error, float) for error in part_errors):
+            squares = sum((error * sizes[task]) ** 2 for error, task in zip(part_errors, parts))
+            errors[name] = 100 * math.sqrt(squares) / n
+        if name == "mmlu":
+            scores["mmlu_unweighted"] = 100 * sum(part_scores) / len(part_scores)
     scores["average"] = sum(scores[name] for name in TASKS) / len(TASKS)
     errors["average"] = math.sqrt(sum(errors[name] ** 2 for name in TASKS)) / len(TASKS)
     return scores | {
-        "stderr": {name: None if math.isnan(e) else e for name, e in errors.items()},
+        "stderr": {name: None if math.isnan(error) else error for name, error in errors.items()},
         "n": counts,
     }
 

@@ -1,8 +1,10 @@
-"""Best of n: of the first n answers to each instruction, the one that the preference model likes best.
+"""Best of n: keep the answer that the preference model prefers among the first n.
 
-Reads   answers to the evaluation instructions, several to each (answer_instructions.py --samples), the preference model
-Writes  outputs in alpaca-eval's form, one to each instruction, and a record
-Paper   2405.00675, section 5.2 (best-of-16 by PairRM); the best is the argmax of the mean logit, as for training winners
+Reads   several answers to each evaluation instruction (answer_instructions.py --samples), the
+        preference model
+Writes  outputs in alpaca-eval's format, one for each instruction, and a record
+Paper   2405.00675, section 5.2 (best-of-16 by PairRM); the best answer has the highest mean logit,
+        as the winner has in training
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def main() -> None:
         help="preference model: ranker, judge, an adapter's folder or PairRM's",
     )
     parser.add_argument(
-        "--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on"
+        "--ranker-base", type=Path, nargs="?", help="folder of the adapter's base model"
     )
     parser.add_argument(
         "--generator", required=True, help="name of the reranked policy in the outputs"
@@ -47,28 +49,23 @@ def main() -> None:
     fewest = min((len(rows) for rows in answers.values()), default=0)
     if not 1 <= args.n <= fewest:
         raise UserError(
-            f"best of {args.n} needs {args.n} answers to every instruction, {args.answers} has {fewest}; raise best_of_n.samples"
+            f"best of {args.n} needs {args.n} answers to every instruction, and {args.answers} has "
+            f"{fewest}; raise best_of_n.samples"
         )
     from sppo.core.progress import progress
     from sppo.policies.models import pick_device, start_torch
 
     start_torch()
-    with recorded(
-        "answer",
-        args.output,
-        [args.answers, *model_files(args.model, args.ranker_base)],
-        vars(args),
-    ) as facts:
+    inputs = [args.answers, *model_files(args.model, args.ranker_base)]
+    with recorded("answer", args.output, inputs, vars(args)) as facts:
         model = load_preference_model(
             settings_for(args.model), args.ranker_base, pick_device(args.device)
         )
         best = []
         for instruction, rows in progress(list(answers.items()), "rank"):
             texts = [row["output"] for row in rows[: args.n]]
-            best.append(
-                rows[int(mean_logits(model.pair_logits(instruction, texts)).argmax())]
-                | {"generator": args.generator}
-            )
+            scores = mean_logits(model.pair_logits(instruction, texts))
+            best.append(rows[int(scores.argmax())] | {"generator": args.generator})
         write_json(args.output, best)
         facts |= {"preference_model": model.name, "instructions": len(best)}
 

@@ -1,16 +1,20 @@
 """Leaderboard rows of AlpacaEval from published annotations, by alpaca-eval's own code.
 
-    python src/evaluation/recompute_alpaca_eval.py --annotations annotations.json --difficulty df_gamed.csv
+    python src/evaluation/recompute_alpaca_eval.py \\
+        --annotations annotations.json --difficulty df_gamed.csv
 
-Reads   annotations in alpaca-eval's form (JSON list or parquet): instruction, output_1, output_2, generator_2,
-        preference; a column `model` tells apart several models in one file
-Prints  one JSON object a model, one a line, rates in per cent: model, win_rate, standard_error,
-        length_controlled_winrate, avg_length, n_total, lc_source, and a note where rows are missing
+Reads   annotations in alpaca-eval's format (JSON list or parquet): instruction, output_1, output_2,
+        generator_1, generator_2, preference; a column `model` if a file has several models
+Prints  one JSON object for each model, one per line, rates in per cent: model, win_rate,
+        standard_error, length_controlled_winrate, avg_length, n_total, lc_source, and a note if
+        rows are missing
 
-The length-controlled (LC) win rate of the leaderboard needs the hub's df_gamed.csv, which knows an instruction
-by its position among the 805: rows are put there by their instruction, whatever is missing. The leaderboard took
-the place in the file instead; where that differs, its way is given too, as length_controlled_winrate_by_place_in_file.
-Without df_gamed.csv LC comes from `length_controlled_minimal`, which knows no difficulties; lc_source says which it was.
+The leaderboard's length-controlled (LC) win rate needs df_gamed.csv from the hub. That file
+identifies an instruction by its position among AlpacaEval's 805. Here each row is placed at the
+position of its instruction, even if other rows are missing. The leaderboard used the row's place in
+the file instead. If the two differ, length_controlled_winrate_by_place_in_file is the leaderboard's
+value. Without df_gamed.csv, LC comes from `length_controlled_minimal`, which uses no difficulties;
+lc_source says which of the two was used.
 """
 
 from __future__ import annotations
@@ -46,21 +50,21 @@ def main() -> None:
         help="annotations.json, or a parquet of several models",
     )
     parser.add_argument(
-        "--difficulty", type=Path, help="df_gamed.csv; without it LC is the minimal formula's"
+        "--difficulty", type=Path, help="df_gamed.csv; without it LC comes from the minimal formula"
     )
     args = parser.parse_args()
     if args.difficulty and not args.difficulty.is_file():
         raise UserError(
-            f"--difficulty {args.difficulty} is missing; download df_gamed.csv or leave the flag out"
+            f"--difficulty {args.difficulty} does not exist; download df_gamed.csv or omit the flag"
         )
     for model, rows in read_annotations(args.annotations).groupby("model", sort=False):
         print(json.dumps({"model": model, **leaderboard_row(rows, args.difficulty)}), flush=True)
 
 
 def read_annotations(path: Path) -> pd.DataFrame:
-    """Annotations with `model`; UserError if the file or a column is missing or broken."""
+    """Annotations with a column `model`. UserError if the file or a column is missing or broken."""
     if not path.is_file():
-        raise UserError(f"no annotations {path}")
+        raise UserError(f"the annotations {path} do not exist; correct --annotations")
     if path.suffix == ".parquet":
         try:
             frame = pd.read_parquet(path)
@@ -69,44 +73,50 @@ def read_annotations(path: Path) -> pd.DataFrame:
     else:
         rows = read_json(path)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{path} is not a list of annotations")
+            raise UserError(f"{path} is not a list of annotations; give alpaca-eval's file")
         frame = pd.DataFrame(rows)
     missing = [column for column in COLUMNS if column not in frame]
     if missing or frame.empty:
-        raise UserError(
-            f"{path} has {'no rows' if frame.empty else 'no column ' + ', '.join(missing)}; alpaca-eval's annotations "
-            f"have {', '.join(COLUMNS)}"
-        )
+        fault = "no rows" if frame.empty else "no column " + ", ".join(missing)
+        raise UserError(f"{path} has {fault}; alpaca-eval's annotations have {', '.join(COLUMNS)}")
     frame["preference"] = pd.to_numeric(frame["preference"], errors="coerce")
-    frame = frame if "model" in frame else frame.assign(model=frame["generator_2"])
-    return (
-        frame.sort_values("row", kind="stable") if "row" in frame else frame
-    )  # `row`: place in the published file
+    if "model" not in frame:
+        frame = frame.assign(model=frame["generator_2"])
+    if "row" in frame:  # the place in the published file
+        frame = frame.sort_values("row", kind="stable")
+    return frame
 
 
 def leaderboard_row(rows: pd.DataFrame, difficulty: Path | None) -> dict:
-    """The package's row of one model, from its annotations in the order of their file."""
+    """The package's row of one model, from its annotations in the order of their file.
+
+    UserError if an instruction is repeated, if fewer than 5 are judged, or if `difficulty` is given
+    and an instruction is not AlpacaEval's.
+    """
     model = rows["model"].iloc[0]
-    if rows["instruction"].duplicated().any():
-        twice = rows.loc[rows["instruction"].duplicated(), "instruction"].iloc[0]
+    repeated = rows.loc[rows["instruction"].duplicated(), "instruction"]
+    if len(repeated):
         raise UserError(
-            f"{model} has two annotations of the instruction {twice[:60]!r}; drop one, or name the models apart in `model`"
+            f"{model} has two annotations of the instruction {repeated.iloc[0][:60]!r}; drop one, "
+            "or give each model its own name in `model`"
         )
     rows = rows.assign(position=rows["instruction"].map(canonical_position)).reset_index(drop=True)
     kept = rows[rows["preference"].between(0, 2)]
     if len(kept) < 5:
         raise UserError(
-            f"{model} has {len(kept)} judged instructions; the length-controlled metric needs at least 5"
+            f"{model} has {len(kept)} judged instructions, but the length-controlled metric needs "
+            "at least 5; give more"
         )
-    ours, others = rows["position"].notna(), rows.loc[rows["position"].isna(), "instruction"]
+    others = rows.loc[rows["position"].isna(), "instruction"]
     if difficulty and len(others):
         raise UserError(
-            f"{model}: {others.iloc[0][:60]!r} is not one of AlpacaEval's {CANONICAL_SIZE} instructions; leave --difficulty out"
+            f"{model}: {others.iloc[0][:60]!r} is not one of AlpacaEval's {CANONICAL_SIZE} "
+            "instructions; omit --difficulty"
         )
     with length_model(len(rows), difficulty) as (formula, file):
-        aligned = (
-            kept.set_axis(kept["position"].to_numpy(dtype=int)).sort_index() if difficulty else kept
-        )
+        aligned = kept
+        if difficulty:
+            aligned = kept.set_axis(kept["position"].to_numpy(dtype=int)).sort_index()
         row = metrics(aligned, formula, file)
         result = {
             "win_rate": float(row["win_rate"]),
@@ -120,22 +130,25 @@ def leaderboard_row(rows: pd.DataFrame, difficulty: Path | None) -> dict:
             by_place = metrics(kept, formula, file)["length_controlled_winrate"]
             result["length_controlled_winrate_by_place_in_file"] = float(by_place)
     notes = []
-    if ours.all() and len(rows) < CANONICAL_SIZE:
+    if others.empty and len(rows) < CANONICAL_SIZE:
         notes.append(
-            f"{CANONICAL_SIZE - len(rows)} of the {CANONICAL_SIZE} instructions are absent: the leaderboard's avg_length, of all "
-            "outputs, may differ by a few characters"
+            f"{CANONICAL_SIZE - len(rows)} of the {CANONICAL_SIZE} instructions are absent: the "
+            "leaderboard's avg_length, of all outputs, may differ by a few characters"
         )
     if "length_controlled_winrate_by_place_in_file" in result:
         notes.append(
-            "rows are not at their instructions' places: the leaderboard's LC took difficulties by place in the file"
+            "rows are not at their instructions' places: the leaderboard's LC took difficulties by "
+            "place in the file"
         )
     if len(kept) < len(rows):
         notes.append(f"{len(rows) - len(kept)} annotations have no preference and are left out")
-    return result | ({"note": "; ".join(notes)} if notes else {})
+    if notes:
+        result["note"] = "; ".join(notes)
+    return result
 
 
 def lc_source(formula: str, difficulty: Path | None) -> str:
-    """Where LC comes from, as the reader of a table must know it."""
+    """The source of the LC win rate, for the reader of a table."""
     if not difficulty:
         return f"{formula}, without instruction difficulties: not the leaderboard's"
     if file_hash(difficulty) == OFFICIAL_DIFFICULTY:

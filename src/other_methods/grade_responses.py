@@ -1,14 +1,18 @@
-"""Grade the responses to each prompt of one shard, and the gold one, from 0 to 6.
+"""Grade the responses to each prompt of one shard, and its gold response, from 0 to 6.
 
-Reads   prompts.parquet, responses/{shard}.parquet, gold responses (JSONL) if there are any; the preference model, or a judge
-        behind an OpenAI-compatible server
-Writes  grades/{shard}.parquet (sample_id -1 is the gold response) and its record, which counts loops and what has no grade;
-        finished judgments in grades/.judgments/, so that no one is asked for twice
-Paper   2404.03715, Algorithm 2: GPT-4-Turbo adds up six points; what repeats itself is a negative whatever its grade
-Departs from it: the wording of the six points is ours (src/sppo/preferences/grades.py), and a response with a loop is graded 0.
-        `--judge preference`, the default, is a stand-in without any rubric: 6 P-hat(y beats the pool of this prompt's K responses and
-        its gold one). That is relative to the pool, where the paper's grade is absolute: its mean over a pool is 3 however
-        good all are, and no response of a pool of n has more than 6 - 3/n.
+Reads   prompts.parquet, responses/{shard}.parquet, gold responses (JSONL) if there are any; the
+        preference model, or a judge behind an OpenAI-compatible server
+Writes  grades/{shard}.parquet (sample_id -1 is the gold response) and its record, which counts
+        loops and responses without a grade; finished judgments in grades/.judgments/, so that no
+        judgment is asked for twice
+Paper   2404.03715, Algorithm 2: GPT-4-Turbo adds up six points; a response that repeats itself is a
+        negative example, regardless of its grade
+Departs from the paper: the wording of the six points is not from the paper
+        (src/sppo/preferences/grades.py), and a response with a loop has the grade 0.
+        `--judge preference`, the default, uses no rubric. Its grade is 6 P-hat(y beats the pool),
+        where the pool is the prompt's K responses and its gold response. This grade is relative to
+        the pool, but the paper's grade is absolute. The mean over a pool is always 3, however good
+        its responses are, and the highest possible grade in a pool of n is 6 - 3/n.
 """
 
 from __future__ import annotations
@@ -30,9 +34,9 @@ from sppo.preferences.estimates import p_hat, win_probabilities
 from sppo.preferences.grades import GOLD, HIGHEST, loops, read_score, rubric
 from sppo.preferences.prompt_reader import PromptReader
 
-LONGEST = 1024  # tokens of a judgment
-Pools = dict[str, dict[int, str]]  # texts by prompt and sample_id
-Grades = dict[tuple[str, int], float | None]
+LONGEST = 1024  # maximum number of tokens of a judgment
+Pools = dict[str, dict[int, str]]  # texts by prompt_id and sample_id
+Grades = dict[tuple[str, int], float | None]  # by (prompt_id, sample_id)
 
 
 def main() -> None:
@@ -45,13 +49,13 @@ def main() -> None:
         "--gold",
         type=Path,
         nargs="?",
-        help="JSONL of gold responses, with id of the prompt and response",
+        help="JSONL of gold responses, with id (of the prompt) and response",
     )
     parser.add_argument(
-        "--policy", type=Path, help="its chat template is used by --source chat_template"
+        "--policy", type=Path, help="policy whose chat template --source chat_template uses"
     )
     parser.add_argument(
-        "--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on"
+        "--ranker-base", type=Path, nargs="?", help="folder of the adapter's base model"
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
@@ -72,33 +76,35 @@ def main() -> None:
     for row in read_table(args.responses, "responses"):
         if row["prompt_id"] not in messages:
             raise UserError(
-                f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; delete it and run again"
+                f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; "
+                "delete it and run again"
             )
         pools[row["prompt_id"]][row["sample_id"]] = row["text"]
     gold = read_gold(args.gold) if args.gold else {}
     for prompt_id in pools.keys() & gold.keys():
         pools[prompt_id][GOLD] = gold[prompt_id]
     looping = {
-        (prompt_id, k)
+        (prompt_id, sample_id)
         for prompt_id, pool in pools.items()
-        for k, text in pool.items()
+        for sample_id, text in pool.items()
         if loops(text)
     }
-    inputs = [args.prompts, args.responses, *([args.gold] if args.gold else [])]
+    inputs = [args.prompts, args.responses]
+    if args.gold:
+        inputs.append(args.gold)
     if args.judge == "preference":
         inputs += model_files(args.model, args.ranker_base, backend=args.backend)
     with recorded("grade", args.output, inputs, vars(args)) as facts:
-        grades, grader = (
-            by_preference(pools, messages, args)
-            if args.judge == "preference"
-            else by_judge(pools, messages, looping, args)
-        )
+        if args.judge == "preference":
+            grades, grader = by_preference(pools, messages, args)
+        else:
+            grades, grader = by_judge(pools, messages, looping, args)
         grades |= dict.fromkeys(looping, 0.0)
         rows = [
-            {"prompt_id": prompt_id, "sample_id": k, "grade": grades[prompt_id, k]}
+            {"prompt_id": prompt_id, "sample_id": sample_id, "grade": grades[prompt_id, sample_id]}
             for prompt_id, pool in pools.items()
-            for k in sorted(pool)
-            if grades[prompt_id, k] is not None
+            for sample_id in sorted(pool)
+            if grades[prompt_id, sample_id] is not None
         ]
         write_table(args.output, rows, "grades")
         facts |= {
@@ -129,32 +135,33 @@ def by_preference(
     grades: Grades = {}
     for prompt_id, logits in compare(model, groups).items():
         estimates = p_hat(win_probabilities(logits, args.probability, args.logit_scale))
-        for k, estimate in zip(pools[prompt_id], estimates, strict=True):
-            grades[prompt_id, k] = HIGHEST * float(estimate)
+        for sample_id, estimate in zip(pools[prompt_id], estimates, strict=True):
+            grades[prompt_id, sample_id] = HIGHEST * float(estimate)
     return grades, model.name
 
 
 def by_judge(
     pools: Pools, messages: dict[str, list[dict]], looping: set, args: argparse.Namespace
 ) -> tuple[Grades, str]:
-    """The judge's score of each text that has no loop, None where its answer has none; and the judge's name."""
+    """The judge's score of each text without a loop, and the judge's name.
+
+    The score is None if the judge's answer contains no score. looping: texts with a loop, by
+    (prompt_id, sample_id).
+    """
     name = args.judge_model if args.judge == "openai" else args.judge
     cache = args.output.parent / ".judgments" / f"{args.output.stem}.jsonl"
     client = Client(name, args.judge_base_url, cache, lambda answer: read_score(answer) is not None)
     asked = [
-        (prompt_id, k)
+        (prompt_id, sample_id)
         for prompt_id, pool in pools.items()
-        for k in pool
-        if (prompt_id, k) not in looping
+        for sample_id in pool
+        if (prompt_id, sample_id) not in looping
     ]
 
-    def grade(place: tuple[str, int]) -> float | None:
-        prompt_id, k = place
-        return read_score(
-            client.ask(
-                rubric(messages[prompt_id], pools[prompt_id][k]), temperature=0, max_tokens=LONGEST
-            )
-        )
+    def grade(key: tuple[str, int]) -> float | None:
+        prompt_id, sample_id = key
+        question = rubric(messages[prompt_id], pools[prompt_id][sample_id])
+        return read_score(client.ask(question, temperature=0, max_tokens=LONGEST))
 
     grades = dict(zip(asked, concurrently(grade, asked, "graded responses"), strict=True))
     client.check_unreadable(len(asked))
@@ -162,6 +169,7 @@ def by_judge(
 
 
 def mean(rows: list[dict]) -> float | None:
+    """The mean grade; None if there are no rows."""
     return sum(row["grade"] for row in rows) / len(rows) if rows else None
 
 

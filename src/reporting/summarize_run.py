@@ -1,9 +1,11 @@
-"""Table and plot of one run: what every iteration won against the base, by the judge and by the ranker.
+"""Table and plots of one run: the win rates of every iteration against the base.
 
-Reads   alpaca_eval.json of each iteration by the judge, the same by the ranker that made the training
-        preferences, and optionally the run's records for the time that each iteration took
-Writes  a Markdown table (also printed), plots by iteration and over length as .png and .svg, their records
-The iteration is read from the paths (.../iter{t}/...). Rates are per cent; brackets are 95% intervals.
+Reads   alpaca_eval.json of each iteration by the judge, and by the ranker that made the training
+        preferences; optionally the run's records, for the time of each iteration
+Writes  a Markdown table (also printed), plots over iteration and over length as .png and .svg,
+        their records
+The iteration is read from the paths (.../iter{t}/...). Rates are in per cent; brackets are 95%
+intervals.
 """
 
 from __future__ import annotations
@@ -46,37 +48,40 @@ def main() -> None:
         required=True,
         help="alpaca_eval.json by the judge, one per iteration",
     )
-    parser.add_argument("--ranker", type=Path, nargs="*", default=[], help="the same by the ranker")
+    parser.add_argument(
+        "--ranker", type=Path, nargs="*", default=[], help="the same files by the ranker"
+    )
     parser.add_argument(
         "--records",
         type=Path,
         nargs="*",
         default=[],
-        help="records whose seconds are summed by iteration",
+        help="records whose seconds are added up by iteration",
     )
     parser.add_argument("--output", type=Path, required=True, help="summary.md")
     parser.add_argument(
-        "--plot", type=Path, required=True, help="win_rate.png; an .svg is written beside it"
+        "--plot", type=Path, required=True, help="win_rate.png; an .svg is written next to it"
     )
     parser.add_argument(
         "--length-plot",
         type=Path,
         required=True,
-        help="the same over average length, .png; an .svg is written beside it",
+        help="win rates over average length, .png; an .svg is written next to it",
     )
     args = parser.parse_args()
 
-    judged, ranked = read_evaluations(args.alpaca_eval), read_evaluations(args.ranker)
-    compared = {(line["judge"], line["reference"], line["n_total"]) for line in judged.values()}
-    if len(compared) > 1:
+    judged = read_evaluations(args.alpaca_eval)
+    ranked = read_evaluations(args.ranker)
+    setups = {(found["judge"], found["reference"], found["n_total"]) for found in judged.values()}
+    if len(setups) > 1:
         raise UserError(
-            f"the evaluations differ in judge, reference or n ({sorted(compared)}); give those of one run"
+            f"the evaluations differ in judge, reference or n ({sorted(setups)}); give those of "
+            "one run"
         )
     seconds = seconds_by_iteration(args.records)
     inputs = [*args.alpaca_eval, *args.ranker]
-    plots, length_plots = (
-        [plot, plot.with_suffix(".svg")] for plot in (args.plot, args.length_plot)
-    )
+    plots = [args.plot, args.plot.with_suffix(".svg")]
+    length_plots = [args.length_plot, args.length_plot.with_suffix(".svg")]
     with contextlib.ExitStack() as records:
         for artifact in (args.output, *plots, *length_plots):
             records.enter_context(
@@ -92,69 +97,76 @@ def main() -> None:
 def read_evaluations(paths: list[Path]) -> Evaluations:
     """Evaluations by iteration, in order.
 
-    UserError on a second one for an iteration, one of another policy, or a missing field.
+    UserError for two files of one iteration, a file of another policy, or a missing field.
     """
-    found: Evaluations = {}
+    evaluations: Evaluations = {}
     for path in paths:
-        number, line = iteration(path), read_evaluation(path)
-        missing = [key for key in NEEDED if key not in line]
+        number = iteration(path)
+        found = read_evaluation(path)
+        missing = [key for key in NEEDED if key not in found]
         if missing:
             raise UserError(
                 f"{path} has no {missing[0]}; make it again with evaluate_alpaca_eval.py"
             )
-        if number in found:
+        if number in evaluations:
             raise UserError(f"{path} is a second evaluation of iteration {number}; give one")
-        found[number] = line
-    return dict(sorted(found.items()))
+        evaluations[number] = found
+    return dict(sorted(evaluations.items()))
 
 
 def seconds_by_iteration(records: list[Path]) -> dict[int, float]:
-    """Summed wall time of the stages, in seconds, by iteration."""
+    """Total wall time of the stages, in seconds, by iteration.
+
+    A rebuilt record has no seconds. Its iteration is left out, because a sum without it would be
+    too small.
+    """
     total: dict[int, float] = {}
     for path in records:
-        # A rebuilt record does not know them, and a sum of the others is no iteration's time.
-        number, seconds = iteration(path), read_json(path).get("seconds", math.nan)
+        number = iteration(path)
+        seconds = read_json(path).get("seconds", math.nan)
         total[number] = total.get(number, 0.0) + float(seconds)
     return {number: seconds for number, seconds in total.items() if not math.isnan(seconds)}
 
 
 def table(judged: Evaluations, ranked: Evaluations, seconds: dict[int, float]) -> str:
-    """The table in Markdown; a dash where nothing is known."""
-    head = (
-        "iteration",
-        "win rate [95%]",
-        "LC win rate [95%]",
-        "by the ranker",
-        "average length",
-        "minutes",
-    )
-    rows = []
-    for number, line in judged.items():
+    """The table in Markdown, with notes; a missing value is a dash."""
+    rows = [
+        (
+            "iteration",
+            "win rate [95%]",
+            "LC win rate [95%]",
+            "by the ranker",
+            "average length",
+            "minutes",
+        )
+    ]
+    for number, found in judged.items():
         rows.append(
             (
                 str(number),
-                rate(line, "win_rate"),
-                rate(line, "length_controlled_winrate"),
+                rate(found, "win_rate"),
+                rate(found, "length_controlled_winrate"),
                 f"{ranked[number]['win_rate']:.1f}" if number in ranked else "-",
-                str(line["avg_length"]),
+                str(found["avg_length"]),
                 f"{seconds[number] / 60:.1f}" if number in seconds else "-",
             )
         )
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths)) + " |"
-        for row in [head, *rows]
-    ]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        lines.append("| " + " | ".join(cells) + " |")
     lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-    any_line = next(iter(judged.values()))
-    said = doubts({f"iteration {number}": line for number, line in judged.items()})
-    below = "".join(f"\n{sentence}\n" for sentence in said)
+    # All evaluations have the same judge, reference and n.
+    first = next(iter(judged.values()))
+    sentences = doubts({f"iteration {number}": found for number, found in judged.items()})
     return (
-        f"Per cent won against {any_line['reference']} on {any_line['n_total']} instructions, by {judge_name(any_line)}; lengths in "
-        f"characters, {any_line['reference']}: {any_line['reference_avg_length']}.\n\n"
+        f"Per cent won against {first['reference']} on {first['n_total']} instructions, "
+        f"by {judge_name(first)}; lengths in characters, {first['reference']}: "
+        f"{first['reference_avg_length']}.\n\n"
         + "\n".join(lines)
         + "\n"
-        + below
+        + "".join(f"\n{sentence}\n" for sentence in sentences)
     )
 
 

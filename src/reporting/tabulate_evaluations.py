@@ -2,8 +2,8 @@
 
 Reads   the JSON files of evaluations (src/sppo/evaluation/registry.py) and records of pairs.parquet
 Writes  the table as .csv, .md and .html, with a record each
-Rates are per cent, brackets 95% intervals, lengths in characters. A dash means that no such evaluation
-was made.
+Rates are in per cent, brackets are 95% intervals, and lengths are in characters. A dash means that
+the evaluation was not made.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
         help="the evaluations and the records of pairs.parquet",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help=".md; .csv and .html are written beside it"
+        "--output", type=Path, required=True, help=".md; .csv and .html are written next to it"
     )
     args = parser.parse_args()
 
@@ -53,31 +53,32 @@ def main() -> None:
         ".md": notes(found) + "\n\n" + markdown_table(HEAD, rows),
         ".html": page("All evaluations", paragraph(notes(found)) + html_table(HEAD, rows)),
     }
+    arguments = {"results": args.results}
     with contextlib.ExitStack() as records:
         for suffix, text in texts.items():
-            records.enter_context(
-                recorded(
-                    "tabulate",
-                    args.output.with_suffix(suffix),
-                    args.files,
-                    {"results": args.results},
-                )
-            )
-            write_text(args.output.with_suffix(suffix), text)
+            artifact = args.output.with_suffix(suffix)
+            records.enter_context(recorded("tabulate", artifact, args.files, arguments))
+            write_text(artifact, text)
 
 
 def row(name: str, number: int, found: dict[str, Any]) -> list[str]:
-    """One line of the table."""
+    """One line of the table: of the run `name` and the iteration `number`.
+
+    found: the contents of the iteration's files by name.
+    """
     pairs = found.get("pairs.parquet.record", {}).get("pairs")
     cells = [column.cell(found.get(evaluation, {})) for evaluation, column in COLUMNS]
     return [name, str(number), "-" if pairs is None else str(pairs), *cells]
 
 
 def notes(found: Evaluations) -> str:
-    """Who judged what, by the first evaluation of each kind, and which figures are doubtful."""
+    """Sentences about each kind of evaluation, such as its judge, and about doubtful figures.
+
+    The facts about a kind come from its first evaluation.
+    """
     sentences = [
-        "Per cent; brackets are 95% intervals; lengths in characters; a dash means that no such"
-        " evaluation was made."
+        "Per cent; brackets are 95% intervals; lengths in characters; a dash means that no such "
+        "evaluation was made."
     ]
     for evaluation in EVALUATIONS:
         made = [kinds[evaluation.name] for kinds in found.values() if evaluation.name in kinds]

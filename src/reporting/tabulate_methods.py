@@ -1,11 +1,13 @@
-"""The methods beside each other: what each run's iterates won, and what they cost.
+"""Comparison of the methods: the win rates and the cost of each run's policies.
 
-Reads   alpaca_eval.json, ranker_estimate.json and the records of responses, preferences or grades, pairs, logps and policies, of whatever
-        runs and iterations are there
-Writes  the table as .csv, .md, .tex and .html; the figure as .png and .svg; a record each
-Rates are per cent against the base, brackets 95% intervals, lengths in characters. Minutes and tokens are those of making the policy,
-evaluation apart; a run that shares main's first responses and preferences counts them as its own. The line above the table says of
-which runs the LC intervals at the last iteration do not meet: only there is an order.
+Reads   alpaca_eval.json, ranker_estimate.json, and the records of responses, preferences or grades,
+        pairs, logps and policies, of all runs and iterations that exist
+Writes  the table as .csv, .md, .tex and .html; the figure as .png and .svg; a record of each
+Rates are in per cent against the base, brackets are 95% intervals, and lengths are in characters.
+Minutes and tokens are the cost of making the policy, without its evaluation. If a run shares the
+first responses and preferences of the main run, they count as its own. The text above the table
+lists the runs whose LC intervals at their last iterations do not overlap; only these runs are
+ordered.
 """
 
 from __future__ import annotations
@@ -62,10 +64,10 @@ def main() -> None:
         "--output",
         type=Path,
         required=True,
-        help="methods.md; .csv, .tex and .html are written beside it",
+        help="methods.md; .csv, .tex and .html are written next to it",
     )
     parser.add_argument(
-        "--plot", type=Path, required=True, help="methods.png; an .svg is written beside it"
+        "--plot", type=Path, required=True, help="methods.png; an .svg is written next to it"
     )
     args = parser.parse_args()
 
@@ -79,17 +81,18 @@ def main() -> None:
         raise UserError(
             f"no run under {args.results} has been evaluated; make an alpaca_eval.json first"
         )
-    rows = [[place[0], *row(found, place)] for place in judged]
-    said = notes(judged)
+    rows = [[name, *row(found, name, number)] for name, number in judged]
+    above = notes(judged)
     texts = {
         ".csv": csv_table(HEAD, rows),
-        ".md": said + "\n\n" + markdown_table(HEAD, rows),
-        ".tex": latex_table(HEAD, rows, "llrlllrrrrr", said),
-        ".html": page("Methods", paragraph(said) + html_table(HEAD, rows)),
+        ".md": above + "\n\n" + markdown_table(HEAD, rows),
+        ".tex": latex_table(HEAD, rows, "llrlllrrrrr", above),
+        ".html": page("Methods", paragraph(above) + html_table(HEAD, rows)),
     }
     plots = [args.plot, args.plot.with_suffix(".svg")]
+    artifacts = [args.output.with_suffix(suffix) for suffix in texts] + plots
     with contextlib.ExitStack() as records:
-        for artifact in (*map(args.output.with_suffix, texts), *plots):
+        for artifact in artifacts:
             records.enter_context(
                 recorded("tabulate", artifact, args.files, {"results": args.results})
             )
@@ -98,19 +101,19 @@ def main() -> None:
         plot_methods(judged, plots)
 
 
-def row(found: Evaluations, place: tuple[str, int]) -> list[str]:
-    """One line of the table, without the run's name."""
-    contents = found[place]
-    judged, trained = contents["alpaca_eval"], contents.get("policy.record", {})
-    arguments = trained.get("arguments", {})
-    loss = arguments.get("loss") or ("extrapolated" if "alpha" in arguments else "-")
-    if place[1] == 0:
-        loss, cost = "-", ["-"] * 4
-    else:
-        cost = costs(found, place)
+def row(found: Evaluations, name: str, number: int) -> list[str]:
+    """One line of the table, without the run's name: of the run `name`, iteration `number`."""
+    contents = found[name, number]
+    judged = contents["alpaca_eval"]
+    # Iteration 0 is the base policy, which no method made.
+    loss = "-"
+    cost = ["-"] * 4
+    if number > 0:
+        loss = loss_name(contents.get("policy.record", {}))
+        cost = costs(found, name, number)
     return [
         loss,
-        str(place[1]),
+        str(number),
         rate(judged, "win_rate"),
         rate(judged, "length_controlled_winrate"),
         rate(contents.get("ranker_estimate", {}), "win_rate", interval=False),
@@ -119,59 +122,90 @@ def row(found: Evaluations, place: tuple[str, int]) -> list[str]:
     ]
 
 
-def costs(found: Evaluations, place: tuple[str, int]) -> list[str]:
-    """Pairs, tokens sampled and trained on, and minutes, of one iteration."""
-    contents = found[place]
-    pairs, trained = contents.get("pairs.parquet.record", {}), contents.get("policy.record", {})
-    sampled = sampling(found, pairs)
-    steps = [
-        record for name, record in contents.items() if name.startswith(("logps/", "policy.record"))
+def loss_name(record: dict[str, Any]) -> str:
+    """The loss that a policy was trained with, from the policy's record."""
+    arguments = record.get("arguments", {})
+    if arguments.get("loss"):
+        return arguments["loss"]
+    return "extrapolated" if "alpha" in arguments else "-"
+
+
+def costs(found: Evaluations, name: str, number: int) -> list[str]:
+    """Pairs, tokens sampled, tokens trained on, and minutes of one iteration; "-" if unknown."""
+    contents = found[name, number]
+    pairs = contents.get("pairs.parquet.record", {})
+    policy = contents.get("policy.record", {})
+    responses_and_judgments = source_records(found, pairs)
+    tokens_sampled = None
+    if responses_and_judgments:
+        tokens_sampled = sum(record.get("tokens", 0) for record in responses_and_judgments)
+    tokens_trained = None
+    if "tokens_an_epoch" in policy:
+        epochs = policy.get("arguments", {}).get("stop_epoch", 0)
+        tokens_trained = round(policy["tokens_an_epoch"] * epochs)
+    training = [
+        record for file, record in contents.items() if file.startswith(("logps/", "policy.record"))
     ]
-    # A rebuilt record does not know its seconds.
-    made = [*sampled, *steps, *([pairs] if pairs else [])]
-    seconds = sum(record.get("seconds", math.nan) for record in made)
-    epochs = trained.get("arguments", {}).get("stop_epoch", 0)
-    tokens = round(trained["tokens_an_epoch"] * epochs) if "tokens_an_epoch" in trained else None
-    drawn = sum(record.get("tokens", 0) for record in sampled) if sampled else None
-    minutes = None if math.isnan(seconds) else seconds / 60
-    return [decimals(value, 0) for value in (pairs.get("pairs"), drawn, tokens)] + [
-        decimals(minutes)
+    stages = [*responses_and_judgments, *training]
+    if pairs:
+        stages.append(pairs)
+    # A rebuilt record has no seconds. Then the total is unknown.
+    seconds = sum(record.get("seconds", math.nan) for record in stages)
+    return [
+        decimals(pairs.get("pairs"), 0),
+        decimals(tokens_sampled, 0),
+        decimals(tokens_trained, 0),
+        decimals(None if math.isnan(seconds) else seconds / 60),
     ]
 
 
-def sampling(found: Evaluations, pairs: dict[str, Any]) -> list[dict[str, Any]]:
-    """Records of the responses and preferences or grades that the pairs were built of, whichever run made them."""
+def source_records(found: Evaluations, pairs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records of the responses and of the preferences or grades that the pairs were built from.
+
+    pairs: the record of the pairs, whose inputs can be another run's files.
+    """
     folders = ("responses/", "preferences/", "grades/")
-    made = {
-        record["artifact"]: record
-        for contents in found.values()
-        for name, record in contents.items()
-        if name.startswith(folders)
-    }
-    return [made[path] for path in pairs.get("inputs", {}) if path in made]
+    records = {}
+    for contents in found.values():
+        for file, record in contents.items():
+            if file.startswith(folders):
+                records[record["artifact"]] = record
+    return [records[path] for path in pairs.get("inputs", {}) if path in records]
 
 
 def notes(judged: Evaluations) -> str:
-    """Who judged, and between which runs the last iterations part."""
-    any_line = next(iter(judged.values()))
-    last = {name: judged[name, max(t for run, t in judged if run == name)] for name, _ in judged}
-    ends = {
-        name: line["length_controlled_winrate_interval"]
-        for name, line in last.items()
-        if line["length_controlled_winrate_interval"]
-    }
-    parted = [
-        f"{one} above {', '.join(below)}"
-        for one in ends
-        if (below := [other for other in ends if ends[other][1] < ends[one][0]])
+    """Sentences about the judge, the order of the runs, and doubtful figures."""
+    first = next(iter(judged.values()))
+    order = "; ".join(order_of_runs(judged))
+    sentences = [
+        f"Per cent won against the base's answers on {first['n_total']} instructions, "
+        f"by {judge_name(first)}; brackets are 95% intervals.",
+        "At their last iterations the LC intervals part "
+        + (f"thus: {order}." if order else "nowhere: there is no order."),
+        *doubts({f"{run}, iteration {t}": line for (run, t), line in judged.items()}),
     ]
-    said = doubts({f"{run}, iteration {t}": line for (run, t), line in judged.items()})
-    return (
-        f"Per cent won against the base's answers on {any_line['n_total']} instructions, by {judge_name(any_line)}; brackets are 95% intervals. At their last "
-        f"iterations the LC intervals part "
-        + (f"thus: {'; '.join(parted)}." if parted else "nowhere: there is no order.")
-        + "".join(f" {sentence}" for sentence in said)
-    )
+    return " ".join(sentences)
+
+
+def order_of_runs(judged: Evaluations) -> list[str]:
+    """Which run is above which others: those whose LC intervals lie below its own.
+
+    The intervals are those of each run's last iteration. Runs without an interval are left out.
+    """
+    last: dict[str, int] = {}
+    for name, number in judged:
+        last[name] = max(number, last.get(name, 0))
+    intervals = {}
+    for name, number in last.items():
+        interval = judged[name, number]["length_controlled_winrate_interval"]
+        if interval:
+            intervals[name] = interval
+    order = []
+    for name, (low, _) in intervals.items():
+        below = [other for other, (_, high) in intervals.items() if high < low]
+        if below:
+            order.append(f"{name} above {', '.join(below)}")
+    return order
 
 
 if __name__ == "__main__":

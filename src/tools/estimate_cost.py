@@ -1,9 +1,10 @@
-"""What a configuration will cost, before any of it is spent: tokens, FLOPs, GPU-hours, memory, disk, dollars.
+"""Estimate the cost of a configuration: tokens, FLOPs, GPU-hours, memory, disk, dollars.
 
-Reads   the configuration as Snakemake would, its main run; nothing is run or fetched
+Reads   the main run of the configuration, as Snakemake reads it; it runs and downloads nothing
 Writes  tables on standard output, by iteration and stage
-Formulas are in src/sppo/reporting/cost_model.py; docs/paper_scale.md says how far they were off on runs that were measured. Lengths and the shares of a
-GPU's peak are assumptions until you measure: src/tools/check_estimate.py reads both off the records of a finished run.
+The formulas are in src/sppo/reporting/cost_model.py. docs/paper_scale.md compares them with
+measured runs. Lengths and the shares of a GPU's peak are assumptions until they are measured:
+src/tools/check_estimate.py reads both from the records of a finished run.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ from sppo.reporting import cost_model
 from sppo.reporting.cost_model import GB, GPUS, Gpu, Use
 from sppo.workflow.configuration import resolve
 
-JUDGE_PROMPT = 350  # tokens of GPT-4 turbo's template in alpaca-eval: 1398 characters, four a token
-STORED_BYTES = 9  # of a stored token: its id, and its text
+# Tokens of GPT-4 turbo's template in alpaca-eval: 1398 characters, four per token.
+JUDGE_PROMPT = 350
+STORED_BYTES = 9  # bytes of a stored token: its id and its text
 MT_BENCH = 160  # grades of a policy: 80 questions, two turns
 
 
 @dataclass(frozen=True)
 class Row:
-    """One stage of one iteration. `seconds` is None where the stage does not fit on the GPU."""
+    """One stage of one iteration.
+
+    seconds: on one GPU; None if the stage does not fit. memory: peak of one GPU in bytes.
+    """
 
     iteration: int
     stage: str
@@ -51,18 +56,18 @@ def main() -> None:
         type=Path,
         nargs="*",
         default=[],
-        help="configuration files, such as a preset; without any, the demo's",
+        help="configuration files, such as a preset; default: the demo's",
     )
     parser.add_argument(
-        "--settings", choices=["paper", "repo"], help="in place of the configuration's"
+        "--settings", choices=["paper", "repo"], help="replaces the configuration's value"
     )
     parser.add_argument("--gpu", choices=list(GPUS), default="H100")
     parser.add_argument(
-        "--gpus", type=int, help="that train one policy together; default: train.processes"
+        "--gpus", type=int, help="number of GPUs that train a policy; default: train.processes"
     )
-    parser.add_argument("--peak-tflops", type=float, help="bfloat16, of another GPU")
-    parser.add_argument("--memory-gb", type=float, help="of another GPU")
-    parser.add_argument("--bandwidth-tb", type=float, help="TB/s, of another GPU")
+    parser.add_argument("--peak-tflops", type=float, help="bfloat16 TFLOP/s of another GPU")
+    parser.add_argument("--memory-gb", type=float, help="memory of another GPU in GB")
+    parser.add_argument("--bandwidth-tb", type=float, help="bandwidth of another GPU in TB/s")
     parser.add_argument(
         "--mfu-training",
         type=float,
@@ -73,7 +78,7 @@ def main() -> None:
         "--mfu-forward",
         type=float,
         default=0.4,
-        help="the same in forward passes (default: %(default)s)",
+        help="assumed share of the peak FLOP/s in forward passes (default: %(default)s)",
     )
     parser.add_argument(
         "--bandwidth-share",
@@ -85,33 +90,38 @@ def main() -> None:
         "--prompts",
         type=int,
         default=20000,
-        help="in one iteration, where the source is on the hub (default: %(default)s)",
+        help="prompts in one iteration, if the source is on the hub (default: %(default)s)",
     )
     parser.add_argument(
-        "--prompt-tokens", type=int, default=200, help="assumed mean (default: %(default)s)"
+        "--prompt-tokens",
+        type=int,
+        default=200,
+        help="assumed mean length of prompts (default: %(default)s)",
     )
     parser.add_argument(
         "--response-tokens",
         type=int,
         default=450,
-        help="assumed mean, if max_new_tokens allows (default: %(default)s)",
+        help="assumed mean length of responses, at most max_new_tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--longest-prompt",
         type=int,
         default=2048,
-        help="assumed, where prompts.max_tokens is null (default: %(default)s)",
+        help="assumed length of the longest prompt, if prompts.max_tokens is null "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--price", type=float, help="dollars of a GPU-hour; none is assumed")
+    parser.add_argument("--price", type=float, help="dollars per GPU-hour; there is no default")
     parser.add_argument(
         "--judge-price",
         type=float,
-        help="dollars for a million tokens that the judge's API reads; none is assumed",
+        help="dollars per million tokens that the judge's API reads; there is no default",
     )
     args = parser.parse_args()
 
     config = configuration(args.config, args.settings)
-    shape, gpu = shape_of_policy(config["policy"]), GPUS[args.gpu]
+    shape = shape_of_policy(config["policy"])
+    gpu = GPUS[args.gpu]
     gpu = Gpu(
         args.peak_tflops * 1e12 if args.peak_tflops else gpu.flops,
         args.memory_gb * GB if args.memory_gb else gpu.memory,
@@ -123,19 +133,25 @@ def main() -> None:
     args.gpus = args.gpus or config["train"]["processes"]
     rows = all_rows(config, shape, gpu, use, args)
     print(
-        f"{config['name'] or 'The default'}, settings {config['settings']}: {config['policy']['model']}, {shape.weights / GB:.2f} billion weights, "
-        f"on {args.gpus} x {args.gpu}.\n{as_table(rows, gpu)}\n{summary(rows, config, shape, args)}"
+        f"{config['name'] or 'The default'}, settings {config['settings']}: "
+        f"{config['policy']['model']}, {shape.weights / GB:.2f} billion weights, "
+        f"on {args.gpus} x {args.gpu}."
     )
+    print(as_table(rows, gpu))
+    print(summary(rows, config, shape, args))
 
 
 def configuration(files: list[Path], settings: str | None) -> dict[str, Any]:
-    """The main run, resolved as the Snakefile does."""
+    """The configuration of the main run, resolved as in the Snakefile."""
     written = read_files(files or [ROOT / "config" / "config.yaml"])
     return resolve(written | ({"settings": settings} if settings else {}))[""]
 
 
 def shape_of_policy(policy: dict[str, Any]) -> Shape:
-    """From the table of published shapes, a model folder, or the hub's local cache."""
+    """The policy's shape, from the table `SHAPES`, a model folder, or the hub's local cache.
+
+    UserError if the shape is unknown.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     if policy["model"] in SHAPES:
@@ -145,193 +161,246 @@ def shape_of_policy(policy: dict[str, Any]) -> Shape:
         file = try_to_load_from_cache(policy["model"], "config.json", revision=policy["revision"])
     if not isinstance(file, (str, Path)) or not Path(file).is_file():
         raise UserError(
-            f"policy.model is {policy['model']}, whose shape is not known here; give a model folder or one that was fetched, or one of "
-            f"{', '.join(SHAPES)}"
+            f"policy.model is {policy['model']}, whose shape is unknown here; give a model folder, "
+            f"a model that was fetched, or one of {', '.join(SHAPES)}"
         )
     return shape_of(read_json(Path(file)))
 
 
 def prompts_of_an_iteration(config: dict[str, Any], assumed: int) -> int:
-    """As configured; all of a file, divided; or what is assumed of a hub data set."""
+    """Number of prompts in an iteration.
+
+    It is the configured number, or an equal share of the lines of a file, or `assumed` for a hub
+    data set.
+    """
     prompts = config["prompts"]
-    if prompts["per_iteration"] or not Path(prompts["source"]).is_file():
-        return prompts["per_iteration"] or assumed
-    lines = Path(prompts["source"]).read_bytes().split(b"\n")
+    if prompts["per_iteration"]:
+        return prompts["per_iteration"]
+    source = Path(prompts["source"])
+    if not source.is_file():
+        return assumed
+    lines = source.read_bytes().split(b"\n")
     return sum(1 for line in lines if line.strip()) // max(config["iterations"], 1)
 
 
 def instructions_of(evaluation: dict[str, Any]) -> int:
-    return evaluation["limit"] or (
-        805
-        if evaluation["instructions"] == "official"
-        else len(read_json(Path(evaluation["instructions"])))
-    )
+    """Number of evaluation instructions. evaluation: the section `alpaca_eval`."""
+    if evaluation["limit"]:
+        return evaluation["limit"]
+    if evaluation["instructions"] == "official":
+        return 805
+    return len(read_json(Path(evaluation["instructions"])))
+
+
+def pairs_of_a_prompt(pairs: dict[str, Any], samples: int) -> int:
+    """Maximum number of pairs of one prompt. pairs: the section `pairs`."""
+    if pairs["construction"] == "all":
+        number = samples * (samples - 1) // 2
+    elif pairs["construction"] == "graded":
+        # The gold response is one more; all pairs can have grades that are far enough apart.
+        number = samples * (samples + 1) // 2
+    else:
+        number = 1
+    return number * 2 if pairs["target_reward"] else number
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """The rows of the stages, from mean lengths in tokens.
+
+    longest: length of the longest prompt in tokens. gpus: number of GPUs that train a policy.
+    """
+
+    config: dict[str, Any]
+    shape: Shape
+    gpu: Gpu
+    use: Use
+    prompt: int
+    response: int
+    longest: int
+    gpus: int
+
+    def generation(
+        self, t: int, stage: str, prompts: int, samples: int, length: int, max_length: int
+    ) -> Row:
+        """A stage that generates `samples` responses to each prompt."""
+        shape, gpu, use = self.shape, self.gpu, self.use
+        context = self.prompt + length / 2
+        tokens = prompts * samples * length
+        prefill = cost_model.forward_flops(shape, prompts * self.prompt, self.prompt / 2, 0)
+        seconds = cost_model.decode_seconds(shape, gpu, use, tokens, context)
+        if seconds:
+            seconds += prefill / (gpu.flops * use.forward)
+        sequences = cost_model.concurrent_sequences(shape, gpu, context, use)
+        typical = 2 * shape.weights + sequences * shape.kv_bytes * context
+        longest = 2 * shape.weights + shape.kv_bytes * (self.longest + max_length)
+        flops = cost_model.generate_flops(shape, prompts, self.prompt, samples, length)
+        return Row(t, stage, prompts * samples, tokens, flops, seconds, max(typical, longest))
+
+    def comparison(
+        self, t: int, stage: str, model: str, prompts: int, samples: int, length: int
+    ) -> list[Row]:
+        """The stage of a preference model; empty if its cost is unknown."""
+        kind = find_kind(settings_for(model, backend=self.config["preference"]["backend"]))
+        cost = kind and kind.cost(model, prompts, self.prompt, samples, length)
+        if not cost:
+            return []
+        seconds = cost.flops / (self.gpu.flops * self.use.forward)
+        return [Row(t, stage, prompts, cost.tokens, cost.flops, seconds, 4 * cost.weights)]
+
+    def training(self, t: int, pairs: int) -> list[Row]:
+        """The stages that score the pairs and train the policy of iteration t."""
+        shape, gpu, use = self.shape, self.gpu, self.use
+        train = of_iteration(self.config["train"], t)
+        rank = train["lora_rank"]
+        checkpointing = train["gradient_checkpointing"]
+        eager = self.config["policy"]["attention"] == "eager"
+        sizes = (
+            min(train["micro_batch_size"], train["batch_size"]),
+            self.longest,
+            self.config["responses"]["max_new_tokens"],
+        )
+        tokens = 2 * pairs * (self.prompt + self.response)
+        scored = cost_model.score_flops(shape, pairs, self.prompt, self.response)
+        factor = cost_model.train_factor(bool(rank), checkpointing)
+        trained = scored * train["stop_epoch"] * factor
+        return [
+            Row(
+                t,
+                "reference",
+                pairs,
+                tokens,
+                scored,
+                scored / (gpu.flops * use.forward),
+                cost_model.score_bytes(shape, *sizes, bool(rank), eager=eager),
+            ),
+            Row(
+                t,
+                "train",
+                pairs,
+                tokens * train["stop_epoch"],
+                trained,
+                trained / (gpu.flops * use.training),
+                cost_model.train_bytes(shape, self.gpus, *sizes, rank, checkpointing, eager=eager),
+            ),
+        ]
 
 
 def all_rows(
     config: dict[str, Any], shape: Shape, gpu: Gpu, use: Use, args: argparse.Namespace
 ) -> list[Row]:
-    """Stages of iterations 1 to T, and the evaluation of 0 to T; the base answers twice if it is the reference too."""
-    responses, evaluation = config["responses"], config["alpaca_eval"]
-    prompts, k, p = (
-        prompts_of_an_iteration(config, args.prompts),
-        responses["samples"],
-        args.prompt_tokens,
+    """The stages of iterations 1 to T, and the evaluation of iterations 0 to T.
+
+    The base answers the instructions twice if it is also the reference.
+    """
+    responses = config["responses"]
+    samples = responses["samples"]
+    prompts = prompts_of_an_iteration(config, args.prompts)
+    response = min(args.response_tokens, responses["max_new_tokens"])
+    pairs = prompts * pairs_of_a_prompt(config["pairs"], samples)
+    ranker = config["preference"]["model"]
+    evaluation = config["alpaca_eval"]
+    instructions = instructions_of(evaluation)
+    answer = min(args.response_tokens, evaluation["max_new_tokens"])
+    estimate = Estimator(
+        config,
+        shape,
+        gpu,
+        use,
+        prompt=args.prompt_tokens,
+        response=response,
+        longest=config["prompts"]["max_tokens"] or args.longest_prompt,
+        gpus=args.gpus,
     )
-    r, longest = (
-        min(args.response_tokens, responses["max_new_tokens"]),
-        config["prompts"]["max_tokens"] or args.longest_prompt,
-    )
-    n, answer = instructions_of(evaluation), min(args.response_tokens, evaluation["max_new_tokens"])
-    pairs = prompts * {"all": k * (k - 1) // 2, "graded": k * (k + 1) // 2}.get(
-        config["pairs"]["construction"], 1
-    )  # of graded ones at most
-    pairs *= 2 if config["pairs"]["target_reward"] else 1
-
-    def drawn(t: int, stage: str, asked: int, samples: int, length: int, most: int) -> Row:
-        prefill = cost_model.forward_flops(shape, asked * p, p / 2, 0)
-        decoding = cost_model.decode_seconds(
-            shape, gpu, use, asked * samples * length, p + length / 2
-        )
-        memory = 2 * shape.weights + cost_model.concurrent_sequences(
-            shape, gpu, p + length / 2, use
-        ) * shape.kv_bytes * (p + length / 2)
-        return Row(
-            t,
-            stage,
-            asked * samples,
-            asked * samples * length,
-            cost_model.generate_flops(shape, asked, p, samples, length),
-            decoding and decoding + prefill / (gpu.flops * use.forward),
-            max(memory, 2 * shape.weights + shape.kv_bytes * (longest + most)),
-        )
-
-    def compared(
-        t: int, stage: str, model: str, asked: int, samples: int, length: int
-    ) -> list[Row]:
-        """The stage of a preference model; none if nobody knows what it costs."""
-        kind = find_kind(settings_for(model, backend=config["preference"]["backend"]))
-        cost = kind and kind.cost(model, asked, p, samples, length)
-        if not cost:
-            return []
-        seconds = cost.flops / (gpu.flops * use.forward)
-        return [Row(t, stage, asked, cost.tokens, cost.flops, seconds, 4 * cost.weights)]
-
     rows = []
     for t in range(config["iterations"] + 1):
         if t:
-            train = of_iteration(config["train"], t)
-            lora, micro = train["lora_rank"], min(train["micro_batch_size"], train["batch_size"])
-            scored = cost_model.score_flops(shape, pairs, p, r)
-            trained = (
-                scored
-                * train["stop_epoch"]
-                * cost_model.train_factor(bool(lora), train["gradient_checkpointing"])
+            rows.append(
+                estimate.generation(
+                    t, "generate", prompts, samples, response, responses["max_new_tokens"]
+                )
             )
-            sizes = (micro, longest, responses["max_new_tokens"])
-            eager = config["policy"]["attention"] == "eager"
-            rows += [
-                drawn(t, "generate", prompts, k, r, responses["max_new_tokens"]),
-                *compared(t, "annotate", config["preference"]["model"], prompts, k, r),
-                Row(
-                    t,
-                    "reference",
-                    pairs,
-                    2 * pairs * (p + r),
-                    scored,
-                    scored / (gpu.flops * use.forward),
-                    cost_model.score_bytes(shape, *sizes, bool(lora), eager=eager),
-                ),
-                Row(
-                    t,
-                    "train",
-                    pairs,
-                    2 * pairs * (p + r) * train["stop_epoch"],
-                    trained,
-                    trained / (gpu.flops * use.training),
-                    cost_model.train_bytes(
-                        shape, args.gpus, *sizes, lora, train["gradient_checkpointing"], eager=eager
-                    ),
-                ),
-            ]
+            rows += estimate.comparison(t, "annotate", ranker, prompts, samples, response)
+            rows += estimate.training(t, pairs)
+        answers = instructions
+        if t == 0 and evaluation["reference"] == "base":
+            answers = 2 * instructions
         rows.append(
-            drawn(
-                t,
-                "answer",
-                n * (2 if t == 0 and evaluation["reference"] == "base" else 1),
-                1,
-                answer,
-                evaluation["max_new_tokens"],
-            )
+            estimate.generation(t, "answer", answers, 1, answer, evaluation["max_new_tokens"])
         )
         if local_kind(evaluation["judge"]):
-            rows += compared(t, "judge", evaluation["judge"], n, 2, answer)
-        rows += compared(t, "ranker_estimate", config["preference"]["model"], n, 2, answer)
+            rows += estimate.comparison(t, "judge", evaluation["judge"], instructions, 2, answer)
+        rows += estimate.comparison(t, "ranker_estimate", ranker, instructions, 2, answer)
     return rows
 
 
 def as_table(rows: list[Row], gpu: Gpu) -> str:
-    """Markdown; what needs more memory than the GPU has is marked."""
+    """The table in Markdown. Stages that need more memory than the GPU has are marked."""
     lines = [
         "| t | stage | samples | tokens | PFLOP | GPU-hours | peak GB |",
         "|--:|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         hours = short(row.seconds / 3600) if row.seconds is not None else "does not fit"
+        mark = " (too much)" if row.memory > gpu.memory else ""
         lines.append(
-            f"| {row.iteration} | {row.stage} | {row.samples:,.0f} | {row.tokens:,.0f} | {short(row.flops / 1e15)} | {hours} | "
-            f"{row.memory / GB:.1f}{' (too much)' if row.memory > gpu.memory else ''} |"
+            f"| {row.iteration} | {row.stage} | {row.samples:,.0f} | {row.tokens:,.0f} "
+            f"| {short(row.flops / 1e15)} | {hours} | {row.memory / GB:.1f}{mark} |"
         )
     return "\n".join(lines)
 
 
 def short(value: float) -> str:
-    """Three digits of a number below 100, none behind the point above."""
+    """The number with three digits if it is below 100, and without decimals otherwise."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def summary(rows: list[Row], config: dict[str, Any], shape: Shape, args: argparse.Namespace) -> str:
-    """Totals: hours, disk, what the judge reads, dollars where prices are given."""
-    t, hours = config["iterations"], sum(row.seconds or 0 for row in rows) / 3600
+    """Totals: hours, disk, tokens that the judge reads, and dollars if prices are given."""
+    iterations = config["iterations"]
+    hours = sum(row.seconds or 0 for row in rows) / 3600
     tokens = sum(row.tokens for row in rows if row.stage in ("generate", "answer"))
-    disk = (2 + 4 * t + (8 if t else 0)) * shape.weights + STORED_BYTES * tokens
-    dollars = (
-        f"${hours * args.price:,.0f} at ${args.price:g} an hour"
-        if args.price is not None
-        else "no price given (--price)"
-    )
+    bytes_per_weight = 2 + 4 * iterations + (8 if iterations else 0)
+    disk = bytes_per_weight * shape.weights + STORED_BYTES * tokens
+    dollars = "no price given (--price)"
+    if args.price is not None:
+        dollars = f"${hours * args.price:,.0f} at ${args.price:g} an hour"
     lines = [
-        f"GPU-hours: {hours:,.1f}, {hours / args.gpus:,.1f} hours on {args.gpus} if all are busy; {dollars}",
-        f"Disk: {disk / GB:,.1f} GB: the base, {t} policies in float32, one training's checkpoint, texts",
+        f"GPU-hours: {hours:,.1f}, {hours / args.gpus:,.1f} hours on {args.gpus} if all are busy; "
+        f"{dollars}",
+        f"Disk: {disk / GB:,.1f} GB: the base, {iterations} policies in float32, one training's "
+        "checkpoint, texts",
     ]
-    evaluation, answer = (
-        config["alpaca_eval"],
-        min(args.response_tokens, config["alpaca_eval"]["max_new_tokens"]),
-    )
-    graded = min(args.response_tokens, config["mt_bench"]["max_new_tokens"])
-    for what, section, calls, each in (
-        (
-            "AlpacaEval",
-            evaluation,
-            instructions_of(evaluation) * (t + 1),
-            JUDGE_PROMPT + args.prompt_tokens + 2 * answer,
-        ),
-        (
-            "MT-Bench, if it is made",
-            config["mt_bench"],
-            MT_BENCH * (t + 1),
-            JUDGE_PROMPT + 2 * args.prompt_tokens + 2 * graded,
-        ),
-    ):
-        if local_kind(section["judge"]):
-            continue
-        millions, price = calls * each / 1e6, "no price given (--judge-price)"
-        if args.judge_price is not None:
-            price = f"${millions * args.judge_price:,.0f} at ${args.judge_price:g} a million"
-        lines.append(
-            f"{what} asks {section['judge_model'] or section['judge']} {calls:,} times, {millions:,.1f} million tokens read: {price}"
-        )
+    evaluation = config["alpaca_eval"]
+    mt_bench = config["mt_bench"]
+    answer = min(args.response_tokens, evaluation["max_new_tokens"])
+    graded = min(args.response_tokens, mt_bench["max_new_tokens"])
+    if not local_kind(evaluation["judge"]):
+        calls = instructions_of(evaluation) * (iterations + 1)
+        tokens_per_call = JUDGE_PROMPT + args.prompt_tokens + 2 * answer
+        lines.append(judge_cost("AlpacaEval", evaluation, calls, tokens_per_call, args.judge_price))
+    if not local_kind(mt_bench["judge"]):
+        calls = MT_BENCH * (iterations + 1)
+        tokens_per_call = JUDGE_PROMPT + 2 * args.prompt_tokens + 2 * graded
+        name = "MT-Bench, if it is made"
+        lines.append(judge_cost(name, mt_bench, calls, tokens_per_call, args.judge_price))
     return "\n".join(lines)
+
+
+def judge_cost(
+    name: str,
+    evaluation: dict[str, Any],
+    calls: int,
+    tokens_per_call: int,
+    dollars_per_million: float | None,
+) -> str:
+    """A line about the cost of a judge behind an API. evaluation: its configuration section."""
+    millions = calls * tokens_per_call / 1e6
+    price = "no price given (--judge-price)"
+    if dollars_per_million is not None:
+        price = f"${millions * dollars_per_million:,.0f} at ${dollars_per_million:g} a million"
+    judge = evaluation["judge_model"] or evaluation["judge"]
+    return f"{name} asks {judge} {calls:,} times, {millions:,.1f} million tokens read: {price}"
 
 
 if __name__ == "__main__":

@@ -350,7 +350,7 @@ def test_failed_judgment_is_an_error(call, tmp_path, monkeypatch):
         ),
         (lambda rows: rows[1].pop("output"), "entry 2 has no text in 'output'"),
         (lambda rows: rows[1].update(generator="x"), "entry 2 is by x, entry 1 by policy"),
-        (lambda rows: [row.update(generator="base") for row in rows], "name them apart"),
+        (lambda rows: [row.update(generator="base") for row in rows], "give them different names"),
         (lambda rows: rows.clear(), "not a list of outputs"),
     ],
 )
@@ -662,13 +662,13 @@ def test_only_failed_judgments_are_requested_again(call, serve, monkeypatch, tmp
         call(*arguments, judge="openai")
     assert not (tmp_path / "out" / "alpaca_eval.json").exists()
     assert re.search(
-        r"Judgments to ask for: 30, about [1-9][\d,]+ tokens to read, .* Kept from before: 0",
+        r"Judgments to ask for: 30, about [1-9][\d,]+ tokens to read .* Already finished: 0",
         capfd.readouterr().err,
     )
     server.broken, server.judged = "", 0
     assert call(*arguments, judge="openai")["win_rate"] == pytest.approx(80)
     assert server.judged == 1
-    assert re.search(r"Judgments to ask for: 1, .* Kept from before: 29", capfd.readouterr().err)
+    assert re.search(r"Judgments to ask for: 1, .* Already finished: 29", capfd.readouterr().err)
 
 
 def test_refusing_server_is_an_error_without_the_key(call, serve, monkeypatch, capfd):
@@ -746,7 +746,7 @@ def test_web_page_instead_of_an_answer_is_an_error(call, serve, monkeypatch, jud
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     model = ["--judge-model", "tiny", "--judge-base-url", server.url] if judge == "openai" else []
     with pytest.raises(
-        UserError, match="its answer is no chat completion .*; is the address right"
+        UserError, match="its answer is not a chat completion .*; is the address right"
     ):
         call(outputs("policy", 6, 1), outputs("base", 6), *model, judge=judge)
 

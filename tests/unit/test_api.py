@@ -60,7 +60,8 @@ def test_openai_model_is_looked_up(openai, judge, model):
 
     openai.status = 404
     with pytest.raises(
-        UserError, match=f"mt_bench.judge is {judge[0]}, but OpenAI has no {model} .*name another"
+        UserError,
+        match=f"mt_bench.judge is {judge[0]}, but OpenAI has no model {model} .*to another",
     ) as caught:
         openai_api.check_served(*judge, "mt_bench")
     assert "\n" not in str(caught.value)
@@ -168,7 +169,7 @@ def test_valid_address_is_accepted(url):
 def test_password_in_an_address_is_refused_and_hidden(judging, url):
     for judge in ("openai", "preference" if judging is judges.GRADES else "gpt-4-0613"):
         with pytest.raises(
-            UserError, match=rf"{judging.section}\.judge_base_url holds a name or password"
+            UserError, match=rf"{judging.section}\.judge_base_url contains a name or password"
         ) as caught:
             judging.check(chosen(judge, url), key=False)
         assert "hunter2" not in str(caught.value)

@@ -73,7 +73,7 @@ def test_evaluation_of_the_folder_s_policy_is_accepted(tmp_path, monkeypatch, pl
 def test_evaluation_of_another_policy_is_refused(tmp_path, place, policy):
     with pytest.raises(
         UserError,
-        match=f"{place}/alpaca_eval.json is of {policy}, which is not the policy of its place; "
+        match=f"{place}/alpaca_eval.json is of {policy}, which is not the policy of its folder; "
         "delete it and run again",
     ):
         check_policy(tmp_path / "results" / place / "alpaca_eval.json", policy)
@@ -131,5 +131,5 @@ def test_every_reader_refuses_a_misplaced_evaluation(program, tmp_path):
 
 def test_file_without_an_evaluation_is_a_one_line_error(tmp_path):
     (tmp_path / "alpaca_eval.json").write_text("[]")
-    with pytest.raises(UserError, match="alpaca_eval.json is no evaluation"):
+    with pytest.raises(UserError, match="alpaca_eval.json is not an evaluation"):
         read_evaluation(tmp_path / "alpaca_eval.json")

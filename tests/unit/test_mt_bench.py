@@ -556,7 +556,7 @@ def test_reward_conditioned_policy_is_asked_for_its_best_grade(
         "n",
         "--max-new-tokens",
         4,
-        "--best-grade",
+        "--highest-reward",
         "--output",
         tmp_path / "a.jsonl",
     )
@@ -576,13 +576,13 @@ def test_reward_conditioned_policy_is_asked_for_its_best_grade(
     ("line", "message"),
     [
         ('{"question_id": 1', "line 2 is not JSON"),
-        ('["question_id"]', "line 2 is no JSON object with a question_id"),
+        ('["question_id"]', "line 2 is not a JSON object with a question_id"),
         (
             '{"question_id": 8, "category": "math", "turns": ["a", "\\ud83d"]}',
             "line 2 contains half of a character",
         ),
         ('{"question_id": 8, "category": "math", "turns": ["a", 5]}', "question 8 needs two turns"),
-        ('{"question_id": 7, "category": "math", "turns": ["a", "b"]}', "question 7 stands twice"),
+        ('{"question_id": 7, "category": "math", "turns": ["a", "b"]}', "question 7 is repeated"),
         (
             '{"question_id": 8, "category": "maths", "turns": ["a", "b"]}',
             "question 8 needs two turns",

@@ -379,7 +379,7 @@ def test_unknown_layout_is_refused_before_any_work(folders, tmp_path, how, said)
         ("llm-blender", "another backbone", "do not fit its backbone microsoft/deberta-v3-large"),
         ("llm-blender", "no backbone", "nowhere"),
         ("hf", "tokenizer without marks", "does not read <|candidate2|>"),
-        ("hf", "invalid tokenizer", "is no tokenizer"),
+        ("hf", "invalid tokenizer", "is not a tokenizer"),
         ("llm-blender", "embeddings without marks", "no embeddings"),
         ("hf", "other ids", "cand1_prefix_id 7"),
     ],
@@ -546,7 +546,7 @@ def test_stages_that_compare_use_the_configured_pairrm(folders, tmp_path):
         "runs:\n  k2: {responses: {samples: 2}}\n",
     )
     assert "prepare_preference_model.py --model" in said
-    assert said.count("Putting the preference model into results/iter0/preference_model") == 1
+    assert said.count("Preparing the preference model in results/iter0/preference_model") == 1
     for program in ("annotate_preferences", "pick_best_of_n", "evaluate_alpaca_eval"):
         lines = [line for line in said.splitlines() if f"/{program}.py" in line]
         assert any("results/iter0/preference_model" in line for line in lines), program
@@ -560,8 +560,8 @@ def test_llm_blender_without_conda_is_a_one_line_error(folders, tmp_path):
         tmp_path, f"preference: {{model: {folders['llm-blender']}, backend: llm_blender}}\n"
     )
     assert [line for line in said.splitlines() if line.startswith("error: ")] == [
-        "error: config: preference.backend is llm_blender, which needs an environment of its own; "
-        "run with --use-conda, or set transformers"
+        "error: config: preference.backend is llm_blender, which needs its own environment;"
+        " run with --use-conda, or set it to transformers"
     ]
     assert "Traceback" not in said
 

@@ -407,10 +407,10 @@ def test_token_ids_are_those_of_the_chat_template(sample, tiny_policy):
         assert row["prompt_token_ids"] == prompt_token_ids(tokenizer, row["messages"])
 
 
-def test_best_grade_changes_the_prompt_of_the_policy_only(sample, tiny_policy):
+def test_highest_reward_changes_the_prompt_of_the_policy_only(sample, tiny_policy):
     tokenizer = load_tokenizer(tiny_policy)
     plain_table, _ = sample(rows(6))
-    best_table, _ = sample(rows(6), "--best-grade")
+    best_table, _ = sample(rows(6), "--highest-reward")
     for plain, best in zip(plain_table, best_table, strict=True):
         # The ranker reads the messages.
         assert best["messages"] == plain["messages"]

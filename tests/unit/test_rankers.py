@@ -447,7 +447,7 @@ def test_corruption_accepts_very_short_texts(corrupt):
         ("absent", "no annotation file"),
         ("not_parquet", "not a readable parquet"),
         ("no_column", "lacks the column"),
-        ("empty", "none that can be used"),
+        ("empty", "but no usable one"),
         ("all_training", "was trained on the instructions of all usable rows"),
         ("no_base", "no model folder"),
     ],

@@ -116,12 +116,12 @@ def test_annotations_of_two_models_give_two_rows(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ("no file", "no annotations"),
+        ("no file", "do not exist"),
         ("cut file", "not"),
         ("no column", "no column preference"),
         ("repeated row", "two annotations"),
         ("few rows", "at least 5"),
-        ("no difficulty", "missing"),
+        ("no difficulty", "does not exist"),
         ("other instructions", "not one of AlpacaEval's"),
     ],
 )
@@ -154,5 +154,5 @@ def test_bad_input_is_a_one_line_error(monkeypatch, capsys, tmp_path, case, says
 
 
 def test_a_wrong_order_of_the_805_is_refused(tmp_path):
-    with pytest.raises(UserError, match="goes by position"):
+    with pytest.raises(UserError, match="by position"):
         alpaca_eval.check_order([{"instruction": "not one of them"}], tmp_path / "df_gamed.csv")

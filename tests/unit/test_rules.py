@@ -627,7 +627,9 @@ def test_reward_conditioned_policy_is_asked_for_its_best_grade(copy):
         "results/ra_dpo/iter1/mt_bench.json",
         "--printshellcmds",
     )
-    asked = [line for line in (done.stdout + done.stderr).splitlines() if "--best-grade" in line]
+    asked = [
+        line for line in (done.stdout + done.stderr).splitlines() if "--highest-reward" in line
+    ]
     assert len(asked) == 3 and any("sample_prompts.py --iteration 2" in line for line in asked)
     assert all(
         any(f"results/ra_dpo/{file}" in line for line in asked)
@@ -983,7 +985,7 @@ SOURCES = {
     "not UTF-8": ("name: x  # é".encode("latin-1"), ["odd.yaml is not in UTF-8"]),
     "anchor that contains itself": (
         b"train: &a\n  beta: *a\n",
-        ["odd.yaml line 1", "holds itself"],
+        ["odd.yaml line 1", "contains itself"],
     ),
     "not YAML": (b"train: [", ["odd.yaml is not a configuration in YAML"]),
     "missing file": (None, ["odd.yaml is missing"]),
@@ -1049,9 +1051,15 @@ def test_repeated_key_is_a_one_line_error_of_a_dry_run(copy):
 # Snakemake reads these files before the Snakefile.
 BEFORE_THE_SNAKEFILE = {
     "not UTF-8": (b"name: caf\xe9", "odd.yaml is not in UTF-8 (byte 9)"),
-    "anchor that contains itself": (b"a: &x\n  b: *x", "odd.yaml line 1: the anchor here holds"),
+    "anchor that contains itself": (
+        b"a: &x\n  b: *x",
+        "odd.yaml line 1: the anchor here contains",
+    ),
     "too deeply nested": (b"[" * 3000, "odd.yaml nests more deeply than can be read"),
-    "missing file": (None, "odd.yaml, read as configuration, is not here; if it is a target, put"),
+    "missing file": (
+        None,
+        "odd.yaml, read as configuration, does not exist; if it is a target, put",
+    ),
 }
 
 

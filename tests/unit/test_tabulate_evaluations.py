@@ -85,7 +85,7 @@ def test_every_value_is_in_its_row_and_column(results, program):
 
 
 def test_files_of_another_experiment_are_refused(results, program, tmp_path):
-    with pytest.raises(UserError, match="does not lie under"):
+    with pytest.raises(UserError, match="is not in"):
         program(
             tabulate_evaluations,
             "--results",

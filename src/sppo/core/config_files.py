@@ -1,4 +1,4 @@
-"""The files of a configuration: what they extend, and checks that Snakemake's loader lacks."""
+"""The files of a configuration: `extends`, and checks that Snakemake's loader does not make."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from sppo.core.errors import UserError, explained, fail
 
 
 def check_command_line(words: list[str]) -> None:
-    """`check_files` of the files that a command names after --configfile; one line ends it.
+    """Apply `check_files` to the files after --configfile; an error ends the program with one line.
 
-    The profiles call this, for Snakemake reads these files before the Snakefile. It takes every word
-    up to the next option for a file, targets too.
+    The profiles call this function, because Snakemake reads these files before the Snakefile.
+    Snakemake takes every word up to the next option as a file, even targets.
+
+    words: the words of a Snakemake command.
     """
     files: list[str] = []
     takes_files = False
@@ -31,7 +33,10 @@ def check_command_line(words: list[str]) -> None:
             files.append(value)
     for file in files:
         if not Path(file).exists():
-            fail(f"{file}, read as configuration, is not here; if it is a target, put -- before it")
+            fail(
+                f"{file}, read as configuration, does not exist; if it is a target, put -- before "
+                "it"
+            )
     try:
         check_files(files)
     except Exception as error:
@@ -41,16 +46,16 @@ def check_command_line(words: list[str]) -> None:
 
 
 def check_files(files: Iterable[str | os.PathLike[str]]) -> None:
-    """Every file is YAML or JSON in UTF-8, has keys, none twice, and no part that holds itself.
+    """Check that every file is YAML or JSON in UTF-8, and has keys, but no key twice.
 
-    Else UserError: of a key that stands twice a loader takes the last, and what stands under the
-    first is lost without a word.
+    A repeated key is refused because a loader silently drops the first value. A part that contains
+    itself is refused as well. UserError if a check fails.
     """
     for file in files:
         try:
             text = Path(file).read_text(encoding="utf-8")
             if _is_json(text):
-                text = text.replace("\t", " ")  # only YAML forbids it between values
+                text = text.replace("\t", " ")  # JSON allows tabs between values, YAML does not
             root = yaml.compose(text, yaml.SafeLoader)
             if root is not None:
                 _check_node(root, shown(file), ())
@@ -63,10 +68,11 @@ def check_files(files: Iterable[str | os.PathLike[str]]) -> None:
         except RecursionError:
             line = f"{shown(file)} nests more deeply than can be read; correct it"
             raise UserError(line) from None
-        # The last four are what a value that is not of its tag, or is no date, makes of PyYAML.
+        # PyYAML raises the last four for a value that does not match its tag, or an invalid date.
         except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = str(error)
-            reason = reason if len(reason) <= 300 else f"{reason[:297]}..."
+            if len(reason) > 300:
+                reason = f"{reason[:297]}..."
             line = f"{shown(file)} is not a configuration in YAML ({reason}); correct it"
             raise UserError(line) from None
         if not isinstance(content, dict):
@@ -77,10 +83,10 @@ def check_files(files: Iterable[str | os.PathLike[str]]) -> None:
 
 
 def read_files(files: Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
-    """The configuration that files give together; a later one wins over an earlier one.
+    """The merged configuration of several files; later files override earlier ones.
 
-    A file can say `extends: <another file>`, by a path from the working directory or from the
-    repository, and is then read on top of that one. Raises `UserError` as `check_files` does, and for a file that extends itself.
+    A file with `extends: <another file>` overrides that file, whose path starts at the working
+    directory or at the repository. UserError as for `check_files`, and if a file extends itself.
     """
     merged: dict[str, Any] = {}
     for file in files:
@@ -89,7 +95,7 @@ def read_files(files: Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
 
 
 def all_files(files: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The files and those that they extend, in the order in which they are read."""
+    """The files and the files that they extend, in reading order."""
     found: list[Path] = []
     for file in files:
         chain = [Path(file)]
@@ -102,6 +108,10 @@ def all_files(files: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def _with_extended(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The configuration of a file, on top of the file that it extends.
+
+    above: the files that led to this one by `extends`.
+    """
     if not file.is_file():
         named = f", which {shown(above[-1])} extends," if above else ""
         raise UserError(f"{file}{named} is missing; correct the path")
@@ -124,7 +134,7 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def update(base: dict[str, Any], overlay: dict[str, Any]) -> None:
-    """Put the keys of `overlay` over those of `base`, section by section, as Snakemake does."""
+    """Set the keys of `overlay` in `base`, section by section, as Snakemake does."""
     for key, value in overlay.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             update(base[key], value)
@@ -141,9 +151,15 @@ def _is_json(text: str) -> bool:
 
 
 def _check_node(node: yaml.Node, file: str, above: tuple[yaml.Node, ...]) -> None:
+    """UserError if a mapping has a key twice, or if `node` is one of the nodes that contain it.
+
+    above: the nodes that contain `node`.
+    """
     if any(node is other for other in above):
         line = node.start_mark.line + 1
-        raise UserError(f"{file} line {line}: the anchor here holds itself; write its part out")
+        raise UserError(
+            f"{file} line {line}: the anchor here contains itself; write out what it stands for"
+        )
     above = (*above, node)
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
@@ -155,15 +171,15 @@ def _check_node(node: yaml.Node, file: str, above: tuple[yaml.Node, ...]) -> Non
             if isinstance(key, yaml.ScalarNode):
                 if key.value in lines:
                     raise UserError(
-                        f"{file} has the key {key.value} twice, in lines {lines[key.value]} and"
-                        f" {line}; put both under one"
+                        f"{file} has the key {key.value} twice, in lines {lines[key.value]} and "
+                        f"{line}; put both under one"
                     )
                 lines[key.value] = line
             _check_node(value, file, above)
 
 
 def files_hint(files: Iterable[str | os.PathLike[str]]) -> str:
-    """What to add to an error of a configuration that is read from several files; "" for one."""
+    """The list of files, to add to an error message; "" if the configuration is a single file."""
     names = [shown(file) for file in files]
     if len(names) < 2:
         return ""
@@ -173,6 +189,8 @@ def files_hint(files: Iterable[str | os.PathLike[str]]) -> str:
 
 
 def shown(file: str | os.PathLike[str]) -> str:
-    """A file's path as a user writes it: from the current folder where it lies in that."""
+    """A file's path for a message: relative to the current folder if the file is in it."""
     path = Path(file)
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return str(path)

@@ -1,4 +1,7 @@
-"""What servers with OpenAI's interface want of a request, and whether OpenAI still has a model. Imports nothing heavy."""
+"""Requests to servers with OpenAI's interface, their errors, and checks before the first job.
+
+The module imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,17 @@ from typing import Any
 from sppo.core.errors import UserError
 
 OPENAI = "https://api.openai.com/v1"
-OPENAI_MODELS = ("gpt-", "o1", "o3", "o4")  # what the names of OpenAI's models begin with
-# The model behind an annotators_config of alpaca-eval, of those that the documentation names.
+OPENAI_MODELS = ("gpt-", "o1", "o3", "o4")  # prefixes of the names of OpenAI's models
+# The model of each annotators_config of alpaca-eval that the documentation mentions.
 ANNOTATORS = {"weighted_alpaca_eval_gpt4_turbo": "gpt-4-1106-preview"}
 
 
 def request_forms(max_tokens: int, **sampling: Any) -> list[dict[str, Any]]:
-    """Arguments of one chat completion, in the order in which they are tried until a server takes them.
+    """Arguments of one chat completion, in the order in which to try them on a server.
 
-    First as most servers want them; then as OpenAI's models from GPT-5 on, which must be told not to reason before they
-    let anybody choose a temperature or read log-probabilities; then for models that always reason, and choose themselves.
+    The first form is for most servers. The second is for OpenAI's models since GPT-5, which accept
+    a temperature and return log-probabilities only without reasoning. The third is for models that
+    always reason and accept no sampling arguments.
     """
     return [
         {"max_tokens": max_tokens, **sampling},
@@ -32,8 +36,8 @@ def request_forms(max_tokens: int, **sampling: Any) -> list[dict[str, Any]]:
     ]
 
 
-# What the openai package and its callers raise where a server's answer is no chat completion:
-# broken JSON, missing fields, HTML.
+# The errors of the openai package and its callers if a server's answer is not a chat completion,
+# such as broken JSON, missing fields, or HTML.
 NO_COMPLETION = (
     json.JSONDecodeError,
     TypeError,
@@ -45,25 +49,26 @@ NO_COMPLETION = (
 
 
 def quoted(text: str | None) -> str:
-    """A judge's answer, short and in one line, for a message."""
+    """A judge's answer for an error message, shortened to one line."""
     short = textwrap.shorten(text or "", 200, placeholder="...")
     return repr(short) if short else "an empty answer"
 
 
 def judge_failure(judge: str, error: Exception, key: str | None, cache: object) -> UserError:
-    """What to tell the user of an error that asking the judge raised, without the key.
+    """The UserError for an error during a request to the judge. Its message does not show the key.
 
-    error: one of `NO_COMPLETION`, or of the openai package. cache: where finished judgments are.
+    error: one of `NO_COMPLETION`, or an error of the openai package. cache: the folder of finished
+    judgments.
     """
-    said = str(error).replace(key or "\0", "(key)")
+    message = str(error).replace(key or "\0", "(key)")
     if isinstance(error, NO_COMPLETION):
-        said = (
-            f"its answer is no chat completion ({type(error).__name__}: {said}); is the "
+        message = (
+            f"its answer is not a chat completion ({type(error).__name__}: {message}); is the "
             "address right? It often ends in /v1"
         )
     else:
-        said = f"{type(error).__name__}: {said}"
-    short = textwrap.shorten(said, 500, placeholder="...")
+        message = f"{type(error).__name__}: {message}"
+    short = textwrap.shorten(message, 500, placeholder="...")
     return UserError(
         f"judge {judge}: {short}; fix it and run again, finished judgments are kept in {cache}"
     )
@@ -72,24 +77,23 @@ def judge_failure(judge: str, error: Exception, key: str | None, cache: object) 
 def check_address(url: str, where: str) -> None:
     """Raise UserError unless `url`, of the configuration key `where`, is the address of a server.
 
-    No server is asked. A name or password in the address would stand in results, records and logs,
-    so it is refused, and no message repeats it.
+    No request is sent. A name or password in the address is refused, because the address is written
+    to results, records and logs. No message repeats it.
     """
     try:
         parts = urllib.parse.urlsplit(url)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
-    except ValueError:  # a port out of range or not a number, brackets without an end
+    except ValueError:  # an invalid port, or a bracket that is not closed
         scheme, host, port = "", None, None
     if re.search(r"(^|//)[^/?#]*@", url):
         raise UserError(
-            f"{where} holds a name or password, which would stand in results, records "
-            "and logs; leave out what is before the @, and export the key as "
-            "OPENAI_API_KEY"
+            f"{where} contains a name or password, which would be written to results, records and "
+            "logs; remove what is before the @, and export the key as OPENAI_API_KEY"
         )
-    blank = re.search(r"[\s\x00-\x1f\x7f]", url)
-    if scheme not in ("http", "https") or not host or port == 0 or blank:
+    has_blank = re.search(r"[\s\x00-\x1f\x7f]", url)
+    if scheme not in ("http", "https") or not host or port == 0 or has_blank:
         raise UserError(
-            f"{where} is {url!r}, which is no address of a server; give one such as "
+            f"{where} is {url!r}, which is not the address of a server; give one such as "
             "http://localhost:8000/v1"
         )
 
@@ -97,10 +101,12 @@ def check_address(url: str, where: str) -> None:
 def check_served(
     judge: str, judge_model: str | None, judge_base_url: str | None, where: str
 ) -> None:
-    """Raise UserError if the judge of the configuration section `where` is OpenAI's, and OpenAI does not have that model or refuses the key.
+    """Raise UserError if an OpenAI judge cannot be used: no such model, no key, or a refused key.
 
-    Asked before hours of work, for models are shut down. What else comes back, or nothing, says nothing: jobs may have the
-    network that this machine lacks, and another server may not be up yet.
+    where: the judge's configuration section. The check is made before hours of work, because OpenAI
+    shuts models down. Judges on other servers are not checked, because the server may not run yet.
+    Any other answer, or no answer, is ignored, because jobs may run on a machine with a network
+    even if this one has none.
     """
     if judge == "openai":
         model = judge_model if (judge_base_url or "").startswith(OPENAI) else None
@@ -126,8 +132,9 @@ def check_served(
             ) from None
         if error.code == 404:
             raise UserError(
-                f"{where}.judge is {judge}, but OpenAI has no {model} for this key, or no longer; name another as "
-                f"{where}.judge_model, with judge: openai and judge_base_url: {OPENAI}"
+                f"{where}.judge is {judge}, but OpenAI has no model {model} for this key, or has "
+                f"shut it down; set {where}.judge_model to another, with judge: openai and "
+                f"judge_base_url: {OPENAI}"
             ) from None
     except OSError:
         pass

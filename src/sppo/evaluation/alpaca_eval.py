@@ -1,13 +1,14 @@
 """AlpacaEval as alpaca-eval 0.6.6 computes it, with a judge of the user's choice.
 
-The package's own `evaluate()` makes every figure. What is ours:
-1. judges: the embedded preference model as an annotator class, any OpenAI-compatible server as a
-   configuration made here; the package's stock annotators are taken by name.
-2. the length-controlled (LC) metric gets its file of instruction difficulties from us instead of from
-   the hub: a neutral one, which the formula for local instructions never reads, or the user's.
-3. a judgment that failed is an error, never a smaller n.
+The package's `evaluate()` computes every figure. This module adds:
+1. Judges: the embedded preference model as an annotator class, and any OpenAI-compatible server as
+   an annotators_config that is written here. The package's own annotators are selected by name.
+2. The file of instruction difficulties for the length-controlled (LC) metric, which the package
+   would download. It is the user's file, or a neutral file that the formula for local instructions
+   never reads.
+3. A failed judgment is an error; it does not reduce n.
 
-Nothing heavy is imported at module level: the Snakefile calls `check_inputs` before the first job.
+The module imports nothing heavy, because the Snakefile calls `check_inputs` before the first job.
 """
 
 from __future__ import annotations
@@ -38,36 +39,39 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Record = dict[str, Any]
-# What a judge behind an API is asked first, to see whether its answer can be read.
+# The first comparison for a judge behind an API. It shows whether the judge's answer can be read.
 TRIAL = {"instruction": "Which number is larger, 1 or 2?", "output_1": "2", "output_2": "1"}
-CANONICAL_ORDER = (
-    ROOT / "data" / "alpaca_eval_order.txt"
-)  # hashes of AlpacaEval's instructions: difficulties go by position
+# Hashes of AlpacaEval's instructions in their order; difficulties are listed in that order.
+CANONICAL_ORDER = ROOT / "data" / "alpaca_eval_order.txt"
 CANONICAL_SIZE = 805
 FEWEST_INSTRUCTIONS = 5  # the package fits LC by five-fold cross-validation
-# The data set, its commit, the file of instructions with GPT-4 turbo's answers, that of difficulties and its sha256.
+# AlpacaEval's data set on the hub and its commit.
 DATASET, DATASET_REVISION = "tatsu-lab/alpaca_eval", "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
-OFFICIAL_REFERENCE, OFFICIAL_GENERATOR, DIFFICULTY = (
-    "alpaca_eval_gpt4_baseline.json",
-    "gpt4_1106_preview",
-    "df_gamed.csv",
-)
+# The file with the instructions and GPT-4 turbo's answers, and the generator that it names.
+OFFICIAL_REFERENCE = "alpaca_eval_gpt4_baseline.json"
+OFFICIAL_GENERATOR = "gpt4_1106_preview"
+# The file of instruction difficulties and its SHA-256.
+DIFFICULTY = "df_gamed.csv"
 OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
 
 
 class PreferenceAnnotator:
     """alpaca-eval's annotator interface over a local preference model.
 
-    `model.pair_logits(instruction, [a, b])` gives the logits (2, 2) that row beats column, read in that
-    order. P(output_2 beats output_1) = sigma of the mean of both orders, as for training preferences
-    (arXiv 2405.00675, section 5.1). Equal outputs are a draw, as in the package's own annotators.
+    `model.pair_logits(instruction, [a, b])` gives the logits (2, 2) that the row beats the column,
+    read in that order. P(output_2 beats output_1) is sigma of the mean of both orders, as for
+    training preferences (arXiv 2405.00675, section 5.1). Equal outputs are a draw, as in the
+    package's own annotators.
     """
 
     def __init__(self, annotators_config: str, model: Any) -> None:
         self.name, self.model = annotators_config, model
 
     def annotate_head2head(self, outputs_1: pd.DataFrame, outputs_2: pd.DataFrame) -> list[Record]:
-        """Annotations in the package's form; both frames hold the same instructions in the same order."""
+        """Annotations in the package's format.
+
+        Both frames contain the same instructions in the same order.
+        """
         from sppo.core.progress import progress
 
         pairs = list(zip(outputs_1.to_dict("records"), outputs_2.to_dict("records"), strict=True))
@@ -96,7 +100,11 @@ class PreferenceAnnotator:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who judges. `model` and `base_url` belong to `openai`; `base` (a model folder) and `device` to an embedded judge."""
+    """The judge.
+
+    `model` and `base_url` are for the judge `openai`; `base` (a model folder) and `device` are for
+    an embedded judge.
+    """
 
     name: str
     model: str | None = None
@@ -106,12 +114,15 @@ class Judge:
 
 
 def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]:
-    """What `evaluate()` must be told to use the judge, and the facts about it that the result keeps."""
+    """Arguments of the package's `evaluate()` that select the judge, and facts for the result.
+
+    cache: folder of the finished judgments. folder: temporary folder for an annotators_config.
+    """
     kind = local_kind(judge.name)
     if kind:
         if kind.needs_base and judge.base is None:
             raise UserError(
-                f"judge {judge.name} is an adapter; name its base model with --judge-base"
+                f"judge {judge.name} is an adapter; give its base model with --judge-base"
             )
         from sppo.policies.models import start_torch
 
@@ -128,7 +139,7 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
     config, facts = judge.name, {"annotators_config": judge.name}
     if judge.name == "openai":
         file = folder / "server" / "configs.yaml"
-        assert judge.model and judge.base_url  # check_judge has seen to it
+        assert judge.model and judge.base_url  # checked by check_judge
         config, request = _accepted_request(file, judge.model, judge.base_url)
         facts = {
             "model": judge.model,
@@ -136,9 +147,9 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
             "reads": "logprobs" if "logprobs" in request else "text",
             "request": request,
         }
-    # A changed prompt, parser, model or server must not take old judgments.
+    # If the prompt, parser, model or server changes, old judgments must not be reused.
     name = hashlib.sha256(f"{judge.base_url}\0{_settings_of(config)}".encode()).hexdigest()[:16]
-    # The package writes its cache after every chunk: at most 20 judgments are lost to a failure.
+    # The package writes its cache after every chunk, so a failure loses at most 20 judgments.
     return {
         "annotators_config": config,
         "annotation_kwargs": {"chunksize": 20},
@@ -147,62 +158,57 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
 
 
 def announce(outputs: list[Record], reference: list[Record], config: str, cache: str) -> int:
-    """Say how often a judge behind an API is going to be asked, and what it reads.
+    """Print and return the number of judgments that a judge behind an API is still asked for.
 
-    Returns how often. src/tools/estimate_cost.py knows dollars.
+    The printed line also estimates the tokens that the judge reads. src/tools/estimate_cost.py
+    estimates dollars. cache: the package's file of finished judgments.
     """
     kept = json.loads(Path(cache).read_text(encoding="utf-8")) if Path(cache).exists() else []
     done = {(row["instruction"], frozenset((row["output_1"], row["output_2"]))) for row in kept}
-    asked = [
-        (one, two)
-        for one, two in zip(outputs, reference, strict=True)
-        if one["output"] != two["output"]
-        and (one["instruction"], frozenset((one["output"], two["output"]))) not in done
-    ]
     template = len(_settings_of(config))
-    characters = sum(
-        template + len(one["instruction"]) + len(one["output"]) + len(two["output"])
-        for one, two in asked
-    )
+    asked = characters = 0
+    for one, two in zip(outputs, reference, strict=True):
+        texts = frozenset((one["output"], two["output"]))
+        if len(texts) == 1 or (one["instruction"], texts) in done:
+            continue
+        asked += 1
+        characters += template
+        characters += len(one["instruction"]) + len(one["output"]) + len(two["output"])
     print(
-        f"Judgments to ask for: {len(asked)}, about {characters // 4:,} tokens to read, of four characters each. Kept from before: {len(kept)}",
+        f"Judgments to ask for: {asked}, about {characters // 4:,} tokens to read (four characters "
+        f"each). Already finished: {len(kept)}",
         file=sys.stderr,
         flush=True,
     )
-    return len(asked)
+    return asked
 
 
 def _settings_of(config: str) -> str:
     """An annotators_config with its prompt templates, as text."""
     from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
 
-    file = (
-        Path(config)
-        if config.endswith(".yaml")
-        else EVALUATORS_CONFIG_DIR / config / "configs.yaml"
-    )
+    file = EVALUATORS_CONFIG_DIR / config / "configs.yaml"
+    if config.endswith(".yaml"):
+        file = Path(config)
     text = file.read_text(encoding="utf-8")
-    prompts = (
-        EVALUATORS_CONFIG_DIR / match
-        for match in re.findall(r"prompt_template: \"?([^\s\"]+)", text)
-    )
-    return "\0".join([text, *(prompt.read_text(encoding="utf-8") for prompt in prompts)])
+    templates = re.findall(r"prompt_template: \"?([^\s\"]+)", text)
+    prompts = [(EVALUATORS_CONFIG_DIR / name).read_text(encoding="utf-8") for name in templates]
+    return "\0".join([text, *prompts])
 
 
 def _accepted_request(path: Path, model: str, base_url: str) -> tuple[str, Record]:
-    """The path of an annotators_config, and the request in it: the first whose answer can be read.
+    """The path of an annotators_config and its request: the first whose answer can be read.
 
-    Requests for log-probabilities come first, then those for text. This shows that the server
-    answers before any judgment is paid for. UserError if no answer can be read.
+    Requests for log-probabilities are tried first, then requests for text. So the server is known
+    to answer before any judgment is paid for. UserError if no answer can be read.
     """
     import openai
 
     refusal: openai.APIStatusError | None = None
     unreadable: str | None = None
     with_logprobs = request_forms(1, temperature=1, top_p=1.0, logprobs=True, top_logprobs=5)
-    for request in [form for form in with_logprobs if form] + request_forms(
-        8, temperature=0, top_p=1.0
-    ):
+    with_text = request_forms(8, temperature=0, top_p=1.0)
+    for request in [form for form in with_logprobs if form] + with_text:
         config = _server_config(path, model, base_url, request)
         try:
             unreadable = trial(config)
@@ -218,9 +224,9 @@ def _accepted_request(path: Path, model: str, base_url: str) -> tuple[str, Recor
 
 
 def trial(config: str) -> str | None:
-    """Ask the judge of an annotators_config for one comparison.
+    """Ask the judge of an annotators_config for the comparison `TRIAL`.
 
-    Returns the answer if the parser of that config cannot read it, None if it can.
+    Return the answer if the config's parser cannot read it, None if it can.
     """
     import pandas as pd
     from alpaca_eval.annotators import PairwiseAnnotator
@@ -229,13 +235,13 @@ def trial(config: str) -> str | None:
     asked = pd.DataFrame([TRIAL])
     judge = PairwiseAnnotator(annotators_config=config, caching_path=None)
     for annotator in judge.annotators.values():
-        if annotator.batch_size != 1:  # one answer judges several pairs there
+        if annotator.batch_size != 1:  # one answer judges several pairs
             continue
         prompts, _ = make_prompts(asked, template=annotator.prompt_template, batch_size=1)
         answers = annotator.fn_completions(prompts=prompts, **annotator.completions_kwargs)
         try:
             (preference,) = annotator.fn_completion_parser(answers[annotator.completion_key][0])
-        except Exception:  # as in the package: a parser that raises cannot read the answer
+        except Exception:  # the package also takes any error as an unreadable answer
             preference = None
         if pd.isna(preference):
             return answers["completions"][0] or ""
@@ -246,15 +252,17 @@ def _unreadable(judge: str, answer: str) -> UserError:
     return UserError(
         f"judge {judge} cannot be read: asked in a trial which of two outputs is "
         f"better, it answers {quoted(answer)}; no judgment was asked for yet; fix the "
-        "judge, or name another in alpaca_eval"
+        "judge, or set another in alpaca_eval"
     )
 
 
 def _server_config(path: Path, model: str, base_url: str, request: Record) -> str:
-    """Write an annotators_config for an OpenAI-compatible server that takes `request`; returns its path.
+    """Write an annotators_config for an OpenAI-compatible server; return its path.
 
-    Prompt, and parser of log-probabilities, are those of weighted_alpaca_eval_gpt4_turbo; without
-    log-probabilities the answer's first letter counts. The key stays in the environment.
+    request: arguments of a chat completion that the server accepts. The prompt and the parser of
+    log-probabilities are copied from weighted_alpaca_eval_gpt4_turbo. Without log-probabilities,
+    the first letter of the answer is the verdict. The key is not written; it stays in the
+    environment.
     """
     import yaml
     from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
@@ -264,13 +272,14 @@ def _server_config(path: Path, model: str, base_url: str, request: Record) -> st
             EVALUATORS_CONFIG_DIR / "alpaca_eval_clf_gpt4_turbo" / "alpaca_eval_clf.txt"
         ),
         "fn_completions": "openai_completions",
-        # The package takes any model with "instruct" in its name for one without a chat interface, and sends what is not None.
         "completions_kwargs": {
             "model_name": model,
             "openai_api_base": base_url,
             "client_config_path": "",
+            # Otherwise the package uses no chat interface if "instruct" is in the model's name.
             "requires_chatml": True,
             "price_per_token": 0.0,
+            # The package sends the arguments that are not None.
             "max_tokens": None,
             "temperature": None,
             "top_p": None,
@@ -299,26 +308,26 @@ def _server_config(path: Path, model: str, base_url: str, request: Record) -> st
 
 
 def _clean_cache(path: Path) -> str:
-    """The package's cache without failed judgments, so that they are asked again; a torn file is dropped."""
+    """Remove failed judgments from the package's cache, so that they are asked for again.
+
+    A broken file is deleted. Return the path.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-        kept = [
-            row
-            for row in parse_json(path.read_text(encoding="utf-8"))
-            if row["preference"] not in (None, -1)
-        ]
+        judgments = parse_json(path.read_text(encoding="utf-8"))
+        kept = [row for row in judgments if row["preference"] not in (None, -1)]
     path.unlink(missing_ok=True)
-    if kept:  # the package does not read an empty list
+    if kept:  # the package cannot read an empty list
         path.write_text(json.dumps(kept), encoding="utf-8")
     return str(path)
 
 
 def read_outputs(path: Path) -> list[Record]:
-    """Outputs in alpaca-eval's form: a list of objects with instruction, output and generator.
+    """Outputs in alpaca-eval's format: a list of objects with instruction, output and generator.
 
-    A missing field, an instruction that stands twice and a second generator are a UserError, and so
-    is a file that its record does not describe: what differs would be blamed on something else.
+    UserError for a missing field, a repeated instruction or a second generator. A file that differs
+    from its record is also a UserError; otherwise another cause would be suspected.
     """
     if path.is_file():
         known_hash(path)
@@ -326,7 +335,8 @@ def read_outputs(path: Path) -> list[Record]:
     seen: dict[str, int] = {}
     if not isinstance(rows, list) or not rows:
         raise UserError(
-            f"{path} is not a list of outputs; alpaca-eval's form is [{{instruction, output, generator}}, ...]"
+            f"{path} is not a list of outputs; alpaca-eval's format is "
+            "[{instruction, output, generator}, ...]"
         )
     for number, row in enumerate(rows, start=1):
         for field in ("instruction", "output", "generator"):
@@ -335,39 +345,46 @@ def read_outputs(path: Path) -> list[Record]:
         first = seen.setdefault(row["instruction"], number)
         if first != number:
             raise UserError(
-                f"{path}: entries {first} and {number} have the same instruction {_short(row)}; drop one"
+                f"{path}: entries {first} and {number} have the same instruction {_short(row)}; "
+                "drop one"
             )
         if row["generator"] != rows[0]["generator"]:
             raise UserError(
-                f"{path}: entry {number} is by {row['generator']}, entry 1 by {rows[0]['generator']}; "
-                "one file holds one generator"
+                f"{path}: entry {number} is by {row['generator']}, entry 1 by "
+                f"{rows[0]['generator']}; write one file for each generator"
             )
     return rows
 
 
 def paired(outputs: list[Record], reference: list[Record]) -> list[Record]:
-    """`outputs` in the order of `reference`. UserError if they answer different instructions."""
+    """`outputs` in the order of `reference`.
+
+    UserError if they answer different instructions or fewer than five, or have the same generator.
+    """
     answers = {row["instruction"]: row for row in outputs}
     for row in reference:
         if row["instruction"] not in answers:
             raise UserError(
-                f"the outputs lack the reference's instruction {_short(row)}; generate both for the same instructions"
+                f"the outputs lack the reference's instruction {_short(row)}; generate both for "
+                "the same instructions"
             )
     asked = {row["instruction"] for row in reference}
     for row in outputs:
         if row["instruction"] not in asked:
             raise UserError(
-                f"the reference lacks the outputs' instruction {_short(row)}; generate both for the same instructions"
+                f"the reference lacks the outputs' instruction {_short(row)}; generate both for "
+                "the same instructions"
             )
     if len(reference) < FEWEST_INSTRUCTIONS:
         raise UserError(
-            f"{len(reference)} instructions are too few for the length-controlled metric; give at least {FEWEST_INSTRUCTIONS}"
+            f"{len(reference)} instructions are too few for the length-controlled metric; give at "
+            f"least {FEWEST_INSTRUCTIONS}"
         )
-    if (
-        outputs[0]["generator"] == reference[0]["generator"]
-    ):  # the package would answer 50 without looking
+    # The package returns 50 without a comparison if both have the same generator.
+    if outputs[0]["generator"] == reference[0]["generator"]:
         raise UserError(
-            f"outputs and reference are both by generator {outputs[0]['generator']}; name them apart"
+            f"outputs and reference are both by generator {outputs[0]['generator']}; give them "
+            "different names"
         )
     return [answers[row["instruction"]] for row in reference]
 
@@ -378,9 +395,10 @@ def _short(row: Record) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings about pkg_resources and scikit-learn 1.10: both are pinned.
+    """Hide the warnings about pkg_resources and scikit-learn 1.10, because both are pinned.
 
-    The package's own warning, of an LC that may have failed, is in `length_controlled_warning`.
+    This also hides the package's own warning about an LC fit that may have failed;
+    `length_controlled_warning` gives it instead.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -393,17 +411,22 @@ def _canonical_hashes() -> tuple[str, ...]:
 
 
 def canonical_position(instruction: str) -> int | None:
-    """Where the instruction stands among AlpacaEval's 805; None if it is not one of them."""
+    """The position of the instruction among AlpacaEval's 805; None if it is not one of them."""
     short = hashlib.sha256(instruction.encode()).hexdigest()[:16]
     return _canonical_hashes().index(short) if short in _canonical_hashes() else None
 
 
 def check_order(reference: list[Record], difficulty: Path) -> None:
-    """UserError unless the reference holds AlpacaEval's 805 instructions in their order, by which difficulties go."""
+    """Check that the reference contains AlpacaEval's 805 instructions in their order.
+
+    The file `difficulty` lists difficulties in that order. UserError if the order differs or the
+    file does not exist.
+    """
     if [canonical_position(row["instruction"]) for row in reference] != list(range(CANONICAL_SIZE)):
         raise UserError(
-            f"{difficulty} goes by position, and the reference is not AlpacaEval's 805 instructions in their "
-            "order; put it in order, or set alpaca_eval.difficulty to null"
+            f"{difficulty} lists difficulties by position, but the reference is not AlpacaEval's "
+            "805 instructions in their order; put it in order, or set alpaca_eval.difficulty to "
+            "null"
         )
     if not difficulty.is_file():
         raise UserError(f"{difficulty} is missing; make it or correct alpaca_eval.difficulty")
@@ -411,10 +434,12 @@ def check_order(reference: list[Record], difficulty: Path) -> None:
 
 @contextlib.contextmanager
 def length_model(size: int, difficulty: Path | None) -> Iterator[tuple[str, Path]]:
-    """Name of the package's LC formula and the file of difficulties that it reads (df_gamed.csv's form).
+    """Name of the package's LC formula, and the file of difficulties for it.
 
-    Without `difficulty`: `length_controlled_minimal`, right for any `size` instructions, with a stand-in of zeros
-    that its formula never uses. With it: `length_controlled_v1`, for AlpacaEval's instructions alone.
+    Without `difficulty`, the formula is `length_controlled_minimal`, which is valid for any
+    instructions. The package still reads a file in df_gamed.csv's format, so a file with `size`
+    rows of zeros is written, whose difficulties the formula never uses. With `difficulty`, the
+    formula is `length_controlled_v1`, which is valid only for AlpacaEval's instructions.
     """
     if difficulty:
         yield "length_controlled_v1", difficulty
@@ -435,7 +460,11 @@ def metrics(
     difficulty: Path,
     cache: Path | None = None,
 ) -> Record:
-    """The package's win rate and LC win rate, in per cent. UserError if judgments are missing."""
+    """The package's win rate and LC win rate, in per cent.
+
+    formula, difficulty: from `length_model`. cache: file of finished judgments, for the message.
+    UserError if judgments failed.
+    """
     import pandas as pd
 
     with _quiet():
@@ -443,16 +472,18 @@ def metrics(
     frame = pd.DataFrame(annotations)[
         ["preference", "instruction", "output_1", "output_2", "generator_1", "generator_2"]
     ]
-    preference = frame["preference"].astype(float).replace(0.0, 1.5)  # 0 is an old form of a draw
-    failed = frame[~preference.between(1, 2)]  # NaN is not between
+    # The package once wrote a draw as 0.
+    preference = frame["preference"].astype(float).replace(0.0, 1.5)
+    failed = frame[~preference.between(1, 2)]  # includes NaN
     if len(failed):
         kept = f", the others are kept in {cache}" if cache else ""
         raise UserError(
             f"the judge failed on {len(failed)} of {len(frame)} instructions, first on "
             f"{_short(failed.iloc[0])}; fix the judge and run again{kept}"
         )
-    # Nothing to control for, or nothing to fit: the package stops on equal length differences, and answers
-    # 50 for a policy that lost every comparison outright (liblinear drops zero weights and sees one class).
+    # With equal length differences there is nothing to control for, and the package stops. For a
+    # policy that lost every comparison there is nothing to fit, and the package returns 50, because
+    # liblinear drops zero weights and then sees one class.
     differences = frame["output_1"].str.len() - frame["output_2"].str.len()
     if differences.nunique() == 1 or preference.eq(1.0).all():
         plain = get_winrate(frame)
@@ -465,10 +496,10 @@ def metrics(
 
 
 def length_controlled_warning(win_rate: float, length_controlled: float) -> str | None:
-    """Why the length-controlled win rate may be no measurement; None if nothing says so. Per cent.
+    """Why the length-controlled win rate may be invalid; None if there is no reason.
 
-    Exactly 50 means that the L1 penalty left the package's model no effect at all. The other case
-    is the package's own warning.
+    Both rates are in per cent. Exactly 50 means that the L1 penalty removed every effect from the
+    package's model. The other reason is the package's own warning.
     """
     from alpaca_eval.metrics.glm_winrate import get_is_extreme_changes
 
@@ -495,26 +526,25 @@ def evaluate(
 ) -> tuple[Record, list[Record], Record]:
     """Run alpaca-eval's `evaluate()`: its row (per cent), the annotations, facts about the judge.
 
-    `outputs` and `reference` come from `paired`; `cache` is a folder for the judgments of API judges.
+    outputs, reference: from `paired`. formula, difficulty: from `length_model`. cache: folder for
+    the judgments of API judges. UserError if a judge behind an API fails.
     """
     import openai
 
     if judge.name == "openai" and not os.environ.get("OPENAI_API_KEY"):
-        os.environ["OPENAI_API_KEY"] = (
-            "EMPTY"  # a local server wants no key, but the client insists on one
-        )
+        # A local server needs no key, but the client requires one.
+        os.environ["OPENAI_API_KEY"] = "EMPTY"
     with _quiet():
         from alpaca_eval.main import evaluate as package_evaluate
-    logging.disable(
-        logging.CRITICAL
-    )  # the package logs whole requests and server messages, which may quote the key
+    # The package logs whole requests and server messages, which may contain the key.
+    logging.disable(logging.CRITICAL)
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             chosen, facts = _annotator(judge, cache, Path(folder))
             if "caching_path" in chosen:
                 config, kept = chosen["annotators_config"], chosen["caching_path"]
                 asked = announce(outputs, reference, config, kept)
-                # A server had its trial in `_annotator`.
+                # `_annotator` already tried a server.
                 unreadable = trial(config) if asked and judge.name != "openai" else None
                 if unreadable is not None:
                     raise _unreadable(judge.name, unreadable)
@@ -536,7 +566,7 @@ def evaluate(
             )
     except (openai.OpenAIError, *NO_COMPLETION) as error:
         if local_kind(judge.name):
-            raise  # no server answers: a bug
+            raise  # no server was asked, so this is a bug
         key = os.environ.get("OPENAI_API_KEY")
         raise judge_failure(judge.base_url or judge.name, error, key, cache) from None
     finally:
@@ -545,10 +575,11 @@ def evaluate(
 
 
 def check_inputs(config: Record, where: str) -> set[str]:
-    """The evaluation's files exist and belong together; else UserError, found before the first job.
+    """Check, before the first job, that the evaluation's files exist and match each other.
 
-    config: of the run. where: what stands before a key's name, such as "runs.dpo.". Returns the
-    instructions, normalised, which are not trained on; none for `official`, which a rule fetches.
+    config: the run's configuration. where: the prefix of a key's name, such as "runs.dpo.". Return
+    the normalised instructions, which are not trained on. The set is empty for `official`, because
+    a rule fetches those instructions later. UserError if a file does not exist or does not match.
     """
     chosen = config["alpaca_eval"]
     section = f"config: {where}alpaca_eval"
@@ -557,8 +588,8 @@ def check_inputs(config: Record, where: str) -> set[str]:
         value = chosen[key]
         if value == "official" and not (official and chosen["limit"] is None):
             raise UserError(
-                f"{section}.{key} is official, which belongs to AlpacaEval's 805 instructions; set"
-                " alpaca_eval.instructions to official and limit to null, or name a file of your own"
+                f"{section}.{key} is official, which belongs to AlpacaEval's 805 instructions; set "
+                "alpaca_eval.instructions to official and limit to null, or give your own file"
             )
         if value not in (None, "base", "official") and not Path(value).is_file():
             raise UserError(
@@ -567,7 +598,7 @@ def check_inputs(config: Record, where: str) -> set[str]:
     if official:
         return set()
     file = Path(chosen["instructions"])
-    # A folder and a broken link are reported by what reads them.
+    # read_instructions reports a folder and a broken link.
     if not (file.is_file() or file.is_dir() or file.is_symlink()):
         problem = "is neither a file nor a folder" if file.exists() else "is missing"
         raise UserError(
@@ -577,8 +608,8 @@ def check_inputs(config: Record, where: str) -> set[str]:
     asked = read_instructions(file, chosen["limit"])
     if len(asked) < FEWEST_INSTRUCTIONS:
         raise UserError(
-            f"{section}.instructions is {file}, which has {len(asked)} instructions; the"
-            f" length-controlled metric needs {FEWEST_INSTRUCTIONS}, so give more"
+            f"{section}.instructions is {file}, which has {len(asked)} instructions; the "
+            f"length-controlled metric needs {FEWEST_INSTRUCTIONS}, so give more"
         )
     if chosen["reference"] != "base":
         try:
@@ -592,9 +623,9 @@ def check_inputs(config: Record, where: str) -> set[str]:
 
 
 def differences(found: Record) -> list[str]:
-    """What differs from the setup of the published figures, for the tables."""
+    """The differences from the setup of the published figures, for the tables."""
     reasons = []
-    # The judge `openai` names only the interface; its model says who judged.
+    # The name `openai` is only the interface; the model is the judge.
     judge = found.get("judge_details", {}).get("model") or found.get("judge")
     if found.get("judge") != "weighted_alpaca_eval_gpt4_turbo":
         reasons.append(f"judged by {judge}")

@@ -1,10 +1,12 @@
 """MT-Bench (arXiv 2306.05685): questions, grades, scores.
 
-FastChat's own functions load the questions, make the judge's prompts and read its grades. What is ours:
-1. answers come from our engines: FastChat's generator knows neither today's chat templates nor a CPU.
-2. the client: FastChat calls an interface of openai that is gone. Ours keeps every finished judgment.
-3. the offline stand-in: no model that fits a laptop grades an answer well, so the embedded preference model
-   compares it with the base policy's, and the grade is that probability on MT-Bench's scale.
+FastChat's functions make the judge's prompts and read its grades. This repository replaces:
+1. The generator of answers, because FastChat's supports neither current chat templates nor a CPU.
+2. The client, because FastChat calls an interface that the package openai removed. This client
+   keeps every finished judgment.
+3. The judge, if there is no API. No model that fits a laptop grades an answer well. So the embedded
+   preference model compares the answer with the base policy's answer, and the grade is the win
+   probability on MT-Bench's scale.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from sppo.evaluation.judges import Client, concurrently
 from sppo.policies.prompts import normalised
 
 Row = dict[str, Any]
-# FastChat's data at v0.2.36, from which the wheel 0.2.36 was made: path in its repository and sha256.
+# FastChat's data at v0.2.36, the tag of the wheel 0.2.36: path in its repository and SHA-256.
 FASTCHAT = "https://raw.githubusercontent.com/lm-sys/FastChat/v0.2.36/fastchat/llm_judge/data/"
 OFFICIAL = {
     "question.jsonl": (
@@ -37,7 +39,8 @@ OFFICIAL = {
         "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
     ),
 }
-# FastChat's temperature_config, for answers; copied because the core environment has no FastChat, and tested against it.
+# FastChat's temperature_config, for answers. It is copied because the core environment has no
+# FastChat; a test compares the two.
 TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -51,30 +54,40 @@ TEMPERATURES = {
 
 
 def read_lines(path: Path) -> list[Row]:
-    """JSON lines with a question_id each. A broken line, a missing and a repeated id are a UserError that names the line."""
+    """The rows of a file of JSON lines, each with a question_id.
+
+    UserError if the file does not exist, a line is broken, or an id is missing or repeated; it
+    names the line.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing; mt_bench.data needs {', '.join(OFFICIAL)}")
     rows: dict[Any, Row] = {}
     for number, row in enumerate(json_lines(path), start=1):
         if not isinstance(row, dict) or not isinstance(row.get("question_id"), (int, str)):
-            raise UserError(f"{path}, line {number} is no JSON object with a question_id; fix it")
+            raise UserError(
+                f"{path}, line {number} is not a JSON object with a question_id; fix it"
+            )
         question = row["question_id"]
         if question in rows:
-            raise UserError(f"{path}, line {number}: question {question} stands twice; drop one")
+            raise UserError(f"{path}, line {number}: question {question} is repeated; drop one")
         rows[question] = row
     return list(rows.values())
 
 
 def read_questions(data: Path) -> list[Row]:
-    """The questions of two turns. An unknown category is a UserError: its temperature is not known."""
+    """The questions, which have two turns each.
+
+    UserError for another number of turns, for a category without a known temperature, or if there
+    are no questions.
+    """
     rows = read_lines(data / "question.jsonl")
     for row in rows:
         turns = row.get("turns")
-        two = isinstance(turns, list) and [type(turn) for turn in turns] == [str, str]
-        if not two or row.get("category") not in TEMPERATURES:
+        has_two_turns = isinstance(turns, list) and [type(turn) for turn in turns] == [str, str]
+        if not has_two_turns or row.get("category") not in TEMPERATURES:
             raise UserError(
-                f"{data}/question.jsonl: question {row['question_id']} needs two turns and a category of "
-                f"{', '.join(TEMPERATURES)}; fix it"
+                f"{data}/question.jsonl: question {row['question_id']} needs two turns and one of "
+                f"the categories {', '.join(TEMPERATURES)}; fix it"
             )
     if not rows:
         raise UserError(f"{data}/question.jsonl has no questions; add some")
@@ -82,53 +95,56 @@ def read_questions(data: Path) -> list[Row]:
 
 
 def read_answers(path: Path, questions: list[Row]) -> dict[Any, Row]:
-    """Answers in FastChat's form by question_id. UserError unless there is exactly one to each
-    question, and if their record does not describe them."""
+    """Answers in FastChat's format, by question_id.
+
+    UserError if a question has no answer, if an answer belongs to no question, or if the file
+    differs from its record.
+    """
     if path.is_file():
         known_hash(path)
     answers = {row["question_id"]: row for row in read_lines(path)}
     for row in questions:
         if row["question_id"] not in answers:
             raise UserError(
-                f"{path} has no answer to question {row['question_id']}; delete it and make it again"
+                f"{path} has no answer to question {row['question_id']}; delete it and run again"
             )
     if len(answers) > len(questions):
         raise UserError(
-            f"{path} answers questions that are not in mt_bench.data; delete it and make it again"
+            f"{path} answers questions that are not in mt_bench.data; delete it and run again"
         )
     return answers
 
 
 def is_official(data: Path, name: str) -> bool:
-    """Whether a file of the data folder is FastChat's own, byte for byte."""
+    """Whether a file of the data folder is identical to FastChat's file."""
     return (data / name).is_file() and file_hash(data / name) == OFFICIAL[name][1]
 
 
 def grade_locally(
     questions: list[Row], answers: dict[Any, Row], reference: dict[Any, Row], model: Any, judge: str
 ) -> list[Row]:
-    """Grades of an embedded preference model: P(answer beats the reference's answer) from 0 to 1, put on the scale 1 to 10.
+    """Grades of an embedded preference model, one row for each question and turn.
 
-    In the second turn it reads both questions as the instruction and compares the second answers.
+    A grade is 1 + 9 P(the answer beats the reference's answer), from 1 to 10. In the second turn
+    the model reads both questions as the instruction and compares the second answers.
     """
     from sppo.core.progress import progress
     from sppo.preferences.estimates import win_probabilities
 
     rows = []
     for question in progress(questions, "judged questions"):
-        mine, theirs = (found[question["question_id"]] for found in (answers, reference))
+        answer = answers[question["question_id"]]
+        base_answer = reference[question["question_id"]]
         for turn in (1, 2):
             asked = "\n\n".join(question["turns"][:turn])
-            texts = [row["choices"][0]["turns"][turn - 1] for row in (theirs, mine)]
-            probability = (
-                0.5
-                if texts[0] == texts[1]
-                else float(win_probabilities(model.pair_logits(asked, texts))[1, 0])
-            )
+            texts = [row["choices"][0]["turns"][turn - 1] for row in (base_answer, answer)]
+            probability = 0.5
+            if texts[0] != texts[1]:
+                probability = float(win_probabilities(model.pair_logits(asked, texts))[1, 0])
             rows.append(
                 {
                     "question_id": question["question_id"],
-                    "model": mine["model_id"],
+                    "model": answer["model_id"],
                     "judge": [judge, "compared with the base"],
                     "turn": turn,
                     "win_probability": probability,
@@ -141,44 +157,49 @@ def grade_locally(
 def grade_by_api(
     questions: list[Row], answers: dict[Any, Row], data: Path, client: Client
 ) -> list[Row]:
-    """FastChat's single-answer grading by an API judge: one row a question and turn, score -1 where it gave no grade."""
+    """FastChat's single-answer grading by an API judge.
+
+    There is one row for each question and turn; its score is -1 if the judge gave no grade.
+    UserError if a question has no reference answer but its category needs one.
+    """
     from fastchat.conversation import get_conv_template
     from fastchat.llm_judge import common, gen_judgment
 
     prompts = common.load_judge_prompts(str(data / "judge_prompts.jsonl"))
-    found = sorted(data.glob("reference_answer*.jsonl"))
-    references = {row["question_id"]: row for row in read_lines(found[0])} if found else {}
-    for question in questions:
-        if (
-            question["category"] in common.NEED_REF_CATS
-            and question["question_id"] not in references
-        ):
+    files = sorted(data.glob("reference_answer*.jsonl"))
+    references = {row["question_id"]: row for row in read_lines(files[0])} if files else {}
+    with_reference = [row for row in questions if row["category"] in common.NEED_REF_CATS]
+    without_reference = [row for row in questions if row["category"] not in common.NEED_REF_CATS]
+    for question in with_reference:
+        if question["question_id"] not in references:
             raise UserError(
-                f"{data} has no reference answer to question {question['question_id']} ({question['category']}); add it to "
-                "reference_answer.jsonl"
+                f"{data} has no reference answer to question {question['question_id']} "
+                f"({question['category']}); add it to reference_answer.jsonl"
             )
-    judges, model = (
-        gen_judgment.make_judge_single(client.model, prompts),
-        next(iter(answers.values()))["model_id"],
-    )
+    judges = gen_judgment.make_judge_single(client.model, prompts)
+    model = next(iter(answers.values()))["model_id"]
     matches = []
-    for name, turns in (("", False), ("-mt", True)):
-        for judge, guided in (("default", False), ("math", True)):
-            chosen = [
-                row for row in questions if (row["category"] in common.NEED_REF_CATS) == guided
-            ]
-            matches += gen_judgment.make_match_single(
-                chosen,
-                [model],
-                {model: answers},
-                judges[judge + name],
-                multi_turn=turns,
-                ref_answers={client.model: references} if guided else None,
-            )
+    for suffix, multi_turn in (("", False), ("-mt", True)):
+        matches += gen_judgment.make_match_single(
+            without_reference,
+            [model],
+            {model: answers},
+            judges[f"default{suffix}"],
+            multi_turn=multi_turn,
+            ref_answers=None,
+        )
+        matches += gen_judgment.make_match_single(
+            with_reference,
+            [model],
+            {model: answers},
+            judges[f"math{suffix}"],
+            multi_turn=multi_turn,
+            ref_answers={client.model: references},
+        )
     common.chat_completion_openai = client
     common.get_conversation_template = lambda _: get_conv_template("chatgpt")
     common.OPENAI_MODEL_LIST = (client.model,)
-    with contextlib.redirect_stdout(io.StringIO()):  # FastChat prints a line for each
+    with contextlib.redirect_stdout(io.StringIO()):  # FastChat prints a line for each match
         rows = concurrently(
             lambda match: common.play_a_match_single(match, None), matches, "judged answers"
         )
@@ -190,18 +211,23 @@ def rating_is_readable(answer: str) -> bool:
     """Whether FastChat finds a rating in the judge's answer."""
     from fastchat.llm_judge import common
 
-    patterns = (common.one_score_pattern, common.one_score_pattern_backup)
-    found = next((match for match in (each.search(answer) for each in patterns) if match), None)
+    match = common.one_score_pattern.search(answer)
+    if match is None:
+        match = common.one_score_pattern_backup.search(answer)
+    if match is None:
+        return False
     try:
-        return found is not None and ast.literal_eval(found[1]) is not None
-    except SyntaxError:  # FastChat reads numbers as Python writes them, and stumbles over 07
+        return ast.literal_eval(match[1]) is not None
+    except SyntaxError:  # FastChat reads the rating as a Python literal, and 07 is not one
         return False
 
 
 def scores(rows: list[Row], categories: dict[Any, str]) -> Row:
-    """FastChat's figures (show_result): means over all rows but failures (-1), which are counted; by turn and category.
+    """FastChat's figures (show_result): the mean score, in total, by turn and by category.
 
-    The standard error is over questions, whose two turns hang together; None with fewer than two.
+    Failures (score -1) are left out and counted. A mean over no rows is None. The standard error is
+    computed over questions, because the two turns of a question depend on each other; it is None
+    with fewer than two questions. categories: by question_id.
     """
     import numpy as np
 
@@ -213,11 +239,12 @@ def scores(rows: list[Row], categories: dict[Any, str]) -> Row:
     for row in graded:
         by_question.setdefault(row["question_id"], []).append(row["score"])
     means = [np.mean(values) for values in by_question.values()]
+    error = None
+    if len(means) > 1:
+        error = float(np.std(means, ddof=1) / np.sqrt(len(means)))
     return {
         "average": mean([row["score"] for row in graded]),
-        "standard_error": float(np.std(means, ddof=1) / np.sqrt(len(means)))
-        if len(means) > 1
-        else None,
+        "standard_error": error,
         "first_turn": mean([row["score"] for row in graded if row["turn"] == 1]),
         "second_turn": mean([row["score"] for row in graded if row["turn"] == 2]),
         "by_category": {
@@ -231,16 +258,22 @@ def scores(rows: list[Row], categories: dict[Any, str]) -> Row:
 
 
 def win_rates(rows: list[Row]) -> Row:
-    """Per cent won against the base, by turn, from the rows of `grade_locally`."""
+    """Win rate against the base in per cent, in total and by turn, from rows of `grade_locally`.
+
+    The standard error is over questions; None with fewer than two.
+    """
     import numpy as np
 
     def percent(turn: int) -> float:
         return 100 * float(np.mean([row["win_probability"] for row in rows if row["turn"] == turn]))
 
-    pairs = np.array([row["win_probability"] for row in rows]).reshape(-1, 2).mean(axis=1)
-    error = 100 * float(np.std(pairs, ddof=1) / np.sqrt(len(pairs))) if len(pairs) > 1 else None
+    # The two turns of a question are adjacent rows.
+    by_question = np.array([row["win_probability"] for row in rows]).reshape(-1, 2).mean(axis=1)
+    error = None
+    if len(by_question) > 1:
+        error = 100 * float(np.std(by_question, ddof=1) / np.sqrt(len(by_question)))
     return {
-        "win_rate": 100 * float(pairs.mean()),
+        "win_rate": 100 * float(by_question.mean()),
         "standard_error": error,
         "first_turn": percent(1),
         "second_turn": percent(2),
@@ -248,18 +281,18 @@ def win_rates(rows: list[Row]) -> Row:
 
 
 def check_inputs(config: Row, where: str) -> set[str]:
-    """The questions can be read; else UserError. Returns first questions, normalised: not trained on.
+    """The normalised first questions, which are not trained on. UserError if they cannot be read.
 
-    config: of the run. where: what stands before a key's name, such as "runs.dpo.".
+    config: the run's configuration. where: the prefix of a key's name, such as "runs.dpo.".
     """
     data = config["mt_bench"]["data"]
-    if data == "fastchat":  # a rule fetches them
+    if data == "fastchat":  # a rule fetches the questions later
         return set()
     return {normalised(row["turns"][0]) for row in read_questions(Path(data))}
 
 
 def differences(found: Row) -> list[str]:
-    """What differs from the setup of the published figures, for the tables."""
+    """The differences from the setup of the published figures, for the tables."""
     reasons = []
     if not found.get("comparable_with_published"):
         judge = found.get("judge_details", {}).get("model") or found.get("judge")

@@ -1,4 +1,4 @@
-"""Evaluations and records of many runs and iterations, found by their place, and how their figures are printed."""
+"""Evaluations and records of runs and iterations: reading them, and formatting their figures."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 from sppo.core.artifacts import iteration, read_json
 from sppo.core.errors import UserError
 
-# By run (`main` for the main one) and iteration: contents by name, such as `alpaca_eval` or `responses/0.parquet.record`.
+# Files by run (`main` for the main run) and iteration. The inner dictionary has a file's contents
+# by its name, such as `alpaca_eval` or `responses/0.parquet.record`.
 Evaluations = dict[tuple[str, int], dict[str, Any]]
 
-
-# Stands behind a length-controlled win rate of which the evaluation itself warns.
+# The mark after a length-controlled win rate with a warning in its evaluation.
 DOUBTFUL = " (!)"
 
 
 def check_policy(path: Path, policy: str | None) -> None:
-    """Raise UserError if a file of `policy` lies in another's place.
+    """Raise UserError if a file of `policy` is in the folder of another policy.
 
-    Places are results/[name/][run/]iter{t}/[best_of_{n}/]. Policies are called
-    <name, else sppo>/[run/]iter{t}[-best-of-{n}]; open_llm.json has the policy's folder. Files that
-    do not say their policy (None), and files that lie elsewhere, are passed over.
+    The folders are results/[name/][run/]iter{t}/[best_of_{n}/]. The name of a policy is
+    <name, or sppo>/[run/]iter{t}[-best-of-{n}]; open_llm.json has the policy's folder instead. A
+    file without a policy (None) and a file in another kind of folder are not checked.
     """
     folder = Path(os.path.abspath(path)).parent.as_posix()
     if policy is None or "/results/" not in folder:
@@ -34,36 +34,39 @@ def check_policy(path: Path, policy: str | None) -> None:
     named = named.replace("-best-of-", "/best_of_")
     if not folder.endswith((f"/results/{named}", f"/results/{named.removeprefix('sppo/')}")):
         raise UserError(
-            f"{path} is of {policy}, which is not the policy of its place; delete it and run again"
+            f"{path} is of {policy}, which is not the policy of its folder; delete it and run again"
         )
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """The contents of an evaluation or a record. UserError if it lies in another policy's place."""
+    """The contents of an evaluation or a record.
+
+    UserError if it is not a JSON object, or is in the folder of another policy.
+    """
     found = read_json(path)
     if not isinstance(found, dict):
-        raise UserError(f"{path} is no evaluation; delete it and run again")
+        raise UserError(f"{path} is not an evaluation; delete it and run again")
     check_policy(path, found.get("policy"))
     return found
 
 
 def collect(files: list[Path], results: Path) -> Evaluations:
-    """The contents of results/[run/]iter{t}/name.json, main first, then by name. UserError on a file of another experiment."""
+    """The contents of files results/[run/]iter{t}/name.json: the main run first, then by name.
+
+    UserError if a file is not in the folder `results`.
+    """
     found: Evaluations = {}
     for file in files:
         try:
             parts = file.relative_to(results).parts
         except ValueError:
-            raise UserError(
-                f"{file} does not lie under {results}; give files of one experiment"
-            ) from None
-        run = "main" if parts[0].startswith("iter") else parts[0]
-        name = "/".join(parts[(1 if run == "main" else 2) :]).removesuffix(".json")
+            raise UserError(f"{file} is not in {results}; give files of one experiment") from None
+        is_main = parts[0].startswith("iter")
+        run = "main" if is_main else parts[0]
+        name = "/".join(parts[1:] if is_main else parts[2:]).removesuffix(".json")
         found.setdefault((run, iteration(file)), {})[name] = read_evaluation(file)
-    return {
-        place: found[place]
-        for place in sorted(found, key=lambda place: (place[0] != "main", place))
-    }
+    order = sorted(found, key=lambda place: (place[0] != "main", place))
+    return {place: found[place] for place in order}
 
 
 def decimals(value: float | None, places: int = 1) -> str:
@@ -72,21 +75,31 @@ def decimals(value: float | None, places: int = 1) -> str:
 
 
 def rate(found: dict[str, Any], key: str, interval: bool = True) -> str:
-    """A rate in per cent with its 95% interval, if any, marked if it is doubtful; else a dash."""
+    """A rate in per cent, or a dash if it is missing.
+
+    The 95% interval follows if there is one, and the mark `DOUBTFUL` if there is a warning.
+    """
+    text = decimals(found.get(key))
     ends = found.get(f"{key}_interval") if interval else None
-    mark = DOUBTFUL if found.get(f"{key.removesuffix('_winrate')}_warning") else ""
-    return decimals(found.get(key)) + (f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else "") + mark
+    if ends:
+        text += f" [{ends[0]:.1f}, {ends[1]:.1f}]"
+    if found.get(f"{key.removesuffix('_winrate')}_warning"):
+        text += DOUBTFUL
+    return text
 
 
 def doubts(evaluations: dict[str, dict[str, Any]]) -> list[str]:
-    """Sentences on empty answers and doubtful LC rates. evaluations: alpaca_eval.json by name."""
-    said = []
+    """Sentences about empty answers and doubtful LC win rates.
+
+    evaluations: contents of alpaca_eval.json by the name that a sentence uses.
+    """
+    sentences = []
     for name, found in evaluations.items():
         if found.get("n_empty"):
-            said.append(f"{name}: {found['n_empty']} of {found['n_total']} answers are empty.")
+            sentences.append(f"{name}: {found['n_empty']} of {found['n_total']} answers are empty.")
         if found.get("length_controlled_warning"):
-            said.append(
+            sentences.append(
                 f"{name}:{DOUBTFUL} do not rely on the LC win rate: "
                 f"{found['length_controlled_warning']}."
             )
-    return said
+    return sentences

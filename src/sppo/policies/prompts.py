@@ -13,7 +13,7 @@ from sppo.policies.models import HUB_ID
 
 Prompt = dict[str, Any]  # id, category, messages
 ROLES = ("system", "user", "assistant", "tool")
-BEST_GRADE = 10  # asked of a reward-conditioned policy in sampling and evaluation
+HIGHEST_REWARD = 10  # asked of a reward-conditioned policy in sampling and evaluation
 
 
 def read_prompts(
@@ -61,14 +61,14 @@ def read_prompts(
     return prompts, commit, empty
 
 
-def with_goal(messages: list[dict[str, str]], grade: float) -> list[dict[str, str]]:
-    """The chat whose first message also asks for an answer of this grade, from 1 to 10.
+def with_target_reward(messages: list[dict[str, str]], reward: float) -> list[dict[str, str]]:
+    """The chat whose first message also asks for an answer with this reward, from 1 to 10.
 
     Source: RA-DPO (2410.08067). The wording is not from the paper.
     """
     first, *rest = messages
     request = (
-        f"Write an answer whose overall quality is {grade:g} "
+        f"Write an answer whose overall quality is {reward:g} "
         "on a scale from 1 (worst) to 10 (best).\n\n"
     )
     return [first | {"content": request + first["content"]}, *rest]

@@ -1,4 +1,7 @@
-"""Shapes of models, and the FLOPs of a forward pass. Norms and biases, less than 0.1%, are left out."""
+"""Shapes of models, and the FLOPs of a forward pass.
+
+Norms and biases are left out, because they are less than 0.1%.
+"""
 
 from __future__ import annotations
 
@@ -19,31 +22,32 @@ class Shape:
     vocabulary: int
     tied: bool
     mlp_matrices: int = 3  # gate, up, down
-    softcap: bool = False  # of the logits, as Gemma-2 has it
+    softcap: bool = False  # whether logits are bounded by a tanh, as in Gemma-2
 
     @property
     def body(self) -> int:
-        """Weights of the layers."""
+        """Number of weights in the layers."""
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + self.mlp_matrices * self.hidden * self.intermediate)
 
     @property
     def head(self) -> int:
-        """Weights that turn a state into logits."""
+        """Number of weights that map a state to logits."""
         return self.vocabulary * self.hidden
 
     @property
     def weights(self) -> int:
+        """Number of weights: layers, embeddings and output layer, which can be tied."""
         return self.body + self.head * (1 if self.tied else 2)
 
     @property
     def kv_bytes(self) -> int:
-        """Of keys and values of one token, in 16 bits."""
+        """Bytes of the keys and values of one token, in 16 bits."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
-    """The shape in a config.json of the Llama, Mistral or Gemma family."""
+    """The shape that a config.json of the Llama, Mistral or Gemma family describes."""
     heads = config["num_attention_heads"]
     gemma = config.get("model_type", "").startswith("gemma")
     return Shape(
@@ -59,7 +63,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
     )
 
 
-# Of the config.json that each model was published with.
+# Shapes from the published config.json of each model.
 SHAPES = {
     "embedded": Shape(30, 576, 1536, 9, 3, 64, 49152, True),
     "mistralai/Mistral-7B-Instruct-v0.2": Shape(32, 4096, 14336, 32, 8, 128, 32000, False),
@@ -71,9 +75,11 @@ PAIRRM = Shape(24, 1024, 4096, 16, 16, 64, 128100, True, mlp_matrices=2)  # DeBE
 
 
 def forward_flops(shape: Shape, tokens: float, context: float, logits: float) -> float:
-    """Of `tokens` tokens that each look at `context` others, `logits` of them up to the vocabulary."""
-    return (
-        2 * shape.body * tokens
-        + 4 * shape.layers * shape.heads * shape.head_dim * context * tokens
-        + 2 * shape.head * logits
-    )
+    """FLOPs of a forward pass over `tokens` tokens that each attend to `context` other tokens.
+
+    logits: the number of tokens whose logits are computed.
+    """
+    in_weights = 2 * shape.body * tokens
+    in_attention = 4 * shape.layers * shape.heads * shape.head_dim * context * tokens
+    in_head = 2 * shape.head * logits
+    return in_weights + in_attention + in_head

@@ -1,19 +1,22 @@
 """The embedded preference model: a skew-symmetric preference embedding on a small language model.
 
-General Preference Model, Zhang et al. 2024, arXiv 2410.02197, section 3. Each (instruction, answer) is
-read once and becomes an embedding e in R^d, d even. The logit that answer i beats answer j is
+The model is a General Preference Model (GPM, Zhang et al. 2024, arXiv 2410.02197, section 3). It
+reads each (instruction, answer) once and maps it to an embedding e in R^d, d even. The logit that
+answer i beats answer j is
 
-    s(i, j) = e_i^T R e_j,   R = blockdiag([[0, -1], [1, 0]], ...)                     (eq. 3 and 4)
+    s(i, j) = e_i^T R e_j,   R = blockdiag([[0, -1], [1, 0]], ...)                 (eq. 3 and 4)
 
-and P(i beats j) = sigma(s). R is skew-symmetric, so P(i, j) + P(j, i) = 1 by construction, K answers
-need K forward passes instead of K(K - 1), and cyclic preferences can be represented: with d = 2 and
-e = (1, r) it is Bradley-Terry with reward r, with more it is not.
+and P(i beats j) = sigma(s). R is skew-symmetric, so P(i, j) + P(j, i) = 1 by construction. K
+answers need K forward passes instead of K(K - 1). The model can represent cyclic preferences: with
+d = 2 and e = (1, r) it is the Bradley-Terry model with reward r; a larger d is more general.
 
-Where we depart from the paper: the backbone is the lower layers of the language model alone (its middle
-layers predict GPT-4's preferences better than its last, as a linear probe showed, and cost half); it is
-read out by the mean over the answer's tokens beside the last token, and by the answer's relevance, how
-alike the states of instruction and answer are (without it, an answer to another question is hardly
-noticed); and there is no eigenvalue gate on R.
+Departures from the paper:
+* The backbone is only the lower layers of the language model. A linear probe showed that the middle
+  layers predict GPT-4's preferences better than the last layer, and they cost half as much.
+* The embedding uses the mean of the states over the answer's tokens as well as the last state.
+* The embedding uses the answer's relevance: the similarity of the states of instruction and answer.
+  Without it, the model hardly notices an answer to another question.
+* There is no eigenvalue gate on R.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from sppo.policies.models import compute_dtype, load_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What ranker.json must say.
+# The keys that ranker.json must have.
 SPEC = (
     "name",
     "base",
@@ -49,17 +52,19 @@ SPEC = (
     "logit_scale",
     "length_weight",
 )
-OMISSION = " [...] "  # stands where the middle of a long text was left out
+OMISSION = " [...] "  # replaces the omitted middle of a long text
 PLACEHOLDER = "\x00"  # marks the instruction's place in the chat template
-ENOUGH = (
-    0.2  # relevance above it counts no more: most answers have that much, and echoing must not pay
-)
+# A higher relevance than this has no further effect. Most answers reach it, and an answer must gain
+# nothing by repeating the instruction.
+ENOUGH = 0.2
+# The states that the embedding is computed from; see `PreferenceEmbedder.states`.
+STATES = ("instruction", "mean", "last")
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer plus a trainable low-rank update (2106.09685, eq. 3).
+    """A frozen linear layer plus a trainable low-rank update (LoRA, 2106.09685, eq. 3).
 
-    The update is kept in float32 and computed in the frozen layer's type. B starts at zero.
+    The update is stored in float32 and computed in the type of the input. B starts at zero.
     """
 
     def __init__(self, base: nn.Linear, rank: int, generator: torch.Generator) -> None:
@@ -76,12 +81,13 @@ class LoraLinear(nn.Module):
 class PreferenceEmbedder(nn.Module):
     """(instruction, answers) -> embeddings (K, d). See the module's docstring.
 
-    backbone: a Llama-like transformers model without its language head; its upper layers are dropped.
-    spec: `layers` kept, `lora_from` (the first layer with an update), `lora_rank`, `dimensions` d, and the
-    limits of `PairText`.
+    backbone: a Llama-like transformers model without its language head; its upper layers are
+    removed. spec: `layers` (the number of layers that are kept), `lora_from` (the first layer with
+    an update), `lora_rank`, `dimensions` (d), and the limits of `PairText`. seed: of the initial
+    weights.
     """
 
-    # Set by register_buffer, whose names type checkers do not see.
+    # register_buffer sets these attributes, which type checkers do not see.
     instruction_center: torch.Tensor
     instruction_scale: torch.Tensor
     mean_center: torch.Tensor
@@ -98,95 +104,94 @@ class PreferenceEmbedder(nn.Module):
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        backbone.layers = backbone.layers[: spec["layers"]]
-        backbone.config.num_hidden_layers = spec["layers"]
-        backbone.norm = nn.Identity()  # the final norm belongs to the last layer, which is gone
-        self.backbone = backbone.requires_grad_(False)
         self.text = PairText(tokenizer, spec["max_prompt_tokens"], spec["max_answer_tokens"])
-        for layer in backbone.layers[spec["lora_from"] :]:
-            for block in (layer.self_attn, layer.mlp):
-                for name, child in list(block.named_children()):
-                    if isinstance(child, nn.Linear):
-                        setattr(block, name, LoraLinear(child, spec["lora_rank"], generator))
-        # States are standardised by constants, taken from training data before the first step: the
-        # hidden states of a language model have a few dimensions a hundred times larger than the rest.
-        for part in ("instruction", "mean", "last"):
-            self.register_buffer(f"{part}_center", torch.zeros(backbone.config.hidden_size))
-            self.register_buffer(f"{part}_scale", torch.ones(backbone.config.hidden_size))
+        self.backbone = keep_lower_layers(backbone, spec["layers"]).requires_grad_(False)
+        add_lora(self.backbone.layers[spec["lora_from"] :], spec["lora_rank"], generator)
+        hidden = self.backbone.config.hidden_size
+        # States are standardised by constants that are computed from training data before the first
+        # step, because a few dimensions of a language model's hidden states are a hundred times
+        # larger than the others.
+        for name in STATES:
+            self.register_buffer(f"{name}_center", torch.zeros(hidden))
+            self.register_buffer(f"{name}_scale", torch.ones(hidden))
         self.dropout = nn.Dropout(0.1)
-        self.head = nn.Linear(2 * backbone.config.hidden_size, spec["dimensions"])
-        self.relevance = nn.Parameter(
-            torch.tensor(1.0)
-        )  # weight of relevance, in tenths, in e's second entry
-        with torch.no_grad():  # start near e = (1, r, 0, 0, ...): close to a reward difference
-            self.head.weight.copy_(0.01 * torch.randn(self.head.weight.shape, generator=generator))
-            self.head.bias.zero_()
-            self.head.bias[0] = 1.0
+        self.head = nn.Linear(2 * hidden, spec["dimensions"])
+        # `forward` adds 10 * relevance, multiplied by this weight, to the second entry of e.
+        self.relevance = nn.Parameter(torch.tensor(1.0))
+        self._start_near_a_reward(generator)
+
+    @torch.no_grad()
+    def _start_near_a_reward(self, generator: torch.Generator) -> None:
+        """Initialise the head so that e is near (1, r, 0, 0, ...): logits near r_i - r_j."""
+        self.head.weight.copy_(0.01 * torch.randn(self.head.weight.shape, generator=generator))
+        self.head.bias.zero_()
+        self.head.bias[0] = 1.0
 
     def states(self, instruction: str, answers: list[str]) -> dict[str, torch.Tensor]:
-        """Hidden states, float32: means over tokens of the instruction (hidden,) and of each answer (K, hidden),
-        and each answer's last (K, hidden).
+        """Hidden states of an instruction and its K answers, float32.
 
-        All stand in one row, the prompt once and the answers behind it; each answer sees the prompt and itself, in the
-        positions that it would have alone. Nothing is padded and nothing depends on other prompts.
+        `instruction`: the mean over the instruction's tokens, (hidden,). `mean`: the mean over the
+        tokens of each answer, (K, hidden). `last`: the last state of each answer, (K, hidden).
+
+        One sequence contains the prompt once, followed by all answers. Each answer attends only to
+        the prompt and itself, at the positions that it would have alone. There is no padding, and
+        the result does not depend on other prompts.
         """
         device = self.mean_center.device
-        prompt, texts = (
-            self.text.prompt(instruction),
-            [self.text.answer(answer) for answer in answers],
-        )
+        prompt = self.text.prompt(instruction)
+        texts = [self.text.answer(answer) for answer in answers]
         parts = [prompt, *texts]
+        lengths = [len(ids) for ids in texts]
         ids = torch.tensor([token for part in parts for token in part], device=device)
-        part = torch.repeat_interleave(
-            torch.arange(len(parts)), torch.tensor([len(ids) for ids in parts])
+        # The part that each token belongs to: 0 is the prompt, k the k-th answer.
+        part_of = torch.repeat_interleave(
+            torch.arange(len(parts)), torch.tensor([len(prompt), *lengths])
         ).to(device)
-        place = torch.cat(
-            [
-                torch.arange(len(prompt)),
-                *(torch.arange(len(prompt), len(prompt) + len(ids)) for ids in texts),
-            ]
-        ).to(device)
-        sees = ((part[:, None] == part) | (part == 0)) & (place[:, None] >= place)
-        states = (
-            self.backbone(
-                input_ids=ids[None],
-                attention_mask=sees[None, None],
-                position_ids=place[None],
-                use_cache=False,
-            )
-            .last_hidden_state[0]
-            .float()
+        # Each answer's positions start after the prompt.
+        positions = [torch.arange(len(prompt))]
+        for length in lengths:
+            positions.append(torch.arange(len(prompt), len(prompt) + length))
+        position = torch.cat(positions).to(device)
+        same_part_or_prompt = (part_of[:, None] == part_of) | (part_of == 0)
+        attends = same_part_or_prompt & (position[:, None] >= position)
+        output = self.backbone(
+            input_ids=ids[None],
+            attention_mask=attends[None, None],
+            position_ids=position[None],
+            use_cache=False,
         )
-        each = states[len(prompt) :].split([len(ids) for ids in texts])
+        states = output.last_hidden_state[0].float()
+        of_answers = states[len(prompt) :].split(lengths)
         return {
             "instruction": states[self.text.instruction(prompt)].mean(0),
-            "mean": torch.stack([one.mean(0) for one in each]),
-            "last": torch.stack([one[-1] for one in each]),
+            "mean": torch.stack([answer.mean(0) for answer in of_answers]),
+            "last": torch.stack([answer[-1] for answer in of_answers]),
         }
 
     def forward(self, instruction: str, answers: list[str]) -> torch.Tensor:
         """Embeddings, float32 (K, d), of K answers to one instruction."""
         z = {
-            part: (state - getattr(self, f"{part}_center")) / getattr(self, f"{part}_scale")
-            for part, state in self.states(instruction, answers).items()
+            name: (state - getattr(self, f"{name}_center")) / getattr(self, f"{name}_scale")
+            for name, state in self.states(instruction, answers).items()
         }
-        relevance = nn.functional.cosine_similarity(z["mean"], z["instruction"], dim=1).clamp(
-            max=ENOUGH
-        )
+        similarity = nn.functional.cosine_similarity(z["mean"], z["instruction"], dim=1)
+        relevance = similarity.clamp(max=ENOUGH)
         e = self.head(self.dropout(torch.cat([z["mean"], z["last"]], dim=1)))
-        return e + self.relevance * nn.functional.pad(10 * relevance[:, None], (1, e.shape[1] - 2))
+        # (K, d) with 10 * relevance in the second column and 0 elsewhere.
+        in_second_entry = nn.functional.pad(10 * relevance[:, None], (1, e.shape[1] - 2))
+        return e + self.relevance * in_second_entry
 
     @torch.no_grad()
     def standardise(self, groups: list[tuple[str, list[str]]]) -> None:
-        """Set the constants from instructions and their answers."""
+        """Set the constants that standardise states, from instructions and their answers."""
         seen = [self.states(instruction, answers) for instruction, answers in groups]
-        for part in ("instruction", "mean", "last"):
-            rows = torch.cat([states[part].reshape(-1, states[part].shape[-1]) for states in seen])
-            getattr(self, f"{part}_center").copy_(rows.mean(0))
-            getattr(self, f"{part}_scale").copy_(rows.std(0) + 1e-3)
+        for name in STATES:
+            rows = torch.cat([states[name].reshape(-1, states[name].shape[-1]) for states in seen])
+            getattr(self, f"{name}_center").copy_(rows.mean(0))
+            getattr(self, f"{name}_scale").copy_(rows.std(0) + 1e-3)
 
     def adapter(self) -> dict[str, torch.Tensor]:
-        """What was trained, and the feature constants: all that differs from the base model."""
+        """All tensors that differ from the base model: what was trained, and the constants."""
         own = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         own |= {name for name, _ in self.named_buffers(recurse=False)}
         return {
@@ -195,7 +200,7 @@ class PreferenceEmbedder(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the low-rank updates into the weights, so that inference costs what the base costs."""
+        """Add the low-rank updates to the weights, so that inference costs as much as the base."""
         for module in list(self.backbone.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, LoraLinear):
@@ -203,10 +208,27 @@ class PreferenceEmbedder(nn.Module):
                     setattr(module, name, child.base)
 
 
+def keep_lower_layers(backbone: Any, layers: int) -> Any:
+    """Remove all but the first `layers` layers from a Llama-like model; return the model."""
+    backbone.layers = backbone.layers[:layers]
+    backbone.config.num_hidden_layers = layers
+    backbone.norm = nn.Identity()  # the final norm belongs to the last layer, which is removed
+    return backbone
+
+
+def add_lora(layers: Any, rank: int, generator: torch.Generator) -> None:
+    """Replace each linear layer of attention and MLP with a `LoraLinear`, in place."""
+    for layer in layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, child in list(block.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(block, name, LoraLinear(child, rank, generator))
+
+
 def skew_logits(e: torch.Tensor) -> torch.Tensor:
     """s(i, j) = e_i^T R e_j for embeddings e (K, d), d even: (K, K), exactly skew-symmetric.
 
-    GPM (2410.02197) eq. 3 with R = blockdiag([[0, -1], [1, 0]]); each block adds
+    GPM (2410.02197), eq. 3, with R = blockdiag([[0, -1], [1, 0]], ...). Each block adds
     e_i[1] e_j[0] - e_i[0] e_j[1].
     """
     products = e[:, 1::2] @ e[:, 0::2].T
@@ -214,7 +236,7 @@ def skew_logits(e: torch.Tensor) -> torch.Tensor:
 
 
 def length_gaps(texts: list[str]) -> np.ndarray:
-    """log(1 + characters) of text i minus that of text j: (K, K), skew-symmetric."""
+    """log(1 + characters of text i) - log(1 + characters of text j): (K, K), skew-symmetric."""
     logs = np.log1p([len(text.strip()) for text in texts])
     return logs[:, None] - logs[None, :]
 
@@ -222,10 +244,11 @@ def length_gaps(texts: list[str]) -> np.ndarray:
 class PairText:
     """Turns an instruction and its answers into token ids, always in the same way.
 
-    The instruction stands in the model's own chat template as a user turn; the answer follows as the
-    assistant's, closed by the end-of-turn token. Control tokens spelled out inside either text are read
-    as plain characters. A text longer than its limit keeps its first three quarters and its last quarter
-    with ` [...] ` between: how an answer ends tells whether it was broken off.
+    The instruction is the user's turn in the model's own chat template. The answer is the
+    assistant's turn and ends with the end-of-turn token. Control tokens that a text spells out are
+    read as plain characters. A text longer than its limit is shortened: three quarters of the limit
+    are its beginning, one quarter is its end, with ` [...] ` between. The end is kept because it
+    shows whether an answer was broken off.
     """
 
     def __init__(
@@ -240,19 +263,20 @@ class PairText:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": PLACEHOLDER}], tokenize=False, add_generation_prompt=True
         )
-        before, after = cast(str, text).split(PLACEHOLDER)  # of one chat, not made into tokens
+        # The result is a str because there is one chat and tokenize is False.
+        before, after = cast(str, text).split(PLACEHOLDER)
         self.before = tokenizer(before, add_special_tokens=False).input_ids
         self.after = tokenizer(after, add_special_tokens=False).input_ids
         self.omission = self.plain(OMISSION)
 
     def plain(self, text: str) -> list[int]:
-        """Ids of user text: never a control token, whatever the text spells."""
+        """Ids of a text, without control tokens, even if the text spells one out."""
         if not text:
             return []
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def shorten(self, ids: list[int], limit: int) -> list[int]:
-        """At most `limit` ids of the text: head, omission mark, tail (3 : 1)."""
+        """At most `limit` ids: beginning, omission mark and end (beginning to end is 3 : 1)."""
         if len(ids) <= limit:
             return ids
         room = limit - len(self.omission)
@@ -260,36 +284,33 @@ class PairText:
         return ids[: room - tail] + self.omission + ids[len(ids) - tail :]
 
     def prompt(self, instruction: str) -> list[int]:
-        """Ids of the chat up to where the assistant answers."""
-        return (
-            self.before
-            + self.shorten(self.plain(instruction.strip()), self.max_prompt)
-            + self.after
-        )
+        """Ids of the chat up to the assistant's answer."""
+        ids = self.shorten(self.plain(instruction.strip()), self.max_prompt)
+        return self.before + ids + self.after
 
     def instruction(self, prompt_ids: list[int]) -> slice:
-        """Where the instruction stands in what `prompt` gave; all of it if the instruction is empty."""
+        """The instruction's place in the ids of `prompt`; all ids if the instruction is empty."""
+        start = len(self.before)
         end = len(prompt_ids) - len(self.after)
-        return slice(len(self.before), end) if end > len(self.before) else slice(None)
+        return slice(start, end) if end > start else slice(None)
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an answer and the end of its turn. An empty answer is the end of the turn alone."""
-        return self.shorten(self.plain(text.strip()), self.max_answer) + [
-            self.tokenizer.eos_token_id
-        ]
+        """Ids of an answer and the end-of-turn token, which is the only id of an empty answer."""
+        ids = self.shorten(self.plain(text.strip()), self.max_answer)
+        return ids + [self.tokenizer.eos_token_id]
 
 
 def load_base(
     base_dir: Path, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The backbone and the tokenizer of a Hugging Face folder. Raises UserError where it is unusable."""
+    """The backbone and the tokenizer of a Hugging Face folder. UserError if it is unusable."""
     from transformers import AutoModel, AutoTokenizer
 
     base_dir = Path(base_dir)
     if not (base_dir / "config.json").is_file():
         raise UserError(
             f"no model folder {base_dir}: make it with `.venv/bin/snakemake --cores all "
-            "results/models/SmolLM2-135M-Instruct`, or name another with --base"
+            "results/models/SmolLM2-135M-Instruct`, or give another with --base"
         )
     model = load_whole(AutoModel, base_dir, head=False, dtype=dtype, local_files_only=True)
     try:
@@ -301,9 +322,9 @@ def load_base(
 class EmbeddedRanker:
     """A trained preference model, ready to judge: `data/ranker` or `data/judge` on its base model.
 
-    adapter_dir: a folder that `train_ranker.py` wrote. base_dir: the base model's Hugging Face folder.
-    dtype: "auto" (see `models.compute_dtype`), "float32" or "bfloat16". Raises UserError where a file is absent,
-    broken, or made for another base.
+    adapter_dir: a folder that `train_ranker.py` wrote. base_dir: the base model's Hugging Face
+    folder. dtype: "auto" (see `models.compute_dtype`), "float32" or "bfloat16". UserError if a file
+    does not exist, is broken, or was made for another base.
     """
 
     def __init__(
@@ -312,7 +333,7 @@ class EmbeddedRanker:
         adapter_dir = Path(adapter_dir)
         for name in ("ranker.json", "adapter.safetensors"):
             if not (adapter_dir / name).is_file():
-                raise UserError(f"{adapter_dir} is no preference model: it has no {name}")
+                raise UserError(f"{adapter_dir} is not a preference model: it has no {name}")
         try:
             self.spec = read_json(adapter_dir / "ranker.json")
             weights = load_file(adapter_dir / "adapter.safetensors")
@@ -324,15 +345,15 @@ class EmbeddedRanker:
         self.name = self.spec["name"]
         compute = compute_dtype(dtype, device)
         backbone, tokenizer = load_base(base_dir, torch.float32)
-        ours = (
+        shape = [
             backbone.config.hidden_size,
             backbone.config.num_hidden_layers,
             backbone.config.vocab_size,
-        )
-        if list(ours) != self.spec["base_shape"]:
+        ]
+        if shape != self.spec["base_shape"]:
             raise UserError(
-                f"{adapter_dir} was trained on {self.spec['base']} (hidden size, layers, vocabulary "
-                f"{self.spec['base_shape']}), and {base_dir} has {list(ours)}"
+                f"{adapter_dir} was trained on {self.spec['base']} (hidden size, layers, "
+                f"vocabulary {self.spec['base_shape']}), but {base_dir} has {shape}"
             )
         self.model = PreferenceEmbedder(backbone, tokenizer, self.spec).eval()
         differ = sorted(self.model.adapter().keys() ^ weights.keys())
@@ -367,8 +388,8 @@ class EmbeddedRanker:
         """
         if not candidates:
             return np.zeros((0, 0))
-        # Each text is read once, in sorted order: identical candidates tie exactly, and the order in
-        # which candidates come does not even change the rounding.
+        # Each text is read once, in sorted order. So identical candidates tie exactly, and the
+        # order of the candidates does not change the result, not even by rounding.
         unique = sorted(set(candidates))
         embeddings = self.model(prompt, unique)
         logits = self.spec["logit_scale"] * skew_logits(embeddings.double()).cpu().numpy()

@@ -1,7 +1,8 @@
 """Preference estimates: from the K x K logits of one prompt to P, P-hat, winner and loser.
 
-Pure functions on numpy arrays. L[i, j] is the logit that response i beats response j as the preference
-model read them, in the order (i, j); its diagonal is ignored. SPPO is arXiv 2405.00675.
+All functions are pure and use numpy arrays. L[i, j] is the logit that response i beats response j
+when the preference model reads them in the order (i, j). The diagonal of L is ignored. "The paper"
+is SPPO, arXiv 2405.00675.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ def sigmoid(x: Array) -> Array:
 
 
 def _relative(logits: Array) -> Array:
-    """L - L^T, skew-symmetric: both orders of every pair together; (K, K)."""
+    """L - L^T, which combines both orders of every pair: (K, K), skew-symmetric.
+
+    UserError if a logit is NaN or infinite.
+    """
     logits = np.asarray(logits, dtype=np.float64)
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"logits have shape {logits.shape}, not (K, K)")
@@ -35,9 +39,10 @@ def _relative(logits: Array) -> Array:
 
 
 def mean_logits(logits: Array) -> Array:
-    """s_i = mean over j of (L_ij - L_ji), shape (K,): the score that winner and loser are the ends of.
+    """s_i = mean over j of (L_ij - L_ji), shape (K,).
 
-    Zero diagonal inside the mean, as in llm-blender's `rank` and the paper's section 5.1.
+    The winner has the highest score, the loser the lowest. The mean includes j = i with 0, as in
+    llm-blender's `rank` and the paper's section 5.1.
     """
     return _relative(logits).mean(axis=1)
 
@@ -47,9 +52,10 @@ def win_probabilities(
 ) -> Array:
     """P(y_i beats y_j), shape (K, K); P + P^T = 1 and the diagonal is 1/2, exactly.
 
-    `pairwise`: sigma(c (L - L^T)), a general preference that may be cyclic (the paper, section 5.1; c = 1/2
-    is the mean of both orders). `blender`: sigma(s_i - s_j) from the mean logits, the Bradley-Terry collapse
-    of the official compute_prob.py, under which a cyclic triple becomes three ties.
+    `pairwise`: sigma(c (L - L^T)) with c = `logit_scale`, a general preference that may be cyclic
+    (the paper, section 5.1; c = 1/2 is the mean of both orders). `blender`: sigma(s_i - s_j) with
+    the mean logits s. This Bradley-Terry model is used in the official compute_prob.py; it turns a
+    cyclic triple into three ties.
     """
     if probability == "pairwise":
         x = logit_scale * _relative(logits)
@@ -64,53 +70,71 @@ def win_probabilities(
 def p_hat(probabilities: Array) -> Array:
     """P-hat(y_i beats pi_t) = mean over j of P(y_i beats y_j), shape (K,).
 
-    i = j is included and contributes 1/2 (section 5.1), so the mean of P-hat over i is exactly 1/2.
+    j = i is included and contributes 1/2 (section 5.1), so the mean of P-hat over i is exactly 1/2.
     """
     return np.asarray(probabilities, dtype=np.float64).mean(axis=1)
 
 
 def p_hat_weighted(probabilities: Array, log_weights: Array) -> Array:
-    """P-hat(y_i beats pi'), shape (K,), where pi' is another policy than the one that gave the K responses.
+    """P-hat(y_i beats pi'), shape (K,), for a policy pi' other than the responses' policy pi.
 
-    Self-normalised importance weights: log_weights (K,) are log pi'/pi of each response, up to a constant.
+    The estimate uses self-normalised importance weights. log_weights (K,) are log pi'(y)/pi(y) of
+    each response, up to a constant.
     """
     weights = np.exp(log_weights - np.max(log_weights))
     return np.asarray(probabilities, dtype=np.float64) @ (weights / weights.sum())
 
 
 def even_length_penalty(scores: list[Array], lengths: list[Array]) -> float:
-    """alpha >= 0 with which the ends of scores - alpha lengths differ least in length on average over prompts; each entry (K,).
+    """The length penalty alpha >= 0 under which winners are about as long as losers.
 
-    DICE, 2406.09760, which tries alpha in steps of 0.001. The mean difference falls with alpha, in steps where two responses of a
-    prompt change places, so that bisection over these finds it exactly. 0 if winners are no longer than losers without it.
+    The winner of a prompt has the highest score - alpha * length, the loser the lowest. alpha is
+    chosen so that the mean difference of their lengths over all prompts is closest to 0. It is 0 if
+    winners are not longer than losers without a penalty.
+
+    scores, lengths: for each prompt an array (K,). Source: DICE, 2406.09760, which tries alpha in
+    steps of 0.001. Here alpha is exact: the mean difference is a step function of alpha that only
+    falls, so a bisection over its steps finds the best one.
     """
 
     def difference(alpha: float) -> float:
-        ends = [
-            (length[(score - alpha * length).argmax()], length[(score - alpha * length).argmin()])
-            for score, length in zip(scores, lengths, strict=True)
-        ]
-        return float(np.mean([winner - loser for winner, loser in ends]))
+        """Mean length of winners minus mean length of losers, under the penalty alpha."""
+        differences = []
+        for score, length in zip(scores, lengths, strict=True):
+            penalised = score - alpha * length
+            differences.append(length[penalised.argmax()] - length[penalised.argmin()])
+        return float(np.mean(differences))
 
-    places = np.concatenate(
-        [
-            ((s[:, None] - s)[longer] / (n[:, None] - n)[longer])
-            for s, n in zip(scores, lengths, strict=True)
-            for longer in [n[:, None] > n]
-        ]
-    )
-    places = np.unique(places[places > 0])
-    alphas = [0.0, *(places[:-1] + places[1:]) / 2, *(2 * places[-1:])]  # one in each step
-    first = bisect.bisect_left(
-        alphas, 0.0, key=lambda alpha: -difference(alpha)
-    )  # where winners are no longer than losers
-    return float(
-        min(alphas[max(first - 1, 0) : first + 1], key=lambda alpha: abs(difference(alpha)))
-    )
+    alphas = _penalties_between_swaps(scores, lengths)
+    # The first alpha under which winners are not longer than losers; the best is it or the one
+    # before it.
+    first = bisect.bisect_left(alphas, 0.0, key=lambda alpha: -difference(alpha))
+    candidates = alphas[max(first - 1, 0) : first + 1]
+    return float(min(candidates, key=lambda alpha: abs(difference(alpha))))
+
+
+def _penalties_between_swaps(scores: list[Array], lengths: list[Array]) -> list[float]:
+    """0 and one penalty in each interval in which no two responses of a prompt change order.
+
+    Responses i and j have the same penalised score at alpha = (s_i - s_j) / (n_i - n_j), with score
+    s and length n.
+    """
+    swaps_by_prompt = []
+    for score, length in zip(scores, lengths, strict=True):
+        is_longer = length[:, None] > length
+        score_gaps = (score[:, None] - score)[is_longer]
+        length_gaps = (length[:, None] - length)[is_longer]
+        swaps_by_prompt.append(score_gaps / length_gaps)
+    swaps = np.concatenate(swaps_by_prompt)
+    swaps = np.unique(swaps[swaps > 0])
+    between = (swaps[:-1] + swaps[1:]) / 2
+    after_last = 2 * swaps[-1:]  # empty if there are no swaps
+    return [0.0, *between, *after_last]
 
 
 def winner_and_loser(scores: Array) -> tuple[int, int] | None:
-    """Indices of the highest and the lowest score; None if all are equal, which is no preference."""
+    """Indices of the highest and the lowest score; None if all scores are equal."""
     scores = np.asarray(scores)
-    winner, loser = int(scores.argmax()), int(scores.argmin())
+    winner = int(scores.argmax())
+    loser = int(scores.argmin())
     return None if scores[winner] == scores[loser] else (winner, loser)

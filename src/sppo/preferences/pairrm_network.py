@@ -1,22 +1,28 @@
 """PairRM on plain transformers: the published weights, without llm-blender.
 
-LLM-Blender, Jiang et al. 2023, arXiv 2306.02561; weights llm-blender/PairRM and llm-blender/PairRM-hf. DeBERTa-v3 reads an
-instruction with both answers,
+Source: LLM-Blender, Jiang et al. 2023, arXiv 2306.02561; weights llm-blender/PairRM and
+llm-blender/PairRM-hf. DeBERTa-v3 reads an instruction with two answers,
 
     [CLS]<|source|>...[SEP] [CLS]<|candidate1|>...[SEP] [CLS]<|candidate2|>...[SEP]
 
-each text cut at its own limit, and the logit that the first answer beats the second is h(source, candidate1) -
-h(source, candidate2), where h is a small network on the last hidden states of the three marks. tests/parity holds this to
-llm-blender 0.0.2, whose layout of inputs and weights is kept. Where we depart from it:
+where each text is truncated to its own limit. The logit that the first answer beats the second is
+h(source, candidate1) - h(source, candidate2), where h is a small network on the last hidden states
+of the three marks. The layout of inputs and weights is llm-blender's. tests/parity compares the
+logits with llm-blender 0.0.2. Departures from llm-blender:
 
-* What a prompt leaves of its limit is lent to its own answers. llm-blender lends what the longest prompt of a batch leaves,
-  so that logits depend on the batch; `truncate_together` takes that many prompts to a batch as it does. At 1, which is how
-  SPPO's rank.py called it and what PairRM-hf's card does, the two are the same.
-* Pairs are padded to the longest of a batch of like length, not of whatever prompts came together. Changes rounding alone.
-* Marks that a text spells out become spaces. llm-blender does so with [SEP]; the others make it read a wrong row, or fail.
-* Answers that read the same, after truncation, are read once, and tie exactly.
-* On a GPU the backbone computes in bfloat16 and the head in float32; llm-blender halves both to float16.
-* The tokenizer is the checkpoint's own file. llm-blender converts that of microsoft/deberta-v3-large anew.
+* If a prompt is shorter than its limit, half of the rest is added to the limit of each of its
+  answers. llm-blender uses the rest that the longest prompt of a batch leaves, so its logits depend
+  on the batch. `truncate_together` sets the number of prompts in such a batch. At 1 the two agree;
+  SPPO's rank.py and the model card of PairRM-hf use 1.
+* A batch contains pairs of similar length, from any prompts, and is padded to its longest pair.
+  This changes only rounding.
+* Marks that a text spells out become spaces. llm-blender does so only with [SEP]; the other marks
+  make it read a wrong row, or fail.
+* Answers that are equal after truncation are read once, and tie exactly.
+* On a GPU the backbone computes in bfloat16 and the head in float32. llm-blender computes both in
+  float16.
+* The tokenizer is the checkpoint's own file. llm-blender converts the one of
+  microsoft/deberta-v3-large.
 """
 
 from __future__ import annotations
@@ -38,15 +44,15 @@ from sppo.core.progress import progress
 from sppo.policies.models import compute_dtype
 from sppo.preferences.pairrm_files import LIMITS, check_pairrm
 
-SOURCE, CANDIDATE, FIRST, SECOND = MARKS = (
-    "<|source|>",
-    "<|candidate|>",
-    "<|candidate1|>",
-    "<|candidate2|>",
-)
+SOURCE = "<|source|>"
+CANDIDATE = "<|candidate|>"  # replaced by FIRST or SECOND when a pair is read
+FIRST = "<|candidate1|>"
+SECOND = "<|candidate2|>"
+MARKS = (SOURCE, CANDIDATE, FIRST, SECOND)
 SEPARATOR = "[SEP]"
 
-# llm-blender's layout names its backbone and not its shape; this is the backbone of PairRM, so that none of it is fetched.
+# llm-blender's layout gives the name of the backbone, but not its shape. This is the shape of
+# PairRM's backbone, so that nothing is downloaded.
 DEBERTA_V3_LARGE: dict[str, Any] = {
     "hidden_size": 1024,
     "num_hidden_layers": 24,
@@ -64,7 +70,7 @@ DEBERTA_V3_LARGE: dict[str, Any] = {
 
 
 class PairRanker(nn.Module):
-    """The network, its parameters named as in the published files."""
+    """The network. Its parameters have the names of the published files."""
 
     def __init__(self, config: DebertaV2Config, tasks: int) -> None:
         super().__init__()
@@ -79,94 +85,110 @@ class PairRanker(nn.Module):
         )
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-        """Logits (B,) that the first answer beats the second; ids and mask (B, length), places of the three marks (B, 3)."""
+        """Logits (B,) that the first answer beats the second.
+
+        ids, mask: (B, length). marks: (B, 3), the positions of the three marks in each row.
+        """
         states = self.pretrained_model(input_ids=ids, attention_mask=mask).last_hidden_state
-        source, first, second = (
-            states[torch.arange(len(ids), device=ids.device)[:, None], marks].float().unbind(1)
-        )
-        left, right = (
-            self.head_layer(torch.cat([source, answer], dim=1)) for answer in (first, second)
-        )
-        return (left - right).mean(1)
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        source, first, second = states[rows, marks].float().unbind(1)
+        score_of_first = self.head_layer(torch.cat([source, first], dim=1))
+        score_of_second = self.head_layer(torch.cat([source, second], dim=1))
+        return (score_of_first - score_of_second).mean(1)
 
 
-class PairText:
-    """Texts to token ids by the checkpoint's own tokenizer, uncut."""
+class PairTokenizer:
+    """Turns texts into token ids with the checkpoint's own tokenizer, without truncation.
+
+    UserError if the tokenizer is broken or does not have PairRM's marks.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the package raises nothing narrower
+        except Exception as error:  # the package raises no narrower type
             raise UserError(
-                f"{folder}/tokenizer.json is no tokenizer ({error}); copy the files of llm-blender/PairRM whole"
+                f"{folder}/tokenizer.json is not a tokenizer ({error}); copy all files of "
+                "llm-blender/PairRM again"
             ) from None
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.pad = self.tokenizer.token_to_id("[PAD]") or 0
         ids = {mark: self.tokenizer.token_to_id(mark) for mark in (*MARKS, SEPARATOR)}
-        self.id = cast(dict[str, int], ids)  # None is refused below
+        self.id = cast(dict[str, int], ids)  # the loop refuses None
         for mark in MARKS:
             wanted = [self.tokenizer.token_to_id("[CLS]"), self.id[mark], self.id[SEPARATOR]]
             if None in wanted or self.tokenizer.encode(mark).ids != wanted:
                 raise UserError(
-                    f"{folder}/tokenizer.json does not read {mark} as one token between [CLS] and [SEP], as PairRM's does; copy the files "
-                    "of llm-blender/PairRM whole"
+                    f"{folder}/tokenizer.json does not read {mark} as one token between [CLS] and "
+                    "[SEP], as PairRM's does; copy all files of llm-blender/PairRM again"
                 )
 
     def read(self, mark: str, texts: list[str]) -> list[list[int]]:
-        """Ids of each text behind its mark: [CLS] mark text [SEP]."""
-        return [
-            encoding.ids
-            for encoding in self.tokenizer.encode_batch([mark + self.plain(text) for text in texts])
-        ]
+        """Ids of each text after its mark: [CLS] mark text [SEP]."""
+        encodings = self.tokenizer.encode_batch([mark + self.plain(text) for text in texts])
+        return [encoding.ids for encoding in encodings]
 
     def plain(self, text: str) -> str:
+        """The text with a space for each mark that it spells out."""
         for mark in self.id:
             text = text.replace(mark, " ")
         return text
 
 
-def cut(ids: list[int], limit: int) -> list[int]:
+def truncated(ids: list[int], limit: int) -> list[int]:
     """At most `limit` ids: the beginning of the text and its [SEP]."""
     return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 
 def batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Places in `lengths`, the longest first, in batches whose padded size is within the budget; one alone always fits."""
+    """Indices into `lengths` in batches, the longest first.
+
+    The padded size of a batch is at most `budget`, unless a batch has only one element.
+    """
     found: list[list[int]] = []
-    for at in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        # The first element of a batch is its longest.
         if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= budget:
-            found[-1].append(at)
+            found[-1].append(index)
         else:
-            found.append([at])
+            found.append([index])
     return found
 
 
 @dataclass
-class Read:
-    """One prompt and its different answers as ids, and which of them each candidate is."""
+class TokenizedPrompt:
+    """The ids of a prompt and of its different answers.
+
+    answer_of: the index into `answers` of each candidate.
+    """
 
     source: list[int]
     answers: list[tuple[int, ...]]
-    at: list[int]
+    answer_of: list[int]
 
     def pairs(self) -> list[tuple[int, int]]:
-        """The ordered pairs to read: of different answers, and an answer with itself where candidates share it."""
-        twice = {answer for answer in self.at if self.at.count(answer) > 1}
+        """The ordered pairs of answers to read.
+
+        An answer is paired with every other answer, and with itself if several candidates share it.
+        """
+        shared = {answer for answer in self.answer_of if self.answer_of.count(answer) > 1}
         return [
             (i, j)
             for i in range(len(self.answers))
             for j in range(len(self.answers))
-            if i != j or i in twice
+            if i != j or i in shared
         ]
 
 
 class PairRM:
     """The published preference model, ready to judge.
 
-    folder: in one of the two published layouts. precision: auto is bfloat16 on a GPU that has it and float32 elsewhere. The
-    limits, in tokens with the three that frame a text, are the checkpoint's if None. truncate_together: see the module's
-    docstring. batch_tokens: at most so many tokens, padding included, in one forward pass.
+    folder: the model in one of the two published layouts. precision: auto is bfloat16 on a GPU that
+    supports it and float32 otherwise. The limits are in tokens and include [CLS], the mark and
+    [SEP]; None means the checkpoint's limit. truncate_together: see the module's docstring.
+    batch_tokens: the maximum number of tokens in one forward pass, padding included. UserError if
+    the folder is not a PairRM.
     """
 
     def __init__(
@@ -180,12 +202,15 @@ class PairRM:
         batch_tokens: int = 8192,
     ) -> None:
         folder = Path(folder)
-        layout, config = check_pairrm(folder), read_json(folder / "config.json")
-        self.device, self.together, self.batch_tokens = device, truncate_together, batch_tokens
+        layout = check_pairrm(folder)
+        config = read_json(folder / "config.json")
+        self.device = device
+        self.together = truncate_together
+        self.batch_tokens = batch_tokens
         limits = LIMITS | {key: config[key] for key in LIMITS if config.get(key)}
         self.max_source = max_prompt_tokens or limits["source_maxlength"]
         self.max_candidate = max_response_tokens or limits["candidate_maxlength"]
-        self.text = PairText(folder)
+        self.text = PairTokenizer(folder)
         for key, mark in (
             ("source_prefix_id", SOURCE),
             ("cand1_prefix_id", FIRST),
@@ -193,78 +218,89 @@ class PairRM:
         ):
             if layout == "hf" and config.get(key) != self.text.id[mark]:
                 raise UserError(
-                    f"{folder}: config.json says {key} {config.get(key)}, and its tokenizer reads {mark} as {self.text.id[mark]}; "
-                    "copy the files of llm-blender/PairRM-hf whole"
+                    f"{folder}: config.json has {key} {config.get(key)}, but the tokenizer reads "
+                    f"{mark} as {self.text.id[mark]}; copy all files of llm-blender/PairRM-hf again"
                 )
         self.model = load_network(folder, config, layout).eval()
         if max(self.text.id.values()) >= self.model.pretrained_model.config.vocab_size:
             raise UserError(
-                f"{folder}: its weights have no embeddings of PairRM's marks; copy the files of llm-blender/PairRM whole"
+                f"{folder}: its weights have no embeddings of PairRM's marks; copy all files of "
+                "llm-blender/PairRM again"
             )
-        self.dtype = (
-            torch.float32
-            if precision == "auto" and device == "cpu"
-            else compute_dtype(precision, device)
-        )
+        if precision == "auto" and device == "cpu":
+            self.dtype = torch.float32
+        else:
+            self.dtype = compute_dtype(precision, device)
         self.name = f"PairRM ({layout} layout, {str(self.dtype).removeprefix('torch.')})"
-        # transformers' decorator hides `self`
+        # The decorator of transformers hides `self`.
         self.model.pretrained_model.to(self.dtype)  # type: ignore[arg-type]
         self.model.to(device)
 
     def pair_logits(self, prompt: str, candidates: list[str]) -> np.ndarray:
-        """Logits that candidate i beats candidate j, read in the order (i, j): float64 (K, K), diagonal 0."""
+        """Logits that candidate i beats candidate j, read in the order (i, j).
+
+        float64 (K, K), diagonal 0.
+        """
         return self.all_pair_logits([(prompt, candidates)])[0]
 
     @torch.inference_mode()
     def all_pair_logits(self, groups: list[tuple[str, list[str]]]) -> list[np.ndarray]:
-        """`pair_logits` of every prompt with its candidates; pairs of like length are read side by side."""
-        read = self.read(groups)
-        pairs = [(g, i, j) for g, group in enumerate(read) for i, j in group.pairs()]
-        logits = [np.zeros((len(group.answers), len(group.answers))) for group in read]
-        work = batches(
-            [
-                len(read[g].source) + len(read[g].answers[i]) + len(read[g].answers[j])
-                for g, i, j in pairs
-            ],
-            self.batch_tokens,
-        )
-        for batch in progress(work, "compare") if len(groups) > 1 else work:
-            found = self.forward(
-                [
-                    (read[g].source, read[g].answers[i], read[g].answers[j])
-                    for g, i, j in (pairs[at] for at in batch)
-                ]
-            )
-            for at, logit in zip(batch, found, strict=True):
-                g, i, j = pairs[at]
-                logits[g][i, j] = logit
-        whole = [
-            values[np.ix_(group.at, group.at)] for group, values in zip(read, logits, strict=True)
-        ]
-        for values in whole:
-            np.fill_diagonal(values, 0.0)
-        return whole
+        """`pair_logits` of every prompt with its candidates.
 
-    def read(self, groups: list[tuple[str, list[str]]]) -> list[Read]:
-        """Ids of all texts, cut; `together` prompts share what the longest of them leaves."""
+        A batch contains pairs of similar length, from any prompts.
+        """
+        prompts = self.read(groups)
+        # Each pair: the index of its prompt, and the indices of its two answers.
+        pairs = [(p, i, j) for p, prompt in enumerate(prompts) for i, j in prompt.pairs()]
+        triples = [
+            (prompts[p].source, prompts[p].answers[i], prompts[p].answers[j]) for p, i, j in pairs
+        ]
+        lengths = [sum(len(text) for text in triple) for triple in triples]
+        logits = [np.zeros((len(prompt.answers), len(prompt.answers))) for prompt in prompts]
+        work = batches(lengths, self.batch_tokens)
+        for batch in progress(work, "compare") if len(groups) > 1 else work:
+            found = self.forward([triples[index] for index in batch])
+            for index, logit in zip(batch, found, strict=True):
+                p, i, j = pairs[index]
+                logits[p][i, j] = logit
+        # From different answers to candidates: candidates with the same answer share its logits.
+        of_candidates = [
+            values[np.ix_(prompt.answer_of, prompt.answer_of)]
+            for prompt, values in zip(prompts, logits, strict=True)
+        ]
+        for values in of_candidates:
+            np.fill_diagonal(values, 0.0)
+        return of_candidates
+
+    def read(self, groups: list[tuple[str, list[str]]]) -> list[TokenizedPrompt]:
+        """The truncated ids of all texts.
+
+        In each batch of `together` prompts, half of what the longest prompt leaves of its limit is
+        added to the limit of each answer.
+        """
         sources = [
-            cut(ids, self.max_source)
+            truncated(ids, self.max_source)
             for ids in self.text.read(SOURCE, [prompt for prompt, _ in groups])
         ]
         found = []
         for k, (source, (_, candidates)) in enumerate(zip(sources, groups, strict=True)):
-            first = k - k % self.together
-            lent = (self.max_source - max(map(len, sources[first : first + self.together]))) // 2
+            start = k - k % self.together
+            longest = max(map(len, sources[start : start + self.together]))
+            limit = self.max_candidate + (self.max_source - longest) // 2
             ids = [
-                tuple(cut(answer, self.max_candidate + lent))
-                for answer in self.text.read(CANDIDATE, candidates)
+                tuple(truncated(answer, limit)) for answer in self.text.read(CANDIDATE, candidates)
             ]
             answers = list(dict.fromkeys(ids))
-            found.append(Read(source, answers, [answers.index(answer) for answer in ids]))
+            answer_of = [answers.index(answer) for answer in ids]
+            found.append(TokenizedPrompt(source, answers, answer_of))
         return found
 
     def forward(self, triples: list[tuple[Any, Any, Any]]) -> list[float]:
-        """Logits of (source, first answer, second answer), as ids, in one forward pass."""
+        """Logits of triples (source, first answer, second answer) of ids, in one forward pass.
+
+        UserError if the GPU's memory is too small.
+        """
+        # The first two ids of an answer are [CLS] and CANDIDATE.
         rows = [
             [
                 *source,
@@ -292,16 +328,16 @@ class PairRM:
             return self.model(ids, mask, marks).tolist()
         except torch.OutOfMemoryError:
             raise UserError(
-                f"the GPU's memory is too small for {ids.numel()} tokens at once; lower preference.batch_tokens ({self.batch_tokens})"
+                f"the GPU's memory is too small for {ids.numel()} tokens at once; lower "
+                f"preference.batch_tokens ({self.batch_tokens})"
             ) from None
 
 
 def load_network(folder: Path, config: dict[str, Any], layout: str) -> PairRanker:
-    """The network with the folder's weights, float32. Weights that do not fit it are a UserError."""
+    """The network with the folder's weights, float32. UserError if the weights do not fit."""
     weights = load_file(folder / "model.safetensors")
-    weights.pop(
-        "pretrained_model.embeddings.position_ids", None
-    )  # a constant that old versions of transformers saved
+    # Old versions of transformers saved this constant.
+    weights.pop("pretrained_model.embeddings.position_ids", None)
     try:
         if layout == "hf":
             shape = DebertaV2Config.from_pretrained(folder)
@@ -309,14 +345,15 @@ def load_network(folder: Path, config: dict[str, Any], layout: str) -> PairRanke
             shape = DebertaV2Config(**DEBERTA_V3_LARGE)
         else:
             shape = DebertaV2Config.from_pretrained(str(config.get("model_name")))
-        shape.vocab_size = len(
-            weights["pretrained_model.embeddings.word_embeddings.weight"]
-        )  # the marks were added to the backbone's
+        # The marks were added to the backbone's vocabulary.
+        shape.vocab_size = len(weights["pretrained_model.embeddings.word_embeddings.weight"])
         network = PairRanker(shape, len(weights["head_layer.4.weight"]))
         network.load_state_dict(weights)
     except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
         raise UserError(
-            f"{folder} has another layout than PairRM: its weights do not fit its backbone {config.get('model_name', '')} "
-            f"({str(error).splitlines()[-1].strip()}); give the files of llm-blender/PairRM or llm-blender/PairRM-hf"
+            f"{folder} has another layout than PairRM: its weights do not fit its backbone "
+            f"{config.get('model_name', '')} ({reason}); give the files of llm-blender/PairRM or "
+            "llm-blender/PairRM-hf"
         ) from None
     return network

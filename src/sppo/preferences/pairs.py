@@ -1,4 +1,4 @@
-"""Which responses to one prompt become pairs: by preferences, by gold responses, or by grades."""
+"""The choice of a prompt's pairs of responses: by preferences, gold responses or grades."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Rules:
-    """How pairs are chosen: keys of the section `pairs`."""
+    """How pairs are chosen: keys of the configuration section `pairs`."""
 
     construction: str  # best_vs_worst, all, gold or graded
     probability: str
     logit_scale: float
     winner_by: str  # logit or p_hat
     truncated: str  # keep or drop
-    margin: float  # least difference of P-hat
-    winner_grade: float = 0.0  # the least grade of a winner
+    margin: float  # minimum difference of P-hat
+    winner_grade: float = 0.0  # minimum grade of a winner
     gold_grade_margin: float = 0.0
     own_grade_margin: float = 0.0
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Rules:
-        """The rules among more options, such as those of a program."""
+        """The rules from a program's options, which may contain others."""
         names = cls.__dataclass_fields__.keys() & options.keys()
         return cls(**{name: options[name] for name in names})
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two rows of the table `responses`, and what the preference model estimated of them."""
+    """Two rows of the table `responses`, with their estimates of P-hat and P."""
 
     chosen: Row
     rejected: Row
@@ -61,9 +61,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Why two responses, or all responses to a prompt, make no pair.
+    """Two responses, or all responses to a prompt, that give no pair.
 
-    The reason is one of tie, identical, empty, truncated, margin, no_gold, no_pair.
+    reason: tie, identical, empty, truncated, margin, no_gold or no_pair.
     """
 
     reason: str
@@ -76,10 +76,11 @@ def pairs_of(
     gold: Row | None,
     rules: Rules,
 ) -> list[Pair | Dropped]:
-    """The pairs of one prompt, and what was dropped.
+    """The pairs of one prompt, and the dropped ones.
 
     responses: by sample_id. preferences: the prompt's row of the table `preferences`, for the
-    constructions best_vs_worst and all. grades: by sample_id, for graded.
+    constructions best_vs_worst and all. grades: by sample_id, for graded. gold: the gold response,
+    for gold and graded.
     """
     if rules.construction == "graded":
         return graded_pairs(grades, responses, gold, rules)
@@ -106,7 +107,7 @@ def winner_against_loser(
 
 
 def all_pairs(preferences: Row, responses: dict[int, Row], rules: Rules) -> list[Pair | Dropped]:
-    """Every two responses of one prompt (DNO, 2404.03715); P(y beats y') says who wins."""
+    """Every two responses of one prompt (DNO, 2404.03715); y wins if P(y beats y') > 1/2."""
     logits = np.array(preferences["logits"])
     probabilities = win_probabilities(logits, rules.probability, rules.logit_scale)
     found: list[Pair | Dropped] = []
@@ -120,7 +121,7 @@ def all_pairs(preferences: Row, responses: dict[int, Row], rules: Rules) -> list
 
 
 def gold_pair(responses: dict[int, Row], gold: Row | None, rules: Rules) -> Pair | Dropped:
-    """The gold response against the policy's first (SPIN, 2401.01335)."""
+    """The gold response against the policy's first response (SPIN, 2401.01335)."""
     if gold is None:
         return Dropped("no_gold")
     own = responses[min(responses)]
@@ -173,7 +174,7 @@ def _pair(
 
 
 def kept_or_dropped(pair: Pair, rules: Rules) -> Pair | Dropped:
-    """The pair, or why it cannot be trained on."""
+    """The pair, or the reason why it is not trained on."""
     chosen, rejected = pair.chosen, pair.rejected
     if chosen["text"] == rejected["text"]:
         return Dropped("identical")

@@ -1,7 +1,8 @@
-"""What an iteration costs: tokens, FLOPs, seconds and memory from a model's shape and the configuration. Pure formulas.
+"""The cost of an iteration: FLOPs, seconds and memory, from a model's shape and the configuration.
 
-Checked in two ways: weights against transformers' own count, and FLOPs against the seconds that records of real runs
-hold (`src/tools/estimate_cost.py --records`). Norms and biases are left out: less than a thousandth.
+All functions are pure formulas. They are checked in two ways: the number of weights against
+transformers' own count, and FLOPs against the seconds in the records of real runs
+(`src/tools/check_estimate.py`). Norms and biases are left out, because they are less than 0.1%.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a vendor's data sheet says: bfloat16 without sparsity, FLOP/s; bytes; bytes a second."""
+    """The numbers of a vendor's data sheet.
+
+    flops: FLOP/s in bfloat16 without sparsity. memory: bytes. bandwidth: bytes per second.
+    """
 
     flops: float
     memory: float
@@ -32,7 +36,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Use:
-    """Shares of a GPU's peak that programs reach, and how many sequences are generated side by side at most."""
+    """The shares of a GPU's peak that programs reach.
+
+    concurrent: the maximum number of sequences that are generated at the same time.
+    """
 
     training: float
     forward: float
@@ -43,37 +50,52 @@ class Use:
 def generate_flops(
     shape: Shape, prompts: float, prompt: float, samples: int, response: float
 ) -> float:
-    """`samples` responses to each prompt, which is read once."""
-    drawn = prompts * samples * response
-    return forward_flops(shape, prompts * prompt, prompt / 2, 0) + forward_flops(
-        shape, drawn, prompt + response / 2, drawn
-    )
+    """FLOPs to sample `samples` responses to each prompt; each prompt is read once.
+
+    prompt, response: mean lengths in tokens.
+    """
+    sampled = prompts * samples * response
+    reading = forward_flops(shape, prompts * prompt, prompt / 2, 0)
+    writing = forward_flops(shape, sampled, prompt + response / 2, sampled)
+    return reading + writing
 
 
 def score_flops(shape: Shape, pairs: float, prompt: float, response: float) -> float:
-    """Both responses of each pair, each behind its prompt; logits of the responses alone."""
-    return forward_flops(
-        shape, 2 * pairs * (prompt + response), (prompt + response) / 2, 2 * pairs * response
-    )
+    """FLOPs of a forward pass over both responses of each pair, with their prompt.
+
+    Logits are computed only for the responses. prompt, response: mean lengths in tokens.
+    """
+    length = prompt + response
+    return forward_flops(shape, 2 * pairs * length, length / 2, 2 * pairs * response)
 
 
 def train_factor(lora: bool, checkpointing: bool) -> int:
-    """Training in forward passes: the backward pass is two, one where weights are frozen; checkpointing adds one."""
-    return 1 + (1 if lora else 2) + (1 if checkpointing else 0)
+    """The cost of a training step in forward passes.
+
+    A backward pass costs two forward passes, or one if the weights are frozen (LoRA). Gradient
+    checkpointing adds one forward pass.
+    """
+    forward = 1
+    backward = 1 if lora else 2
+    return forward + backward + (1 if checkpointing else 0)
 
 
 def concurrent_sequences(shape: Shape, gpu: Gpu, context: float, use: Use) -> int:
-    """Sequences that fit beside the weights in 16 bits, in nine tenths of the memory as vLLM takes them. 0: not even the weights."""
-    return max(
-        0,
-        min(
-            use.concurrent, int((0.9 * gpu.memory - 2 * shape.weights) / (shape.kv_bytes * context))
-        ),
-    )
+    """Number of sequences of `context` tokens that fit in memory together with the weights.
+
+    Weights, keys and values have 16 bits. They use 0.9 of the memory, as in vLLM. 0 means that not
+    even the weights fit.
+    """
+    free = 0.9 * gpu.memory - 2 * shape.weights
+    fitting = int(free / (shape.kv_bytes * context))
+    return max(0, min(use.concurrent, fitting))
 
 
 def decode_seconds(shape: Shape, gpu: Gpu, use: Use, tokens: float, context: float) -> float | None:
-    """Seconds to draw `tokens` tokens: each step reads all weights, and keys and values of every sequence. None if it does not fit."""
+    """Seconds to generate `tokens` tokens; None if the model does not fit in memory.
+
+    Each step reads all weights, and the keys and values of every sequence.
+    """
     together = concurrent_sequences(shape, gpu, context, use)
     if not together:
         return None
@@ -85,7 +107,7 @@ def decode_seconds(shape: Shape, gpu: Gpu, use: Use, tokens: float, context: flo
 
 
 def lora_weights(shape: Shape, rank: int) -> int:
-    """Of adapters on every linear layer but the head."""
+    """Number of weights of LoRA adapters on every linear layer except the head."""
     each_way = (
         shape.hidden * 4
         + shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
@@ -94,35 +116,40 @@ def lora_weights(shape: Shape, rank: int) -> int:
     return shape.layers * rank * each_way
 
 
-# Bytes that PyTorch holds under autocast to bfloat16, read off tests/unit/test_memory_model.py.
-# Embeddings are not autocast, so the residual stream is float32; with LoRA it is bfloat16, as the
-# weights are.
-WEIGHT, CAST = 4, 2  # of a float32 weight, of its copy in bfloat16
-MASTER = 12  # of a weight with its gradient and RMSProp's mean of squares
-LOGIT = 12  # of an entry of the logits: itself, its log-softmax, its gradient
-SOFT_CAP = 4  # more, where Gemma-2 bounds the logits by a tanh
-SCORED_LOGIT = 8  # the same without a backward pass
-# A layer in its backward pass: of a token, times the widths of hidden state, queries and MLP.
-LAYER, LAYER_LORA = (26, 8, 13), (28, 6, 14)
-KEPT = (27, 8, 8)  # what it keeps for that without checkpointing
-SCORED_LAYER = (12, 0, 8)  # the most that a forward pass needs of it
-HEAD = 10  # states around the output layer, times the width of the hidden state
-SANDWICH = 12  # more, times the hidden state, for Gemma-2's norms behind attention and MLP
-# Eager attention writes out the square of the length for each head: in its backward pass, kept for
-# it, in scoring; and beside it of a token, times the hidden state.
-EAGER, KEPT_EAGER, SCORED_EAGER, BESIDE_EAGER = 14, 8, 8, 19
-# FSDP2 gathers two layers, and their gradients are whole until they are exchanged.
+# Bytes that PyTorch allocates under autocast to bfloat16, measured with
+# tests/unit/test_memory_model.py. Embeddings are not autocast, so the residual stream is float32.
+# With LoRA it is bfloat16, like the weights.
+WEIGHT = 4  # a float32 weight
+CAST = 2  # the bfloat16 copy of a weight
+MASTER = 12  # a weight, its gradient, and RMSProp's mean of squares
+LOGIT = 12  # an entry of the logits, its log-softmax, and its gradient
+SOFT_CAP = 4  # added to LOGIT if Gemma-2 bounds the logits by a tanh
+SCORED_LOGIT = 8  # an entry of the logits without a backward pass
+# Bytes per token in one layer: factors of the widths of hidden state, queries and MLP.
+LAYER = (26, 8, 13)  # in the backward pass
+LAYER_LORA = (28, 6, 14)  # in the backward pass with LoRA
+KEPT = (27, 8, 8)  # kept for the backward pass without checkpointing
+SCORED_LAYER = (12, 0, 8)  # the maximum in a forward pass
+# Bytes per token, as factors of the width of the hidden state.
+HEAD = 10  # states around the output layer
+SANDWICH = 12  # added for Gemma-2's norms after attention and MLP
+BESIDE_EAGER = 19  # other states of a layer in the backward pass of eager attention
+# Eager attention stores matrices of length x length for each head. Bytes per entry:
+EAGER = 14  # in the backward pass
+KEPT_EAGER = 8  # kept for the backward pass
+SCORED_EAGER = 8  # in a forward pass
+# FSDP2 gathers two layers, and their gradients are complete until they are exchanged.
 GATHERED_LAYERS = 4
 
 
 def of_layer(shape: Shape, bytes_of: tuple[int, int, int]) -> int:
-    """Bytes of one token in one layer."""
+    """Bytes of one token in one layer. bytes_of: factors such as `LAYER`."""
     hidden, queries, mlp = bytes_of
     return hidden * shape.hidden + queries * shape.heads * shape.head_dim + mlp * shape.intermediate
 
 
 def squares(shape: Shape, sequences: int, length: int) -> int:
-    """Entries of one layer's attention matrices, which eager attention writes out."""
+    """Number of entries of one layer's attention matrices, which eager attention stores."""
     return sequences * shape.heads * length**2
 
 
@@ -137,58 +164,79 @@ def train_bytes(
     width: int = 2,
     eager: bool = False,
 ) -> float:
-    """Peak of one GPU in training on sequences of `prompt` + `response` tokens.
+    """Peak memory of one GPU in bytes, in training on sequences of `prompt` + `response` tokens.
 
-    That is what it holds throughout and the largest of its phases. Weights, gradients and RMSProp's
-    squares are float32, divided over the GPUs; with LoRA frozen weights have `width` bytes. In
-    float32 (`width` 4) there are no casts, and what is computed is twice as wide. `eager`:
-    attention as matrix products.
+    The peak is the memory that is allocated all the time plus that of the largest phase. Weights,
+    gradients and RMSProp's mean of squares are float32 and divided over the GPUs. With LoRA
+    (`lora_rank` > 0), frozen weights have `width` bytes and are not divided. In float32 (`width` 4)
+    there are no casts, and activations are twice as wide. eager: attention as matrix products.
     """
-    sequences, length = 2 * micro_batch, prompt + response
-    tokens, entries, wide = sequences * length, sequences * response * shape.vocabulary, width // 2
-    layer, root = shape.body // shape.layers, shape.head * (1 if shape.tied else 2)
-    divided, full = gpus > 1, not lora_rank
-    held = MASTER * shape.weights / gpus
+    sequences = 2 * micro_batch
+    length = prompt + response
+    tokens = sequences * length
+    logits = sequences * response * shape.vocabulary
+    widening = width // 2  # of activations, compared with bfloat16
+    layer_weights = shape.body // shape.layers
+    divided = gpus > 1
+    full = not lora_rank  # all weights are trained
+
+    permanent = MASTER * shape.weights / gpus
     if lora_rank:
-        held = width * shape.weights + MASTER * lora_weights(shape, lora_rank)
-    stream = (4 if full else width) * shape.hidden * tokens
+        permanent = width * shape.weights + MASTER * lora_weights(shape, lora_rank)
+
+    # Activations that are kept for the backward pass, and those of one layer during it.
     cast = CAST if full and width == 2 else 0
-    kept, in_layer = shape.layers * (tokens * of_layer(shape, KEPT) * wide + cast * layer), 0
     if checkpointing:
-        kept = shape.layers * stream
-        in_layer = tokens * of_layer(shape, LAYER if full else LAYER_LORA) * wide
+        residual_stream = (4 if full else width) * shape.hidden * tokens
+        kept = shape.layers * residual_stream
+        in_layer = tokens * of_layer(shape, LAYER if full else LAYER_LORA) * widening
+    else:
+        kept = shape.layers * (tokens * of_layer(shape, KEPT) * widening + cast * layer_weights)
+        in_layer = 0
     if shape.softcap:
         in_layer += SANDWICH * shape.hidden * tokens
     if eager:
-        square = wide * squares(shape, sequences, length)
+        square = widening * squares(shape, sequences, length)
         in_layer = max(
             in_layer + KEPT_EAGER * square, EAGER * square + BESIDE_EAGER * shape.hidden * tokens
         )
-        kept += 0 if checkpointing else (shape.layers - 1) * KEPT_EAGER * square
-    gathered = WEIGHT * root if divided else 0
-    of_head = HEAD * shape.hidden * tokens + (LOGIT + (SOFT_CAP if shape.softcap else 0)) * entries
-    phases = [
-        # The logits: the output layer is not gathered again before its backward pass.
-        kept + of_head + cast * shape.head + (WEIGHT * layer if divided else 0),
-        # A layer; the output layer's gradient waits for that of the embeddings if these are tied or
-        # gathered.
-        kept
-        + in_layer
-        + (gathered + GATHERED_LAYERS * WEIGHT * layer if divided else cast * layer)
-        + (WEIGHT * shape.head if full and (shape.tied or divided) else 0),
-    ]
+        if not checkpointing:
+            kept += (shape.layers - 1) * KEPT_EAGER * square
+
+    # Embeddings and output layer, which FSDP2 gathers.
+    gathered = WEIGHT * shape.head * (1 if shape.tied else 2) if divided else 0
+
+    # Phase 1: the logits. The output layer is not gathered again before its backward pass.
+    logit_bytes = LOGIT + SOFT_CAP if shape.softcap else LOGIT
+    in_logits = kept + HEAD * shape.hidden * tokens + logit_bytes * logits + cast * shape.head
+    if divided:
+        in_logits += WEIGHT * layer_weights
+    phases = [in_logits]
+
+    # Phase 2: the backward pass of one layer.
+    in_backward = kept + in_layer
+    if divided:
+        in_backward += gathered + GATHERED_LAYERS * WEIGHT * layer_weights
+    else:
+        in_backward += cast * layer_weights
+    if full and (shape.tied or divided):
+        # The output layer's gradient is kept until the embeddings' gradient is computed.
+        in_backward += WEIGHT * shape.head
+    phases.append(in_backward)
+
     if full:
-        # Gradients of the embeddings and the output layer: tied ones are added up in a third.
-        gradients = (3 if shape.tied else 2) * WEIGHT * shape.head
-        phases.append(
-            gathered
-            + gradients
-            + (2 * WEIGHT * layer if divided else 0)
-            + (0 if checkpointing else kept)
-        )
-        if not divided:  # PyTorch's RMSProp on a GPU takes the roots of all squares at once
+        # Phase 3: the gradients of embeddings and output layer. If they are tied, their sum needs a
+        # third tensor.
+        in_gradients = gathered + (3 if shape.tied else 2) * WEIGHT * shape.head
+        if divided:
+            in_gradients += 2 * WEIGHT * layer_weights
+        if not checkpointing:
+            in_gradients += kept
+        phases.append(in_gradients)
+        if not divided:
+            # Phase 4: PyTorch's RMSProp on a GPU computes the roots of all squares at once.
             phases.append(WEIGHT * shape.weights)
-    return held + max(phases)
+    return permanent + max(phases)
 
 
 def score_bytes(
@@ -200,14 +248,17 @@ def score_bytes(
     width: int = 2,
     eager: bool = False,
 ) -> float:
-    """Peak of the forward pass over pairs: the weights, and one layer's states or the logits.
+    """Peak memory in bytes of the forward pass over pairs.
 
-    Weights are float32, with LoRA they have `width` bytes.
+    It is the memory of the weights, and of either one layer's states or the logits. Weights are
+    float32; with LoRA they have `width` bytes. eager: attention as matrix products.
     """
-    sequences, length, wide = 2 * micro_batch, prompt + response, width // 2
+    sequences = 2 * micro_batch
+    length = prompt + response
     tokens = sequences * length
-    in_layer = tokens * of_layer(shape, SCORED_LAYER) * wide
+    widening = width // 2  # of activations, compared with bfloat16
+    in_layer = tokens * of_layer(shape, SCORED_LAYER) * widening
     if eager:
-        in_layer += SCORED_EAGER * wide * squares(shape, sequences, length)
+        in_layer += SCORED_EAGER * widening * squares(shape, sequences, length)
     logits = SCORED_LOGIT * sequences * response * shape.vocabulary + 4 * shape.hidden * tokens
     return (width if lora else WEIGHT) * shape.weights + max(in_layer, logits)
