@@ -207,7 +207,7 @@ def test_damaged_record_is_refused_or_does_not_matter(seed, run, program):
 
 
 @pytest.mark.parametrize("seed", range(FUZZ))
-def test_damaged_data_of_the_user_s_own_has_one_line_or_is_taken(seed, run, program):
+def test_damaged_user_data_is_one_line_or_accepted(seed, run, program):
     """Data files have no records, so a program may accept a damaged one."""
     _, commands = run
     draw = random.Random(f"data {seed}")

@@ -200,7 +200,7 @@ def test_an_output_layer_of_its_own(parallel, tmp_path, tiny_policy):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
-def test_step_0_holds_and_updates_below_bfloat16_arrive_with_float32_masters(parallel, place):
+def test_float32_masters_keep_updates_below_bfloat16(parallel, place):
     """bfloat16 with gradient checkpointing: log-ratios are 0 at step 0 up to rounding.
 
     Updates far below 2^-8 of a weight arrive in the weights.
@@ -224,7 +224,7 @@ def test_step_0_holds_and_updates_below_bfloat16_arrive_with_float32_masters(par
 
 
 @pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])
-def test_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(parallel, place):
+def test_killed_training_resumes_to_the_same_weights(parallel, place):
     """Process 1 is killed before the fourth of six steps.
 
     With RMSProp, the result depends on the optimiser's state.

@@ -1,4 +1,4 @@
-"""Every example of docs/extending.md, added to a copy of the repository as the page says, and run."""
+"""Every example of docs/extending.md, added to a copy of the repository and run."""
 
 from __future__ import annotations
 

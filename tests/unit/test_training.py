@@ -897,7 +897,9 @@ def test_a_process_that_does_not_wait_is_told_who_trains(place, holder):
     with (
         pytest.raises(
             UserError,
-            match=f"process {holder.pid} on .* is training .*policy already; wait until it has ended",
+            match=(
+                f"process {holder.pid} on .* is training .*policy already; wait until it has ended"
+            ),
         ),
         alone(place.folder / "policy", wait=False),
     ):

@@ -40,6 +40,7 @@ OF_FILES = {
     errno.EISDIR: "is a folder, but a file is expected; correct the path",
     errno.ENOTDIR: "uses a file as if it were a folder; correct the path",
     errno.ENAMETOOLONG: "is longer than a path or a file name may be; shorten it",
+    errno.EIO: "cannot be read or written by the system; check the disk or correct the path",
     errno.ELOOP: "is a link that leads back to itself; correct the link",
 }
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from sppo.core.artifacts import ROOT, known_hash, parse_json, read_json
 from sppo.core.errors import UserError
 from sppo.core.openai_api import NO_COMPLETION, judge_failure, quoted, request_forms
+from sppo.evaluation import patches
 from sppo.policies.prompts import normalised, read_instructions
 from sppo.preferences.base import load_preference_model, local_kind, settings_for
 
@@ -488,7 +489,7 @@ def metrics(
     if differences.nunique() == 1 or preference.eq(1.0).all():
         plain = get_winrate(frame)
         return plain | {"length_controlled_winrate": plain["win_rate"]}
-    glm_winrate.hf_hub_download = lambda **_: str(difficulty)  # its only download
+    patches.alpaca_eval_reads_difficulties(difficulty)
     with _quiet():
         return glm_winrate.get_length_controlled_winrate(
             frame, glm_name=formula, save_weights_dir=None, is_warn_extreme_changes=False

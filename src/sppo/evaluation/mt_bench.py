@@ -19,6 +19,7 @@ from typing import Any
 
 from sppo.core.artifacts import file_hash, json_lines, known_hash
 from sppo.core.errors import UserError
+from sppo.evaluation import patches
 from sppo.evaluation.judges import Client, concurrently
 from sppo.policies.prompts import normalised
 
@@ -162,7 +163,6 @@ def grade_by_api(
     There is one row for each question and turn; its score is -1 if the judge gave no grade.
     UserError if a question has no reference answer but its category needs one.
     """
-    from fastchat.conversation import get_conv_template
     from fastchat.llm_judge import common, gen_judgment
 
     prompts = common.load_judge_prompts(str(data / "judge_prompts.jsonl"))
@@ -196,9 +196,7 @@ def grade_by_api(
             multi_turn=multi_turn,
             ref_answers={client.model: references},
         )
-    common.chat_completion_openai = client
-    common.get_conversation_template = lambda _: get_conv_template("chatgpt")
-    common.OPENAI_MODEL_LIST = (client.model,)
+    patches.fastchat_asks(client)
     with contextlib.redirect_stdout(io.StringIO()):  # FastChat prints a line for each match
         rows = concurrently(
             lambda match: common.play_a_match_single(match, None), matches, "judged answers"

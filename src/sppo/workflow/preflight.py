@@ -235,9 +235,9 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
     wanted = (prompts["per_iteration"] or 1) * run["iterations"]
     if wanted > free:
         raise UserError(
-            f"config: prompts.per_iteration asks for {prompts['per_iteration'] or 1} prompts in each"
-            f" of {run['iterations']} iterations, {wanted} in all, but {source} has {free} outside the"
-            " evaluation set; lower it or give more prompts"
+            f"config: prompts.per_iteration asks for {prompts['per_iteration'] or 1} prompts in"
+            f" each of {run['iterations']} iterations, {wanted} in all, but {source} has {free}"
+            " outside the evaluation set; lower it or give more prompts"
         )
     each_has = prompts["per_iteration"] or free // run["iterations"]
     if run["responses"]["shards"] > each_has:
