@@ -160,7 +160,7 @@ rule answer_instructions:
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
         options=answer_flags,
-        best_grade=lambda wildcards: highest_reward(wildcards, wildcards.t),
+        highest_reward=lambda wildcards: highest_reward(wildcards, wildcards.t),
     message:
         "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t},"
         " {wildcards.answers}"
@@ -170,7 +170,7 @@ rule answer_instructions:
         " --policy {input.policy:q} --generator {params.generator:q} --noise {params.noise:q}"
         " --seed {params.seed:q}"
         f" --device {DEVICE}"
-        " {params.options:q} {params.best_grade}"
+        " {params.options:q} {params.highest_reward}"
         " --output {output.outputs:q} 2>&1 | tee {log:q}"
 
 

@@ -21,7 +21,7 @@ use rule answer_instructions as answer_instructions_n_times with:
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
         options=best_of_n_flags,
-        best_grade=lambda wildcards: highest_reward(wildcards, wildcards.t),
+        highest_reward=lambda wildcards: highest_reward(wildcards, wildcards.t),
 
 
 rule pick_best_of_n:

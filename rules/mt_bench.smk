@@ -97,7 +97,7 @@ rule answer_mt_bench:
         noise=lambda wildcards: MT_BENCH_NOISE[wildcards.mt_bench_answers],
         name=policy_name,
         options=mt_bench_flags,
-        best_grade=lambda wildcards: highest_reward(wildcards, wildcards.t),
+        highest_reward=lambda wildcards: highest_reward(wildcards, wildcards.t),
     message:
         "Answering MT-Bench: {wildcards.run}iteration {wildcards.t}, {wildcards.mt_bench_answers}"
     shell:
@@ -105,7 +105,7 @@ rule answer_mt_bench:
         " --data {params.data:q} --policy {input.policy:q}"
         " --model-id {params.name:q} --noise {params.noise:q} --seed {params.seed:q}"
         f" --device {DEVICE}"
-        " {params.options:q} {params.best_grade}"
+        " {params.options:q} {params.highest_reward}"
         " --output {output.answers:q} 2>&1 | tee {log:q}"
 
 

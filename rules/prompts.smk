@@ -53,7 +53,7 @@ rule sample_prompts:
         room=lambda wildcards: settings(wildcards)["responses"]["max_new_tokens"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         options=lambda wildcards: flags(settings(wildcards)["prompts"]) + CHATS,
-        best_grade=lambda wildcards: highest_reward(wildcards, int(wildcards.t) - 1),
+        highest_reward=lambda wildcards: highest_reward(wildcards, int(wildcards.t) - 1),
     message:
         "Drawing the prompts of {wildcards.run}iteration {wildcards.t}"
     shell:
@@ -61,4 +61,4 @@ rule sample_prompts:
         " --iteration {wildcards.t}"
         " --iterations {params.iterations:q} --seed {params.seed:q} --held-out {input.held_out:q}"
         " --earlier {input.earlier:q} --policy {input.policy:q} --response-tokens {params.room:q}"
-        " {params.options:q} {params.best_grade} --output {output.prompts:q} 2>&1 | tee {log:q}"
+        " {params.options:q} {params.highest_reward} --output {output.prompts:q} 2>&1 | tee {log:q}"

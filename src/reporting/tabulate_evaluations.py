@@ -15,7 +15,7 @@ from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_text
-from sppo.core.errors import run
+from sppo.core.errors import UserError, run
 from sppo.evaluation.registry import EVALUATIONS
 from sppo.evaluation.results import Evaluations, collect, doubts
 from sppo.reporting.table_formats import csv_table, html_table, markdown_table, page, paragraph
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument(
         "--files",
         type=Path,
-        nargs="+",
-        required=True,
+        nargs="*",
+        default=[],
         help="the evaluations and the records of pairs.parquet",
     )
     parser.add_argument(
@@ -47,6 +47,10 @@ def main() -> None:
     args = parser.parse_args()
 
     found = collect(args.files, args.results)
+    if not found:
+        raise UserError(
+            f"nothing under {args.results} has been evaluated; make an alpaca_eval.json first"
+        )
     rows = [row(*place, contents) for place, contents in found.items()]
     texts = {
         ".csv": csv_table(HEAD, rows),

@@ -57,9 +57,7 @@ def main() -> None:
         required=True,
         help="folder of the experiment: results/ or results/<name>/",
     )
-    parser.add_argument(
-        "--files", type=Path, nargs="+", required=True, help="evaluations and records"
-    )
+    parser.add_argument("--files", type=Path, nargs="*", default=[], help="evaluations and records")
     parser.add_argument(
         "--output",
         type=Path,

@@ -620,7 +620,7 @@ def test_gold_responses_need_no_comparisons(copy):
     )
 
 
-def test_reward_conditioned_policy_is_asked_for_its_best_grade(copy):
+def test_reward_conditioned_policy_is_asked_for_highest_reward(copy):
     done = dry_run(
         copy,
         "results/ra_dpo/iter2/alpaca_eval.json",
@@ -1115,7 +1115,7 @@ def test_rule_quotes_paths_in_its_command(rule):
     """A user's file names may contain spaces. Only values that are several words are unquoted."""
     command = rules()[rule].split("shell:")[1]
     unquoted = set(re.findall(r"\{((?:input|output|params|log)[.\w]*)\}", command))
-    assert unquoted <= {"params.on_each_node", "params.best_grade"}
+    assert unquoted <= {"params.on_each_node", "params.highest_reward"}
 
 
 def test_snakemake_lint_finds_only_functions_next_to_rules(copy):

@@ -7,6 +7,7 @@ import csv
 import pytest
 
 import tabulate_evaluations
+import tabulate_methods
 from sppo.core.artifacts import write_json
 from sppo.core.errors import UserError
 
@@ -95,3 +96,12 @@ def test_files_of_another_experiment_are_refused(results, program, tmp_path):
             "--output",
             results / "x.md",
         )
+
+
+@pytest.mark.parametrize("module", [tabulate_evaluations, tabulate_methods])
+def test_table_of_nothing_is_one_line(module, program, tmp_path):
+    plot = ["--plot", tmp_path / "m.png"] if module is tabulate_methods else []
+    words = ("--results", tmp_path, "--files", "--output", tmp_path / "t.md", *plot)
+    with pytest.raises(UserError, match="has been evaluated; make an alpaca_eval.json first"):
+        program(module, *words)
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The only changes that this project makes to other packages while they run, each with its reason."""
+"""The only changes of other packages at run time, each with its reason."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 def fastchat_asks(client: Client) -> None:
     """FastChat 0.2.36 asks judges through `client`.
 
-    Its own function calls an interface of the openai package that no longer exists. It also looks up
-    a conversation template, and whether a model is OpenAI's, by a list of model names that is older
-    than today's judges.
+    Its own function calls an interface of the openai package that no longer exists. It also looks
+    up a conversation template, and whether a model is OpenAI's, by a list of model names that is
+    older than today's judges.
     """
     from fastchat.conversation import get_conv_template
     from fastchat.llm_judge import common
