@@ -311,7 +311,7 @@ BAD = {
     ),
     "responses at temperature 0": (
         {"responses": {"temperature": 0}},
-        ["responses.temperature", "above 0"],
+        ["responses.temperature is 0", "greater than 0"],
     ),
     "too few instructions": (
         {"alpaca_eval": {"limit": 3}},

@@ -323,11 +323,6 @@ def _check_generation(config: Config) -> None:
             f"config: responses.shards is {responses['shards']}, but prompts.per_iteration is"
             f" {prompts}, and each shard needs a prompt; lower responses.shards"
         )
-    if responses["temperature"] == 0:
-        raise UserError(
-            "config: responses.temperature is 0, which gives K times the same response; set it"
-            " above 0"
-        )
     if (responses["tensor_parallel"] or 1) > 1 and responses["engine"] != "vllm":
         raise UserError(
             f"config: responses.tensor_parallel is {responses['tensor_parallel']}, but only the"
