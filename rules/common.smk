@@ -13,7 +13,9 @@ from snakemake.settings.types import DeploymentMethod
 
 # The repository: the folder of the Snakefile, unless another workflow uses this one as a module.
 REPOSITORY = Path(str(workflow.current_basedir)).parent
-IS_MODULE = REPOSITORY.resolve() != Path(str(workflow.basedir)).resolve()
+IS_MODULE = not workflow.modifier.is_main_snakefile()
+IS_HERE = REPOSITORY.resolve() == Path.cwd().resolve()
+IS_CLONE = Path(".snakemake/sppo").resolve() in REPOSITORY.resolve().parents  # workflow/Snakefile
 sys.path.insert(0, str(REPOSITORY / "src"))
 
 from sppo.core.artifacts import shipped
@@ -43,16 +45,17 @@ IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_met
 if IN_CONDA:
     # A user's ~/.local would be searched before the environment's own packages.
     os.environ.update(PYTHONNOUSERSITE="1")
-if workflow.is_main_process and not IS_MODULE and not REPOSITORY.samefile(os.getcwd()):
+if workflow.is_main_process and not (IS_MODULE or IS_HERE or IS_CLONE):
     fail(
         "the workflow's paths start at the Snakefile's folder; run in it: "
         f"cd {shlex.quote(str(REPOSITORY))}"
     )
 
-# The demo's configuration is read only if no other is given. `config` contains the values of
-# --config and --configfile, or those of the workflow that uses this one as a module.
-CONFIG_FILES = list(workflow.overwrite_configfiles)
-if not CONFIG_FILES and not (IS_MODULE and config):
+# `config` contains the values of --config and --configfile, or those of the workflow that uses this
+# one as a module, whose files are its own matter. The demo's configuration is read only if no other
+# is given.
+CONFIG_FILES = [] if IS_MODULE else list(workflow.overwrite_configfiles)
+if not CONFIG_FILES and "extends" not in config and not (IS_MODULE and config):
     CONFIG_FILES = [REPOSITORY / "config" / "config.yaml"]
 try:
     if workflow.is_main_process:
@@ -149,7 +152,7 @@ ENGINE_ENVIRONMENT = (
 # of a command that contains one of the three is an f-string, because Snakemake does not find the
 # global names of a module when it formats a command.
 PYTHON = "python" if IN_CONDA else shlex.quote(sys.executable)
-SRC = shlex.quote(str(REPOSITORY / "src")) if IS_MODULE else "src"
+SRC = "src" if IS_HERE else shlex.quote(str(REPOSITORY.resolve() / "src"))
 DEVICE = MAIN["device"]
 if sys.stderr.isatty():
     os.environ.update(SPPO_WATCHED="1")

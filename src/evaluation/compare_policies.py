@@ -21,7 +21,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_text
 from sppo.core.errors import UserError, run
 from sppo.evaluation.alpaca_eval import read_outputs
-from sppo.preferences.base import load_preference_model, model_files, settings_for
+from sppo.preferences.base import compare, load_preference_model, model_files, settings_for
 from sppo.preferences.estimates import Array, win_probabilities
 from sppo.reporting.figures import pyplot, save
 
@@ -53,7 +53,6 @@ def main() -> None:
     args = parser.parse_args()
 
     answers, names = answers_by_instruction(args.outputs)
-    from sppo.core.progress import progress
     from sppo.policies.models import pick_device, start_torch
 
     start_torch()
@@ -65,10 +64,12 @@ def main() -> None:
         model = load_preference_model(
             settings_for(args.model), args.ranker_base, pick_device(args.device)
         )
-        probabilities = [
-            win_probabilities(model.pair_logits(instruction, texts))
-            for instruction, texts in progress(list(answers.items()), "compare")
-        ]
+        groups = {
+            str(number): (instruction, texts)
+            for number, (instruction, texts) in enumerate(answers.items(), start=1)
+        }
+        compared = compare(model, groups, "instruction").values()
+        probabilities = [win_probabilities(logits) for logits in compared]
         wins = np.mean(probabilities, axis=0)
         write_text(args.output, csv_matrix(wins, names))
         plot_heatmap(wins, names, f"by the {args.model}, n = {len(answers)}", plots)

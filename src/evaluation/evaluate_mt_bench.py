@@ -109,9 +109,10 @@ def main() -> None:
             rows = grade_locally(
                 questions, answers, read_answers(args.reference, questions), model, args.judge
             )
+            files = kind.files(args.judge)
             details = {
                 "adapter": args.judge,
-                "adapter_sha256": file_hash(kind.files(args.judge)[0]),
+                "adapter_sha256": file_hash(files[0]) if files else None,
                 "grade": "1 + 9 P(answer beats the base's answer)",
             }
         else:

@@ -16,7 +16,7 @@ from pathlib import Path
 import _path  # noqa: F401
 from sppo.core.artifacts import known_hash, read_json, recorded, write_json
 from sppo.core.errors import UserError, run
-from sppo.preferences.base import load_preference_model, model_files, settings_for
+from sppo.preferences.base import compare, load_preference_model, model_files, settings_for
 from sppo.preferences.estimates import mean_logits
 
 
@@ -52,7 +52,6 @@ def main() -> None:
             f"best of {args.n} needs {args.n} answers to every instruction, and {args.answers} has "
             f"{fewest}; raise best_of_n.samples"
         )
-    from sppo.core.progress import progress
     from sppo.policies.models import pick_device, start_torch
 
     start_torch()
@@ -61,11 +60,15 @@ def main() -> None:
         model = load_preference_model(
             settings_for(args.model), args.ranker_base, pick_device(args.device)
         )
+        groups = {
+            str(number): (instruction, [row["output"] for row in rows[: args.n]])
+            for number, (instruction, rows) in enumerate(answers.items(), start=1)
+        }
+        compared = compare(model, groups, "instruction").values()
         best = []
-        for instruction, rows in progress(list(answers.items()), "rank"):
-            texts = [row["output"] for row in rows[: args.n]]
-            scores = mean_logits(model.pair_logits(instruction, texts))
-            best.append(rows[int(scores.argmax())] | {"generator": args.generator})
+        for rows, logits in zip(answers.values(), compared, strict=True):
+            chosen = rows[int(mean_logits(logits).argmax())]
+            best.append(chosen | {"generator": args.generator})
         write_json(args.output, best)
         facts |= {"preference_model": model.name, "instructions": len(best)}
 

@@ -32,10 +32,10 @@ runs:
   k2: {{responses: {{samples: 2}}}}   # results/mine/k2/
 ```
 
-Without `--configfile` the demo's [config/config.yaml](../config/config.yaml) is read. Values can also
-be given on the command line: `--config iterations=1 "train={{beta: 0.01}}"`. For each key, the first
-of these that sets it wins: the run, `--config`, your file, the files that it extends, the default.
-`null` undoes a value that an extended file set.
+Without `--configfile` the demo's [config/config.yaml](../config/config.yaml) is read. Values can
+also be given on the command line: `--config iterations=1 "train={{beta: 0.01}}"`. For each key, the
+first of these that sets it wins: the run, `--config`, your file, the files that it extends, the
+default. `null` undoes a value that an extended file set.
 
 The main run is what the file itself describes; `runs` adds named runs. A run is checked when a file
 of it is asked for. Relative paths start at the working directory, which is the repository's folder

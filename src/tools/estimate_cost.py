@@ -244,6 +244,9 @@ class Estimator:
         kind = find_kind(settings_for(model, backend=self.config["preference"]["backend"]))
         cost = kind and kind.cost(model, prompts, self.prompt, samples, length)
         if not cost:
+            print(
+                f"Not counted: {stage} of iteration {t}, because the cost of {model} is not known"
+            )
             return []
         seconds = cost.flops / (self.gpu.flops * self.use.forward)
         return [Row(t, stage, prompts, cost.tokens, cost.flops, seconds, 4 * cost.weights)]

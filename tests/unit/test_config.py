@@ -13,6 +13,7 @@ from sppo.core.config import RENAMED, default_of, schema
 from sppo.core.config_files import read_files
 from sppo.core.errors import UserError
 from sppo.core.flags import add_section, flags, of_iteration
+from sppo.training.losses import LOSSES, Loss
 from sppo.training.requirements import micro_batches
 from sppo.workflow.configuration import (
     RESERVED,
@@ -21,6 +22,7 @@ from sppo.workflow.configuration import (
     resolve,
     without_effect,
 )
+from sppo.workflow.preflight import check_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = [ROOT / "config" / "config.yaml", *sorted((ROOT / "config" / "presets").glob("*.yaml"))]
@@ -261,11 +263,11 @@ BAD = {
     ),
     "unknown choice": ({"train": {"loss": "dop"}}, ["train.loss is 'dop'", "sppo_hard"]),
     "too large": ({"responses": {"top_p": 1.5}}, ["responses.top_p is 1.5", "at most 1"]),
-    "section is null": ({"train": None}, ["train is None", "object"]),
-    "runs is null": ({"runs": None}, ["runs is None", "object"]),
+    "section is null": ({"train": None}, ["train is null", "object"]),
+    "runs is null": ({"runs": None}, ["runs is null", "object"]),
     "a run's section is null": (
         {"runs": {"dpo": {"train": None}}},
-        ["runs.dpo.train is None", "object"],
+        ["runs.dpo.train is null", "object"],
     ),
     "unknown key that is null": (
         {"train": {"betta": None}},
@@ -975,7 +977,9 @@ def test_command_line_and_later_files_override_extended_files(tmp_path, monkeypa
     files = written_to(
         tmp_path, a="seeds: {data: 1, train: 1}\n", b="extends: a.yaml\n", c="seeds: {data: 2}\n"
     )
-    written = read_configuration([files["b"], files["c"]], {"seeds": {"train": 3}, "extends": "b"})
+    written = read_configuration(
+        [files["b"], files["c"]], {"seeds": {"train": 3}, "extends": "a.yaml"}
+    )
     assert written == {"seeds": {"data": 2, "train": 3}}
 
 
@@ -1027,3 +1031,67 @@ def test_flags_accept_skipped_keys_and_a_prefix():
     add_section(parser, "replay", skip=("iteration",), prefix="replay_")
     words = flags(resolve({})[""]["replay"], skip=("iteration",), prefix="replay_")
     assert vars(parser.parse_args(words)) == {"replay_share": 0.0, "replay_older_share": 0.0}
+
+
+def test_command_line_can_extend_a_file_if_no_file_is_given():
+    written = read_configuration([], {"extends": "config/presets/laptop.yaml", "name": "q"})
+    assert written == read_files([ROOT / "config/presets/laptop.yaml"]) | {"name": "q"}
+
+
+def test_extends_on_the_command_line_beside_a_file_is_refused():
+    with pytest.raises(UserError, match="extends is 'x.yaml', but files are given too"):
+        read_configuration([SHIPPED[0]], {"extends": "x.yaml"})
+
+
+def test_extended_files_come_before_all_files_that_extend(tmp_path, monkeypatch):
+    """Otherwise what the second file extends would override the first file's own keys."""
+    monkeypatch.chdir(tmp_path)
+    files = written_to(
+        tmp_path,
+        base="iterations: 1\nname: base\n",
+        a="extends: base.yaml\niterations: 2\n",
+        b="extends: base.yaml\nname: b\n",
+    )
+    assert read_files([files["a"], files["b"]]) == {"iterations": 2, "name": "b"}
+
+
+def test_json_with_tabs_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('{\n\t"iterations": 1\n}\n', encoding="utf-8")
+    assert read_files([tmp_path / "a.json"]) == {"iterations": 1}
+
+
+def test_text_null_of_the_command_line_is_null():
+    """`--config policy={attention: null}` hands over the text."""
+    written = {
+        "policy": {"attention": "null", "revision": "null"},
+        "prompts": {"field": "null"},
+        "push_to_hub": "null",
+        "runs": {"a": "null", "b": {}},
+    }
+    runs = resolve(written)
+    assert list(runs) == ["", "b"]
+    assert runs[""] == resolve({})[""]
+
+
+def test_error_in_the_files_of_a_run_names_the_run():
+    runs = resolve({"runs": {"bad": {"prompts": {"source": "data/nowhere.jsonl"}}}})
+    with pytest.raises(UserError, match="^config: runs.bad: prompts.source is"):
+        check_inputs("bad", runs["bad"])
+
+
+def test_key_that_another_kind_of_model_reads_has_no_effect():
+    written = {"preference": {"model": "a.py:f", "precision": "float32", "revision": "abc"}}
+    assert all_lines(written) == [
+        f"config: preference.{key} has no effect where preference.model is a.py:f"
+        for key in ("precision", "revision")
+    ]
+    assert all_lines({"preference": {"model": "me/PairRM", "revision": "abc"}}) == []
+
+
+def test_loss_with_an_unknown_argument_is_one_line(monkeypatch):
+    def mine(delta_w, deltal, alpha=0.3):
+        return delta_w
+
+    monkeypatch.setitem(LOSSES, "sppo", Loss(mine))
+    line = refusal({})
+    assert "train.loss sppo reads deltal, which is neither a column" in line

@@ -11,7 +11,7 @@ import torch
 
 from sppo.core.config import default_of, schema
 from sppo.theory import games
-from sppo.training.losses import LOSSES, Columns, pair_loss
+from sppo.training.losses import LOSSES, Columns, Loss, pair_loss
 from sppo.training.requirements import P_HAT
 
 OPTIONS = {
@@ -327,3 +327,14 @@ def test_exact_nash_md_step_has_zero_loss():
     ]
     assert ours("nash_md", rows, beta, tau=tau)[0].tolist() == pytest.approx([0, 0, 0], abs=1e-20)
     assert min(ours("nash_md", rows, beta, tau=0.0)[0].tolist()) > 1e-5
+
+
+def test_loss_that_returns_no_value_per_pair_is_refused(monkeypatch):
+    monkeypatch.setitem(LOSSES, "mine", Loss(lambda delta_w, delta_l: (delta_w - delta_l).mean()))
+    with pytest.raises(ValueError, match="loss mine returned shape .*not one value per pair"):
+        pair_loss("mine", pair_of(0.0, 0.0, 2), OPTIONS)
+
+
+def test_argument_with_a_default_can_be_no_key_of_the_section(monkeypatch):
+    monkeypatch.setitem(LOSSES, "mine", Loss(lambda delta_w, scale=2.0: scale * delta_w))
+    assert pair_loss("mine", pair_of(1.5, 0.0), OPTIONS).tolist() == [3.0]

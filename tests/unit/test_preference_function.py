@@ -197,3 +197,60 @@ def test_file_and_name_select_a_function():
         assert find_kind(settings_for(name)) is FunctionModel
     for name in ("a.py", "a.py:", "a:f", "a.py:1f", "ranker", "org/model"):
         assert find_kind(settings_for(name)) is not FunctionModel
+
+
+GOOD = {
+    "tensor with a gradient": "import torch\nW = torch.ones(1, requires_grad=True)\n"
+    "def prefer(p, r):\n    return torch.tensor([0.0, 1.0]) * W\n",
+    "bfloat16 tensor": "import torch\n"
+    "def prefer(p, r):\n    return torch.tensor([0, 1], dtype=torch.bfloat16)\n",
+    "dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    "@dataclass\nclass Scale:\n    by: float = 1.0\n"
+    "def prefer(p, r):\n    return [0.0, Scale().by]\n",
+    "late import": "def prefer(p, r):\n    from late_neighbour import ONE\n    return [0, ONE]\n",
+    "name in a condition": "if True:\n    def prefer(p, r):\n        return [0, 1]\n",
+    "name in a tuple": "prefer, other = (lambda p, r: [0, 1]), None\n",
+    "name with a type": "prefer: object = lambda p, r: [0, 1]\n",
+    "star import": "from late_neighbour import *\n",
+    "NaN on the diagonal": "from math import nan\n"
+    "def prefer(p, r):\n    return [[nan, 0.26894142], [0.73105858, nan]]\n",
+}
+
+
+@pytest.mark.parametrize("text", GOOD.values(), ids=GOOD)
+def test_usual_python_is_accepted(text, model, tmp_path):
+    neighbour = "ONE = 1\ndef prefer(p, r):\n    return [0, ONE]\n"
+    (tmp_path / "late_neighbour.py").write_text(neighbour, encoding="utf-8")
+    (logits,) = model(text).all_pair_logits(GROUPS[1:])
+    assert logits[1, 0] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_modules_beside_the_file_are_inputs_too(tmp_path):
+    (tmp_path / "a.py").write_text("import b, numpy\n", encoding="utf-8")
+    (tmp_path / "b.py").write_text("from c.d import x\n", encoding="utf-8")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "d.py").write_text("from a import y\n", encoding="utf-8")
+    files = FunctionModel.files(f"{tmp_path}/a.py:f")
+    assert files == [tmp_path / "a.py", tmp_path / "b.py", tmp_path / "c" / "d.py"]
+
+
+@pytest.mark.parametrize("text", ["async def prefer(p, r): ...", "class prefer: ...", "prefer = 3"])
+def test_what_is_no_function_is_found_with_the_configuration(text, tmp_path):
+    (tmp_path / "mine.py").write_text(text + "\n", encoding="utf-8")
+    settings = settings_for(f"{tmp_path}/mine.py:prefer")
+    with pytest.raises(UserError, match="prefer of .*mine.py is no function; define it with def"):
+        FunctionModel.check(settings, "preference.model")
+
+
+def test_function_that_exits_is_one_line(model):
+    with pytest.raises(UserError, match="the function raised SystemExit: 0"):
+        model("import sys\ndef prefer(p, r):\n    sys.exit(0)\n").all_pair_logits(GROUPS)
+    with pytest.raises(UserError, match="mine.py cannot be imported .SystemExit"):
+        model("import sys\nsys.exit(0)\ndef prefer(p, r): ...\n")
+
+
+def test_function_does_not_run_with_llm_blender(tmp_path):
+    (tmp_path / "mine.py").write_text(LONGER, encoding="utf-8")
+    settings = settings_for(f"{tmp_path}/mine.py:prefer", backend="llm_blender")
+    with pytest.raises(UserError, match="preference.backend is llm_blender, which runs PairRM"):
+        FunctionModel.check(settings, "preference.model")

@@ -800,7 +800,7 @@ BAD = {
         "runs: {a: {prompts: {source: data/nowhere.jsonl}}}",
         ["data/nowhere.jsonl"],
     ),
-    "section that is null": ("train:", ["train is None"]),
+    "section that is null": ("train:", ["train is null"]),
     "four instructions": (
         "alpaca_eval: {instructions: four.json, limit: null}",
         ["four.json, which has 4 instructions", "needs 5"],

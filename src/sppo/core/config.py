@@ -57,6 +57,11 @@ def schema() -> Config:
     rules: Config = yaml.safe_load(SCHEMA_FILE.read_text(encoding="utf-8"))
     for evaluation in _registry(rules["x-evaluations"]):
         if evaluation.settings:
+            if evaluation.name in rules["properties"]:
+                raise UserError(
+                    f"the evaluation {evaluation.name} has the name of a configuration section;"
+                    " rename it"
+                )
             section = {"type": "object", "additionalProperties": False}
             rules["properties"][evaluation.name] = section | {"properties": evaluation.settings}
     for section in rules["properties"].values():
@@ -115,6 +120,8 @@ def typed(written: Config, rules: Config) -> Config:
             result[key] = typed(value, rule)
         elif isinstance(value, datetime.date) and rule:
             result[key] = value.isoformat()  # YAML reads a date without quotes as one
+        elif value == "null" and "null" in rule.get("type", ()):
+            result[key] = None
         elif isinstance(value, str) and (free or rule and "string" not in rule["type"]):
             result[key] = _spelled(value)
         elif isinstance(value, list) and "array" in rule.get("type", ()):
@@ -244,6 +251,8 @@ def _explain_unknown_key(error: jsonschema.ValidationError, section: str, where:
 
 def shown(value: Any) -> str:
     """A value as an error line shows it: quoted if it is text, and cut where it is long."""
+    if value is None:
+        return "null"
     try:
         text = repr(value)
     except ValueError:  # of thousands of digits, which Python does not write out

@@ -53,9 +53,7 @@ def check_files(files: Iterable[str | os.PathLike[str]]) -> None:
     """
     for file in files:
         try:
-            text = Path(file).read_text(encoding="utf-8")
-            if _is_json(text):
-                text = text.replace("\t", " ")  # JSON allows tabs between values, YAML does not
+            text = _text(file)
             root = yaml.compose(text, yaml.SafeLoader)
             if root is not None:
                 _check_node(root, shown(file), ())
@@ -88,10 +86,19 @@ def read_files(files: Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
     A file with `extends: <another file>` overrides that file, whose path starts at the working
     directory or at the repository. UserError as for `check_files`, and if a file extends itself.
     """
+    paths = [Path(file) for file in files]
     merged: dict[str, Any] = {}
-    for file in files:
-        update(merged, _with_extended(Path(file), ()))
+    # What the files extend comes first, so that it overrides no key of an earlier file.
+    for path in paths:
+        update(merged, _extended(path, ()))
+    for path in paths:
+        update(merged, {key: value for key, value in _content(path).items() if key != "extends"})
     return merged
+
+
+def extended_by(files: Iterable[str | os.PathLike[str]]) -> list[Any]:
+    """What the files say after `extends`."""
+    return [_content(Path(file)).get("extends") for file in files]
 
 
 def all_files(files: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -107,30 +114,38 @@ def all_files(files: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return found
 
 
-def _with_extended(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The configuration of a file, on top of the file that it extends.
+def _extended(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The configuration that a file extends; empty if it extends none.
 
     above: the files that led to this one by `extends`.
     """
     if not file.is_file():
         named = f", which {shown(above[-1])} extends," if above else ""
-        raise UserError(f"{file}{named} is missing; correct the path")
-    content = _content(file)
-    extended = content.pop("extends", None)
+        problem = "is a folder" if file.is_dir() else "is missing"
+        raise UserError(f"{file}{named} {problem}; correct the path")
+    extended = _content(file).get("extends")
     if extended is None:
-        return content
-    if not isinstance(extended, str):
+        return {}
+    if not isinstance(extended, str) or not extended:
         raise UserError(f"{shown(file)}: extends is {extended!r}; give the path of one file")
-    if shipped(extended).absolute() in [path.absolute() for path in (*above, file)]:
+    path = shipped(os.path.expanduser(extended))
+    if path.absolute() in [other.absolute() for other in (*above, file)]:
         raise UserError(f"{shown(file)} extends {extended}, which extends it; remove one `extends`")
-    base = _with_extended(shipped(extended), (*above, file))
-    update(base, content)
+    base = _extended(path, (*above, file))
+    update(base, {key: value for key, value in _content(path).items() if key != "extends"})
     return base
 
 
 def _content(file: Path) -> dict[str, Any]:
+    """The checked content of a file."""
     check_files([file])
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return yaml.safe_load(_text(file))
+
+
+def _text(file: str | os.PathLike[str]) -> str:
+    """The text of a file, as YAML: JSON allows tabs between values, YAML does not."""
+    text = Path(file).read_text(encoding="utf-8")
+    return text.replace("\t", " ") if _is_json(text) else text
 
 
 def update(base: dict[str, Any], overlay: dict[str, Any]) -> None:

@@ -128,9 +128,10 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
         from sppo.policies.models import start_torch
 
         start_torch()
+        files = kind.files(judge.name)
         facts: Record = {
             "adapter": judge.name,
-            "adapter_sha256": known_hash(kind.files(judge.name)[0]),
+            "adapter_sha256": known_hash(files[0]) if files else None,
         }
         return {
             "annotators_config": judge.name,

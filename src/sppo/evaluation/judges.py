@@ -91,8 +91,9 @@ class Judging:
             kind.check(settings_for(judge), f"{self.section}.judge")
             for file in kind.files(judge):
                 if not file.exists():
+                    remedy = "give a folder with its files as" if kind.is_prepared else "correct"
                     raise UserError(
-                        f"judge {judge}: {file} is missing; correct {self.section}.judge"
+                        f"judge {judge}: {file} is missing; {remedy} {self.section}.judge"
                     )
             return
         if self.local and "/" in judge:
@@ -107,7 +108,7 @@ class Judging:
         if not self.is_known(judge):
             ours = list(self.words)
             if self.local:
-                ours += [*EMBEDDED, "a folder of such an adapter"]
+                ours += [*EMBEDDED, "a folder of such an adapter", "a function as file.py:name"]
             raise UserError(
                 f"unknown judge {judge}; give {', '.join([*ours, 'openai'])}, or {self.known} as"
                 f" {self.section}.judge"

@@ -82,6 +82,12 @@ class Evaluation:
     check: Callable[[Config, str], set[str]] = nothing_held_out
     differences: Callable[[Contents], list[str]] = nothing_published
 
+    def __post_init__(self) -> None:
+        for key, rule in self.settings.items():
+            missing = {"type", "description", "default"} - rule.keys()
+            if missing:
+                raise ValueError(f"evaluation {self.name}: setting {key} has no {min(missing)}")
+
     @property
     def artifact(self) -> str:
         """File name of the results, in iter{t}/."""

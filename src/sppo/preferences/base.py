@@ -179,11 +179,14 @@ def model_files(model: str, base: Path | None, **others: Any) -> list[Path]:
     return [*kind.files(model), *([base] if base and kind.needs_base else [])]
 
 
-def compare(model: PreferenceModel, groups: Mapping[str, Group]) -> dict[str, np.ndarray]:
-    """Logits (K, K) of every prompt, by its id. groups: the prompt and its responses, by id.
+def compare(
+    model: PreferenceModel, groups: Mapping[str, Group], what: str = "prompt"
+) -> dict[str, np.ndarray]:
+    """Logits (K, K) of every prompt, by its id.
 
-    Raises `UserError` that names the prompt if a model fails on it, or returns anything but K x K
-    finite numbers.
+    groups: the prompt and its responses, by id. what: what an id is, for the error line. Raises
+    `UserError` that names the prompt if a model fails on it, or returns anything but K x K finite
+    numbers.
     """
     import numpy as np
 
@@ -191,13 +194,13 @@ def compare(model: PreferenceModel, groups: Mapping[str, Group]) -> dict[str, np
     try:
         found = model.all_pair_logits(list(groups.values()))
     except ComparisonError as error:
-        raise UserError(f"{model.name}, prompt {ids[error.index]}: {error}") from None
+        raise UserError(f"{model.name}, {what} {ids[error.index]}: {error}") from None
     logits = dict(zip(ids, found, strict=True))
     for name, values in logits.items():
         k = len(groups[name][1])
         if values.shape != (k, k) or not np.isfinite(values).all():
             raise UserError(
-                f"{model.name}, prompt {name}: expected {k} x {k} finite logits; check the model"
+                f"{model.name}, {what} {name}: expected {k} x {k} finite logits; check the model"
                 " and preference.precision"
             )
     return logits

@@ -48,38 +48,54 @@ class FunctionModel(PreferenceModel):
 
     @classmethod
     def files(cls, model: str) -> list[Path]:
-        return [_place(model)[0]]
+        """The function's file, and the modules beside it that it imports."""
+        return _with_imports(_place(model)[0])
 
     @classmethod
     def check(cls, settings: Settings, key: str) -> None:
-        """The file exists, is Python and defines the name. It is not run."""
+        """The file exists, is Python and can define the name. It is not run."""
         file, name = _place(settings["model"])
+        if settings["backend"] != "transformers":
+            raise UserError(
+                f"{key} is {settings['model']}, but preference.backend is {settings['backend']},"
+                " which runs PairRM; set transformers"
+            )
         if not file.is_file():
-            raise UserError(f"{key}: {file} is missing; correct the path")
+            problem = "is not a file" if file.exists() else "is missing"
+            raise UserError(f"{key}: {file} {problem}; correct the path")
         try:
-            body = ast.parse(file.read_bytes(), str(file)).body
+            tree = ast.parse(file.read_bytes(), str(file))
         except (SyntaxError, ValueError) as error:
             raise UserError(f"{key}: {file} is not Python ({error}); correct it") from None
-        if name not in _defined(body):
+        kind = _defined(tree.body).get(name)
+        if kind is None and not _imports_everything(tree):
             raise UserError(f"{key}: {file} defines no {name}; correct the name")
+        if kind in (ast.AsyncFunctionDef, ast.ClassDef, ast.Constant):
+            raise UserError(
+                f"{key}: {name} of {file} is no function; define it with def {name}(prompt,"
+                " responses)"
+            )
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         self.check(settings, "preference.model")
         file, name = _place(settings["model"])
         self.name = settings["model"]
         self.function = _load(file, name)
+        self.has_warned = False
 
     def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
         import numpy as np
 
         found, deviations = [], []
-        for index, (prompt, responses) in enumerate(progress(groups, "compare")):
+        shown = progress(groups, "compare") if len(groups) > 1 else groups
+        for index, (prompt, responses) in enumerate(shown):
             P = self._probabilities(index, prompt, responses)
             deviations.append(float(np.abs(P + P.T - 1.0).max(initial=0.0)))
             P = np.clip((P + 1.0 - P.T) / 2, SMALLEST, 1.0 - SMALLEST)
             found.append(np.log(P) - np.log1p(-P))
         off = [deviation for deviation in deviations if deviation > SYMMETRIC]
-        if off:
+        if off and not self.has_warned:
+            self.has_warned = True
             print(
                 f"warning: {self.name} is not symmetric for {len(off)} of {len(groups)} prompts:"
                 f" P(i, j) + P(j, i) differs from 1 by up to {max(off):.3g}; the mean of P(i, j)"
@@ -95,15 +111,22 @@ class FunctionModel(PreferenceModel):
 
         try:
             returned = self.function(prompt, list(responses))
-        except Exception as error:  # a user's function can raise anything
+        except (Exception, SystemExit) as error:  # a user's function can raise anything
             place = traceback.extract_tb(error.__traceback__)[-1]
-            reason = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            reason = f"{_described(error)} ({place.filename}, line {place.lineno})"
             raise ComparisonError(index, f"the function raised {reason}; correct it") from error
         try:
-            values = np.asarray(returned, dtype=np.float64)
-        except (TypeError, ValueError):
+            if hasattr(returned, "detach"):  # a torch tensor, which can be on a GPU or in bfloat16
+                returned = returned.detach().cpu().double().numpy()
+            values = np.asarray(returned)
+            if values.dtype.kind not in "biufO":
+                raise TypeError(f"it has dtype {values.dtype}")
+            values = values.astype(np.float64)
+        except Exception as error:  # as above, for an object's own conversion
             reason = f"returned {type(returned).__name__}, which is no array of numbers"
-            raise ComparisonError(index, f"the function {reason}; correct it") from None
+            raise ComparisonError(
+                index, f"the function {reason} ({_described(error)}); correct it"
+            ) from None
         k = len(responses)
         if values.shape not in ((k,), (k, k)):
             raise ComparisonError(
@@ -111,13 +134,13 @@ class FunctionModel(PreferenceModel):
                 f"the function returned shape {values.shape}; return ({k}, {k}) probabilities or"
                 f" ({k},) scores",
             )
+        if values.ndim == 2:
+            np.fill_diagonal(values, 0.5)
         if not np.isfinite(values).all():
             raise ComparisonError(index, "the function returned NaN or infinity; correct it")
         if values.ndim == 1:
             gaps = values[:, None] - values[None, :]
             return 0.5 * (1.0 + np.tanh(0.5 * gaps))  # sigma, without overflow
-        values = values.copy()
-        np.fill_diagonal(values, 0.5)
         if values.min() < 0.0 or values.max() > 1.0:
             raise ComparisonError(
                 index,
@@ -134,33 +157,80 @@ def _place(model: str) -> tuple[Path, str]:
     return Path(match["file"]).expanduser(), match["name"]
 
 
-def _defined(body: list[ast.stmt]) -> set[str]:
-    """The names that a module's statements define at its top level."""
-    names = set()
+def _described(error: BaseException) -> str:
+    """Type and text of an error, whose own conversion to text can fail."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
+def _defined(body: list[ast.stmt]) -> dict[str, type[ast.AST]]:
+    """The names that statements define at the top level of a module, each with the kind of node."""
+    names: dict[str, type[ast.AST]] = {}
     for statement in body:
-        if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
-            names.add(statement.name)
-        elif isinstance(statement, ast.Assign):
-            names |= {target.id for target in statement.targets if isinstance(target, ast.Name)}
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names[statement.name] = type(statement)
+        elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            for target in targets:
+                for node in ast.walk(target):
+                    if isinstance(node, ast.Name):
+                        names[node.id] = type(statement.value or statement)
         elif isinstance(statement, (ast.Import, ast.ImportFrom)):
-            names |= {alias.asname or alias.name for alias in statement.names}
+            for alias in statement.names:
+                names[alias.asname or alias.name] = ast.alias
+        for part in ("body", "orelse", "finalbody", "handlers"):  # of if, try and with
+            if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                for inner in getattr(statement, part, []):
+                    names |= _defined(inner.body if part == "handlers" else [inner])
     return names
 
 
+def _imports_everything(tree: ast.Module) -> bool:
+    """Whether `from x import *` can define any name."""
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return any(alias.name == "*" for node in imports for alias in node.names)
+
+
+def _with_imports(file: Path) -> list[Path]:
+    """The file and all modules that it imports, directly or not, from the folder that it is in."""
+    found = [file]
+    for each in found:  # it grows
+        try:
+            tree = ast.parse(each.read_bytes(), str(each))
+        except (OSError, SyntaxError, ValueError):
+            continue  # `check` reports it
+        names: set[str] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module)
+        for name in sorted(names):
+            beside = file.parent / Path(*name.split("."))
+            for candidate in (beside.with_suffix(".py"), beside / "__init__.py"):
+                if candidate.is_file() and candidate not in found:
+                    found.append(candidate)
+    return found
+
+
 def _load(file: Path, name: str) -> Callable[[str, list[str]], Any]:
-    """The function, from its file. Modules that stand beside the file can be imported by it."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    """The function, from its file. The file can import modules that are stored beside it."""
+    # The name is unusual, so that a file called random.py hides no other module.
+    module_name = f"preference_function_{file.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
     assert spec is not None and spec.loader is not None  # for a name that ends in .py there is one
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(file.parent))
+    # Dataclasses and pickle look a module up here; late imports need its folder.
+    sys.modules[module_name] = module
+    sys.path.append(str(file.parent.resolve()))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a user's module can raise anything
-        reason = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # a user's module can raise anything
+        reason = _described(error)
         raise UserError(f"preference.model: {file} cannot be imported ({reason})") from error
-    finally:
-        sys.path.remove(str(file.parent))
-    function = getattr(module, name)
-    if not callable(function):
+    function = getattr(module, name, None)
+    if not callable(function) or isinstance(function, type):
         raise UserError(f"preference.model: {name} of {file} is no function; correct the name")
     return function

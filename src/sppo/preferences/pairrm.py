@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sppo.core.errors import UserError
 from sppo.policies.models import fetch
 from sppo.policies.shapes import PAIRRM, forward_flops
 from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
@@ -32,8 +33,12 @@ class PairRMFiles(PreferenceModel):
     @classmethod
     def check(cls, settings: Settings, key: str) -> None:
         folder = Path(settings["model"])
-        if folder.is_dir():
+        if not folder.is_dir():
+            return  # a hub id, which `prepare` fetches
+        try:
             check_pairrm(folder, settings["backend"])
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
 
     @classmethod
     def prepare(cls, settings: Settings) -> tuple[Path, dict[str, Any]]:

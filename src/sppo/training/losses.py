@@ -258,7 +258,11 @@ class Loss:
     ) -> None:
         self.function = function
         self.trl = trl
-        self.reads = tuple(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters
+        self.reads = tuple(parameters)
+        self.optional = {
+            name for name, each in parameters.items() if each.default is not inspect.Parameter.empty
+        }
         self.requires = ((P_HAT,) if OF_P_HAT & {*self.reads} else ()) + requires
 
     @property
@@ -271,8 +275,16 @@ class Loss:
         values = {}
         for name in self.reads:
             column = getattr(columns, name, None)
-            values[name] = options[name] if column is None else column
+            if column is not None:
+                values[name] = column
+            elif name in options or name not in self.optional:
+                values[name] = options[name]
         return self.function(**values)
+
+    def unknown(self, options: dict[str, Any]) -> list[str]:
+        """What it reads that is no column, no key of the section `train`, and not optional."""
+        columns = {*Columns.__dataclass_fields__, *vars(Columns)}
+        return [name for name in self.reads if name not in {*columns, *options, *self.optional}]
 
 
 LOSSES: dict[str, Loss] = {
@@ -308,6 +320,8 @@ def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
         raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")
     columns = Columns.of(pair)
     loss = LOSSES[name](columns, options)
+    if loss.shape != columns.logp_w.shape:
+        raise ValueError(f"loss {name} returned shape {tuple(loss.shape)}, not one value per pair")
     if options["sft_weight"]:
         loss = loss - options["sft_weight"] * columns.logp_w / columns.tokens_w
     if options["optimism"]:

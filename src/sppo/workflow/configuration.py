@@ -21,9 +21,10 @@ from sppo.core.config import (
     typed,
     without_nulls,
 )
-from sppo.core.config_files import read_files, update
+from sppo.core.config_files import extended_by, read_files, update
 from sppo.core.errors import UserError
 from sppo.core.openai_api import check_address
+from sppo.preferences.base import KINDS, find_kind
 from sppo.training.losses import LOSSES, check_training
 
 # Names of folders and files under results/, of the main run, and of the experiment without a name.
@@ -68,7 +69,8 @@ class Runs(Mapping[str, Config]):
         check_sizes(written, "config: ")
         if isinstance(written.get("runs"), dict):
             runs = written["runs"].items()
-            written["runs"] = {name: each for name, each in runs if each is not None}
+            # `--config` hands over the text null.
+            written["runs"] = {name: each for name, each in runs if each not in (None, "null")}
         written = without_nulls(written, rules)
         check_against_schema(written)
         name = written.get("name", "")
@@ -151,15 +153,21 @@ def read_configuration(
 ) -> Config:
     """What files and an overlay give together, as `resolve` takes it.
 
-    The overlay comes from the command line or, for a Snakemake module, from the workflow that uses
-    this one; without files it can extend one itself. Raises `UserError` as `read_files` does.
+    The overlay comes from the command line, where it repeats what the files say, or from the
+    workflow that uses this one as a module. Without files it can extend one itself. Raises
+    `UserError` as `read_files` does.
     """
     overlay = dict(overlay or {})
     extended = overlay.pop("extends", None)
+    if files and extended is not None and extended not in extended_by(files):
+        raise UserError(
+            f"config: extends is {shown(extended)}, but files are given too; write extends into one"
+            " of them"
+        )
     if not files and extended is not None:
         if not isinstance(extended, str):
             raise UserError(f"config: extends is {shown(extended)}; give the path of one file")
-        files = [shipped(extended)]
+        files = [shipped(os.path.expanduser(extended))]
     written = read_files(files)
     update(written, overlay)
     return written
@@ -227,7 +235,24 @@ def without_effect(written: Config, name: str, runs: Runs) -> list[str]:
         )
         if reason and not used:
             lines.append(f"config: {f'runs.{name}.' if name else ''}{key} has no effect {reason}")
-    return lines
+    return lines + _unread_by_kind(own.get("preference") or {}, name, runs)
+
+
+def _unread_by_kind(written: Config, name: str, runs: Runs) -> list[str]:
+    """A line for each key of the section `preference` that only other kinds of models read."""
+    kind = find_kind(runs[name]["preference"])
+    if kind is None:
+        return []
+    unread = {key for other in KINDS.values() for key in other.options} - {*kind.options}
+    if not kind.is_prepared:
+        unread.add("revision")
+    where = f"runs.{name}." if name else ""
+    model = runs[name]["preference"]["model"]
+    return [
+        f"config: {where}preference.{key} has no effect where preference.model is {model}"
+        for key, value in written.items()
+        if key in unread and value is not None
+    ]
 
 
 def _unmet(needs: Config, run: Config) -> str:
@@ -278,8 +303,7 @@ def _paths_written_out(written: Config, rules: Config, where: str) -> Config:
                     f"config: {where}{key} is {shown(value)}, but this machine knows no such "
                     "user; write the path out"
                 )
-            found = shipped(value)
-            value = str(found) if found != Path(value) else value
+            value = _found_path(value)
         if isinstance(value, str):
             fixed = value.replace("{t}", "") if rule.get("x-iteration") else value
             if "{" in fixed or "}" in fixed:
@@ -291,14 +315,32 @@ def _paths_written_out(written: Config, rules: Config, where: str) -> Config:
     return result
 
 
+def _found_path(value: str) -> str:
+    """The path, or the repository's, if only that exists; also of the file in `file.py:name`."""
+    found = shipped(value)
+    if found != Path(value):
+        return str(found)
+    file, colon, name = value.rpartition(":")
+    if colon and shipped(file) != Path(file):
+        return f"{shipped(file)}:{name}"
+    return value
+
+
 def check_together(config: Config) -> None:
     """Raise `UserError` for keys of one run that do not go together."""
     _check_values(config)
     _check_generation(config)
     _check_pairs(config)
     _check_trainer(config)
-    for requirement in LOSSES[config["train"]["loss"]].requires:
-        requirement.check(config["train"]["loss"], config)
+    name = config["train"]["loss"]
+    unknown = LOSSES[name].unknown(config["train"])
+    if unknown:
+        raise UserError(
+            f"config: train.loss {name} reads {unknown[0]}, which is neither a column of a batch"
+            " nor a key of train; correct the arguments of its function"
+        )
+    for requirement in LOSSES[name].requires:
+        requirement.check(name, config)
 
 
 def _check_values(config: Config) -> None:

@@ -22,6 +22,7 @@ from sppo.policies.hub import check_push
 from sppo.policies.models import HUB_ID, check_policy
 from sppo.policies.prompts import is_held_out, read_gold, read_prompts
 from sppo.preferences.base import kind_of
+from sppo.workflow.configuration import of_run
 
 TRAINING_ENVIRONMENT = ROOT / "envs" / "core.yaml"
 # Rules whose jobs run the engine that generates.
@@ -43,6 +44,13 @@ def check_inputs(name: str, run: dict[str, Any], in_conda: bool = False) -> None
     name: of the run, "" is main. in_conda: programs run in the environments of envs/, so that what
     is installed here does not matter. Raises `UserError` that names the first problem.
     """
+    try:
+        _check_inputs(name, run, in_conda)
+    except UserError as error:
+        raise of_run(error, name) if name else error from None
+
+
+def _check_inputs(name: str, run: dict[str, Any], in_conda: bool) -> None:
     where = f"runs.{name}." if name else ""
     if not name:
         check_base(run["policy"])  # all runs share it
