@@ -86,7 +86,7 @@ def main() -> None:
         f"# Published and measured\n\nOurs: {base}, {results}.\n\n{markdown_tables}"
     )
     intro = paragraph(
-        f"Ours: {base}, {results}. A dash stands where we made no such run; "
+        f"Ours: {base}, {results}. A dash means that we have no such run; "
         "rows that we measured are shaded."
     )
     texts[args.output.with_suffix(".html")] = page(

@@ -91,3 +91,22 @@ def test_the_record_of_the_base_model_gives_its_name(tmp_path):
         {"sha256": "0", "stage": "policy_source", "arguments": {"model": "org/base"}},
     )
     assert card(tmp_path / "policy")["base_model"] == "org/base"
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("llm-blender/PairRM", "llm-blender/PairRM"),
+        ("secret/prefer.py:short", "prefer.py:short"),
+        ("/home/me/prefer.py:short", "prefer.py:short"),
+    ],
+)
+def test_card_names_the_preference_model_without_its_folder(model, shown, tmp_path):
+    compared = tmp_path / "preferences.parquet"
+    write_json(
+        record_path(compared), {"stage": "annotate", "sha256": "", "arguments": {"model": model}}
+    )
+    pairs = tmp_path / "pairs.parquet"
+    inputs = {str(compared): ""}
+    write_json(record_path(pairs), {"stage": "select", "sha256": "", "inputs": inputs})
+    assert data_of(pairs) == f"* compared by the preference model {shown}"

@@ -1046,7 +1046,7 @@ def test_model_card_names_data_method_results_and_licence(place, tmp_path):
     assert str(tmp_path) not in text
     for words in (
         "10 prompts of org/prompts-2 at c0ffee",
-        "every two responses of each prompt, both ways round",
+        "every two responses of each prompt, each also swapped",
         "; 4 pairs of an earlier",
         "refer to the policy it was trained from",
         "| loss | sppo |",

@@ -19,7 +19,7 @@ CONSTRUCTIONS = {
     "best_vs_worst": "the best and the worst response of each prompt",
     "all": "every two responses of each prompt",
     "gold": "a gold response against the policy's",
-    "graded": "every two far enough apart by grade",
+    "graded": "every two responses whose grades differ enough",
 }
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
@@ -68,8 +68,8 @@ def _licence(metadata: dict[str, Any], record: dict[str, Any]) -> str:
     """The licence section for the header of the card and the record of the policy in `start`."""
     licence = metadata.get("license_name") or metadata.get("license") or "its card names none"
     return (
-        f"That of the base, {metadata['base_model']}{_at_commit(record)}: {licence}. "
-        "Prompts and preference model have licences of their own."
+        f"The licence of the base model, {metadata['base_model']}{_at_commit(record)}: {licence}. "
+        "The prompts and the preference model have their own licences."
     )
 
 
@@ -93,7 +93,7 @@ def _lines_of(pairs: Path) -> list[str]:
     if "generate" in by_stage:
         options = by_stage["generate"]["arguments"]
         lines.append(
-            f"* {options['samples']} responses to each of the policy it was trained from, "
+            f"* {options['samples']} responses per prompt from the policy before this training, "
             f"at temperature {options['temperature']}, "
             f"top-p {options['top_p']}, at most {options['max_new_tokens']} tokens"
         )
@@ -126,11 +126,11 @@ def _pairs_line(record: dict[str, Any]) -> str:
     options = record["arguments"]
     line = f"* in pairs: {CONSTRUCTIONS[options['construction']]}"
     if options["even_lengths"]:
-        line += ", less a penalty for length"
+        line += ", with a penalty for length"
     if options["target_reward"]:
-        line += ", both ways round with the grade asked for"
+        line += ", each also swapped, with the reward in the prompt"
     if record["replayed"] > 0:
-        line += f"; {record['replayed']} pairs of an earlier iteration again"
+        line += f"; {record['replayed']} pairs of an earlier iteration are used again"
     return line
 
 
@@ -162,5 +162,5 @@ def _at_commit(record: dict[str, Any]) -> str:
 
 def _name(source: str) -> str:
     """A hub id unchanged, or the last part of a path: a card must not publish local folders."""
-    is_hub_id = source.count("/") == 1 and not Path(source).exists()
+    is_hub_id = source.count("/") == 1 and ".py:" not in source and not Path(source).exists()
     return source if is_hub_id else Path(source).name
