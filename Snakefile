@@ -70,12 +70,12 @@ rule everything:
     input:
         summary_files(""),
         [summary_files(run) for run in RUNS if run == "k2"],
-        expand(
-            f"{ROOT}iter{{t}}/{{name}}.json",
-            t=range(MAIN["iterations"] + 1),
-            name=[each.name for each in EVALUATIONS],
-        ),
-        f"{ROOT}iter{MAIN['iterations']}/best_of_n.svg",
+        [
+            artifact("", t, each.artifact)
+            for t in range(MAIN["iterations"] + 1)
+            for each in EVALUATIONS
+        ],
+        artifact("", MAIN["iterations"], "best_of_n.svg"),
         f"{ROOT}figures/training.svg",
         f"{ROOT}response_browser.html",
 

@@ -195,9 +195,9 @@ def labels(figure):
     }
 
 
-def at(name):
-    """The pattern of an artifact of any run and iteration."""
-    return f"{ROOT}{{run}}iter{{t}}/{name}"
+def at(name, t="{t}"):
+    """The pattern of an artifact of any run, of any iteration or of iteration t."""
+    return f"{ROOT}{{run}}iter{t}/{name}"
 
 
 def record(path):

@@ -59,8 +59,8 @@ rule preference_model:
     input:
         lambda wildcards: hub_files(settings(wildcards)["preference"]["model"]),
     output:
-        model=directory(f"{ROOT}{{run}}iter0/preference_model"),
-        record=record(f"{ROOT}{{run}}iter0/preference_model"),
+        model=directory(at("preference_model", t=0)),
+        record=record(at("preference_model", t=0)),
     log:
         f"{LOGS}{{run}}preference_model.log",
     benchmark:

@@ -428,7 +428,7 @@ def _check_trainer(config: Config) -> None:
 
 
 def _check_trl(train: Config) -> None:
-    """What TRL's trainer, used as it comes, cannot do."""
+    """Raise `UserError` for settings that TRL's own trainer does not have."""
     if train["reference_every"] != 1:
         raise UserError(
             "config: TRL's trainer here refers to the previous iterate; set"
