@@ -1394,7 +1394,7 @@ def speed(
 
 def shape_of_model(sizes: dict[str, Any], layers: int) -> Any:
     """The shape for the formulas of cost_model.py."""
-    from sppo.reporting.cost_model import shape_of
+    from sppo.policies.shapes import shape_of
 
     return shape_of(sizes | {"num_hidden_layers": layers, "model_type": "mistral"})
 

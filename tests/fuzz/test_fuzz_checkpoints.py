@@ -18,7 +18,7 @@ from tests.unit.test_training import (  # noqa: F401, killed is a fixture
     Place,
     distance,
     killed,
-    steps_said,
+    printed_steps,
 )
 
 from sppo.core.errors import UserError
@@ -111,7 +111,7 @@ def resumed(killed, capsys) -> list[str]:
         return [f"refused: {error}"]
     assert distance(whole, weights) < 1e-7
     assert not [path for path in place.folder.iterdir() if path.name.startswith(".")]
-    return steps_said(capsys)
+    return printed_steps(capsys)
 
 
 def files_of(work: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -76,3 +77,22 @@ def test_program_imports_no_other_program(file):
 
 def test_src_has_only_the_programs_of_algorithm_1_on_top():
     assert {file.stem for file in SOURCE.glob("*.py")} == ALGORITHM_1
+
+
+REPOSITORY = SOURCE.parent
+FOLDERS = [REPOSITORY / name for name in ("src", "tests", "benchmarks")]
+EVERY_FILE = sorted(file for folder in FOLDERS for file in folder.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", EVERY_FILE, ids=lambda file: str(file.relative_to(REPOSITORY)))
+def test_names_imported_from_the_project_exist(file):
+    """Also inside functions, and in slow tests and benchmarks, which a fast run does not import."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        if node.module.split(".")[0] not in ("sppo", "tests"):
+            continue
+        module = importlib.import_module(node.module)
+        for name in (alias.name for alias in node.names):
+            found = hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}")
+            assert found, f"{node.module} has no {name}"
