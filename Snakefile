@@ -51,6 +51,7 @@ localrules:
     sample_prompts,
     fetch_alpaca_eval,
     fetch_mt_bench,
+    fetch_ifeval,
     push_policy,
 
 

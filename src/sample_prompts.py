@@ -106,9 +106,9 @@ def main() -> None:
 def asked_in(path: Path) -> set[str]:
     """The normalised questions of an evaluation: AlpacaEval's instructions, MT-Bench's first turns.
 
-    A folder or a .jsonl file is MT-Bench's.
+    A folder or a file question.jsonl is MT-Bench's.
     """
-    if path.is_dir() or path.suffix == ".jsonl":
+    if path.is_dir() or path.name == "question.jsonl":
         questions = read_questions(path if path.is_dir() else path.parent)
         return {normalised(row["turns"][0]) for row in questions}
     return {normalised(row["instruction"]) for row in read_instructions(path)}

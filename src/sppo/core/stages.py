@@ -19,6 +19,7 @@ STAGES = {
     "judge": 1,
     "mt_bench": 1,
     "open_llm": 1,
+    "ifeval": 1,
     "tabulate": 1,
     "theory": 1,
     "push": 1,

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sppo.core import patches
 from sppo.core.artifacts import ROOT, known_hash, parse_json, read_json
 from sppo.core.errors import UserError
 from sppo.core.openai_api import NO_COMPLETION, judge_failure, quoted, request_forms
-from sppo.evaluation import patches
 from sppo.policies.prompts import normalised, read_instructions
 from sppo.preferences.base import load_preference_model, local_kind, settings_for
 

@@ -17,9 +17,9 @@ import io
 from pathlib import Path
 from typing import Any
 
+from sppo.core import patches
 from sppo.core.artifacts import file_hash, json_lines, known_hash
 from sppo.core.errors import UserError
-from sppo.evaluation import patches
 from sppo.evaluation.judges import Client, concurrently
 from sppo.policies.prompts import normalised
 

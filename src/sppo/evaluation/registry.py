@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.core.errors import UserError
-from sppo.evaluation import alpaca_eval, judges, mt_bench
+from sppo.evaluation import alpaca_eval, ifeval, judges, mt_bench
 from sppo.evaluation.judges import Judging
 from sppo.evaluation.results import decimals, rate
 
@@ -134,6 +134,19 @@ EVALUATIONS = (
         columns=(Column("by the ranker", lambda found: rate(found, "win_rate", interval=False)),),
         rules="alpaca_eval",
         differences=alpaca_eval.differences,
+    ),
+    Evaluation(
+        "ifeval",
+        columns=(
+            Column("IFEval strict [95%]", lambda found: rate(found, "prompt_strict")),
+            Column("IFEval loose", number("prompt_loose")),
+            Column("constraints strict", number("instruction_strict")),
+            Column("constraints loose", number("instruction_loose")),
+        ),
+        note="IFEval: {n_prompts} prompts of {instructions} with {n_instructions} constraints.",
+        answered_by=("answer_ifeval",),
+        check=ifeval.check_inputs,
+        differences=ifeval.differences,
     ),
     Evaluation(
         "mt_bench",

@@ -13,6 +13,7 @@ from sppo.policies.models import HUB_ID
 
 Prompt = dict[str, Any]  # id, category, messages
 ROLES = ("system", "user", "assistant", "tool")
+PROMPT_FIELDS = ("messages", "instruction", "prompt")  # `prompt`: as in IFEval's file
 HIGHEST_REWARD = 10  # asked of a reward-conditioned policy in sampling and evaluation
 
 
@@ -21,11 +22,11 @@ def read_prompts(
 ) -> tuple[list[Prompt], str | None, int]:
     """Prompts of a JSONL file or a hub data set, its hub commit, and the number of empty prompts.
 
-    The commit is None for a file. `field` is the field with the prompt; None means `messages`, or
-    `instruction` if a row has no `messages`. Empty prompts of a hub data set are left out and
-    counted, and repeated ids get the line number as a suffix, because users cannot correct a data
-    set on the hub. UserError if the source does not exist, a line is invalid (it is named), a field
-    is missing, or a file has an empty prompt or a repeated id.
+    The commit is None for a file. `field` is the field with the prompt; None means the first of
+    `messages`, `instruction` and `prompt` that a row has. Empty prompts of a hub data set are left
+    out and counted, and repeated ids get the line number as a suffix, because users cannot correct
+    a data set on the hub. UserError if the source does not exist, a line is invalid (it is named),
+    a field is missing, or a file has an empty prompt or a repeated id.
     """
     path = Path(source).expanduser()
     commit = None
@@ -130,11 +131,11 @@ def _prompt(row: Any, field: str | None, where: str) -> Prompt | None:
     if not isinstance(row, dict):
         raise UserError(f"{where} is not a JSON object; give one object per line")
     if field is None:
-        use_messages = row.get("messages") is not None or "instruction" not in row
-        field = "messages" if use_messages else "instruction"
-        if field not in row:
+        field = next((name for name in PROMPT_FIELDS if row.get(name) is not None), None)
+        field = field or next((name for name in PROMPT_FIELDS if name in row), None)
+        if field is None:
             raise UserError(
-                f"{where} has neither messages nor instruction; set prompts.field to "
+                f"{where} has neither messages nor instruction nor prompt; set prompts.field to "
                 "the field that holds the prompt"
             )
     if field not in row:
@@ -210,15 +211,33 @@ def is_held_out(prompt: Prompt, held_out: set[str]) -> bool:
     )
 
 
+def _from_ifeval(path: Path) -> list[Any]:
+    """The rows of a JSONL file in IFEval's form, in alpaca-eval's format."""
+    rows = []
+    for number, row in enumerate(json_lines(path), 1):
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        if not isinstance(prompt, str):
+            raise UserError(f"{path} line {number} has no text in prompt; add it")
+        rows.append(
+            {
+                "dataset": str(row.get("category", "ifeval")),
+                "instruction": prompt,
+                "prompt_id": str(row.get("id", row.get("key", number))),
+            }
+        )
+    return rows
+
+
 def read_instructions(path: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """The first `limit` evaluation instructions of a file in alpaca-eval's format.
 
-    The format is a JSON list of objects with `instruction`. UserError if the file does not exist or
-    has another format, an instruction is repeated, or `limit` exceeds their number.
+    The format is a JSON list of objects with `instruction`. A JSONL file in IFEval's form, with
+    `prompt` and `key`, also works. UserError if the file does not exist or has another format, an
+    instruction is repeated, or `limit` exceeds their number.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file in alpaca-eval's format")
-    rows = read_json(path)
+    rows = _from_ifeval(path) if path.suffix == ".jsonl" else read_json(path)
     if not isinstance(rows, list) or not all(
         isinstance(row, dict) and isinstance(row.get("instruction"), str) for row in rows
     ):

