@@ -191,6 +191,18 @@ def replay_flags(wildcards):
     return flags(settings(wildcards)["replay"], skip=("iteration",), prefix="replay_")
 
 
+def pair_flags(wildcards):
+    """The flags of the section `pairs`, and the seed of permuted labels.
+
+    Annotated labels are the program's default and have no flag. A flag would change the parameters
+    of pairs that were made before the key existed, and Snakemake would make them again.
+    """
+    run = settings(wildcards)
+    if run["pairs"]["labels"] == "annotated":
+        return flags(run["pairs"], skip=("labels",))
+    return flags(run["pairs"] | {"label_seed": run["seeds"]["data"]})
+
+
 rule build_pairs:
     """Compute P-hat of every response, and choose winner and loser of every prompt."""
     input:
@@ -221,7 +233,7 @@ rule build_pairs:
         runtime=30,
     params:
         version=STAGES["select"],
-        options=section_flags("pairs"),
+        options=pair_flags,
         replay=replay_flags,
         more=lambda wildcards, input: flags(
             {

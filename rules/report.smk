@@ -86,7 +86,7 @@ rule build_response_browser:
         runtime=30,
     params:
         version=STAGES["tabulate"],
-        options=section_flags("pairs"),
+        options=pair_flags,
         replay=replay_flags,
     message:
         "Building {wildcards.run}response browser"

@@ -14,6 +14,9 @@ Paper   2405.00675, section 5.1: P-hat over the K responses. The winner has the 
         enough.
         `--even-lengths`: DICE, 2406.09760.
         `--target-reward`: RA-DPO, 2410.08067, with P-hat instead of a reward model's grades.
+        `--labels permuted` and `flipped` are controls and in no paper: the preferences of a prompt
+        are about other responses to it (src/sppo/preferences/labels.py). The record counts the
+        prompts whose logits this changed.
 Departs from 2404.03715 in `graded`: a gold response never loses; the paper takes all pairs.
         Pairs of `graded` and `gold` have no P-hat, because the gold response is not one of the K.
         Their P-hat columns contain grade / 6, or 1 and 0, and P(chosen beats rejected) is 1. No
@@ -45,6 +48,7 @@ from sppo.core.tables import read_table, write_table
 from sppo.policies.prompts import read_gold, with_target_reward
 from sppo.preferences.estimates import even_length_penalty, mean_logits
 from sppo.preferences.grades import GOLD, read_grades
+from sppo.preferences.labels import ANNOTATED, relabelled
 from sppo.preferences.pairs import Dropped, Rules, pairs_of
 
 
@@ -69,6 +73,7 @@ def main() -> None:
         help="policy whose tokenizer is used for gold responses and target rewards",
     )
     parser.add_argument("--replay-seed", type=int, default=0)
+    parser.add_argument("--label-seed", type=int, default=0, help="seed of --labels permuted")
     parser.add_argument(
         "--previous", type=Path, help="an earlier iteration's pairs.parquet, for --replay-share"
     )
@@ -108,6 +113,8 @@ def main() -> None:
     inputs = [args.prompts, *args.responses, *shards]
     inputs += [Path(path) for path in (args.gold, args.previous) if path]
     with recorded("select", args.output, inputs, vars(args)) as facts:
+        if args.labels != ANNOTATED:
+            facts["relabelled_prompts"] = relabel(logits, args.labels, args.label_seed)
         if args.even_lengths:
             facts["length_penalty"] = even_out_lengths(logits, responses)
         found: list[dict[str, Any]] = []
@@ -205,6 +212,16 @@ def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:
             "token_ids": ids + [stop],
         }
     return rows
+
+
+def relabel(logits: dict[str, dict[str, Any]], labels: str, seed: int) -> int:
+    """Replace all logits by `relabelled` ones; return the number of prompts that this changed."""
+    changed = 0
+    for prompt_id, row in logits.items():
+        annotated = np.array(row["logits"])
+        row["logits"] = relabelled(annotated, labels, prompt_id, seed)
+        changed += not np.array_equal(row["logits"], annotated)
+    return changed
 
 
 def even_out_lengths(

@@ -56,7 +56,7 @@ from sppo.training.distributed import (
     join_processes,
     launch,
 )
-from sppo.training.losses import check_training
+from sppo.training.losses import LOSSES, check_training
 
 # The options that the model card lists. The policy's record has all options.
 METHOD = (
@@ -387,7 +387,7 @@ def method_in_words(args: argparse.Namespace) -> str:
             "workflow of SPPO"
         )
     words = f"{method}, https://arxiv.org/abs/2405.00675"
-    if args.loss == "simpo":  # This loss has no reference.
+    if not LOSSES[args.loss].has_reference:
         return words
     which = "the" if args.reference == args.current else "an older policy than the"
     return f"{words}; log-ratios refer to {which} policy it was trained from"

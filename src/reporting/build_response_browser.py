@@ -28,6 +28,7 @@ from sppo.core.tables import read_table
 from sppo.evaluation.alpaca_eval import read_outputs
 from sppo.policies.prompts import read_instructions
 from sppo.preferences.estimates import p_hat, win_probabilities
+from sppo.preferences.labels import relabelled
 from sppo.preferences.pairs import Dropped, Pair, Rules, winner_against_loser
 
 TEMPLATE = ROOT / "src" / "sppo" / "reporting" / "response_browser.html"
@@ -81,6 +82,7 @@ def main() -> None:
         help="evaluation instructions with their categories",
     )
     parser.add_argument("--output", type=Path, required=True, help="the page, .html")
+    parser.add_argument("--label-seed", type=int, default=0, help="seed of --labels permuted")
     add_section(parser, "pairs")
     add_section(parser, "replay", skip=("iteration",), prefix="replay_")
     args = parser.parse_args()
@@ -134,6 +136,10 @@ def training_items(args: argparse.Namespace) -> list[Record]:
     names = ("prompts", "responses", "preferences", "pairs")
     same_iterations({name: getattr(args, name) for name in names})
     tables = {name: read_iterations(getattr(args, name), name) for name in names}
+    for rows_of_iteration in tables["preferences"].values():
+        for (prompt_id, _), row in rows_of_iteration.items():
+            logits = np.array(row["logits"])
+            row["logits"] = relabelled(logits, args.labels, prompt_id, args.label_seed)
     rules = Rules.of(vars(args))
     items: list[Record] = []
     for number in sorted(tables["prompts"]):

@@ -274,6 +274,82 @@ def test_even_lengths_apply_a_length_penalty(build):
     assert pairs[0]["p_hat_chosen"] == pytest.approx(p_hat[1], abs=1e-12)
 
 
+def random_cases(number: int) -> dict:
+    """Prompts with five responses and random logits, for `write_inputs`."""
+    draw = np.random.default_rng(11)
+    return {
+        f"p{n}": ([f"{n} {k}" for k in range(5)], draw.normal(size=(5, 5)), ["stop"] * 5)
+        for n in range(number)
+    }
+
+
+def test_annotated_labels_change_no_byte(build, tmp_path):
+    _, record = build(random_cases(6))
+    without_flag = (tmp_path / "pairs.parquet").read_bytes()
+    _, again = build(random_cases(6), "--labels", "annotated", "--label-seed", "7")
+    assert (tmp_path / "pairs.parquet").read_bytes() == without_flag
+    assert "relabelled_prompts" not in record
+    assert again.keys() == record.keys()
+
+
+@pytest.mark.parametrize("construction", ["best_vs_worst", "all"])
+def test_flipped_labels_exchange_winner_and_loser(build, construction):
+    annotated, _ = build(random_cases(6), "--construction", construction)
+    flipped, record = build(random_cases(6), "--construction", construction, "--labels", "flipped")
+    assert len(flipped) == len(annotated) > 0
+    for before, after in zip(annotated, flipped):
+        assert after["prompt_id"] == before["prompt_id"]
+        for column in ("{}", "{}_token_ids", "{}_sample_id"):
+            assert after[column.format("chosen")] == before[column.format("rejected")]
+            assert after[column.format("rejected")] == before[column.format("chosen")]
+        assert after["p_hat_chosen"] == pytest.approx(1 - before["p_hat_rejected"], abs=1e-12)
+        assert after["p_hat_rejected"] == pytest.approx(1 - before["p_hat_chosen"], abs=1e-12)
+        assert after["p_chosen_beats_rejected"] == pytest.approx(
+            before["p_chosen_beats_rejected"], abs=1e-12
+        )
+    assert record["relabelled_prompts"] == 6
+
+
+def test_permuted_labels_keep_p_hat_and_change_responses(build):
+    annotated, _ = build(random_cases(40))
+    permuted, record = build(random_cases(40), "--labels", "permuted", "--label-seed", "3")
+    assert len(permuted) == 40
+    for before, after in zip(annotated, permuted):
+        assert after["prompt_id"] == before["prompt_id"]
+        for column in ("p_hat_chosen", "p_hat_rejected", "p_chosen_beats_rejected"):
+            assert after[column] == pytest.approx(before[column], abs=1e-12)
+        # A response's text and tokens stay together.
+        for side in ("chosen", "rejected"):
+            sample_id = after[f"{side}_sample_id"]
+            assert after[side] == f"{after['prompt_id'][1:]} {sample_id}"
+            assert after[f"{side}_token_ids"] == [10 + sample_id, 2]
+    # A winner keeps its label with probability 1/5.
+    kept_winners = sum(a["chosen"] == b["chosen"] for a, b in zip(annotated, permuted))
+    assert 0 < kept_winners < 20
+    assert 35 < record["relabelled_prompts"] <= 40
+
+
+def test_permuted_labels_do_not_depend_on_order_or_shards(build):
+    """Two prompts more or fewer before them move the prompts to other shards."""
+    cases = random_cases(9)
+    flags = ("--labels", "permuted", "--label-seed", "3")
+
+    def chosen(order: list[str]) -> dict:
+        pairs, _ = build({name: cases[name] for name in order}, *flags)
+        return {pair["prompt_id"]: {**pair, "pair_id": None} for pair in pairs}
+
+    names = list(cases)
+    whole = chosen(names)
+    assert chosen(names[::-1]) == whole
+    assert chosen(names[1:]) == {name: whole[name] for name in names[1:]}
+
+
+def test_record_counts_only_prompts_whose_logits_changed(build):
+    """The logits of a tie are the same for all permutations."""
+    cases = {"tie": (["x", "y", "z"], np.ones((3, 3)), STOPPED), "good": XYZ}
+    assert build(cases, "--labels", "flipped")[1]["relabelled_prompts"] == 1
+
+
 def test_target_rewards_use_each_pair_in_both_orders(build, tiny_policy):
     from sppo.policies.models import load_tokenizer
 

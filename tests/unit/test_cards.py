@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from sppo.core.artifacts import record_path, write_json
-from sppo.reporting.cards import data_of, header, model_card
+from sppo.reporting.cards import CONSTRUCTIONS, data_of, header, model_card
 
 
 def card(folder):
@@ -91,6 +91,22 @@ def test_the_record_of_the_base_model_gives_its_name(tmp_path):
         {"sha256": "0", "stage": "policy_source", "arguments": {"model": "org/base"}},
     )
     assert card(tmp_path / "policy")["base_model"] == "org/base"
+
+
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        ({}, ""),  # a record of code without this key
+        ({"labels": "annotated"}, ""),
+        ({"labels": "permuted"}, ", with permuted labels (a control)"),
+    ],
+)
+def test_card_says_that_labels_are_a_control(more, shown, tmp_path):
+    options = {"construction": "all", "even_lengths": False, "target_reward": False} | more
+    pairs = tmp_path / "pairs.parquet"
+    record = {"stage": "select", "sha256": "", "inputs": {}, "replayed": 0, "arguments": options}
+    write_json(record_path(pairs), record)
+    assert data_of(pairs) == f"* in pairs: {CONSTRUCTIONS['all']}{shown}"
 
 
 @pytest.mark.parametrize(

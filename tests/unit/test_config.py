@@ -418,6 +418,32 @@ BAD = {
         },
         ["pairs.target_reward", "construction gold"],
     ),
+    "permuted labels with gold pairs": (
+        {
+            "pairs": {"labels": "permuted", "construction": "gold", "gold": "x.jsonl"},
+            "train": {"loss": "dpo"},
+        },
+        ["pairs.labels permuted", "pairs.construction gold", "set pairs.labels: annotated"],
+    ),
+    "flipped labels with graded pairs": (
+        {
+            "pairs": {"labels": "flipped", "construction": "graded"},
+            "train": {"loss": "dpo"},
+        },
+        ["pairs.labels flipped", "pairs.construction graded", "set pairs.labels: annotated"],
+    ),
+    "unknown labels": (
+        {"pairs": {"labels": "shuffled"}},
+        ["pairs.labels is 'shuffled'", "annotated, permuted, flipped"],
+    ),
+    "SFT in TRL": (
+        {"train": {"backend": "trl", "loss": "sft"}},
+        ["TRL has no loss sft"],
+    ),
+    "implicit rewards with SFT": (
+        {"preference": {"implicit": True}, "train": {"loss": "sft"}},
+        ["preference.implicit", "with a reference"],
+    ),
     "implicit rewards with the base as reference": (
         {"preference": {"implicit": True}, "train": {"loss": "dpo", "reference_every": None}},
         ["preference.implicit", "reference_every: 1"],

@@ -107,6 +107,8 @@ def by_hand(
             a = row["logp_chosen"] / row["tokens_chosen"]
             b = row["logp_rejected"] / row["tokens_rejected"]
             loss = -log_sigmoid(beta * (a - b) - gamma)
+        elif name == "sft":
+            loss = -row["logp_chosen"] / row["tokens_chosen"]
         elif name == "inpo":
             loss = (h - tau / beta * ref - (beta - tau) / beta * prev - 1 / (2 * beta)) ** 2
         elif name == "nash_md":
@@ -168,6 +170,7 @@ def random_rows(n: int, seed: int) -> list[dict[str, float]]:
         ("ipo", 0.49 / 0.1**2, {"beta": 0.1, "ipo_target": 1.0}),
         ("simpo", 1.4023778760079761, {"beta": 2.0, "gamma": 1.0}),
         ("hinge", 0.7, {"beta": 0.1}),
+        ("sft", 2.5, {"beta": 0.1}),
         ("inpo", 9604.0, {"beta": 0.005, "tau": 0.005 / 3}),
     ],
 )
@@ -205,15 +208,17 @@ def test_gradients_equal_central_differences(name, beta):
     rows = random_rows(5, seed=2)
     h = 1e-3
     loss, pair = ours(name, rows, beta, **CASES[name])
-    loss.sum().backward()
+    keys = ("logp_chosen", "logp_rejected")
+    # A loss without the loser has no gradient there: zeros.
+    gradients = torch.autograd.grad(loss.sum(), [pair[key] for key in keys], materialize_grads=True)
 
     def total(i: int, key: str, step: float) -> float:
         """The sum of all losses after `step` is added to one log-probability."""
         moved = {**rows[i], key: rows[i][key] + step}
         return sum(by_hand(name, [*rows[:i], moved, *rows[i + 1 :]], beta, **CASES[name]))
 
-    for key in ("logp_chosen", "logp_rejected"):
-        for i, got in enumerate(pair[key].grad.tolist()):
+    for key, gradient in zip(keys, gradients):
+        for i, got in enumerate(gradient.tolist()):
             slope = (total(i, key, h) - total(i, key, -h)) / (2 * h)
             assert got == pytest.approx(slope, rel=1e-4, abs=1e-5)
 
@@ -295,6 +300,27 @@ def test_inpo_and_mpo_losses_are_proportional():
     inpo = ours("inpo", [row], beta=beta, tau=alpha)[0].item()
     mpo = ours("mpo", [row], beta=1 / eta, tau=alpha)[0].item()
     assert mpo == pytest.approx((1 + eta * alpha) ** 2 * inpo, rel=1e-12)
+
+
+def test_sft_reads_only_the_winner():
+    """No log-ratio, no margin and no label: every other column can be anything."""
+    assert set(LOSSES["sft"].reads) == {"logp_w", "tokens_w"}
+    assert not LOSSES["sft"].has_reference
+    rows = random_rows(7, seed=4)
+    others = random_rows(7, seed=5)
+    of_winner = ("logp_chosen", "tokens_chosen")
+    mixed = [b | {key: a[key] for key in of_winner} for a, b in zip(rows, others)]
+    loss, pair = ours("sft", rows, 0.1)
+    assert loss.tolist() == ours("sft", mixed, 2.0)[0].tolist()
+    loss.sum().backward()
+    assert pair["logp_rejected"].grad is None
+    assert torch.equal(pair["logp_chosen"].grad, -1 / pair["tokens_chosen"])
+
+
+def test_sft_is_the_term_that_sft_weight_adds():
+    rows = random_rows(7, seed=6)
+    plain, added = (ours("hinge", rows, 0.1, sft_weight=weight)[0] for weight in (0.0, 1.0))
+    assert (added - plain).tolist() == pytest.approx(ours("sft", rows, 0.1)[0].tolist(), rel=1e-12)
 
 
 def test_unknown_loss_is_refused_by_name():

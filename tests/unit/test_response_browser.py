@@ -17,6 +17,7 @@ from sppo.core.artifacts import write_json
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table, write_table
 from sppo.preferences.estimates import win_probabilities
+from sppo.preferences.labels import relabelled
 
 EVIL = "a </script><script>alert(1)</script> <!-- <script> @DATA@ \u2028 \\ <b>é</b>"
 LOGITS = {
@@ -83,7 +84,7 @@ def preference_row(t: int, prompt_id: str) -> dict:
     return {"prompt_id": prompt_id, "sample_ids": [0, 1, 2], "logits": logits.tolist()}
 
 
-def write_training(folder: Path, t: int, program) -> None:
+def write_training(folder: Path, t: int, program, *flags: str) -> None:
     """Prompts, responses and preferences of iteration t in two shards, and the pairs of them."""
     prompts = folder / "prompts.parquet"
     responses = [folder / "responses" / f"{shard}.parquet" for shard in (0, 1)]
@@ -105,6 +106,7 @@ def write_training(folder: Path, t: int, program) -> None:
         *preferences,
         "--output",
         folder / "pairs.parquet",
+        *flags,
     )
 
 
@@ -272,6 +274,18 @@ def test_flags_must_be_those_of_build_pairs(build):
             UserError, match=r"pairs.parquet holds another pair for prompt . .* build_pairs.py"
         ):
             build(*flags)
+
+
+@pytest.mark.parametrize("labels", ["flipped", "permuted"])
+def test_control_is_shown_with_the_labels_it_trains_on(labels, root, build, program):
+    flags = ("--labels", labels, "--label-seed", "1")
+    for t in (1, 2):
+        write_training(root / f"iter{t}", t, program, *flags)
+    with pytest.raises(UserError, match="holds another pair"):
+        build()
+    for item in page_data(build(*flags))["training"]:
+        logits = relabelled(item["iteration"] * LOGITS[item["id"]], labels, item["id"], 1)
+        assert np.array_equal(item["p"], win_probabilities(logits))
 
 
 @pytest.mark.parametrize(

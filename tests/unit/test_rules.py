@@ -613,6 +613,28 @@ def test_main_run_may_use_its_implicit_reward(copy):
     assert (planned["annotate_preferences"], planned["annotate_implicitly"]) == (1, 2)
 
 
+def test_only_controls_get_flags_of_labels(copy):
+    """A flag for annotated labels would make the pairs of an earlier version again."""
+    done = dry_run(
+        copy,
+        *(f"results/{run}iter1/pairs.parquet" for run in ("", "sft/", "permuted/", "flipped/")),
+        "--printshellcmds",
+        "--config",
+        "seeds={data: 5}",
+    )
+    lines = (done.stdout + done.stderr).splitlines()
+    commands = {
+        re.search(r"--output results/(\w*)/?iter1/pairs", line)[1]: line
+        for line in lines
+        if "/build_pairs.py" in line
+    }
+    assert "--label" not in commands[""] + commands["sft"]
+    for run in ("permuted", "flipped"):
+        assert f"--labels {run} " in commands[run]
+        assert "--label-seed 5 " in commands[run]
+        assert "--preferences results/iter1/preferences/0.parquet" in commands[run]
+
+
 def test_gold_responses_need_no_comparisons(copy):
     assert (
         not {"annotate_preferences", "grade_responses"}

@@ -553,6 +553,7 @@ def test_loss_uses_the_reference_and_identity_uses_the_start(place, tmp_path):
         {"loss": "hinge"},
         {"loss": "kto_pair"},
         {"loss": "simpo", "beta": 2.0, "gamma": 1.0},
+        {"loss": "sft"},
         {"loss": "dno"},
         {"loss": "mmpo", "gamma": 4.0},
         {"loss": "inpo", "tau": 0.03},

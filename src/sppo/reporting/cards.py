@@ -125,6 +125,9 @@ def _annotation_line(options: dict[str, Any]) -> str:
 def _pairs_line(record: dict[str, Any]) -> str:
     options = record["arguments"]
     line = f"* in pairs: {CONSTRUCTIONS[options['construction']]}"
+    labels = options.get("labels", "annotated")  # records of older code do not have the key
+    if labels != "annotated":
+        line += f", with {labels} labels (a control)"
     if options["even_lengths"]:
         line += ", with a penalty for length"
     if options["target_reward"]:

@@ -151,6 +151,15 @@ def simpo(
     return -log_sigmoid(beta * (logp_w / tokens_w - logp_l / tokens_l) - gamma)
 
 
+def sft(logp_w: Tensor, tokens_w: Tensor) -> Tensor:
+    """The winner's negative log-likelihood per token, shape (B,), in nats.
+
+    The control "SFT on winners": no loser, no reference, no P-hat. It is Preferred-FT of the DPO
+    paper (2305.18290, section 6) on the policy's own responses, as in RAFT (2304.06767).
+    """
+    return -logp_w / tokens_w
+
+
 def inpo(h: Tensor, h_ref: Tensor, h_t: Tensor, beta: float, tau: float) -> Tensor:
     """INPO (2407.00617), shape (B,), with eta = beta. It needs labels and no win rates."""
     return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_t - 0.5 / beta) ** 2
@@ -296,6 +305,7 @@ LOSSES: dict[str, Loss] = {
     "ipo": Loss(ipo, trl="ipo"),
     "kto_pair": Loss(kto_pair, requires=(WHOLE_STEP,)),
     "simpo": Loss(simpo),
+    "sft": Loss(sft),
     "dno": Loss(dno, requires=(WINNER_FIRST,)),
     "mmpo": Loss(mmpo, requires=(WINNER_FIRST,)),
     "inpo": Loss(inpo, requires=(TAU_WITHIN_BETA, OTHER_REFERENCE, WINNER_FIRST)),
@@ -307,7 +317,7 @@ LOSSES: dict[str, Loss] = {
 def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
     """The loss called `name`, shape (B,), plus two terms that any loss can have.
 
-    `sft_weight` times the winner's negative log-likelihood per token (RPO, 2404.19733), and
+    `sft_weight` times `sft`, the winner's negative log-likelihood per token (RPO, 2404.19733), and
     `optimism` times beta times the mean of delta_w and delta_l (SELM, 2405.19332). SELM uses there
     the log-ratio of one more response of pi_t. Over every two of K responses our mean is the mean
     over K such responses, without computing a third sequence.
@@ -323,7 +333,7 @@ def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
     if loss.shape != columns.logp_w.shape:
         raise ValueError(f"loss {name} returned shape {tuple(loss.shape)}, not one value per pair")
     if options["sft_weight"]:
-        loss = loss - options["sft_weight"] * columns.logp_w / columns.tokens_w
+        loss = loss + sft(options["sft_weight"] * columns.logp_w, columns.tokens_w)
     if options["optimism"]:
         mean = 0.5 * (columns.delta_w + columns.delta_l)
         loss = loss + options["optimism"] * options["beta"] * mean

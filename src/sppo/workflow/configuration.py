@@ -383,14 +383,16 @@ def _check_pairs(config: Config) -> None:
             " only if training refers to the previous iterate; set train.reference_every: 1 and a"
             " train.loss with a reference"
         )
-    for key, asked in (
-        ("pairs.target_reward", pairs["target_reward"]),
-        ("preference.implicit", preference["implicit"]),
+    labels = pairs["labels"]
+    for asked, key, remedy in (
+        (pairs["target_reward"], "pairs.target_reward", "pairs.target_reward: false"),
+        (preference["implicit"], "preference.implicit", "preference.implicit: false"),
+        (labels != "annotated", f"pairs.labels {labels}", "pairs.labels: annotated"),
     ):
         if asked and construction not in ("best_vs_worst", "all"):
             raise UserError(
                 f"config: {key} needs preferences, which pairs.construction {construction} does"
-                f" without; set {key}: false, or pairs.construction: best_vs_worst or all"
+                f" without; set {remedy}, or pairs.construction: best_vs_worst or all"
             )
     if pairs["even_lengths"] and (construction, pairs["winner_by"]) != ("best_vs_worst", "logit"):
         raise UserError(
