@@ -44,9 +44,12 @@ def comparison_flags(wildcards):
 
 
 def preference_environment(wildcards):
-    """The conda environment of the preference model's kind."""
+    """The conda environment of the preference model's kind.
+
+    requirements.txt has the packages of `core` and `eval`, but not those of other environments.
+    """
     environment = preference_kind(run_of(wildcards)).environment
-    if environment != "core" and not IN_CONDA:
+    if environment not in ("core", "eval") and not IN_CONDA:
         fail(
             f"config: preference.backend is {environment}, which needs its own environment; "
             "run with --use-conda, or set it to transformers"
