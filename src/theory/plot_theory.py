@@ -57,7 +57,7 @@ NOTATION = (
     "where ref is uniform.",
     "KL(p, q): the mean of log p/q under p, in nats.",
     "MWU: multiplicative weights, the exact update of SPPO's eq. (4.1). eta is its step size. For "
-    "INPO and Nash-MD, eta is an inverse step size, as in their papers.",
+    "INPO, Nash-MD and COMAL, eta is an inverse step size, as in INPO's paper.",
     "C in the bounds of INPO: the largest tau |log pi_t/ref|, but at least 1. "
     "L in the step size of MMD: 1/2.",
     "Versions 1 and 2 in topic 15: the two contrastive losses of EGPO, with uniform and with "
