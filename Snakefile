@@ -95,6 +95,6 @@ rule compare_all:
 
 
 rule theory:
-    """Every claim of the theory on games that can be solved exactly, with figures and a page that says what they show."""
+    """Checks of the theory on games that can be solved exactly, and a page with figures."""
     input:
         f"{ROOT}theory/README.md",

@@ -26,7 +26,7 @@ def theory_figure(name):
 
 
 rule check_theory:
-    """Check identities, bounds and figures of the theory on embedded and random games."""
+    """Check identities, bounds and numbers of the theory on embedded and random games."""
     input:
         [],  # the games are in src/sppo/theory/games.py
     output:

@@ -46,6 +46,26 @@ STYLES = {
     "COMAL": (RED, "-."),
 }
 STEPS = 4000
+# For the table of checks on the page.
+NOTATION = (
+    "P: the matrix of the win probabilities. P pi: the win probabilities of all actions against "
+    "the policy pi. P-hat: an estimate of P pi from samples.",
+    "pi_1: the first policy. pi_(t+1): the policy after t steps. pi*: the equilibrium.",
+    "Gap: the duality gap 2 (max_y P(y beats pi) - 1/2).",
+    "pi*_tau and regularised gap: the equilibrium and the gap of the regularised game, in which "
+    "the payoff of a policy pi is reduced by tau KL(pi, ref). Here ref = pi_1, except in topic 15, "
+    "where ref is uniform.",
+    "KL(p, q): the mean of log p/q under p, in nats.",
+    "MWU: multiplicative weights, the exact update of SPPO's eq. (4.1). eta is its step size. For "
+    "INPO, Nash-MD and COMAL, eta is an inverse step size, as in INPO's paper.",
+    "C in the bounds of INPO: the largest tau |log pi_t/ref|, but at least 1. "
+    "L in the step size of MMD: 1/2.",
+    "Versions 1 and 2 in topic 15: the two contrastive losses of EGPO, with uniform and with "
+    "on-policy pairs. n: the number of actions.",
+    "rps: rock, paper, scissors. comal3: a cycle of three actions. transitive_nonBT: an order of "
+    "three actions without Bradley-Terry rewards. bt3: Bradley-Terry rewards 1, 0, -1. "
+    "randomN: random probabilities of N actions.",
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +104,7 @@ def main() -> None:
 
     inputs = [path for path in (args.checks, args.trained, args.game) if path]
     checks = read_json(args.checks)
-    trained = read_json(args.trained) if args.trained else {"shows": "", "checks": []}
+    trained = read_json(args.trained) if args.trained else {"findings": "", "checks": []}
     # The records are written at the end, so that they exist only if all files do.
     with contextlib.ExitStack() as records:
         for plot in plots:
@@ -97,7 +117,7 @@ def main() -> None:
             write_text(table, csv_table(list(plot.data), rows))
             save(plot.figure, images)
         records.enter_context(recorded("theory", args.output, inputs, vars(args)))
-        text = page(game, name, plots, checks + trained["checks"], trained["shows"])
+        text = page(game, name, plots, checks + trained["checks"], trained["findings"])
         write_text(args.output, text)
 
 
@@ -122,8 +142,8 @@ def all_gaps(game: Game, title: str) -> tuple[claims.Series, Any, claims.Series]
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     data, last = {"iteration": np.arange(1, STEPS + 2)}, {}
     for axes, title_of_panel, series in (
-        (left, "no reference but the policy itself", claims.without_reference(game, STEPS)),
-        (right, "held by a reference, tau = alpha = 0.3", claims.with_reference(game, STEPS)),
+        (left, "reference: the current policy", claims.without_reference(game, STEPS)),
+        (right, "fixed or moving reference, tau = alpha = 0.3", claims.with_reference(game, STEPS)),
     ):
         for name, policies in series.items():
             data[name] = claims.gaps(game, policies)
@@ -144,7 +164,7 @@ def all_gaps(game: Game, title: str) -> tuple[claims.Series, Any, claims.Series]
 
 
 def gap_by_iteration(game: Game) -> Plot:
-    data, figure, last = all_gaps(game, "How far from the equilibrium")
+    data, figure, last = all_gaps(game, "Duality gap by iteration")
     last_gap = {name: data[name][-1] for name in last}
     ranges = []
     for name in ("SPPO", "SPPO, least squares", "iterative DPO"):
@@ -153,17 +173,19 @@ def gap_by_iteration(game: Game) -> Plot:
             ranges.append(f"{name} {late.min():.3f} to {late.max():.3f}")
     converged = "; ".join(name for name, gap in last_gap.items() if gap < 1e-3) or "none"
     text = (
-        "The gap: how much the best answers win against a policy; 0 at the equilibrium, "
-        "at most 1.\n"
-        f"It begins at {data['SPPO'][0]:.3f}; over the last 1000 of {STEPS} steps it is for "
-        f"{'; '.join(ranges)} (eta = 1, beta = 5).\n"
-        "Theorem 4.1 speaks of SPPO's average, which comes to "
-        f"{last_gap['SPPO, average']:.4f}. A fixed reference leads to the equilibrium of another\n"
-        "game, the regularised one: INPO, EGPO and MMD, on one line, end there at a gap of "
-        f"{last_gap['INPO']:.3f} in this one. A reference that is moved\n"
-        "up to the policy, every 50 steps (MPO) or every 6 (COMAL), is meant to take this bias "
-        "away. Below 0.001 at the end:\n"
-        f"{converged}."
+        "The duality gap of a policy pi is 2 (max_y P(y beats pi) - 1/2). It is 0 at the "
+        "equilibrium and at most 1.\n"
+        f"It starts at {data['SPPO'][0]:.3f}. Its range in the last 1000 of {STEPS} steps is: "
+        f"{'; '.join(ranges)} (eta = 1 for SPPO, beta = 5 for DPO).\n"
+        "Theorem 4.1 is about the average of SPPO's policies. The gap of this average falls to "
+        f"{last_gap['SPPO, average']:.4f}.\n"
+        "With a fixed reference, a method converges to the equilibrium of another game, the "
+        "regularised one.\n"
+        "The lines of INPO, EGPO and MMD end together, at a gap of "
+        f"{last_gap['INPO']:.3f} in the game itself.\n"
+        "MPO and COMAL replace the reference by the current policy every 50 and every 6 steps, to "
+        "remove this bias.\n"
+        f"Methods with a gap below 0.001 after the last step: {converged}."
     )
     return Plot("gap_by_iteration", data, figure, text)
 
@@ -180,17 +202,19 @@ def gap_by_horizon(game: Game) -> Plot:
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel=r"T, each with $\eta = \sqrt{8 \ln(1/\min\pi_1)\,/\,T}$",
+        xlabel=r"number of steps T of a run with $\eta = \sqrt{8 \ln(1/\min\pi_1)\,/\,T}$",
         ylabel="duality gap",
-        title=r"SPPO's theorem 4.1: the average, at the rate $1/\sqrt{T}$",
+        title=r"SPPO's theorem 4.1: the bound falls as $1/\sqrt{T}$",
     )
     axes.legend(frameon=False, fontsize=9)
     text = (
-        "Each point is a run of its own, with the step size for its length. The average of its\n"
-        "policies keeps below the bound, which falls as 1/sqrt(T): "
-        f"{average[0]:.4f} at T = {T[0]}, {average[-1]:.4f} at T = {T[-1]}, where the\n"
-        f"bound is {bound[-1]:.4f}. Of the last policy the theorem says nothing: it is at "
-        f"{last[-1]:.3f} there."
+        "Each point is one run of T steps, with the step size that minimises the bound for this "
+        "T.\n"
+        "The bound falls as 1/sqrt(T). The gap of the average of the run's policies is "
+        f"{average[0]:.4f} at T = {T[0]} and {average[-1]:.4f} at T = {T[-1]},\n"
+        f"where the bounds are {bound[0]:.4f} and {bound[-1]:.4f}.\n"
+        f"The theorem says nothing about the last policy, whose gap is {last[-1]:.3f} at "
+        f"T = {T[-1]}."
     )
     return Plot("gap_by_horizon", data, figure, text)
 
@@ -208,13 +232,14 @@ def simplex(game: Game) -> Plot:
     for i, action in enumerate(game.actions):
         data[action] = np.concatenate([path[:, i] for path in paths.values()])
     text = (
-        "Paths of the three probabilities. A corner is a policy that always gives that response; "
-        "the star is\n"
-        "the equilibrium. SPPO and OMWU with eta = 0.3, DPO with beta = 5, INPO and MPO with "
-        "tau = alpha = 0.3. Around a cycle SPPO's\n"
-        "policies circle outwards while their average closes in; INPO stops beside the star, at "
-        "the regularised equilibrium, and MPO\n"
-        "goes on from there."
+        f"Paths of the three probabilities in {steps} steps. A corner is a policy that always "
+        "gives that response.\n"
+        "The star is the equilibrium. Settings: eta = 0.3 for SPPO and OMWU, beta = 5 for DPO, "
+        "tau = alpha = 0.3 for INPO and MPO.\n"
+        "If the preferences are a cycle, SPPO's policies turn around the equilibrium at an "
+        "increasing distance, and their average approaches it.\n"
+        "INPO converges to the regularised equilibrium, which is not at the star. MPO moves its "
+        "reference and therefore comes closer to the star."
     )
     return Plot("simplex", data, figure, text)
 
@@ -266,70 +291,73 @@ def regularised_gap(game: Game) -> Plot:
         xlabel="iteration",
         ylabel="regularised duality gap",
         ylim=(1e-15, 1),
-        title=f"The game with a price of tau KL on leaving the start, tau = {tau}",
+        title=rf"The game with the penalty $\tau$ KL($\pi$, $\pi_1$), $\tau$ = {tau}",
     )
     axes.legend(frameon=False, fontsize=9, loc="lower left")
     end = {name: f"{values[-1]:.0e}" for name, values in data.items()}
     text = (
-        "Here leaving the reference costs tau KL, and the gap is that game's. "
-        f"After {steps} steps\n"
-        "INPO (eta = 2), EGPO (eta = 1/2) and MMD (eta = alpha/L^2) are at "
-        f"{end['INPO']}, {end['EGPO']} and {end['MMD']}, having fallen at a steady\n"
-        f"rate. Nash-MD with a constant step stays at {end['Nash-MD']}, for its fixed point is "
-        "another; with eta_t = tau (t+2)/2 it is at\n"
-        f"{end['Nash-MD, eta_t']} and falling, and INPO at {end['INPO, eta_t']}."
+        "In the regularised game, the payoff of a policy pi is reduced by tau KL(pi, pi_1). The "
+        "figure shows the duality gap of this game.\n"
+        f"After {steps} steps, it is {end['INPO']} for INPO (eta = 2), {end['EGPO']} for EGPO "
+        f"(eta = 1/2) and {end['MMD']} for MMD (eta = alpha/L^2).\n"
+        "Nash-MD with a constant step size converges to another policy, whose gap is "
+        f"{end['Nash-MD']}.\n"
+        "With the decreasing step size 1/eta_t, where eta_t = tau (t+2)/2, the gap is "
+        f"{end['Nash-MD, eta_t']} for Nash-MD and {end['INPO, eta_t']} for INPO."
     )
     return Plot("regularised_gap", {"iteration": np.arange(1, steps + 2)} | data, figure, text)
 
 
 def bt_control(game: Game) -> Plot:
-    data, figure, last = all_gaps(game, "The control: preferences that rewards explain (bt3)")
-    shares = "; ".join(f"{name}: {pi[0]:.3f}" for name, pi in last.items())
+    data, figure, last = all_gaps(game, "Control: Bradley-Terry preferences (bt3)")
+    shares = "; ".join(f"{name} {pi[0]:.3f}" for name, pi in last.items())
     text = (
-        "A Bradley-Terry game: rewards 1, 0, -1 for a, b, c, and no cycle. "
-        "The start gives a the least,\n"
-        f"{game.start[0]:.3f}. The share of a after {STEPS} steps is {shares}.\n"
-        "Whatever keeps no fixed reference finds a, DPO too. What parts the methods in the first "
-        "figure is the cycle."
+        "In this game, the preferences follow from rewards: 1, 0 and -1 for a, b and c. They "
+        "contain no cycle, so a is the best response.\n"
+        f"The first policy gives a the probability {game.start[0]:.3f}. After {STEPS} steps it is: "
+        f"{shares}.\n"
+        "Every method without a fixed reference finds a, including DPO. The methods differ in the "
+        "first figure because comal3 contains a cycle."
     )
     return Plot("bt_control", data, figure, text)
 
 
 def self_improvement(game: Game) -> Plot:
     data = claims.self_improvement(game, 300)
-    t, wins, identity, first, gap = data.values()
+    t, wins, by_identity, first, gap = data.values()
     figure, (top, bottom) = pyplot().subplots(
         2, 1, sharex=True, figsize=(6.5, 6), layout="constrained"
     )
-    top.plot(t, first, color=ORANGE, linestyle="--", label="its first policy")
-    top.plot(t, wins, color=BLUE, label="its predecessor")
+    top.plot(t, first, color=ORANGE, linestyle="--", label="first policy")
+    top.plot(t, wins, color=BLUE, label="previous policy")
     top.plot(
         t[::8],
-        identity[::8],
+        by_identity[::8],
         color=BLACK,
         marker="x",
         linestyle="",
         markersize=4,
-        label="its predecessor, by the identity",
+        label="previous, by the identity",
     )
     top.axhline(0.5, color="0.6", linewidth=1, linestyle=":")
     top.set(
-        ylabel="probability of beating ...",
-        title="SPPO, eta = 1: better than before at every step",
+        ylabel="win probability against ...",
+        title="SPPO, eta = 1: each policy beats the previous policy",
         ylim=(None, 1.12 * first.max()),
     )
     top.legend(frameon=False, fontsize=9, ncols=3, loc="upper left")
     bottom.plot(t, gap, color=RED)
     bottom.set(xlabel="iteration", ylabel="duality gap", ylim=(0, None))
     text = (
-        "Each policy beats the one before it, with probability 1/2 + (KL + reversed KL)/eta "
-        "exactly:\n"
-        f"in {len(t)} steps never less than {wins.min():.4f}. The gap meanwhile goes from "
-        f"{duality_gap(game.P, game.start):.3f} to {gap[-1]:.3f},\n"
-        f"over {gap.max():.3f} on the way; wins against the first policy run between "
-        f"{first.min():.3f} and {first.max():.3f}. A win rate against\n"
-        "the previous iterate, or against the base, does not tell whether training converges; "
-        "the gap does, or a round-robin of all."
+        "Each policy beats the previous one. The win probability is exactly "
+        "1/2 + (KL(pi_t, pi_(t+1)) + KL(pi_(t+1), pi_t))/eta.\n"
+        f"In {len(t)} steps it is at least {wins.min():.4f}. In the same steps, the gap changes "
+        f"from {duality_gap(game.P, game.start):.3f} to {gap[-1]:.3f}, with a maximum of "
+        f"{gap.max():.3f}.\n"
+        f"The win probability against the first policy is between {first.min():.3f} and "
+        f"{first.max():.3f}.\n"
+        "A win rate against the previous policy or the base policy therefore does not show whether "
+        "training converges. The gap shows it, and a tournament of all policies can show it."
     )
     return Plot("self_improvement", data, figure, text)
 
@@ -339,7 +367,7 @@ def page(
 ) -> str:
     """README.md: each figure with its text, then every check.
 
-    trained: what trained_policies.json says that its figure shows; empty if there is none.
+    trained: the findings of trained_policies.json; empty without such a file.
     """
     equilibrium = ", ".join(
         f"{action} {p:.4f}" for action, p in zip(game.actions, nash(game.P)) if p
@@ -347,12 +375,13 @@ def page(
     hold = sum(entry["holds"] for entry in checks)
     lines = [
         "# The methods on a game that can be solved exactly\n",
-        f"The game: {name}, {len(game.P)} responses to one prompt. "
-        f"Its equilibrium, which no policy beats: {equilibrium}.",
-        f"Play starts at a gap of {duality_gap(game.P, game.start):.3f}. "
-        f"**{hold} of {len(checks)} checks hold**; they stand at the end.\n",
-        "A game of your own: `--game FILE.csv` of `src/theory/check_theory.py` and "
-        "`src/theory/plot_theory.py`, n lines of n probabilities.\n",
+        f"The game is {name}. It has {len(game.P)} actions, which are the responses to one prompt. "
+        f"Its equilibrium, which no policy beats, is {equilibrium}.",
+        f"The first policy has a duality gap of {duality_gap(game.P, game.start):.3f}. "
+        f"**{hold} of {len(checks)} checks hold**; the end of this page lists them.\n",
+        "To use your own game, write a CSV file with n lines of n probabilities that the row beats "
+        "the column. Give it to `src/theory/check_theory.py` and `src/theory/plot_theory.py` with "
+        "`--game FILE.csv`.\n",
     ]
     texts = {plot.stem: plot.text for plot in plots}
     if trained:
@@ -365,18 +394,22 @@ def page(
         ]
     lines += [
         "## Checks\n",
-        "KL(p, q) = E log p/q under p. A ratio to a bound must not exceed 1.\n",
-        "| | claim | games | value | expected | holds |",
+        "Each claim ends with what its value is. An error must not exceed what rounding allows, "
+        "and the ratio of a value to its bound must not exceed 1. If a claim is checked on several "
+        "games, the table gives the worst value.\n",
+        *(f"* {line}" for line in NOTATION),
+        "",
+        "| topic | claim | games | value | expected | holds |",
         "|---|---|---|---:|---:|---|",
     ]
-    for number, topic in claims.TOPICS.items():
-        of_topic = [entry for entry in checks if entry["number"] == number]
+    for topic, title in claims.TOPICS.items():
+        of_topic = [entry for entry in checks if entry["topic"] == topic]
         if of_topic:
-            lines.append(f"| **{number}** | **{topic}** | | | | |")
+            lines.append(f"| **{topic}** | **{title}** | | | | |")
         for entry in of_topic:
             holds = "yes" if entry["holds"] else "**no**"
             lines.append(
-                f"| {number} | `{entry['claim']}` | {entry['games']} | {entry['value']:.6g} "
+                f"| {topic} | `{entry['claim']}` | {entry['games']} | {entry['value']:.6g} "
                 f"| {entry['relation']} {entry['expected']:.6g} | {holds} |"
             )
     return "\n".join(lines) + "\n"

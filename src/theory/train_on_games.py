@@ -1,15 +1,15 @@
 """Check that the code trains what the theory says: small policies, compared with the exact update.
 
 Reads   nothing; the game is a random one with known P over all two-letter strings of three letters
-Writes  trained_policies.json (checks, and a text about what was found), .csv (pi of every policy by
+Writes  trained_policies.json (findings, a text, and checks), .csv (pi of every policy by
         iteration), .png and .svg; a record of each file
 
 The real loss and trainer train two policies, a table of logits and a small transformer. Each takes
-three iterations of SPPO at eta = 1, in up to three ways:
-  expected   on every response in proportion to its probability, with the exact P(y beats pi)
-  all K      on K sampled responses for each prompt, with P-hat estimated among them; each response
-             is in two pairs
-  ends       on the winner and the loser of these K responses, as in the paper's section 5.1
+three iterations of SPPO at eta = 1, in two or three ways, which differ in the pairs:
+  expected          every response in proportion to its probability, with the exact P(y beats pi)
+  all K             K sampled responses for each prompt, with P-hat estimated among them; each
+                    response is in two pairs
+  winner and loser  the winner and the loser of these K responses, as in the paper's section 5.1
 The exact update is `sppo_l2` in src/sppo/theory/games.py. P-hat among K responses counts each
 response against itself, with 1/2. In expectation, P-hat - 1/2 is therefore (K - 1)/K times
 P(y beats pi) - 1/2, so that the exact update for samples has eta (K - 1)/K.
@@ -40,7 +40,10 @@ LETTERS, LENGTH = 3, 2
 ETA, ITERATIONS, K = 1.0, 3, 5
 SAMPLED_ETA = ETA * (K - 1) / K  # of the exact update for samples; see above
 GAME = random_game(LETTERS**LENGTH, seed=0)
-WAYS = {"softmax table": ("expected", "all K", "ends"), "transformer": ("expected", "all K")}
+WAYS = {
+    "softmax table": ("expected", "all K", "winner and loser"),
+    "transformer": ("expected", "all K"),
+}
 TOPIC = 18  # of these checks, in sppo.theory.claims.TOPICS
 Iterates = dict[str, dict[str, np.ndarray]]  # pi by policy and way, (runs, ITERATIONS + 1, n)
 
@@ -74,9 +77,9 @@ def main() -> None:
             records.enter_context(recorded("theory", artifact, [], vars(args)))
         iterates = {name: all_ways(name, args.prompts, args.seeds) for name in WAYS}
         checks = all_checks(iterates)
-        write_json(args.output, {"shows": findings(iterates), "checks": checks})
-        columns = ["policy", "way", "seed", "iteration"]
-        columns += [f"pi {n}" for n in range(len(GAME.P))]
+        write_json(args.output, {"findings": findings(iterates), "checks": checks})
+        columns = ["policy", "pairs", "seed", "iteration"]
+        columns += [f"pi(response {n})" for n in range(len(GAME.P))]
         write_text(table, csv_table(columns, rows(iterates)))
         save(figure(iterates), images)
     report_checks(checks, args.output)
@@ -125,7 +128,7 @@ def one_run(name: str, way: str, prompts: int, seed: int) -> np.ndarray:
         if way == "expected":
             pairs = expected_pairs(responses, pi[-1], GAME.P, rows=128)
         else:
-            ends_only = way == "ends"
+            ends_only = way == "winner and loser"
             pairs = sampled_pairs(responses, pi[-1], GAME.P, K, prompts, draw, ends_only)
         with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
             train(model, pairs, ETA, learning_rate, steps, Path(work))
@@ -171,53 +174,61 @@ def all_checks(iterates: Iterates) -> list[dict[str, Any]]:
     """Three checks of each policy."""
     claims = []
     for name, ways in iterates.items():
+        subject = name.capitalize()
         claims += [
             Claim(
                 TOPIC,
-                f"{name}, expected pairs: largest total variation to the exact update",
+                f"{subject}, expected pairs: close to the exact update. "
+                "Value: largest total variation",
                 distance_in_expectation(ways),
                 "<=",
                 "0.02",
             ),
             Claim(
                 TOPIC,
-                f"{name}, all K sampled: largest distance to it in standard errors",
+                f"{subject}, pairs of all K samples: the mean of the runs is close to the exact "
+                "update. Value: largest difference of a probability, in standard errors",
                 errors(ways["all K"], SAMPLED_ETA).max(),
                 "<=",
                 "4",
             ),
             Claim(
                 TOPIC,
-                f"{name}: total variation between first and last policy, "
-                "which these are to be held against",
+                f"{subject}: the exact update changes the policy by much more than these "
+                f"distances. Value: total variation in {ITERATIONS} iterations",
                 distance_moved(ways),
                 ">=",
                 "0.05",
             ),
         ]
-    return [check(claim, "random") for claim in claims]
+    return [check(claim, f"random{len(GAME.P)}") for claim in claims]
 
 
 def findings(iterates: Iterates) -> str:
-    """What was found, in words."""
+    """What was found, in words: one or two lines for each policy."""
     sentences = []
     for name, ways in iterates.items():
         sentences.append(
-            f"The {name} moves {distance_moved(ways):.3f} in total variation over {ITERATIONS} "
-            f"iterations. In expectation it stays within {distance_in_expectation(ways):.4f} of "
-            f"the exact update; with all of K = {K} samples the mean of {len(ways['all K'])} runs "
-            f"ends {distance_at_end(ways, 'all K'):.3f} from it, and no response is ever more "
-            f"than {errors(ways['all K'], SAMPLED_ETA).max():.1f} standard errors off."
+            f"{name.capitalize()}: the exact update moves the policy by "
+            f"{distance_moved(ways):.3f} in {ITERATIONS} iterations, in total variation. "
+            "The policy trained on expected pairs is at most "
+            f"{distance_in_expectation(ways):.4f} away from the exact update. "
+            f"With pairs of all K = {K} samples, the mean of {len(ways['all K'])} runs is "
+            f"{distance_at_end(ways, 'all K'):.3f} away after the last iteration. In all "
+            "iterations, each probability is within "
+            f"{errors(ways['all K'], SAMPLED_ETA).max():.1f} standard errors of the exact one."
         )
-        if "ends" in ways:
+        if "winner and loser" in ways:
+            runs = ways["winner and loser"]
             sentences.append(
-                "With winner and loser alone the mean ends "
-                f"{distance_at_end(ways, 'ends'):.3f} away, for each step goes "
-                f"{stretch(ways['ends']):.2f} times as far: the P-hat that chooses them is then "
-                "their target, so its error is part of the target. That is the bias that "
-                "selection adds, and part of what the practical method does."
+                "With only the winner and the loser, the mean is "
+                f"{distance_at_end(ways, 'winner and loser'):.3f} away after the last iteration: "
+                f"in the first iteration, the log-ratios are {stretch(runs):.2f} times the exact "
+                "ones. The reason: P-hat selects the pair and is also its target, so the error "
+                "of P-hat becomes a bias of the target. The paper's practical method selects in "
+                "the same way."
             )
-    return " ".join(sentences)
+    return "\n".join(sentences)
 
 
 def stretch(runs: np.ndarray) -> float:
@@ -237,8 +248,8 @@ def rows(iterates: Iterates) -> list[list[str]]:
     for name, ways in iterates.items():
         start = ways["expected"][0, 0]
         exact_updates = {
-            "exact": exact(start, ETA)[None],
-            "exact, eta (K - 1)/K": exact(start, SAMPLED_ETA)[None],
+            "exact update": exact(start, ETA)[None],
+            "exact update, eta (K - 1)/K": exact(start, SAMPLED_ETA)[None],
         }
         for way, runs in (ways | exact_updates).items():
             for seed, run_policies in enumerate(runs):
@@ -272,10 +283,10 @@ def draw_distances(axes: Any, iterates: Iterates) -> None:
     axes.axhline(0.02, color="0.6", linewidth=1, linestyle=":")
     axes.set(
         xlabel="iteration",
-        ylabel="total variation to the exact update",
+        ylabel="total variation",
         yscale="log",
         xticks=range(1, ITERATIONS + 1),
-        title="Mean of the runs",
+        title="Distance between the mean of the runs and the exact update",
     )
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
 
@@ -293,12 +304,12 @@ def draw_transformer(axes: Any, runs: np.ndarray) -> None:
         marker="s",
         linestyle="none",
         capsize=3,
-        label="all K sampled, 4 standard errors",
+        label="pairs of all K samples, 4 standard errors",
     )
     axes.set(
         xlabel="response",
         ylabel=f"probability after {ITERATIONS} iterations",
-        title="The transformer",
+        title="The transformer's policy",
     )
     axes.legend(frameon=False, fontsize=8)
 

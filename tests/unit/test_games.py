@@ -1,4 +1,4 @@
-"""Exact games: every numbered check with its numbers; each algorithm compared with plain loops."""
+"""Exact games: every check with its numbers; each algorithm compared with plain loops."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ONE_STEP = {
 }
 
 
-# --- every numbered check ---
+# --- every check ---
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,10 @@ def checks():
     return check_theory.all_checks()
 
 
-# Check 18 trains; it is in test_train_on_games.py.
-@pytest.mark.parametrize("number", TOPICS.keys() - {18})
-def test_numbered_check(number, checks):
-    same = [one for one in checks if one["number"] == number]
+# Topic 18 trains; it is in test_train_on_games.py.
+@pytest.mark.parametrize("topic", TOPICS.keys() - {18})
+def test_every_check_of_a_topic_holds(topic, checks):
+    same = [one for one in checks if one["topic"] == topic]
     assert same
     assert [one for one in same if not one["holds"]] == []
 
@@ -75,10 +75,10 @@ REFERENCE_NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("number", REFERENCE_NUMBERS)
-def test_expected_numbers_equal_the_printed_ones(number, checks):
-    equalities = [one for one in checks if one["number"] == number and one["relation"] == "="]
-    assert [one["expected"] for one in equalities] == REFERENCE_NUMBERS[number]
+@pytest.mark.parametrize("topic", REFERENCE_NUMBERS)
+def test_expected_numbers_equal_the_printed_ones(topic, checks):
+    equalities = [one for one in checks if one["topic"] == topic and one["relation"] == "="]
+    assert [one["expected"] for one in equalities] == REFERENCE_NUMBERS[topic]
 
 
 def test_bounds_on_the_average_of_multiplicative_weights():
@@ -635,6 +635,13 @@ def test_both_programs_work_on_a_user_s_game(text, three_actions, program, tmp_p
     assert f"{len(checks)} of {len(checks)} checks hold" in page
     assert all(f"({name}.png)" in page for name in names)
     assert "nan" not in page
+
+
+def test_every_claim_says_what_its_value_is(checks):
+    """A `|` or a backtick would break the claim's cell in the table of the page."""
+    for one in checks:
+        assert one["claim"].count("Value: ") == 1, one["claim"]
+        assert not set("|`") & set(one["claim"]), one["claim"]
 
 
 def test_page_and_tables_of_the_embedded_game(checks, program, tmp_path, monkeypatch):

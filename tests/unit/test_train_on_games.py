@@ -33,11 +33,11 @@ def test_all_k_samples_give_the_exact_update_in_the_mean(one_iteration):
     """Pairs of winner and loser alone give a larger step."""
     runs = {
         way: np.array([one_run("softmax table", way, prompts=50, seed=seed) for seed in range(8)])
-        for way in ("all K", "ends")
+        for way in ("all K", "winner and loser")
     }
     assert errors(runs["all K"], ETA * (K - 1) / K).max() < 4
     assert stretch(runs["all K"]) == pytest.approx(1, abs=0.25)
-    assert stretch(runs["ends"]) > 1.25
+    assert stretch(runs["winner and loser"]) > 1.25
 
 
 def uniform_pairs(ends_only: bool) -> list[dict]:
@@ -80,7 +80,7 @@ def test_expected_pairs_follow_the_policy_s_probabilities():
 @pytest.fixture
 def quick(program, tmp_path, monkeypatch, one_iteration):
     """Run the program with one small policy, few prompts, two seeds and an empty figure."""
-    ways = {"softmax table": ("expected", "all K", "ends")}
+    ways = {"softmax table": ("expected", "all K", "winner and loser")}
     monkeypatch.setattr(train_on_games, "WAYS", ways)
     monkeypatch.setattr(train_on_games, "figure", lambda iterates: train_on_games.pyplot().figure())
     output = tmp_path / "trained_policies.json"
@@ -93,7 +93,7 @@ def test_a_wrong_step_fails_its_check(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(train_on_games, "exact", lambda start, eta: exact_update(start, 3 * eta))
     quick()
     check = read_json(tmp_path / "trained_policies.json")["checks"][0]
-    assert check["number"] == 18
+    assert check["topic"] == 18
     assert not check["holds"]
 
 
@@ -101,12 +101,12 @@ def test_the_program_writes_every_way_to_its_table(quick, tmp_path):
     quick()
     with (tmp_path / "trained_policies.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    assert {row["way"] for row in rows} == {
+    assert {row["pairs"] for row in rows} == {
         "expected",
         "all K",
-        "ends",
-        "exact",
-        "exact, eta (K - 1)/K",
+        "winner and loser",
+        "exact update",
+        "exact update, eta (K - 1)/K",
     }
 
 

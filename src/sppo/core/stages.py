@@ -11,7 +11,7 @@ STAGES = {
     "sample": 1,
     "generate": 1,
     "annotate": 1,
-    "grade": 1,
+    "grade": 2,
     "select": 3,
     "reference": 1,
     "train": 1,
@@ -21,6 +21,6 @@ STAGES = {
     "open_llm": 1,
     "ifeval": 1,
     "tabulate": 1,
-    "theory": 1,
+    "theory": 2,
     "push": 1,
 }

@@ -46,32 +46,32 @@ ETAS = (0.05, 0.3, 1.0)
 TAUS = (0.1, 0.3)
 HORIZONS = (100, 400, 1600, 6400, 25600)
 TOPICS = {
-    1: "SPPO (MWU) and its distance from the equilibrium",
-    2: "last iterate and average",
-    3: "the average's 1/sqrt(T), theorem 4.1",
-    4: "the regularised equilibrium",
+    1: "SPPO (MWU): how its divergence from the equilibrium changes",
+    2: "SPPO (MWU): the last policy and the average policy",
+    3: "Theorem 4.1: the gap of the average policy falls as 1/sqrt(T)",
+    4: "The regularised equilibrium",
     5: "INPO",
     6: "Nash-MD",
     7: "EGPO",
     8: "MMD",
-    9: "MPO: a magnet that moves",
-    10: "optimism (OMWU)",
-    11: "rewards cannot express cycles: Bradley-Terry and DPO",
-    12: "SPPO's least squares and MWU",
-    13: "from logits to P and P-hat",
-    14: "which methods settle",
-    15: "learning from samples: online IPO",
-    16: "beating one's predecessor certifies nothing",
-    17: "methods that are one another",
-    18: "the real trainer beside the exact update",
+    9: "MPO: MMD with a moving magnet",
+    10: "OMWU: optimistic MWU",
+    11: "Bradley-Terry rewards and DPO cannot represent cycles",
+    12: "SPPO's least squares, compared with MWU",
+    13: "From logits to P and P-hat",
+    14: "Which methods converge to the equilibrium",
+    15: "Online IPO: learning from samples",
+    16: "A win against the previous policy does not prove convergence",
+    17: "Methods with different names and the same update",
+    18: "The real trainer, compared with the exact update",
 }
 
 
 class Claim(NamedTuple):
     """A computed value and what the theory expects of it."""
 
-    number: int  # a key of TOPICS
-    text: str
+    topic: int  # a key of TOPICS
+    text: str  # unique within one game; it ends with "Value: ", which says what `value` is
     value: float
     relation: str  # one of "=", "<=", ">="
     expected: str  # as printed: with "=", its last digit sets the tolerance
@@ -96,7 +96,7 @@ def check(claim: Claim, game_names: str) -> dict[str, Any]:
     else:
         raise ValueError(f"relation is {claim.relation!r}, not =, <= or >=")
     return {
-        "number": claim.number,
+        "topic": claim.topic,
         "claim": claim.text,
         "games": game_names,
         "value": float(value),
@@ -112,8 +112,8 @@ def report_checks(checks: list[dict[str, Any]], path: Path) -> None:
     for entry in checks:
         if not entry["holds"]:
             print(
-                f"does not hold: {entry['number']}. {entry['claim']}: {entry['value']:.6g}, "
-                f"not {entry['relation']} {entry['expected']:.6g}"
+                f"does not hold: topic {entry['topic']}: {entry['claim']}: "
+                f"{entry['value']:.6g}, expected {entry['relation']} {entry['expected']:.6g}"
             )
     print(f"{sum(entry['holds'] for entry in checks)} of {len(checks)} checks hold: {path}")
 
@@ -147,8 +147,9 @@ def divergence_laws(P: Array, start: Array) -> Iterator[Claim]:
     growth = np.diff(divergences(star, pi))
     yield Claim(
         1,
-        "MWU: KL(pi*, pi_t) grows by log E exp(eta (P pi_t - 1/2)) "
-        "- eta (P(pi* beats pi_t) - 1/2): error",
+        "MWU, eta 1: KL(pi*, pi_(t+1)) - KL(pi*, pi_t) equals "
+        "log E exp(eta (P pi_t - 1/2)) - eta (P(pi* beats pi_t) - 1/2). "
+        "Value: largest error of 300 steps",
         np.abs(growth - (log_z - wins @ star + 0.5)[:-1]).max(),
         "<=",
         "1e-12",
@@ -156,7 +157,8 @@ def divergence_laws(P: Array, start: Array) -> Iterator[Claim]:
     if star.min() > 1e-9:
         yield Claim(
             1,
-            "MWU: KL(pi*, pi_t) never falls if pi* has full support: largest fall",
+            "MWU, eta 1: KL(pi*, pi_t) never decreases if pi* has full support. "
+            "Value: largest decrease in 300 steps",
             -growth.min(),
             "<=",
             "1e-10",
@@ -165,13 +167,14 @@ def divergence_laws(P: Array, start: Array) -> Iterator[Claim]:
 
 def average_laws(P: Array, start: Array) -> Iterator[Claim]:
     """Bounds on the average policy of multiplicative weights: theorem 4.1 and Freund-Schapire."""
-    gap_over_bound = "gap of the average over its bound 2 (ln(1/min pi_1)/(eta T) + eta/8)"
+    bound = "2 (ln(1/min pi_1)/(eta T) + eta/8)"
+    below_bound = f"the gap of the average of T policies is at most {bound}. Value: gap/bound"
     T = 2000
     for eta in ETAS:
         mean_policy = play(mwu(P, start, eta), T - 1).mean(axis=0)
         yield Claim(
             2,
-            f"MWU, eta {eta}, T {T}: {gap_over_bound}",
+            f"MWU, eta {eta}, T {T}: {below_bound}",
             duality_gap(P, mean_policy) / mwu_bound(start, eta, T),
             "<=",
             "1",
@@ -180,8 +183,9 @@ def average_laws(P: Array, start: Array) -> Iterator[Claim]:
         shrink = 1 - np.exp(-eta)
         yield Claim(
             3,
-            f"Freund-Schapire, eta {eta}, T {T}: "
-            "1/2 - (eta P(average beats mu) + KL(mu, pi_1)/T) / (1-e^-eta), worst mu",
+            f"Freund-Schapire, eta {eta}, T {T}: every mu has "
+            "1/2 <= (eta P(average beats mu) + KL(mu, pi_1)/T) / (1 - e^-eta). "
+            "Value: largest left side minus right side",
             (0.5 - eta / shrink * (mean_policy @ P) + np.log(start) / (shrink * T)).max(),
             "<=",
             "0",
@@ -191,7 +195,7 @@ def average_laws(P: Array, start: Array) -> Iterator[Claim]:
         mean_policy = play(mwu(P, start, eta), T - 1).mean(axis=0)
         yield Claim(
             3,
-            f"MWU, eta = sqrt(8 ln(1/min pi_1)/T), T {T}: {gap_over_bound}",
+            f"MWU, eta = sqrt(8 ln(1/min pi_1)/T), T {T}: {below_bound}",
             duality_gap(P, mean_policy) / mwu_bound(start, eta, T),
             "<=",
             "1",
@@ -207,8 +211,8 @@ def least_squares_laws(P: Array, start: Array) -> Iterator[Claim]:
     multiplier_spread = float(np.ptp((target - log_ratio) / ratio))
     yield Claim(
         12,
-        "SPPO's least squares, eta 1: the policy sums to 1, "
-        "(target - log-ratio)/ratio is the same for all actions: error",
+        "SPPO's least squares, eta 1: pi_2 sums to 1, and (eta (P pi_1 - 1/2) - log ratio)/ratio "
+        "with ratio = pi_2/pi_1 is the same for all actions. Value: largest error",
         max(sum_error, multiplier_spread),
         "<=",
         "1e-12",
@@ -217,7 +221,8 @@ def least_squares_laws(P: Array, start: Array) -> Iterator[Claim]:
     distance_near_half = l2_distance_to_mwu(0.45 + 0.1 * P, start, 1.0)
     yield Claim(
         12,
-        "SPPO's least squares: distance to MWU once P is ten times closer to 1/2, over what it was",
+        "SPPO's least squares, eta 1: one step is closer to a step of MWU if P is closer to 1/2. "
+        "Value: distance with 1/2 + (P - 1/2)/10, divided by the distance with P",
         distance_near_half / max(distance, 1e-12),
         "<=",
         "0.01",
@@ -225,7 +230,7 @@ def least_squares_laws(P: Array, start: Array) -> Iterator[Claim]:
 
 
 def l2_distance_to_mwu(P: Array, start: Array, eta: float) -> Any:
-    """Largest difference of a probability between one step of `sppo_l2` and one of `mwu`."""
+    """Largest difference of a probability after one step of `sppo_l2` and one step of `mwu`."""
     return np.abs(play(sppo_l2(P, start, eta), 1)[1] - play(mwu(P, start, eta), 1)[1]).max()
 
 
@@ -237,14 +242,16 @@ def improvement_laws(P: Array, start: Array) -> Iterator[Claim]:
     symmetric_kl = np.array([kl(old, new) + kl(new, old) for old, new in zip(pi, pi[1:])])
     yield Claim(
         16,
-        "MWU: P(pi_{t+1} beats pi_t) = 1/2 + (KL + reversed KL)/eta: error",
+        "MWU, eta 1: P(pi_(t+1) beats pi_t) equals "
+        "1/2 + (KL(pi_t, pi_(t+1)) + KL(pi_(t+1), pi_t))/eta. Value: largest error of 300 steps",
         np.abs(advantage - symmetric_kl).max(),
         "<=",
         "1e-12",
     )
     yield Claim(
         16,
-        "MWU: every policy beats its predecessor: 1/2 - P(pi_{t+1} beats pi_t), largest",
+        "MWU, eta 1: every policy beats the previous one. "
+        "Value: largest 1/2 - P(pi_(t+1) beats pi_t) in 300 steps",
         -advantage.min(),
         "<=",
         "1e-12",
@@ -264,7 +271,8 @@ def equivalence_laws(P: Array, start: Array) -> Iterator[Claim]:
     ipo_step = start * ratio / (start @ ratio)
     yield Claim(
         17,
-        "IPO on all on-policy pairs, solved as least squares, is MWU with eta = 1/beta = 2: error",
+        "IPO on all on-policy pairs, solved by least squares, is MWU with eta = 1/beta = 2. "
+        "Value: largest difference of a probability after one step",
         np.abs(ipo_step - play(mwu(P, start, 2.0), 1)[1]).max(),
         "<=",
         "1e-12",
@@ -274,7 +282,8 @@ def equivalence_laws(P: Array, start: Array) -> Iterator[Claim]:
     by_mmd = play(mmd(P, start, start, eta, alpha), 100)
     yield Claim(
         17,
-        "INPO(eta_I = (1 + eta alpha)/eta, tau = alpha) is MMD(eta, alpha), 100 steps: error",
+        "INPO with eta' = (1 + eta alpha)/eta and tau = alpha is MMD with eta and alpha. "
+        "Value: largest difference of a probability in 100 steps",
         np.abs(by_inpo - by_mmd).max(),
         "<=",
         "1e-12",
@@ -289,19 +298,20 @@ def regularised_laws(P: Array, start: Array, tau: float) -> Iterator[Claim]:
     star = regularised_nash(P, start, tau)
     yield Claim(
         4,
-        f"tau {tau}: regularised gap at pi*_tau, with either sign",
+        f"tau {tau}: the regularised gap of pi*_tau is 0. Value: its absolute value",
         abs(regularised_gap(P, star, start, tau)),
         "<=",
         "1e-12",
     )
-    for number, name, policies in (
+    for topic, name, policies in (
         (5, "INPO", inpo(P, star, start, 2, tau)),
         (7, "EGPO", egpo(P, star, start, 0.5, tau)),
         (8, "MMD", mmd(P, star, start, 4 * tau, tau)),
     ):
         yield Claim(
-            number,
-            f"{name}, tau {tau}: pi*_tau is the fixed point; a step moves it by",
+            topic,
+            f"{name}, tau {tau}: pi*_tau is the fixed point. "
+            "Value: largest change of a probability in a step from pi*_tau",
             np.abs(play(policies, 1)[1] - star).max(),
             "<=",
             "1e-12",
@@ -313,14 +323,18 @@ def regularised_laws(P: Array, start: Array, tau: float) -> Iterator[Claim]:
 def decreasing_step_laws(P: Array, start: Array, tau: float, star: Array) -> Iterator[Claim]:
     """Bounds of INPO and Nash-MD with eta_t = tau (t+2)/2, an inverse step size."""
     T = np.arange(1, 1001)
-    for number, name, method, factor in ((5, "INPO", inpo, 32), (6, "Nash-MD", nash_md, 8)):
+    for topic, name, method, numerator_in_text in (
+        (5, "INPO", inpo, "32 C^2"),
+        (6, "Nash-MD", nash_md, "8"),
+    ):
         pi = play(method(P, start, start, lambda t: tau * (t + 2) / 2, tau), 1000)
-        C = inpo_constant(pi, start, tau) if name == "INPO" else 1.0
+        numerator = 32 * inpo_constant(pi, start, tau) ** 2 if name == "INPO" else 8.0
         yield Claim(
-            number,
+            topic,
             f"{name}, tau {tau}, eta_t = tau (t+2)/2: "
-            f"KL(pi*_tau, pi) over its bound {factor} C^2/(tau^2 (T+1)), every T",
-            (divergences(star, pi[1:]) * tau**2 * (T + 1) / (factor * C**2)).max(),
+            f"KL(pi*_tau, pi_(T+1)) is at most {numerator_in_text}/(tau^2 (T+1)). "
+            "Value: largest KL/bound of T = 1 to 1000",
+            (divergences(star, pi[1:]) * tau**2 * (T + 1) / numerator).max(),
             "<=",
             "1",
         )
@@ -334,7 +348,8 @@ def constant_step_laws(P: Array, start: Array, tau: float, star: Array) -> Itera
     path = divergences(star, pi)
     yield Claim(
         5,
-        f"INPO, tau {tau}, eta {eta}: KL_(t+1) over (1 - tau/eta) KL_t + 8 C^2/eta^2",
+        f"INPO, tau {tau}, eta {eta}: with K_t = KL(pi*_tau, pi_t), K_(t+1) is at most "
+        "(1 - tau/eta) K_t + 8 C^2/eta^2. Value: largest K_(t+1)/bound of 400 steps",
         (path[1:] / ((1 - tau / eta) * path[:-1] + 8 * C**2 / eta**2)).max(),
         "<=",
         "1",
@@ -344,7 +359,8 @@ def constant_step_laws(P: Array, start: Array, tau: float, star: Array) -> Itera
     bound = np.maximum(path[0] * (1 + 4 * tau**2) ** -np.arange(1001.0), 1e-25)
     yield Claim(
         8,
-        f"MMD, alpha {tau}, eta = alpha/L^2: KL_k over KL_0 (1 + eta alpha)^-k, every k > 0",
+        f"MMD, alpha {tau}, eta = alpha/L^2: KL(pi*_tau, pi_(k+1)) is at most "
+        "KL(pi*_tau, pi_1) (1 + eta alpha)^-k. Value: largest KL/bound of k = 1 to 1000",
         (path / bound)[1:].max(),
         "<=",
         "1",
@@ -422,8 +438,8 @@ def by_horizon(game: Game) -> Series:
         bounds.append(mwu_bound(game.start, eta, T))
     return {
         "T": horizons,
-        "average": gaps(game, means),
-        "last": gaps(game, lasts),
+        "gap_of_average": gaps(game, means),
+        "gap_of_last_policy": gaps(game, lasts),
         "bound": np.array(bounds),
     }
 
@@ -451,17 +467,17 @@ def regularised_gaps(game: Game, T: int, tau: float) -> Series:
 
 
 def self_improvement(game: Game, T: int) -> Series:
-    """What each policy of SPPO (eta = 1) wins, by t = 1, ..., T; each column (T,).
+    """Win probabilities of the policies of SPPO (eta = 1), by t = 1, ..., T; each column (T,).
 
-    beats_predecessor: P(pi_{t+1} beats pi_t). identity: the same by the identity of topic 16.
-    beats_first: P(pi_{t+1} beats pi_1). gap: the duality gap of pi_{t+1}.
+    beats_previous: P(pi_{t+1} beats pi_t). beats_previous_by_identity: the same, computed by the
+    identity of topic 16. beats_first: P(pi_{t+1} beats pi_1). gap: the duality gap of pi_{t+1}.
     """
     pi = play(mwu(game.P, game.start, 1.0), T)
     identity = [0.5 + kl(old, new) + kl(new, old) for old, new in zip(pi, pi[1:])]
     return {
         "t": np.arange(1, T + 1),
-        "beats_predecessor": (pi[1:] * (pi[:-1] @ game.P.T)).sum(axis=1),
-        "identity": np.array(identity),
+        "beats_previous": (pi[1:] * (pi[:-1] @ game.P.T)).sum(axis=1),
+        "beats_previous_by_identity": np.array(identity),
         "beats_first": pi[1:] @ game.P @ pi[0],
         "gap": gaps(game, pi[1:]),
     }
