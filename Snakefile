@@ -75,6 +75,7 @@ rule everything:
             artifact("", t, each.artifact)
             for t in range(MAIN["iterations"] + 1)
             for each in EVALUATIONS
+            if t >= each.first_iteration
         ],
         artifact("", MAIN["iterations"], "best_of_n.svg"),
         f"{ROOT}figures/training.svg",

@@ -35,11 +35,13 @@ OPEN_LLM_TASKS = (
 class Column:
     """A column of the table of all evaluations: its head, and a cell from a JSON file's contents.
 
-    A policy that was not evaluated has a dash.
+    A policy that was not evaluated has a dash. in_summary: whether the table of one run has the
+    column too.
     """
 
     head: str
     cell: Callable[[Contents], str]
+    in_summary: bool = True
 
 
 def number(key: str, places: int = 1) -> Callable[[Contents], str]:
@@ -79,6 +81,7 @@ class Evaluation:
     judging: Judging | None = None
     judged_by: str = ""
     answered_by: tuple[str, ...] = ()
+    first_iteration: int = 0
     check: Callable[[Config, str], set[str]] = nothing_held_out
     differences: Callable[[Contents], list[str]] = nothing_published
 
@@ -130,6 +133,14 @@ EVALUATIONS = (
         differences=alpaca_eval.differences,
     ),
     Evaluation(
+        "against_previous",  # AlpacaEval against the policy of the iteration before
+        columns=(Column("against the previous", lambda found: rate(found, "win_rate")),),
+        rules="alpaca_eval",
+        judging=judges.ALPACA_EVAL,
+        judged_by="against_previous",
+        first_iteration=1,
+    ),
+    Evaluation(
         "ranker_estimate",  # AlpacaEval by the preference model that annotated
         columns=(Column("by the ranker", lambda found: rate(found, "win_rate", interval=False)),),
         rules="alpaca_eval",
@@ -139,9 +150,9 @@ EVALUATIONS = (
         "ifeval",
         columns=(
             Column("IFEval strict [95%]", lambda found: rate(found, "prompt_strict")),
-            Column("IFEval loose", number("prompt_loose")),
-            Column("constraints strict", number("instruction_strict")),
-            Column("constraints loose", number("instruction_loose")),
+            Column("IFEval loose", number("prompt_loose"), in_summary=False),
+            Column("constraints strict", number("instruction_strict"), in_summary=False),
+            Column("constraints loose", number("instruction_loose"), in_summary=False),
         ),
         note="IFEval: {n_prompts} prompts of {instructions} with {n_instructions} constraints.",
         answered_by=("answer_ifeval",),
