@@ -621,6 +621,10 @@ def check_inputs(config: Record, where: str) -> set[str]:
             raise UserError(f"{section}.reference is {chosen['reference']}: {error}") from None
     if chosen["difficulty"]:
         check_order(asked, Path(chosen["difficulty"]))
+    kind = local_kind(chosen["judge"])
+    if kind:
+        texts = [row["instruction"] for row in asked]
+        kind.check_prompts(chosen["judge"], texts, f"{section}.judge")
     return {normalised(row["instruction"]) for row in instructions}
 
 

@@ -80,6 +80,13 @@ class PreferenceModel(ABC):
                 raise UserError(f"{key} is {settings['model']}, but {file} is missing; correct it")
 
     @classmethod
+    def check_prompts(cls, model: str, prompts: list[str], key: str) -> None:
+        """Raise `UserError` if this model cannot compare responses to one of these prompts.
+
+        It is called before the first job, with the prompts of local files. Here all are accepted.
+        """
+
+    @classmethod
     def training_instructions(cls, model: str) -> Path | None:
         """A file with hashes of the instructions that the model was trained on, if it has one."""
         return None

@@ -79,6 +79,19 @@ class VerifiableModel(PreferenceModel):
         for instructions in read_population(file)[0]:
             read_instructions_to_check(instructions)
 
+    @classmethod
+    def check_prompts(cls, model: str, prompts: list[str], key: str) -> None:
+        """The model's files of instructions have every prompt."""
+        files, _ = read_population(_file(model))
+        known = {one.prompt.strip() for file in files for one in read_instructions_to_check(file)}
+        unknown = [prompt for prompt in prompts if prompt.strip() not in known]
+        if unknown:
+            raise UserError(
+                f"{key} is {model}, which has no constraints for {len(unknown)} of {len(prompts)}"
+                f" prompts, such as {unknown[0][:60]!r}; give another model, or add the prompts'"
+                f" file to the instructions in {_file(model)}"
+            )
+
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         self.check(settings, "preference.model")
         self.name = settings["model"]

@@ -66,7 +66,7 @@ def _check_inputs(name: str, run: dict[str, Any], in_conda: bool) -> None:
         held_out |= evaluation.check(run, where)
     check_installed(run["train"], where, in_conda)
     if run["iterations"]:
-        check_prompts(run, held_out)
+        check_prompts(run, held_out, where)
 
 
 def check_installed(train: dict[str, Any], where: str, in_conda: bool) -> None:
@@ -216,10 +216,11 @@ def gpus_here() -> int:
     )
 
 
-def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
+def check_prompts(run: dict[str, Any], held_out: set[str], where: str) -> None:
     """A JSONL source is complete and has enough prompts for all iterations; else UserError.
 
-    A hub source is left to its rule.
+    The preference model must be able to compare responses to each of them. A hub source is left to
+    its rule.
     """
     prompts = run["prompts"]
     source = prompts["source"]
@@ -239,6 +240,13 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
     if "{t}" in source or not Path(source).is_file():
         return
     rows, *_ = read_prompts(source, None, prompts["split"], prompts["field"])
+    preference = run["preference"]
+    if run["pairs"]["construction"] != "gold" and preference["source"] == "instruction":
+        kind_of(preference).check_prompts(
+            preference["model"],
+            [row["messages"][-1]["content"] for row in rows],
+            f"config: {where}preference.model",
+        )
     free = sum(not is_held_out(row, held_out) for row in rows)
     wanted = (prompts["per_iteration"] or 1) * run["iterations"]
     if wanted > free:
