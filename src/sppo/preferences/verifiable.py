@@ -80,17 +80,11 @@ class VerifiableModel(PreferenceModel):
             read_instructions_to_check(instructions)
 
     @classmethod
-    def check_prompts(cls, model: str, prompts: list[str], key: str) -> None:
-        """The model's files of instructions have every prompt."""
+    def unknown_prompts(cls, model: str, prompts: list[str]) -> list[str]:
+        """The prompts that are in none of the model's files of instructions."""
         files, _ = read_population(_file(model))
         known = {one.prompt.strip() for file in files for one in read_instructions_to_check(file)}
-        unknown = [prompt for prompt in prompts if prompt.strip() not in known]
-        if unknown:
-            raise UserError(
-                f"{key} is {model}, which has no constraints for {len(unknown)} of {len(prompts)}"
-                f" prompts, such as {unknown[0][:60]!r}; give another model, or add the prompts'"
-                f" file to the instructions in {_file(model)}"
-            )
+        return [prompt for prompt in prompts if prompt.strip() not in known]
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         self.check(settings, "preference.model")
