@@ -117,6 +117,7 @@ rule fetch_alpaca_eval:
         f"{MODELS}logs/alpaca_eval.log",
     benchmark:
         f"{MODELS}benchmarks/alpaca_eval.tsv"
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/eval.yaml"
     threads: 1

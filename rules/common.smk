@@ -305,7 +305,8 @@ def check_slurm():
     # Jobs inherit the environment, and nobody watches their logs.
     os.environ.pop("SPPO_WATCHED", None)
     attempts = workflow.execution_settings.retries + 1
-    asked = [asked_of_cluster(rule, attempts) for rule in workflow.rules if not rule.norun]
+    submitted = [rule for rule in workflow.rules if not workflow.is_local(rule)]
+    asked = [asked_of_cluster(rule, attempts) for rule in submitted]
     most = workflow.resource_settings.resources.get("gpu")
     check_folder_for_slurm(os.getcwd())
     check_cluster(asked, workflow.executor_settings.status_command, most and most.value)

@@ -35,6 +35,7 @@ rule fetch_ifeval:
         f"{MODELS}logs/ifeval.log",
     benchmark:
         f"{MODELS}benchmarks/ifeval.tsv"
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/eval.yaml"
     threads: 1
@@ -103,8 +104,8 @@ rule evaluate_ifeval:
         "../envs/eval.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=20,
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 20 * attempt,
     params:
         version=STAGES["ifeval"],
     message:

@@ -55,6 +55,7 @@ rule fetch_mt_bench:
         f"{MODELS}logs/mt_bench.log",
     benchmark:
         f"{MODELS}benchmarks/mt_bench.tsv"
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/eval.yaml"
     threads: 1

@@ -43,6 +43,7 @@ rule sample_prompts:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/sample_prompts.tsv"
     priority: 1  # if the hub does not have the prompts of a later iteration, the run fails early
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/core.yaml"
     threads: 1
