@@ -52,8 +52,8 @@ if workflow.is_main_process and not (IS_MODULE or IS_HERE or IS_CLONE):
     )
 
 # `config` contains the values of --config and --configfile, or those of the workflow that uses this
-# one as a module, whose files are its own matter. The demo's configuration is read only if no other
-# is given.
+# one as a module and has read its own files. The demo's configuration is read only if no other is
+# given.
 CONFIG_FILES = [] if IS_MODULE else list(workflow.overwrite_configfiles)
 if not CONFIG_FILES and "extends" not in config and not (IS_MODULE and config):
     CONFIG_FILES = [REPOSITORY / "config" / "config.yaml"]
