@@ -16,6 +16,9 @@ NOISE = {
 }
 
 
+HELD_OUT.append(lambda wildcards: [settings(wildcards)["alpaca_eval"]["instructions"]])
+
+
 def answer_flags(wildcards):
     """The flags that set how the evaluation instructions are answered."""
     run = settings(wildcards)
@@ -121,6 +124,7 @@ rule fetch_alpaca_eval:
         f"{MODELS}logs/alpaca_eval.log",
     benchmark:
         f"{MODELS}benchmarks/alpaca_eval.tsv"
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/eval.yaml"
     threads: 1
