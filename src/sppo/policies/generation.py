@@ -142,13 +142,18 @@ def draw_tokens(
 
 def _nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
     """Probabilities (B, V) with 0 outside the nucleus of each row; see `draw_tokens`."""
-    # Sorting the whole vocabulary would take longer than the model. The nucleus is nearly always
-    # among the 1024 most likely tokens.
-    ordered = probabilities.topk(min(1024, probabilities.shape[-1]), dim=-1).values
-    if (ordered.sum(dim=-1) < top_p).any():
-        ordered = probabilities.sort(dim=-1, descending=True).values
-    inside = ordered.double().cumsum(dim=-1) - ordered < top_p
-    smallest = ordered.masked_fill(~inside, torch.inf).amin(dim=-1, keepdim=True)
+    # Sorting the whole vocabulary would take longer than the model. The nucleus of most rows is
+    # among the 64 most likely tokens, and nearly always among the 1024 most likely ones.
+    smallest = torch.empty_like(probabilities[:, :1])
+    rows = torch.arange(len(probabilities), device=probabilities.device)
+    vocabulary = probabilities.shape[-1]
+    for size in (64, 1024, vocabulary):
+        ordered = probabilities[rows].topk(min(size, vocabulary), dim=-1).values
+        inside = ordered.double().cumsum(dim=-1) - ordered < top_p
+        smallest[rows] = ordered.masked_fill(~inside, torch.inf).amin(dim=-1, keepdim=True)
+        rows = rows[ordered.sum(dim=-1) < top_p]
+        if size >= vocabulary or not len(rows):
+            break
     return probabilities.masked_fill(probabilities < smallest, 0.0)
 
 
