@@ -45,6 +45,7 @@ localrules:
     compare,
     compare_all,
     theory,
+    word_game,
     # What asks the network, which the nodes of a cluster may lack.
     base_policy,
     preference_model,
@@ -97,3 +98,9 @@ rule theory:
     """Every claim of the theory on games that can be solved exactly, with figures and a page that says what they show."""
     input:
         f"{ROOT}theory/README.md",
+
+
+rule word_game:
+    """Whether the trainer trains the embedded policy as the theory says, on a game of words with known P."""
+    input:
+        f"{ROOT}theory/word_game.md",

@@ -364,6 +364,9 @@ def page(
             f"Data: [{stem}.csv]({stem}.csv). Figure: [{stem}.svg]({stem}.svg).\n",
         ]
     lines += [
+        "## On a pretrained language model\n",
+        "`snakemake word_game` trains the embedded policy on a game of words, whose exact updates "
+        "are known, and writes [word_game.md](word_game.md).\n",
         "## Checks\n",
         "KL(p, q) = E log p/q under p. A ratio to a bound must not exceed 1.\n",
         "| | claim | games | value | expected | holds |",

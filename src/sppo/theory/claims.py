@@ -64,6 +64,7 @@ TOPICS = {
     16: "beating one's predecessor certifies nothing",
     17: "methods that are one another",
     18: "the real trainer beside the exact update",
+    19: "the real trainer on a pretrained language model",
 }
 
 
