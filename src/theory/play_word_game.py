@@ -396,12 +396,12 @@ def limit_text(steps: list[Step]) -> str:
             continue
         ratios = np.array([step.log_ratio for step in of_eta])
         targets = [np.abs(step.target).max() for step in of_eta]
-        correlations = [np.corrcoef(step.target, step.log_ratio)[0, 1] for step in of_eta]
+        slopes = ", ".join(f"{measure(step).slope:.3f}" for step in of_eta)
         text += (
             f"\n\nWith eta = {of_eta[0].eta:g}, targets reach {max(targets):.0f} nats. No training "
             "is expected to reach them, only to go in\ntheir direction. The realised log-ratios "
-            f"are between {ratios.min():.1f} and {ratios.max():.1f}. Their correlations\nwith the "
-            "targets, by iteration: " + ", ".join(f"{value:.2f}" for value in correlations) + "."
+            f"are between {ratios.min():.1f} and {ratios.max():.1f} nats, and the slopes\nare "
+            f"{slopes}."
         )
     return text
 

@@ -44,7 +44,7 @@ BEATS = {
     "Spock": {"scissors", "rock"},
 }
 P = cyclic_game(5, 0.95)
-ETA, LEARNING_RATE, STEPS = 4.0, 1e-3, 60
+ETA, LEARNING_RATE, STEPS = 4.0, 2e-3, 20
 
 
 def test_the_cyclic_game_is_rock_paper_scissors_spock_lizard():
