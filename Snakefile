@@ -46,6 +46,7 @@ localrules:
     compare,
     compare_all,
     theory,
+    word_game,
 
 
 rule all:
@@ -96,3 +97,9 @@ rule theory:
     """Check the theory on games that can be solved exactly, and make a page with figures."""
     input:
         f"{ROOT}theory/README.md",
+
+
+rule word_game:
+    """Compare the trainer with the exact update, on the embedded policy and a game of words."""
+    input:
+        f"{ROOT}theory/word_game.md",

@@ -111,3 +111,42 @@ rule plot_theory:
         f"{PYTHON} {SRC}/theory/plot_theory.py"
         " --checks {input.checks:q} --trained {input.trained:q}"
         " --output {output.page:q} 2>&1 | tee {log:q}"
+
+
+WORD_GAME = f"{ROOT}theory/word_game"
+WORD_GAME_FILES = [f"{WORD_GAME}{end}" for end in (".csv", "_words.csv", ".json", ".png")]
+
+
+rule play_word_game:
+    """Train the embedded policy on a word game with known P, correctly and with mistakes."""
+    input:
+        policy=EMBEDDED_POLICY,
+    output:
+        page=f"{WORD_GAME}.md",
+        svg=report(
+            f"{WORD_GAME}.svg",
+            caption="captions/theory_word_game.rst",
+            category="Theory",
+            labels={"run": "word game", "figure": "word game"},
+        ),
+        others=WORD_GAME_FILES,
+        page_record=record(f"{WORD_GAME}.md"),
+        svg_record=record(f"{WORD_GAME}.svg"),
+        other_records=[record(file) for file in WORD_GAME_FILES],
+    log:
+        f"{LOGS}play_word_game.log",
+    benchmark:
+        f"{BENCHMARKS}play_word_game.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=8000,
+        runtime=60,
+    params:
+        version=STAGES["theory"],
+    message:
+        "Training the embedded policy on a word game"
+    shell:
+        f"{PYTHON} {SRC}/theory/play_word_game.py"
+        " --policy {input.policy:q} --output {output.page:q} 2>&1 | tee {log:q}"

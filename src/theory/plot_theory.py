@@ -393,6 +393,9 @@ def page(
             f"Data: [{stem}.csv]({stem}.csv). Figure: [{stem}.svg]({stem}.svg).\n",
         ]
     lines += [
+        "## On a pretrained language model\n",
+        "`snakemake word_game` trains the embedded policy on a game of words, whose exact updates "
+        "are known, and writes [word_game.md](word_game.md).\n",
         "## Checks\n",
         "Each claim ends with what its value is. An error must not exceed what rounding allows, "
         "and the ratio of a value to its bound must not exceed 1. If a claim is checked on several "

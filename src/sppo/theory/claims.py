@@ -64,6 +64,7 @@ TOPICS = {
     16: "A win against the previous policy does not prove convergence",
     17: "Methods with different names and the same update",
     18: "The real trainer, compared with the exact update",
+    19: "The real trainer on a pretrained language model",
 }
 
 

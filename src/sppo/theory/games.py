@@ -307,25 +307,29 @@ def sppo_l2(P: Array, pi: Array, eta: float) -> Policies:
     return _iterate(pi, lambda log_pi, pi, t: log_pi + l2_log_ratio(pi, eta * (P @ pi - 0.5)))
 
 
-def l2_log_ratio(pi: Array, c: Array) -> Array:
-    """The log-ratios u = log pi'/pi (n,) of the policy pi' that minimises sum_y pi_y (u_y - c_y)^2.
+def l2_log_ratio(pi: Array, c: Array, weights: Array | None = None) -> Array:
+    """The log-ratios u = log pi'/pi (n,) of the policy pi' that minimises sum_y w_y (u_y - c_y)^2.
 
-    pi' is a policy if sum_y pi_y exp(u_y) = 1. With a multiplier mu >= 0 of this constraint,
-    u + mu exp(u) = c, so u = c - omega(c + log mu), where omega is Wright's function. Bisection
-    finds log mu. This needs E_pi c >= 0, which holds because E_pi P pi = 1/2; without the
-    constraint, u would be c.
+    pi' must satisfy sum_y pi_y exp(u_y) <= 1. Without `weights` (n,), w is pi. pi may be a part of
+    a policy: its sum may be below 1, and the other responses may lose all their probability.
+
+    If u = c satisfies the constraint, it is the result. Otherwise, with a multiplier mu > 0 of the
+    constraint and a = mu pi/w, u + a exp(u) = c, so u = c - omega(c + log a), where omega is
+    Wright's function. Bisection finds log mu.
     """
-    if c.max() <= 0:
-        return np.zeros_like(c)
+    if c.max() <= 0 or pi @ np.exp(c) <= 1:
+        return c
+    log_share = np.zeros_like(c) if weights is None else np.log(pi / weights)
     low = -745.0  # exp(low) is the smallest positive number
-    high = float(np.log(c.max()))  # at mu = max c, every u is at most 0
+    # At this mu, every u is at most 0.
+    high = float((np.log(c[c > 0]) - log_share[c > 0]).max())
     for _ in range(70):
         middle = (low + high) / 2
-        if pi @ np.exp(c - wrightomega(c + middle)) > 1:
+        if pi @ np.exp(c - wrightomega(c + middle + log_share)) > 1:
             low = middle
         else:
             high = middle
-    return c - wrightomega(c + high)
+    return c - wrightomega(c + high + log_share)
 
 
 def omwu(P: Array, pi: Array, eta: float) -> Policies:

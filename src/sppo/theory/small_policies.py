@@ -144,20 +144,27 @@ def train(
     learning_rate: float,
     steps: int,
     work: Path,
+    optimizer: str = "adamw_torch",
+    loss: str = "sppo",
+    reference: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Train the model in place for one SPPO iteration.
+    """Train the model in place for one SPPO iteration, in float32.
 
     The code for frozen policies computes the reference log-probabilities. The real trainer then
     takes `steps` steps, each on all pairs.
+
+    optimizer, loss: keys of the section `train`. reference: rows of `score` under another policy;
+    by default the reference is the current policy, as in SPPO.
     """
     options = {
         key: default_of(rule, "paper")
         for key, rule in schema()["properties"]["train"]["properties"].items()
     }
     options |= {
+        "loss": loss,
         "beta": 1 / eta,
         "learning_rate": learning_rate,
-        "optimizer": "adamw_torch",
+        "optimizer": optimizer,
         "batch_size": len(pairs),
         "micro_batch_size": len(pairs),
         "schedule_total_epochs": steps,
@@ -165,16 +172,24 @@ def train(
         "max_grad_norm": 1e9,
         "checkpoint_steps": steps,
     }
-    numbered = [pair | {"pair_id": number} for number, pair in enumerate(pairs)]
-    frozen = frozen_logps(model, numbered, torch.float32, "cpu", len(pairs))
+    current = score(model, pairs)
     rows = []
-    for pair, logps in zip(numbered, frozen):
-        # The reference is the current policy.
+    for pair, now, before in zip(numbered(pairs), current, reference or current, strict=True):
         columns = {
-            "current_chosen": logps["chosen_logp"],
-            "current_rejected": logps["rejected_logp"],
-            "reference_chosen": logps["chosen_logp"],
-            "reference_rejected": logps["rejected_logp"],
+            "current_chosen": now["chosen_logp"],
+            "current_rejected": now["rejected_logp"],
+            "reference_chosen": before["chosen_logp"],
+            "reference_rejected": before["rejected_logp"],
         }
         rows.append(pair | columns)
     make_trainer(model, rows, options, torch.float32, "cpu", work, seed=0).train()
+
+
+def score(model: nn.Module, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the table `logps` for these pairs under the model, by the code for references."""
+    return frozen_logps(model, numbered(pairs), torch.float32, "cpu", len(pairs))
+
+
+def numbered(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs with pair_id 0, 1, ..."""
+    return [pair | {"pair_id": number} for number, pair in enumerate(pairs)]
