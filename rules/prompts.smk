@@ -20,10 +20,9 @@ def earlier_prompts(wildcards):
 def questions(wildcards):
     """The questions of the evaluations, which must not be training prompts."""
     folder = mt_bench_folder(wildcards)
-    ifeval = settings(wildcards)["ifeval"]["instructions"]
     return [
         settings(wildcards)["alpaca_eval"]["instructions"],
-        *([] if ifeval == "official" else [ifeval]),
+        ifeval_instructions(wildcards),
         folder if folder == FASTCHAT_DATA else f"{folder}/question.jsonl",
     ]
 

@@ -30,6 +30,7 @@ PAPER_SCALE = ("mistral-7b", "llama-3-8b", "gemma-2-9b", "single-gpu")
 WITHOUT_INPUT = (
     "policies.embedded_policy",
     "mt_bench.fetch_mt_bench",
+    "ifeval.fetch_ifeval",
     "alpaca_eval.fetch_alpaca_eval",
 )
 SECTIONS_OF_A_RULE = (
@@ -716,8 +717,13 @@ def test_all_programs_get_the_same_chat_settings(copy):
 
 def test_prompts_exclude_the_questions_of_all_evaluations(copy):
     done = dry_run(copy, "results/iter1/prompts.parquet", "--printshellcmds")
-    held_out = "--held-out data/evaluation.json data/mt_bench/question.jsonl --earlier"
-    assert held_out in done.stdout + done.stderr
+    shown = done.stdout + done.stderr
+    (files,) = re.findall(r"--held-out (.+?) --earlier", shown)
+    assert files.split() == [
+        "data/evaluation.json",
+        "data/instructions/held_out.jsonl",
+        "data/mt_bench/question.jsonl",
+    ]
 
 
 def test_mt_bench_questions_are_fetched_before_prompts(copy):
