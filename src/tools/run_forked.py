@@ -63,7 +63,8 @@ def commands(arguments: list[str]) -> list[tuple[list[str], str]]:
     found = []
     for match in COMMAND.finditer(text):
         words = shlex.split(match["command"])
-        if len(words) < 2 or not words[1].endswith(".py"):
+        is_python = Path(words[0]).name.startswith("python")
+        if not is_python or len(words) < 2 or not words[1].endswith(".py"):
             raise UserError(f"this job is no Python program, so use snakemake: {match['command']}")
         found.append((words[1:], match["log"]))
     if len(found) != text.count("\nShell command: "):
