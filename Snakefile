@@ -2,8 +2,9 @@
 
     snakemake --cores all results/iter3/alpaca_eval.json
 
-prompts -> responses -> preferences -> pairs -> reference log-probs -> policy, once per iteration, and
-evaluations of every policy. Each stage has a file in rules/, each rule a small program in src/.
+Each iteration has the stages prompts -> responses -> preferences -> pairs -> reference
+log-probabilities -> policy. Every policy is evaluated. Each stage has a file in rules/, and each
+rule runs a program in src/.
 """
 
 from snakemake.utils import min_version
@@ -35,7 +36,7 @@ include: "rules/theory.smk"
 include: "rules/hub.smk"
 
 
-# What `compare` runs beside the main run.
+# Runs that the target `compare` makes in addition to the main run.
 COMPARED = ("sppo_hard", "dpo", "ipo", "inpo", "mpo")
 
 
@@ -45,18 +46,13 @@ localrules:
     compare,
     compare_all,
     theory,
-    # What asks the network, which the nodes of a cluster may lack.
-    base_policy,
-    preference_model,
-    sample_prompts,
-    fetch_alpaca_eval,
-    fetch_mt_bench,
-    fetch_ifeval,
-    push_policy,
 
 
 rule all:
-    """Every iteration of the main run, evaluated, and the table of them; with `push_to_hub` on the hub too."""
+    """Evaluate every iteration of the main run and make their table.
+
+    With `push_to_hub`, also upload the policies.
+    """
     default_target: True
     input:
         summary_files(""),
@@ -64,9 +60,10 @@ rule all:
 
 
 rule everything:
-    """Every evaluation of main's iterates, best-of-n of the last, the K = 2 run, and what the report shows of them.
+    """Make all evaluations of the main run, best of n of its last policy, and the K = 2 run.
 
-    The tables and the heatmaps take what is there, so they are targets of their own, to be made after this one.
+    It also makes the training figure and the response browser. The tables and the heatmaps show the
+    evaluations that exist, so they are separate targets, to be made after this one.
     """
     input:
         summary_files(""),
@@ -75,6 +72,7 @@ rule everything:
             artifact("", t, each.artifact)
             for t in range(MAIN["iterations"] + 1)
             for each in EVALUATIONS
+            if t >= each.first_iteration
         ],
         artifact("", MAIN["iterations"], "best_of_n.svg"),
         f"{ROOT}figures/training.svg",
@@ -82,19 +80,19 @@ rule everything:
 
 
 rule compare:
-    """SPPO beside the methods that its paper and its successors measure themselves by, with the same prompts, K and tokens."""
+    """Make SPPO and the methods it is compared with, with equal prompts, K and token limits."""
     input:
         summary_files(""),
         [summary_files(run) for run in RUNS if run in COMPARED],
 
 
 rule compare_all:
-    """Every run of the configuration. What is finished stays; a second call goes on where the first stopped."""
+    """Make every run of the configuration. A second call continues where the first one stopped."""
     input:
         [summary_files(run) for run in RUNS],
 
 
 rule theory:
-    """Checks of the theory on games that can be solved exactly, and a page with figures."""
+    """Check the theory on games that can be solved exactly, and make a page with figures."""
     input:
         f"{ROOT}theory/README.md",

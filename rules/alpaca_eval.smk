@@ -16,6 +16,9 @@ NOISE = {
 }
 
 
+HELD_OUT.append(lambda wildcards: [settings(wildcards)["alpaca_eval"]["instructions"]])
+
+
 def answer_flags(wildcards):
     """The flags that set how the evaluation instructions are answered."""
     run = settings(wildcards)
@@ -35,6 +38,15 @@ def reference_outputs(wildcards):
     return artifact("" if answers_as_main(run) else run_of(wildcards), 0, "reference_outputs.json")
 
 
+def compared_outputs(wildcards):
+    """The outputs that this verdict compares the policy with."""
+    if wildcards.verdict == "against_previous":
+        before = int(wildcards.t) - 1
+        run = run_of(wildcards) if before else base_of(wildcards)
+        return artifact(run, before, "alpaca_eval_outputs.json")
+    return reference_outputs(wildcards)
+
+
 def answers_as_main(run):
     """Whether the run answers the same instructions in the same way as the main run."""
     return all(
@@ -45,9 +57,9 @@ def answers_as_main(run):
 
 def judge(wildcards):
     """The configured judge, or, for the estimate, the preference model of training."""
-    if wildcards.verdict == "alpaca_eval":
-        return settings(wildcards)["alpaca_eval"]["judge"]
-    return preference_model(run_of(wildcards))
+    if wildcards.verdict == "ranker_estimate":
+        return preference_model(run_of(wildcards))
+    return settings(wildcards)["alpaca_eval"]["judge"]
 
 
 def judge_files(wildcards):
@@ -73,20 +85,15 @@ def difficulty_file(wildcards):
 def judge_flags(wildcards):
     """The flags of the judge and its metrics.
 
-    The ranker's estimate needs no interval of the length-controlled win rate.
+    Only `alpaca_eval` has an interval of the length-controlled win rate.
     """
     chosen = settings(wildcards)["alpaca_eval"]
+    keys = ["bootstrap"]
+    if wildcards.verdict != "ranker_estimate":
+        keys += ["judge_model", "judge_base_url"]
     if wildcards.verdict == "alpaca_eval":
-        keys = (
-            "judge_model",
-            "judge_base_url",
-            "difficulty",
-            "bootstrap",
-            "length_controlled_bootstrap",
-        )
-        metrics = {key: chosen[key] for key in keys}
-    else:
-        metrics = {"bootstrap": chosen["bootstrap"], "length_controlled_bootstrap": 0}
+        keys += ["difficulty", "length_controlled_bootstrap"]
+    metrics = {"length_controlled_bootstrap": 0} | {key: chosen[key] for key in keys}
     return flags({"judge": judge(wildcards)} | metrics)
 
 
@@ -117,6 +124,7 @@ rule fetch_alpaca_eval:
         f"{MODELS}logs/alpaca_eval.log",
     benchmark:
         f"{MODELS}benchmarks/alpaca_eval.tsv"
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/eval.yaml"
     threads: 1
@@ -178,7 +186,7 @@ rule judge_outputs:
     """Compute the win rate and the length-controlled win rate against the reference."""
     input:
         outputs=at("alpaca_eval_outputs.json"),
-        reference=reference_outputs,
+        reference=compared_outputs,
         judge=judge_files,
         difficulty=lambda wildcards: difficulty_file(wildcards) or [],
     output:
@@ -191,7 +199,7 @@ rule judge_outputs:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/{{verdict}}.tsv"
     wildcard_constraints:
-        verdict="alpaca_eval|ranker_estimate",
+        verdict="alpaca_eval|against_previous|ranker_estimate",
     conda:
         "../envs/eval.yaml"
     threads: MODEL_THREADS

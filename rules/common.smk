@@ -52,8 +52,8 @@ if workflow.is_main_process and not (IS_MODULE or IS_HERE or IS_CLONE):
     )
 
 # `config` contains the values of --config and --configfile, or those of the workflow that uses this
-# one as a module, whose files are its own matter. The demo's configuration is read only if no other
-# is given.
+# one as a module and has read its own files. The demo's configuration is read only if no other is
+# given.
 CONFIG_FILES = [] if IS_MODULE else list(workflow.overwrite_configfiles)
 if not CONFIG_FILES and "extends" not in config and not (IS_MODULE and config):
     CONFIG_FILES = [REPOSITORY / "config" / "config.yaml"]
@@ -156,6 +156,11 @@ SRC = "src" if IS_HERE else shlex.quote(str(REPOSITORY.resolve() / "src"))
 DEVICE = MAIN["device"]
 if sys.stderr.isatty():
     os.environ.update(SPPO_WATCHED="1")
+
+
+# Input functions, each with the files of an evaluation's questions, which must not be training
+# prompts. An evaluation's rule file adds its own.
+HELD_OUT = []
 
 
 def any_of(runs):
@@ -305,7 +310,8 @@ def check_slurm():
     # Jobs inherit the environment, and nobody watches their logs.
     os.environ.pop("SPPO_WATCHED", None)
     attempts = workflow.execution_settings.retries + 1
-    asked = [asked_of_cluster(rule, attempts) for rule in workflow.rules if not rule.norun]
+    submitted = [rule for rule in workflow.rules if not workflow.is_local(rule)]
+    asked = [asked_of_cluster(rule, attempts) for rule in submitted]
     most = workflow.resource_settings.resources.get("gpu")
     check_folder_for_slurm(os.getcwd())
     check_cluster(asked, workflow.executor_settings.status_command, most and most.value)

@@ -27,6 +27,7 @@ rule push_policy:
         f"{BENCHMARKS}iter{{t}}/push_policy.tsv"
     wildcard_constraints:
         t=r"[1-9]\d*",
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/core.yaml"
     threads: 1

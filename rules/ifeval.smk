@@ -10,6 +10,9 @@ def ifeval_instructions(wildcards):
     return IFEVAL_OFFICIAL if chosen == "official" else chosen
 
 
+HELD_OUT.append(lambda wildcards: [ifeval_instructions(wildcards)])
+
+
 def ifeval_answers(wildcards):
     """AlpacaEval's answers, if they are to the same instructions with the same decoding."""
     run = settings(wildcards)
@@ -35,6 +38,7 @@ rule fetch_ifeval:
         f"{MODELS}logs/ifeval.log",
     benchmark:
         f"{MODELS}benchmarks/ifeval.tsv"
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/eval.yaml"
     threads: 1
@@ -103,8 +107,8 @@ rule evaluate_ifeval:
         "../envs/eval.yaml"
     threads: 1
     resources:
-        mem_mb=2000,
-        runtime=20,
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 20 * attempt,
     params:
         version=STAGES["ifeval"],
     message:

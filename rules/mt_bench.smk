@@ -16,6 +16,15 @@ def mt_bench_folder(wildcards):
     return FASTCHAT_DATA if data == "fastchat" else data
 
 
+def mt_bench_questions(wildcards):
+    """The file of questions, or the folder that a rule fetches."""
+    folder = mt_bench_folder(wildcards)
+    return [folder if folder == FASTCHAT_DATA else f"{folder}/question.jsonl"]
+
+
+HELD_OUT.append(mt_bench_questions)
+
+
 def mt_bench_data(wildcards):
     """The input of a job that reads that folder: a rule's output, or the user's files."""
     folder = mt_bench_folder(wildcards)
@@ -55,6 +64,7 @@ rule fetch_mt_bench:
         f"{MODELS}logs/mt_bench.log",
     benchmark:
         f"{MODELS}benchmarks/mt_bench.tsv"
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/eval.yaml"
     threads: 1

@@ -45,6 +45,7 @@ rule base_policy:
         f"{LOGS}base_policy.log",
     benchmark:
         f"{BENCHMARKS}base_policy.tsv"
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/core.yaml"
     threads: 1

@@ -69,6 +69,7 @@ rule preference_model:
     benchmark:
         f"{BENCHMARKS}{{run}}preference_model.tsv"
     priority: 1
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/core.yaml"
     threads: 1

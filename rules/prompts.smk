@@ -19,12 +19,8 @@ def earlier_prompts(wildcards):
 
 def questions(wildcards):
     """The questions of the evaluations, which must not be training prompts."""
-    folder = mt_bench_folder(wildcards)
-    return [
-        settings(wildcards)["alpaca_eval"]["instructions"],
-        ifeval_instructions(wildcards),
-        folder if folder == FASTCHAT_DATA else f"{folder}/question.jsonl",
-    ]
+    files = [file for asked in HELD_OUT for file in asked(wildcards)]
+    return list(dict.fromkeys(files))
 
 
 rule sample_prompts:
@@ -42,6 +38,7 @@ rule sample_prompts:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/sample_prompts.tsv"
     priority: 1  # if the hub does not have the prompts of a later iteration, the run fails early
+    localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/core.yaml"
     threads: 1

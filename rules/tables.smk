@@ -34,13 +34,57 @@ def of_every_iteration(name):
     ]
 
 
+def summarized(wildcards):
+    """The evaluations that the run's summary shows, as entries of the registry."""
+    chosen = settings(wildcards)["summary"]["evaluations"]
+    return [each for each in EVALUATIONS if each.name in chosen]
+
+
+def evaluations_of_base(wildcards):
+    """The summary's evaluations of the base, which another run may have made."""
+    return [
+        artifact(base_of(wildcards), 0, each.artifact)
+        for each in summarized(wildcards)
+        if each.first_iteration == 0
+    ]
+
+
+def runs_beside(wildcards):
+    """The run of the summary, and the runs that it shows beside it."""
+    run = run_of(wildcards)
+    return [run, *(name for name in settings(wildcards)["summary"]["beside"] if name != run)]
+
+
+def evaluations_of_runs(wildcards):
+    """The summary's evaluations of all trained policies, of the run and of those beside it."""
+    return [
+        artifact(run, t, each.artifact)
+        for run in runs_beside(wildcards)
+        for t in range(1, run_settings(run)["iterations"] + 1)
+        for each in summarized(wildcards)
+    ]
+
+
+def train_logs_of_runs(wildcards):
+    """The training logs of these policies; none if one of the runs is not trained."""
+    runs = runs_beside(wildcards)
+    if any(run_settings(run)["extrapolation"] is not None for run in runs):
+        return []
+    return [
+        artifact(run, t, "train_log.jsonl")
+        for run in runs
+        for t in range(1, run_settings(run)["iterations"] + 1)
+    ]
+
+
 def records_of_every_iteration(wildcards):
     """Records whose seconds add up to an iteration's minutes."""
     run = run_of(wildcards)
     made = [
-        artifact(run if t else base_of(wildcards), t, name)
+        artifact(run, t, name)
         for t in iterations(wildcards)
         for name in ("alpaca_eval_outputs.json", "alpaca_eval.json")
+        if t or base_of(wildcards) == run
     ]
     for t in range(1, settings(wildcards)["iterations"] + 1):
         if settings(wildcards)["extrapolation"] is not None:
@@ -71,10 +115,11 @@ def summary_files(run):
 
 
 rule summarize_run:
-    """Make a run's table and figures: win rates, the ranker's estimate, length, minutes."""
+    """Make a run's table and figures: its evaluations, log-ratios and minutes."""
     input:
-        judged=of_every_iteration("alpaca_eval.json"),
-        estimated=of_every_iteration("ranker_estimate.json"),
+        base=evaluations_of_base,
+        evaluations=evaluations_of_runs,
+        logs=train_logs_of_runs,
         records=records_of_every_iteration,
     output:
         table=f"{ROOT}{{run}}summary.md",
@@ -109,11 +154,14 @@ rule summarize_run:
         runtime=10,
     params:
         version=STAGES["tabulate"],
+        run=lambda wildcards: run_of(wildcards),
     message:
         "Summarizing {wildcards.run}all iterations"
     shell:
         f"{PYTHON} {SRC}/reporting/summarize_run.py"
-        " --alpaca-eval {input.judged:q} --ranker {input.estimated:q}"
+        " --run={params.run:q}"
+        f" --results {ROOT}"
+        " --base {input.base:q} --evaluations {input.evaluations:q} --train-logs {input.logs:q}"
         " --records {input.records:q} --output {output.table:q} --plot {output.png:q}"
         " --length-plot {output.length_png:q} 2>&1 | tee {log:q}"
 

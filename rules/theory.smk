@@ -60,7 +60,7 @@ rule train_on_games:
         others=expand(f"{ROOT}theory/trained_policies.{{form}}", form=["csv", "png"]),
         json_record=record(f"{ROOT}theory/trained_policies.json"),
         svg_record=record(f"{ROOT}theory/trained_policies.svg"),
-        other_records=expand(record(f"{ROOT}theory/trained_policies.{{form}}"), form=["csv", "png"]),
+        other_records=[record(f"{ROOT}theory/trained_policies.{form}") for form in ("csv", "png")],
     log:
         f"{LOGS}train_on_games.log",
     benchmark:

@@ -1,11 +1,12 @@
-"""Table and plots of one run: the win rates of every iteration against the base.
+"""Table and plots of one run: the evaluations of every iteration, beside those of control runs.
 
-Reads   alpaca_eval.json of each iteration by the judge, and by the ranker that made the training
-        preferences; optionally the run's records, for the time of each iteration
-Writes  a Markdown table (also printed), plots over iteration and over length as .png and .svg,
-        their records
-The iteration is read from the paths (.../iter{t}/...). Rates are in per cent; brackets are 95%
-intervals.
+Reads   evaluations of each iteration (JSON; src/sppo/evaluation/registry.py), of the run and of the
+        runs beside it; optionally training logs, for the log-ratios, and the run's records, for the
+        time of each iteration
+Writes  a Markdown table with sentences (also printed), plots over iteration and over length as .png
+        and .svg, their records
+Run and iteration are read from the paths (results/[name/][run/]iter{t}/...). Rates are in per cent;
+brackets are 95% intervals.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from sppo.core.artifacts import iteration, read_json, recorded, write_text
+from sppo.core.artifacts import iteration, json_lines, read_json, recorded, write_text
 from sppo.core.errors import UserError, run
-from sppo.evaluation.results import doubts, rate, read_evaluation
+from sppo.evaluation.registry import EVALUATIONS, Column
+from sppo.evaluation.results import collect, doubts, read_evaluation
 from sppo.reporting.figures import judge_name, plot_over_length, plot_win_rates
+from sppo.reporting.table_formats import aligned_table
 
 NEEDED = (
     "win_rate",
@@ -34,7 +37,7 @@ NEEDED = (
     "judge_details",
     "reference",
 )
-Evaluations = dict[int, dict[str, Any]]
+Contents = dict[str, Any]  # of a JSON file
 
 
 def main() -> None:
@@ -42,21 +45,34 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--alpaca-eval",
+        "--run", default="", help="name of the run; the main run's name is empty, the default"
+    )
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder of the experiment, results/[name/]"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="evaluations of the base, if another run made them",
+    )
+    parser.add_argument(
+        "--evaluations",
         type=Path,
         nargs="+",
         required=True,
-        help="alpaca_eval.json by the judge, one per iteration",
+        help="evaluations of all iterations, of the run and of the runs beside it",
     )
     parser.add_argument(
-        "--ranker", type=Path, nargs="*", default=[], help="the same files by the ranker"
+        "--train-logs", type=Path, nargs="*", default=[], help="train_log.jsonl of the iterations"
     )
     parser.add_argument(
         "--records",
         type=Path,
         nargs="*",
         default=[],
-        help="records whose seconds are added up by iteration",
+        help="records whose seconds are added up by run and iteration",
     )
     parser.add_argument("--output", type=Path, required=True, help="summary.md")
     parser.add_argument(
@@ -70,16 +86,14 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    judged = read_evaluations(args.alpaca_eval)
-    ranked = read_evaluations(args.ranker)
-    setups = {(found["judge"], found["reference"], found["n_total"]) for found in judged.values()}
-    if len(setups) > 1:
-        raise UserError(
-            f"the evaluations differ in judge, reference or n ({sorted(setups)}); give those of "
-            "one run"
-        )
-    seconds = seconds_by_iteration(args.records)
-    inputs = [*args.alpaca_eval, *args.ranker]
+    name = args.run or "main"
+    found = collect(args.evaluations, args.results)
+    for file in args.base:
+        found.setdefault((name, 0), {})[file.stem] = read_evaluation(file)
+    judged = judged_by_run(found, name)
+    ratios = log_ratios(args.train_logs, args.results)
+    seconds = seconds_by_iteration(args.records, args.results)
+    inputs = [*args.evaluations, *args.base, *args.train_logs]
     plots = [args.plot, args.plot.with_suffix(".svg")]
     length_plots = [args.length_plot, args.length_plot.with_suffix(".svg")]
     with contextlib.ExitStack() as records:
@@ -87,87 +101,158 @@ def main() -> None:
             records.enter_context(
                 recorded("tabulate", artifact, inputs, {"records": len(args.records)})
             )
-        text = table(judged, ranked, seconds)
+        text = summary(found, judged, ratios, seconds, name)
         write_text(args.output, text)
-        plot_win_rates(judged, "SPPO iteration (0 is the base policy)", plots)
-        plot_over_length(judged, length_plots)
+        others = {other: of_run for other, of_run in judged.items() if other != name}
+        plot_win_rates(judged[name], "iteration (0 is the base policy)", plots, others)
+        plot_over_length(judged[name], length_plots)
     print(text, end="")
 
 
-def read_evaluations(paths: list[Path]) -> Evaluations:
-    """Evaluations by iteration, in order.
+def judged_by_run(found: dict[tuple[str, int], Contents], name: str) -> dict[str, dict]:
+    """The contents of alpaca_eval.json by run and iteration, in order; the run `name` first.
 
-    UserError for two files of one iteration, a file of another policy, or a missing field.
+    UserError if the run has none, a field is missing, or judge, reference or n differ.
     """
-    evaluations: Evaluations = {}
-    for path in paths:
-        number = iteration(path)
-        found = read_evaluation(path)
-        missing = [key for key in NEEDED if key not in found]
+    judged: dict[str, dict[int, Contents]] = {name: {}}
+    for (run_name, t), kinds in sorted(found.items(), key=lambda item: item[0][1]):
+        if "alpaca_eval" not in kinds:
+            continue
+        missing = [key for key in NEEDED if key not in kinds["alpaca_eval"]]
         if missing:
             raise UserError(
-                f"{path} has no {missing[0]}; make it again with evaluate_alpaca_eval.py"
+                f"alpaca_eval.json of {run_name}, iteration {t} has no {missing[0]}; make it again"
+                " with evaluate_alpaca_eval.py"
             )
-        if number in evaluations:
-            raise UserError(f"{path} is a second evaluation of iteration {number}; give one")
-        evaluations[number] = found
-    return dict(sorted(evaluations.items()))
+        judged.setdefault(run_name, {})[t] = kinds["alpaca_eval"]
+    if not judged[name]:
+        raise UserError(f"no alpaca_eval.json of the run {name} is given; give one per iteration")
+    lines = [line for of_run in judged.values() for line in of_run.values()]
+    setups = {(line["judge"], line["reference"], line["n_total"]) for line in lines}
+    if len(setups) > 1:
+        raise UserError(
+            f"the evaluations differ in judge, reference or n ({sorted(setups)}); give those that "
+            "agree"
+        )
+    return judged
 
 
-def seconds_by_iteration(records: list[Path]) -> dict[int, float]:
-    """Total wall time of the stages, in seconds, by iteration.
+def place_of(path: Path, results: Path) -> tuple[str, int]:
+    """Run and iteration of a file results/[run/]iter{t}/..."""
+    first = path.relative_to(results).parts[0]
+    return ("main" if first.startswith("iter") else first, iteration(path))
+
+
+def log_ratios(logs: list[Path], results: Path) -> dict[tuple[str, int], tuple[float, float]]:
+    """log pi/pi_t of winners and of losers in nats, by run and iteration.
+
+    They are means over the pairs of the last optimiser step.
+    """
+    found = {}
+    for path in logs:
+        rows = [row for row in json_lines(path) if "log_ratio_chosen" in row]
+        if not rows:
+            raise UserError(f"{path} has no steps; delete it and run again")
+        last = rows[-1]
+        found[place_of(path, results)] = (last["log_ratio_chosen"], last["log_ratio_rejected"])
+    return found
+
+
+def seconds_by_iteration(records: list[Path], results: Path) -> dict[tuple[str, int], float]:
+    """Total wall time of the stages, in seconds, by run and iteration.
 
     A rebuilt record has no seconds. Its iteration is left out, because a sum without it would be
     too small.
     """
-    total: dict[int, float] = {}
+    total: dict[tuple[str, int], float] = {}
     for path in records:
-        number = iteration(path)
+        place = place_of(path, results)
         seconds = read_json(path).get("seconds", math.nan)
-        total[number] = total.get(number, 0.0) + float(seconds)
-    return {number: seconds for number, seconds in total.items() if not math.isnan(seconds)}
+        total[place] = total.get(place, 0.0) + float(seconds)
+    return {place: seconds for place, seconds in total.items() if not math.isnan(seconds)}
 
 
-def table(judged: Evaluations, ranked: Evaluations, seconds: dict[int, float]) -> str:
-    """The table in Markdown, with notes; a missing value is a dash."""
-    rows = [
-        (
-            "iteration",
-            "win rate [95%]",
-            "LC win rate [95%]",
-            "by the ranker",
-            "average length",
-            "minutes",
-        )
+def summary(
+    found: dict[tuple[str, int], Contents],
+    judged: dict[str, dict[int, Contents]],
+    ratios: dict[tuple[str, int], tuple[float, float]],
+    seconds: dict[tuple[str, int], float],
+    name: str,
+) -> str:
+    """The table in Markdown with sentences about it; a missing value is a dash.
+
+    found: contents of the evaluations by run and iteration. judged: those of AlpacaEval.
+    """
+    present = {kind for kinds in found.values() for kind in kinds}
+    columns = [
+        (each.name, column)
+        for each in EVALUATIONS
+        if each.name in present
+        for column in each.columns
+        if column.in_summary
     ]
-    for number, found in judged.items():
-        rows.append(
-            (
-                str(number),
-                rate(found, "win_rate"),
-                rate(found, "length_controlled_winrate"),
-                f"{ranked[number]['win_rate']:.1f}" if number in ranked else "-",
-                str(found["avg_length"]),
-                f"{seconds[number] / 60:.1f}" if number in seconds else "-",
-            )
-        )
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-    # All evaluations have the same judge, reference and n.
-    first = next(iter(judged.values()))
-    sentences = doubts({f"iteration {number}": found for number, found in judged.items()})
-    return (
-        f"Per cent won against {first['reference']} on {first['n_total']} instructions, "
-        f"by {judge_name(first)}; lengths in characters, {first['reference']}: "
-        f"{first['reference_avg_length']}.\n\n"
-        + "\n".join(lines)
-        + "\n"
-        + "".join(f"\n{sentence}\n" for sentence in sentences)
+    head = ["iteration", *(column.head for _, column in columns)]
+    head += ["log-ratio, winner", "log-ratio, loser"] if ratios else []
+    rows = []
+    for run_name, of_run in judged.items():
+        for t in of_run:
+            place = (run_name, t)
+            label = str(t) if run_name == name else f"{t}, {run_name}"
+            rows.append([label, *cells(found[place], columns)])
+            if ratios:
+                rows[-1] += [f"{ratio:.1f}" for ratio in ratios[place]] if t else ["-", "-"]
+            rows[-1].append(f"{seconds[place] / 60:.1f}" if place in seconds else "-")
+    first = next(iter(judged[name].values()))
+    in_words = what_happened(judged, name) + doubts(
+        {f"iteration {t}": line for t, line in judged[name].items()}
     )
+    return (
+        f"Per cent won against {first['reference']} on {first['n_total']} instructions, by "
+        f"{judge_name(first)}. Brackets are 95% intervals, lengths are in characters "
+        f"({first['reference']}: {first['reference_avg_length']})"
+        + (", log-ratios are log π/π_t in nats at the last step" if ratios else "")
+        + ".\n\n"
+        + aligned_table([*head, "minutes"], rows)
+        + "".join(f"\n{sentence}\n" for sentence in in_words)
+    )
+
+
+def cells(kinds: Contents, columns: list[tuple[str, Column]]) -> list[str]:
+    """The cells of one iteration. kinds: contents of its evaluations by name."""
+    return [column.cell(kinds[name]) if name in kinds else "-" for name, column in columns]
+
+
+def what_happened(judged: dict[str, dict[int, Contents]], name: str) -> list[str]:
+    """Sentences that say what the win rates show, whichever way they go."""
+    lines = judged[name]
+    trained = [t for t in lines if t > 0]
+    if not trained:
+        return []
+    last = trained[-1]
+    rates = [lines[t]["win_rate"] for t in trained]
+    if len(trained) == 1:
+        course = f"After iteration {last} the policy wins {rates[0]:.1f}%"
+    else:
+        numbers = ", ".join(f"{rate:.1f}" for rate in rates)
+        rising = all(later > earlier for earlier, later in zip(rates, rates[1:]))
+        course = f"The policies win {numbers}%, " + (
+            "each more than the one before" if rising else "not each more than the one before"
+        )
+    low, high = lines[last]["win_rate_interval"] or (rates[-1], rates[-1])
+    verdict = "above 50" if low > 50 else "below 50" if high < 50 else "around 50: no difference"
+    sentences = [f"{course}. The last interval is {verdict}."]
+    for other, of_run in judged.items():
+        for t, line in of_run.items():
+            if other == name or t == 0 or t not in lines:
+                continue
+            low, high = line["win_rate_interval"] or (line["win_rate"], line["win_rate"])
+            own = lines[t]["win_rate"]
+            compared = "apart" if own > high or own < low else "no clear difference"
+            sentences.append(
+                f"The run {other} wins {line['win_rate']:.1f}% after iteration {t}, where"
+                f" {name} wins {own:.1f}%: {compared}."
+            )
+    return sentences
 
 
 if __name__ == "__main__":

@@ -855,47 +855,62 @@ def test_published_preferences_give_the_published_results(call, tmp_path):
 # --- the summary ---
 
 
+RUNS = {"": (50, 53, 56), "permuted/": (None, 49)}
+
+
 @pytest.fixture
 def run_folder(tmp_path):
-    for number in range(3):
-        for name, rate in (("alpaca_eval.json", 50 + 3 * number), ("ranker.json", 50 + 5 * number)):
-            write_json(
-                tmp_path / f"iter{number}" / name,
-                {
-                    "win_rate": rate,
-                    "win_rate_interval": [rate - 4, rate + 4],
-                    "length_controlled_winrate": rate - 1.0,
-                    "length_controlled_winrate_interval": [rate - 5, rate + 3] if number else None,
-                    "avg_length": 300 + number,
-                    "reference_avg_length": 299,
-                    "n_total": 100,
-                    "judge": "judge" if name == "alpaca_eval.json" else "ranker",
-                    "judge_details": {},
-                    "reference": "base",
-                },
-            )
-        for stage in ("a", "b"):
-            write_json(
-                tmp_path / f"iter{number}" / f"{stage}.record.json",
-                {"seconds": 30.0 * (number + 1)},
-            )
+    """results/ with two iterations of main and one of the run `permuted`."""
+    for run, rates in RUNS.items():
+        for number, rate in enumerate(rates):
+            if rate is None:
+                continue
+            folder = tmp_path / f"{run}iter{number}"
+            found = {
+                "win_rate": rate,
+                "win_rate_interval": [rate - 2, rate + 2],
+                "length_controlled_winrate": rate - 1.0,
+                "length_controlled_winrate_interval": [rate - 5, rate + 3] if number else None,
+                "avg_length": 300 + number,
+                "reference_avg_length": 299,
+                "n_total": 100,
+                "judge": "judge",
+                "judge_details": {},
+                "reference": "base",
+            }
+            write_json(folder / "alpaca_eval.json", found)
+            write_json(folder / "ranker_estimate.json", {"win_rate": rate + 4.0})
+            for stage in ("a", "b"):
+                write_json(folder / f"{stage}.record.json", {"seconds": 30.0 * (number + 1)})
+            if number:
+                steps = [
+                    {"step": step, "log_ratio_chosen": -step, "log_ratio_rejected": -2.5 * step}
+                    for step in range(1, number + 3)
+                ]
+                lines = "".join(json.dumps(row) + "\n" for row in [*steps, {"train_loss": 1.0}])
+                (folder / "train_log.jsonl").write_text(lines)
     return tmp_path
 
 
 def summarize(folder, monkeypatch, *more):
     lists = {
-        "--alpaca-eval": "iter*/alpaca_eval.json",
-        "--ranker": "iter*/ranker.json",
+        "--evaluations": "iter*/*.json",
+        "--train-logs": "iter*/train_log.jsonl",
         "--records": "iter*/?.record.json",
     }
     arguments = []
     for flag, pattern in lists.items():
-        arguments += [flag, *map(str, sorted(folder.glob(pattern)))]
+        files = [*sorted(folder.glob(pattern)), *sorted(folder.glob(f"permuted/{pattern}"))]
+        is_record = [".record." in file.name for file in files]
+        wanted = flag == "--records"
+        arguments += [flag, *(str(f) for f, record in zip(files, is_record) if record == wanted)]
     monkeypatch.setattr(
         sys,
         "argv",
         [
             str(ROOT / "src" / "reporting/summarize_run.py"),
+            "--results",
+            str(folder),
             *arguments,
             "--output",
             str(folder / "summary.md"),
@@ -909,22 +924,59 @@ def summarize(folder, monkeypatch, *more):
     summarize_run.main()
 
 
+def cells_of(text):
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+
+
 def test_summary_lists_every_iteration(run_folder, monkeypatch, capsys):
     summarize(run_folder, monkeypatch)
     text = (run_folder / "summary.md").read_text()
     assert capsys.readouterr().out == text
     assert "on 100 instructions, by the embedded judge" in text
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in text.splitlines()
-        if line.startswith("|")
-    ]
-    assert cells[2] == ["0", "50.0 [46.0, 54.0]", "49.0", "50.0", "300", "1.0"]
-    assert cells[4] == ["2", "56.0 [52.0, 60.0]", "55.0 [51.0, 59.0]", "60.0", "302", "3.0"]
+    cells = cells_of(text)
+    dash = ["-", "-"]
+    assert cells[2] == ["0", "50.0 [48.0, 52.0]", "49.0", "300", "54.0", *dash, "1.0"]
+    last = ["2", "56.0 [54.0, 58.0]", "55.0 [51.0, 59.0]", "302", "60.0", "-4.0", "-10.0", "3.0"]
+    assert cells[4] == last
+    assert cells[5][0] == "1, permuted"
     assert (run_folder / "figures" / "win_rate.png").read_bytes().startswith(b"\x89PNG")
     svg = (run_folder / "figures" / "win_rate.svg").read_bytes()
     summarize(run_folder, monkeypatch)
     assert (run_folder / "figures" / "win_rate.svg").read_bytes() == svg
+
+
+@pytest.mark.parametrize(
+    ("rates", "sentence"),
+    [
+        ((53, 56), "each more than the one before. The last interval is above 50."),
+        ((56, 51), "not each more than the one before. The last interval is around 50"),
+        ((49, 45), "not each more than the one before. The last interval is below 50."),
+    ],
+)
+def test_summary_says_what_happened_either_way(run_folder, monkeypatch, rates, sentence):
+    for number, rate in enumerate(rates, start=1):
+        file = run_folder / f"iter{number}" / "alpaca_eval.json"
+        changed = {"win_rate": rate, "win_rate_interval": [rate - 2, rate + 2]}
+        write_json(file, read_json(file) | changed)
+    summarize(run_folder, monkeypatch)
+    text = (run_folder / "summary.md").read_text()
+    assert sentence in text
+    apart = "apart" if rates[0] > 51 else "no clear difference"
+    assert (
+        f"permuted wins 49.0% after iteration 1, where main wins {rates[0]:.1f}%: {apart}" in text
+    )
+
+
+def test_summary_of_a_run_takes_the_base_of_main(run_folder, monkeypatch):
+    base = [str(run_folder / "iter0" / name) for name in ("alpaca_eval.json",)]
+    summarize(run_folder, monkeypatch, "--run=permuted", "--base", *base)
+    cells = cells_of((run_folder / "summary.md").read_text())
+    assert [row[0] for row in cells[2:4]] == ["0", "1"]
+    assert cells[2][1].startswith("50.0") and cells[3][1].startswith("49.0")
 
 
 def test_summary_marks_doubtful_rates_and_empty_answers(run_folder, monkeypatch):
@@ -958,3 +1010,8 @@ def test_summary_refuses_inconsistent_evaluations(run_folder, monkeypatch):
         summarize(run_folder, monkeypatch)
     with pytest.raises(UserError, match="not in a folder named iter<number>"):
         summarize_run.iteration(Path("results/alpaca_eval.json"))
+
+
+def test_summary_refuses_a_run_without_evaluations(run_folder, monkeypatch):
+    with pytest.raises(UserError, match="no alpaca_eval.json of the run nope"):
+        summarize(run_folder, monkeypatch, "--run=nope")

@@ -610,4 +610,4 @@ def test_iteration_with_a_rebuilt_record_has_no_minutes(tmp_path):
     }
     for path, record in records.items():
         write_json(path, record)
-    assert seconds_by_iteration(list(records)) == {2: 30.0}
+    assert seconds_by_iteration(list(records), tmp_path) == {("main", 2): 30.0}

@@ -94,7 +94,9 @@ def test_every_reader_refuses_a_misplaced_evaluation(program, tmp_path):
     with pytest.raises(UserError, match="iter2/alpaca_eval.json is of sppo/iter1"):
         program(
             summarize_run,
-            "--alpaca-eval",
+            "--results",
+            results,
+            "--evaluations",
             *sorted(results.glob("iter*/alpaca_eval.json")),
             "--output",
             results / "summary.md",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 import resource
@@ -27,12 +29,7 @@ RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
 PRESETS = sorted((ROOT / "config" / "presets").glob("*.yaml"))
 PAPER_SCALE = ("mistral-7b", "llama-3-8b", "gemma-2-9b", "single-gpu")
 # Rules without input files. They read a package or the network.
-WITHOUT_INPUT = (
-    "policies.embedded_policy",
-    "mt_bench.fetch_mt_bench",
-    "ifeval.fetch_ifeval",
-    "alpaca_eval.fetch_alpaca_eval",
-)
+WITHOUT_INPUT = re.compile(r"policies\.embedded_policy|\w+\.fetch_\w+")
 SECTIONS_OF_A_RULE = (
     "input",
     "output",
@@ -102,10 +99,11 @@ def test_rule_has_all_required_sections(rule):
     body = rules()[rule]
     assert re.match(r'\s*"""\S.+\S"""\n', body), "no docstring"
     for key in SECTIONS_OF_A_RULE:
-        if key != "input" or rule not in WITHOUT_INPUT:
+        if key != "input" or not WITHOUT_INPUT.fullmatch(rule):
             assert re.search(rf"^    {key}:", body, re.MULTILINE), f"no {key}"
-    assert re.search(r"^        mem_mb=\d+,$", body, re.MULTILINE)
-    assert re.search(r"^        runtime=\d+,$", body, re.MULTILINE)
+    for name in ("mem_mb", "runtime"):
+        amount = rf"{name}=(\d+|lambda wildcards, attempt: \d+ \* attempt),"
+        assert re.search(rf"^        {amount}$", body, re.MULTILINE)
     assert re.search(r'version=STAGES\["\w+"\],', body), "a new stage version would not rerun it"
     environment = re.search(
         r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT|preference_environment)\n', body
@@ -166,10 +164,29 @@ def test_snakefile_includes_every_rules_file():
 # --- profiles ---
 
 
+def read_slurm_profile(folder: Path) -> tuple[dict[str, dict], str]:
+    """The resources of each rule, and the warnings, of the Slurm profile read in a folder."""
+    code = (
+        "import json, sys, yte\n"
+        "text = open(sys.argv[1], encoding='utf-8').read()\n"
+        "print(json.dumps(yte.process_yaml(text, require_use_yte=True)['set-resources']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, ROOT / "profiles" / "slurm" / "config.yaml"],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return json.loads(done.stdout), done.stderr
+
+
+@functools.cache
 def resources_in_the_slurm_profile() -> dict[str, dict]:
-    """The resources of each rule in the Slurm profile."""
-    file = ROOT / "profiles" / "slurm" / "config.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8"))["set-resources"]
+    """The resources of each rule in the Slurm profile, in this repository."""
+    resources, warnings = read_slurm_profile(ROOT)
+    assert not warnings
+    return resources
 
 
 def rules_and_derived_rules() -> dict[str, str]:
@@ -179,12 +196,26 @@ def rules_and_derived_rules() -> dict[str, str]:
     return text | {name: text[base] for base, name in derived}
 
 
-def test_slurm_profile_sets_resources_of_every_rule():
-    resources = resources_in_the_slurm_profile()
-    assert resources.keys() == rules_and_derived_rules().keys()
-    for name, asked in resources.items():
-        assert "attempt" in asked["mem_mb"], name
-        assert "attempt" in asked["runtime"], name
+def local_rules() -> set[str]:
+    """The rules whose jobs run on the login node."""
+    return {name for name, body in rules_and_derived_rules().items() if "localrule: True" in body}
+
+
+def test_rules_that_use_the_network_are_local():
+    fetching = {name for name in rules_and_derived_rules() if name.startswith("fetch_")}
+    others = {"base_policy", "preference_model", "sample_prompts", "push_policy"}
+    assert local_rules() == fetching | others
+
+
+def test_resubmitted_slurm_jobs_request_more_memory_and_time():
+    """The profile or the rule itself sets the resources."""
+    in_profile = resources_in_the_slurm_profile()
+    submitted = rules_and_derived_rules().keys() - local_rules()
+    assert in_profile.keys() <= submitted
+    for name in submitted:
+        for key in ("mem_mb", "runtime"):
+            of_rule = re.search(rf"^ +{key}=(.+),$", rules_and_derived_rules()[name], re.MULTILINE)
+            assert "attempt" in in_profile.get(name, {}).get(key, of_rule[1]), name
 
 
 def test_slurm_profile_gives_gpus_to_rules_that_use_them():
@@ -195,6 +226,34 @@ def test_slurm_profile_gives_gpus_to_rules_that_use_them():
         if re.search(r"gpu=(\w+_GPUS|gpus_if)", body)
     }
     assert with_gpu == use_gpu
+
+
+def write_clone(folder: Path, version: str, rule: str, seconds: int) -> None:
+    """Write a clone, as workflow/Snakefile makes it, whose only evaluation has one GPU rule."""
+    package = folder / ".snakemake" / "sppo" / version / "src" / "sppo" / "evaluation"
+    package.mkdir(parents=True)
+    (package / "registry.py").write_text(
+        f"class Evaluation:\n    gpu_rules = ('{rule}',)\nEVALUATIONS = [Evaluation]\n",
+        encoding="utf-8",
+    )
+    os.utime(package.parents[1], (seconds, seconds))
+
+
+def test_slurm_profile_reads_the_newest_clone(tmp_path):
+    write_clone(tmp_path, "v2", "answer_new", seconds=2000)
+    write_clone(tmp_path, "v1", "answer_old", seconds=1000)
+    resources, warnings = read_slurm_profile(tmp_path)
+    assert resources["answer_new"] == resources["generate_responses"]
+    assert "answer_old" not in resources
+    assert not warnings
+
+
+def test_slurm_profile_without_a_registry_warns(tmp_path):
+    resources, warnings = read_slurm_profile(tmp_path)
+    (line,) = warnings.splitlines()
+    assert line.startswith("warning: profiles/slurm finds no src/sppo/evaluation/registry.py")
+    of_evaluations = {rule for each in EVALUATIONS for rule in each.gpu_rules}
+    assert resources.keys() == resources_in_the_slurm_profile().keys() - of_evaluations
 
 
 # --- dry runs ---
@@ -717,13 +776,11 @@ def test_all_programs_get_the_same_chat_settings(copy):
 
 def test_prompts_exclude_the_questions_of_all_evaluations(copy):
     done = dry_run(copy, "results/iter1/prompts.parquet", "--printshellcmds")
-    shown = done.stdout + done.stderr
-    (files,) = re.findall(r"--held-out (.+?) --earlier", shown)
-    assert files.split() == [
-        "data/evaluation.json",
-        "data/instructions/held_out.jsonl",
-        "data/mt_bench/question.jsonl",
-    ]
+    held_out = (
+        "--held-out data/evaluation.json data/instructions/held_out.jsonl"
+        " data/mt_bench/question.jsonl --earlier"
+    )
+    assert held_out in done.stdout + done.stderr
 
 
 def test_official_ifeval_prompts_are_fetched_before_prompts(copy):

@@ -51,8 +51,8 @@ def schema() -> Config:
     """The JSON schema of the configuration. It is shared: do not change it.
 
     What registries decide is filled in here: sections of evaluations with settings of their own,
-    the choices of a key with `x-choices`, and for a key with `x-loss-parameter` the losses that
-    read it, as `x-only-with`.
+    the choices of a key with `x-choices`, the items of a list with `x-items`, and for a key with
+    `x-loss-parameter` the losses that read it, as `x-only-with`.
     """
     rules: Config = yaml.safe_load(SCHEMA_FILE.read_text(encoding="utf-8"))
     for evaluation in _registry(rules["x-evaluations"]):
@@ -68,6 +68,8 @@ def schema() -> Config:
         for key, rule in section.get("properties", {}).items():
             if "x-choices" in rule:
                 rule["enum"] = list(_registry(rule["x-choices"]))
+            if "x-items" in rule:
+                rule["items"] = {"enum": [each.name for each in _registry(rule["x-items"])]}
             if "x-loss-parameter" in rule:
                 losses = _registry(rule["x-loss-parameter"])
                 readers = [name for name, loss in losses.items() if key in loss.reads]
@@ -227,6 +229,8 @@ def _explain(error: jsonschema.ValidationError, where: str) -> str:
             return f"{path}: {value} is now called {RENAMED_VALUES[key, value]}; write that"
         choices = ", ".join("null" if one is None else str(one) for one in error.validator_value)
         return f"{path} is {shown(value)}; it can be {choices}"
+    if error.validator == "contains":
+        return f"{path} lacks {error.validator_value['const']}; add it"
     if error.validator in ("pattern", "maxLength") and "description" in error.schema:
         form = error.schema["description"]
         return f"{path} is {shown(value)}, which does not have the required form: {form}"

@@ -34,7 +34,7 @@ from sppo.core.artifacts import ROOT, known_hash, parse_json, read_json
 from sppo.core.errors import UserError
 from sppo.core.openai_api import NO_COMPLETION, judge_failure, quoted, request_forms
 from sppo.policies.prompts import normalised, read_instructions
-from sppo.preferences.base import load_preference_model, local_kind, settings_for
+from sppo.preferences.base import check_prompts, load_preference_model, local_kind, settings_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -621,6 +621,8 @@ def check_inputs(config: Record, where: str) -> set[str]:
             raise UserError(f"{section}.reference is {chosen['reference']}: {error}") from None
     if chosen["difficulty"]:
         check_order(asked, Path(chosen["difficulty"]))
+    texts = [row["instruction"] for row in asked]
+    check_prompts(settings_for(chosen["judge"]), texts, f"{section}.judge")
     return {normalised(row["instruction"]) for row in instructions}
 
 

@@ -1,9 +1,9 @@
 """The evaluations of a policy, and everything that the workflow and the tables ask about one.
 
 To add an evaluation, write a program in src/evaluation/ that writes iter{t}/<name>.json, a file
-rules/<name>.smk that runs it, and an entry of EVALUATIONS. The Snakefile, the checks before the
-first job, the target `everything`, and the tables go through the entries. The Snakefile reads this
-module, so it imports nothing heavy.
+rules/<name>.smk that runs it, and an entry of EVALUATIONS. The Snakefile, the profile for Slurm,
+the checks before the first job, the target `everything`, and the tables go through the entries.
+The Snakefile reads this module, so it imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ OPEN_LLM_TASKS = (
 class Column:
     """A column of the table of all evaluations: its head, and a cell from a JSON file's contents.
 
-    A policy that was not evaluated has a dash.
+    A policy that was not evaluated has a dash. in_summary: whether the table of one run has the
+    column too.
     """
 
     head: str
     cell: Callable[[Contents], str]
+    in_summary: bool = True
 
 
 def number(key: str, places: int = 1) -> Callable[[Contents], str]:
@@ -66,9 +68,9 @@ class Evaluation:
     that is called like the evaluation, by key; empty if config/schema.yaml has the section, or if
     there is none. judging: which judges the section can name, and judged_by the rule (or value of
     the wildcard `verdict`) whose jobs ask the judge. answered_by: rules that run the generation
-    engine. check: raises UserError for bad inputs before the first job, and returns prompts,
-    normalised, that must not be trained on. differences: why a result cannot be compared with
-    published figures.
+    engine. scored_by: other rules that run a model. check: raises UserError for bad inputs before
+    the first job, and returns prompts, normalised, that must not be trained on. differences: why a
+    result cannot be compared with published figures.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Evaluation:
     judging: Judging | None = None
     judged_by: str = ""
     answered_by: tuple[str, ...] = ()
+    scored_by: tuple[str, ...] = ()
+    first_iteration: int = 0
     check: Callable[[Config, str], set[str]] = nothing_held_out
     differences: Callable[[Contents], list[str]] = nothing_published
 
@@ -96,6 +100,11 @@ class Evaluation:
     @property
     def rule_file(self) -> str:
         return self.rules or self.name
+
+    @property
+    def gpu_rules(self) -> tuple[str, ...]:
+        """Rules whose jobs run a model. The profile for Slurm requests a GPU for each job."""
+        return self.answered_by + self.scored_by
 
 
 def check_open_llm(config: Config, where: str) -> set[str]:
@@ -126,8 +135,17 @@ EVALUATIONS = (
         judging=judges.ALPACA_EVAL,
         judged_by="alpaca_eval",
         answered_by=("answer_instructions", "answer_instructions_n_times"),
+        scored_by=("judge_outputs", "judge_best_of_n"),
         check=alpaca_eval.check_inputs,
         differences=alpaca_eval.differences,
+    ),
+    Evaluation(
+        "against_previous",  # AlpacaEval against the policy of the iteration before
+        columns=(Column("against the previous", lambda found: rate(found, "win_rate")),),
+        rules="alpaca_eval",
+        judging=judges.ALPACA_EVAL,
+        judged_by="against_previous",
+        first_iteration=1,
     ),
     Evaluation(
         "ranker_estimate",  # AlpacaEval by the preference model that annotated
@@ -139,9 +157,9 @@ EVALUATIONS = (
         "ifeval",
         columns=(
             Column("IFEval strict [95%]", lambda found: rate(found, "prompt_strict")),
-            Column("IFEval loose", number("prompt_loose")),
-            Column("constraints strict", number("instruction_strict")),
-            Column("constraints loose", number("instruction_loose")),
+            Column("IFEval loose", number("prompt_loose"), in_summary=False),
+            Column("constraints strict", number("instruction_strict"), in_summary=False),
+            Column("constraints loose", number("instruction_loose"), in_summary=False),
         ),
         note="IFEval: {n_prompts} prompts of {instructions} with {n_instructions} constraints.",
         answered_by=("answer_ifeval",),
@@ -160,6 +178,7 @@ EVALUATIONS = (
         judging=judges.MT_BENCH,
         judged_by="evaluate_mt_bench",
         answered_by=("answer_mt_bench",),
+        scored_by=("evaluate_mt_bench",),
         check=mt_bench.check_inputs,
         differences=mt_bench.differences,
     ),
@@ -167,6 +186,7 @@ EVALUATIONS = (
         "open_llm",
         columns=tuple(Column(f"Open LLM: {task}", number(task)) for task in OPEN_LLM_TASKS),
         note="Open LLM: items of {data}, shots {shots}.",
+        scored_by=("evaluate_open_llm",),
         check=check_open_llm,
         differences=lambda found: [] if found.get("official_tasks") else ["other items"],
     ),

@@ -80,6 +80,14 @@ class PreferenceModel(ABC):
                 raise UserError(f"{key} is {settings['model']}, but {file} is missing; correct it")
 
     @classmethod
+    def unknown_prompts(cls, model: str, prompts: list[str]) -> list[str]:
+        """The prompts to which this model cannot compare responses.
+
+        It is called before the first job, with the prompts of local files.
+        """
+        return []
+
+    @classmethod
     def training_instructions(cls, model: str) -> Path | None:
         """A file with hashes of the instructions that the model was trained on, if it has one."""
         return None
@@ -144,6 +152,21 @@ def kind_of(settings: Settings, key: str = "config: preference.model") -> type[P
         forms = ", ".join(dict.fromkeys(kind.form for kind in KINDS.values()))
         raise UserError(f"{key} is {settings['model']}; give {forms}")
     return kind
+
+
+def check_prompts(settings: Settings, prompts: list[str], key: str) -> None:
+    """Raise `UserError` if the model cannot compare responses to one of the prompts.
+
+    A name that no kind recognises, such as a judge behind an API, is not checked. key: what names
+    the model, for the error line.
+    """
+    kind = find_kind(settings)
+    unknown = kind.unknown_prompts(settings["model"], prompts) if kind else []
+    if unknown:
+        raise UserError(
+            f"{key} is {settings['model']}, which does not know {len(unknown)} of {len(prompts)}"
+            f" prompts, such as {unknown[0][:60]!r}; give another model, or prompts that it knows"
+        )
 
 
 def settings_for(model: str, **others: Any) -> dict[str, Any]:

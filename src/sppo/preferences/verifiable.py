@@ -84,6 +84,13 @@ class VerifiableModel(PreferenceModel):
         for instructions in read_population(file)[0]:
             read_instructions_to_check(instructions)
 
+    @classmethod
+    def unknown_prompts(cls, model: str, prompts: list[str]) -> list[str]:
+        """The prompts that are in none of the model's files of instructions."""
+        files, _ = read_population(_file(model))
+        known = {one.prompt.strip() for file in files for one in read_instructions_to_check(file)}
+        return [prompt for prompt in prompts if prompt.strip() not in known]
+
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         self.check(settings, "preference.model")
         self.name = settings["model"]

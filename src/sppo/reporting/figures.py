@@ -38,19 +38,30 @@ def judge_name(line: dict[str, Any]) -> str:
     return line["judge_details"]["model"] if line["judge"] == "openai" else line["judge"]
 
 
-def plot_win_rates(judged: dict[int, dict[str, Any]], label: str, files: list[Path]) -> None:
+def plot_win_rates(
+    judged: dict[int, dict[str, Any]],
+    label: str,
+    files: list[Path],
+    others: Mapping[str, dict[int, dict[str, Any]]] | None = None,
+) -> None:
     """Draw win rates with 95% intervals in the upper panel and the average length in the lower.
 
     judged: the contents of alpaca_eval.json by number. The number is the iteration, or n of
         best-of-n; `label` is the axis label that says which.
     files: where to write the figure; the suffix of each file gives its format.
+    others: the same of other runs, by their names. They are drawn too, from the base on.
     """
     plt = pyplot()
     first, numbers = next(iter(judged.values())), list(judged)
     figure, (rates, lengths) = plt.subplots(
         2, 1, sharex=True, figsize=(6, 6), height_ratios=[2, 1], layout="constrained"
     )
-    for curve, shift in zip(CURVES, (-0.03, 0.03)):  # shifted, so that the bars do not overlap
+    # The length-controlled rate without an interval would only hide the other curve.
+    has_interval = [
+        any(line[f"{each.key}_interval"] for line in judged.values()) for each in CURVES
+    ]
+    curves = [each for each, shown in zip(CURVES, has_interval) if shown] or [CURVES[0]]
+    for curve, shift in zip(curves, (-0.03, 0.03)):  # shifted, so that the bars do not overlap
         values, bars = _values_and_bars(judged, curve.key)
         rates.errorbar(
             [number + shift for number in numbers],
@@ -60,6 +71,19 @@ def plot_win_rates(judged: dict[int, dict[str, Any]], label: str, files: list[Pa
             color=curve.colour,
             marker=curve.marker,
             linestyle=curve.line_style,
+            capsize=3,
+        )
+    for number, (name, of_run) in enumerate((others or {}).items()):
+        with_base = {t: line for t, line in judged.items() if t == 0} | of_run
+        values, bars = _values_and_bars(with_base, "win_rate")
+        rates.errorbar(
+            [t + 0.06 + 0.03 * number for t in with_base],
+            values,
+            yerr=bars,
+            label=f"{name}, win rate",
+            color=("#CC79A7", "#E69F00", "#56B4E9")[number % 3],
+            marker="Dv<"[number % 3],
+            linestyle="-.",
             capsize=3,
         )
     rates.axhline(50, color="0.4", linewidth=1, linestyle=":", label="no difference")

@@ -63,6 +63,18 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def aligned_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table that is also readable in a terminal: all columns are aligned right."""
+    lines = [list(head), *(list(cells) for cells in rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    texts = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |\n"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|\n"
+    return "".join([texts[0], rule, *texts[1:]])
+
+
 def csv_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table as comma-separated values."""
     text = io.StringIO()

@@ -91,6 +91,7 @@ class Runs(Mapping[str, Config]):
                 "config: extrapolation continues main's policies, so it belongs to a run, as in"
                 " runs: {expo: {extrapolation: 0.3}}"
             )
+        self._check_beside(main, "")
         self._complete: dict[str, Config] = {"": main | {"first_iteration_from": None}}
 
     def __iter__(self) -> Iterator[str]:
@@ -137,6 +138,7 @@ class Runs(Mapping[str, Config]):
         run = completed(without_nulls(merged(self._main, overrides), rules))
         run = _paths_written_out(run, rules, "")
         check_together(run)
+        self._check_beside(run, f"{where}.")
         if first:
             _check_first_iteration(where, run, main)
         for key in SHARED_OF_RESPONSES:
@@ -146,6 +148,15 @@ class Runs(Mapping[str, Config]):
                     " write a configuration with a name of its own"
                 )
         return run | {"first_iteration_from": first}
+
+    def _check_beside(self, config: Config, where: str) -> None:
+        """The runs that a summary shows beside its own exist."""
+        for name in config["summary"]["beside"]:
+            if name not in self._overrides:
+                raise UserError(
+                    f"config: {where}summary.beside has {name}, but there is no such run; give"
+                    f" one of {', '.join(self._overrides) or 'runs, of which none exist'}"
+                )
 
 
 def read_configuration(

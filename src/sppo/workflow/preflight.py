@@ -21,7 +21,7 @@ from sppo.evaluation.registry import EVALUATIONS
 from sppo.policies.hub import check_push
 from sppo.policies.models import HUB_ID, check_policy
 from sppo.policies.prompts import is_held_out, read_gold, read_prompts
-from sppo.preferences.base import kind_of
+from sppo.preferences.base import check_prompts, kind_of
 from sppo.workflow.configuration import of_run
 
 TRAINING_ENVIRONMENT = ROOT / "envs" / "core.yaml"
@@ -66,7 +66,7 @@ def _check_inputs(name: str, run: dict[str, Any], in_conda: bool) -> None:
         held_out |= evaluation.check(run, where)
     check_installed(run["train"], where, in_conda)
     if run["iterations"]:
-        check_prompts(run, held_out)
+        check_source(run, held_out, where)
 
 
 def check_installed(train: dict[str, Any], where: str, in_conda: bool) -> None:
@@ -216,10 +216,11 @@ def gpus_here() -> int:
     )
 
 
-def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
+def check_source(run: dict[str, Any], held_out: set[str], where: str) -> None:
     """A JSONL source is complete and has enough prompts for all iterations; else UserError.
 
-    A hub source is left to its rule.
+    The preference model must be able to compare responses to each of them. A hub source is left to
+    its rule.
     """
     prompts = run["prompts"]
     source = prompts["source"]
@@ -239,6 +240,10 @@ def check_prompts(run: dict[str, Any], held_out: set[str]) -> None:
     if "{t}" in source or not Path(source).is_file():
         return
     rows, *_ = read_prompts(source, None, prompts["split"], prompts["field"])
+    preference = run["preference"]
+    if run["pairs"]["construction"] != "gold" and preference["source"] == "instruction":
+        texts = [row["messages"][-1]["content"] for row in rows]
+        check_prompts(preference, texts, f"config: {where}preference.model")
     free = sum(not is_held_out(row, held_out) for row in rows)
     wanted = (prompts["per_iteration"] or 1) * run["iterations"]
     if wanted > free:
