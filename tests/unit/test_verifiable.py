@@ -379,3 +379,17 @@ def test_same_prompt_with_other_constraints_is_refused(population):
     other = TITLE | {"prompt": f" {PROMPT}"}
     with pytest.raises(UserError, match="mine.jsonl line 3: the same prompt has other constraint"):
         population(SKY, TITLE, other)
+
+
+def test_configuration_with_unknown_prompts_is_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    known = {"model": "verifiable"}
+    with pytest.raises(UserError, match="^config: preference.model is verifiable, which does not"):
+        check_inputs("", resolve({"preference": known})[""])
+    source = {"source": "data/instructions/train.jsonl", "per_iteration": 24}
+    instructions = {"instructions": "data/instructions/held_out.jsonl", "judge": "verifiable"}
+    run = resolve({"preference": known, "prompts": source, "alpaca_eval": instructions})[""]
+    check_inputs("", run)
+    other = {"alpaca_eval": {"judge": "verifiable"}, "prompts": source, "preference": known}
+    with pytest.raises(UserError, match="^config: alpaca_eval.judge is verifiable, which does not"):
+        check_inputs("", resolve(other)[""])
