@@ -138,3 +138,13 @@ def test_files_are_read_as_prompts_and_as_instructions(name, rows):
     instructions = read_instructions(file)
     assert [row["instruction"] for row in instructions] == [row["prompt"] for row in rows[name]]
     assert [row["prompt_id"] for row in instructions] == [row["id"] for row in rows[name]]
+
+
+def test_readme_counts_the_instructions_of_each_constraint(rows):
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(\w+:\w+)` \| [^|]+ \| (\d+) \| (\d+) \|", text, re.MULTILINE)
+    for column, name in enumerate(FILES, 1):
+        kinds = Counter(one for row in rows[name] for one in row["instruction_id_list"])
+        assert {line[0]: int(line[column]) for line in table} == kinds
+        sizes = Counter(len(row["kwargs"]) for row in rows[name])
+        assert all(str(number) in text for number in (len(rows[name]), *sizes.values()))

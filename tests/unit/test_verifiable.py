@@ -13,6 +13,7 @@ import pytest
 
 import annotate_preferences
 from sppo.core.artifacts import file_hash, json_lines, read_json, record_path
+from sppo.core.config_files import read_files
 from sppo.core.errors import UserError
 from sppo.core.tables import write_table
 from sppo.evaluation.alpaca_eval import PreferenceAnnotator
@@ -393,3 +394,30 @@ def test_configuration_with_unknown_prompts_is_refused(monkeypatch):
     other = {"alpaca_eval": {"judge": "verifiable"}, "prompts": source, "preference": known}
     with pytest.raises(UserError, match="^config: alpaca_eval.judge is verifiable, which does not"):
         check_inputs("", resolve(other)[""])
+
+
+def test_example_of_the_page_is_accepted(tmp_path, monkeypatch):
+    """The instructions, annotators and configuration of docs/using.md, with more prompts."""
+    page = (ROOT / "docs/using.md").read_text(encoding="utf-8")
+    section = page.split("## Your own verifiable instructions")[1].split("\n## ")[0]
+    (lines,) = re.findall(r"```json\n(.+?)```", section, re.DOTALL)
+    annotators, config = re.findall(r"```yaml\n(.+?)```", section, re.DOTALL)
+    records = [json.loads(line) for line in lines.splitlines()]
+    for folder in ("config", "data"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    for number, file in enumerate(("mine.jsonl", "mine_held_out.jsonl")):
+        many = [
+            row | {"prompt": f"{row['prompt']} {number} {n}"} for n in range(9) for row in records
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in many)
+        Path(file).write_text(text, encoding="utf-8")
+    Path("mine_annotators.yaml").write_text(annotators, encoding="utf-8")
+    Path("mine.yaml").write_text(config, encoding="utf-8")
+    run = resolve(read_files([Path("mine.yaml")]))[""]
+    check_inputs("", run)
+    model = load_preference_model(run["preference"])
+    assert len(model.instructions) == 36
+    groups = [(f"{records[0]['prompt']} 0 0", ["Rain is wet.", "Rain is wet. " * 9])]
+    (logits,) = model.all_pair_logits(groups)
+    assert win_probabilities(logits)[0, 1] == pytest.approx(1, abs=1e-8)
