@@ -235,7 +235,7 @@ def test_decisions_need_no_network_and_repeat_in_a_new_process(tmp_path):
         assert here == other
 
 
-def test_sentences_are_split_as_by_nltk_with_the_same_parameters():
+def test_sentences_are_split_as_by_nltk():
     """The package has its own code beside Punkt's parameters; nltk's is the one of lm-eval."""
     utilities = lm_eval_ifeval().instructions_registry.instructions.instructions_util
     ours = utilities._get_sentence_tokenizer()

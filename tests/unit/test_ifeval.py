@@ -14,6 +14,7 @@ import pytest
 
 import evaluate_ifeval
 import fetch_ifeval
+import verify_results
 from sppo.core.artifacts import file_hash, json_lines, read_json, record_path, write_json
 from sppo.core.errors import UserError
 from sppo.evaluation.ifeval import OFFICIAL_SIZE, check_inputs, differences
@@ -135,6 +136,12 @@ def test_unknown_constraint_is_refused_by_the_program(evaluate, tmp_path):
         evaluate(file)
 
 
+def test_lost_records_of_the_evaluation_are_found():
+    folder = Path("results/x/iter2")
+    assert verify_results.stage_of(folder / "ifeval.json") == "ifeval"
+    assert verify_results.stage_of(folder / "ifeval_outputs.json") == "answer"
+
+
 # --- before the first job ---
 
 
@@ -178,7 +185,7 @@ def test_wrong_settings_are_named(section, said, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_only_all_official_prompts_compare_with_published_figures():
+def test_only_all_official_prompts_are_comparable():
     assert differences({"official": True, "n_prompts": OFFICIAL_SIZE}) == []
     assert differences({"official": True, "n_prompts": 100}) == ["100 of the 541 instructions"]
     assert differences({"official": False, "n_prompts": 541}) == ["541 other instructions"]
