@@ -77,7 +77,7 @@ def test_instructions_and_messages_are_both_read(tmp_path):
         ("", ["line 2", "not JSON"]),
         ('["Hi"]', ["line 2", "not a JSON object"]),
         (
-            {"id": "b", "prompt": "Hi"},
+            {"id": "b", "question": "Hi"},
             ["line 2", "neither messages nor instruction", "prompts.field"],
         ),
         ({"id": "b", "instruction": 5}, ["line 2", "instruction"]),
