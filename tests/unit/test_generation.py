@@ -253,6 +253,27 @@ def mixed(often_stopping, prompts) -> list[dict]:
     return rows
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ended_responses_leave_the_batch(often_stopping, prompts, monkeypatch, temperature):
+    """The responses are those of a batch that keeps every row until all have ended."""
+    sampling = Sampling(5 if temperature else 1, temperature, 1.0, 40)
+    module = "sppo.policies.generation"
+    monkeypatch.setattr(f"{module}.WORTH_LEAVING", 2.0)
+    kept = often_stopping.generate(prompts, sampling, 0, "iter1")
+
+    monkeypatch.setattr(f"{module}.WORTH_LEAVING", 0.0)
+    monkeypatch.setattr(f"{module}.DECODED_AT_ONCE", 3)
+    sizes = []
+    hook = often_stopping.model.lm_head.register_forward_hook(
+        lambda module, inputs, logits: sizes.append(len(logits))
+    )
+    left = often_stopping.generate(prompts, sampling, 0, "iter1")
+    hook.remove()
+    assert left == kept
+    if temperature:
+        assert sizes[-1] < len(left)
+
+
 def test_only_a_stopped_response_ends_with_a_stop_id(mixed):
     for row in mixed:
         ids = row["token_ids"]

@@ -33,6 +33,8 @@ from sppo.policies.models import (
 
 TOKEN_BLOCK = 256  # size of the blocks of the vocabulary in `draw_tokens`
 PREFILL_PROMPTS = 16  # prompts in one forward pass
+# After so many tokens, the responses that have ended leave the batch, if at least this share has.
+DECODED_AT_ONCE, WORTH_LEAVING = 16, 1 / 8
 # A warning appears if at least this many responses exist and at least this share of them was cut.
 WARN_RESPONSES, WARN_SHARE_CUT = 20, 0.95
 # Cache layers that can be repeated for K samples after one pass over the prompt. transformers does
@@ -235,6 +237,13 @@ class PreallocatedCacheLayer(DynamicLayer):
         self.length = 0
         self.update(keys, values)
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these rows of the batch."""
+        self.all_keys = self.all_keys[indices]
+        self.all_values = self.all_values[indices]
+        self.keys = self.all_keys[:, :, : self.length]
+        self.values = self.all_values[:, :, : self.length]
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -318,30 +327,75 @@ class TransformersEngine:
                 requests.append((row, k, sample_seed(data_seed, purpose, row["prompt_id"], k)))
         pad = self.stop_ids[0]  # padding is masked, so any id works
         ids, mask = self._pad_left([row["prompt_token_ids"] for row in prompts], pad)
+        cache: DynamicCache | None = None
+        with torch.inference_mode():
+            if self.reads_prompts_once and ids.shape[1] > 1:
+                cache = self._prefill(ids, mask, sampling)
+            decoded = self._decode(
+                ids.repeat_interleave(samples, 0),
+                mask.repeat_interleave(samples, 0),
+                cache,
+                sampling,
+                [seed for _, _, seed in requests],
+            )
+        for (row, k, seed), tokens in zip(requests, decoded, strict=True):
+            yield response(row, k, seed, tokens, self.stop_ids, self.tokenizer, self.thoughts)
+
+    def _decode(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache | None,
+        sampling: Sampling,
+        seeds: list[int],
+    ) -> list[list[int]]:
+        """The new tokens of each row, which may go on after the first stop id.
+
+        ids, mask: prompts, padded on the left, (rows, width). cache: of the prompts without their
+        last token. With a cache, rows that have ended leave the batch, so that the others do not
+        wait for them.
+        """
         width = ids.shape[1]
+        model: Any = self.model  # the type PreTrainedModel has no `generate`; causal models do
+        stop_ids = torch.tensor(self.stop_ids, device=ids.device)
         finite = FiniteLogits(self.folder)
         processors = LogitsProcessorList([finite])
-        if sampling.temperature > 0:
-            processors.append(SeededSampling([seed for _, _, seed in requests], sampling, width))
-        with torch.inference_mode():
-            model: Any = self.model  # the type PreTrainedModel has no `generate`; causal models do
-            more: dict[str, Any] = {}
-            if self.reads_prompts_once and width > 1:
-                more["past_key_values"] = self._prefill(ids, mask, sampling)
-            output = model.generate(
-                ids.repeat_interleave(samples, 0),
+        drawing = SeededSampling(seeds, sampling, width) if sampling.temperature > 0 else None
+        if drawing:
+            processors.append(drawing)
+        decoded: list[list[int]] = [[] for _ in range(len(ids))]
+        rows = torch.arange(len(ids))  # the place of each row of the batch in `decoded`
+        at_once = sampling.max_new_tokens if cache is None else DECODED_AT_ONCE
+        while True:
+            room = width + sampling.max_new_tokens - ids.shape[1]
+            before = ids.shape[1]
+            ids = model.generate(
+                ids,
                 do_sample=False,
-                attention_mask=mask.repeat_interleave(samples, 0),
-                max_new_tokens=sampling.max_new_tokens,
+                attention_mask=mask,
+                max_new_tokens=min(at_once, room),
                 eos_token_id=self.stop_ids,
-                pad_token_id=pad,
+                pad_token_id=self.stop_ids[0],
                 logits_processor=processors,
-                **more,
+                **({} if cache is None else {"past_key_values": cache}),
             )
+            ended = torch.isin(ids[:, width:], stop_ids).any(dim=1).cpu()
+            if ended.all() or ids.shape[1] == width + sampling.max_new_tokens:
+                break
+            mask = nn.functional.pad(mask, (0, ids.shape[1] - before), value=1)
+            if cache is not None and ended.sum() >= WORTH_LEAVING * len(ended):
+                for row, tokens in zip(rows[ended].tolist(), ids[ended.to(ids.device), width:]):
+                    decoded[row] = tokens.tolist()
+                kept = (~ended).nonzero().squeeze(1)
+                cache.batch_select_indices(kept.to(ids.device))
+                ids, mask = ids[kept.to(ids.device)], mask[kept.to(ids.device)]
+                rows = rows[kept]
+                if drawing:
+                    drawing.uniforms = drawing.uniforms[kept]
         finite.check()
-        new_tokens = output[:, width:].tolist()
-        for (row, k, seed), tokens in zip(requests, new_tokens, strict=True):
-            yield response(row, k, seed, tokens, self.stop_ids, self.tokenizer, self.thoughts)
+        for row, tokens in zip(rows.tolist(), ids[:, width:]):
+            decoded[row] = tokens.tolist()
+        return decoded
 
     def _pad_left(self, prompts: list[Any], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, padded on the left, both (prompts, width)."""
