@@ -181,6 +181,7 @@ def test_prompts_of_a_policy_are_drawn_as_by_snakemake(tmp_path, tiny_policy, co
     """The whole program; afterwards Snakemake finds nothing to do."""
     folder = copy_repository(tmp_path / "copy")
     words = ["results/iter1/prompts.parquet", "--config", f"policy={{model: {tiny_policy}}}"]
+    words += ["prompts={per_iteration: 7}"]
     environment = os.environ | {"PYTHONPATH": ""}
     done = subprocess.run(
         [sys.executable, "src/tools/run_forked.py", *words],
@@ -194,7 +195,7 @@ def test_prompts_of_a_policy_are_drawn_as_by_snakemake(tmp_path, tiny_policy, co
     assert first.startswith("1 of 2: results/logs/base_policy, ")
     assert second.startswith("2 of 2: results/logs/iter1/sample_prompts, ")
     prompts = folder / "results/iter1/prompts.parquet"
-    assert len(read_table(prompts, "prompts")) == 24
+    assert len(read_table(prompts, "prompts")) == 7
     assert read_json(record_path(prompts))["stage"] == "sample"
     again = subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "1", "--dry-run", *words],
