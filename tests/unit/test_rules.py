@@ -742,7 +742,7 @@ def test_all_programs_get_the_same_chat_settings(copy):
     write_overlay(
         copy / "chats.yaml",
         "policy: {chat_template_kwargs: {enable_thinking: false, words: it's}, thoughts: strip}\n"
-        "preference: {source: chat_template}\n",
+        "preference: {model: ranker, source: chat_template}\n",
     )
     done = dry_run(
         copy,
