@@ -1,7 +1,8 @@
 """Compare the K responses to each prompt of one shard, every pair in both orders.
 
 Reads   prompts.parquet, responses/{shard}.parquet, the preference model (src/sppo/preferences/)
-Writes  preferences/{shard}.parquet (K x K logits for each prompt) and its record
+Writes  preferences/{shard}.parquet (K x K logits for each prompt) and its record, which also says
+        how often the preferences are cyclic
 Paper   2405.00675, Algorithm 1 line 5
 Departs from the official code: it keeps the logits, not one score per response. The preference
         model reads the user's words instead of the chat template (`--source`). The logits of a
@@ -21,6 +22,7 @@ from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
 from sppo.preferences.base import compare, load_preference_model, model_files
+from sppo.preferences.estimates import condorcet_winner, cyclic_triples, win_probabilities
 from sppo.preferences.prompt_reader import PromptReader
 
 
@@ -78,7 +80,13 @@ def main() -> None:
             for prompt_id, candidates in responses.items()
         ]
         write_table(args.output, rows, "preferences")
-        facts |= {"prompts": len(rows), "preference_model": model.name}
+        P = [win_probabilities(values) for values in logits.values()]
+        facts |= {
+            "prompts": len(rows),
+            "preference_model": model.name,
+            "cyclic_triples": cyclic_triples(P),
+            "condorcet_winner": condorcet_winner(P),
+        }
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def asked_in(path: Path) -> set[str]:
-    """The normalised questions of an evaluation: AlpacaEval's instructions, MT-Bench's first turns.
+    """The normalised questions of an evaluation: instructions, or the first turns of MT-Bench.
 
     A folder or a file question.jsonl is MT-Bench's.
     """

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from sppo.core.artifacts import recorded, write_json
+from sppo.core.artifacts import file_hash, recorded, write_json
 from sppo.core.errors import UserError, run
 from sppo.evaluation.alpaca_eval import read_outputs
+from sppo.evaluation.ifeval import OFFICIAL_SHA256
 from sppo.preferences.constraints import (
     Instruction,
     check_known,
@@ -54,6 +55,7 @@ def main() -> None:
             scores(pairs)
             | {
                 "instructions": str(args.instructions),
+                "official": file_hash(args.instructions) == OFFICIAL_SHA256,
                 "policy": outputs[0]["generator"],
                 "versions": {name: metadata.version(name) for name in ("lm-eval", "nltk")},
             },
@@ -72,11 +74,13 @@ def scores(answers: list[tuple[Instruction, str]]) -> dict[str, Any]:
     for instruction, answer in answers:
         strict, loose = follows(instruction, answer)
         prompts.append((all(strict), all(loose)))
-        for constraint, *followed in zip(instruction.constraints, strict, loose, strict=True):
-            by_kind[constraint.id].append((followed[0], followed[1]))
-    constraints = [followed for kind in by_kind.values() for followed in kind]
-    followed = sum(strict for strict, _ in prompts)
-    interval = binomtest(followed, len(prompts)).proportion_ci(method="wilson")
+        for constraint, is_strict, is_loose in zip(
+            instruction.constraints, strict, loose, strict=True
+        ):
+            by_kind[constraint.id].append((is_strict, is_loose))
+    constraints = [row for rows in by_kind.values() for row in rows]
+    n_strict = sum(strict for strict, _ in prompts)
+    interval = binomtest(n_strict, len(prompts)).proportion_ci(method="wilson")
     return {
         "prompt_strict": _rate(prompts, 0),
         "prompt_strict_interval": [100 * float(interval.low), 100 * float(interval.high)],

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,10 +238,14 @@ def build(topics: list[Topic], number: int, seed: str, name: str) -> list[dict[s
         ids, sentences, arguments = [], [], []
         for constraint in draw_kinds(draw):
             sentence, values = KINDS[constraint][0](topic, draw)
+            if forbids_another([*arguments, values]):
+                continue
             ids.append(constraint)
             sentences.append(sentence)
             arguments.append(values)
         prompt = " ".join([request.format(topic=topic["topic"]), *sentences])
+        if prompt in found:
+            continue
         found[prompt] = {
             "id": f"{name}-{len(found):04}",
             "category": kind,
@@ -249,6 +254,13 @@ def build(topics: list[Topic], number: int, seed: str, name: str) -> list[dict[s
             "kwargs": arguments,
         }
     return list(found.values())
+
+
+def forbids_another(arguments: list[dict[str, Any]]) -> bool:
+    """Whether one constraint forbids a word of the ending or opening that another asks for."""
+    forbidden = {word for values in arguments for word in values.get("forbidden_words", ())}
+    asked = [values.get(key, "") for values in arguments for key in ("end_phrase", "first_word")]
+    return not forbidden.isdisjoint(re.findall(r"\w+", " ".join(asked).lower()))
 
 
 def draw_kinds(draw: random.Random) -> list[str]:

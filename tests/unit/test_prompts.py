@@ -77,7 +77,7 @@ def test_instructions_and_messages_are_both_read(tmp_path):
         ("", ["line 2", "not JSON"]),
         ('["Hi"]', ["line 2", "not a JSON object"]),
         (
-            {"id": "b", "prompt": "Hi"},
+            {"id": "b", "question": "Hi"},
             ["line 2", "neither messages nor instruction", "prompts.field"],
         ),
         ({"id": "b", "instruction": 5}, ["line 2", "instruction"]),
@@ -225,6 +225,60 @@ def test_an_evaluation_file_may_have_a_byte_order_mark(tmp_path):
 def test_limit_takes_the_first_instructions(tmp_path):
     (tmp_path / "e.json").write_text(json.dumps([{"instruction": str(i)} for i in range(3)]))
     assert [row["instruction"] for row in read_instructions(tmp_path / "e.json", 2)] == ["0", "1"]
+
+
+IFEVAL = {"key": 1000, "prompt": "Say hi.", "instruction_id_list": ["a:b"], "kwargs": [{}]}
+
+
+def test_ifeval_s_form_is_read_as_prompts_and_as_instructions(tmp_path):
+    source = jsonl(tmp_path / "p.jsonl", IFEVAL, IFEVAL | {"key": 1005, "prompt": "Say so.\n"})
+    prompts, commit, empty = read_prompts(str(source), None, "train", None)
+    assert (commit, empty) == (None, 0)
+    assert [prompt["messages"] for prompt in prompts] == [
+        [{"role": "user", "content": "Say hi."}],
+        [{"role": "user", "content": "Say so.\n"}],
+    ]
+    assert read_instructions(source, 1) == [
+        {"dataset": "ifeval", "instruction": "Say hi.", "prompt_id": "1000"}
+    ]
+    assert [row["prompt_id"] for row in read_instructions(source)] == ["1000", "1005"]
+
+
+def test_ids_and_categories_of_ifeval_s_form_are_optional(tmp_path):
+    plain = {"prompt": "Say hi."}
+    named = {"prompt": "Say so.", "id": "mine-7", "key": 3, "category": "speech"}
+    rows = read_instructions(jsonl(tmp_path / "p.jsonl", plain, named))
+    assert [(row["dataset"], row["prompt_id"]) for row in rows] == [
+        ("ifeval", "1"),
+        ("speech", "mine-7"),
+    ]
+
+
+def test_messages_and_instruction_take_precedence_over_prompt(tmp_path):
+    both = jsonl(tmp_path / "p.jsonl", {"prompt": "a title", "instruction": "Say hi."})
+    (prompt,), *_ = read_prompts(str(both), None, "train", None)
+    assert prompt["messages"][0]["content"] == "Say hi."
+    (prompt,), *_ = read_prompts(str(both), None, "train", "prompt")
+    assert prompt["messages"][0]["content"] == "a title"
+
+
+BAD_IFEVAL = {
+    "not JSON": (["{"], "line 1 is not JSON"),
+    "no prompt": ([IFEVAL, {"instruction": "x"}], "line 2 has no text in prompt; give a JSONL"),
+    "no object": ([[1]], "line 1 has no text in prompt"),
+    "prompt is a list": ([IFEVAL | {"prompt": ["x"]}], "line 1 has no text in prompt"),
+    "blank prompt": ([IFEVAL | {"prompt": " "}], "instruction 1 is blank; remove it"),
+    "repeated prompt": ([IFEVAL, IFEVAL | {"key": 1}], "has the instruction 'Say hi.' twice"),
+    "repeated key": ([IFEVAL, IFEVAL | {"prompt": "Say so."}], "prompt_id must differ between"),
+    "empty": ([], "p.jsonl has no instructions"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), BAD_IFEVAL.values(), ids=BAD_IFEVAL)
+def test_wrong_instructions_in_ifeval_s_form_are_named(content, words, tmp_path):
+    with pytest.raises(UserError, match=f"p.jsonl:? {words}|{words}") as caught:
+        read_instructions(jsonl(tmp_path / "p.jsonl", *content))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_limit_above_the_number_of_instructions_is_refused(tmp_path):

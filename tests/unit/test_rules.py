@@ -742,7 +742,7 @@ def test_all_programs_get_the_same_chat_settings(copy):
     write_overlay(
         copy / "chats.yaml",
         "policy: {chat_template_kwargs: {enable_thinking: false, words: it's}, thoughts: strip}\n"
-        "preference: {source: chat_template}\n",
+        "preference: {model: ranker, source: chat_template}\n",
     )
     done = dry_run(
         copy,
@@ -781,6 +781,27 @@ def test_prompts_exclude_the_questions_of_all_evaluations(copy):
         " data/mt_bench/question.jsonl --earlier"
     )
     assert held_out in done.stdout + done.stderr
+
+
+def test_official_ifeval_prompts_are_fetched_before_prompts(copy):
+    words = ("--config", "ifeval={instructions: official}")
+    planned = jobs(dry_run(copy, "results/iter1/prompts.parquet", *words))
+    assert planned["fetch_ifeval"] == planned["sample_prompts"] == 1
+
+
+def test_ifeval_uses_equal_answers_of_alpaca_eval(copy):
+    """Other decoding, another limit or other instructions need answers of their own."""
+    target = "results/iter0/ifeval.json"
+    instructions = "instructions: data/instructions/held_out.jsonl, limit: 9"
+    decoding = "temperature: 0.5, top_p: 0.9, max_new_tokens: 30"
+    same = f"{{{instructions}, {decoding}}}"
+    planned = jobs(dry_run(copy, target, "--config", f"ifeval={same}", f"alpaca_eval={same}"))
+    assert planned["answer_instructions"] == planned["evaluate_ifeval"] == 1
+    assert "answer_ifeval" not in planned
+    other = same.replace("0.5", "0.6")
+    planned = jobs(dry_run(copy, target, "--config", f"ifeval={same}", f"alpaca_eval={other}"))
+    assert planned["answer_ifeval"] == 1
+    assert "answer_instructions" not in planned
 
 
 def test_mt_bench_questions_are_fetched_before_prompts(copy):

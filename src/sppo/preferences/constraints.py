@@ -33,6 +33,11 @@ COUNTS = {
     "detectable_format:multiple_sections": "num_sections",
     "change_case:capital_word_frequency": "capital_frequency",
 }
+# Constraints on words, and the argument that lists them.
+WORDS = {"keywords:existence": "keywords", "keywords:forbidden_words": "forbidden_words"}
+# What an argument must be: a whole number, a list of texts, else a text.
+NUMBERS = {*COUNTS.values(), "nth_paragraph"}
+LISTS = {*WORDS.values()}
 FURTHEST = 100  # a count that is further off is as bad as this
 # A response that contains so many consecutive words of the request copies it.
 COPIED_WORDS = 8
@@ -117,9 +122,9 @@ def checker(constraint: Constraint) -> Any:
 
 
 def check_known(instructions: list[Instruction], path: Path) -> None:
-    """Raise `UserError` for a constraint that lm-eval does not know, or one without an argument.
+    """Raise `UserError` for a constraint that lm-eval does not know, or one with wrong arguments.
 
-    lm-eval would choose a missing argument at random.
+    path: the file of the instructions, one in each line.
     """
     kinds = lm_eval_ifeval().instructions_registry.INSTRUCTION_DICT
     for number, instruction in enumerate(instructions, 1):
@@ -127,13 +132,43 @@ def check_known(instructions: list[Instruction], path: Path) -> None:
             where = f"{path} line {number}: constraint {constraint.id}"
             if constraint.id not in kinds:
                 raise UserError(f"{where} is unknown; give one of {', '.join(sorted(kinds))}")
-            try:
-                found = checker(constraint)
-            except (TypeError, ValueError, AttributeError) as error:
-                raise UserError(f"{where} has wrong kwargs ({error}); correct them") from None
-            missing = set(found.get_instruction_args_keys()) - constraint.arguments.keys()
-            if missing:
-                raise UserError(f"{where} has no {min(missing)} in kwargs; add it")
+            problem = _problem(constraint)
+            if problem:
+                raise UserError(f"{where} {problem}; correct its kwargs")
+
+
+def _problem(constraint: Constraint) -> str | None:
+    """What is wrong with a constraint's arguments, None if nothing is.
+
+    lm-eval chooses an argument at random if it is missing, empty, 0 or negative, and it reads a
+    text instead of a list as the list of its letters. So these are errors here. It also replaces a
+    letter other than a to z. That is no error, because two official prompts ask for # and !.
+    """
+    given = constraint.arguments
+    kind = lm_eval_ifeval().instructions_registry.INSTRUCTION_DICT[constraint.id](constraint.id)
+    expected = set(kind.get_instruction_args_keys())
+    if missing := expected - given.keys():
+        return f"has no {min(missing)}"
+    if unknown := given.keys() - expected:
+        return f"takes no {min(unknown)}"
+    for name, value in given.items():
+        if name in NUMBERS and not (type(value) is int and value >= 1):
+            return f"has {name} {value!r}, which is no whole number of at least 1"
+        if name in LISTS and not (isinstance(value, list) and value and all(map(_is_text, value))):
+            return f"has {name} {value!r}, which is no list of texts"
+        if name not in NUMBERS | LISTS and not _is_text(value):
+            return f"has {name} {value!r}, which is no text"
+    if given.get("nth_paragraph", 1) > given.get("num_paragraphs", 1):
+        return "has an nth_paragraph above its num_paragraphs"
+    try:
+        checker(constraint).check_following("word")  # compiles keywords, as regular expressions
+    except (ValueError, KeyError, re.error) as error:
+        return f"is refused by lm-eval ({type(error).__name__}: {error})"
+    return None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def follows(instruction: Instruction, response: str) -> tuple[list[bool], list[bool]]:
@@ -151,50 +186,75 @@ def follows(instruction: Instruction, response: str) -> tuple[list[bool], list[b
 def distance(constraint: Constraint, response: str) -> float | None:
     """By how much the number that a constraint asks for must change for the response to follow it.
 
-    0 if the response follows it; at most `FURTHEST`. Commas count for `no_comma`, missing keywords
-    for `existence`, forbidden words for `forbidden_words`. None for a constraint of another kind,
-    which is only followed or not.
+    0 if the response follows it; at most `FURTHEST`, also for an empty response, which follows
+    nothing. Commas count for `no_comma`, missing keywords for `existence`, forbidden words for
+    `forbidden_words`. None for a constraint of another kind, which is only followed or not.
     """
     if constraint.id == "punctuation:no_comma":
-        return float(min(response.count(","), FURTHEST))
-    for kind, key in (("existence", "keywords"), ("forbidden_words", "forbidden_words")):
-        if constraint.id == f"keywords:{kind}":
-            words = constraint.arguments[key]
-            single = [Constraint(constraint.id, {key: [word]}) for word in words]
-            return float(sum(not checker(one).check_following(response) for one in single))
-    key = COUNTS.get(constraint.id, "")
-    if not key:
+        off = response.count(",")
+    elif constraint.id in WORDS:
+        off = _words_against(constraint, response)
+    elif constraint.id in COUNTS:
+        off = _change_of_number(constraint, response)
+    else:
         return None
+    return float(min(off, FURTHEST) if response.strip() else FURTHEST)
+
+
+def _words_against(constraint: Constraint, response: str) -> int:
+    """How many of the constraint's words are against it: missing, or present though forbidden."""
+    key = WORDS[constraint.id]
+    singles = [Constraint(constraint.id, {key: [word]}) for word in constraint.arguments[key]]
+    return sum(not checker(single).check_following(response) for single in singles)
+
+
+def _change_of_number(constraint: Constraint, response: str) -> int:
+    """The smallest change of the constraint's number with which the response follows it."""
+    key = COUNTS[constraint.id]
     asked = constraint.arguments[key]
     for change in range(FURTHEST):
-        for number in {asked - change, asked + change}:
+        for number in (asked - change, asked + change):
             if number < 0:
-                continue
+                continue  # lm-eval would choose a number at random
             other = Constraint(constraint.id, constraint.arguments | {key: number})
             if checker(other).check_following(response):
-                return float(change)
-    return float(FURTHEST)
+                return change
+    return FURTHEST
 
 
 def flaws(instruction: Instruction, response: str) -> int:
     """How many signs of a degenerate response there are, from 0 to 3.
 
-    It ends in the middle of a sentence, it repeats itself, or it copies the request. An empty
+    It ends in the middle of a sentence, it repeats itself, or it copies the request. What the
+    instruction asks for is no flaw: an end without a full stop, a copy of the request. An empty
     response has all three.
     """
     text = response.strip()
     if not text:
         return 3
-    words = _words(text)
-    unfinished = not text.endswith(ENDS)
-    sequences = Counter(_sequences(words, REPEATED_WORDS))
-    lines = Counter(line.strip() for line in re.split(r"(?<=[.!?])\s+|\n", text) if line.strip())
-    repeated = max(sequences.values(), default=0) >= REPEATED_TIMES or max(lines.values()) > 1
-    copied = False
-    if all(each.id != "combination:repeat_prompt" for each in instruction.constraints):
-        asked = set(_sequences(_words(instruction.prompt), COPIED_WORDS))
-        copied = not asked.isdisjoint(_sequences(words, COPIED_WORDS))
-    return int(unfinished) + int(repeated) + int(copied)
+    asked = {each.id: each.arguments for each in instruction.constraints}
+    end = asked.get("startend:end_checker", {}).get("end_phrase", ENDS[0]).strip().lower()
+    unfinished = not text.endswith(ENDS) and not text.lower().endswith(end)
+    copied = "combination:repeat_prompt" not in asked and _copies(text, instruction.prompt)
+    return int(unfinished) + int(_repeats(text)) + int(copied)
+
+
+def _repeats(text: str) -> bool:
+    """Whether a sentence or a line occurs twice, or a sequence of `REPEATED_WORDS` too often.
+
+    A line without a letter, such as a divider ***, may occur again.
+    """
+    sentences = [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n", text)]
+    sentences = [sentence for sentence in sentences if any(map(str.isalpha, sentence))]
+    sequences = Counter(_sequences(_words(text), REPEATED_WORDS))
+    often = max(sequences.values(), default=0) >= REPEATED_TIMES
+    return often or len(set(sentences)) < len(sentences)
+
+
+def _copies(text: str, prompt: str) -> bool:
+    """Whether `COPIED_WORDS` consecutive words of the prompt are in the text."""
+    of_prompt = set(_sequences(_words(prompt), COPIED_WORDS))
+    return not of_prompt.isdisjoint(_sequences(_words(text), COPIED_WORDS))
 
 
 def _words(text: str) -> list[str]:

@@ -8,6 +8,8 @@ is SPPO, arXiv 2405.00675.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
+from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 from sppo.core.errors import UserError
 
 Array = NDArray[np.float64]
+TIE = 1e-9  # a P that is so close to 1/2 is a tie: rounding can move it
 
 
 def sigmoid(x: Array) -> Array:
@@ -83,6 +86,39 @@ def p_hat_weighted(probabilities: Array, log_weights: Array) -> Array:
     """
     weights = np.exp(log_weights - np.max(log_weights))
     return np.asarray(probabilities, dtype=np.float64) @ (weights / weights.sum())
+
+
+def cyclic_triples(probabilities: Sequence[Array]) -> float | None:
+    """The share of cyclic triples among all triples of responses to the same prompt, in [0, 1].
+
+    probabilities: P of each prompt, (K, K). i beats j if P[i, j] > 1/2. A triple is cyclic if i
+    beats j, j beats k and k beats i; so a triple with a tie is not. The denominator is the number
+    of triples of all prompts together. None if there are none, because every K is below 3.
+    """
+    cyclic = triples = 0
+    for P in probabilities:
+        beats = _beats(P).astype(int)
+        # The trace counts every closed walk of three steps, so each cycle once for each start.
+        cyclic += int(np.trace(beats @ beats @ beats)) // 3
+        triples += comb(len(P), 3)
+    return cyclic / triples if triples else None
+
+
+def condorcet_winner(probabilities: Sequence[Array]) -> float | None:
+    """The share of prompts with a response that beats each other response, in [0, 1].
+
+    probabilities: P of each prompt, (K, K). i beats j if P[i, j] > 1/2. So equal responses, which
+    tie, cannot win. The denominator is the number of prompts with at least 3 responses, since with
+    fewer no preference is cyclic. None if there are none.
+    """
+    matrices = [np.asarray(P) for P in probabilities if len(P) >= 3]
+    won = [bool((_beats(P).sum(axis=1) == len(P) - 1).any()) for P in matrices]
+    return sum(won) / len(won) if won else None
+
+
+def _beats(P: Array) -> NDArray[np.bool_]:
+    """Whether i beats j, (K, K)."""
+    return np.asarray(P, dtype=np.float64) > 0.5 + TIE
 
 
 def even_length_penalty(scores: list[Array], lengths: list[Array]) -> float:

@@ -73,6 +73,11 @@ class VerifiableModel(PreferenceModel):
                 f"{key} is {model}, but preference.backend is {settings['backend']}, which runs"
                 " PairRM; set transformers"
             )
+        if settings["source"] != "instruction":
+            raise UserError(
+                f"{key} is {model}, which knows prompts by the user's words, but"
+                f" preference.source is {settings['source']}; set instruction"
+            )
         file = _file(model)
         if not file.is_file():
             raise UserError(f"{key} is {model}, but {file} is missing; correct it")
@@ -176,9 +181,10 @@ def read_population(file: Path) -> tuple[list[Path], dict[str, float]]:
         raise UserError(f"{file}: instructions is no list of files; {form}")
     if not isinstance(weights, dict) or weights.keys() != set(ANNOTATORS):
         raise UserError(f"{file}: weights must have {', '.join(ANNOTATORS)}; {form}")
-    numbers = weights.values()
-    if not all(isinstance(one, (int, float)) and 0 <= one < float("inf") for one in numbers):
-        raise UserError(f"{file}: a weight is not a number of at least 0; correct it")
+    for name, weight in weights.items():
+        if type(weight) not in (int, float) or not 0 <= weight < float("inf"):
+            raise UserError(f"{file}: weight {name} is no number of at least 0; correct it")
     if not weights["general"] and not weights["strict"] and not weights["loose"]:
         raise UserError(f"{file}: general, strict and loose weigh 0; give one of them a weight")
-    return [file.parent / name for name in names], {k: float(v) for k, v in weights.items()}
+    paths = [file.parent / Path(name).expanduser() for name in names]
+    return paths, {name: float(weight) for name, weight in weights.items()}
