@@ -344,21 +344,24 @@ def test_constraint_without_a_number_has_no_distance():
 # --- signs of a degenerate response ---
 
 REQUEST = "Write a sentence about the moon for children at night. Use the word tide."
+WAVES = "Silver waves roll over wet sand."  # six words that the request lacks
 FLAWS = {
-    "none": ("The tide comes and goes.", 0),
+    "none": (f"{WAVES} The tide comes and goes.", 0),
     "empty": (" \n", 3),
-    "unfinished": ("The tide comes and", 1),
-    "ends with a quotation mark": ('He said "The tide comes."', 0),
-    "ends with a mark and white space": ("The tide comes!\n", 0),
-    "sentence twice": ("The tide comes. It goes. The tide comes.", 1),
-    "line twice": ("* The tide\n* The tide\n* The sea.", 1),
-    "divider twice": ("One day.\n***\nTwo days.\n***\nThree days.", 0),
-    "numbers of a list": ("1. Tides.\n2. Seas.\nOr:\n1. Moons.\n2. Stars.", 0),
-    "four words three times": ("as it can be, as it can be, as it can be.", 1),
-    "four words two times": ("as it can be, as it can be.", 0),
-    "three words three times": ("it can be, it can be, it can be here.", 0),
-    "copy of the request": ("A sentence about the moon for children at night.", 1),
-    "seven words of the request": ("I write about the moon for children at night.", 0),
+    "unfinished": (f"{WAVES} The tide comes and", 1),
+    "ends with a quotation mark": (f'{WAVES} He said "The tide comes."', 0),
+    "ends with a mark and white space": (f"{WAVES} The tide comes!\n", 0),
+    "sentence twice": (f"{WAVES} It goes. {WAVES}", 1),
+    "line twice": (f"* The tide\n* The tide\n* {WAVES}", 1),
+    "divider twice": (f"{WAVES}\n***\nTwo days.\n***\nThree days.", 0),
+    "numbers of a list": (f"1. Tides.\n2. Seas.\nOr:\n1. Moons.\n2. {WAVES}", 0),
+    "four words three times": (f"as it can be, as it can be, as it can be. {WAVES}", 1),
+    "four words two times": (f"as it can be, as it can be. {WAVES}", 0),
+    "three words three times": (f"it can be, it can be, it can be here. {WAVES}", 0),
+    "copy of the request": (f"{WAVES} A sentence about the moon for children at night.", 1),
+    "seven words of the request": (f"{WAVES} I see the moon for children at night.", 0),
+    "four words of its own": ("The moon rolls over wet tide at night.", 1),
+    "five words of its own": ("The moon rolls over wet sand and the tide.", 0),
     "all three": ("a sentence about the moon for children at night! Oh! Oh! a", 3),
 }
 
@@ -370,8 +373,8 @@ def test_flaws_are_counted(response, expected):
 
 def test_what_the_instruction_asks_for_is_no_flaw():
     ended = instruction(REQUEST, startend__end_checker={"end_phrase": "Over and out"})
-    assert flaws(ended, "The tide comes. over and out") == 0
-    assert flaws(ended, "The tide comes. over and") == 1
+    assert flaws(ended, f"{WAVES} The tide comes. over and out") == 0
+    assert flaws(ended, f"{WAVES} The tide comes. over and") == 1
     repeated = instruction(REQUEST, combination__repeat_prompt={"prompt_to_repeat": REQUEST})
     assert flaws(repeated, f"{REQUEST} The tide comes.") == 0
-    assert flaws(instruction(REQUEST), f"{REQUEST} The tide comes.") == 1
+    assert flaws(instruction(REQUEST), f"{REQUEST} {WAVES}") == 1

@@ -49,12 +49,12 @@ TITLE = {"prompt": "A title.", "instruction_id_list": ["detectable_format:title"
 # The first three are a cycle: by words b > c > a, by commas a > b > c, by keywords c > a > b.
 CYCLE = [
     "The sun and moon are very bright.",  # 7 words, no commas, 2 keywords
-    "Look, the sun rises.",  # 4 words, 1 comma, 1 keyword
+    "Look, bright sun rises early.",  # 5 words, 1 comma, 1 keyword
     "Sun, moon, star are all here.",  # 6 words, 2 commas, 3 keywords
 ]
 RESPONSES = [
     *CYCLE,
-    "Sun moon star.",  # follows everything
+    "Sun moon star.",  # follows everything, but says nothing else
     "**Sun moon star, ok**",  # a comma; markdown
     "Here you are:\nSun moon star!",  # loosely without the first line
     "Sun moon star. Sun moon star.",  # repeats itself
@@ -62,7 +62,7 @@ RESPONSES = [
     "",
     "The sky, the sea, and all the many stars, which shine on us at night, say hello",
 ]
-FLAWS = [0, 0, 0, 0, 0, 0, 1, 1, 3, 1]
+FLAWS = [0, 0, 0, 1, 1, 0, 2, 2, 3, 1]
 
 
 def write(folder: Path, *records: dict, weights: dict | None = None, name: str = "mine") -> Path:

@@ -41,6 +41,7 @@ LISTS = {*WORDS.values()}
 FURTHEST = 100  # a count that is further off is as bad as this
 # A response that contains so many consecutive words of the request copies it.
 COPIED_WORDS = 8
+OWN_WORDS = 5  # a response with fewer different words that the request lacks says nothing
 REPEATED_WORDS, REPEATED_TIMES = 4, 3  # the same 4 words three times are a repetition
 ENDS = tuple(".!?…:\"'”’)]}>*`")  # a response that ends otherwise is unfinished
 
@@ -225,9 +226,9 @@ def _change_of_number(constraint: Constraint, response: str) -> int:
 def flaws(instruction: Instruction, response: str) -> int:
     """How many signs of a degenerate response there are, from 0 to 3.
 
-    It ends in the middle of a sentence, it repeats itself, or it copies the request. What the
-    instruction asks for is no flaw: an end without a full stop, a copy of the request. An empty
-    response has all three.
+    It ends in the middle of a sentence, it repeats itself, or it copies the request or says nothing
+    of its own. What the instruction asks for is no flaw: an end without a full stop, a copy of the
+    request. An empty response has all three.
     """
     text = response.strip()
     if not text:
@@ -235,8 +236,11 @@ def flaws(instruction: Instruction, response: str) -> int:
     asked = {each.id: each.arguments for each in instruction.constraints}
     end = asked.get("startend:end_checker", {}).get("end_phrase", ENDS[0]).strip().lower()
     unfinished = not text.endswith(ENDS) and not text.lower().endswith(end)
-    copied = "combination:repeat_prompt" not in asked and _copies(text, instruction.prompt)
-    return int(unfinished) + int(_repeats(text)) + int(copied)
+    own_words = set(_words(text)) - set(_words(instruction.prompt))
+    says_nothing = len(own_words) < OWN_WORDS or _copies(text, instruction.prompt)
+    if "combination:repeat_prompt" in asked:
+        says_nothing = False
+    return int(unfinished) + int(_repeats(text)) + int(says_nothing)
 
 
 def _repeats(text: str) -> bool:
