@@ -50,31 +50,51 @@ def evaluations_of_base(wildcards):
 
 
 def runs_beside(wildcards):
-    """The run of the summary, and the runs that it shows beside it."""
-    run = run_of(wildcards)
-    return [run, *(name for name in settings(wildcards)["summary"]["beside"] if name != run)]
+    """The run of the summary, and the runs that it shows beside it.
+
+    A run that is evaluated in another way, or against other answers, is left out.
+    """
+    name = run_of(wildcards)
+    run = settings(wildcards)
+    own_reference = run["alpaca_eval"]["reference"] == "base" and not answers_as_main(run)
+    others = [] if own_reference else run["summary"]["beside"]
+    return [
+        name,
+        *(
+            other
+            for other in others
+            if other != name and run_settings(other)["alpaca_eval"] == run["alpaca_eval"]
+        ),
+    ]
+
+
+def policies_of_runs(wildcards):
+    """Run and iteration of each trained policy of the summary.
+
+    A run beside it is shown up to the last iteration of the summary's own run.
+    """
+    last = settings(wildcards)["iterations"]
+    return [
+        (run, t)
+        for run in runs_beside(wildcards)
+        for t in range(1, min(last, run_settings(run)["iterations"]) + 1)
+    ]
 
 
 def evaluations_of_runs(wildcards):
-    """The summary's evaluations of all trained policies, of the run and of those beside it."""
+    """The summary's evaluations of these policies."""
     return [
         artifact(run, t, each.artifact)
-        for run in runs_beside(wildcards)
-        for t in range(1, run_settings(run)["iterations"] + 1)
+        for run, t in policies_of_runs(wildcards)
         for each in summarized(wildcards)
     ]
 
 
 def train_logs_of_runs(wildcards):
     """The training logs of these policies; none if one of the runs is not trained."""
-    runs = runs_beside(wildcards)
-    if any(run_settings(run)["extrapolation"] is not None for run in runs):
+    if any(run_settings(run)["extrapolation"] is not None for run in runs_beside(wildcards)):
         return []
-    return [
-        artifact(run, t, "train_log.jsonl")
-        for run in runs
-        for t in range(1, run_settings(run)["iterations"] + 1)
-    ]
+    return [artifact(run, t, "train_log.jsonl") for run, t in policies_of_runs(wildcards)]
 
 
 def records_of_every_iteration(wildcards):

@@ -173,8 +173,9 @@ rule train_policy:
 
 
 # Without keep_policies, all policies but the last are deleted once the next iteration and the
-# evaluations have used them.
-LAST = min(run["iterations"] for run in USABLE.values())
+# evaluations have used them. A run with fewer iterations than the main run keeps its policies,
+# because the wildcards of a rule cannot give each run its own last iteration.
+LAST = MAIN["iterations"]
 if not MAIN["keep_policies"] and LAST > 1:
 
     use rule train_policy as train_dropped_policy with:
@@ -184,6 +185,7 @@ if not MAIN["keep_policies"] and LAST > 1:
             log=at("train_log.jsonl"),
             log_record=record(at("train_log.jsonl")),
         wildcard_constraints:
+            run=any_of(name for name, run in USABLE.items() if run["iterations"] >= LAST),
             t="|".join(map(str, range(1, LAST))),
 
     ruleorder: extrapolate_policy > train_dropped_policy > train_policy

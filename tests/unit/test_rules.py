@@ -277,8 +277,8 @@ def dry_run(folder: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def overlaid(text: str) -> dict:
-    """The demo's configuration, updated with the YAML `text`."""
-    config = read_files([ROOT / "config" / "config.yaml"])
+    """A configuration with open prompts and the ranker, updated with the YAML `text`."""
+    config = read_files([ROOT / "config" / "presets" / "laptop.yaml"])
     update(config, yaml.safe_load(text))
     return config
 
@@ -322,22 +322,72 @@ def test_shipped_configuration_plans_every_stage(settings, preset, copy):
     done = dry_run(copy, *words)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
-    main = resolve(read_files([preset or ROOT / "config" / "config.yaml"]))[""]
-    planned = jobs(done)
-    t = main["iterations"]
+    runs = resolve(read_files([preset or ROOT / "config" / "config.yaml"]))
+    main = runs[""]
+    shown = ["", *main["summary"]["beside"]]
+    trained = sum(runs[name]["iterations"] for name in shown)
+    # A control takes responses and preferences of its first iteration from the main run.
+    sampled = trained - sum(runs[name]["first_iteration_from"] == "main" for name in shown)
     shards = main["responses"]["shards"]
     expected = {
-        "sample_prompts": t,
-        "generate_responses": t * shards,
-        "annotate_preferences": t * shards,
-        "build_pairs": t,
-        "score_reference": t,
-        "train_policy": t,
+        "sample_prompts": sampled,
+        "generate_responses": sampled * shards,
+        "annotate_preferences": sampled * shards,
+        "build_pairs": trained,
+        "score_reference": trained,
+        "train_policy": trained,
         "base_policy": 1,
     }
+    planned = jobs(done)
     assert {name: planned.get(name, 0) for name in expected} == expected
     root = f"results/{main['name']}/" if main["name"] else "results/"
-    assert evaluated(done) >= {f"{root}iter{i}/alpaca_eval.json" for i in range(t + 1)}
+    assert evaluated(done) == {f"{root}iter0/alpaca_eval.json"} | {
+        f"{root}{name}{'/' if name else ''}iter{t}/alpaca_eval.json"
+        for name in shown
+        for t in range(1, runs[name]["iterations"] + 1)
+    }
+
+
+def test_demo_is_annotated_and_judged_by_exact_annotators(copy):
+    """Only code compares responses, and IFEval checks the answers that AlpacaEval has."""
+    done = dry_run(copy, "--printshellcmds")
+    text = done.stdout + done.stderr
+    assert "data/ranker" not in text
+    assert "data/judge" not in text
+    assert re.search(r"annotate_preferences\.py .*--model verifiable ", text)
+    assert re.search(r"evaluate_alpaca_eval\.py .*--judge verifiable ", text)
+    planned = jobs(done)
+    assert "answer_ifeval" not in planned
+    # The base, three policies, and the control after one iteration.
+    assert planned["evaluate_ifeval"] == 5
+    assert "results/permuted/iter1/ifeval.json" in text
+    # Beside these five, each trained policy is compared with the one before it.
+    assert planned["judge_outputs"] == 9
+    assert "ranker_estimate" not in text
+
+
+def test_demo_with_other_prompts_says_what_to_set(copy, monkeypatch):
+    """The demo's annotators know only the prompts of data/instructions."""
+    monkeypatch.chdir(copy)
+    for t in (1, 2):
+        (copy / f"mine{t}.jsonl").write_text('{"instruction": "Say something."}\n' * 9)
+
+    def check(**sections: dict) -> None:
+        config = read_files([ROOT / "config" / "config.yaml"])
+        update(config, {"iterations": 2, **sections})
+        check_inputs("", resolve(config)[""])
+
+    remedy = "set preference.model and alpaca_eval.judge, or extend config/presets/laptop.yaml"
+    for source in ("mine1.jsonl", "mine{t}.jsonl"):
+        prompts = {"source": source, "per_iteration": None}
+        said = "^config: preference.model is verifiable.* such as 'Say something.'"
+        with pytest.raises(UserError, match=f"{said}.*{remedy}"):
+            check(prompts=prompts)
+        check(prompts=prompts, preference={"model": "ranker"})
+    evaluation = {"instructions": "data/evaluation.json"}
+    with pytest.raises(UserError, match=f"^config: alpaca_eval.judge is verifiable.*{remedy}"):
+        check(alpaca_eval=evaluation)
+    check(alpaca_eval=evaluation | {"judge": "judge"})
 
 
 @pytest.mark.parametrize("settings", ["paper", "repo"])
@@ -594,7 +644,7 @@ def test_requested_target_is_planned_with_its_inputs(copy):
 
 def test_everything_plans_all_evaluations(copy):
     planned = jobs(dry_run(copy, "everything"))
-    assert planned["train_policy"] == 6
+    assert planned["train_policy"] == 3 + 3 + 1  # main, k2, permuted
     assert planned["evaluate_mt_bench"] == planned["evaluate_open_llm"] == 4
     assert planned["judge_best_of_n"] == 5
     assert planned["build_response_browser"] == planned["plot_training"] == 1
@@ -618,7 +668,7 @@ def test_reference_policy_of_each_method_is_scored(copy):
 
 
 def test_graded_runs_use_grades_instead_of_preferences(copy):
-    done = dry_run(copy, "results/dno_prct/summary.md", "--printshellcmds")
+    done = dry_run(copy, "results/dno_prct/iter3/alpaca_eval.json", "--printshellcmds")
     planned = jobs(done)
     text = done.stdout + done.stderr
     for rule in ("grade_responses", "generate_responses", "build_pairs"):
@@ -728,8 +778,29 @@ def test_run_with_other_evaluation_keys_evaluates_its_own_base(copy):
 
 
 def test_keep_policies_false_keeps_only_the_last_policy(copy):
-    planned = jobs(dry_run(copy, "--config", "keep_policies=false"))
-    assert (planned["train_dropped_policy"], planned["train_policy"]) == (2, 1)
+    """The demo's control has one iteration, so its only policy is its last."""
+    done = dry_run(copy, "--config", "keep_policies=false", "--printshellcmds")
+    planned = jobs(done)
+    assert (planned["train_dropped_policy"], planned["train_policy"]) == (2, 2)
+    text = done.stdout + done.stderr
+    dropped = re.findall(r"Would remove temporary output (\S+)", text)
+    assert sorted(dropped) == ["results/iter1/policy", "results/iter2/policy"]
+
+
+def test_summary_leaves_out_runs_that_are_evaluated_otherwise(copy):
+    """Win rates against other answers, or by another judge, cannot be in one table."""
+    write_overlay(
+        copy / "mine.yaml",
+        "{iterations: 1, summary: {beside: [a, b, c]}, runs: {a: {alpaca_eval: {limit: 50}},"
+        " b: {alpaca_eval: {limit: 50}}, c: {iterations: 2, train: {loss: sppo_hard}}}}",
+    )
+    words = ("--configfile", "mine.yaml", "--")
+    made = evaluated(dry_run(copy, *words, "results/summary.md"))
+    folders = ("iter0", "iter1", "c/iter1")  # not c/iter2, because main has no second iteration
+    assert made == {f"results/{folder}/alpaca_eval.json" for folder in folders}
+    # a and b are compared with answers that each of them samples from the base.
+    made = evaluated(dry_run(copy, *words, "results/a/summary.md"))
+    assert made == {f"results/a/{folder}/alpaca_eval.json" for folder in ("iter0", "iter1")}
 
 
 def test_zero_iterations_evaluate_only_the_base(copy):
@@ -775,7 +846,8 @@ def test_all_programs_get_the_same_chat_settings(copy):
 
 
 def test_prompts_exclude_the_questions_of_all_evaluations(copy):
-    done = dry_run(copy, "results/iter1/prompts.parquet", "--printshellcmds")
+    words = ("--configfile", "config/presets/laptop.yaml", "--printshellcmds", "--")
+    done = dry_run(copy, *words, "results/laptop/iter1/prompts.parquet")
     held_out = (
         "--held-out data/evaluation.json data/instructions/held_out.jsonl"
         " data/mt_bench/question.jsonl --earlier"
@@ -1286,7 +1358,7 @@ def test_workflow_can_be_used_as_a_module(copy, tmp_path):
         assert planned[rule] == 1, rule
     text = done.stdout + done.stderr
     assert f"{copy}/src/annotate_preferences.py" in text
-    assert f"--source {copy}/data/prompts.jsonl" in text
+    assert f"--source {copy}/data/instructions/train.jsonl" in text
     assert "--model prefer.py:longer" in text
 
 

@@ -165,7 +165,8 @@ def check_prompts(settings: Settings, prompts: list[str], key: str) -> None:
     if unknown:
         raise UserError(
             f"{key} is {settings['model']}, which does not know {len(unknown)} of {len(prompts)}"
-            f" prompts, such as {unknown[0][:60]!r}; give another model, or prompts that it knows"
+            f" prompts, such as {unknown[0][:60]!r}; for your own prompts set preference.model and"
+            " alpaca_eval.judge, or extend config/presets/laptop.yaml, which has both"
         )
 
 

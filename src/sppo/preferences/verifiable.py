@@ -116,8 +116,8 @@ class VerifiableModel(PreferenceModel):
             if instruction is None:
                 raise ComparisonError(
                     index,
-                    f"no constraints are known for the prompt {prompt[:60]!r}; add the file that"
-                    " has it to the model's instructions",
+                    f"no constraints are known for the prompt {prompt[:60]!r}; set another"
+                    " preference.model, or add the file that has it to the model's instructions",
                 )
             P = np.clip(self.probabilities(instruction, responses), SMALLEST, 1 - SMALLEST)
             found.append(np.log(P) - np.log1p(-P))

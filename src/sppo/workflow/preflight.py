@@ -219,17 +219,23 @@ def gpus_here() -> int:
 def check_source(run: dict[str, Any], held_out: set[str], where: str) -> None:
     """A JSONL source is complete and has enough prompts for all iterations; else UserError.
 
-    The preference model must be able to compare responses to each of them. A hub source is left to
-    its rule.
+    The preference model must be able to compare responses to each prompt of a file. A hub source is
+    left to its rule. With a file for each iteration, prompts are not counted.
     """
     prompts = run["prompts"]
     source = prompts["source"]
+    preference = run["preference"]
+    compared = run["pairs"]["construction"] != "gold" and preference["source"] == "instruction"
     for each in sorted({source.replace("{t}", str(t)) for t in range(1, run["iterations"] + 1)}):
         if Path(each).is_dir():
             raise UserError(
                 f"config: prompts.source is {each}, which is a folder; give a JSONL file in it"
             )
         if Path(each).is_file():
+            rows, *_ = read_prompts(each, None, prompts["split"], prompts["field"])
+            if compared:
+                texts = [row["messages"][-1]["content"] for row in rows]
+                check_prompts(preference, texts, f"config: {where}preference.model")
             continue
         if not HUB_ID.fullmatch(each) or each.endswith((".jsonl", ".json")):
             raise UserError(
@@ -239,11 +245,6 @@ def check_source(run: dict[str, Any], held_out: set[str], where: str) -> None:
         check_no_typo("prompts", "source", prompts | {"source": each})
     if "{t}" in source or not Path(source).is_file():
         return
-    rows, *_ = read_prompts(source, None, prompts["split"], prompts["field"])
-    preference = run["preference"]
-    if run["pairs"]["construction"] != "gold" and preference["source"] == "instruction":
-        texts = [row["messages"][-1]["content"] for row in rows]
-        check_prompts(preference, texts, f"config: {where}preference.model")
     free = sum(not is_held_out(row, held_out) for row in rows)
     wanted = (prompts["per_iteration"] or 1) * run["iterations"]
     if wanted > free:
