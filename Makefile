@@ -1,11 +1,10 @@
 # Main targets:
 #
-# make demo         install the pinned environment, run three SPPO iterations on the embedded model,
-#                   print the result
+# make demo         install the pinned environment, run three SPPO iterations on the embedded model
+#                   and instructions with verifiable constraints, and a control; print the result
 # make demo-all     the same, and every other evaluation, the K = 2 run, the papers' tables and a
 #                   report
 # make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them
-#                   (an hour on 2 cores after the demo)
 # make compare-all  every run of config/config.yaml; resumes an interrupted comparison
 # make estimate CONFIG=config/presets/mistral-7b.yaml
 #                   the expected cost: GPU-hours, memory, disk, dollars;

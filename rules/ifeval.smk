@@ -1,6 +1,7 @@
 """Requires: iter{t}/policy, instructions with constraints. Gives: iter{t}/ifeval.json."""
 
-IFEVAL_DECODING = ("limit", "temperature", "top_p", "max_new_tokens")
+from sppo.evaluation import ifeval
+
 IFEVAL_OFFICIAL = f"{MODELS}ifeval/ifeval.jsonl"
 
 
@@ -15,9 +16,7 @@ HELD_OUT.append(lambda wildcards: [ifeval_instructions(wildcards)])
 
 def ifeval_answers(wildcards):
     """AlpacaEval's answers, if they are to the same instructions with the same decoding."""
-    run = settings(wildcards)
-    keys = ("instructions", *IFEVAL_DECODING)
-    same = all(run["ifeval"][key] == run["alpaca_eval"][key] for key in keys)
+    same = ifeval.uses_alpaca_eval_answers(settings(wildcards))
     name = "alpaca_eval_outputs.json" if same else "ifeval_outputs.json"
     return artifact(run_of(wildcards), wildcards.t, name)
 
@@ -25,7 +24,7 @@ def ifeval_answers(wildcards):
 def ifeval_flags(wildcards):
     """The flags that set how the instructions are answered."""
     run = settings(wildcards)
-    chosen = {key: run["ifeval"][key] for key in IFEVAL_DECODING}
+    chosen = {key: run["ifeval"][key] for key in ifeval.DECODING}
     return flags(chosen | {key: run["responses"][key] for key in ENGINE_KEYS}) + RUNNING
 
 

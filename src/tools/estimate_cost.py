@@ -1,6 +1,7 @@
 """Estimate the cost of a configuration: tokens, FLOPs, GPU-hours, memory, disk, dollars.
 
-Reads   the main run of the configuration, as Snakemake reads it; it runs and downloads nothing
+Reads   the main run of the configuration, as Snakemake reads it, with the evaluations that its
+        summary shows; it runs and downloads nothing
 Writes  tables on standard output, by iteration and stage
 The formulas are in src/sppo/reporting/cost_model.py. docs/paper_scale.md compares them with
 measured runs. Lengths and the shares of a GPU's peak are assumptions until they are measured:
@@ -19,6 +20,8 @@ from sppo.core.artifacts import ROOT, read_json
 from sppo.core.config_files import read_files
 from sppo.core.errors import UserError, run
 from sppo.core.flags import of_iteration
+from sppo.evaluation import alpaca_eval, ifeval
+from sppo.policies.prompts import read_instructions
 from sppo.policies.shapes import SHAPES, Shape, shape_of
 from sppo.preferences.base import find_kind, local_kind, settings_for
 from sppo.reporting import cost_model
@@ -28,6 +31,7 @@ from sppo.workflow.configuration import resolve
 # Tokens of GPT-4 turbo's template in alpaca-eval: 1398 characters, four per token.
 JUDGE_PROMPT = 350
 STORED_BYTES = 9  # bytes of a stored token: its id and its text
+GENERATED = ("generate", "answer", "answer_ifeval")  # stages whose tokens are stored
 MT_BENCH = 160  # grades of a policy: 80 questions, two turns
 
 
@@ -137,6 +141,8 @@ def main() -> None:
         f"{config['policy']['model']}, {shape.weights / GB:.2f} billion weights, "
         f"on {args.gpus} x {args.gpu}."
     )
+    if beside := config["summary"]["beside"]:
+        print(f"Not counted: the runs that the summary shows beside it ({', '.join(beside)})")
     print(as_table(rows, gpu))
     print(summary(rows, config, shape, args))
 
@@ -183,13 +189,14 @@ def prompts_of_an_iteration(config: dict[str, Any], assumed: int) -> int:
     return sum(1 for line in lines if line.strip()) // max(config["iterations"], 1)
 
 
-def instructions_of(evaluation: dict[str, Any]) -> int:
-    """Number of evaluation instructions. evaluation: the section `alpaca_eval`."""
-    if evaluation["limit"]:
-        return evaluation["limit"]
-    if evaluation["instructions"] == "official":
-        return 805
-    return len(read_json(Path(evaluation["instructions"])))
+def instructions_of(config: dict[str, Any], evaluation: str) -> int:
+    """Number of instructions of the evaluation `alpaca_eval` or `ifeval`."""
+    section = config[evaluation]
+    if section["limit"]:
+        return section["limit"]
+    if section["instructions"] == "official":
+        return alpaca_eval.CANONICAL_SIZE if evaluation == "alpaca_eval" else ifeval.OFFICIAL_SIZE
+    return len(read_instructions(Path(section["instructions"])))
 
 
 def pairs_of_a_prompt(pairs: dict[str, Any], samples: int) -> int:
@@ -244,9 +251,8 @@ class Estimator:
         kind = find_kind(settings_for(model, backend=self.config["preference"]["backend"]))
         cost = kind and kind.cost(model, prompts, self.prompt, samples, length)
         if not cost:
-            print(
-                f"Not counted: {stage} of iteration {t}, because the cost of {model} is not known"
-            )
+            if t == self.config["iterations"]:  # the last iteration has all stages
+                print(f"Not counted: {stage}, because the cost of {model} is not known")
             return []
         seconds = cost.flops / (self.gpu.flops * self.use.forward)
         return [Row(t, stage, prompts, cost.tokens, cost.flops, seconds, 4 * cost.weights)]
@@ -303,7 +309,8 @@ def all_rows(
     pairs = prompts * pairs_of_a_prompt(config["pairs"], samples)
     ranker = config["preference"]["model"]
     evaluation = config["alpaca_eval"]
-    instructions = instructions_of(evaluation)
+    shown = config["summary"]["evaluations"]
+    instructions = instructions_of(config, "alpaca_eval")
     answer = min(args.response_tokens, evaluation["max_new_tokens"])
     estimate = Estimator(
         config,
@@ -332,8 +339,19 @@ def all_rows(
             estimate.generation(t, "answer", answers, 1, answer, evaluation["max_new_tokens"])
         )
         if local_kind(evaluation["judge"]):
-            rows += estimate.comparison(t, "judge", evaluation["judge"], instructions, 2, answer)
-        rows += estimate.comparison(t, "ranker_estimate", ranker, instructions, 2, answer)
+            judge = evaluation["judge"]
+            rows += estimate.comparison(t, "judge", judge, instructions, 2, answer)
+            if t and "against_previous" in shown:
+                rows += estimate.comparison(t, "against_previous", judge, instructions, 2, answer)
+        if "ranker_estimate" in shown:
+            rows += estimate.comparison(t, "ranker_estimate", ranker, instructions, 2, answer)
+        if "ifeval" in shown and not ifeval.uses_alpaca_eval_answers(config):
+            longest = config["ifeval"]["max_new_tokens"]
+            length = min(args.response_tokens, longest)
+            prompts_of_ifeval = instructions_of(config, "ifeval")
+            rows.append(
+                estimate.generation(t, "answer_ifeval", prompts_of_ifeval, 1, length, longest)
+            )
     return rows
 
 
@@ -362,7 +380,7 @@ def summary(rows: list[Row], config: dict[str, Any], shape: Shape, args: argpars
     """Totals: hours, disk, tokens that the judge reads, and dollars if prices are given."""
     iterations = config["iterations"]
     hours = sum(row.seconds or 0 for row in rows) / 3600
-    tokens = sum(row.tokens for row in rows if row.stage in ("generate", "answer"))
+    tokens = sum(row.tokens for row in rows if row.stage in GENERATED)
     bytes_per_weight = 2 + 4 * iterations + (8 if iterations else 0)
     disk = bytes_per_weight * shape.weights + STORED_BYTES * tokens
     dollars = "no price given (--price)"
@@ -379,7 +397,10 @@ def summary(rows: list[Row], config: dict[str, Any], shape: Shape, args: argpars
     answer = min(args.response_tokens, evaluation["max_new_tokens"])
     graded = min(args.response_tokens, mt_bench["max_new_tokens"])
     if not local_kind(evaluation["judge"]):
-        calls = instructions_of(evaluation) * (iterations + 1)
+        comparisons = iterations + 1
+        if "against_previous" in config["summary"]["evaluations"]:
+            comparisons += iterations
+        calls = instructions_of(config, "alpaca_eval") * comparisons
         tokens_per_call = JUDGE_PROMPT + args.prompt_tokens + 2 * answer
         lines.append(judge_cost("AlpacaEval", evaluation, calls, tokens_per_call, args.judge_price))
     if not local_kind(mt_bench["judge"]):

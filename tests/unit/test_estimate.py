@@ -195,6 +195,43 @@ def test_every_preset_is_estimated_by_stage_and_iteration(
     assert "$" not in text
 
 
+def test_demo_is_estimated_without_models_that_judge(program, capsys, monkeypatch):
+    """Code compares responses, and IFEval has no answers of its own."""
+    text = printed(program, capsys, monkeypatch)
+    stages = {row[1] for row in rows_of(text)}
+    assert stages == {"generate", "reference", "train", "answer"}
+    for stage in ("annotate", "judge", "against_previous"):
+        assert text.count(f"Not counted: {stage}, because the cost of verifiable is not known") == 1
+    assert "Not counted: the runs that the summary shows beside it (permuted)" in text
+
+
+def test_answers_to_ifeval_are_counted_if_they_are_generated(
+    program, capsys, monkeypatch, tmp_path
+):
+    (tmp_path / "all.yaml").write_text("ifeval: {limit: null, max_new_tokens: 70}")
+    configs = ("--config", ROOT / "config/config.yaml", tmp_path / "all.yaml")
+    rows = rows_of(printed(program, capsys, monkeypatch, *configs))
+    lines = (ROOT / "data/instructions/held_out.jsonl").read_text().splitlines()
+    found = [row[:4] for row in rows if row[1] == "answer_ifeval"]
+    tokens = f"{70 * len(lines):,}"
+    assert found == [[str(t), "answer_ifeval", str(len(lines)), tokens] for t in range(4)]
+
+    (tmp_path / "all.yaml").write_text("summary: {evaluations: [alpaca_eval]}\nifeval: {limit: 9}")
+    rows = rows_of(printed(program, capsys, monkeypatch, *configs))
+    assert "answer_ifeval" not in {row[1] for row in rows}
+
+
+def test_comparisons_with_the_previous_policy_are_counted(program, capsys, monkeypatch, tmp_path):
+    shown = "summary: {evaluations: [alpaca_eval, against_previous]}"
+    (tmp_path / "more.yaml").write_text(shown)
+    configs = ("--config", PRESETS["mistral-7b"], tmp_path / "more.yaml")
+    text = printed(program, capsys, monkeypatch, *configs, *PRICES)
+    assert f"asks gpt-6-luna {805 * (4 + 3):,} times" in text
+    configs = ("--config", PRESETS["laptop"], tmp_path / "more.yaml")
+    rows = rows_of(printed(program, capsys, monkeypatch, *configs))
+    assert [row[0] for row in rows if row[1] == "against_previous"] == ["1", "2", "3"]
+
+
 PRICES = ("--price", 2, "--judge-price", 10)
 
 

@@ -27,6 +27,7 @@ from sppo.preferences.estimates import mean_logits, win_probabilities, winner_an
 REPOSITORY = Path(__file__).resolve().parents[2]
 # The programs use all cores, as in a user's run.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+CONFIG = "tests/workflow/config.yaml"
 RESULT = "results/tiny/iter2/alpaca_eval.json"
 
 
@@ -48,8 +49,11 @@ def make_clone(copy_repository, folder: Path, tiny_policy: Path) -> tuple[Path, 
     return folder, tiny_policy
 
 
-def command(clone, *targets: str, **settings: str) -> list[str]:
-    """The command that runs Snakemake for these targets, with settings of the configuration."""
+def command(clone, *targets: str, file: str = CONFIG, **settings: str) -> list[str]:
+    """The command that runs Snakemake for these targets.
+
+    file: the configuration. settings: keys that replace the file's.
+    """
     _, policy = clone
     config = [f"policy={{model: {policy}}}"]
     config += [f"{key}={value}" for key, value in settings.items()]
@@ -60,7 +64,7 @@ def command(clone, *targets: str, **settings: str) -> list[str]:
         "--cores",
         "2",
         "--configfile",
-        "tests/workflow/config.yaml",
+        file,
         "--config",
         *config,
         "--",
@@ -233,6 +237,30 @@ def test_run_summary_is_written(clone):
     _head, _rule, *rows = [line for line in lines if line.startswith("|")]
     assert [row.split("|")[1].strip() for row in rows] == ["0", "1", "2"]
     assert (clone[0] / "results/tiny/figures/win_rate.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_has_exact_preferences_and_a_control(clone):
+    root = clone[0] / "results/tiny_demo"
+    snakemake(clone, "results/tiny_demo/summary.md", file="tests/workflow/demo.yaml")
+
+    record = read_json(root / "iter1/preferences/0.parquet.record.json")
+    assert record["preference_model"] == "verifiable"
+    assert 0 <= record["cyclic_triples"] <= 1
+    main = {pair["prompt_id"]: pair for pair in read_table(root / "iter1/pairs.parquet", "pairs")}
+    control = read_table(root / "permuted/iter1/pairs.parquet", "pairs")
+    assert main.keys() == {pair["prompt_id"] for pair in control}
+    assert any(pair["chosen"] != main[pair["prompt_id"]]["chosen"] for pair in control)
+    for t in ("iter0", "iter1", "permuted/iter1"):
+        assert read_json(root / t / "ifeval.json")["n_prompts"] == 6
+        assert not (root / t / "ifeval_outputs.json").exists()
+    lines = (root / "summary.md").read_text().splitlines()
+    head, _rule, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")
+    ]
+    assert [row[0] for row in rows] == ["0", "1", "1, permuted"]
+    for column in ("against the previous", "IFEval strict [95%]", "log-ratio, winner"):
+        assert rows[1][head.index(column)] != "-"
+        assert rows[2][head.index(column)] != "-"
 
 
 def test_best_of_n_takes_the_choice_of_the_ranker(clone):

@@ -9,6 +9,7 @@ from sppo.core.errors import UserError
 from sppo.policies.prompts import normalised, read_instructions
 from sppo.preferences.constraints import read_instructions_to_check
 
+DECODING = ("limit", "temperature", "top_p", "max_new_tokens")  # how the prompts are answered
 OFFICIAL_SIZE = 541
 OFFICIAL_SHA256 = "67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49"
 
@@ -41,6 +42,15 @@ def check_inputs(config: dict[str, Any], where: str) -> set[str]:
             " it"
         )
     return prompts
+
+
+def uses_alpaca_eval_answers(config: dict[str, Any]) -> bool:
+    """Whether both evaluations ask the same in the same way, so that one set of answers is enough.
+
+    config: the complete configuration of a run.
+    """
+    keys = ("instructions", *DECODING)
+    return all(config["ifeval"][key] == config["alpaca_eval"][key] for key in keys)
 
 
 def differences(found: dict[str, Any]) -> list[str]:
