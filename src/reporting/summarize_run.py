@@ -60,9 +60,10 @@ def main() -> None:
     parser.add_argument(
         "--evaluations",
         type=Path,
-        nargs="+",
-        required=True,
-        help="evaluations of all iterations, of the run and of the runs beside it",
+        nargs="*",
+        default=[],
+        help="evaluations of all iterations, of the run and of the runs beside it; none if the run "
+        "trains nothing, so that there is only the base",
     )
     parser.add_argument(
         "--train-logs", type=Path, nargs="*", default=[], help="train_log.jsonl of the iterations"

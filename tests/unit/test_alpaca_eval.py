@@ -979,6 +979,23 @@ def test_summary_of_a_run_takes_the_base_of_main(run_folder, monkeypatch):
     assert cells[2][1].startswith("50.0") and cells[3][1].startswith("49.0")
 
 
+def test_summary_of_a_run_without_training_has_the_base(run_folder, program):
+    """With iterations: 0 only the base is evaluated."""
+    program(
+        summarize_run,
+        *("--results", run_folder),
+        *("--base", run_folder / "iter0" / "alpaca_eval.json"),
+        *("--evaluations", "--train-logs", "--records"),
+        *("--output", run_folder / "summary.md"),
+        *("--plot", run_folder / "a.png"),
+        *("--length-plot", run_folder / "b.png"),
+    )
+    text = (run_folder / "summary.md").read_text()
+    assert [row[:2] for row in cells_of(text)[2:]] == [["0", "50.0 [48.0, 52.0]"]]
+    assert "log-ratio" not in text
+    assert "The policies win" not in text
+
+
 def test_summary_marks_doubtful_rates_and_empty_answers(run_folder, monkeypatch):
     file = run_folder / "iter2" / "alpaca_eval.json"
     write_json(
