@@ -5,7 +5,6 @@
 # make demo-all     the same, and every other evaluation, the K = 2 run, the papers' tables and a
 #                   report
 # make compare      SPPO, SPPO hard, DPO, IPO, INPO and MPO with equal budgets, and a table of them
-#                   (an hour on 2 cores after the demo)
 # make compare-all  every run of config/config.yaml; resumes an interrupted comparison
 # make estimate CONFIG=config/presets/mistral-7b.yaml
 #                   the expected cost: GPU-hours, memory, disk, dollars;
