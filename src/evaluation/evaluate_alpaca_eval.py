@@ -33,6 +33,7 @@ from sppo.evaluation.alpaca_eval import (
     length_model,
     metrics,
     paired,
+    pinned_warning,
     read_outputs,
 )
 from sppo.evaluation.judges import ALPACA_EVAL
@@ -148,11 +149,6 @@ def main() -> None:
         row, annotations, details = evaluate(outputs, reference, formula, file, cache, judge)
         if kind:
             details = details | {"instructions_seen_in_training": seen}
-        warning = length_controlled_warning(
-            float(row["win_rate"]), float(row["length_controlled_winrate"])
-        )
-        if warning:
-            warn(f"do not rely on the length-controlled win rate: {warning}")
         empty = sum(not line["output"].strip() for line in outputs)
         if empty:
             warn(f"{empty} of {len(outputs)} answers in {args.outputs} are empty")
@@ -165,6 +161,17 @@ def main() -> None:
             args.seed,
             args.threads,
         )
+        warning = length_controlled_warning(
+            float(row["win_rate"]), float(row["length_controlled_winrate"])
+        )
+        # If all answers are equal, 50 is right: there is nothing to measure.
+        if warning is None and row["n_draws"] < row["n_total"]:
+            warning = pinned_warning(
+                intervals["length_controlled_winrate_interval"],
+                intervals["length_controlled_at_50"],
+            )
+        if warning:
+            warn(f"do not rely on the length-controlled win rate: {warning}")
         # The seconds of the evaluation are in the record of args.output.
         with recorded("judge", args.annotations, inputs, vars(args)):
             write_json(
@@ -233,10 +240,10 @@ def bootstrap(
 
     The win rate uses `draws` resamples, LC the first `fits` of them. Instructions are drawn with
     replacement, each with its pair of outputs. The package's LC model is refitted on each resample,
-    which takes about 60 ms for 100 instructions, so LC uses fewer resamples. `fits=0` leaves LC's
-    interval None. The LC model has an L1 penalty chosen by cross-validation, and it returns exactly
-    50 if it finds no effect, so the interval often ends at 50. The share of such resamples is
-    reported.
+    which takes about 60 ms for 100 instructions, so LC uses fewer resamples. The LC model has an L1
+    penalty chosen by cross-validation, and it returns exactly 50 if it finds no effect.
+    `length_controlled_at_50` is the per cent of refits that do. `fits=0` leaves LC's interval and
+    this share None.
     """
     import numpy as np
     import pandas as pd
@@ -253,7 +260,7 @@ def bootstrap(
     )
     controlled = [float(refit["length_controlled_winrate"]) for refit in refits]
 
-    share_at_50 = float(np.mean(np.equal(controlled, 50.0))) if controlled else None
+    at_50 = 100 * float(np.mean(np.equal(controlled, 50.0))) if controlled else None
 
     def interval(values: Any) -> list[float] | None:
         if not len(values):
@@ -263,11 +270,11 @@ def bootstrap(
     return {
         "win_rate_interval": interval(100 * wins[chosen].mean(axis=1)),
         "length_controlled_winrate_interval": interval(controlled),
+        "length_controlled_at_50": at_50,
         "bootstrap": {
             "resamples": draws,
             "length_controlled_resamples": len(controlled),
             "seed": seed,
-            "length_controlled_share_at_50": share_at_50,
         },
     }
 

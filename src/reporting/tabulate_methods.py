@@ -7,7 +7,7 @@ Rates are in per cent against the base, brackets are 95% intervals, and lengths 
 Minutes and tokens are the cost of making the policy, without its evaluation. If a run shares the
 first responses and preferences of the main run, they count as its own. The text above the table
 lists the runs whose LC intervals at their last iterations do not overlap; only these runs are
-ordered.
+ordered. A run whose LC win rate has a warning is left out of the order.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_text
 from sppo.core.errors import UserError, run
-from sppo.evaluation.results import Evaluations, collect, decimals, doubts, rate
+from sppo.evaluation.results import DOUBTFUL, Evaluations, collect, decimals, doubts, rate
 from sppo.reporting.figures import judge_name, plot_methods
 from sppo.reporting.table_formats import (
     csv_table,
@@ -179,7 +179,9 @@ def notes(judged: Evaluations) -> str:
         f"Per cent won against the base's answers on {first['n_total']} instructions, "
         f"by {judge_name(first)}; brackets are 95% intervals.",
         "At their last iterations the LC intervals part "
-        + (f"thus: {order}." if order else "nowhere: there is no order."),
+        + (f"thus: {order}." if order else "nowhere: there is no order.")
+        + " Intervals are over instructions, of one training each, without a correction for the "
+        f"number of comparisons; runs with{DOUBTFUL} are not compared.",
         *doubts({f"{run}, iteration {t}": line for (run, t), line in judged.items()}),
     ]
     return " ".join(sentences)
@@ -188,15 +190,17 @@ def notes(judged: Evaluations) -> str:
 def order_of_runs(judged: Evaluations) -> list[str]:
     """Which run is above which others: those whose LC intervals lie below its own.
 
-    The intervals are those of each run's last iteration. Runs without an interval are left out.
+    The intervals are those of each run's last iteration. Runs without an interval are left out, and
+    runs whose LC win rate has a warning.
     """
     last: dict[str, int] = {}
     for name, number in judged:
         last[name] = max(number, last.get(name, 0))
     intervals = {}
     for name, number in last.items():
-        interval = judged[name, number]["length_controlled_winrate_interval"]
-        if interval:
+        found = judged[name, number]
+        interval = found["length_controlled_winrate_interval"]
+        if interval and not found.get("length_controlled_warning"):
             intervals[name] = interval
     order = []
     for name, (low, _) in intervals.items():

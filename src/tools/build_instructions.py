@@ -98,22 +98,22 @@ def letter_frequency(topic: Topic, draw: random.Random) -> Written:
 
 
 def number_words(topic: Topic, draw: random.Random) -> Written:
-    if draw.random() < 0.6:
-        number, relation = draw.choice((15, 20, 25, 30)), "less than"
+    if draw.random() < 0.7:
+        number, relation = draw.choice((12, 15, 20, 25)), "less than"
         text = draw.choice(
             ("Use less than {0} words.", "Your answer must have less than {0} words.")
         )
     else:
-        number, relation = draw.choice((30, 40, 50)), "at least"
+        number, relation = draw.choice((25, 30, 35)), "at least"
         text = draw.choice(("Use at least {0} words.", "Your answer must have at least {0} words."))
     return text.format(number), {"num_words": number, "relation": relation}
 
 
 def number_sentences(topic: Topic, draw: random.Random) -> Written:
-    if draw.random() < 0.6:
+    if draw.random() < 0.7:
         number, relation = draw.choice((2, 3)), "less than"
     else:
-        number, relation = draw.choice((3, 4)), "at least"
+        number, relation = draw.choice((2, 3)), "at least"
     text = f"Your answer should contain {relation} {number} sentences."
     return text, {"num_sentences": number, "relation": relation}
 
@@ -167,12 +167,12 @@ def no_comma(topic: Topic, draw: random.Random) -> Written:
 
 # The kinds of constraints, by IFEval's id, and how often each is drawn.
 KINDS: dict[str, tuple[Callable[[Topic, random.Random], Written], float]] = {
-    "keywords:existence": (existence, 3),
-    "keywords:forbidden_words": (forbidden_words, 2),
+    "keywords:existence": (existence, 4),
+    "keywords:forbidden_words": (forbidden_words, 1),
     "keywords:frequency": (frequency, 1),
     "keywords:letter_frequency": (letter_frequency, 1),
-    "length_constraints:number_words": (number_words, 3),
-    "length_constraints:number_sentences": (number_sentences, 3),
+    "length_constraints:number_words": (number_words, 2),
+    "length_constraints:number_sentences": (number_sentences, 2),
     "detectable_format:number_bullet_lists": (number_bullet_lists, 1),
     "detectable_content:number_placeholders": (number_placeholders, 1),
     "detectable_format:number_highlighted_sections": (number_highlighted_sections, 1),

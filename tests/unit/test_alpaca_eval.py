@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 pytest.importorskip("alpaca_eval", reason="alpaca-eval is not installed in this environment")
@@ -22,7 +23,7 @@ import evaluate_alpaca_eval  # noqa: E402
 import summarize_run  # noqa: E402
 from sppo.core.artifacts import read_json, write_json  # noqa: E402
 from sppo.core.errors import UserError  # noqa: E402
-from sppo.evaluation import alpaca_eval  # noqa: E402
+from sppo.evaluation import alpaca_eval, results  # noqa: E402
 from sppo.evaluation.judges import ALPACA_EVAL  # noqa: E402
 
 # A folder with public data sets. Without it, the tests that need a data set are skipped.
@@ -189,6 +190,9 @@ def test_policy_equal_to_its_reference_gets_50(call):
     assert result["win_rate"] == 50.0
     assert result["length_controlled_winrate"] == 50.0
     assert result["n_draws"] == 30
+    # Here 50 is no failure of the model, so there is no warning.
+    assert result["length_controlled_at_50"] == 100.0
+    assert result["length_controlled_warning"] is None
 
 
 def test_policy_that_loses_everything_gets_0():
@@ -242,6 +246,67 @@ def test_length_controlled_warning_follows_alpaca_eval():
         assert "it is exactly 50" in alpaca_eval.length_controlled_warning(win_rate, 50.0)
     for fine in ((40.0, 35.0), (50.0, 50.0), (0.0, 0.0), (100.0, 100.0), (40.0, 50.1)):
         assert alpaca_eval.length_controlled_warning(*fine) is None
+
+
+def test_share_of_refits_at_50_equals_the_package_s(call, tmp_path, capfd):
+    """The judge hardly prefers a side: LC of all outputs is not 50, but of some resamples it is."""
+    from alpaca_eval.metrics import glm_winrate
+
+    def unrelated(prompt, first, second):
+        return 0.565 + 0.3 * np.sin(7 * int(re.search(r"\d+", prompt)[0]))
+
+    result = call(outputs("policy", seed=1), outputs("base"), probability=unrelated, fits=8)
+    rows = read_json(tmp_path / "out" / "annotations.json")
+    drawn = np.random.default_rng(0).integers(30, size=(10000, 30))[:8]
+    with (
+        alpaca_eval.length_model(30, None) as (formula, file),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(glm_winrate, "hf_hub_download", lambda **_: file)
+        frame = pd.DataFrame(rows)
+        rates = [
+            glm_winrate.get_length_controlled_winrate(
+                frame.iloc[chosen], glm_name=formula, save_weights_dir=None
+            )["length_controlled_winrate"]
+            for chosen in drawn
+        ]
+    at_50 = sum(rate == 50.0 for rate in rates)
+    assert 0 < at_50 < 8
+    assert result["length_controlled_winrate"] != 50.0
+    assert result["length_controlled_at_50"] == pytest.approx(100 * at_50 / 8)
+    warning = result["length_controlled_warning"]
+    assert warning.startswith(f"{100 * at_50 / 8:.1f}% of its refits are exactly 50")
+    assert f"do not rely on the length-controlled win rate: {warning}\n" in capfd.readouterr().err
+    # The tables show the mark and the reason.
+    assert results.rate(result, "length_controlled_winrate").endswith(results.DOUBTFUL)
+    assert results.doubts({"iteration 1": result}) == [
+        f"iteration 1: (!) do not rely on the LC win rate: {warning}."
+    ]
+
+
+def test_share_of_refits_at_50_is_null_without_refits(call):
+    result = call(outputs("policy", seed=1), outputs("base"), probability=soft, fits=0)
+    assert result["length_controlled_at_50"] is None
+    assert result["length_controlled_winrate_interval"] is None
+
+
+def test_clear_win_has_no_refit_at_50(call):
+    result = call(
+        outputs("policy", seed=1),
+        outputs("base"),
+        probability=lambda prompt, first, second: 0.7 + 0.2 * soft(prompt, first, second),
+        fits=5,
+    )
+    assert result["length_controlled_at_50"] == 0.0
+    assert result["length_controlled_warning"] is None
+
+
+def test_intervals_pinned_at_50_are_flagged():
+    for pinned in (([50.0, 63.0], 3.0), ([39.1, 50.0], 2.0), ([48.0, 61.0], 5.5)):
+        said = alpaca_eval.pinned_warning(*pinned)
+        assert f"{pinned[1]:.1f}% of its refits are exactly 50" in said
+    for fine in (([48.0, 61.0], 5.0), ([50.1, 61.0], 1.0), (None, None), ([45.0, 49.9], 0.0)):
+        assert alpaca_eval.pinned_warning(*fine) is None
 
 
 def test_normal_evaluation_has_no_warning(call, capfd):

@@ -103,6 +103,16 @@ def test_overlapping_intervals_give_no_order(results, program):
     assert "part nowhere" in (results / "tables/methods.md").read_text()
 
 
+def test_a_doubtful_run_is_not_in_the_order(results, program):
+    doubtful = judged(52, 50, 60) | {"length_controlled_warning": "9.0% of its refits are 50"}
+    write_json(results / "dpo/iter1/alpaca_eval.json", doubtful)
+    *_, dpo = tabulated(results, program)
+    text = (results / "tables/methods.md").read_text()
+    assert dpo["LC win rate [95%]"] == "52.0 [50.0, 60.0] (!)"
+    assert "part nowhere" in text
+    assert "dpo, iteration 1: (!) do not rely on the LC win rate: 9.0% of its refits are 50" in text
+
+
 def test_no_evaluation_is_a_one_line_error(results, program):
     with pytest.raises(UserError, match="no run under .* has been evaluated"):
         program(

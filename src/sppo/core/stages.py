@@ -16,7 +16,7 @@ STAGES = {
     "reference": 1,
     "train": 1,
     "answer": 1,
-    "judge": 1,
+    "judge": 2,
     "mt_bench": 1,
     "open_llm": 1,
     "ifeval": 1,

@@ -46,6 +46,9 @@ TRIAL = {"instruction": "Which number is larger, 1 or 2?", "output_1": "2", "out
 CANONICAL_ORDER = ROOT / "data" / "alpaca_eval_order.txt"
 CANONICAL_SIZE = 805
 FEWEST_INSTRUCTIONS = 5  # the package fits LC by five-fold cross-validation
+# Largest per cent of LC's refits at exactly 50 that is not flagged. An interval of 95% that
+# excludes 50 has at most 2.5% of them there.
+MOST_AT_50 = 5.0
 # AlpacaEval's data set on the hub and its commit.
 DATASET, DATASET_REVISION = "tatsu-lab/alpaca_eval", "2edc6fad8be6b14ea7230aabfd08188da6b8b814"
 # The file with the instructions and GPT-4 turbo's answers, and the generator that it names.
@@ -516,6 +519,20 @@ def length_controlled_warning(win_rate: float, length_controlled: float) -> str 
             "alpaca-eval's model may have failed"
         )
     return None
+
+
+def pinned_warning(interval: list[float] | None, at_50: float | None) -> str | None:
+    """Why LC's 95% interval is no test against 50; None if it may be one, or without refits.
+
+    interval: LC's interval, in per cent. at_50: per cent of the refits whose LC is exactly 50. In
+    these refits the L1 penalty removed every effect, so they measured nothing.
+    """
+    if not interval or at_50 is None or (50.0 not in interval and at_50 <= MOST_AT_50):
+        return None
+    return (
+        f"{at_50:.1f}% of its refits are exactly 50, because alpaca-eval's model found no effect "
+        "in them, so its interval is no test against 50"
+    )
 
 
 def evaluate(
