@@ -21,8 +21,8 @@ def base_of(wildcards):
     """The run whose iter0 evaluates the base: this run if it evaluates differently, else main."""
     run = settings(wildcards)
     name = run_of(wildcards)
-    same_judge = run["alpaca_eval"] == MAIN["alpaca_eval"]
-    as_main = same_judge and preference_model(name) == preference_model("")
+    same_sections = all(run[key] == MAIN[key] for key in ("alpaca_eval", "ifeval"))
+    as_main = same_sections and preference_model(name) == preference_model("")
     return "" if as_main else name
 
 

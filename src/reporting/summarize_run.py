@@ -102,7 +102,7 @@ def main() -> None:
             records.enter_context(
                 recorded("tabulate", artifact, inputs, {"records": len(args.records)})
             )
-        text = summary(found, judged, ratios, seconds, name)
+        text = summary(found, judged, ratios, seconds, name, args.output.parent)
         write_text(args.output, text)
         others = {other: of_run for other, of_run in judged.items() if other != name}
         plot_win_rates(judged[name], "iteration (0 is the base policy)", plots, others)
@@ -179,10 +179,12 @@ def summary(
     ratios: dict[tuple[str, int], tuple[float, float]],
     seconds: dict[tuple[str, int], float],
     name: str,
+    folder: Path,
 ) -> str:
     """The table in Markdown with sentences about it; a missing value is a dash.
 
-    found: contents of the evaluations by run and iteration. judged: those of AlpacaEval.
+    found: contents of the evaluations by run and iteration. judged: those of AlpacaEval. folder:
+    that of the run.
     """
     present = {kind for kinds in found.values() for kind in kinds}
     columns = [
@@ -204,9 +206,12 @@ def summary(
                 rows[-1] += [f"{ratio:.1f}" for ratio in ratios[place]] if t else ["-", "-"]
             rows[-1].append(f"{seconds[place] / 60:.1f}" if place in seconds else "-")
     first = next(iter(judged[name].values()))
-    in_words = what_happened(judged, name) + doubts(
-        {f"iteration {t}": line for t, line in judged[name].items()}
-    )
+    in_words = [
+        *what_happened(judged, name),
+        *doubts({f"iteration {t}": line for t, line in judged[name].items()}),
+        f"See next: {folder}/figures/win_rate.svg, and every prompt and answer in"
+        f" {folder}/response_browser.html, which Snakemake makes on request.",
+    ]
     return (
         f"Per cent won against {first['reference']} on {first['n_total']} instructions, by "
         f"{judge_name(first)}. Brackets are 95% intervals, lengths are in characters "

@@ -35,6 +35,8 @@ def judge_name(line: dict[str, Any]) -> str:
     """The name that figures give to the judge of this evaluation."""
     if line["judge"] in ("judge", "ranker"):
         return f"the embedded {line['judge']}"
+    if line["judge"] == "verifiable":
+        return "annotators who check the constraints"
     return line["judge_details"]["model"] if line["judge"] == "openai" else line["judge"]
 
 
