@@ -13,6 +13,7 @@ jobs in parallel, and deletes no policies (`keep_policies`).
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import re
@@ -29,6 +30,12 @@ COMMAND = re.compile(r"^Shell command: (?P<command>.*?) 2>&1 \| tee (?P<log>\S+)
 
 
 def main() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        argparse.ArgumentParser(
+            usage="run_forked.py [arguments of snakemake]",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        ).parse_args(["--help"])
     if not hasattr(os, "fork"):
         raise UserError("this system cannot fork processes; use snakemake")
     jobs = commands(sys.argv[1:])
