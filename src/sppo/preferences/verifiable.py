@@ -2,7 +2,7 @@
 
 The prompts are instructions with constraints in the form of IFEval (`constraints.py`). Of two
 responses, an annotator prefers the one that does better by its criterion, and has no preference if
-they are equal. P(y beats y') is the share of annotators who prefer y; no preference counts as half
+they are equal. P(y beats y') is the share of annotators that prefer y; no preference counts as half
 a vote for each. So P is exact, and it can be cyclic, because a majority of annotators can prefer a
 to b, another majority b to c, and a third c to a.
 
@@ -46,7 +46,7 @@ SMALLEST = 1e-9  # logits must be finite, so probabilities stay this far from 0 
 
 @register
 class VerifiableModel(PreferenceModel):
-    """A population of annotators who check the constraints of the prompt."""
+    """A population of annotators that check the constraints of the prompt."""
 
     kind = "verifiable"
     form = "`verifiable`, a .yaml file of annotators"
@@ -124,7 +124,7 @@ class VerifiableModel(PreferenceModel):
         return found
 
     def probabilities(self, instruction: Instruction, responses: list[str]) -> np.ndarray:
-        """P[i, j], the weighted share of annotators who prefer response i to j: (K, K)."""
+        """P[i, j], the weighted share of annotators that prefer response i to j: (K, K)."""
         import numpy as np
 
         votes = np.zeros((len(responses), len(responses)))

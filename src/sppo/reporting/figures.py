@@ -36,7 +36,7 @@ def judge_name(line: dict[str, Any]) -> str:
     if line["judge"] in ("judge", "ranker"):
         return f"the embedded {line['judge']}"
     if line["judge"] == "verifiable":
-        return "annotators who check the constraints"
+        return "annotators that check the constraints"
     return line["judge_details"]["model"] if line["judge"] == "openai" else line["judge"]
 
 
