@@ -6,9 +6,9 @@ Reads   the shell commands that `snakemake --dry-run` prints for the targets
 Writes  the same artifacts, records and logs as Snakemake, but no benchmarks
 
 Every job of a small run spends seconds importing torch and transformers. This program imports them
-once and forks a process for each job, one after the other, so that a small run takes two thirds of
-the time. All arguments are Snakemake's. It makes no conda environments, uses no cluster, runs no
-jobs in parallel, and deletes no policies (`keep_policies`).
+once and forks a process for each job, one after the other. All arguments are Snakemake's. It makes
+no conda environments, uses no cluster, runs no jobs in parallel, and deletes no policies
+(`keep_policies`).
 """
 
 from __future__ import annotations

@@ -68,9 +68,10 @@ class Evaluation:
     that is called like the evaluation, by key; empty if config/schema.yaml has the section, or if
     there is none. judging: which judges the section can name, and judged_by the rule (or value of
     the wildcard `verdict`) whose jobs ask the judge. answered_by: rules that run the generation
-    engine. scored_by: other rules that run a model. check: raises UserError for bad inputs before
-    the first job, and returns prompts, normalised, that must not be trained on. differences: why a
-    result cannot be compared with published figures.
+    engine. scored_by: other rules that run a model. first_iteration: 1 if the base cannot be
+    evaluated. check: raises UserError for bad inputs before the first job, and returns prompts,
+    normalised, that must not be trained on. differences: why a result cannot be compared with
+    published figures.
     """
 
     name: str

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sppo.core.errors import UserError
 
+SMALLEST = 1e-9  # the smallest distance of P from 0 and 1 in `logits_of`
 Array = NDArray[np.float64]
 TIE = 1e-9  # a P that is so close to 1/2 is a tie: rounding can move it
 
@@ -68,6 +69,15 @@ def win_probabilities(
     else:
         raise ValueError(f"probability is {probability!r}, not pairwise or blender")
     return sigmoid(x)
+
+
+def logits_of(probabilities: Array) -> Array:
+    """Logits (K, K) of exact probabilities, for a model that computes P itself.
+
+    Logits must be finite, so P counts as at least `SMALLEST` from 0 and 1.
+    """
+    P = np.clip(probabilities, SMALLEST, 1.0 - SMALLEST)
+    return np.log(P) - np.log1p(-P)
 
 
 def p_hat(probabilities: Array) -> Array:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 PLACE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_]\w*)")
-SMALLEST = 1e-9  # logits must be finite, so probabilities stay this far from 0 and 1
 SYMMETRIC = 1e-6  # P + P^T may differ from 1 by so much without a warning
 
 
@@ -86,13 +85,14 @@ class FunctionModel(PreferenceModel):
     def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
         import numpy as np
 
+        from sppo.preferences.estimates import logits_of
+
         found, deviations = [], []
         shown = progress(groups, "compare") if len(groups) > 1 else groups
         for index, (prompt, responses) in enumerate(shown):
             P = self._probabilities(index, prompt, responses)
             deviations.append(float(np.abs(P + P.T - 1.0).max(initial=0.0)))
-            P = np.clip((P + 1.0 - P.T) / 2, SMALLEST, 1.0 - SMALLEST)
-            found.append(np.log(P) - np.log1p(-P))
+            found.append(logits_of((P + 1.0 - P.T) / 2))
         off = [deviation for deviation in deviations if deviation > SYMMETRIC]
         if off and not self.has_warned:
             self.has_warned = True

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 SHIPPED = "data/instructions/verifiable.yaml"
 ANNOTATORS = ("strict", "loose", "graded", "general")
-SMALLEST = 1e-9  # logits must be finite, so probabilities stay this far from 0 and 1
 
 
 @register
@@ -108,7 +107,7 @@ class VerifiableModel(PreferenceModel):
                     )
 
     def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
-        import numpy as np
+        from sppo.preferences.estimates import logits_of
 
         found = []
         for index, (prompt, responses) in enumerate(groups):
@@ -119,8 +118,7 @@ class VerifiableModel(PreferenceModel):
                     f"no constraints are known for the prompt {prompt[:60]!r}; set another"
                     " preference.model, or add the file that has it to the model's instructions",
                 )
-            P = np.clip(self.probabilities(instruction, responses), SMALLEST, 1 - SMALLEST)
-            found.append(np.log(P) - np.log1p(-P))
+            found.append(logits_of(self.probabilities(instruction, responses)))
         return found
 
     def probabilities(self, instruction: Instruction, responses: list[str]) -> np.ndarray:
