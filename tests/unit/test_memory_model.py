@@ -120,7 +120,7 @@ def training_peak(
     # PEFT does not support fake tensors, so the tensors of LoRA are real and small.
     with contextlib.nullcontext() if lora else FakeTensorMode(allow_non_fake_inputs=True):
         inner = make_model(shape, dtype if lora else torch.float32, eager)
-        model = with_lora(inner, {"lora_rank": lora, "lora_alpha": 32})
+        model = with_lora(inner, {"lora_rank": lora, "lora_alpha": 32}, seed=0)
         if mesh:
             layers = inner.model.layers
             for i in range(len(layers)):

@@ -949,6 +949,16 @@ def test_lora_trains_and_writes_a_plain_model_folder(place):
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
+def test_lora_with_the_same_seed_gives_the_same_policy(place):
+    options = {"lora_rank": 4, "learning_rate": 1e-2, "beta": 0.1, "max_grad_norm": 1.0}
+    first = place.train("first", **options, seed=3)
+    torch.rand(5)  # what the process drew before must not matter
+    again = place.train("again", **options, seed=3)
+    other = place.train("other", **options, seed=4)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
 def test_lora_in_bfloat16_merges_in_float32(place, monkeypatch):
     """The base weights are rounded to bfloat16, for the reference too.
 

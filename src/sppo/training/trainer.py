@@ -22,6 +22,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 
 from sppo.core.errors import UserError
@@ -449,7 +450,7 @@ def make_trainer(
     if options["processes"] > 1:
         rows = pad_to_multiple(rows, options["processes"] * arguments.per_device_train_batch_size)
     trainer = PairTrainer(
-        model=with_lora(model, options),
+        model=with_lora(model, options, seed),
         args=arguments,
         train_dataset=rows,
         options=options,
@@ -531,7 +532,7 @@ def make_trl_trainer(
         max_length=None,
     )
     trainer = TokenIdTrainer(
-        model=with_lora(model, options),
+        model=with_lora(model, options, seed),
         ref_model=reference,
         args=arguments,
         train_dataset=Dataset.from_list(rows),
@@ -542,12 +543,16 @@ def make_trl_trainer(
     return trainer
 
 
-def with_lora(model: Any, options: dict[str, Any]) -> Any:
-    """The model with LoRA adapters on all linear layers, or unchanged if `lora_rank` is 0."""
+def with_lora(model: Any, options: dict[str, Any], seed: int) -> Any:
+    """The model with LoRA adapters on all linear layers, or unchanged if `lora_rank` is 0.
+
+    One factor of each adapter is random. The Trainer sets its seed only after the adapters exist.
+    """
     if options["lora_rank"] == 0:
         return model
     from peft import LoraConfig, get_peft_model
 
+    set_seed(seed)
     return get_peft_model(
         model,
         LoraConfig(
