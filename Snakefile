@@ -33,6 +33,7 @@ include: "rules/best_of_n.smk"
 include: "rules/tables.smk"
 include: "rules/report.smk"
 include: "rules/theory.smk"
+include: "rules/study.smk"
 include: "rules/hub.smk"
 
 
@@ -47,6 +48,7 @@ localrules:
     compare_all,
     theory,
     word_game,
+    study,
 
 
 rule all:
@@ -103,3 +105,12 @@ rule word_game:
     """Compare the trainer with the exact update, on the embedded policy and a game of words."""
     input:
         f"{ROOT}theory/word_game.md",
+
+
+rule study:
+    """Train the methods and their controls with several seeds, and make a page about them.
+
+    It takes hours. A second call continues where the first one stopped.
+    """
+    input:
+        f"{ROOT}study/study.md",

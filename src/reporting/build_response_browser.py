@@ -5,6 +5,10 @@ Reads   prompts.parquet, responses/, preferences/ and pairs.parquet of each trai
         base policy (iter0); the evaluation instructions
 Writes  a self-contained .html, which needs no server and no network, and its record
 
+If the instructions have constraints in IFEval's form, each answer shows which ones it follows. The
+page opens on an example: of the instructions whose constraints the base misses and the last policy
+follows, the one with the largest gain. Without constraints it is the one with the largest gain.
+
 The iteration is read from the paths (.../iter{t}/...). P, winner and loser are computed by the code
 that build_pairs.py uses. The flags of [preference] and [pairs] must therefore be the flags of the
 run. The result is checked against pairs.parquet.
@@ -27,6 +31,7 @@ from sppo.core.flags import add_section
 from sppo.core.tables import read_table
 from sppo.evaluation.alpaca_eval import read_outputs
 from sppo.policies.prompts import read_instructions
+from sppo.preferences.constraints import Instruction, follows, read_instructions_to_check
 from sppo.preferences.estimates import p_hat, win_probabilities
 from sppo.preferences.labels import relabelled
 from sppo.preferences.pairs import Dropped, Pair, Rules, winner_against_loser
@@ -114,6 +119,7 @@ def main() -> None:
             "logit_scale": args.logit_scale,
             "training": training,
             "evaluation": evaluation,
+            "example": example(evaluation),
         }
         write_text(args.output, page(data))
         facts |= {
@@ -279,11 +285,36 @@ def evaluation_items(args: argparse.Namespace) -> list[Record]:
         row["instruction"]: (str(row.get("prompt_id", position)), str(row.get("dataset", "")))
         for position, row in enumerate(instructions)
     }
+    constrained = constraints_of(args.instructions)
     return [
-        evaluation_item(text, identity, category, answers, verdicts)
+        evaluation_item(text, identity, category, answers, verdicts, constrained.get(text))
         for text, (identity, category) in identities.items()
         if text in answers[0]  # with alpaca_eval.limit only the first instructions have answers
     ]
+
+
+def constraints_of(path: Path) -> dict[str, Instruction]:
+    """The constraints of each instruction; empty if the file has another form than IFEval's."""
+    if path.suffix != ".jsonl":
+        return {}
+    return {one.prompt: one for one in read_instructions_to_check(path)}
+
+
+def example(items: list[Record]) -> str | None:
+    """The id of the instruction on which the page opens; None without instructions."""
+
+    def follows_all(answer: Record) -> bool:
+        return all(one["followed"] for one in answer["constraints"])
+
+    learned = [
+        item
+        for item in items
+        if item["answers"][0]["constraints"]
+        and not follows_all(item["answers"][0])
+        and follows_all(item["answers"][-1])
+    ]
+    chosen = max(learned or items, key=lambda item: item["margin"], default=None)
+    return chosen and chosen["id"]
 
 
 def check_evaluation(
@@ -325,6 +356,7 @@ def evaluation_item(
     category: str,
     answers: dict[int, dict[str, Record]],
     verdicts: dict[int, dict[str, Record]],
+    constrained: Instruction | None,
 ) -> Record:
     """The item of one instruction; rows are by iteration and instruction."""
     wins = {number: wins_of(verdicts[number][instruction]) for number in answers}
@@ -342,11 +374,23 @@ def evaluation_item(
                 "text": rows[instruction]["output"],
                 "finish": rows[instruction].get("finish_reason"),
                 "wins": wins[number],
+                "constraints": constraints_followed(constrained, rows[instruction]["output"]),
             }
             for number, rows in answers.items()
         ],
         "margin": wins[max(answers)] - wins[0],
     }
+
+
+def constraints_followed(instruction: Instruction | None, answer: str) -> list[Record]:
+    """The id of each constraint, and whether the answer follows it by IFEval's strict metric."""
+    if instruction is None:
+        return []
+    strict, _ = follows(instruction, answer)
+    return [
+        {"id": constraint.id, "followed": followed}
+        for constraint, followed in zip(instruction.constraints, strict, strict=True)
+    ]
 
 
 def read_annotations(path: Path) -> dict[str, Record]:

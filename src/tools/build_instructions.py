@@ -1,14 +1,16 @@
 """Write the instructions with verifiable constraints of data/instructions.
 
 Reads   a JSONL file of topics: topic, group, and words that suit the topic
-Writes  train.jsonl and held_out.jsonl in IFEval's form (prompt, instruction_id_list, kwargs), with
-        an id and, as category, the request's kind
+Writes  train.jsonl and held_out.jsonl, requests of many kinds with constraints of many kinds;
+        sentence_train.jsonl and sentence_held_out.jsonl, requests for one sentence; all in IFEval's
+        form (prompt, instruction_id_list, kwargs), with an id and, as category, the request's kind
 Source  the constraints and their checkers are IFEval's (arXiv 2311.07911), as lm-eval has them. The
         requests, the topics and the wording are this repository's.
 
-A request asks for a short text about a topic. One to three constraints are attached. Topics of
-held_out.jsonl are not in train.jsonl. Numbers are chosen so that a model of 135M weights, which
-answers in about 40 words, follows a constraint sometimes, but not always.
+A request asks for a short text about a topic. One to three constraints are attached, or two or
+three to a request for one sentence. Held-out topics are not in the files for training. Numbers are
+chosen so that a model of 135M weights, which answers in about 40 words, follows a constraint
+sometimes, but not always.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from sppo.preferences.constraints import lm_eval_ifeval
 Topic = dict[str, Any]
 # One constraint: its sentence in the prompt, and the arguments of its checker.
 Written = tuple[str, dict[str, Any]]
+# The request's kind, its text, and its constraints by IFEval's id.
+Request = tuple[str, str, list[tuple[str, Written]]]
 
 REQUESTS = {
     "sentence": (
@@ -64,6 +68,12 @@ REQUESTS = {
     ),
     "diary": ("Write a diary entry about {topic}.", "Share a memory about {topic}."),
 }
+SENTENCE_REQUESTS = (
+    "Write one sentence about {topic}.",
+    "Describe {topic} in one sentence.",
+    "Tell me one thing about {topic} in one sentence.",
+    "Say in one sentence why people like {topic}.",
+)
 ENDINGS = ("The end.", "That is all.", "Try it yourself.", "What do you think?")
 OPENINGS = ("when", "imagine", "the", "in", "there")
 COMMON_WORDS = ("and", "is", "with", "can", "for", "in", "you", "it")
@@ -205,6 +215,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("data/instructions"))
     parser.add_argument("--train", type=int, default=1610, help="number of training prompts")
     parser.add_argument("--held-out", type=int, default=300, help="number of held-out prompts")
+    parser.add_argument("--sentences", type=int, default=900, help="the same, of one sentence")
+    parser.add_argument("--sentences-held-out", type=int, default=300, help="the same, held-out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -215,45 +227,68 @@ def main() -> None:
         random.Random(f"{args.seed} {group}").shuffle(members)
         held_out += members[:HELD_OUT_TOPICS]
         train += members[HELD_OUT_TOPICS:]
-    for name, chosen, number in (
-        ("train", train, args.train),
-        ("held_out", held_out, args.held_out),
+    for name, chosen, number, constrained in (
+        ("train", train, args.train, varied),
+        ("held_out", held_out, args.held_out, varied),
+        ("sentence_train", train, args.sentences, one_sentence),
+        ("sentence_held_out", held_out, args.sentences_held_out, one_sentence),
     ):
-        rows = build(chosen, number, f"{args.seed} {name}", name)
+        rows = build(chosen, number, f"{args.seed} {name}", name, constrained)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_text(args.output / f"{name}.jsonl", "".join(lines))
         print(f"{args.output / name}.jsonl: {len(rows)} prompts about {len(chosen)} topics")
 
 
-def build(topics: list[Topic], number: int, seed: str, name: str) -> list[dict[str, Any]]:
+def build(
+    topics: list[Topic], number: int, seed: str, name: str, constrained: Callable[..., Request]
+) -> list[dict[str, Any]]:
     """`number` different instructions. Each topic occurs equally often, up to one."""
     draw = random.Random(seed)
     order = list(topics)
     draw.shuffle(order)
-    requests = [(kind, text) for kind, texts in REQUESTS.items() for text in texts]
     found: dict[str, dict[str, Any]] = {}
     while len(found) < number:
-        topic = order[len(found) % len(order)]
-        kind, request = draw.choice(requests)
-        ids, sentences, arguments = [], [], []
-        for constraint in draw_kinds(draw):
-            sentence, values = KINDS[constraint][0](topic, draw)
-            if forbids_another([*arguments, values]):
-                continue
-            ids.append(constraint)
-            sentences.append(sentence)
-            arguments.append(values)
-        prompt = " ".join([request.format(topic=topic["topic"]), *sentences])
+        kind, request, constraints = constrained(order[len(found) % len(order)], draw)
+        prompt = " ".join([request, *(sentence for _, (sentence, _) in constraints)])
         if prompt in found:
             continue
         found[prompt] = {
             "id": f"{name}-{len(found):04}",
             "category": kind,
             "prompt": prompt,
-            "instruction_id_list": ids,
-            "kwargs": arguments,
+            "instruction_id_list": [constraint for constraint, _ in constraints],
+            "kwargs": [arguments for _, (_, arguments) in constraints],
         }
     return list(found.values())
+
+
+def varied(topic: Topic, draw: random.Random) -> Request:
+    """A request of any kind with one to three constraints of any kinds."""
+    kind, request = draw.choice([(kind, text) for kind in REQUESTS for text in REQUESTS[kind]])
+    constraints: list[tuple[str, Written]] = []
+    for constraint in draw_kinds(draw):
+        written = KINDS[constraint][0](topic, draw)
+        if not forbids_another([*(arguments for _, (_, arguments) in constraints), written[1]]):
+            constraints.append((constraint, written))
+    return kind, request.format(topic=topic["topic"]), constraints
+
+
+def one_sentence(topic: Topic, draw: random.Random) -> Request:
+    """A request for one sentence with one or two words, less than a few words, often no commas."""
+    request = draw.choice(SENTENCE_REQUESTS).format(topic=topic["topic"])
+    words = draw.sample(topic["words"], draw.choice((1, 2)))
+    text = 'Use the word "{0}".' if len(words) == 1 else 'Use the words "{0}" and "{1}".'
+    number = draw.choice((12, 15, 18))
+    constraints = [
+        ("keywords:existence", (text.format(*words), {"keywords": words})),
+        (
+            "length_constraints:number_words",
+            (f"Use less than {number} words.", {"num_words": number, "relation": "less than"}),
+        ),
+    ]
+    if draw.random() < 0.5:
+        constraints.append(("punctuation:no_comma", ("Do not use any commas.", {})))
+    return "sentence", request, constraints
 
 
 def forbids_another(arguments: list[dict[str, Any]]) -> bool:

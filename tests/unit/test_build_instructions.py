@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 import build_instructions
-from build_instructions import CONTRADICTIONS, HELD_OUT_TOPICS, KINDS, REQUESTS
+from build_instructions import (
+    CONTRADICTIONS,
+    HELD_OUT_TOPICS,
+    KINDS,
+    REQUESTS,
+    SENTENCE_REQUESTS,
+)
 from sppo.core.artifacts import json_lines
 from sppo.policies.prompts import normalised, read_instructions, read_prompts
 from sppo.preferences.constraints import (
@@ -21,7 +27,9 @@ from sppo.preferences.constraints import (
 )
 
 DATA = Path(__file__).resolve().parents[2] / "data/instructions"
-FILES = ("train", "held_out")
+VARIED = ("train", "held_out")  # requests and constraints of many kinds
+SENTENCES = ("sentence_train", "sentence_held_out")
+FILES = VARIED + SENTENCES
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +44,8 @@ def topics() -> list[dict]:
 
 def topics_in(rows: list[dict]) -> set[str]:
     """The topics that requests name, found by the requests' wording."""
-    forms = [
-        re.escape(text).replace(re.escape("{topic}"), "(.+?)")
-        for texts in REQUESTS.values()
-        for text in texts
-    ]
+    texts = [*(text for texts in REQUESTS.values() for text in texts), *SENTENCE_REQUESTS]
+    forms = [re.escape(text).replace(re.escape("{topic}"), "(.+?)") for text in texts]
     found = set()
     for row in rows:
         matches = [match for form in forms if (match := re.match(form + " ", row["prompt"]))]
@@ -59,6 +64,7 @@ def test_program_reproduces_the_shipped_files(tmp_path, program):
 def test_another_seed_gives_other_prompts(tmp_path, program, rows):
     words = ("--topics", DATA / "topics.jsonl", "--output", tmp_path)
     program(build_instructions, *words, "--seed", 1, "--train", 50, "--held-out", 20)
+    assert len(json_lines(tmp_path / "sentence_train.jsonl")) == len(rows["sentence_train"])
     other = json_lines(tmp_path / "train.jsonl")
     assert (len(other), len(json_lines(tmp_path / "held_out.jsonl"))) == (50, 20)
     shared = {row["prompt"] for row in other} & {row["prompt"] for row in rows["train"]}
@@ -68,14 +74,17 @@ def test_another_seed_gives_other_prompts(tmp_path, program, rows):
 def test_there_are_enough_prompts_and_all_differ(rows):
     assert len(rows["train"]) >= 1500
     assert len(rows["held_out"]) >= 300
-    everything = rows["train"] + rows["held_out"]
+    assert len(rows["sentence_train"]) >= 800
+    assert len(rows["sentence_held_out"]) >= 300
+    everything = [row for name in FILES for row in rows[name]]
     assert len({row["id"] for row in everything}) == len(everything)
     assert len({normalised(row["prompt"]) for row in everything}) == len(everything)
     assert {row["category"] for row in everything} == REQUESTS.keys()
 
 
-def test_held_out_topics_are_not_trained_on(rows, topics):
-    train, held_out = topics_in(rows["train"]), topics_in(rows["held_out"])
+@pytest.mark.parametrize("kind", ["", "sentence_"])
+def test_held_out_topics_are_not_trained_on(kind, rows, topics):
+    train, held_out = topics_in(rows[f"{kind}train"]), topics_in(rows[f"{kind}held_out"])
     assert train.isdisjoint(held_out)
     assert train | held_out == {topic["topic"] for topic in topics}
     of_group = Counter(topic["group"] for topic in topics if topic["topic"] in held_out)
@@ -91,17 +100,35 @@ def test_topics_differ_and_each_has_four_words(topics):
 
 @pytest.mark.parametrize("name", FILES)
 def test_lm_eval_knows_every_constraint(name):
+    check_known(read_instructions_to_check(DATA / f"{name}.jsonl"), DATA / f"{name}.jsonl")
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_varied_instructions_have_all_kinds_of_constraints(name):
     found = read_instructions_to_check(DATA / f"{name}.jsonl")
-    check_known(found, DATA / f"{name}.jsonl")
     kinds = Counter(one.id for each in found for one in each.constraints)
     assert kinds.keys() == KINDS.keys()
     assert min(kinds.values()) >= 10
     assert {len(each.constraints) for each in found} == {1, 2, 3}
 
 
+@pytest.mark.parametrize("name", SENTENCES)
+def test_requests_for_a_sentence_say_what_is_checked(name, rows):
+    for row in rows[name]:
+        asked = dict(zip(row["instruction_id_list"], row["kwargs"], strict=True))
+        assert "one sentence" in row["prompt"]
+        words = asked.pop("keywords:existence")["keywords"]
+        assert all(f'"{word}"' in row["prompt"] for word in words)
+        number = asked.pop("length_constraints:number_words")["num_words"]
+        assert f"Use less than {number} words." in row["prompt"]
+        without_commas = asked.pop("punctuation:no_comma", None) is not None
+        assert without_commas == ("Do not use any commas." in row["prompt"])
+        assert not asked
+
+
 def test_no_two_constraints_of_a_prompt_contradict_each_other(rows):
     conflicts = lm_eval_ifeval().instructions_registry.INSTRUCTION_CONFLICTS
-    for row in rows["train"] + rows["held_out"]:
+    for row in [row for name in FILES for row in rows[name]]:
         for one, other in combinations(row["instruction_id_list"], 2):
             assert one != other
             assert one not in conflicts[other] and other not in conflicts[one]
@@ -140,11 +167,20 @@ def test_files_are_read_as_prompts_and_as_instructions(name, rows):
     assert [row["prompt_id"] for row in instructions] == [row["id"] for row in rows[name]]
 
 
-def test_readme_counts_the_instructions_of_each_constraint(rows):
+@pytest.mark.parametrize("files", [VARIED, SENTENCES])
+def test_readme_counts_the_instructions_of_each_constraint(files, rows):
     text = (DATA / "README.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| `(\w+:\w+)` \| [^|]+ \| (\d+) \| (\d+) \|", text, re.MULTILINE)
-    for column, name in enumerate(FILES, 1):
+    heads = r"\| " + r" \| ".join(f"`{name}.jsonl`" for name in files) + r" \| base"
+    (table,) = re.findall(rf"{heads}.*?\n\n", text, re.DOTALL)
+    cells = re.findall(r"^\| `(\w+:\w+)` \| [^|]+ \| (\d+) \| (\d+) \|", table, re.MULTILINE)
+    for column, name in enumerate(files, 1):
         kinds = Counter(one for row in rows[name] for one in row["instruction_id_list"])
-        assert {line[0]: int(line[column]) for line in table} == kinds
+        assert {line[0]: int(line[column]) for line in cells} == kinds
+        assert str(len(rows[name])) in text
+
+
+def test_readme_counts_the_constraints_of_an_instruction(rows):
+    text = (DATA / "README.md").read_text(encoding="utf-8")
+    for name in VARIED:
         sizes = Counter(len(row["kwargs"]) for row in rows[name])
-        assert all(str(number) in text for number in (len(rows[name]), *sizes.values()))
+        assert all(str(number) in text for number in sizes.values())

@@ -360,15 +360,18 @@ FLAWS = {
     "three words three times": (f"it can be, it can be, it can be here. {WAVES}", 0),
     "copy of the request": (f"{WAVES} A sentence about the moon for children at night.", 1),
     "seven words of the request": (f"{WAVES} I see the moon for children at night.", 0),
-    "four words of its own": ("The moon rolls over wet tide at night.", 1),
-    "five words of its own": ("The moon rolls over wet sand and the tide.", 0),
+    "no words of its own": ("The moon at night.", 1),
+    "three words of its own": ("The moon rolls over wet tide at night.", 0.5),
+    "three words of its own, twice": ("Rolls over wet tide, wet night rolls over.", 0.5),
+    "five words of its own": ("Silver waves roll over sand.", 1 / 6),
     "all three": ("a sentence about the moon for children at night! Oh! Oh! a", 3),
 }
 
 
 @pytest.mark.parametrize(("response", "expected"), FLAWS.values(), ids=FLAWS)
 def test_flaws_are_counted(response, expected):
-    assert flaws(instruction(REQUEST, punctuation__no_comma={}), response) == expected
+    found = flaws(instruction(REQUEST, punctuation__no_comma={}), response)
+    assert found == pytest.approx(expected)
 
 
 def test_what_the_instruction_asks_for_is_no_flaw():

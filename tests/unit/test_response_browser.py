@@ -154,7 +154,7 @@ def build(root, program):
     `other` replaces the files of a flag.
     """
 
-    def call(*words: str, **other) -> str:
+    def call(*words: str, instructions: str = "evaluation.json", **other) -> str:
         for name, pattern in FILES.items():
             paths = other.get(name, sorted(root.glob(pattern)))
             words += (f"--{name}", *map(str, paths))
@@ -162,7 +162,7 @@ def build(root, program):
             browser,
             *words,
             "--instructions",
-            root / "evaluation.json",
+            root / instructions,
             "--output",
             root / "browser.html",
         )
@@ -235,6 +235,34 @@ def test_evaluation_view_shows_answers_verdicts_and_gains(build):
             (t, f"policy {t}", f"{t} did {n}", 0.25 + t * n / 8) for t in range(3)
         ]
         assert item["margin"] == n / 4
+
+
+def test_page_opens_on_the_largest_gain(build):
+    assert page_data(build())["example"] == "d-2"
+
+
+def test_page_opens_on_constraints_that_only_training_follows(root, build):
+    rows = [
+        {
+            "key": n,
+            "prompt": f"do {n}",
+            "instruction_id_list": ["keywords:existence", "punctuation:no_comma"],
+            "kwargs": [{"keywords": ["2"]}, {}],
+        }
+        for n in range(4)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (root / "evaluation.jsonl").write_text(text, encoding="utf-8")
+    data = page_data(build(instructions="evaluation.jsonl"))
+    # The gain is largest for `do 2`, but the base's answer, "0 did 2", has the keyword already.
+    first, chosen, last = data["evaluation"]
+    assert data["example"] == chosen["id"] and chosen["instruction"] == "do 1"
+    assert [[one["followed"] for one in answer["constraints"]] for answer in chosen["answers"]] == [
+        [False, True],
+        [False, True],
+        [True, True],
+    ]
+    assert all(all(one["followed"] for one in answer["constraints"]) for answer in last["answers"])
 
 
 def test_a_response_cannot_add_a_script_or_link_to_the_page(build):

@@ -1358,7 +1358,7 @@ def test_workflow_can_be_used_as_a_module(copy, tmp_path):
         assert planned[rule] == 1, rule
     text = done.stdout + done.stderr
     assert f"{copy}/src/annotate_preferences.py" in text
-    assert f"--source {copy}/data/instructions/train.jsonl" in text
+    assert f"--source {copy}/data/instructions/sentence_train.jsonl" in text
     assert "--model prefer.py:longer" in text
 
 

@@ -48,13 +48,13 @@ SKY = {
 TITLE = {"prompt": "A title.", "instruction_id_list": ["detectable_format:title"], "kwargs": [{}]}
 # The first three are a cycle: by words b > c > a, by commas a > b > c, by keywords c > a > b.
 CYCLE = [
-    "The sun and moon are very bright.",  # 7 words, no commas, 2 keywords
+    "The sun and the moon look bright.",  # 7 words, no commas, 2 keywords
     "Look, bright sun rises early.",  # 5 words, 1 comma, 1 keyword
-    "Sun, moon, star are all here.",  # 6 words, 2 commas, 3 keywords
+    "Sun, moon, star all greet here.",  # 6 words, 2 commas, 3 keywords
 ]
 RESPONSES = [
     *CYCLE,
-    "Sun moon star.",  # follows everything, but says nothing else
+    "Sun moon star.",  # follows everything, but says little
     "**Sun moon star, ok**",  # a comma; markdown
     "Here you are:\nSun moon star!",  # loosely without the first line
     "Sun moon star. Sun moon star.",  # repeats itself
@@ -62,7 +62,8 @@ RESPONSES = [
     "",
     "The sky, the sea, and all the many stars, which shine on us at night, say hello",
 ]
-FLAWS = [0, 0, 0, 1, 1, 0, 2, 2, 3, 1]
+# Of six words of its own, the first response lacks one, and so on.
+FLAWS = [1 / 6, 1 / 6, 1 / 6, 3 / 6, 2 / 6, 0, 1 + 3 / 6, 1 + 2 / 6, 3, 1]
 
 
 def write(folder: Path, *records: dict, weights: dict | None = None, name: str = "mine") -> Path:
@@ -233,6 +234,7 @@ def test_name_or_yaml_file_selects_the_kind():
 
 def test_shipped_model_reads_the_shipped_files():
     names = ("verifiable.yaml", "train.jsonl", "held_out.jsonl")
+    names += ("sentence_train.jsonl", "sentence_held_out.jsonl")
     files = [file.resolve() for file in VerifiableModel.files("verifiable")]
     assert files == [DATA / name for name in names]
 

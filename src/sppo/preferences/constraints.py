@@ -41,7 +41,8 @@ LISTS = {*WORDS.values()}
 FURTHEST = 100  # a count that is further off is as bad as this
 # A response that contains so many consecutive words of the request copies it.
 COPIED_WORDS = 8
-OWN_WORDS = 5  # a response with fewer different words that the request lacks says nothing
+# A response with fewer different words that the request lacks says too little of its own.
+OWN_WORDS = 6
 REPEATED_WORDS, REPEATED_TIMES = 4, 3  # the same 4 words three times are a repetition
 ENDS = tuple(".!?…:\"'”’)]}>*`")  # a response that ends otherwise is unfinished
 
@@ -223,24 +224,27 @@ def _change_of_number(constraint: Constraint, response: str) -> int:
     return FURTHEST
 
 
-def flaws(instruction: Instruction, response: str) -> int:
-    """How many signs of a degenerate response there are, from 0 to 3.
+def flaws(instruction: Instruction, response: str) -> float:
+    """How degenerate a response is, from 0 (no sign of it) to 3.
 
-    It ends in the middle of a sentence, it repeats itself, or it copies the request or says nothing
-    of its own. What the instruction asks for is no flaw: an end without a full stop, a copy of the
-    request. An empty response has all three.
+    1 for an end in the middle of a sentence, 1 for a repetition, and 1 for a copy of the request.
+    Without a copy, the last is the share of `OWN_WORDS` that the response lacks: it has no words of
+    its own (1), some, or enough (0). What the instruction asks for is no flaw: an end without a
+    full stop, a copy of the request. An empty response has 3.
     """
     text = response.strip()
     if not text:
-        return 3
+        return 3.0
     asked = {each.id: each.arguments for each in instruction.constraints}
     end = asked.get("startend:end_checker", {}).get("end_phrase", ENDS[0]).strip().lower()
     unfinished = not text.endswith(ENDS) and not text.lower().endswith(end)
     own_words = set(_words(text)) - set(_words(instruction.prompt))
-    says_nothing = len(own_words) < OWN_WORDS or _copies(text, instruction.prompt)
+    says_nothing = 1 - min(len(own_words), OWN_WORDS) / OWN_WORDS
+    if _copies(text, instruction.prompt):
+        says_nothing = 1.0
     if "combination:repeat_prompt" in asked:
-        says_nothing = False
-    return int(unfinished) + int(_repeats(text)) + int(says_nothing)
+        says_nothing = 0.0
+    return unfinished + _repeats(text) + says_nothing
 
 
 def _repeats(text: str) -> bool:

@@ -12,7 +12,7 @@ For each constraint of the prompt there are three annotators:
 * loose: the same by IFEval's loose metric;
 * graded: how far the response is from what is asked, for constraints on a number.
 
-One more annotator, general, counts signs of a degenerate response (`constraints.flaws`). Without
+One more annotator, general, adds up signs of a degenerate response (`constraints.flaws`). Without
 it, a policy could learn to write anything that has the form asked for.
 
 A model is a YAML file that names the files of instructions and the weight of each annotator. The
@@ -143,9 +143,7 @@ class VerifiableModel(PreferenceModel):
         import numpy as np
 
         followed = [follows(instruction, response) for response in responses]
-        annotators = [
-            ("general", np.array([-float(flaws(instruction, text)) for text in responses]))
-        ]
+        annotators = [("general", np.array([-flaws(instruction, text) for text in responses]))]
         for number, constraint in enumerate(instruction.constraints):
             for which, name in enumerate(("strict", "loose")):
                 grades = [float(each[which][number]) for each in followed]

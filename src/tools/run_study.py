@@ -1,0 +1,228 @@
+"""Make the runs of the study, one after the other, and append a row for each.
+
+    .venv/bin/python src/tools/run_study.py --hours 2
+
+Reads   the plan (config/study.yaml) and the rows that exist
+Writes  a line of docs/results/study.jsonl for each finished run, and its artifacts in results/;
+        when all runs have a row, a copy of the rows (--output)
+
+A run that has a row is not made again. So the study can be stopped at any time, and rows of several
+machines can be put together; each names its machine. An interrupted run continues from its finished
+artifacts. The folder of a seed is deleted when all of its runs have rows, unless --keep is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+import _path  # noqa: F401
+from sppo.core.artifacts import (
+    git_revision,
+    json_lines,
+    read_json,
+    read_record,
+    recorded,
+    write_text,
+)
+from sppo.core.errors import UserError, run
+
+Row = dict[str, Any]
+RUN_FORKED = Path(__file__).parent / "run_forked.py"
+EVALUATIONS = ("alpaca_eval", "against_previous", "ifeval", "measurements")
+
+
+class Training(NamedTuple):
+    """One run of the study with one seed."""
+
+    config: str
+    run: str
+    seed: int
+    iterations: int
+
+    @property
+    def name(self) -> str:
+        """The experiment's name: the regime and the seed. Its runs share the first iteration."""
+        return f"study-{Path(self.config).stem}-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        root = Path("results") / self.name
+        return root if self.run == "main" else root / self.run
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return (Path(self.config).stem, self.run, self.seed)
+
+    @property
+    def targets(self) -> list[str]:
+        trained = range(1, self.iterations + 1)
+        files = [str(self.folder / f"iter{t}/{name}.json") for t in trained for name in EVALUATIONS]
+        base = [f"results/{self.name}/iter0/{name}.json" for name in ("alpaca_eval", "ifeval")]
+        return base + files if self.run == "main" else files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--plan", type=Path, default=Path("config/study.yaml"))
+    parser.add_argument("--rows", type=Path, default=Path("docs/results/study.jsonl"))
+    parser.add_argument(
+        "--hours", type=float, help="start no further run after this time (default: no limit)"
+    )
+    parser.add_argument("--output", type=Path, help="a copy of the rows, when all exist")
+    parser.add_argument("--keep", action="store_true", help="delete no artifacts")
+    args = parser.parse_args()
+
+    for package in ("snakemake", "torch", "alpaca_eval", "lm_eval"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed, which the study needs; call make install")
+    begun = time.monotonic()
+    planned = read_plan(args.plan)
+    made = {key_of(row) for row in rows_in(args.rows)}
+    missing = [training for training in planned if training.key not in made]
+    print(f"{len(planned) - len(missing)} of {len(planned)} runs have a row in {args.rows}")
+    for number, training in enumerate(missing, 1):
+        if args.hours is not None and time.monotonic() - begun > 3600 * args.hours:
+            print(f"stopped after {args.hours:g} hours; call again to go on")
+            return
+        print(f"{number} of {len(missing)}: {' '.join(map(str, training.key))}", flush=True)
+        make(training)
+        append(args.rows, row_of(training))
+        if not args.keep and all(other.name != training.name for other in missing[number:]):
+            shutil.rmtree(Path("results") / training.name)
+    if args.output is not None:
+        with recorded("tabulate", args.output, [args.plan], {"plan": str(args.plan)}):
+            write_text(args.output, args.rows.read_text(encoding="utf-8"))
+
+
+def read_plan(path: Path) -> list[Training]:
+    """The trainings of a plan: the runs of each entry, seed by seed. UserError for another form."""
+    form = "give a list of {config: file, runs: [names], seeds: number, iterations: number}"
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {form}") from None
+    trainings = []
+    for number, entry in enumerate(entries if isinstance(entries, list) else [None], 1):
+        if not isinstance(entry, dict) or entry.keys() != {"config", "runs", "seeds", "iterations"}:
+            raise UserError(f"{path} entry {number}: {form}")
+        if not Path(entry["config"]).is_file():
+            raise UserError(f"{path} entry {number}: {entry['config']} is missing; correct it")
+        trainings += [
+            Training(entry["config"], run_name, seed, entry["iterations"])
+            for seed in range(1, entry["seeds"] + 1)
+            for run_name in entry["runs"]
+        ]
+    return trainings
+
+
+def rows_in(path: Path) -> list[Row]:
+    return json_lines(path) if path.exists() else []
+
+
+def key_of(row: Row) -> tuple[str, str, int]:
+    return (row["regime"], row["run"], row["seed"])
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a line. The file is written whole, so a kill leaves the old one."""
+    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in [*rows_in(path), row]]
+    write_text(path, "".join(lines))
+
+
+def make(training: Training) -> None:
+    """Make the artifacts of one run. UserError, with the reason, if a job fails."""
+    seeds = f"seeds={{data: {training.seed}, train: {training.seed}}}"
+    command = [sys.executable, str(RUN_FORKED), "--configfile", training.config]
+    command += ["--config", f"name={training.name}", seeds, "--", *training.targets]
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if finished.returncode:
+        lines = (finished.stderr + finished.stdout).strip().splitlines() or ["no output"]
+        reason = next((line for line in lines if line.startswith("error: ")), lines[-1])
+        raise UserError(f"{' '.join(map(str, training.key))}: {reason.removeprefix('error: ')}")
+
+
+def row_of(training: Training) -> Row:
+    """The line of a finished run."""
+    base = Path("results") / training.name / "iter0"
+    first = training.folder / "iter1/policy"
+    record = read_record(first) or {}
+    found = {
+        "regime": Path(training.config).stem,
+        "run": training.run,
+        "seed": training.seed,
+        "iterations": [iteration(training, t) for t in range(1, training.iterations + 1)],
+        "computed_in": record.get("computed_in"),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "versions": record.get("versions"),
+        "commit": git_revision(),
+    }
+    if training.run == "main":
+        found["base"] = evaluated(base)
+    return found
+
+
+def iteration(training: Training, t: int) -> Row:
+    """The figures of one iteration."""
+    folder = training.folder / f"iter{t}"
+    previous = read_json(folder / "against_previous.json")
+    steps = [row for row in json_lines(folder / "train_log.jsonl") if "log_ratio_chosen" in row]
+    trained = read_record(folder / "policy") or {}
+    return {
+        "iteration": t,
+        **evaluated(folder),
+        "against_previous": previous["win_rate"],
+        "measurements": read_json(folder / "measurements.json"),
+        "log_ratios": [
+            [round(row["log_ratio_chosen"], 3), round(row["log_ratio_rejected"], 3)]
+            for row in steps
+        ],
+        "training_seconds": round(trained.get("seconds", 0.0), 1),
+    }
+
+
+def evaluated(folder: Path) -> Row:
+    """Win rate and IFEval of one policy, and P(policy beats base) of each instruction."""
+    judged = read_json(folder / "alpaca_eval.json")
+    followed = read_json(folder / "ifeval.json")
+    annotations = read_json(folder / "alpaca_eval_annotations.json")
+    return {
+        "win_rate": judged["win_rate"],
+        "length": judged["avg_length"],
+        "prompt_strict": followed["prompt_strict"],
+        "instruction_strict": followed["instruction_strict"],
+        # alpaca-eval's preference is 1 if the base wins and 2 if the policy wins.
+        "preferences": [round(each["preference"] - 1, 3) for each in annotations],
+    }
+
+
+def processor() -> str:
+    """The processor, as its vendor calls it, with the units that matter for bfloat16."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    units = {"avx512_bf16", "amx_bf16", "avx512f", "avx2"} & set(facts.get("flags", "").split())
+    return " ".join([facts.get("model name", platform.machine()), *sorted(units)])
+
+
+if __name__ == "__main__":
+    run(main)

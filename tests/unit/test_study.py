@@ -1,0 +1,329 @@
+"""The study: its plan, its rows, its page, and the measurements of each policy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_runs import make_pairs
+
+import measure_policy
+import run_study
+import tabulate_study
+from sppo.core.artifacts import json_lines, read_json, read_record
+from sppo.core.config_files import read_files
+from sppo.core.errors import UserError
+from sppo.core.tables import write_table
+from sppo.policies.models import load_policy
+from sppo.workflow.configuration import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAN = ROOT / "config/study.yaml"
+
+
+# --- the plan ---
+
+
+def test_shipped_plan_names_runs_that_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    planned = run_study.read_plan(PLAN)
+    assert len({training.key for training in planned}) == len(planned)
+    runs = {config: resolve(read_files([config])) for config in {one.config for one in planned}}
+    for training in planned:
+        settings = runs[training.config]["" if training.run == "main" else training.run]
+        assert settings["iterations"] >= training.iterations
+    seeds = {(one.run, one.seed) for one in planned if "few_steps" in one.config}
+    for control in ("main", "permuted", "flipped", "sft"):
+        assert {seed for name, seed in seeds if name == control} == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[", "cannot be read"),
+        ("a: 1", "entry 1: give a list of"),
+        ("- {config: nowhere.yaml, runs: [main], seeds: 1, iterations: 1}", "nowhere.yaml is miss"),
+    ],
+)
+def test_a_wrong_plan_is_one_line(text, reason, tmp_path):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        run_study.read_plan(tmp_path / "plan.yaml")
+
+
+# --- running it ---
+
+
+def finished(training: run_study.Training, rate: float) -> None:
+    """Write what Snakemake makes for a run of the study."""
+    folders = [training.folder / f"iter{t}" for t in range(1, training.iterations + 1)]
+    if training.run == "main":
+        folders.append(training.folder / "iter0")
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        won = rate + folder.name.count("3")
+        contents = {
+            "alpaca_eval.json": {"win_rate": won, "avg_length": 80},
+            "against_previous.json": {"win_rate": 51.0},
+            "ifeval.json": {"prompt_strict": 40.0, "instruction_strict": 60.0},
+            "alpaca_eval_annotations.json": [{"preference": 1.25}, {"preference": 2.0}],
+            "measurements.json": {
+                **dict.fromkeys(("log_ratio_chosen", "winners_raised", "order_right"), 0.5),
+                **dict.fromkeys(("log_ratio_rejected", "slope", "eta", "r_squared", "kl"), 0.25),
+            },
+        }
+        for name, content in contents.items():
+            (folder / name).write_text(json.dumps(content))
+        step = {"log_ratio_chosen": -1.0, "log_ratio_rejected": -2.0}
+        (folder / "train_log.jsonl").write_text(json.dumps(step) + "\n")
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, program):
+    """Run the study on a small plan, with Snakemake replaced; returns the runs that were made."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text("{}")
+    Path("plan.yaml").write_text(
+        "- {config: small.yaml, runs: [main, dpo], seeds: 2, iterations: 3}\n"
+        "- {config: small.yaml, runs: [ipo], seeds: 1, iterations: 1}\n"
+    )
+    made: list[tuple] = []
+    fails: set[str] = set()
+
+    def make(training: run_study.Training) -> None:
+        if training.run in fails:
+            raise UserError(f"{training.run} failed")
+        made.append(training.key)
+        finished(training, 60.0 + len(made))
+
+    monkeypatch.setattr(run_study, "make", make)
+
+    def call(*words: object) -> list[tuple]:
+        made.clear()
+        program(run_study, "--plan", "plan.yaml", "--rows", "rows.jsonl", *words)
+        return list(made)
+
+    call.fails = fails
+    return call
+
+
+def test_each_run_is_made_once_and_has_a_row(study):
+    keys = [("small", name, seed) for seed in (1, 2) for name in ("main", "dpo")]
+    assert study() == [*keys, ("small", "ipo", 1)]
+    rows = json_lines(Path("rows.jsonl"))
+    assert [run_study.key_of(row) for row in rows] == [*keys, ("small", "ipo", 1)]
+    assert [len(row["iterations"]) for row in rows] == [3, 3, 3, 3, 1]
+    assert rows[0]["base"]["preferences"] == [0.25, 1.0]
+    assert rows[0]["iterations"][0]["log_ratios"] == [[-1.0, -2.0]]
+    assert all(row["processor"] and row["cores"] for row in rows)
+    assert not list(Path("results").iterdir())  # folders are deleted when their seed is complete
+    assert study("--output", "copy.jsonl") == []
+    assert Path("copy.jsonl").read_bytes() == Path("rows.jsonl").read_bytes()
+    assert read_record(Path("copy.jsonl"))
+
+
+def test_a_failed_run_keeps_the_rows_before_it(study):
+    study.fails.add("ipo")
+    with pytest.raises(UserError, match="ipo failed"):
+        study("--keep")
+    assert len(json_lines(Path("rows.jsonl"))) == 4
+    assert Path("results/study-small-1/iter3/alpaca_eval.json").exists()
+    study.fails.clear()
+    assert study() == [("small", "ipo", 1)]
+
+
+def test_no_run_starts_after_the_given_hours(study):
+    assert study("--hours", "0", "--output", "copy.jsonl") == []
+    assert not Path("copy.jsonl").exists()
+
+
+def test_reason_of_a_failed_job_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "wrong.yaml").write_text("iteration: 3\n")
+    monkeypatch.chdir(ROOT)
+    training = run_study.Training(str(tmp_path / "wrong.yaml"), "main", 1, 1)
+    with pytest.raises(UserError, match="^wrong main 1: .*iteration") as error:
+        run_study.make(training)
+    assert "\n" not in str(error.value)
+
+
+def test_study_is_a_target_of_the_workflow():
+    words = [Path(".venv/bin/snakemake"), "--cores", "1", "-n", "study"]
+    shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert "study" in shown.stdout and shown.returncode == 0, shown.stderr
+
+
+# --- the page ---
+
+
+def row(name: str, seed: int, rates: list[float], regime: str = "few_steps") -> dict:
+    draw = np.random.default_rng(seed)
+
+    def judged(rate: float) -> dict:
+        return {
+            "win_rate": rate,
+            "prompt_strict": 40.0,
+            "length": 80,
+            "preferences": np.clip(draw.normal(rate / 100, 0.1, 200), 0, 1).tolist(),
+        }
+
+    measured = {"log_ratio_chosen": -1.0, "log_ratio_rejected": -4.0, "winners_raised": 0.25}
+    measured |= {"order_right": 0.75, "slope": 0.5, "eta": 20.0, "r_squared": 0.3, "kl": 2.0}
+    return {
+        "regime": regime,
+        "run": name,
+        "seed": seed,
+        "iterations": [
+            {
+                "iteration": t,
+                **judged(rate),
+                "against_previous": 55.0,
+                "measurements": measured,
+                "log_ratios": [[-1.0, -2.0], [-1.5, -3.0]],
+            }
+            for t, rate in enumerate(rates, 1)
+        ],
+        "base": judged(50.0),
+        "processor": "a processor",
+        "computed_in": "torch.bfloat16",
+        "commit": "0123456789",
+    }
+
+
+@pytest.fixture
+def page(tmp_path, program):
+    def write(rows: list[dict]) -> str:
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        output = tmp_path / "study.md"
+        program(tabulate_study, "--rows", tmp_path / "rows.jsonl", "--output", output)
+        for figure in ("win_rates", "log_ratios"):
+            assert (tmp_path / f"study_{figure}.svg").read_text().startswith("<?xml")
+        return output.read_text()
+
+    return write
+
+
+def test_page_has_means_tests_and_measurements(page):
+    rows = [row("main", seed, [60.0 + seed, 64.0 + seed, 66.0 + seed]) for seed in (1, 2, 3)]
+    rows += [row("permuted", seed, [50.0 - seed, 50, 50 + seed / 10]) for seed in (1, 2, 3)]
+    rows += [row("dpo", seed, [60.0 + 1.5 * seed]) for seed in (1, 2)]
+    rows += [row("ipo", 1, [55.0], "bound")]
+    text = page(rows)
+    assert "| main | 1 | 3 | 62.0 [" in text and "61.0 to 63.0" in text
+    assert "| base | 0 | 8 | 50.0 [" in text
+    assert "The win rate rises in every iteration in 3 of 3 seeds." in text
+    # main - permuted after iteration 3: 67 - 50.1 = 16.9, and so on.
+    assert "| permuted | 3 | 3 | -17.8 |" in text
+    assert "| dpo | 1 | 2 | +0.8 | +0.5 to +1.0 | +2.1 |" in text
+    assert "| main | 3 | 3 | -1.0 | -4.0 | 25 | 75 | 10.0 | 0.30 | 2.0 |" in text
+    assert "No other run has two seeds yet." in text
+
+
+def test_interval_grows_with_the_spread_of_the_seeds():
+    draw = np.random.default_rng(0)
+    alike = draw.normal(0.6, 0.1, (5, 300))
+    apart = alike + np.linspace(-0.05, 0.05, 5)[:, None]
+    (low, high), (lower, higher) = map(tabulate_study.interval, (alike, apart))
+    assert low < 100 * alike.mean() < high
+    assert higher - lower > 2 * (high - low)
+
+
+def test_holm_corrects_as_worked_out_by_hand():
+    assert tabulate_study.holm([0.01, 0.04, 0.03, 0.6]) == pytest.approx([0.04, 0.09, 0.09, 0.6])
+    assert tabulate_study.holm([]) == []
+
+
+def test_a_page_without_rows_is_refused(tmp_path, program):
+    with pytest.raises(UserError, match="has no rows"):
+        program(tabulate_study, "--rows", tmp_path / "none.jsonl", "--output", tmp_path / "a.md")
+
+
+# --- the measurements ---
+
+
+def test_exact_targets_have_slope_1_and_no_intercept():
+    pairs = [
+        {"p_hat_chosen": 0.8, "p_hat_rejected": 0.3},
+        {"p_hat_chosen": 0.7, "p_hat_rejected": 0.1},
+    ]
+    ratios = [
+        {end: 20 * (pair[f"p_hat_{end}"] - 0.5) for end in ("chosen", "rejected")} for pair in pairs
+    ]
+    found = measure_policy.realised(pairs, ratios, 20)
+    assert (found["slope"], found["r_squared"]) == pytest.approx((1, 1))
+    assert found["intercept"] == pytest.approx(0, abs=1e-12)
+    assert (found["winners_raised"], found["order_right"]) == (1, 1)
+    half = [{end: value / 2 - 1 for end, value in each.items()} for each in ratios]
+    found = measure_policy.realised(pairs, half, 20)
+    assert (found["slope"], found["intercept"]) == pytest.approx((0.5, -1))
+
+
+def test_kl_is_the_mean_log_ratio_with_its_standard_error():
+    found = measure_policy.distance(np.array([1.0, 2.0, 3.0]))
+    assert found == pytest.approx({"kl": 2.0, "kl_standard_error": 3**-0.5})
+
+
+@pytest.fixture
+def measure(tmp_path, tiny_policy, program):
+    def call(policy: Path) -> dict:
+        pairs = make_pairs(5)
+        model = load_policy(tiny_policy, torch.float64, "cpu")
+
+        def logp(pair: dict, end: str) -> float:
+            ids = torch.tensor([pair["prompt_token_ids"] + pair[f"{end}_token_ids"]])
+            with torch.inference_mode():
+                logps = model(ids).logits[0].log_softmax(-1)
+            start = len(pair["prompt_token_ids"])
+            tokens = pair[f"{end}_token_ids"]
+            return sum(logps[start + i - 1, token].item() for i, token in enumerate(tokens))
+
+        logps = [
+            {"pair_id": pair["pair_id"]}
+            | {f"{end}_logp": logp(pair, end) for end in ("chosen", "rejected")}
+            for pair in pairs
+        ]
+        prompts = [
+            {
+                "prompt_id": f"p{i}",
+                "category": "",
+                "messages": [{"role": "user", "content": "a"}],
+                "prompt_token_ids": [5, 6, 7],
+                "source": "s",
+            }
+            for i in range(4)
+        ]
+        for name, rows in (("pairs", pairs), ("logps", logps), ("prompts", prompts)):
+            write_table(tmp_path / f"{name}.parquet", rows, name)
+        words = ("--pairs", tmp_path / "pairs.parquet", "--current", tmp_path / "logps.parquet")
+        words += ("--policy", policy, "--prompts", tmp_path / "prompts.parquet")
+        words += ("--base", tiny_policy, "--output", tmp_path / "out.json", "--iteration", 1)
+        words += ("--max-new-tokens", 6, "--batch-size", 4, "--micro-batch-size", 2)
+        program(measure_policy, *words, "--device", "cpu", "--precision", "float32")
+        return read_json(tmp_path / "out.json")
+
+    return call
+
+
+def test_a_policy_that_is_the_base_has_moved_nothing(measure, tiny_policy):
+    found = measure(tiny_policy)
+    assert found["pairs"] == 5
+    for key in ("log_ratio_chosen", "log_ratio_rejected", "intercept", "kl"):
+        assert found[key] == pytest.approx(0, abs=1e-3), key
+
+
+def test_another_policy_has_a_positive_distance(measure, tiny_policy, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_policy, tmp_path / "policy")
+    model = load_policy(tmp_path / "policy", torch.float32, "cpu")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    model.save_pretrained(tmp_path / "policy")
+    found = measure(tmp_path / "policy")
+    assert found["kl"] > 0.1
+    assert abs(found["log_ratio_chosen"]) > 0.1
