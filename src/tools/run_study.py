@@ -8,7 +8,8 @@ Writes  a line of docs/results/study.jsonl for each finished run, and its artifa
 
 A run that has a row is not made again. So the study can be stopped at any time, and rows of several
 machines can be put together; each names its machine. An interrupted run continues from its finished
-artifacts. The folder of a seed is deleted when all of its runs have rows, unless --keep is given.
+artifacts. Unless --keep is given, a run's policies are deleted when it has a row, and the folder of
+a seed when all of its runs have one.
 """
 
 from __future__ import annotations
@@ -101,11 +102,19 @@ def main() -> None:
         print(f"{number} of {len(missing)}: {' '.join(map(str, training.key))}", flush=True)
         make(training)
         append(args.rows, row_of(training))
-        if not args.keep and all(other.name != training.name for other in missing[number:]):
-            shutil.rmtree(Path("results") / training.name)
+        if not args.keep:
+            clean(training, missing[number:])
     if args.output is not None:
         with recorded("tabulate", args.output, [args.plan], {"plan": str(args.plan)}):
             write_text(args.output, args.rows.read_text(encoding="utf-8"))
+
+
+def clean(training: Training, to_come: list[Training]) -> None:
+    """Delete the run's policies, which no other run needs, and a seed's folder at its end."""
+    for policy in training.folder.glob("iter[1-9]*/policy"):
+        shutil.rmtree(policy)
+    if all(other.name != training.name for other in to_come):
+        shutil.rmtree(Path("results") / training.name)
 
 
 def read_plan(path: Path) -> list[Training]:

@@ -80,6 +80,7 @@ def finished(training: run_study.Training, rate: float) -> None:
             (folder / name).write_text(json.dumps(content))
         step = {"log_ratio_chosen": -1.0, "log_ratio_rejected": -2.0}
         (folder / "train_log.jsonl").write_text(json.dumps(step) + "\n")
+        (folder / "policy").mkdir(exist_ok=True)
 
 
 @pytest.fixture
@@ -120,7 +121,7 @@ def test_each_run_is_made_once_and_has_a_row(study):
     assert rows[0]["base"]["preferences"] == [0.25, 1.0]
     assert rows[0]["iterations"][0]["log_ratios"] == [[-1.0, -2.0]]
     assert all(row["processor"] and row["cores"] for row in rows)
-    assert not list(Path("results").iterdir())  # folders are deleted when their seed is complete
+    assert not list(Path("results").iterdir())
     assert study("--output", "copy.jsonl") == []
     assert Path("copy.jsonl").read_bytes() == Path("rows.jsonl").read_bytes()
     assert read_record(Path("copy.jsonl"))
@@ -134,6 +135,16 @@ def test_a_failed_run_keeps_the_rows_before_it(study):
     assert Path("results/study-small-1/iter3/alpaca_eval.json").exists()
     study.fails.clear()
     assert study() == [("small", "ipo", 1)]
+
+
+def test_policies_are_deleted_as_soon_as_they_have_a_row(study):
+    study.fails.add("ipo")
+    with pytest.raises(UserError):
+        study()
+    folder = Path("results/study-small-1")  # ipo, which has no row, is of this seed
+    assert not list(folder.glob("**/iter3/policy"))
+    assert (folder / "iter0/policy").exists() and (folder / "iter3/alpaca_eval.json").exists()
+    assert not Path("results/study-small-2").exists()
 
 
 def test_no_run_starts_after_the_given_hours(study):
