@@ -107,7 +107,8 @@ def meaning(rule: dict[str, Any]) -> str:
     text = text.replace("<", "&lt;").replace(">", "&gt;")
     if "x-loss-parameter" in rule:
         losses = rule["x-only-with"]["train.loss"]["enum"]
-        text += f" Only with the losses {', '.join(losses)}."
+        noun = "loss" if len(losses) == 1 else "losses"
+        text += f" Only with the {noun} {', '.join(losses)}."
     return text
 
 
