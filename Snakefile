@@ -49,6 +49,7 @@ localrules:
     theory,
     word_game,
     study,
+    overoptimisation,
 
 
 rule all:
@@ -114,3 +115,12 @@ rule study:
     """
     input:
         f"{ROOT}study/study.md",
+
+
+rule overoptimisation:
+    """Train on learned copies of the annotators, and compare what each gains by copy and original.
+
+    It takes hours. A second call continues where the first one stopped.
+    """
+    input:
+        f"{ROOT}study/overoptimisation.md",

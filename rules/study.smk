@@ -1,6 +1,7 @@
-"""Requires: iter{t}/policy and its pairs. Gives: iter{t}/measurements.json, study/study.md.
+"""Requires: iter{t}/policy and its pairs. Gives: iter{t}/measurements.json, study/, rankers/{n}.
 
-The study trains many runs with many seeds. config/study.yaml is its plan.
+The studies train many runs with many seeds. config/study.yaml and config/overoptimisation.yaml are
+their plans. rankers/{n} is a copy of the preference model, learned from n comparisons.
 """
 
 
@@ -51,17 +52,58 @@ rule measure_policy:
         " 2>&1 | tee {log:q}"
 
 
-rule make_study_rows:
-    """Make the runs of the study that have no row yet. Each finished run adds a row at once."""
+def shards_of_main(folder):
+    """The paths of all shards of the main run's first iteration."""
+    shards = range(MAIN["responses"]["shards"])
+    return [artifact("", 1, f"{folder}/{shard}.parquet") for shard in shards]
+
+
+rule distil_ranker:
+    """Learn a copy of the preference model from n comparisons of the main run's iteration 1."""
     input:
-        plan=shipped("config/study.yaml"),
+        prompts=artifact("", 1, "prompts.parquet"),
+        responses=shards_of_main("responses"),
+        preferences=shards_of_main("preferences"),
+        base=EMBEDDED_POLICY,
     output:
-        rows=f"{ROOT}study/study.jsonl",
-        record=record(f"{ROOT}study/study.jsonl"),
+        ranker=directory(f"{ROOT}rankers/{{n}}"),
+        record=record(f"{ROOT}rankers/{{n}}"),
     log:
-        f"{LOGS}make_study_rows.log",
+        f"{LOGS}distil_ranker.{{n}}.log",
     benchmark:
-        f"{BENCHMARKS}make_study_rows.tsv"
+        f"{BENCHMARKS}distil_ranker.{{n}}.tsv"
+    wildcard_constraints:
+        n=r"\d+",
+    conda:
+        "../envs/core.yaml"
+    threads: MODEL_THREADS
+    resources:
+        mem_mb=lambda wildcards, attempt: 6000 * attempt,
+        runtime=lambda wildcards, attempt: 120 * attempt,
+    params:
+        version=STAGES["distil"],
+    message:
+        "Learning a copy of the preference model from {wildcards.n} comparisons"
+    shell:
+        f"{PYTHON} {SRC}/tools/distil_ranker.py"
+        " --prompts {input.prompts:q} --responses {input.responses:q}"
+        " --preferences {input.preferences:q} --base {input.base:q}"
+        " --comparisons {wildcards.n} --output {output.ranker:q} 2>&1 | tee {log:q}"
+
+
+rule make_study_rows:
+    """Make the runs of a study that have no row yet. Each finished run adds a row at once."""
+    input:
+        plan=lambda wildcards: shipped(f"config/{wildcards.study}.yaml"),
+    output:
+        rows=f"{ROOT}study/{{study}}.jsonl",
+        record=record(f"{ROOT}study/{{study}}.jsonl"),
+    log:
+        f"{LOGS}make_study_rows.{{study}}.log",
+    benchmark:
+        f"{BENCHMARKS}make_study_rows.{{study}}.tsv"
+    wildcard_constraints:
+        study="study|overoptimisation",
     conda:
         "../envs/core.yaml"
     threads: MODEL_THREADS
@@ -72,7 +114,7 @@ rule make_study_rows:
     params:
         version=STAGES["tabulate"],
     message:
-        "Making the runs of the study; rows are added to the repository's study.jsonl"
+        "Making the runs of the {wildcards.study}; the repository's rows are extended run by run"
     shell:
         f"{PYTHON} {SRC}/tools/run_study.py"
         " --plan {input.plan:q} --output {output.rows:q} 2>&1 | tee {log:q}"
@@ -106,4 +148,35 @@ rule tabulate_study:
         "Writing the page of the study"
     shell:
         f"{PYTHON} {SRC}/reporting/tabulate_study.py"
+        " --rows {input.rows:q} --output {output.page:q} 2>&1 | tee {log:q}"
+
+
+OVEROPTIMISATION = f"{ROOT}study/overoptimisation"
+
+
+rule plot_overoptimisation:
+    """Plot what a policy gains by its proxy and by the gold annotators, over its distance."""
+    input:
+        rows=f"{OVEROPTIMISATION}.jsonl",
+    output:
+        page=f"{OVEROPTIMISATION}.md",
+        figure=f"{OVEROPTIMISATION}.svg",
+        page_record=record(f"{OVEROPTIMISATION}.md"),
+        figure_record=record(f"{OVEROPTIMISATION}.svg"),
+    log:
+        f"{LOGS}plot_overoptimisation.log",
+    benchmark:
+        f"{BENCHMARKS}plot_overoptimisation.tsv"
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 20 * attempt,
+    params:
+        version=STAGES["tabulate"],
+    message:
+        "Plotting gold and proxy win rates over the distance to the base"
+    shell:
+        f"{PYTHON} {SRC}/reporting/plot_overoptimisation.py"
         " --rows {input.rows:q} --output {output.page:q} 2>&1 | tee {log:q}"

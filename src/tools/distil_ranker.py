@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +32,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
+from sppo.core.artifacts import recorded, written_whole
 from sppo.core.errors import UserError, run
 from sppo.core.tables import read_table
 from sppo.policies.models import compute_dtype
@@ -98,7 +97,10 @@ def main() -> None:
     spec["logit_scale"] = scale(model, learned)
     spec["held_out"] = agreement(model, tested)
     spec["versions"] = {name: version(name) for name in ("torch", "transformers", "numpy")}
-    write(args.output, model, spec, [each.prompt for each in learned])
+    inputs = [args.prompts, *args.responses, *args.preferences, args.base]
+    with recorded("distil", args.output, inputs, vars(args)) as facts:
+        write(args.output, model, spec, [each.prompt for each in learned])
+        facts |= spec["held_out"] | {"comparisons": spec["comparisons"]}
     print(json.dumps({"comparisons": spec["comparisons"], **spec["held_out"]}))
 
 
@@ -236,20 +238,16 @@ def agreement(model: PreferenceEmbedder, tested: list[Comparisons]) -> dict[str,
 def write(
     output: Path, model: PreferenceEmbedder, spec: dict[str, Any], prompts: list[str]
 ) -> None:
-    """Write the adapter's files into a folder beside --output and then move them there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    """Write the adapter's folder."""
     tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in model.adapter().items()}
-    save_file(tensors, folder / "adapter.safetensors")
-    (folder / "ranker.json").write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
     hashes = sorted(map(instruction_hash, prompts))
-    (folder / "training_instructions.txt").write_text("\n".join(hashes) + "\n", encoding="utf-8")
-    output.mkdir(exist_ok=True)
-    for file in sorted(folder.iterdir()):
-        os.replace(file, output / file.name)
-    folder.rmdir()
+    with written_whole(output) as folder:
+        folder.mkdir(exist_ok=True)
+        save_file(tensors, folder / "adapter.safetensors")
+        (folder / "ranker.json").write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+        (folder / "training_instructions.txt").write_text(
+            "\n".join(hashes) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     .venv/bin/python src/tools/run_study.py --hours 2
 
 Reads   the plan (config/study.yaml) and the rows that exist
-Writes  a line of docs/results/study.jsonl for each finished run, and its artifacts in results/;
-        when all runs have a row, a copy of the rows (--output)
+Writes  a line of docs/results/<name of the plan>.jsonl for each finished run, and its artifacts in
+        results/; when all runs have a row, a copy of the rows (--output)
 
 A run that has a row is not made again. So the study can be stopped at any time, and rows of several
 machines can be put together; each names its machine. An interrupted run continues from its finished
@@ -41,7 +41,10 @@ from sppo.core.errors import UserError, run
 
 Row = dict[str, Any]
 RUN_FORKED = Path(__file__).parent / "run_forked.py"
-EVALUATIONS = ("alpaca_eval", "against_previous", "ifeval", "measurements")
+EVALUATIONS = ("alpaca_eval", "ranker_estimate", "against_previous", "ifeval", "measurements")
+
+
+KEYS = {"config", "runs", "seeds", "iterations"}  # of an entry of the plan
 
 
 class Training(NamedTuple):
@@ -51,6 +54,7 @@ class Training(NamedTuple):
     run: str
     seed: int
     iterations: int
+    needs: dict[str, Any] | None = None  # {config: file, targets: [paths]} that are made before
 
     @property
     def name(self) -> str:
@@ -79,7 +83,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--plan", type=Path, default=Path("config/study.yaml"))
-    parser.add_argument("--rows", type=Path, default=Path("docs/results/study.jsonl"))
+    parser.add_argument("--rows", type=Path, help="default: docs/results/<name of the plan>.jsonl")
     parser.add_argument(
         "--hours", type=float, help="start no further run after this time (default: no limit)"
     )
@@ -90,6 +94,7 @@ def main() -> None:
     for package in ("snakemake", "torch", "alpaca_eval", "lm_eval"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"{package} is not installed, which the study needs; call make install")
+    args.rows = args.rows or Path("docs/results") / f"{args.plan.stem}.jsonl"
     begun = time.monotonic()
     planned = read_plan(args.plan)
     made = {key_of(row) for row in rows_in(args.rows)}
@@ -119,19 +124,22 @@ def clean(training: Training, to_come: list[Training]) -> None:
 
 def read_plan(path: Path) -> list[Training]:
     """The trainings of a plan: the runs of each entry, seed by seed. UserError for another form."""
-    form = "give a list of {config: file, runs: [names], seeds: number, iterations: number}"
+    form = (
+        "give a list of {config: file, runs: [names], seeds: number, iterations: number}, and in"
+        " an entry that needs other files: {needs: {config: file, targets: [paths]}}"
+    )
     try:
         entries = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {form}") from None
     trainings = []
     for number, entry in enumerate(entries if isinstance(entries, list) else [None], 1):
-        if not isinstance(entry, dict) or entry.keys() != {"config", "runs", "seeds", "iterations"}:
+        if not isinstance(entry, dict) or entry.keys() - {"needs"} != KEYS:
             raise UserError(f"{path} entry {number}: {form}")
         if not Path(entry["config"]).is_file():
             raise UserError(f"{path} entry {number}: {entry['config']} is missing; correct it")
         trainings += [
-            Training(entry["config"], run_name, seed, entry["iterations"])
+            Training(entry["config"], run_name, seed, entry["iterations"], entry.get("needs"))
             for seed in range(1, entry["seeds"] + 1)
             for run_name in entry["runs"]
         ]
@@ -154,15 +162,23 @@ def append(path: Path, row: Row) -> None:
 
 def make(training: Training) -> None:
     """Make the artifacts of one run. UserError, with the reason, if a job fails."""
+    where = " ".join(map(str, training.key))
+    if training.needs is not None:
+        forked(where, ["--configfile", training.needs["config"], "--", *training.needs["targets"]])
     seeds = f"seeds={{data: {training.seed}, train: {training.seed}}}"
-    command = [sys.executable, str(RUN_FORKED), "--configfile", training.config]
-    command += ["--config", f"name={training.name}", seeds, "--", *training.targets]
+    overlay = ["--configfile", training.config, "--config", f"name={training.name}", seeds]
+    forked(where, [*overlay, "--", *training.targets])
+
+
+def forked(where: str, words: list[str]) -> None:
+    """Call run_forked.py. UserError, with the reason in one line, if it fails."""
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(RUN_FORKED), *words]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode:
         lines = (finished.stderr + finished.stdout).strip().splitlines() or ["no output"]
         reason = next((line for line in lines if line.startswith("error: ")), lines[-1])
-        raise UserError(f"{' '.join(map(str, training.key))}: {reason.removeprefix('error: ')}")
+        raise UserError(f"{where}: {reason.removeprefix('error: ')}")
 
 
 def row_of(training: Training) -> Row:
@@ -196,6 +212,7 @@ def iteration(training: Training, t: int) -> Row:
         "iteration": t,
         **evaluated(folder),
         "against_previous": previous["win_rate"],
+        "by_annotator": read_json(folder / "ranker_estimate.json")["win_rate"],
         "measurements": read_json(folder / "measurements.json"),
         "log_ratios": [
             [round(row["log_ratio_chosen"], 3), round(row["log_ratio_rejected"], 3)]

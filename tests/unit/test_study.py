@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from training_runs import make_pairs
 
 import measure_policy
+import plot_overoptimisation
 import run_study
 import tabulate_study
 from sppo.core.artifacts import json_lines, read_json, read_record
@@ -22,20 +24,26 @@ from sppo.policies.models import load_policy
 from sppo.workflow.configuration import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAN = ROOT / "config/study.yaml"
+PLANS = [ROOT / "config/study.yaml", ROOT / "config/overoptimisation.yaml"]
 
 
 # --- the plan ---
 
 
-def test_shipped_plan_names_runs_that_exist(monkeypatch):
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.stem)
+def test_shipped_plan_names_runs_that_exist(plan, monkeypatch):
     monkeypatch.chdir(ROOT)
-    planned = run_study.read_plan(PLAN)
+    planned = run_study.read_plan(plan)
     assert len({training.key for training in planned}) == len(planned)
     runs = {config: resolve(read_files([config])) for config in {one.config for one in planned}}
     for training in planned:
         settings = runs[training.config]["" if training.run == "main" else training.run]
         assert settings["iterations"] >= training.iterations
+
+
+def test_study_has_five_seeds_of_main_and_its_controls(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    planned = run_study.read_plan(PLANS[0])
     seeds = {(one.run, one.seed) for one in planned if "few_steps" in one.config}
     for control in ("main", "permuted", "flipped", "sft"):
         assert {seed for name, seed in seeds if name == control} == {1, 2, 3, 4, 5}
@@ -69,6 +77,7 @@ def finished(training: run_study.Training, rate: float) -> None:
         contents = {
             "alpaca_eval.json": {"win_rate": won, "avg_length": 80},
             "against_previous.json": {"win_rate": 51.0},
+            "ranker_estimate.json": {"win_rate": 61.0},
             "ifeval.json": {"prompt_strict": 40.0, "instruction_strict": 60.0},
             "alpaca_eval_annotations.json": [{"preference": 1.25}, {"preference": 2.0}],
             "measurements.json": {
@@ -120,6 +129,7 @@ def test_each_run_is_made_once_and_has_a_row(study):
     assert [len(row["iterations"]) for row in rows] == [3, 3, 3, 3, 1]
     assert rows[0]["base"]["preferences"] == [0.25, 1.0]
     assert rows[0]["iterations"][0]["log_ratios"] == [[-1.0, -2.0]]
+    assert rows[0]["iterations"][0]["by_annotator"] == 61.0
     assert all(row["processor"] and row["cores"] for row in rows)
     assert not list(Path("results").iterdir())
     assert study("--output", "copy.jsonl") == []
@@ -152,6 +162,17 @@ def test_no_run_starts_after_the_given_hours(study):
     assert not Path("copy.jsonl").exists()
 
 
+def test_what_an_entry_needs_is_made_before_its_runs(monkeypatch):
+    called = []
+    monkeypatch.setattr(run_study, "forked", lambda where, words: called.append(words))
+    needs = {"config": "gold.yaml", "targets": ["results/gold/rankers/200"]}
+    training = run_study.Training("config/study/proxy_200.yaml", "dpo", 2, 1, needs)
+    run_study.make(training)
+    assert called[0] == ["--configfile", "gold.yaml", "--", "results/gold/rankers/200"]
+    assert "name=study-proxy_200-2" in called[1]
+    assert "results/study-proxy_200-2/dpo/iter1/measurements.json" in called[1]
+
+
 def test_reason_of_a_failed_job_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "wrong.yaml").write_text("iteration: 3\n")
     monkeypatch.chdir(ROOT)
@@ -161,10 +182,12 @@ def test_reason_of_a_failed_job_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_study_is_a_target_of_the_workflow():
-    words = [Path(".venv/bin/snakemake"), "--cores", "1", "-n", "study"]
+@pytest.mark.parametrize("target", ["study", "overoptimisation"])
+def test_studies_are_targets_of_the_workflow(target):
+    words = [sys.executable, "-m", "snakemake", "--cores", "1", "-n", target]
     shown = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert "study" in shown.stdout and shown.returncode == 0, shown.stderr
+    assert shown.returncode == 0, shown.stderr
+    assert "make_study_rows" in shown.stdout + shown.stderr
 
 
 # --- the page ---
@@ -250,6 +273,22 @@ def test_holm_corrects_as_worked_out_by_hand():
 def test_a_page_without_rows_is_refused(tmp_path, program):
     with pytest.raises(UserError, match="has no rows"):
         program(tabulate_study, "--rows", tmp_path / "none.jsonl", "--output", tmp_path / "a.md")
+
+
+def test_overoptimisation_has_gold_and_proxy_rates(tmp_path, program):
+    rows = [row("main", 1, [60.0, 62.0], regime) for regime in ("proxy_200", "few_steps")]
+    rows.append(row("dpo", 1, [59.0, 58.0], "proxy_200"))
+    for each in rows:
+        for iteration in each["iterations"]:
+            iteration |= {"by_annotator": 75.0}
+            iteration["measurements"] = {"kl": 4.0, "kl_standard_error": 0.5}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    output = tmp_path / "page.md"
+    program(plot_overoptimisation, "--rows", tmp_path / "rows.jsonl", "--output", output)
+    text = output.read_text()
+    assert "| proxy of 200 comparisons | sppo | 1 | 2 | 62.0 | 75.0 | 4.0 ± 0.5 |" in text
+    assert "| gold annotators | sppo | 1 | 1 | 60.0 |" in text
+    assert (tmp_path / "page.svg").read_text().startswith("<?xml")
 
 
 # --- the measurements ---

@@ -18,6 +18,7 @@ STAGES = {
     "answer": 1,
     "judge": 3,
     "measure": 1,
+    "distil": 1,
     "mt_bench": 1,
     "open_llm": 1,
     "ifeval": 1,
