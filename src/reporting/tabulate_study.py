@@ -76,6 +76,7 @@ def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str) -> str:
     ]
     for regime, of_regime in regimes.items():
         parts += [f"## {regime}\n", win_rate_table(of_regime), trend(of_regime)]
+        parts += [exploitability(of_regime)]
         parts += ["### Against main, seed by seed\n", comparison_table(of_regime)]
         parts += ["### What training did to the log-ratios\n", measurement_table(of_regime)]
     parts += [
@@ -159,6 +160,23 @@ def trend(rows: list[Row]) -> str:
         f"Page's trend test over {length + 1} iterates and {len(table)} seeds:"
         f" L = {found.statistic:.0f}, p = {found.pvalue:.2g}. The win rate rises in every"
         f" iteration in {rising} of {len(table)} seeds.\n"
+    )
+
+
+def exploitability(rows: list[Row]) -> str:
+    """How often the iterates of main beat each other, and what the best reply to the last gains."""
+    found = [row["round_robin"] for row in by_run(rows).get("main", []) if "round_robin" in row]
+    if not found or len({len(matrix) for matrix in found}) > 1:
+        return ""
+    wins = np.mean(found, axis=0)
+    head = ["main's iterate", *(f"against {t}" for t in range(len(wins)))]
+    lines = [[str(t), *(f"{value:.1f}" for value in line)] for t, line in enumerate(wins)]
+    best = int(wins[:, -1].argmax())
+    return (
+        f"Round robin, means over {len(found)} seeds; the row wins against the column, in per cent:"
+        f"\n\n{markdown_table(head, lines)}\n"
+        f"Of these iterates, {best} does best against the last one, which it beats in"
+        f" {wins[best, -1]:.1f}% (50 means that none of them exploits it).\n"
     )
 
 

@@ -42,8 +42,6 @@ from sppo.core.errors import UserError, run
 Row = dict[str, Any]
 RUN_FORKED = Path(__file__).parent / "run_forked.py"
 EVALUATIONS = ("alpaca_eval", "ranker_estimate", "against_previous", "ifeval", "measurements")
-
-
 KEYS = {"config", "runs", "seeds", "iterations"}  # of an entry of the plan
 
 
@@ -199,7 +197,27 @@ def row_of(training: Training) -> Row:
     }
     if training.run == "main":
         found["base"] = evaluated(base)
+        folders = [training.folder / f"iter{t}" for t in range(training.iterations + 1)]
+        found["round_robin"] = round_robin(folders)
     return found
+
+
+def round_robin(folders: list[Path]) -> list[list[float]]:
+    """How often each iterate (row) wins against each other one (column), in per cent."""
+    # Imported late because loading lm-eval's checkers takes seconds.
+    from sppo.evaluation.alpaca_eval import read_outputs
+    from sppo.preferences.base import compare, load_preference_model, settings_for
+    from sppo.preferences.estimates import win_probabilities
+
+    answers: dict[str, list[str]] = {}
+    for folder in folders:
+        for row in read_outputs(folder / "alpaca_eval_outputs.json"):
+            answers.setdefault(row["instruction"], []).append(row["output"])
+    judge = read_json(folders[0] / "alpaca_eval.json")["judge"]
+    groups = {text: (text, outputs) for text, outputs in answers.items()}
+    logits = compare(load_preference_model(settings_for(judge)), groups, "instruction")
+    wins = sum(win_probabilities(each) for each in logits.values()) / len(logits)
+    return [[round(100 * float(value), 2) for value in line] for line in wins]
 
 
 def iteration(training: Training, t: int) -> Row:

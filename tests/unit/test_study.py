@@ -111,6 +111,7 @@ def study(tmp_path, monkeypatch, program):
         finished(training, 60.0 + len(made))
 
     monkeypatch.setattr(run_study, "make", make)
+    monkeypatch.setattr(run_study, "round_robin", lambda folders: [[50.0]] * len(folders))
 
     def call(*words: object) -> list[tuple]:
         made.clear()
@@ -171,6 +172,20 @@ def test_what_an_entry_needs_is_made_before_its_runs(monkeypatch):
     assert called[0] == ["--configfile", "gold.yaml", "--", "results/gold/rankers/200"]
     assert "name=study-proxy_200-2" in called[1]
     assert "results/study-proxy_200-2/dpo/iter1/measurements.json" in called[1]
+
+
+def test_round_robin_compares_all_iterates_exactly(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    prompt = json_lines(ROOT / "data/instructions/sentence_held_out.jsonl")[0]["prompt"]
+    folders = [tmp_path / f"iter{t}" for t in range(2)]
+    for folder, output in zip(folders, ("", "Karaoke nights bring friends and songs together.")):
+        folder.mkdir()
+        answers = [{"instruction": prompt, "output": output, "generator": folder.name}]
+        (folder / "alpaca_eval_outputs.json").write_text(json.dumps(answers))
+        (folder / "alpaca_eval.json").write_text('{"judge": "verifiable"}')
+    wins = run_study.round_robin(folders)
+    assert wins[1][0] > 80 and wins[0][1] == pytest.approx(100 - wins[1][0])
+    assert wins[0][0] == wins[1][1] == 50
 
 
 def test_reason_of_a_failed_job_is_one_line(tmp_path, monkeypatch):
@@ -242,6 +257,7 @@ def page(tmp_path, program):
 
 def test_page_has_means_tests_and_measurements(page):
     rows = [row("main", seed, [60.0 + seed, 64.0 + seed, 66.0 + seed]) for seed in (1, 2, 3)]
+    rows[0]["round_robin"] = [[50, 40, 30], [60, 50, 51], [70, 49, 50]]
     rows += [row("permuted", seed, [50.0 - seed, 50, 50 + seed / 10]) for seed in (1, 2, 3)]
     rows += [row("dpo", seed, [60.0 + 1.5 * seed]) for seed in (1, 2)]
     rows += [row("ipo", 1, [55.0], "bound")]
@@ -250,6 +266,7 @@ def test_page_has_means_tests_and_measurements(page):
     assert "| base | 0 | 8 | 50.0 [" in text
     assert "The win rate rises in every iteration in 3 of 3 seeds." in text
     # main - permuted after iteration 3: 67 - 50.1 = 16.9, and so on.
+    assert "Of these iterates, 1 does best against the last one, which it beats in 51.0%" in text
     assert "| permuted | 3 | 3 | -17.8 |" in text
     assert "| dpo | 1 | 2 | +0.8 | +0.5 to +1.0 | +2.1 |" in text
     assert "| main | 3 | 3 | -1.0 | -4.0 | 25 | 75 | 10.0 | 0.30 | 2.0 |" in text
