@@ -37,10 +37,15 @@ from sppo.core.errors import UserError, run
 from sppo.core.tables import read_table
 from sppo.policies.models import compute_dtype
 from sppo.preferences.embedded_data import instruction_hash
-from sppo.preferences.embedded_network import PreferenceEmbedder, load_base, skew_logits
+from sppo.preferences.embedded_network import (
+    PreferenceEmbedder,
+    clip_gradients,
+    load_base,
+    optimizer_of,
+    skew_logits,
+)
 from sppo.preferences.estimates import condorcet_winner, win_probabilities
 
-HEAD_RATE, RELEVANCE_RATE = 1e-3, 1e-2  # learning rates, as in train_ranker.py
 TESTED = 5  # every fifth prompt, by hash, is for the agreement
 
 
@@ -148,29 +153,11 @@ def upper(matrix: Any) -> Any:
 def train(args: argparse.Namespace, model: PreferenceEmbedder, learned: list[Comparisons]) -> None:
     """Train with AdamW, warm-up and linear decay to zero."""
     model.standardise([(each.prompt, each.responses) for each in learned[:32]])
-    head = list(model.head.parameters())
-    lora = [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and name.startswith("backbone")
-    ]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": lora, "lr": args.learning_rate, "weight_decay": 0.0},
-            {"params": head, "lr": HEAD_RATE, "weight_decay": 0.1},
-            {"params": [model.relevance], "lr": RELEVANCE_RATE, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-    )
     draw = np.random.default_rng(args.seed)
     size = args.prompts_per_step
     orders = [draw.permutation(len(learned)) for _ in range(args.epochs)]
     steps = [order[i : i + size] for order in orders for i in range(0, len(order), size)]
-    warm_up = max(1, len(steps) // 15)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, (len(steps) - step) / max(1, len(steps) - warm_up)),
-    )
+    optimizer, schedule = optimizer_of(model, args.learning_rate, len(steps))
     for number, step in enumerate(steps, 1):
         total = 0.0
         for index in step:
@@ -179,7 +166,7 @@ def train(args: argparse.Namespace, model: PreferenceEmbedder, learned: list[Com
             loss = cross_entropy(logits, torch.tensor(upper(P), dtype=logits.dtype))
             (loss / len(step)).backward()
             total += loss.item() / len(step)
-        torch.nn.utils.clip_grad_norm_([*lora, *head, model.relevance], 1.0)
+        clip_gradients(optimizer)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

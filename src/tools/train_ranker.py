@@ -36,8 +36,10 @@ from sppo.core.errors import UserError, run
 from sppo.policies.models import compute_dtype
 from sppo.preferences.embedded_network import (
     PreferenceEmbedder,
+    clip_gradients,
     length_gaps,
     load_base,
+    optimizer_of,
     skew_logits,
 )
 from sppo.preferences.embedded_data import (
@@ -50,8 +52,6 @@ from sppo.preferences.embedded_data import (
 )
 
 CORRUPTED_SHARE = 0.3  # of the loss
-HEAD_RATE = 1e-3  # learning rate of the head; --learning-rate is for the low-rank updates
-RELEVANCE_RATE = 1e-2  # learning rate of a single weight, which is of order 1
 
 
 def arguments() -> argparse.Namespace:
@@ -164,25 +164,7 @@ def train(
         epochs += 1
     shorter = shorter_weight(groups, args.longer_wins)
     model.standardise([(group.instruction, group.texts) for group in groups[:32]])
-    head = list(model.head.parameters())
-    lora = [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and name.startswith("backbone")
-    ]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": lora, "lr": args.learning_rate, "weight_decay": 0.0},
-            {"params": head, "lr": HEAD_RATE, "weight_decay": 0.1},
-            {"params": [model.relevance], "lr": RELEVANCE_RATE, "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-    )
-    warm_up = max(1, args.steps // 15)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, (args.steps - step) / max(1, args.steps - warm_up)),
-    )
+    optimizer, schedule = optimizer_of(model, args.learning_rate, args.steps)
     began, last_message = time.monotonic(), 0.0
     recent: list[float] = []  # losses since the last line of the log
     for step in range(args.steps):
@@ -190,7 +172,7 @@ def train(
             loss = group_loss(skew_logits(model(group.instruction, group.texts)), group, shorter)
             (loss / args.groups_per_step).backward()
             recent.append(loss.item())
-        torch.nn.utils.clip_grad_norm_([*lora, *head, model.relevance], 1.0)
+        clip_gradients(optimizer)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -57,6 +57,8 @@ PLACEHOLDER = "\x00"  # marks the instruction's place in the chat template
 # A higher relevance than this has no further effect. Most answers reach it, and an answer must gain
 # nothing by repeating the instruction.
 ENOUGH = 0.2
+HEAD_RATE = 1e-3  # learning rate of the head
+RELEVANCE_RATE = 1e-2  # learning rate of a single weight, which is of order 1
 # The states that the embedding is computed from; see `PreferenceEmbedder.states`.
 STATES = ("instruction", "mean", "last")
 
@@ -206,6 +208,40 @@ class PreferenceEmbedder(nn.Module):
                 if isinstance(child, LoraLinear):
                     child.base.weight += (child.B @ child.A).to(child.base.weight)
                     setattr(module, name, child.base)
+
+
+def optimizer_of(
+    model: PreferenceEmbedder, learning_rate: float, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """AdamW and its schedule: warm-up, then linear decay to zero at `steps`.
+
+    learning_rate: of the low-rank updates. The head and the weight of the relevance have their own.
+    """
+    lora = [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and name.startswith("backbone")
+    ]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": lora, "lr": learning_rate, "weight_decay": 0.0},
+            {"params": list(model.head.parameters()), "lr": HEAD_RATE, "weight_decay": 0.1},
+            {"params": [model.relevance], "lr": RELEVANCE_RATE, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+    )
+    warm_up = max(1, steps // 15)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up)),
+    )
+    return optimizer, schedule
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Scale the gradients of all weights down to a norm of at most 1."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    nn.utils.clip_grad_norm_(weights, 1.0)
 
 
 def keep_lower_layers(backbone: Any, layers: int) -> Any:
