@@ -11,7 +11,8 @@ regime share their prompts, and in the first iteration their responses. So a run
   three to five seeds they are too narrow, so the range over seeds is given too.
 * p: paired t-test over seeds of the last win rate against main's, with Holm's correction within a
   regime. d: the mean difference over its standard deviation.
-* Trend: Page's test that the win rates of main rise from iteration to iteration.
+* Trend: Page's test that the win rates of main rise from iteration to iteration, with the base and
+  without it.
 """
 
 from __future__ import annotations
@@ -143,23 +144,24 @@ def interval(preferences: np.ndarray) -> tuple[float, float]:
 
 
 def trend(rows: list[Row]) -> str:
-    """Page's test for main's win rates over the iterations, the base included."""
+    """Page's test for main's win rates over the iterations, with the base and without it."""
     from scipy.stats import page_trend_test
 
     main_rows = by_run(rows).get("main", [])
     length = min((len(row["iterations"]) for row in main_rows), default=0)
-    if length < 2 or len(main_rows) < 2:
+    if length < 3 or len(main_rows) < 2:  # the test needs three iterates
         return ""
     table = [
         [row["base"]["win_rate"], *(each["win_rate"] for each in row["iterations"][:length])]
         for row in main_rows
     ]
-    found = page_trend_test(table)
+    with_base = page_trend_test(table)
+    trained = page_trend_test([line[1:] for line in table])
     rising = sum(all(b > a for a, b in zip(line, line[1:])) for line in table)
     return (
-        f"Page's trend test over {length + 1} iterates and {len(table)} seeds:"
-        f" L = {found.statistic:.0f}, p = {found.pvalue:.2g}. The win rate rises in every"
-        f" iteration in {rising} of {len(table)} seeds.\n"
+        f"Page's trend test over {len(table)} seeds: p = {with_base.pvalue:.2g} for the base and"
+        f" {length} iterations, p = {trained.pvalue:.2g} for the {length} iterations alone. The win"
+        f" rate rises in every iteration in {rising} of {len(table)} seeds.\n"
     )
 
 
@@ -171,12 +173,12 @@ def exploitability(rows: list[Row]) -> str:
     wins = np.mean(found, axis=0)
     head = ["main's iterate", *(f"against {t}" for t in range(len(wins)))]
     lines = [[str(t), *(f"{value:.1f}" for value in line)] for t, line in enumerate(wins)]
-    best = int(wins[:, -1].argmax())
+    best = int(wins[:-1, -1].argmax())
     return (
         f"Round robin, means over {len(found)} seeds; the row wins against the column, in per cent:"
         f"\n\n{markdown_table(head, lines)}\n"
-        f"Of these iterates, {best} does best against the last one, which it beats in"
-        f" {wins[best, -1]:.1f}% (50 means that none of them exploits it).\n"
+        f"Of the earlier iterates, {best} does best against the last one, and beats it in"
+        f" {wins[best, -1]:.1f}%.\n"
     )
 
 

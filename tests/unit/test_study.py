@@ -266,7 +266,7 @@ def test_page_has_means_tests_and_measurements(page):
     assert "| base | 0 | 8 | 50.0 [" in text
     assert "The win rate rises in every iteration in 3 of 3 seeds." in text
     # main - permuted after iteration 3: 67 - 50.1 = 16.9, and so on.
-    assert "Of these iterates, 1 does best against the last one, which it beats in 51.0%" in text
+    assert "1 does best against the last one, and beats it in 51.0%." in text
     assert "| permuted | 3 | 3 | -17.8 |" in text
     assert "| dpo | 1 | 2 | +0.8 | +0.5 to +1.0 | +2.1 |" in text
     assert "| main | 3 | 3 | -1.0 | -4.0 | 25 | 75 | 10.0 | 0.30 | 2.0 |" in text
