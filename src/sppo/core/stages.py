@@ -22,7 +22,7 @@ STAGES = {
     "mt_bench": 1,
     "open_llm": 1,
     "ifeval": 1,
-    "tabulate": 1,
+    "tabulate": 2,
     "theory": 2,
     "push": 1,
 }

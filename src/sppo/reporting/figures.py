@@ -89,10 +89,8 @@ def plot_win_rates(
             capsize=3,
         )
     rates.axhline(50, color="0.4", linewidth=1, linestyle=":", label="no difference")
-    rates.set(
-        ylabel=f"won against {first['reference']} (%)",
-        title=f"AlpacaEval by {_judge_and_size(first)}",
-    )
+    rates.set_ylabel(f"won against {first['reference']} (%)")
+    rates.set_title(f"AlpacaEval by {_judge_and_size(first)}", fontsize=9)
     rates.legend(frameon=False)
     lengths.plot(
         numbers,
