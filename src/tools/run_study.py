@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -95,6 +96,8 @@ def main() -> None:
                 f"{package} is not installed, which the study needs, because it calls Snakemake"
                 " itself; call make install, and run it without --use-conda"
             )
+    # A kill ends the job that runs too. Otherwise it would go on beside the next call.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     args.rows = args.rows or Path("docs/results") / f"{args.plan.stem}.jsonl"
     begun = time.monotonic()
     planned = read_plan(args.plan)
@@ -175,9 +178,22 @@ def forked(where: str, words: list[str]) -> None:
     """Call run_forked.py. UserError, with the reason in one line, if it fails."""
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, str(RUN_FORKED), *words]
-    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if finished.returncode:
-        lines = (finished.stderr + finished.stdout).strip().splitlines() or ["no output"]
+    # A session of its own, so that the job that runs in it can be ended together with it.
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    ) as started:
+        try:
+            output, errors = started.communicate()
+        except BaseException:
+            os.killpg(started.pid, signal.SIGTERM)
+            raise
+    if started.returncode:
+        lines = (errors + output).strip().splitlines() or ["no output"]
         reason = next((line for line in lines if line.startswith("error: ")), lines[-1])
         raise UserError(f"{where}: {reason.removeprefix('error: ')}")
 
