@@ -75,6 +75,16 @@ def judge_files(wildcards):
     return [base, *files] if base else files
 
 
+def judging_takes_cores(wildcards):
+    """Whether the judge computes with PyTorch, or the length-controlled model is refitted."""
+    if wildcards.verdict == "ranker_estimate":
+        kind = preference_kind(run_of(wildcards))
+    else:
+        kind = local_kind(judge(wildcards))
+    refits = settings(wildcards)["alpaca_eval"]["length_controlled_bootstrap"]
+    return bool((kind and kind.uses_torch) or refits)
+
+
 def difficulty_file(wildcards):
     """The file of instruction difficulties for the length-controlled metric, or None."""
     if wildcards.verdict == "alpaca_eval":
@@ -202,7 +212,7 @@ rule judge_outputs:
         verdict="alpaca_eval|against_previous|ranker_estimate",
     conda:
         "../envs/eval.yaml"
-    threads: MODEL_THREADS
+    threads: threads_if(judging_takes_cores)
     resources:
         mem_mb=4000,
         runtime=120,

@@ -278,6 +278,11 @@ def gpus_if(needed):
     return lambda wildcards: MODEL_GPUS if wildcards is None or needed(wildcards) else 0
 
 
+def threads_if(needed):
+    """Threads function: all threads of a model's job if `needed(wildcards)` is true, else one."""
+    return lambda wildcards: MODEL_THREADS if wildcards is None or needed(wildcards) else 1
+
+
 def asked_of_cluster(job_rule, attempts):
     """The resources that a rule's jobs request on a cluster at the last attempt.
 

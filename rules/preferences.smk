@@ -33,6 +33,11 @@ def ranker_base(run):
     return EMBEDDED_POLICY if preference_kind(run).needs_base else []
 
 
+def comparing_uses_torch(wildcards):
+    """Whether the run's preference model computes with PyTorch."""
+    return preference_kind(run_of(wildcards)).uses_torch
+
+
 def comparison_flags(wildcards):
     """The flags of the preference model, the prompts that it reads, and the options of its kind."""
     run = run_of(wildcards)
@@ -109,11 +114,11 @@ rule annotate_preferences:
         f"{BENCHMARKS}{{run}}iter{{t}}/annotate_preferences.{{shard}}.tsv"
     conda:
         preference_environment
-    threads: MODEL_THREADS
+    threads: threads_if(comparing_uses_torch)
     resources:
         mem_mb=8000,
         runtime=240,
-        gpu=gpus_if(lambda wildcards: preference_kind(run_of(wildcards)).needs_gpu),
+        gpu=gpus_if(comparing_uses_torch),
     params:
         version=STAGES["annotate"],
         options=comparison_flags,

@@ -53,13 +53,10 @@ def main() -> None:
                 "delete it and run again"
             )
         responses[row["prompt_id"]].append(row)
-    from sppo.policies.models import pick_device, start_torch
-
-    start_torch()
     files = model_files(args.model, args.ranker_base, backend=args.backend)
     inputs = [args.prompts, args.responses, *files]
     with recorded("annotate", args.output, inputs, vars(args)) as facts:
-        model = load_preference_model(vars(args), args.ranker_base, pick_device(args.device))
+        model = load_preference_model(vars(args), args.ranker_base, args.device)
         reader = PromptReader(
             args.source, args.policy, args.chat_template_kwargs, args.template_date
         )

@@ -53,17 +53,12 @@ def main() -> None:
     args = parser.parse_args()
 
     answers, names = answers_by_instruction(args.outputs)
-    from sppo.policies.models import pick_device, start_torch
-
-    start_torch()
     inputs = [*args.outputs, *model_files(args.model, args.ranker_base)]
     plots = [args.plot, args.plot.with_suffix(".svg")]
     with contextlib.ExitStack() as records:
         for artifact in (args.output, *plots):
             records.enter_context(recorded("tabulate", artifact, inputs, vars(args)))
-        model = load_preference_model(
-            settings_for(args.model), args.ranker_base, pick_device(args.device)
-        )
+        model = load_preference_model(settings_for(args.model), args.ranker_base, args.device)
         groups = {
             str(number): (instruction, texts)
             for number, (instruction, texts) in enumerate(answers.items(), start=1)

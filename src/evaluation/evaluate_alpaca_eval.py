@@ -37,7 +37,6 @@ from sppo.evaluation.alpaca_eval import (
     read_outputs,
 )
 from sppo.evaluation.judges import ALPACA_EVAL
-from sppo.policies.models import pick_device
 from sppo.preferences.base import local_kind, model_files
 from sppo.preferences.embedded_data import instruction_hash
 
@@ -139,7 +138,7 @@ def main() -> None:
             args.judge_model,
             args.judge_base_url,
             args.judge_base,
-            pick_device(args.device) if kind else "cpu",
+            args.device,
         )
         seen = 0
         if kind:

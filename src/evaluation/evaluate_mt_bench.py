@@ -100,12 +100,7 @@ def main() -> None:
                     f"judge {args.judge} compares two answers; give the base policy's answers with "
                     "--reference, and the judge's base model with --judge-base"
                 )
-            from sppo.policies.models import pick_device, start_torch
-
-            start_torch()
-            model = load_preference_model(
-                settings_for(args.judge), args.judge_base, pick_device(args.device)
-            )
+            model = load_preference_model(settings_for(args.judge), args.judge_base, args.device)
             rows = grade_locally(
                 questions, answers, read_answers(args.reference, questions), model, args.judge
             )

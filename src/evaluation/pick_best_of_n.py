@@ -52,14 +52,9 @@ def main() -> None:
             f"best of {args.n} needs {args.n} answers to every instruction, and {args.answers} has "
             f"{fewest}; raise best_of_n.samples"
         )
-    from sppo.policies.models import pick_device, start_torch
-
-    start_torch()
     inputs = [args.answers, *model_files(args.model, args.ranker_base)]
     with recorded("answer", args.output, inputs, vars(args)) as facts:
-        model = load_preference_model(
-            settings_for(args.model), args.ranker_base, pick_device(args.device)
-        )
+        model = load_preference_model(settings_for(args.model), args.ranker_base, args.device)
         groups = {
             str(number): (instruction, [row["output"] for row in rows[: args.n]])
             for number, (instruction, rows) in enumerate(answers.items(), start=1)

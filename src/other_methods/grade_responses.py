@@ -123,10 +123,7 @@ def by_preference(
     pools: Pools, messages: dict[str, list[dict]], args: argparse.Namespace
 ) -> tuple[Grades, str]:
     """6 P-hat of each text within its pool, and the preference model's name."""
-    from sppo.policies.models import pick_device, start_torch
-
-    start_torch()
-    model = load_preference_model(vars(args), args.ranker_base, pick_device(args.device))
+    model = load_preference_model(vars(args), args.ranker_base, args.device)
     reader = PromptReader(args.source, args.policy, args.chat_template_kwargs, args.template_date)
     groups = {
         prompt_id: (reader.text(messages[prompt_id]), list(pool.values()))

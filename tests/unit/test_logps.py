@@ -6,11 +6,15 @@ import random
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sppo.core.errors import UserError
 from sppo.policies.models import load_policy
 from sppo.training.logps import (
+    SHARING_MODELS,
+    can_share_prompts,
     collate,
+    collate_shared,
     forward_precision,
     frozen_logps,
     frozen_response_logps,
@@ -141,6 +145,88 @@ def test_pair_batch_holds_all_chosen_then_all_rejected(sequences):
         assert batch["input_ids"][row, : len(prompt) + len(response)].tolist() == prompt + response
     held = batch["input_ids"].flatten()[batch["response_places"]].tolist()
     assert held == [token for response in wanted for token in response]
+
+
+# --- shared prompts ---
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def random_model(model_type: str, **more):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **TINY, **more)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def small_pairs(sequences) -> list[dict]:
+    return [
+        {key: [i % 300 for i in value] if isinstance(value, list) else value for key, value in p}
+        for p in (pair.items() for pair in make_pairs(sequences))
+    ]
+
+
+def gradients_of(model, batch) -> torch.Tensor:
+    model.zero_grad()
+    logps = response_logps(model, batch)
+    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+    return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+
+@pytest.mark.parametrize("model_type", sorted(SHARING_MODELS))
+def test_shared_prompts_give_the_numbers_of_separate_sequences(model_type, sequences):
+    model = random_model(model_type, sliding_window=None)
+    assert can_share_prompts(model, "cpu")
+    pairs = small_pairs(sequences)
+    columns = [[p[f"{n}_token_ids"] for p in pairs] for n in ("prompt", "chosen", "rejected")]
+    shared = collate_shared(*columns)
+    separate = pair_batch(pairs)
+    assert shared["input_ids"].numel() < separate["input_ids"].numel()
+    expected = response_logps(model, separate).tolist()
+    assert response_logps(model, shared).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-6)
+    assert torch.allclose(
+        gradients_of(model, shared), gradients_of(model, separate), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_rejected_response_does_not_depend_on_the_chosen_one(model, sequences):
+    pairs = make_pairs(sequences)
+    columns = [[p[f"{n}_token_ids"] for p in pairs] for n in ("prompt", "chosen", "rejected")]
+    first = response_logps(model, collate_shared(*columns))
+    columns[1] = [[7] * 3 for _ in pairs]
+    second = response_logps(model, collate_shared(*columns))
+    assert second[6:].tolist() == pytest.approx(first[6:].tolist(), abs=1e-4)
+    assert (second[:6] - first[:6]).abs().min() > 1e-2
+
+
+def test_prompts_are_shared_only_where_it_is_exact():
+    assert can_share_prompts(random_model("llama"), "cpu")
+    assert not can_share_prompts(random_model("llama"), "cuda")
+    assert not can_share_prompts(random_model("llama", attn_implementation="eager"), "cpu")
+    assert not can_share_prompts(random_model("mistral", sliding_window=8), "cpu")
+    assert not can_share_prompts(random_model("gemma2"), "cpu")
+
+
+def test_prompts_are_shared_only_where_it_saves_tokens():
+    def pair(prompt: int, response: int) -> dict:
+        return {
+            "prompt_token_ids": [1] * prompt,
+            "chosen_token_ids": [1] * response,
+            "rejected_token_ids": [1] * response,
+        }
+
+    assert "owners" in pair_batch([pair(50, 30)], may_share=True)
+    assert "owners" not in pair_batch([pair(50, 30)])
+    assert "owners" not in pair_batch([pair(50, 500)], may_share=True)
+    # One long row would be padding in all others.
+    assert "owners" not in pair_batch([pair(50, 30), pair(1, 100)], may_share=True)
 
 
 def test_pair_length_is_the_length_of_its_longer_sequence():

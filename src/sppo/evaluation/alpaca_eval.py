@@ -128,9 +128,6 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
             raise UserError(
                 f"judge {judge.name} is an adapter; give its base model with --judge-base"
             )
-        from sppo.policies.models import start_torch
-
-        start_torch()
         files = kind.files(judge.name)
         facts: Record = {
             "adapter": judge.name,

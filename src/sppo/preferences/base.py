@@ -51,7 +51,8 @@ class PreferenceModel(ABC):
     form: ClassVar[str]  # how `preference.model` names it, for documents and error lines
     options: ClassVar[tuple[str, ...]] = ()  # keys of the section `preference` that it reads
     needs_base: ClassVar[bool] = False  # whether it reads the embedded policy too
-    needs_gpu: ClassVar[bool] = True  # whether its jobs ask for a GPU where the machine has one
+    # Whether it computes with PyTorch. Its jobs then get all cores, and a GPU where there is one.
+    uses_torch: ClassVar[bool] = True
     # Whether its files are fetched or linked into results/ before they are used.
     is_prepared: ClassVar[bool] = False
     environment: ClassVar[str] = "core"  # its conda environment, a file of envs/
@@ -185,14 +186,22 @@ def local_kind(model: str) -> type[PreferenceModel] | None:
 def load_preference_model(
     settings: Settings, base: Path | None = None, device: str = "cpu"
 ) -> PreferenceModel:
-    """The preference model that the settings name, loaded. Raises `UserError` if it cannot work."""
+    """The preference model that the settings name, loaded. Raises `UserError` if it cannot work.
+
+    device: auto, cpu or gpu. For a kind that uses PyTorch, this process is set up for it.
+    """
     kind = kind_of(settings)
     if kind.needs_base and base is None:
         raise UserError(
             f"preference model {settings['model']} needs the base model that it was trained on;"
             " give its folder"
         )
-    return kind(settings, base, device)
+    if not kind.uses_torch:
+        return kind(settings, base, "cpu")
+    from sppo.policies.models import pick_device, start_torch
+
+    start_torch()
+    return kind(settings, base, pick_device(device))
 
 
 def model_files(model: str, base: Path | None, **others: Any) -> list[Path]:

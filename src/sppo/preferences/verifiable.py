@@ -49,7 +49,7 @@ class VerifiableModel(PreferenceModel):
 
     kind = "verifiable"
     form = "`verifiable`, a .yaml file of annotators"
-    needs_gpu = False
+    uses_torch = False
     environment = "eval"
 
     @classmethod

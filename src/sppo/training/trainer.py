@@ -8,6 +8,7 @@ over its pairs, for any division of the pairs into micro-batches and over proces
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
@@ -29,6 +30,7 @@ from sppo.core.errors import UserError
 from sppo.training.checkpoints import seal
 from sppo.training.distributed import first_alone
 from sppo.training.logps import (
+    can_share_prompts,
     check_finite,
     forward_precision,
     pair_batch,
@@ -86,13 +88,13 @@ def plan(n_pairs: int, options: dict[str, Any]) -> tuple[int, int]:
     return stop, max(stop, total)
 
 
-def collate_pairs(pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of B pairs: 2B sequences (all chosen, then all rejected), and numbers of shape (B,).
+def collate_pairs(pairs: list[dict[str, Any]], may_share: bool = False) -> dict[str, Tensor]:
+    """A batch of B pairs from `pair_batch`, and numbers of shape (B,).
 
     The numbers are `NUMBERS`, the tokens of each response, the tokens of both sequences, the id and
     the weight of each pair.
     """
-    batch = pair_batch(pairs)
+    batch = pair_batch(pairs, may_share)
     for name in NUMBERS:
         batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
     for end in ("chosen", "rejected"):
@@ -154,6 +156,7 @@ class PairTrainer(Trainer):
         options: the options of the training, as in the section `train` of the configuration.
         schedule_steps: the number of steps of the learning-rate schedule.
         dtype: the type that the forward pass computes in.
+        may_share: whether both responses of a pair may share their prompt in a batch.
         kwargs: the arguments of `transformers.Trainer`.
     """
 
@@ -163,9 +166,12 @@ class PairTrainer(Trainer):
         options: dict[str, Any],
         schedule_steps: int,
         dtype: torch.dtype,
+        may_share: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(data_collator=collate_pairs, **kwargs)
+        super().__init__(
+            data_collator=functools.partial(collate_pairs, may_share=may_share), **kwargs
+        )
         self.options = options
         self.schedule_steps = schedule_steps
         self.dtype = dtype
@@ -456,6 +462,7 @@ def make_trainer(
         options=options,
         schedule_steps=schedule_steps,
         dtype=dtype,
+        may_share=can_share_prompts(model, device),
         callbacks=[StepLog(), SealCheckpoints()],
     )
     trainer.remove_callback(PrinterCallback)
