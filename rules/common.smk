@@ -26,6 +26,7 @@ from sppo.core.flags import flags, of_iteration
 from sppo.core.stages import STAGES
 from sppo.evaluation.alpaca_eval import DIFFICULTY, OFFICIAL_REFERENCE
 from sppo.evaluation.registry import EVALUATIONS
+from sppo.policies.gpus import count_gpus
 from sppo.policies.models import HUB_FILES
 from sppo.preferences.base import kind_of, local_kind, model_files
 from sppo.workflow.cluster import Asked, check_cluster
@@ -37,8 +38,6 @@ from sppo.workflow.preflight import (
     check_folder_for_slurm,
     check_inputs,
     check_machine,
-    gpus_here,
-    has_gpu,
 )
 
 IN_CONDA = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
@@ -124,9 +123,10 @@ RUNNING = flags(MAIN["policy"], skip=MODEL_SOURCE)
 
 # On one machine, models never share hardware. Each job uses all cores, or a GPU and its share of
 # the cores.
-ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and has_gpu())
+GPUS_HERE = count_gpus()
+ON_GPU = MAIN["device"] == "gpu" or (MAIN["device"] == "auto" and GPUS_HERE > 0)
 GPUS_AT_ONCE = workflow.resource_settings.resources.get("gpu")
-GPUS_AT_ONCE = GPUS_AT_ONCE.value if GPUS_AT_ONCE else gpus_here()
+GPUS_AT_ONCE = GPUS_AT_ONCE.value if GPUS_AT_ONCE else GPUS_HERE
 MODEL_GPUS = 1 if ON_GPU else 0
 # Snakemake sets OMP_NUM_THREADS to a rule's threads. A job on a GPU uses them to load, cast and
 # write weights.
@@ -341,7 +341,7 @@ onstart:
             if workflow.executor_plugin.name == "slurm":
                 check_slurm()
             check_machine(
-                USABLE, to_come, gpus_here() if workflow.local_exec else None, IN_CONDA
+                USABLE, to_come, GPUS_HERE if workflow.local_exec else None, IN_CONDA
             )
         except UserError as error:
             fail(str(error))

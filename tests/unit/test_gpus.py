@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from sppo.core.errors import UserError
-from sppo.policies.gpus import cores_of_job
+from sppo.policies import gpus
+from sppo.policies.gpus import cores_of_job, count_gpus
 from sppo.policies.models import compute_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,56 @@ def job(tmp_path):
 
 def gpus_taken_by(process: subprocess.Popen) -> str:
     return process.stdout.readline().strip()
+
+
+FAKE_CTYPES = """
+class c_int:
+    value = 0
+
+def byref(count):
+    return count
+
+class CDLL:
+    def __init__(self, name):
+        assert name == "libcuda.so.1"
+
+    def cuInit(self, flags):
+        return {status}
+
+    def cuDeviceGetCount(self, count):
+        count.value = 7
+        return 0
+"""
+
+
+@pytest.mark.parametrize(("status", "found"), [(0, 7), (100, 0)])
+def test_nvidia_s_driver_is_asked_for_its_gpus(status, found, tmp_path, monkeypatch):
+    """100 is the driver's "no device", as with an empty CUDA_VISIBLE_DEVICES."""
+    (tmp_path / "ctypes.py").write_text(FAKE_CTYPES.format(status=status))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpus.ctypes, "CDLL", lambda name: None)
+    assert count_gpus() == found
+
+
+def test_amd_s_gpus_are_counted(tmp_path, monkeypatch):
+    for node, units in enumerate((0, 304, 304)):  # node 0 is a processor
+        (tmp_path / str(node)).mkdir()
+        (tmp_path / str(node) / "properties").write_text(f"cpu_cores_count 8\nsimd_count {units}\n")
+    monkeypatch.setattr(gpus, "AMD_NODES", tmp_path)
+    monkeypatch.setattr(gpus, "NVIDIA_DRIVER", "libnone.so.1")
+    for key in gpus.AMD_VISIBLE:
+        monkeypatch.delenv(key, raising=False)
+    assert count_gpus() == 2
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    assert count_gpus() == 1
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "")
+    assert count_gpus() == 0
+
+
+def test_no_driver_means_no_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpus, "AMD_NODES", tmp_path)
+    monkeypatch.setattr(gpus, "NVIDIA_DRIVER", "libnone.so.1")
+    assert count_gpus() == 0
 
 
 def test_parallel_jobs_take_different_gpus_and_release_them(job):

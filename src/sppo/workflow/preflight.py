@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 import re
 import shutil
 from pathlib import Path
@@ -173,7 +172,7 @@ def _check_gpus(made: str, run: dict[str, Any], where: str, gpus: int) -> None:
     """This machine has as many GPUs as a job of the run takes; else UserError."""
     if gpus == 0:
         raise UserError(
-            "config: device is gpu, but this machine shows no NVIDIA GPU; run where there is one or"
+            "config: device is gpu, but this machine shows no GPU; run where there is one or"
             " on a cluster (profiles/slurm), or set device: cpu"
         )
     elsewhere = "lower it, or run on a cluster (profiles/slurm)"
@@ -198,22 +197,6 @@ def check_folder_for_slurm(folder: str) -> None:
             f"Snakemake's Slurm executor does not quote the path of this folder, {folder}; move the"
             " checkout to a path without blanks and characters of the shell"
         )
-
-
-def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU, found without importing torch."""
-    return Path("/dev/nvidiactl").exists()
-
-
-def gpus_here() -> int:
-    """GPUs that programs started here would see, told without importing torch."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    here = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    return (
-        here
-        if shown is None
-        else min(here, len([number for number in shown.split(",") if number.strip()]))
-    )
 
 
 def check_source(run: dict[str, Any], held_out: set[str], where: str) -> None:
