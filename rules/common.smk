@@ -340,8 +340,6 @@ onstart:
         try:
             if workflow.executor_plugin.name == "slurm":
                 check_slurm()
-            check_machine(
-                USABLE, to_come, GPUS_HERE if workflow.local_exec else None, IN_CONDA
-            )
+            check_machine(USABLE, to_come, GPUS_HERE if workflow.local_exec else None, IN_CONDA)
         except UserError as error:
             fail(str(error))
