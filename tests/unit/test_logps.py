@@ -10,14 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sppo.core.errors import UserError
 from sppo.policies.models import load_policy
+from sppo.training import attention
 from sppo.training.logps import (
     SHARING_MODELS,
-    can_share_prompts,
     collate,
     collate_shared,
     forward_precision,
     frozen_logps,
     frozen_response_logps,
+    let_share_prompts,
     pair_batch,
     pair_length,
     response_logps,
@@ -181,9 +182,13 @@ def gradients_of(model, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model_type", sorted(SHARING_MODELS))
-def test_shared_prompts_give_the_numbers_of_separate_sequences(model_type, sequences):
+@pytest.mark.parametrize("longest_row", [256, 0], ids=["products", "fused"])
+def test_shared_prompts_give_the_numbers_of_separate_sequences(
+    longest_row, model_type, sequences, monkeypatch
+):
+    monkeypatch.setattr(attention, "LONGEST_ROW", longest_row)
     model = random_model(model_type, sliding_window=None)
-    assert can_share_prompts(model, "cpu")
+    assert let_share_prompts(model, "cpu")
     pairs = small_pairs(sequences)
     columns = [[p[f"{n}_token_ids"] for p in pairs] for n in ("prompt", "chosen", "rejected")]
     shared = collate_shared(*columns)
@@ -207,11 +212,11 @@ def test_a_rejected_response_does_not_depend_on_the_chosen_one(model, sequences)
 
 
 def test_prompts_are_shared_only_where_it_is_exact():
-    assert can_share_prompts(random_model("llama"), "cpu")
-    assert not can_share_prompts(random_model("llama"), "cuda")
-    assert not can_share_prompts(random_model("llama", attn_implementation="eager"), "cpu")
-    assert not can_share_prompts(random_model("mistral", sliding_window=8), "cpu")
-    assert not can_share_prompts(random_model("gemma2"), "cpu")
+    assert let_share_prompts(random_model("llama"), "cpu")
+    assert not let_share_prompts(random_model("llama"), "cuda")
+    assert not let_share_prompts(random_model("llama", attn_implementation="eager"), "cpu")
+    assert not let_share_prompts(random_model("mistral", sliding_window=8), "cpu")
+    assert not let_share_prompts(random_model("gemma2"), "cpu")
 
 
 def test_prompts_are_shared_only_where_it_saves_tokens():

@@ -9,7 +9,7 @@ Without a mask, the attention kernels use their causal implementation, and no ro
 
 Shared prompts: each row is a prompt, its chosen and its rejected response, so the prompt is
 computed once. A mask hides the chosen response from the rejected one, whose positions follow the
-prompt. It is used where `can_share_prompts` and `sharing_pays` allow it. The result is the same up
+prompt. It is used where `let_share_prompts` and `sharing_pays` allow it. The result is the same up
 to rounding.
 """
 
@@ -22,9 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
+from sppo.training import attention
 
 # Models whose layers all take a mask (B, 1, L, L) and `position_ids`. Tests compare each of them
 # with separate sequences.
@@ -109,20 +111,23 @@ def visible(owners: Tensor) -> Tensor:
     return (own | of_prompt).tril()[:, None]
 
 
-def can_share_prompts(model: nn.Module, device: str) -> bool:
-    """Whether rows with two responses give the same log-probabilities as separate sequences.
+def let_share_prompts(model: nn.Module, device: str) -> bool:
+    """Prepare the model for rows with two responses, if it computes them as separate sequences.
 
-    Only on a CPU: a GPU's fastest attention kernels take no mask, and nobody has measured there
-    what is gained.
+    Returns whether it does. Only on a CPU: a GPU's fastest attention kernels take no mask, and
+    nobody has measured there what is gained.
     """
-    config: Any = getattr(model, "config", None)
-    return (
-        device == "cpu"
-        and config is not None
-        and config.model_type in SHARING_MODELS
-        and config._attn_implementation == "sdpa"  # Others take other masks, or none.
+    if device != "cpu" or not isinstance(model, PreTrainedModel):
+        return False
+    config: Any = model.config
+    can_share = (
+        config.model_type in SHARING_MODELS
+        and config._attn_implementation in ("sdpa", attention.NAME)  # Others take other masks.
         and getattr(config, "sliding_window", None) is None
     )
+    if can_share:
+        attention.use_products(model)
+    return can_share
 
 
 def sharing_pays(pairs: Sequence[dict[str, Any]]) -> bool:
@@ -280,7 +285,7 @@ def frozen_logps(
     """
     rows: list[dict[str, Any]] = [{} for _ in pairs]
     lengths = [pair_length(pair) for pair in pairs]
-    may_share = can_share_prompts(model, device)
+    may_share = let_share_prompts(model, device)
     with torch.inference_mode(), forward_precision(device, dtype):
         for batch in progress(_batches(lengths, micro_batch_size), "reference log-probabilities"):
             inputs = _on_device(pair_batch([pairs[index] for index in batch], may_share), device)

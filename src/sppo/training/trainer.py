@@ -30,9 +30,9 @@ from sppo.core.errors import UserError
 from sppo.training.checkpoints import seal
 from sppo.training.distributed import first_alone
 from sppo.training.logps import (
-    can_share_prompts,
     check_finite,
     forward_precision,
+    let_share_prompts,
     pair_batch,
     pair_length,
     response_logps,
@@ -462,7 +462,7 @@ def make_trainer(
         options=options,
         schedule_steps=schedule_steps,
         dtype=dtype,
-        may_share=can_share_prompts(model, device),
+        may_share=let_share_prompts(model, device),
         callbacks=[StepLog(), SealCheckpoints()],
     )
     trainer.remove_callback(PrinterCallback)
