@@ -140,12 +140,16 @@ SHARDS = range(max(run["responses"]["shards"] for run in USABLE.values()))
 COSTS = [
     *(
         f"{folder}/{shard}.parquet"
-        for folder in ("responses", "preferences", "grades")
+        for folder in (
+            "responses",
+            "preferences",
+            "grades",
+            "logps/current",
+            "logps/reference",
+        )
         for shard in SHARDS
     ),
     "pairs.parquet",
-    "logps/current.parquet",
-    "logps/reference.parquet",
     "policy",
 ]
 

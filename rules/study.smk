@@ -18,7 +18,7 @@ rule measure_policy:
     """Measure log-ratios against their targets, and the distance of the policy to the base."""
     input:
         pairs=at("pairs.parquet"),
-        current=at("logps/current.parquet"),
+        current=logps("current"),
         policy=this_policy,
         prompts=lambda wildcards: sampled(wildcards, "prompts.parquet"),
         base=BASE_POLICY,

@@ -116,7 +116,9 @@ def records_of_every_iteration(wildcards):
             + preference_shards(wildcards, t)
         )
         made += [
-            artifact(run, t, name) for name in ("pairs.parquet", "logps/current.parquet", "policy")
+            artifact(run, t, "pairs.parquet"),
+            *scored(run, t, "current"),
+            artifact(run, t, "policy"),
         ]
     return [record(path) for path in made]
 

@@ -1,6 +1,6 @@
 """Requires: iter{t}/pairs.parquet, iter{t-1}/policy. Gives: iter{t}/policy.
 
-It also gives iter{t}/logps/{current,reference}.parquet and iter{t}/train_log.jsonl.
+It also gives iter{t}/logps/{current,reference}/{shard}.parquet and iter{t}/train_log.jsonl.
 """
 
 
@@ -35,25 +35,36 @@ def frozen_policy(wildcards):
     return policy(run_of(wildcards), reference_iteration(wildcards))
 
 
+def logps(frozen):
+    """Input function: the log-probabilities under pi_t (current), or under the reference."""
+    return lambda wildcards: scored(run_of(wildcards), wildcards.t, frozen)
+
+
+def scored(run, t, frozen):
+    """The files of log-probabilities of a run's pairs, one for each shard."""
+    shards = range(run_settings(run)["responses"]["shards"])
+    return [artifact(run, t, f"logps/{frozen}/{shard}.parquet") for shard in shards]
+
+
 def other_reference(wildcards):
     """The log-probabilities under the reference as an input; empty if the reference is pi_t."""
     if reference_iteration(wildcards) == int(wildcards.t) - 1:
         return {}
-    return {"reference": artifact(run_of(wildcards), wildcards.t, "logps/reference.parquet")}
+    return {"reference": scored(run_of(wildcards), wildcards.t, "reference")}
 
 
 rule score_reference:
-    """Compute the log-probabilities of the pairs under pi_t, or under another frozen policy."""
+    """Compute the log-probabilities of a shard's pairs under pi_t, or another frozen policy."""
     input:
         pairs=at("pairs.parquet"),
         policy=frozen_policy,
     output:
-        logps=at("logps/{frozen}.parquet"),
-        record=record(at("logps/{frozen}.parquet")),
+        logps=at("logps/{frozen}/{shard}.parquet"),
+        record=record(at("logps/{frozen}/{shard}.parquet")),
     log:
-        f"{LOGS}{{run}}iter{{t}}/score_reference.{{frozen}}.log",
+        f"{LOGS}{{run}}iter{{t}}/score_reference.{{frozen}}.{{shard}}.log",
     benchmark:
-        f"{BENCHMARKS}{{run}}iter{{t}}/score_reference.{{frozen}}.tsv"
+        f"{BENCHMARKS}{{run}}iter{{t}}/score_reference.{{frozen}}.{{shard}}.tsv"
     wildcard_constraints:
         frozen="current|reference",
     conda:
@@ -65,14 +76,16 @@ rule score_reference:
         gpu=MODEL_GPUS,
     params:
         version=STAGES["reference"],
+        shards=lambda wildcards: settings(wildcards)["responses"]["shards"],
         options=scoring_flags,
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
         "Scoring the pairs of {wildcards.run}iteration {wildcards.t}"
-        " under the {wildcards.frozen} policy"
+        " under the {wildcards.frozen} policy, shard {wildcards.shard}"
     shell:
         f"{PYTHON} {SRC}/score_reference.py"
         " --pairs {input.pairs:q} --policy {input.policy:q}"
+        " --shard {wildcards.shard} --shards {params.shards:q}"
         f" --device {DEVICE}"
         " {params.attention:q} {params.options:q} --output {output.logps:q}"
         " 2>&1 | tee {log:q}"
@@ -131,7 +144,7 @@ rule train_policy:
     input:
         unpack(other_reference),
         pairs=at("pairs.parquet"),
-        current=at("logps/current.parquet"),
+        current=logps("current"),
         policy=current_policy,
     output:
         policy=directory(at("policy")),

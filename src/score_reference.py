@@ -1,7 +1,7 @@
-"""Compute the log-probabilities of this iteration's pairs under a frozen policy, once.
+"""Compute the log-probabilities of one shard of this iteration's pairs under a frozen policy, once.
 
 Reads   pairs.parquet, the frozen policy (pi_t, or another reference if a method needs one)
-Writes  logps/<model>.parquet and its record
+Writes  logps/<current or reference>/<shard>.parquet and its record
 Paper   2405.00675, the denominator in eq. (4.6)
 
 Difference from the official code: it keeps a second copy of the model in memory and computes these
@@ -25,6 +25,8 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--policy", type=Path, required=True, help="the frozen policy")
+    parser.add_argument("--shard", type=int, default=0)
+    parser.add_argument("--shards", type=int, default=1, help="number of shards of the pairs")
     parser.add_argument("--output", type=Path, required=True)
     # The same as in training, so that log-ratios begin at 0.
     add_section(parser, "train", only=("micro_batch_size", "precision", "lora_rank"))
@@ -35,6 +37,7 @@ def main() -> None:
     pairs = read_table(args.pairs, "pairs")
     if not pairs:
         raise UserError(f"{args.pairs} has no pairs; see in its record why pairs were dropped")
+    pairs = pairs[args.shard :: args.shards]
     # Imported late because loading PyTorch takes seconds.
     from sppo.policies.models import (
         compute_dtype,

@@ -1,7 +1,7 @@
 """Train the next policy on this iteration's pairs.
 
-Reads   pairs.parquet, logps/current.parquet (log-probabilities of the pairs under pi_t),
-        logps/reference.parquet (only for a method that refers to another policy than pi_t),
+Reads   pairs.parquet, logps/current/*.parquet (log-probabilities of the pairs under pi_t),
+        logps/reference/*.parquet (only for a method that refers to another policy than pi_t),
         and pi_t, the policy to start from
 Writes  policy/ (a Hugging Face folder, float32) and train_log.jsonl, with a record of each
 Paper   2405.00675, Algorithm 1 line 6, eq. (4.6)
@@ -91,13 +91,15 @@ def main() -> None:
     parser.add_argument(
         "--current",
         type=Path,
+        nargs="+",
         required=True,
-        help="logps/current.parquet: log-probabilities under the policy to start from",
+        help="logps/current/*.parquet: log-probabilities under the policy to start from",
     )
     parser.add_argument(
         "--reference",
         type=Path,
-        help="logps/reference.parquet, if the method refers to another policy",
+        nargs="+",
+        help="logps/reference/*.parquet, if the method refers to another policy",
     )
     parser.add_argument("--policy", type=Path, required=True, help="policy to start from")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained policy")
@@ -151,7 +153,8 @@ def is_made(args: argparse.Namespace) -> bool:
 
 def inputs_of(args: argparse.Namespace) -> list[Path]:
     """The files and folders that a training reads."""
-    return [args.pairs, args.current, args.reference, args.policy]
+    reference = args.reference if args.reference != args.current else []
+    return [args.pairs, *args.current, *reference, args.policy]
 
 
 def train(args: argparse.Namespace) -> None:
@@ -204,15 +207,16 @@ def load_pairs(args: argparse.Namespace) -> list[dict]:
     return pairs
 
 
-def joined(pairs: list[dict], source: Path, path: Path, name: str) -> list[dict]:
-    """Pairs with the log-probabilities in `path` as <name>_chosen and <name>_rejected.
+def joined(pairs: list[dict], source: Path, shards: list[Path], name: str) -> list[dict]:
+    """Pairs with the log-probabilities in `shards` as <name>_chosen and <name>_rejected.
 
-    `source` is the file of the pairs. A UserError if `path` has other pairs.
+    `source` is the file of the pairs. A UserError if the shards together have other pairs.
     """
-    by_id = {row["pair_id"]: row for row in read_table(path, "logps")}
+    by_id = {row["pair_id"]: row for shard in shards for row in read_table(shard, "logps")}
     if by_id.keys() != {pair["pair_id"] for pair in pairs}:
         raise UserError(
-            f"{path} does not belong to {source}: their pairs differ; delete it and run again"
+            f"{shards[0].parent} does not belong to {source}: their pairs differ; delete it and"
+            " run again"
         )
     return [
         {

@@ -1,6 +1,6 @@
 """Measure what a training did: realised log-ratios against targets, and the distance to the base.
 
-Reads   pairs.parquet and logps/current.parquet of an iteration, the policy that it trained, the
+Reads   pairs.parquet and logps/current/*.parquet of an iteration, the policy that it trained, the
         prompts of the iteration, the base policy
 Writes  measurements.json and its record
 Paper   2405.00675, eq. (4.4): the log-ratio of each response should be eta (P-hat - 1/2)
@@ -31,7 +31,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", type=Path, required=True)
-    parser.add_argument("--current", type=Path, required=True, help="logps/current.parquet")
+    parser.add_argument(
+        "--current", type=Path, nargs="+", required=True, help="logps/current/*.parquet"
+    )
     parser.add_argument("--policy", type=Path, required=True, help="the trained policy")
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--base", type=Path, required=True, help="the base policy")
@@ -46,9 +48,11 @@ def main() -> None:
     args = parser.parse_args()
 
     pairs = read_table(args.pairs, "pairs")
-    before = {row["pair_id"]: row for row in read_table(args.current, "logps")}
+    before = {row["pair_id"]: row for file in args.current for row in read_table(file, "logps")}
     if before.keys() != {pair["pair_id"] for pair in pairs}:
-        raise UserError(f"{args.current} does not belong to {args.pairs}; delete it and run again")
+        raise UserError(
+            f"{args.current[0].parent} does not belong to {args.pairs}; delete it and run again"
+        )
     prompts = read_table(args.prompts, "prompts")
     from sppo.policies.engines import EngineOptions, open_engine
     from sppo.policies.generation import Sampling
@@ -64,7 +68,7 @@ def main() -> None:
     start_torch(args.tensor_parallel or 1)
     device = pick_device(args.device)
     dtype = compute_dtype(args.precision, device)
-    inputs = [args.pairs, args.current, args.policy, args.prompts, args.base]
+    inputs = [args.pairs, *args.current, args.policy, args.prompts, args.base]
     with recorded("measure", args.output, inputs, vars(args)) as facts:
         engine = open_engine(args.policy, EngineOptions.of(vars(args)))
         sampling = Sampling(1, 1.0, 1.0, args.max_new_tokens)

@@ -105,8 +105,8 @@ def of_training(folder: Path, shape: Shape) -> list[Measured]:
     longest_response = max(len(pair[side]) for pair in pairs for side in sides)
     score_flops = cost_model.score_flops(shape, len(pairs), prompt, response)
     found = []
-    for name in ("logps/current.parquet", "policy"):
-        record = recorded(folder / name)
+    for path in [*sorted(folder.glob("logps/current/*.parquet")), folder / "policy"]:
+        record = recorded(path)
         if not record:
             continue
         options = record["arguments"]
@@ -129,7 +129,7 @@ def of_training(folder: Path, shape: Shape) -> list[Measured]:
                 eager,
             )
         else:
-            flops = score_flops
+            flops = score_flops * record["pairs"] / len(pairs)
             memory = cost_model.score_bytes(
                 shape,
                 options["micro_batch_size"],
@@ -139,7 +139,7 @@ def of_training(folder: Path, shape: Shape) -> list[Measured]:
                 bytes_per_number,
                 eager,
             )
-        found.append(measured(folder / name, record, flops, memory))
+        found.append(measured(path, record, flops, memory))
     return found
 
 

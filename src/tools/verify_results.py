@@ -37,7 +37,7 @@ STAGE_OF = {
     r"iter\d+/preferences/\d+\.parquet": "annotate",
     r"iter\d+/grades/\d+\.parquet": "grade",
     r"iter\d+/pairs\.parquet": "select",
-    r"iter\d+/logps/\w+\.parquet": "reference",
+    r"iter\d+/logps/\w+/\d+\.parquet": "reference",
     r"iter\d+/(policy|train_log\.jsonl)": "train",
     r"iter\d+/(.*/)?((alpaca_eval|ifeval)_outputs\.json|\w+_answers\.jsonl?)": "answer",
     r"iter\d+/(.*/)?(alpaca_eval|ranker_estimate)\w*\.json": "judge",

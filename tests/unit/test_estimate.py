@@ -337,6 +337,7 @@ def test_records_of_a_run_are_compared_with_the_formulas(program, tiny_policy, t
                 "seconds": flops / 1e3,
                 "peak_memory_mib": 100,
                 "computed_in": "torch.float32",
+                "pairs": 1,
                 "arguments": arguments,
             },
         )
@@ -347,7 +348,10 @@ def test_records_of_a_run_are_compared_with_the_formulas(program, tiny_policy, t
         cost_model.generate_flops(shape, 1, 20, 2, 20),
         samples=2,
     )
-    record(folder / "logps" / "current.parquet", "reference", scored, micro_batch_size=1)
+    logps = folder / "logps" / "current" / "0.parquet"
+    logps.parent.mkdir(parents=True)
+    logps.touch()
+    record(logps, "reference", scored, micro_batch_size=1)
     record(
         folder / "policy",
         "train",
@@ -360,9 +364,9 @@ def test_records_of_a_run_are_compared_with_the_formulas(program, tiny_policy, t
     program(check_estimate, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     rows = [cells_of(line) for line in lines if line.startswith(f"| {tmp_path}")]
-    speeds = {Path(row[0]).name: float(row[4]) for row in rows}
-    assert speeds["0.parquet"] == speeds["current.parquet"]
-    assert speeds["current.parquet"] == pytest.approx(3 * speeds["policy"], rel=0.02)
+    speeds = {str(Path(row[0]).relative_to(folder)): float(row[4]) for row in rows}
+    assert speeds["responses/0.parquet"] == speeds["logps/current/0.parquet"]
+    assert speeds["responses/0.parquet"] == pytest.approx(3 * speeds["policy"], rel=0.02)
 
 
 def test_a_folder_without_iterations_is_refused(program, tmp_path):

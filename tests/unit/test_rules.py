@@ -335,7 +335,7 @@ def test_shipped_configuration_plans_every_stage(settings, preset, copy):
         "generate_responses": sampled * shards,
         "annotate_preferences": sampled * shards,
         "build_pairs": trained,
-        "score_reference": trained,
+        "score_reference": trained * shards,
         "train_policy": trained,
         "base_policy": 1,
     }
@@ -654,7 +654,7 @@ def test_reference_policy_of_each_method_is_scored(copy):
         planned = jobs(done)
         assert planned["score_reference"] == 3 + len(scored)
         assert planned["generate_responses"] == 3
-        file = rf"results/{run}/iter(\d)/logps/reference\.parquet"
+        file = rf"results/{run}/iter(\d)/logps/reference/0\.parquet"
         found = {int(t) for t in re.findall(file, done.stdout + done.stderr)}
         assert found == scored, run
 
@@ -886,6 +886,7 @@ def test_run_shares_the_base_and_the_first_iteration(copy):
     planned = jobs(done)
     assert planned["train_policy"] == 2
     assert planned["generate_responses"] == 2
+    assert planned["score_reference"] == 4  # also those of the control
     assert planned["annotate_preferences"] == 2
     assert planned["base_policy"] == 1
     text = done.stdout + done.stderr
@@ -1381,3 +1382,4 @@ def test_section_number_can_be_set_on_the_command_line(copy):
     """Snakemake gives the values inside {...} as text."""
     planned = jobs(dry_run(copy, "--config", "responses={shards: 2}", "iterations=1"))
     assert planned["generate_responses"] == 2
+    assert planned["score_reference"] == 4  # also those of the control

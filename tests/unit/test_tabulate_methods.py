@@ -43,7 +43,7 @@ def results(tmp_path):
             tmp_path / run / "iter1/pairs.parquet.record.json",
             {"pairs": 28, "seconds": 0.0, "inputs": dict.fromkeys(shared, "hash")},
         )
-        write_json(tmp_path / run / "iter1/logps/current.parquet.record.json", {"seconds": 30.0})
+        write_json(tmp_path / run / "iter1/logps/current/0.parquet.record.json", {"seconds": 30.0})
         write_json(
             tmp_path / run / "iter1/policy.record.json",
             {

@@ -184,7 +184,7 @@ def test_deleted_policy_is_rebuilt_with_its_dependents(clone):
         "iter1/prompts.parquet",
         "iter1/responses/0.parquet",
         "iter1/pairs.parquet",
-        "iter1/logps/current.parquet",
+        "iter1/logps/current/0.parquet",
         "iter2/prompts.parquet",
         "iter0/reference_outputs.json",
     }
@@ -200,7 +200,8 @@ def test_run_shares_the_first_iteration(clone):
 
     made = (
         "pairs.parquet",
-        "logps/current.parquet",
+        "logps/current/0.parquet",
+        "logps/current/1.parquet",
         "policy",
         "train_log.jsonl",
         "alpaca_eval_outputs.json",
