@@ -22,6 +22,7 @@ def scoring_flags(wildcards):
     return flags(
         {
             "micro_batch_size": train["micro_batch_size"],
+            "micro_batch_tokens": train["micro_batch_tokens"],
             "precision": train["precision"],
             "lora_rank": train["lora_rank"] or None,
         }

@@ -29,7 +29,11 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1, help="number of shards of the pairs")
     parser.add_argument("--output", type=Path, required=True)
     # The same as in training, so that log-ratios begin at 0.
-    add_section(parser, "train", only=("micro_batch_size", "precision", "lora_rank"))
+    add_section(
+        parser,
+        "train",
+        only=("micro_batch_size", "micro_batch_tokens", "precision", "lora_rank"),
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
     parser.add_argument("--attention", default=None)
     args = parser.parse_args()
@@ -55,7 +59,9 @@ def main() -> None:
         model = load_policy(
             args.policy, weights_dtype(args.lora_rank, dtype), device, args.attention
         )
-        rows = frozen_logps(model, pairs, dtype, device, args.micro_batch_size)
+        rows = frozen_logps(
+            model, pairs, dtype, device, args.micro_batch_size, args.micro_batch_tokens
+        )
         write_table(args.output, rows, "logps")
         facts |= {"pairs": len(rows), "computed_in": str(dtype)}
 

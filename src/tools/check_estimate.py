@@ -113,31 +113,24 @@ def of_training(folder: Path, shape: Shape) -> list[Measured]:
         bytes_per_number = 2 if record["computed_in"] == "torch.bfloat16" else 4
         eager = options.get("attention") == "eager"
         lora_rank = options.get("lora_rank", 0)
+        # Scoring has no steps, so its passes are as large as their limit allows.
+        limits = {"micro_batch_tokens": None, "batch_size": len(pairs)} | options
+        passes = cost_model.largest_passes(limits, longest_prompt, longest_response)
         if record["stage"] == "train":
             checkpointing = options.get("gradient_checkpointing", False)
             factor = cost_model.train_factor(bool(lora_rank), checkpointing)
             flops = score_flops * (options["stop_epoch"] * factor)
-            memory = cost_model.train_bytes(
-                shape,
-                1,
-                options["micro_batch_size"],
-                longest_prompt,
-                longest_response,
-                lora_rank,
-                checkpointing,
-                bytes_per_number,
-                eager,
+            memory = max(
+                cost_model.train_bytes(
+                    shape, 1, *sizes, lora_rank, checkpointing, bytes_per_number, eager
+                )
+                for sizes in passes
             )
         else:
             flops = score_flops * record["pairs"] / len(pairs)
-            memory = cost_model.score_bytes(
-                shape,
-                options["micro_batch_size"],
-                longest_prompt,
-                longest_response,
-                bool(lora_rank),
-                bytes_per_number,
-                eager,
+            memory = max(
+                cost_model.score_bytes(shape, *sizes, bool(lora_rank), bytes_per_number, eager)
+                for sizes in passes
             )
         found.append(measured(path, record, flops, memory))
     return found

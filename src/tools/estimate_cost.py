@@ -264,11 +264,8 @@ class Estimator:
         rank = train["lora_rank"]
         checkpointing = train["gradient_checkpointing"]
         eager = self.config["policy"]["attention"] == "eager"
-        sizes = (
-            min(train["micro_batch_size"], train["batch_size"]),
-            self.longest,
-            self.config["responses"]["max_new_tokens"],
-        )
+        longest_response = self.config["responses"]["max_new_tokens"]
+        passes = cost_model.largest_passes(train, self.longest, longest_response)
         tokens = 2 * pairs * (self.prompt + self.response)
         scored = cost_model.score_flops(shape, pairs, self.prompt, self.response)
         factor = cost_model.train_factor(bool(rank), checkpointing)
@@ -281,7 +278,10 @@ class Estimator:
                 tokens,
                 scored,
                 scored / (gpu.flops * use.forward),
-                cost_model.score_bytes(shape, *sizes, bool(rank), eager=eager),
+                max(
+                    cost_model.score_bytes(shape, *sizes, bool(rank), eager=eager)
+                    for sizes in passes
+                ),
             ),
             Row(
                 t,
@@ -290,7 +290,12 @@ class Estimator:
                 tokens * train["stop_epoch"],
                 trained,
                 trained / (gpu.flops * use.training),
-                cost_model.train_bytes(shape, self.gpus, *sizes, rank, checkpointing, eager=eager),
+                max(
+                    cost_model.train_bytes(
+                        shape, self.gpus, *sizes, rank, checkpointing, eager=eager
+                    )
+                    for sizes in passes
+                ),
             ),
         ]
 

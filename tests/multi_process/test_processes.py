@@ -164,6 +164,14 @@ def test_two_processes_train_what_one_does(micro_batch_size, accumulation, place
     assert step_0["loss"] == pytest.approx(step_0["closed_form"], rel=1e-3)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_micro_batches_by_tokens_train_the_same(parallel, place, alone):
+    """The micro-batches of the two processes have different numbers of pairs."""
+    name = f"tokens_{parallel}"
+    weights = place.train(name, parallel=parallel, processes=2, micro_batch_tokens=100)
+    assert_same(place, alone, name, weights)
+
+
 @pytest.mark.parametrize(("micro_batch_size", "accumulation"), [(4, 1), (1, 4)])
 @pytest.mark.parametrize("parallel", DIVIDED)
 def test_a_divided_policy_is_trained_as_one_process_does(

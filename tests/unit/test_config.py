@@ -14,7 +14,7 @@ from sppo.core.config_files import read_files
 from sppo.core.errors import UserError
 from sppo.core.flags import add_section, flags, of_iteration
 from sppo.training.losses import LOSSES, Loss
-from sppo.training.requirements import micro_batches
+from sppo.training.requirements import equal_micro_batches
 from sppo.workflow.configuration import (
     RESERVED,
     Runs,
@@ -166,7 +166,7 @@ def test_explicit_key_overrides_settings_for_that_key_only():
     ],
 )
 def test_processes_and_micro_batches_multiply_to_the_batch(train, cut):
-    assert micro_batches(train) == cut
+    assert equal_micro_batches(train) == cut
     assert train["processes"] * cut[0] * cut[1] == train["batch_size"]
     assert resolve({"train": train})
 

@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import BatchSampler, SequentialSampler
 from training_runs import TrainingFolder, distance, make_pairs, option_words
 
 import prepare_policy
@@ -30,13 +28,12 @@ from sppo.policies.models import check_policy, load_policy
 from sppo.reporting.cards import header
 from sppo.training import trainer
 from sppo.training.checkpoints import alone, last_checkpoint, remove_damaged
-from sppo.training.logps import pair_batch, pair_length, response_logps
+from sppo.training.logps import needed_tokens, pair_batch, pair_length, response_logps
 from sppo.training.trainer import (
     IDENTITY_TOLERANCE,
     collate_pairs,
     identity_fault,
     make_trainer,
-    pad_to_multiple,
     plan,
     training_order,
 )
@@ -244,10 +241,17 @@ def test_weights_do_not_depend_on_micro_batches(place):
     assert len(place.log("policy4")) == 3
     moved = distance(place.start(), whole)
     assert moved > 1e-3
-    for size in (1, 2):
-        accumulated = place.train(f"policy{size}", micro_batch_size=size, **options)
+    shortest = min(needed_tokens(pair) for pair in read_table(place.pairs, "pairs"))
+    divisions = {
+        "policy1": {"micro_batch_size": 1},
+        "policy2": {"micro_batch_size": 2},
+        "one_each": {"micro_batch_tokens": 1},
+        "by_tokens": {"micro_batch_tokens": 4 * shortest},
+    }
+    for name, division in divisions.items():
+        accumulated = place.train(name, **division, **options)
         assert distance(whole, accumulated) < 1e-4 * moved
-        for ours, theirs in zip(place.log(f"policy{size}"), place.log("policy4"), strict=True):
+        for ours, theirs in zip(place.log(name), place.log("policy4"), strict=True):
             for column in ("loss", "log_ratio_chosen", "log_ratio_rejected", "grad_norm"):
                 assert ours[column] == pytest.approx(theirs[column], rel=1e-4, abs=1e-3)
 
@@ -311,34 +315,11 @@ def test_training_order_depends_on_the_seed_only():
 # --- several processes; tests/multi_process compares the weights that they train ---
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("micro", [1, 2])
-def test_processes_share_each_step_and_count_no_pair_twice(processes, micro):
-    """Batches are divided as accelerate divides them: 11 pairs in steps of 8, then of 3."""
-    rows = pad_to_multiple([{"pair_id": i} for i in range(11)], processes * micro)
-
-    def batches() -> BatchSampler:
-        return BatchSampler(SequentialSampler(rows), micro, drop_last=False)
-
-    shares = [list(BatchSamplerShard(batches(), processes, rank)) for rank in range(processes)]
-    assert {len(share) for share in shares} == {len(list(batches())) // processes}, (
-        "one process would wait forever"
-    )
-    accumulated = 8 // micro // processes
-    for step, pairs in enumerate((range(8), range(8, 11))):
-        of_this_step = slice(step * accumulated, (step + 1) * accumulated)
-        counted = []
-        for share in shares:
-            for batch in share[of_this_step]:
-                counted += [rows[i]["pair_id"] for i in batch if rows[i].get("weight", 1.0)]
-        assert sorted(counted) == list(pairs)
-
-
 def test_pairs_of_weight_0_change_nothing(place):
-    """`pad_to_multiple` repeats the last of 10 pairs with weight 0."""
+    """`micro_batches.divided` repeats a pair with weight 0 where pairs are missing."""
     rows = [pair | dict.fromkeys(LOGP_COLUMNS, -40.0) for pair in read_table(place.pairs, "pairs")]
     found = []
-    for given in (rows, pad_to_multiple(rows, 16)):
+    for given in (rows, rows + [rows[-1] | {"weight": 0.0}] * 6):
         model = load_policy(place.policy, torch.float32, "cpu")
         options = DEFAULTS | {"batch_size": 16, "micro_batch_size": 16, "schedule_total_epochs": 1}
         trainer = make_trainer(model, rows, options, torch.float32, "cpu", place.folder / "work", 0)

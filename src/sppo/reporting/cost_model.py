@@ -8,6 +8,7 @@ transformers' own count, and FLOPs against the seconds in the records of real ru
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sppo.policies.shapes import Shape, forward_flops
 
@@ -237,6 +238,20 @@ def train_bytes(
             # Phase 4: PyTorch's RMSProp on a GPU computes the roots of all squares at once.
             phases.append(WEIGHT * shape.weights)
     return permanent + max(phases)
+
+
+def largest_passes(train: dict[str, Any], prompt: int, response: int) -> list[tuple[int, int, int]]:
+    """The forward passes that can need most memory: pairs, tokens of a prompt and of a response.
+
+    train: the section `train`. prompt, response: the largest numbers of tokens. With a limit of
+    tokens, a pass over long responses to short prompts has the most logits.
+    """
+    tokens = train["micro_batch_tokens"]
+    if tokens is None:
+        return [(min(train["micro_batch_size"], train["batch_size"]), prompt, response)]
+    return [
+        (max(1, tokens // (2 * (length + response))), length, response) for length in (prompt, 1)
+    ]
 
 
 def score_bytes(

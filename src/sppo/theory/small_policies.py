@@ -167,6 +167,7 @@ def train(
         "optimizer": optimizer,
         "batch_size": len(pairs),
         "micro_batch_size": len(pairs),
+        "micro_batch_tokens": None,
         "schedule_total_epochs": steps,
         "stop_epoch": steps,
         "max_grad_norm": 1e9,

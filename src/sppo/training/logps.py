@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
 from sppo.training import attention
+from sppo.training.micro_batches import divided
 
 # Models whose layers all take a mask (B, 1, L, L) and `position_ids`. Tests compare each of them
 # with separate sequences.
@@ -132,12 +133,27 @@ def let_share_prompts(model: nn.Module, device: str) -> bool:
 
 def sharing_pays(pairs: Sequence[dict[str, Any]]) -> bool:
     """Whether these pairs have enough fewer tokens, with padding, if they share prompts."""
-    prompts = [len(pair["prompt_token_ids"]) for pair in pairs]
-    chosen = [len(pair["chosen_token_ids"]) for pair in pairs]
-    rejected = [len(pair["rejected_token_ids"]) for pair in pairs]
-    shared = max(map(sum, zip(prompts, chosen, rejected, strict=True)))
-    separate = 2 * max(pair_length(pair) for pair in pairs)
-    return shared <= SHARING_PAYS * separate
+    return _row_if_shared(pairs) <= SHARING_PAYS * 2 * _row_if_separate(pairs)
+
+
+def computed_tokens(pairs: Sequence[dict[str, Any]], may_share: bool) -> int:
+    """The tokens that a pass over these pairs computes, with padding, see `pair_batch`."""
+    if may_share and sharing_pays(pairs):
+        return len(pairs) * _row_if_shared(pairs)
+    return 2 * len(pairs) * _row_if_separate(pairs)
+
+
+def needed_tokens(pair: dict[str, Any]) -> int:
+    """The tokens of a pair, with its prompt once."""
+    return sum(len(pair[f"{part}_token_ids"]) for part in ("prompt", "chosen", "rejected"))
+
+
+def _row_if_shared(pairs: Sequence[dict[str, Any]]) -> int:
+    return max(needed_tokens(pair) for pair in pairs)
+
+
+def _row_if_separate(pairs: Sequence[dict[str, Any]]) -> int:
+    return max(pair_length(pair) for pair in pairs)
 
 
 def response_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -277,29 +293,36 @@ def frozen_logps(
     dtype: torch.dtype,
     device: str,
     micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
 ) -> list[dict[str, Any]]:
     """Rows of the table `logps` for `pairs` under a frozen model, in the order of `pairs`.
 
-    Pairs of similar lengths are computed together. A log-probability that is not finite is a
-    UserError that names its pair.
+    Pairs of similar lengths are computed together, as many as in training. A log-probability that
+    is not finite is a UserError that names its pair.
     """
-    rows: list[dict[str, Any]] = [{} for _ in pairs]
-    lengths = [pair_length(pair) for pair in pairs]
+    rows: dict[Any, dict[str, Any]] = {}
     may_share = let_share_prompts(model, device)
+    by_length = sorted(pairs, key=pair_length, reverse=True)
+    batches = divided(
+        [by_length],
+        processes=1,
+        most_pairs=micro_batch_size,
+        most_tokens=micro_batch_tokens,
+        tokens=lambda group: computed_tokens(group, may_share),
+    )[0]
     with torch.inference_mode(), forward_precision(device, dtype):
-        for batch in progress(_batches(lengths, micro_batch_size), "reference log-probabilities"):
-            inputs = _on_device(pair_batch([pairs[index] for index in batch], may_share), device)
+        for batch in progress(batches, "reference log-probabilities"):
+            inputs = _on_device(pair_batch(batch, may_share), device)
             logps = response_logps(model, inputs).cpu()
-            names = [f"pair {pairs[index]['pair_id']}" for index in batch]
+            names = [f"pair {pair['pair_id']}" for pair in batch]
             check_finite(logps, names + names, "log-probability under the frozen policy")
-            chosen, rejected = logps.chunk(2)
-            for place, index in enumerate(batch):
-                rows[index] = {
-                    "pair_id": pairs[index]["pair_id"],
-                    "chosen_logp": chosen[place].item(),
-                    "rejected_logp": rejected[place].item(),
+            for pair, chosen, rejected in zip(batch, *logps.view(2, -1).tolist(), strict=True):
+                rows[pair["pair_id"]] = {
+                    "pair_id": pair["pair_id"],
+                    "chosen_logp": chosen,
+                    "rejected_logp": rejected,
                 }
-    return rows
+    return [rows[pair["pair_id"]] for pair in pairs]
 
 
 def frozen_response_logps(

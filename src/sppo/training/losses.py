@@ -35,7 +35,7 @@ from sppo.training.requirements import (
     WHOLE_STEP,
     WINNER_FIRST,
     Requirement,
-    micro_batches,
+    equal_micro_batches,
 )
 
 if TYPE_CHECKING:
@@ -348,7 +348,8 @@ def check_training(train: dict[str, Any]) -> None:
             f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or"
             " train.backend: transformers"
         )
-    micro_batches(train)
+    if train["micro_batch_tokens"] is None:
+        equal_micro_batches(train)
     for requirement in loss.requires:
         if requirement.in_training:
             requirement.check(train["loss"], {"train": train})

@@ -70,10 +70,12 @@ TAU_WITHIN_BETA = Requirement(
 WHOLE_STEP = Requirement(
     lambda config: (
         config["train"]["micro_batch_size"] >= config["train"]["batch_size"]
+        and config["train"]["micro_batch_tokens"] is None
         and config["train"]["processes"] == 1
     ),
     "takes means over a step",
-    "set train.micro_batch_size to train.batch_size, and train.processes: 1",
+    "set train.micro_batch_size to train.batch_size, train.micro_batch_tokens: null and"
+    " train.processes: 1",
     in_training=True,
 )
 WINNER_FIRST = Requirement(
@@ -83,7 +85,7 @@ WINNER_FIRST = Requirement(
 )
 
 
-def micro_batches(train: Config) -> tuple[int, int]:
+def equal_micro_batches(train: Config) -> tuple[int, int]:
     """Pairs in a micro-batch of one process, and micro-batches of one process in a step.
 
     Raises UserError if batch_size cannot be divided like this over all processes.

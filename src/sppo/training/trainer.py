@@ -31,14 +31,17 @@ from sppo.training.checkpoints import seal
 from sppo.training.distributed import first_alone
 from sppo.training.logps import (
     check_finite,
+    computed_tokens,
     forward_precision,
     let_share_prompts,
+    needed_tokens,
     pair_batch,
     pair_length,
     response_logps,
 )
 from sppo.training.losses import LOSSES, pair_loss
-from sppo.training.requirements import micro_batches
+from sppo.training.micro_batches import divided, efficiency
+from sppo.training.requirements import equal_micro_batches
 
 # Before the first update, log-ratios to pi_t are not 0 only because of rounding: a sequence is
 # computed in another batch with other padding than in the reference pass. Rounding errors of tokens
@@ -105,6 +108,14 @@ def collate_pairs(pairs: list[dict[str, Any]], may_share: bool = False) -> dict[
     return batch
 
 
+def collate_micro_batch(
+    rows: list[list[dict[str, Any]]], may_share: bool = False
+) -> dict[str, Tensor]:
+    """The batch of the only row that a data loader gives at once, a micro-batch."""
+    (pairs,) = rows
+    return collate_pairs(pairs, may_share)
+
+
 def sequence_tokens(pair: dict[str, Any]) -> int:
     """The tokens of both sequences of a pair, each with the prompt."""
     responses = len(pair["chosen_token_ids"]) + len(pair["rejected_token_ids"])
@@ -131,15 +142,6 @@ def identity_fault(ratios: Tensor, tokens: Tensor, dtype: torch.dtype) -> str | 
     )
 
 
-def pad_to_multiple(rows: list[dict[str, Any]], size: int) -> list[dict[str, Any]]:
-    """Repeat the last row, with weight 0, until the number of rows is a multiple of `size`.
-
-    All processes must make the same number of forward passes. Weight 0 keeps a repeated pair out of
-    the loss and the log.
-    """
-    return rows + [rows[-1] | {"weight": 0.0}] * (-len(rows) % size)
-
-
 # The columns of the training log that are means over a step's pairs.
 MEANS = ("loss", "log_ratio_chosen", "log_ratio_rejected", "reward_accuracy")
 
@@ -157,6 +159,7 @@ class PairTrainer(Trainer):
         schedule_steps: the number of steps of the learning-rate schedule.
         dtype: the type that the forward pass computes in.
         may_share: whether both responses of a pair may share their prompt in a batch.
+        shares: for each step what `micro_batches.efficiency` says, for the log.
         kwargs: the arguments of `transformers.Trainer`.
     """
 
@@ -167,11 +170,13 @@ class PairTrainer(Trainer):
         schedule_steps: int,
         dtype: torch.dtype,
         may_share: bool = False,
+        shares: list[dict[str, float]],
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            data_collator=functools.partial(collate_pairs, may_share=may_share), **kwargs
+            data_collator=functools.partial(collate_micro_batch, may_share=may_share), **kwargs
         )
+        self.shares = shares
         self.options = options
         self.schedule_steps = schedule_steps
         self.dtype = dtype
@@ -320,6 +325,7 @@ class PairTrainer(Trainer):
             now = time.monotonic()
             means = {name: total / pairs for name, total in zip(MEANS, totals, strict=True)}
             logs = {**logs, **means, "tokens_per_second": tokens / (now - self._step_began)}
+            logs |= self.shares[self.state.global_step - 1]
             self._step_rows = []
             self._step_began = now
         super().log(logs, start_time)
@@ -370,7 +376,13 @@ class SealCheckpoints(TrainerCallback):
 
 
 def trainer_arguments(
-    options: dict[str, Any], steps: int, schedule_steps: int, device: str, work: Path, seed: int
+    options: dict[str, Any],
+    steps: int,
+    schedule_steps: int,
+    device: str,
+    work: Path,
+    seed: int,
+    batches: tuple[int, int],
 ) -> dict[str, Any]:
     """The arguments that `make_trainer` and `make_trl_trainer` share.
 
@@ -381,8 +393,9 @@ def trainer_arguments(
         device: cpu or cuda.
         work: the folder of the checkpoints.
         seed: the seed of the training.
+        batches: the rows of a micro-batch, and the micro-batches of one process in a step.
     """
-    micro, accumulated = micro_batches(options)
+    micro, accumulated = batches
     fsdp = options["parallel"] == "fsdp2"
     return {
         "output_dir": str(work),
@@ -441,8 +454,24 @@ def make_trainer(
         seed: the seed of the order of pairs and of the training.
     """
     steps, schedule_steps = plan(len(pairs), options)
+    processes = options["processes"]
+    may_share = let_share_prompts(model, device)
+
+    def tokens(group: list[dict[str, Any]]) -> int:
+        return computed_tokens(group, may_share)
+
+    rows = in_training_order(pairs, options, seed)
+    size = options["batch_size"]
+    groups = divided(
+        [rows[start : start + size] for start in range(0, len(rows), size)],
+        processes,
+        most_pairs=min(options["micro_batch_size"], size // processes),
+        most_tokens=options["micro_batch_tokens"],
+        tokens=tokens,
+    )
+    batches = (1, len(groups[0]) // processes)  # a row of the data is a whole micro-batch
     arguments = TrainingArguments(
-        **trainer_arguments(options, steps, schedule_steps, device, work, seed)
+        **trainer_arguments(options, steps, schedule_steps, device, work, seed, batches)
     )
     if arguments.deepspeed_plugin:
         # DeepSpeed switches autocast off unless its own configuration enables it. Without safe
@@ -452,17 +481,15 @@ def make_trainer(
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],
         }
-    rows = in_training_order(pairs, options, seed)
-    if options["processes"] > 1:
-        rows = pad_to_multiple(rows, options["processes"] * arguments.per_device_train_batch_size)
     trainer = PairTrainer(
         model=with_lora(model, options, seed),
         args=arguments,
-        train_dataset=rows,
+        train_dataset=[group for step in groups for group in step],
         options=options,
         schedule_steps=schedule_steps,
         dtype=dtype,
-        may_share=let_share_prompts(model, device),
+        may_share=may_share,
+        shares=[efficiency(step, processes, tokens, needed_tokens) for step in groups],
         callbacks=[StepLog(), SealCheckpoints()],
     )
     trainer.remove_callback(PrinterCallback)
@@ -525,7 +552,9 @@ def make_trl_trainer(
         }
         for pair in in_training_order(pairs, options, seed)
     ]
-    shared = trainer_arguments(options, steps, schedule_steps, device, work, seed)
+    shared = trainer_arguments(
+        options, steps, schedule_steps, device, work, seed, equal_micro_batches(options)
+    )
     arguments = DPOConfig(
         **shared
         | {
