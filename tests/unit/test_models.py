@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,19 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 import prepare_policy
-from sppo.core.artifacts import file_hash
+from sppo.core.artifacts import file_hash, write_json
 from sppo.core.errors import UserError
 from sppo.policies import models
-from sppo.policies.models import check_policy, link_files, load_policy, load_tokenizer
+from sppo.policies.models import (
+    check_policy,
+    link_files,
+    load_policy,
+    load_tokenizer,
+    tokenizer_class,
+)
 from sppo.preferences.embedded_network import load_base
 
+ROOT = Path(__file__).resolve().parents[2]
 DAMAGED = (
     "config.json",
     "tokenizer.json",
@@ -201,3 +210,34 @@ def test_a_broken_link_is_named_with_its_target(policy):
         match="policy/tokenizer.json is a link to /nowhere/tokenizer.json, which does not exist",
     ):
         check_policy(policy)
+
+
+def test_a_tokenizer_that_names_its_class_is_loaded_without_pytorch(tiny_policy):
+    """The class is that which AutoTokenizer finds, which imports PyTorch."""
+    code = (
+        "import sys\n"
+        "from sppo.policies.models import load_tokenizer\n"
+        f"tokenizer = load_tokenizer({str(tiny_policy)!r})\n"
+        "assert 'torch' not in sys.modules\n"
+        "from transformers import AutoTokenizer\n"
+        f"automatic = AutoTokenizer.from_pretrained({str(tiny_policy)!r}, padding_side='left')\n"
+        "assert type(tokenizer) is type(automatic)\n"
+        "assert tokenizer('One, two.\\n') == automatic('One, two.\\n')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_tokenizer_with_its_own_class_is_left_to_transformers(tmp_path):
+    import transformers
+
+    for settings in (
+        {"tokenizer_class": "GPT2Tokenizer"},
+        {"tokenizer_class": "TokenizersBackend", "auto_map": {}},
+    ):
+        write_json(tmp_path / "tokenizer_config.json", settings)
+        assert tokenizer_class(tmp_path) is transformers.AutoTokenizer
+    assert tokenizer_class(tmp_path / "none") is transformers.AutoTokenizer

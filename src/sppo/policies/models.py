@@ -304,10 +304,9 @@ def load_tokenizer(
     a chat template, the policy cannot be prompted.
     """
     import jinja2
-    from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = tokenizer_class(folder).from_pretrained(
             folder, padding_side="left", trust_remote_code=False
         )
     except Exception as error:  # the package tokenizers raises the class Exception itself
@@ -340,6 +339,24 @@ def load_tokenizer(
             ) from error
         # Any other refusal may concern this test chat only.
     return tokenizer
+
+
+def tokenizer_class(folder: Path) -> Any:
+    """The class that loads the folder's tokenizer.
+
+    AutoTokenizer reads the model's configuration too, for which it imports PyTorch. That takes two
+    seconds in programs that need no model. It is not needed if the folder names the class that
+    serves every tokenizer.json.
+    """
+    import transformers
+
+    settings = Path(folder) / "tokenizer_config.json"
+    written = read_json(settings) if settings.is_file() else {}
+    name = "TokenizersBackend"  # transformers 4 does not have it
+    is_named = written.get("tokenizer_class") == name and "auto_map" not in written
+    if not is_named or not hasattr(transformers, name):
+        name = "AutoTokenizer"
+    return getattr(transformers, name)
 
 
 def _with_variables(template: str, variables: dict[str, Any], date: str | None) -> str:
