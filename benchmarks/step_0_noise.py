@@ -34,6 +34,7 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
+from sppo.core.config import DEVICES
 from sppo.policies.models import (
     load_policy,
     load_tokenizer,
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--responses", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0, help="seed of texts, weights and batches")
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument(
         "--precision", choices=["bfloat16", "float32"], nargs="*", default=["bfloat16", "float32"]
     )

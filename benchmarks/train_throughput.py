@@ -38,7 +38,7 @@ from tokenizers import Tokenizer, models
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from sppo.core.artifacts import package_versions
-from sppo.core.config import default_of, schema
+from sppo.core.config import DEVICES, default_of, schema
 from sppo.policies.models import compute_dtype, pick_device, start_torch
 from sppo.training.logps import frozen_logps
 from sppo.training.trainer import make_trainer, make_trl_trainer
@@ -105,7 +105,7 @@ def main() -> None:
         type=float,
         help="peak by the data sheet of the device; by default measured with a large product",
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args()
     if not 1 <= args.warmup < args.steps:
         parser.error("--warmup must be at least 1 and below --steps")

@@ -142,7 +142,7 @@ ENGINE_GPUS = MODEL_GPUS * GPUS_OF_ENGINE
 # The number of GPUs that a rule's jobs use on a cluster, over all nodes, by rule. The configuration
 # decides it; the cluster's profile decides how many GPUs the jobs get.
 GPUS_USED = {}
-if MAIN["device"] != "cpu":
+if MAIN["device"] not in ("cpu", "mps"):
     GPUS_USED = dict.fromkeys(GENERATING, GPUS_OF_ENGINE) | dict.fromkeys(TRAINING, PROCESSES)
 # vLLM needs another version of transformers than the other programs.
 ENGINE_ENVIRONMENT = (

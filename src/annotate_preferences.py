@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from sppo.core.artifacts import recorded
-from sppo.core.config import OF_CHATS
+from sppo.core.config import DEVICES, OF_CHATS
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
@@ -39,7 +39,7 @@ def main() -> None:
         "--ranker-base", type=Path, nargs="?", help="model folder that an adapter sits on"
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     add_section(parser, "preference", skip=("revision", "implicit"))
     add_section(parser, "policy", only=OF_CHATS)
     args = parser.parse_args()

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from sppo.core.artifacts import recorded
-from sppo.core.config import MODEL_SOURCE
+from sppo.core.config import DEVICES, MODEL_SOURCE
 from sppo.core.errors import run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
@@ -36,7 +36,7 @@ def main() -> None:
         help="number of this shard, from 0; there are --shards of them",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     add_section(parser, "responses")
     add_section(parser, "policy", skip=MODEL_SOURCE)
     args = parser.parse_args()

@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from sppo.core.artifacts import recorded
+from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
@@ -34,7 +35,7 @@ def main() -> None:
         "train",
         only=("micro_batch_size", "micro_batch_tokens", "precision", "lora_rank"),
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--attention", default=None)
     args = parser.parse_args()
 

@@ -42,6 +42,7 @@ from sppo.core.artifacts import (
     write_text,
     written_whole,
 )
+from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run, writing
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained policy")
     parser.add_argument("--log", type=Path, required=True, help="train_log.jsonl")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--attention", default=None)
     add_section(parser, "train", skip=("reference_every",))
     args = parser.parse_args()

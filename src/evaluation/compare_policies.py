@@ -19,6 +19,7 @@ import numpy as np
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_text
+from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.evaluation.alpaca_eval import read_outputs
 from sppo.preferences.base import compare, load_preference_model, model_files, settings_for
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, required=True, help="the heatmap, .png; an .svg is written next to it"
     )
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args()
 
     answers, names = answers_by_instruction(args.outputs)

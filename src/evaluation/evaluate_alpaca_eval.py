@@ -22,6 +22,7 @@ from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, recorded, write_json
+from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.core.flags import at_least
 from sppo.evaluation.alpaca_eval import (
@@ -76,7 +77,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--device",
-        choices=["auto", "cpu", "gpu"],
+        choices=DEVICES,
         default="auto",
         help="where the embedded judge runs",
     )

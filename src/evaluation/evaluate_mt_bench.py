@@ -20,6 +20,7 @@ from pathlib import Path
 
 import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, recorded, write_json, write_text
+from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.evaluation.judges import MT_BENCH, Client
 from sppo.evaluation.mt_bench import (
@@ -69,7 +70,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--device",
-        choices=["auto", "cpu", "gpu"],
+        choices=DEVICES,
         default="auto",
         help="where the embedded judge runs",
     )

@@ -22,6 +22,7 @@ from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
+from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="open_llm.json")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--attention", default=None)
     add_section(parser, "open_llm")
     args = parser.parse_args()

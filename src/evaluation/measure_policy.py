@@ -20,7 +20,7 @@ import numpy as np
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
-from sppo.core.config import MODEL_SOURCE
+from sppo.core.config import DEVICES, MODEL_SOURCE
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--iteration", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     add_section(parser, "train", only=("micro_batch_size", "precision", "lora_rank", "beta"))
     keys = ("engine", "tensor_parallel", "max_new_tokens", "batch_size")
     add_section(parser, "responses", only=keys)

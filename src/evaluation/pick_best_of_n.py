@@ -15,6 +15,7 @@ from pathlib import Path
 
 import _path  # noqa: F401
 from sppo.core.artifacts import known_hash, read_json, recorded, write_json
+from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.preferences.base import compare, load_preference_model, model_files, settings_for
 from sppo.preferences.estimates import mean_logits
@@ -38,7 +39,7 @@ def main() -> None:
         "--generator", required=True, help="name of the reranked policy in the outputs"
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     args = parser.parse_args()
 
     answers = defaultdict(list)

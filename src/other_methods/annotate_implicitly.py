@@ -18,6 +18,7 @@ import numpy as np
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded
+from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
@@ -41,7 +42,7 @@ def main() -> None:
     )
     # The same as in training, so that log-ratios begin at 0.
     add_section(parser, "train", only=("micro_batch_size", "precision", "lora_rank"))
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--attention", default=None)
     args = parser.parse_args()
 

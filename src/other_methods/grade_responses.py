@@ -23,7 +23,7 @@ from pathlib import Path
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded
-from sppo.core.config import OF_CHATS
+from sppo.core.config import DEVICES, OF_CHATS
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument(
         "--device",
-        choices=["auto", "cpu", "gpu"],
+        choices=DEVICES,
         default="auto",
         help="where the preference model runs",
     )

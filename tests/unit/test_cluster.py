@@ -163,3 +163,8 @@ def test_time_limits_are_read_in_slurm_s_formats(answers, limit, minutes):
     check_cluster([Asked("train_policy", "gpu", "physics", minutes)], "sacct")
     with pytest.raises(UserError, match=f"more than the {minutes} minutes"):
         check_cluster([Asked("train_policy", "gpu", "physics", minutes + 1)], "sacct")
+
+
+def test_mps_needs_apple_silicon():
+    with pytest.raises(UserError, match="device is mps, which needs Apple silicon"):
+        pick_device("mps")

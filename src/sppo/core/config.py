@@ -25,6 +25,7 @@ Config = dict[str, Any]
 SCHEMA_FILE = ROOT / "config" / "schema.yaml"
 # The section `policy`: where the model comes from, and how its chats are written.
 MODEL_SOURCE, OF_CHATS = ("model", "revision"), ("chat_template_kwargs", "template_date")
+DEVICES = ("auto", "cpu", "gpu", "mps")
 # How a policy is run to answer, whatever it answers.
 ENGINE_KEYS = ("engine", "tensor_parallel", "batch_size", "precision")
 # Keys of earlier versions, and what replaced them.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sppo.core.config import ENGINE_KEYS, MODEL_SOURCE, Config, default_of, schema
+from sppo.core.config import DEVICES, ENGINE_KEYS, MODEL_SOURCE, Config, default_of, schema
 
 
 def add_section(
@@ -49,7 +49,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     others = schema()["properties"]["responses"]["properties"].keys() - set(ENGINE_KEYS)
     add_section(parser, "responses", skip=tuple(others))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     add_section(parser, "policy", skip=MODEL_SOURCE)
 
 

@@ -187,8 +187,14 @@ class SeededSampling(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         step = input_ids.shape[1] - self.prompt_length
-        uniforms = self.uniforms[:, step].to(scores.device)
-        tokens = draw_tokens(scores, uniforms, self.sampling.temperature, self.sampling.top_p)
+        # Apple's GPUs have no float64, in which the tokens are drawn.
+        place = "cpu" if scores.device.type == "mps" else scores.device
+        tokens = draw_tokens(
+            scores.to(place),
+            self.uniforms[:, step].to(place),
+            self.sampling.temperature,
+            self.sampling.top_p,
+        ).to(scores.device)
         scores.fill_(-torch.inf).scatter_(1, tokens[:, None], 0.0)
         return scores
 

@@ -86,13 +86,17 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.m
 
 
 def pick_device(device: str) -> str:
-    """`cpu` or `cuda` for the setting auto, cpu or gpu.
+    """`cpu`, `cuda` or `mps` for the setting auto, cpu, gpu or mps.
 
     UserError if PyTorch sees no GPU although the setting is gpu, or although the setting is auto
-    and Slurm allocated a GPU.
+    and Slurm allocated a GPU. UserError also if the setting is mps without Apple silicon.
     """
     import torch
 
+    if device == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device is mps, which needs Apple silicon; set device: cpu or gpu")
+        return "mps"
     given = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
     if device == "auto" and given and not torch.cuda.is_available():
         raise UserError(

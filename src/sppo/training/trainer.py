@@ -147,8 +147,14 @@ MEANS = ("loss", "log_ratio_chosen", "log_ratio_rejected", "reward_accuracy")
 
 
 def stack_columns(*columns: Tensor) -> Tensor:
-    """Stack columns (B,) to rows (B, columns) in float64, on their device and without gradients."""
-    return torch.stack([column.detach().double() for column in columns], dim=1)
+    """Stack columns (B,) to rows (B, columns) in float64, without gradients.
+
+    On their device, except on Apple's GPUs, which have no float64.
+    """
+    values = [column.detach() for column in columns]
+    if any(column.device.type == "mps" for column in values):
+        values = [column.cpu() for column in values]
+    return torch.stack([column.double() for column in values], dim=1)
 
 
 class PairTrainer(Trainer):
@@ -415,7 +421,7 @@ def trainer_arguments(
         "data_seed": seed,
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
-        "dataloader_pin_memory": device != "cpu",
+        "dataloader_pin_memory": device == "cuda",
         # FSDP has its own activation checkpointing, which `distributed.launch` sets.
         "activation_checkpointing": options["gradient_checkpointing"] and not fsdp,
         # Without this, FSDP would keep whole gradients between micro-batches.
