@@ -1,104 +1,127 @@
 """Speed of the stages, as ratios to a named baseline that is measured in the same run.
 
-    .venv/bin/python benchmarks/run.py --policy results/models/SmolLM2-135M-Instruct
+    .venv/bin/python benchmarks/run.py
 
-Generation  our engine, compared with transformers' `generate(do_sample=True)` on the same prompts
-            and K
-Training    our trainer in bfloat16 and float32, compared with TRL's DPOTrainer (sppo_hard,
-            precomputed reference) on the same pairs
-Limits      only the matrix products that the stage needs
+Run it after `make demo`, on an idle machine. It reads the demo's prompts, pairs and base policy, so
+lengths are the demo's.
 
-The speed of a machine varies over time. Compare ratios within one run, not seconds of two runs.
+generation   our engine, against transformers' `generate` on the same prompts and K
+training     our trainer, against TRL's DPOTrainer on the same pairs (sppo_hard, precomputed
+             reference), with LoRA as in the demo and with all weights
+scoring      the reference pass, against our training of all weights on the same pairs
+
+"limit" is the speed if the stage only computed its matrix products. All speeds are in tokens per
+second. Tokens of training and scoring count the prompt of a pair twice. The speed of a machine
+varies over time, so compare ratios within one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "src"))
-K = 5  # responses to each prompt
 
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
+from sppo.core.artifacts import git_revision
 from sppo.core.config import default_of, schema
+from sppo.core.errors import UserError, run
+from sppo.core.tables import read_table
 from sppo.policies.generation import Sampling, TransformersEngine
 from sppo.policies.models import (
     compute_dtype,
     load_policy,
+    load_tokenizer,
     pick_device,
-    prompt_token_ids,
     start_torch,
+    weights_dtype,
 )
-from sppo.training.logps import frozen_logps, pair_length
-from sppo.training.trainer import make_trainer, make_trl_trainer
+from sppo.training.logps import frozen_logps
+from sppo.training.trainer import make_trainer, make_trl_trainer, sequence_tokens
+
+K = 5  # responses to each prompt
+BATCH = 8  # pairs in a step and in a forward pass
+COLUMNS = ("stage", "baseline", "ours", "theirs", "ratio", "limit")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--policy", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of each response")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="a finished run (default: results)"
+    )
+    parser.add_argument("--prompts", type=int, default=72, help="prompts and pairs (default: 72)")
+    parser.add_argument("--tokens", type=int, default=32, help="longest response (default: 32)")
+    parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each row")
     args = parser.parse_args()
+    policy = args.results / "iter0/policy"
+    if not (args.results / "iter1/pairs.parquet").is_file():
+        raise UserError(f"{args.results} has no iter1/pairs.parquet; run make demo first")
     start_torch()
     device = pick_device("auto")
-    engine = TransformersEngine(
-        args.policy, precision="auto", device=device, attention=None, batch_size=K * args.prompts
-    )
-    prompts = read_prompts(args.prompts, engine)
-    rows = generation(engine, prompts, args.tokens)
-    pairs = [
-        {
-            "pair_id": i,
-            "prompt_token_ids": prompt["prompt_token_ids"],
-            "chosen_token_ids": rows[K * i]["token_ids"],
-            "rejected_token_ids": rows[K * i + 1]["token_ids"],
-            "p_hat_chosen": 0.8,
-            "p_hat_rejected": 0.2,
-            "p_chosen_beats_rejected": 0.9,
-        }
-        for i, prompt in enumerate(prompts)
+    dtype = compute_dtype(args.precision, device)
+    prompts = read_table(args.results / "iter1/prompts.parquet", "prompts")[: args.prompts]
+    pairs = read_table(args.results / "iter1/pairs.parquet", "pairs")[: args.prompts]
+    rows = [
+        generation(policy, prompts, args.tokens, args.precision, device),
+        *training(policy, pairs, dtype, device),
     ]
-    training(args.policy, pairs, engine, device)
+    if args.json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    print(f"{processor()}, {os.cpu_count()} cores, {device}, {dtype}, commit {git_revision()}")
+    print("| " + " | ".join(COLUMNS) + " |\n|---|---|--:|--:|--:|--:|")
+    for row in rows:
+        cells = [row["stage"], row["baseline"], f"{row['ours']:.0f}", f"{row['theirs']:.0f}"]
+        print("| " + " | ".join([*cells, f"{row['ratio']:.2f}", f"{row['limit']:.0f}"]) + " |")
 
 
-def read_prompts(count: int, engine: TransformersEngine) -> list[dict]:
-    """`count` of our prompts as token ids, evenly spread over the file."""
-    lines = (REPOSITORY / "data/prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    prompts = []
-    for line in lines[:: len(lines) // count][:count]:
-        row = json.loads(line)
-        messages = [{"role": "user", "content": row["instruction"]}]
-        ids = prompt_token_ids(engine.tokenizer, messages)
-        prompts.append({"prompt_id": row["id"], "prompt_token_ids": ids})
-    return prompts
+def processor() -> str:
+    """The processor's name, as Linux gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown processor"
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
 
 
-def generation(engine: TransformersEngine, prompts: list[dict], tokens: int) -> list[dict]:
-    """Print the tokens per second of our engine and of `generate`; returns our responses."""
+def row_of(stage: str, baseline: str, ours: float, theirs: float, limit: float) -> dict[str, Any]:
+    return dict(zip(COLUMNS, (stage, baseline, ours, theirs, ours / theirs, limit), strict=True))
+
+
+def generation(
+    policy: Path, prompts: list[dict[str, Any]], tokens: int, precision: str, device: str
+) -> dict[str, Any]:
+    """The row of our engine and of `generate`."""
+    size = K * len(prompts)
+    engine = TransformersEngine(
+        policy, precision=precision, device=device, attention=None, batch_size=size
+    )
     engine.generate(prompts[:2], Sampling(K, 1.0, 1.0, 2), 0, "warm-up")
     began = time.perf_counter()
     rows = engine.generate(prompts, Sampling(K, 1.0, 1.0, tokens), 0, "benchmark")
     ours = sum(len(row["token_ids"]) for row in rows) / (time.perf_counter() - began)
     theirs = speed_of_transformers(engine, prompts, tokens)
-    step = sum(products(engine, K * len(prompts)) for _ in range(3)) / 3
-    print(
-        f"generation      ours {ours:7.0f} tokens/s, transformers {theirs:7.0f}, "
-        f"ratio {ours / theirs:.2f}; only the matrix products {K * len(prompts) / step:.0f}"
-    )
-    return rows
+    limit = size / products(engine.model, size, engine.dtype, device, is_trained=False)
+    return row_of("generation", "transformers", ours, theirs, limit)
 
 
-def speed_of_transformers(engine: TransformersEngine, prompts: list[dict], tokens: int) -> float:
+def speed_of_transformers(
+    engine: TransformersEngine, prompts: list[dict[str, Any]], tokens: int
+) -> float:
     """Tokens per second of transformers' `generate` on the same prompts."""
     pad = engine.stop_ids[0]
     all_ids = [prompt["prompt_token_ids"] for prompt in prompts]
@@ -126,61 +149,94 @@ def speed_of_transformers(engine: TransformersEngine, prompts: list[dict], token
     return int(lengths.sum()) / seconds
 
 
-def products(engine: TransformersEngine, rows: int) -> float:
-    """Seconds of the matrix products of one decoding step of `rows` sequences."""
-    layers = [m for m in engine.model.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {
-        n: torch.randn(rows, n, dtype=engine.dtype, device=engine.device)
-        for n in {m.in_features for m in layers}
-    }
-    with torch.inference_mode():
-        began = time.perf_counter()
-        for layer in layers:
-            layer(inputs[layer.in_features])
-        if engine.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+def products(model: Any, rows: int, dtype: torch.dtype, device: str, is_trained: bool) -> float:
+    """The shortest seconds of the matrix products of all linear layers for `rows` tokens.
 
-
-def training(policy: Path, pairs: list[dict], engine: TransformersEngine, device: str) -> None:
-    """Print the tokens per second of one epoch, for our trainer and TRL's in both precisions.
-
-    The time of the reference log-probabilities is not included.
+    A training computes three products for each layer.
     """
-    tokens = sum(
-        2 * len(pair["prompt_token_ids"])
-        + len(pair["chosen_token_ids"])
-        + len(pair["rejected_token_ids"])
-        for pair in pairs
-    )
-    speeds = {}
-    for name, precision in (
-        ("ours", "auto"),
-        ("ours", "float32"),
-        ("TRL", "auto"),
-        ("TRL", "float32"),
-    ):
-        dtype = compute_dtype(precision, device)
-        with tempfile.TemporaryDirectory() as work:
-            trainer = trainer_of(name, policy, pairs, engine, dtype, device, Path(work))
+    shapes = [
+        (layer.in_features, layer.out_features)
+        for layer in model.modules()
+        if isinstance(layer, torch.nn.Linear)
+    ]
+    inputs = {n: torch.randn(rows, n, dtype=dtype, device=device) for n, _ in shapes}
+    weights = [torch.randn(m, n, dtype=dtype, device=device) for n, m in shapes]
+    outputs = {m: torch.randn(rows, m, dtype=dtype, device=device) for _, m in shapes}
+
+    def multiply() -> None:
+        for (n, m), weight in zip(shapes, weights, strict=True):
+            inputs[n] @ weight.T
+            if is_trained:
+                outputs[m] @ weight
+                outputs[m].T @ inputs[n]
+
+    return shortest(multiply, device)
+
+
+def shortest(work: Callable[[], Any], device: str, repeats: int = 3) -> float:
+    """The shortest seconds that `work` takes."""
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(repeats):
             began = time.perf_counter()
-            trainer.train()
-            speeds[name, dtype] = tokens / (time.perf_counter() - began)
-    longest = max(map(pair_length, pairs))
-    for (name, dtype), speed in speeds.items():
-        precision = str(dtype).removeprefix("torch.")
-        print(
-            f"training        {name:4} {precision:8} {speed:7.0f} tokens/s, "
-            f"{speed / speeds['TRL', dtype]:.2f} of TRL in {precision} "
-            f"({len(pairs)} pairs, longest {longest} tokens)"
-        )
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def training(
+    policy: Path, pairs: list[dict[str, Any]], dtype: torch.dtype, device: str
+) -> list[dict[str, Any]]:
+    """The rows of our trainer and TRL's, and that of scoring.
+
+    The time of the reference log-probabilities is not part of a training.
+    """
+    tokens = sum(sequence_tokens(pair) for pair in pairs)
+    step = tokens // len(pairs) * BATCH
+    found = []
+    speeds = {}
+    for lora_rank in (16, 0):
+        weights = weights_dtype(lora_rank, dtype)
+        model = load_policy(policy, weights, device)
+        began = time.perf_counter()
+        scored = with_reference(pairs, frozen_logps(model, pairs, dtype, device, BATCH))
+        speeds["scoring"] = tokens / (time.perf_counter() - began)
+        for name in ("ours", "TRL"):
+            with tempfile.TemporaryDirectory() as work:
+                trainer = trainer_of(name, policy, scored, lora_rank, dtype, device, Path(work))
+                began = time.perf_counter()
+                trainer.train()
+                speeds[name] = tokens / (time.perf_counter() - began)
+        limit = step / products(model, step, dtype, device, is_trained=True)
+        stage = f"training, LoRA of rank {lora_rank}" if lora_rank else "training, all weights"
+        found.append(row_of(stage, "TRL", speeds["ours"], speeds["TRL"], limit))
+    limit = step / products(model, step, dtype, device, is_trained=False)
+    row = row_of("scoring", "our training of all weights", speeds["scoring"], speeds["ours"], limit)
+    return [*found, row]
+
+
+def with_reference(
+    pairs: list[dict[str, Any]], logps: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The pairs with their log-probabilities under pi_t, which is also the reference."""
+    return [
+        pair
+        | {
+            f"{role}_{side}": row[f"{side}_logp"]
+            for role in ("current", "reference")
+            for side in ("chosen", "rejected")
+        }
+        for pair, row in zip(pairs, logps, strict=True)
+    ]
 
 
 def trainer_of(
     name: str,
     policy: Path,
-    pairs: list[dict],
-    engine: TransformersEngine,
+    pairs: list[dict[str, Any]],
+    lora_rank: int,
     dtype: torch.dtype,
     device: str,
     work: Path,
@@ -191,23 +247,19 @@ def trainer_of(
         "loss": "sppo_hard",
         "learning_rate": 1e-5,
         "schedule_total_epochs": 1,
-        "batch_size": 8,
-        "micro_batch_size": 4,
+        "batch_size": BATCH,
+        "micro_batch_size": BATCH,
+        "lora_rank": lora_rank,
+        "lora_alpha": 32,
         "checkpoint_steps": 10_000,
     }
-    model = load_policy(policy, torch.float32, device)
+    model = load_policy(policy, weights_dtype(lora_rank, dtype), device)
     model.config.use_cache = False
-    if name == "TRL":
-        return make_trl_trainer(model, engine.tokenizer, pairs, options, dtype, device, work, 0)
-    scored = []
-    for pair, logps in zip(pairs, frozen_logps(model, pairs, dtype, device, 4), strict=True):
-        row = dict(pair)
-        for role in ("current", "reference"):
-            for side in ("chosen", "rejected"):
-                row[f"{role}_{side}"] = logps[f"{side}_logp"]
-        scored.append(row)
-    return make_trainer(model, scored, options, dtype, device, work, 0)
+    if name == "ours":
+        return make_trainer(model, pairs, options, dtype, device, work, 0)
+    tokenizer = load_tokenizer(policy)
+    return make_trl_trainer(model, tokenizer, pairs, options, dtype, device, work, 0)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

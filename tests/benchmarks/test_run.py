@@ -1,0 +1,59 @@
+"""The comparison of speeds: its rows on a tiny policy, and the error without a finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from training_runs import make_pairs
+
+from sppo.core.tables import write_table
+
+PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "run.py"
+
+
+def run(*words: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, PROGRAM, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+    )
+
+
+def test_each_stage_has_a_row(tmp_path, tiny_policy):
+    (tmp_path / "iter0").mkdir()
+    (tmp_path / "iter0/policy").symlink_to(tiny_policy)
+    write_table(tmp_path / "iter1/pairs.parquet", make_pairs(8), "pairs")
+    prompts = [
+        {
+            "prompt_id": f"p{number}",
+            "category": "",
+            "messages": [{"role": "user", "content": "Name a colour." * (number + 1)}],
+            "prompt_token_ids": [1] * (number + 3),
+            "source": "test",
+        }
+        for number in range(3)
+    ]
+    write_table(tmp_path / "iter1/prompts.parquet", prompts, "prompts")
+    done = run("--results", tmp_path, "--tokens", 3, "--precision", "float32", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [row["stage"].split(",")[0] for row in rows] == [
+        "generation",
+        "training",
+        "training",
+        "scoring",
+    ]
+    for row in rows:
+        assert row["ratio"] == row["ours"] / row["theirs"] > 0
+        assert row["limit"] > 0
+
+
+def test_a_run_is_needed(tmp_path):
+    done = run("--results", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("run make demo first")
