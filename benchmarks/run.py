@@ -13,6 +13,9 @@ scoring      the reference pass, against our training of all weights on the same
 "limit" is the speed if the stage only computed its matrix products. All speeds are in tokens per
 second. Tokens of training and scoring count the prompt of a pair twice. The speed of a machine
 varies over time, so compare ratios within one run.
+
+The second table is about the run that was finished: how long its jobs took, and how much of this
+was start-up, which is the time before a program begins its work.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
-from sppo.core.artifacts import git_revision
+from sppo.core.artifacts import git_revision, read_record
 from sppo.core.config import default_of, schema
 from sppo.core.errors import UserError, run
 from sppo.core.tables import read_table
@@ -52,6 +55,17 @@ from sppo.training.trainer import make_trainer, make_trl_trainer, sequence_token
 K = 5  # responses to each prompt
 BATCH = 8  # pairs in a step and in a forward pass
 COLUMNS = ("stage", "baseline", "ours", "theirs", "ratio", "limit")
+ARTIFACTS = {  # of an iteration, by the name of the file that says how long its job took
+    "sample_prompts": "prompts.parquet",
+    "generate_responses.0": "responses/0.parquet",
+    "annotate_preferences.0": "preferences/0.parquet",
+    "build_pairs": "pairs.parquet",
+    "score_reference.current.0": "logps/current/0.parquet",
+    "train_policy": "policy",
+    "alpaca_eval_outputs": "alpaca_eval_outputs.json",
+    "alpaca_eval": "alpaca_eval.json",
+    "ifeval": "ifeval.json",
+}
 
 
 def main() -> None:
@@ -78,8 +92,9 @@ def main() -> None:
         generation(policy, prompts, args.tokens, args.precision, device),
         *training(policy, pairs, dtype, device),
     ]
+    jobs = start_up(args.results)
     if args.json:
-        for row in rows:
+        for row in [*rows, *jobs]:
             print(json.dumps(row))
         return
     print(f"{processor()}, {os.cpu_count()} cores, {device}, {dtype}, commit {git_revision()}")
@@ -87,6 +102,29 @@ def main() -> None:
     for row in rows:
         cells = [row["stage"], row["baseline"], f"{row['ours']:.0f}", f"{row['theirs']:.0f}"]
         print("| " + " | ".join([*cells, f"{row['ratio']:.2f}", f"{row['limit']:.0f}"]) + " |")
+    print("\n| job | seconds | of these start-up |\n|---|--:|--:|")
+    for row in jobs:
+        print(f"| {row['job']} | {row['seconds']:.1f} | {row['start_up']:.1f} |")
+
+
+def start_up(results: Path) -> list[dict[str, Any]]:
+    """Mean seconds of each kind of job over the iterations, and of its start-up.
+
+    Snakemake measured the whole job, and the artifact's record has the seconds of the work.
+    """
+    found = []
+    for job, artifact in ARTIFACTS.items():
+        whole, work = [], []
+        for table in sorted((results / "benchmarks").glob(f"iter[1-9]*/{job}.tsv")):
+            record = read_record(results / table.parent.name / artifact)
+            if record and "seconds" in record:
+                whole.append(float(table.read_text(encoding="utf-8").split("\n")[1].split("\t")[0]))
+                work.append(record["seconds"])
+        if whole:
+            seconds = sum(whole) / len(whole)
+            row = {"job": job, "seconds": seconds, "start_up": seconds - sum(work) / len(work)}
+            found.append(row)
+    return found
 
 
 def processor() -> str:

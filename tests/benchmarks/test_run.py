@@ -10,6 +10,7 @@ from pathlib import Path
 
 from training_runs import make_pairs
 
+from sppo.core.artifacts import record_path, write_json
 from sppo.core.tables import write_table
 
 PROGRAM = Path(__file__).resolve().parents[2] / "benchmarks" / "run.py"
@@ -39,9 +40,14 @@ def test_each_stage_has_a_row(tmp_path, tiny_policy):
         for number in range(3)
     ]
     write_table(tmp_path / "iter1/prompts.parquet", prompts, "prompts")
+    for t, seconds in ((1, 5.0), (2, 7.0)):  # of which 4 and 5 were work
+        table = tmp_path / f"benchmarks/iter{t}/train_policy.tsv"
+        table.parent.mkdir(parents=True)
+        table.write_text(f"s\th:m:s\n{seconds}\t0:00:05\n")
+        write_json(record_path(tmp_path / f"iter{t}/policy"), {"sha256": "0", "seconds": 3.0 + t})
     done = run("--results", tmp_path, "--tokens", 3, "--precision", "float32", "--json")
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    *rows, job = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [row["stage"].split(",")[0] for row in rows] == [
         "generation",
         "training",
@@ -51,6 +57,7 @@ def test_each_stage_has_a_row(tmp_path, tiny_policy):
     for row in rows:
         assert row["ratio"] == row["ours"] / row["theirs"] > 0
         assert row["limit"] > 0
+    assert job == {"job": "train_policy", "seconds": 6.0, "start_up": 1.5}
 
 
 def test_a_run_is_needed(tmp_path):
