@@ -164,8 +164,9 @@ def train(args: argparse.Namespace) -> None:
     # These imports take seconds, so they come after the checks of the pairs.
     import torch
 
+    from sppo.policies.lora_update import read_factors, trained_factors
     from sppo.policies.models import compute_dtype, load_tokenizer, pick_device, start_torch
-    from sppo.training.trainer import check_kept_update
+    from sppo.training.trainer import share_kept_in_bfloat16
 
     start_torch()
     # The default folder is in the work folder, which is removed at the end.
@@ -182,13 +183,17 @@ def train(args: argparse.Namespace) -> None:
         history = [line for line in trainer.state.log_history if "loss" in line]
         check_history(history, args.output)
         kept = None
-        if args.lora_rank and dtype == torch.bfloat16 and is_first():
-            kept = check_kept_update(trainer.model)
+        factors = None
+        if args.lora_rank and is_first():
+            if dtype == torch.bfloat16:
+                kept = share_kept_in_bfloat16(trainer.model)
+                print(f"LoRA: merged weights in bfloat16 keep {kept:.0%} of the update", flush=True)
+            factors = trained_factors(trainer.model, read_factors(args.policy))
         trained, weights = whole_policy(trainer, args)
         if not is_first():
             return
         card_text = card(args, len(pairs), trainer.state.global_step, history[-1])
-        write_policy(args.output, trained, weights, tokenizer, card_text)
+        write_policy(args.output, trained, weights, tokenizer, card_text, factors)
         write_text(args.log, "".join(json.dumps(line) + "\n" for line in history))
         facts |= facts_of(trainer, pairs, dtype, history[-1])
         if kept is not None:
@@ -332,16 +337,26 @@ def check_history(history: list[dict[str, Any]], output: Path) -> None:
 
 
 def write_policy(
-    output: Path, model: Any, weights: dict | None, tokenizer: Any, card_text: str
+    output: Path,
+    model: Any,
+    weights: dict | None,
+    tokenizer: Any,
+    card_text: str,
+    factors: dict | None = None,
 ) -> None:
     """Write the policy's folder: model, tokenizer and model card.
 
-    `weights` are the weights to write; None for those of `model`.
+    `weights` are the weights to write; None for those of `model`. `factors` are those of LoRA's
+    update.
     """
+    from sppo.policies.lora_update import write_factors
+
     model.config.use_cache = True
     with written_whole(output) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
         tokenizer.save_pretrained(temporary)
+        if factors:
+            write_factors(temporary, factors)
         (temporary / "README.md").write_text(card_text, encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ STAGES = {
     "grade": 2,
     "select": 3,
     "reference": 2,
-    "train": 2,
+    "train": 3,
     "answer": 1,
     "judge": 3,
     "measure": 1,

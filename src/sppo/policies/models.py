@@ -82,7 +82,15 @@ JSON_FILES = (
     "added_tokens.json",
     WEIGHTS_INDEX,
 )
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
+HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "README.md",
+    "lora_update.factors",
+]
 
 
 def pick_device(device: str) -> str:
@@ -483,6 +491,8 @@ def load_policy(
 ) -> PreTrainedModel:
     """The policy in evaluation mode.
 
+    In bfloat16 the update of a LoRA policy is kept apart, see `lora_update.py`.
+
     Every dropout rate is 0, so that the policy is the same function in training. Without a device
     the model stays where it was loaded, for callers that distribute it over processes. UserError if
     the folder is not a valid policy.
@@ -490,14 +500,20 @@ def load_policy(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from sppo.policies.lora_update import read_factors, split_update
+
     check_policy(folder)
+    factors = read_factors(folder) if dtype == torch.bfloat16 else {}
     config = load_config(folder)
     for name in vars(config):
         is_dropout = "dropout" in name or name.endswith("_pdrop")
         if is_dropout and isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)
     more: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    model = load_whole(AutoModelForCausalLM, folder, config=config, dtype=dtype, **more)
+    stored = torch.float32 if factors else dtype
+    model = load_whole(AutoModelForCausalLM, folder, config=config, dtype=stored, **more)
+    if factors:
+        split_update(model, factors, dtype)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from sppo.core.errors import UserError
 from sppo.core.progress import watched
 from sppo.policies.generation import Sampling, response, sample_seed
+from sppo.policies.lora_update import check_merged
 from sppo.policies.models import check_policy, compute_dtype, load_tokenizer, stop_token_ids
 
 SETTINGS = {
@@ -95,6 +96,8 @@ class VllmEngine:
         self.thoughts = thoughts
         self.stop_ids = stop_token_ids(folder, self.tokenizer)
         self.dtype = compute_dtype(precision, device)
+        if self.dtype == torch.bfloat16:
+            check_merged(folder, "vLLM")
         try:
             self.llm = vllm.LLM(
                 model=str(folder),

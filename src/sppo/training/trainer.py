@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from sppo.core.errors import UserError
+from sppo.policies.lora_update import fold_update
 from sppo.training.checkpoints import seal
 from sppo.training.distributed import first_alone
 from sppo.training.logps import (
@@ -613,11 +614,15 @@ def merged(model: Any) -> PreTrainedModel:
     In float32, because bfloat16 would round most of the update away, and on the CPU, because it has
     enough memory.
     """
-    return model.to("cpu").float().merge_and_unload()
+    whole = model.to("cpu").float().merge_and_unload()
+    fold_update(whole)
+    return whole
 
 
 def share_kept_in_bfloat16(model: Any) -> float:
-    """The share, 0 to 1, of the LoRA update that is left if the merged policy is read in bfloat16.
+    """The share, 0 to 1, of this LoRA update that is left if merged weights are read in bfloat16.
+
+    This project's programs keep the update apart, but others, such as vLLM, read merged weights.
 
     It is the projection of the rounded update onto the update, over all adapted weights. bfloat16
     resolves 1/256 of a weight: about a quarter is left of an update that is 2,000 times smaller
@@ -634,19 +639,3 @@ def share_kept_in_bfloat16(model: Any) -> float:
         kept += (left * update).sum().item()
         whole += update.square().sum().item()
     return kept / whole if whole else 1.0
-
-
-def check_kept_update(model: Any) -> float:
-    """Print and return `share_kept_in_bfloat16`; less than one half is a UserError.
-
-    The next iteration, vLLM and the reference pass read a LoRA policy in bfloat16.
-    """
-    share = share_kept_in_bfloat16(model)
-    print(f"LoRA: {share:.0%} of the update is left if the policy is read in bfloat16", flush=True)
-    if share < 0.5:
-        raise UserError(
-            f"only {share:.0%} of the LoRA update is left if the policy is read in bfloat16, as in "
-            "the next iteration; raise train.learning_rate, set train.precision: float32, or train "
-            "all weights with train.lora_rank: 0"
-        )
-    return share

@@ -1,0 +1,135 @@
+"""The update of a policy that was trained with LoRA, kept apart from its rounded weights.
+
+Such a policy's folder has the merged weights W + B A in float32. Updates are small, so a program
+that reads these weights in bfloat16 would round away a part of every update: bfloat16 resolves
+1/256 of a weight. Therefore the folder also has the factors of the update. In bfloat16 a policy is
+y = W x + B (A x), where W are the weights without the update. Programs of other projects, such as
+vLLM and lm-eval, read the merged weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sppo.core.artifacts import read_record
+from sppo.core.errors import UserError
+
+# In the form of safetensors. The name does not end like that, because vLLM reads every such file.
+FILE = "lora_update.factors"
+Factors = dict[str, tuple[Tensor, Tensor]]  # A (rank, in) and B (out, rank) by a layer's name
+
+
+class UpdatedLinear(nn.Linear):
+    """A linear layer y = W x + B (A x) (+ bias)."""
+
+    update_a: Tensor
+    update_b: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Linear, a: Tensor, b: Tensor) -> UpdatedLinear:
+        """The layer, which shares the weights of `layer`, with these factors."""
+        updated = cls(layer.in_features, layer.out_features, bias=False, device="meta")
+        updated.weight, updated.bias = layer.weight, layer.bias
+        updated.register_buffer("update_a", a)
+        updated.register_buffer("update_b", b)
+        return updated
+
+    def forward(self, states: Tensor) -> Tensor:
+        update = functional.linear(functional.linear(states, self.update_a), self.update_b)
+        return super().forward(states) + update
+
+
+def read_factors(folder: Path) -> Factors:
+    """The factors of a policy's update, float32; empty if it has none."""
+    file = Path(folder) / FILE
+    if not file.is_file():
+        return {}
+    try:
+        tensors = load_file(file)
+    except Exception as error:  # safetensors has an exception class of its own
+        raise UserError(
+            f"{file} is damaged ({error}); delete the folder and make it again"
+        ) from None
+    names = {name.removesuffix(".a") for name in tensors if name.endswith(".a")}
+    return {name: (tensors[f"{name}.a"], tensors[f"{name}.b"]) for name in sorted(names)}
+
+
+def write_factors(folder: Path, factors: Factors) -> None:
+    """Write the factors into a policy's folder."""
+    tensors = {}
+    for name, (a, b) in factors.items():
+        tensors[f"{name}.a"] = a.detach().float().contiguous()
+        tensors[f"{name}.b"] = b.detach().float().contiguous()
+    save_file(tensors, folder / FILE)
+
+
+def split_update(model: Any, factors: Factors, dtype: torch.dtype) -> None:
+    """Take the update out of a model's merged weights, and convert both to `dtype`.
+
+    The weights are float32. Where W was a bfloat16 number, W + B A - B A rounds to the same number.
+    """
+    with torch.no_grad():
+        for name, (a, b) in factors.items():
+            layer = model.get_submodule(name)
+            layer.weight -= b @ a
+            parent, _, last = name.rpartition(".")
+            updated = UpdatedLinear.of(layer, a.to(dtype), b.to(dtype))
+            setattr(model.get_submodule(parent), last, updated)
+        # Not model.to(dtype), which would also round buffers such as the frequencies of positions.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+
+
+def fold_update(model: Any) -> None:
+    """Add kept updates to the weights; the layers become linear layers again."""
+    updated = [item for item in model.named_modules() if isinstance(item[1], UpdatedLinear)]
+    with torch.no_grad():
+        for name, module in updated:
+            layer = cast(UpdatedLinear, module)
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight, plain.bias = layer.weight, layer.bias
+            plain.weight += layer.update_b @ layer.update_a
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, plain)
+
+
+def check_merged(folder: Path, reader: str) -> None:
+    """UserError if merged weights in bfloat16 keep less than half of the policy's last update.
+
+    Its training has measured the share. reader: the program that reads merged weights.
+    """
+    kept = (read_record(folder) or {}).get("lora_update_left_in_bfloat16")
+    if kept is not None and kept < 0.5:
+        raise UserError(
+            f"{reader} reads the merged weights of {folder} in bfloat16, which keep only "
+            f"{kept:.0%} of its LoRA update; set responses.engine: transformers, raise "
+            "train.learning_rate, or train all weights with train.lora_rank: 0"
+        )
+
+
+def trained_factors(model: Any, before: Factors) -> Factors:
+    """The factors of the whole update of a model with adapters of peft: kept and newly trained.
+
+    before: the factors of the policy that training started from, for a model that was read in
+    float32, in which they are merged.
+    """
+    factors: Factors = {}
+    for full_name, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        name = full_name.removeprefix("base_model.model.")
+        a = module.lora_A["default"].weight.detach().float().cpu()
+        b = module.lora_B["default"].weight.detach().float().cpu() * module.scaling["default"]
+        layer = module.get_base_layer()
+        if isinstance(layer, UpdatedLinear):
+            kept = (layer.update_a.float().cpu(), layer.update_b.float().cpu())
+        else:
+            kept = before.get(name, (a[:0], b[:, :0]))
+        factors[name] = (torch.cat([kept[0], a]), torch.cat([kept[1], b], dim=1))
+    return factors
