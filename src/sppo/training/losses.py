@@ -348,7 +348,7 @@ def check_training(train: dict[str, Any]) -> None:
             f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or"
             " train.backend: transformers"
         )
-    if train["micro_batch_tokens"] is None:
+    if train["micro_batch_tokens"] is None or train["backend"] == "trl":
         equal_micro_batches(train)
     for requirement in loss.requires:
         if requirement.in_training:
