@@ -212,7 +212,7 @@ def test_a_broken_link_is_named_with_its_target(policy):
         check_policy(policy)
 
 
-def test_a_tokenizer_that_names_its_class_is_loaded_without_pytorch(tiny_policy):
+def test_a_tokenizer_with_a_named_class_needs_no_pytorch(tiny_policy):
     """The class is that which AutoTokenizer finds, which imports PyTorch."""
     code = (
         "import sys\n"

@@ -886,7 +886,7 @@ def test_run_shares_the_base_and_the_first_iteration(copy):
     planned = jobs(done)
     assert planned["train_policy"] == 2
     assert planned["generate_responses"] == 2
-    assert planned["score_reference"] == 4  # also those of the control
+    assert planned["score_reference"] == 2
     assert planned["annotate_preferences"] == 2
     assert planned["base_policy"] == 1
     text = done.stdout + done.stderr

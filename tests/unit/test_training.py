@@ -1023,7 +1023,7 @@ def test_a_lora_policy_is_read_with_its_whole_update(precision, place):
 
 
 @pytest.mark.parametrize(("rate", "refused"), [(1e-3, True), (1.0, False)])
-def test_a_reader_of_merged_weights_refuses_an_update_that_they_lose(rate, refused, place):
+def test_a_lost_update_is_refused_by_readers_of_merged_weights(rate, refused, place):
     place.score(place.policy, "bfloat16", lora_rank=4)
     words = {"precision": "bfloat16", "lora_rank": 4, "beta": 0.1, "max_grad_norm": 1.0}
     place.train("policy", learning_rate=rate, **words)
