@@ -12,8 +12,8 @@ stop the others:
                 and padded sequences; the tolerance of the step-0 identity must cover them
 3  programs     score_reference.py and train_policy.py: train, kill, resume; LoRA
 4  fsdp2        FSDP2 with one process: checkpoint, RMSProp, clipping, resume, gathering the weights
-5  throughput   training tokens per second, for equal and ragged lengths and for several ways to pad
-                and to compute the log-probabilities; TRL's DPOTrainer
+5  throughput   training tokens per second, for equal and ragged lengths, packed and padded; the
+                project's trainer and TRL's DPOTrainer
 6  memory       peaks of training compared with src/sppo/reporting/cost_model.py; LoRA at full depth
                 within 24 GB
 7  pairrm       PairRM's shape: pairs per second, and the error of P in bfloat16
@@ -21,8 +21,8 @@ stop the others:
 
 The weights are random. The head is scaled until the entropy of a token is 1.5 nats, as in a real
 model. Nothing is downloaded. The check needs torch, transformers, accelerate and peft. Without
-jsonschema or pyarrow it uses replacements. It skips the parts for which TRL, Liger or a GPU is
-missing, and reports them as skipped. On a processor the whole check takes about two minutes.
+jsonschema or pyarrow it uses replacements. It skips the parts for which TRL or a GPU is missing,
+and reports them as skipped. On a processor the whole check takes about two minutes.
 
 The report (--output) is a file of JSON lines. Each line is written at once and has: section, name,
 status (ok, failed, measured, skipped), values, seconds, card, torch, cuda, transformers. The last
@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import inspect
 import json
@@ -47,13 +48,16 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / "src")]
 
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
+
+if TYPE_CHECKING:
+    from sppo.training.batches import Layout
 
 ENTROPY = 1.5  # nats of a token
 ENVIRONMENT = "environment"
@@ -533,168 +537,25 @@ def left_padded_logps(model: Any, pairs: list[dict[str, Any]], device: str) -> A
     return (chosen * mask[:, before:]).sum(-1)
 
 
-def project_logps(model: Any, pairs: list[dict[str, Any]], device: str) -> Any:
-    """log pi(y|x) in nats, (2B,), chosen responses first, with the project's functions."""
-    from sppo.training.logps import pair_batch, response_logps
-
-    return response_logps(
-        model, {key: value.to(device) for key, value in pair_batch(pairs).items()}
-    )
-
-
-def plain_head(states: Any, weight: Any, targets: Any) -> Any:
-    """Log-probabilities (N,) of the targets from states (N, H); all logits at once in float32."""
-    logits = (states @ weight.T.to(states.dtype)).float()
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def chunked_head(states: Any, weight: Any, targets: Any, size: int = 1024) -> Any:
-    """Like plain_head, but for `size` tokens at a time.
-
-    The logits are computed again in the backward pass, so they are never in memory all at once.
-    """
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    parts = [
-        checkpoint(
-            plain_head, states[i : i + size], weight, targets[i : i + size], use_reentrant=False
-        )
-        for i in range(0, len(states), size)
-    ]
-    return torch.cat(parts)
-
-
-def fused_head(states: Any, weight: Any, targets: Any) -> Any:
-    """Like plain_head, with the operator of torch 2.13."""
-    import torch
-
-    return -torch.nn.functional.linear_cross_entropy(
-        states, weight.to(states.dtype), targets, reduction="none"
-    ).float()
-
-
-def liger_head(states: Any, weight: Any, targets: Any) -> Any:
-    """Like plain_head, with Liger's operator."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    found = LigerFusedLinearCrossEntropyFunction.apply(
-        states, weight.to(states.dtype), targets, None, None, -100, 0.0, 0.0, "none"
-    )
-    return -(found[0] if isinstance(found, tuple) else found).float()
-
-
-def trl_head(states: Any, weight: Any, targets: Any) -> Any:
-    """Like plain_head, with the function behind TRL's `add_fused_lm_head`."""
-    from trl.trainer import utils
-
-    found = utils._ChunkedLogProbFunction.apply(
-        states,
-        weight.to(states.dtype),
-        None,
-        targets,
-        1.0,
-        utils._CHUNKED_LOGPROB_CHUNK_SIZE,
-        None,
-        1.0,
-        ("log_probs",),
-    )
-    return found[0].float()
-
-
-def packed_logps(
-    model: Any, pairs: list[dict[str, Any]], device: str, head: Callable = plain_head
+def project_logps(
+    model: Any, pairs: list[dict[str, Any]], device: str, layout: Layout = "padded"
 ) -> Any:
-    """log pi(y|x) in nats, (2B,), with all sequences one after the other in one row, unpadded."""
+    """log pi(y|x) in nats, (2B,), chosen responses first, with the project's functions."""
     import torch
 
-    answers = [pair[f"{side}_token_ids"] for side in ("chosen", "rejected") for pair in pairs]
-    rows = [
-        pair["prompt_token_ids"] + answer
-        for pair, answer in zip([*pairs, *pairs], answers, strict=True)
-    ]
-    ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
-    ids = torch.tensor([token for row in rows for token in row])
-    places = torch.cat([torch.arange(len(row)) for row in rows])
-    predicted = torch.cat(
-        [torch.arange(end - len(answer), end) for end, answer in zip(ends[1:].tolist(), answers)]
-    )
-    owner = torch.repeat_interleave(
-        torch.arange(len(rows)), torch.tensor([len(answer) for answer in answers])
-    )
-    states = model.model(
-        input_ids=ids[None].to(device),
-        position_ids=places[None].to(device),
-        use_cache=False,
-        cu_seq_lens_q=ends.int().to(device),
-        cu_seq_lens_k=ends.int().to(device),
-        max_length_q=max(map(len, rows)),
-        max_length_k=max(map(len, rows)),
-    ).last_hidden_state[0]
-    # Autocast does not know every operator of a head.
-    if torch.is_autocast_enabled(torch.device(device).type):
-        states = states.bfloat16()
-    # The state at position i - 1 predicts the token at position i.
-    predicting = states[(predicted - 1).to(device)]
-    logps = head(predicting, model.lm_head.weight, ids[predicted].to(device))
-    return torch.zeros(len(rows), device=device).index_add(0, owner.to(device), logps)
+    from sppo.training import attention
+    from sppo.training.batches import pair_batch
+    from sppo.training.logps import response_logps
 
-
-def varlen_attention(
-    module: Any,
-    query: Any,
-    key: Any,
-    value: Any,
-    attention_mask: Any,
-    scaling: float | None = None,
-    cu_seq_lens_q: Any = None,
-    max_length_q: int = 0,
-    **_: Any,
-) -> tuple[Any, None]:
-    """Causal attention inside each of the sequences in one row.
-
-    It is torch's varlen_attn on a GPU, and one sequence after the other on a processor.
-    """
-    import torch
-
-    # Rotary embeddings are float32 under autocast.
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    if query.device.type == "cuda" and query.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn
-
-        known = inspect.signature(varlen_attn).parameters
-        more: dict[str, Any] = {}
-        if "is_causal" in known:
-            more["is_causal"] = True
-        else:
-            more["window_size"] = (-1, 0)
-        if "enable_gqa" in known:
-            more["enable_gqa"] = True
-        else:
-            groups = query.shape[1] // key.shape[1]
-            key = key.repeat_interleave(groups, 1)
-            value = value.repeat_interleave(groups, 1)
-        rows = [part[0].transpose(0, 1).contiguous() for part in (query, key, value)]
-        return varlen_attn(
-            *rows, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, **more
-        )[None], None
-    parts, ends = [], cu_seq_lens_q.tolist()
-    for start, end in zip(ends, ends[1:]):
-        own = (part[:, :, start:end] for part in (query, key, value))
-        parts.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                *own, is_causal=True, scale=scaling, enable_gqa=True
-            )
-        )
-    return torch.cat(parts, 2).transpose(1, 2), None
-
-
-def use_varlen(model: Any) -> None:
-    """Let the model compute its attention with varlen_attention."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register("gpu_check_varlen", varlen_attention)
-    model.set_attn_implementation("gpu_check_varlen")
+    if layout == "packed":
+        attention.use(model, attention.PACKED)
+    else:
+        model.set_attn_implementation("sdpa")
+    batch = {
+        key: value.to(device) if torch.is_tensor(value) else value
+        for key, value in pair_batch(pairs, layout).items()
+    }
+    return response_logps(model, batch)
 
 
 def finite_gradient(model: Any) -> tuple[bool, float]:
@@ -752,7 +613,7 @@ def environment(report: Report, shape: dict[str, Any], device: str, folder: Path
     from sppo.core.artifacts import package_versions
     from sppo.policies.models import compute_dtype
 
-    wanted = ("jsonschema", "pyarrow", "trl", "datasets", "liger_kernel", "flash_attn", "vllm")
+    wanted = ("jsonschema", "pyarrow", "trl", "datasets", "flash_attn", "vllm")
     values: dict[str, Any] = {
         "python": sys.version.split()[0],
         "cores": os.cpu_count(),
@@ -927,17 +788,13 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
                 tolerance=IDENTITY_TOLERANCE[dtype],
                 **described(gap, counted),
             )
-    use_varlen(model)
     with (
         report.step("packed against padded"),
         torch.inference_mode(),
         forward_precision(device, torch.bfloat16),
     ):
-        packed = torch.cat(
-            [packed_logps(model, [pair], device).double().cpu() for pair in all_pairs]
-        )
-        model.set_attn_implementation("sdpa")
-        gap = packed - logps(all_pairs, torch.bfloat16, 4)
+        packed = project_logps(model, all_pairs, device, "packed")
+        gap = (packed - project_logps(model, all_pairs, device)).double().cpu()
         # Another kernel rounds differently, so packed training needs a packed reference.
         report.measure(
             "packed against padded, bfloat16",
@@ -1225,42 +1082,17 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
         ),
         "ragged": make_pairs(vocabulary, ragged(shape["pairs"], longest)),
     }
-    liger = installed("liger_kernel")
-    ways: dict[str, tuple[Callable, str, str | None]] = {
-        "as the project pads": (project_logps, "sdpa", None),
-        "packed, chunked head": (lambda *a: packed_logps(*a, chunked_head), "varlen", None),
-        "padded left, with a mask": (left_padded_logps, "sdpa", None),
-        "packed": (packed_logps, "varlen", None),
-        "packed, torch's fused head": (
-            lambda *a: packed_logps(*a, fused_head),
-            "varlen",
-            None
-            if hasattr(torch.nn.functional, "linear_cross_entropy")
-            else "torch has no linear_cross_entropy",
-        ),
-        "packed, TRL's fused head": (
-            lambda *a: packed_logps(*a, trl_head),
-            "varlen",
-            None if installed("trl") else "no trl",
-        ),
-        "packed, Liger's head": (
-            lambda *a: packed_logps(*a, liger_head),
-            "varlen",
-            None if liger and device == "cuda" else "no liger_kernel, or no GPU",
-        ),
+    ways: dict[str, Callable] = {
+        "packed": functools.partial(project_logps, layout="packed"),
+        "padded right, without a mask": project_logps,
+        "padded left, with a mask": left_padded_logps,
     }
     for kind in ("ragged", "equal"):
         batches = micro_batches_of(sets[kind], micro)
-        for name, (logps_of, attention, missing) in ways.items():
+        for name, logps_of in ways.items():
             title = f"{kind}: {name}"
-            if missing:
-                report.skip(title, missing)
-                continue
             with report.step(title):
-                if attention == "varlen":
-                    use_varlen(model)
-                else:
-                    model.set_attn_implementation("sdpa")
+                model.set_attn_implementation("sdpa")
                 release()
                 # The first repeat is a warm-up with one micro-batch.
                 for repeat in range(shape["repeats"] + 1):
@@ -1280,6 +1112,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
         loss="sppo_hard",
         batch_size=len(sets["ragged"]),
         micro_batch_size=micro,
+        micro_batch_tokens=4 * longest,
         checkpoint_steps=1000,
         gradient_checkpointing=True,
         schedule_total_epochs=3,
@@ -1289,7 +1122,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
         began = time.perf_counter()
         pairs = with_reference(
             sets["ragged"],
-            frozen_logps(model.eval(), sets["ragged"], torch.bfloat16, device, micro),
+            frozen_logps(model.eval(), sets["ragged"], torch.bfloat16, device, micro, 4 * longest),
         )
         synchronise(device)
         scored = time.perf_counter() - began
@@ -1342,7 +1175,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
 
 def micro_batches_of(pairs: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
     """Micro-batches in training order: longest pairs first, so a batch has similar lengths."""
-    from sppo.training.logps import pair_length
+    from sppo.training.batches import pair_length
 
     order = sorted(pairs, key=pair_length, reverse=True)
     return [order[i : i + size] for i in range(0, len(order), size)]

@@ -4,7 +4,7 @@
 
 Forward and backward pass of 4 pairs of random tokens on a CPU, with LoRA of rank 16. Tokens and
 time are shares of those of separate sequences. The time is the shortest of --repeats. Run it on an
-idle machine. `SHARING_PAYS` in src/sppo/training/logps.py rests on it.
+idle machine. `SHARING_PAYS` in src/sppo/training/batches.py rests on it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
 from sppo.policies.models import compute_dtype, load_policy, start_torch, weights_dtype
-from sppo.training.logps import collate_shared, forward_precision, pair_batch, response_logps
+from sppo.training.batches import choose_layout, collate_shared, pair_batch
+from sppo.training.logps import forward_precision, response_logps
 from sppo.training.trainer import with_lora
 
 LENGTHS = ((50, 32), (50, 64), (50, 128), (200, 128), (400, 128), (200, 256), (600, 512))
@@ -41,6 +42,7 @@ def main() -> None:
     start_torch()
     dtype = compute_dtype(args.precision, "cpu")
     model = load_policy(args.policy, weights_dtype(16, dtype), "cpu")
+    choose_layout(model, "cpu", dtype)  # the attention of scoring and training
     model = with_lora(model, {"lora_rank": 16, "lora_alpha": 32}, seed=0).train()
     print(f"{dtype}\n prompt response  tokens  time")
     for prompt, response in LENGTHS:
@@ -49,7 +51,7 @@ def main() -> None:
             [pair[f"{name}_token_ids"] for pair in pairs]
             for name in ("prompt", "chosen", "rejected")
         ]
-        separate = shortest(model, pair_batch(pairs), dtype, args.repeats)
+        separate = shortest(model, pair_batch(pairs, "padded"), dtype, args.repeats)
         shared = shortest(model, collate_shared(*columns), dtype, args.repeats)
         tokens = (prompt + 2 * response) / (2 * (prompt + response))
         print(f"{prompt:7} {response:8} {tokens:7.2f} {shared / separate:5.2f}", flush=True)

@@ -42,7 +42,8 @@ from sppo.policies.models import (
     prompt_token_ids,
     start_torch,
 )
-from sppo.training.logps import collate, forward_precision, response_logps, token_logps
+from sppo.training.batches import collate
+from sppo.training.logps import forward_precision, response_logps, token_logps
 from sppo.training.trainer import identity_fault
 
 DRAWS = 10_000
@@ -163,8 +164,7 @@ def score(
         with forward_precision(device, dtype):
             logps = token_logps(model, batch).cpu().double()
         for row, i in zip(logps, rows, strict=True):
-            begin = len(sequences[i][0])
-            found[i] = row[begin : begin + len(sequences[i][1])]
+            found[i] = row[: len(sequences[i][1])]
     return [found.get(i, torch.empty(0)) for i in range(len(sequences))]
 
 

@@ -172,6 +172,21 @@ def test_micro_batches_by_tokens_train_the_same(parallel, place, alone):
     assert_same(place, alone, name, weights)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_packed_batches_train_the_same(parallel, checkpointing, place, alone, monkeypatch):
+    monkeypatch.setenv("PACK", "1")
+    name = f"packed_{parallel}_{checkpointing}"
+    weights = place.train(
+        name,
+        parallel=parallel,
+        processes=2,
+        micro_batch_tokens=100,
+        gradient_checkpointing=checkpointing,
+    )
+    assert_same(place, alone, name, weights)
+
+
 @pytest.mark.parametrize(("micro_batch_size", "accumulation"), [(4, 1), (1, 4)])
 @pytest.mark.parametrize("parallel", DIVIDED)
 def test_a_divided_policy_is_trained_as_one_process_does(

@@ -1,7 +1,8 @@
 """src/train_policy.py, changed for the tests.
 
 Accelerate divides a policy only over GPUs. Here --parallel fsdp2 and zero3 divide it over processes
-on the CPU. If KILL_STEP is set in the environment, process 1 is killed before that step.
+on the CPU. If KILL_STEP is set in the environment, process 1 is killed before that step. If PACK is
+set, batches are packed, as on a GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +33,17 @@ def divide_on_cpu() -> None:
     os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"}
 
 
+def pack() -> None:
+    """Make training pack its sequences."""
+    from sppo.training import attention, trainer
+
+    def choose_packed(model, device, dtype):
+        attention.use(model, attention.PACKED)
+        return "packed"
+
+    trainer.choose_layout = choose_packed
+
+
 def kill_before(step: int) -> None:
     """Make this process kill itself when `step` steps are done."""
     from sppo.training.trainer import StepLog
@@ -47,6 +59,8 @@ if __name__ == "__main__":
     if {"fsdp2", "zero3"} & set(sys.argv):
         distributed._check_machine = lambda *_: None
         divide_on_cpu()
+    if "PACK" in os.environ:
+        pack()
     if "KILL_STEP" in os.environ and os.environ.get("RANK") == "1":
         kill_before(int(os.environ["KILL_STEP"]))
     run(train_policy.main)

@@ -11,16 +11,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sppo.core.errors import UserError
 from sppo.policies.models import load_policy
 from sppo.training import attention
-from sppo.training.logps import (
-    SHARING_MODELS,
+from sppo.training.batches import (
+    MODELS,
+    choose_layout,
     collate,
+    collate_packed,
     collate_shared,
+    computed_tokens,
+    pair_batch,
+    pair_length,
+)
+from sppo.training.logps import (
     forward_precision,
     frozen_logps,
     frozen_response_logps,
-    let_share_prompts,
-    pair_batch,
-    pair_length,
     response_logps,
 )
 
@@ -115,13 +119,36 @@ def test_eos_at_the_end_of_a_response_counts(model, sequences):
     assert longer < shorter - 1e-3
 
 
-def test_collate_pads_right_and_gives_response_places():
+def test_collate_pads_right_and_says_what_predicts_what():
     batch = collate([[11, 12], [13]], [[21], [EOS, 22, EOS]])
     assert batch["input_ids"].tolist() == [[11, 12, 21, 0], [13, EOS, 22, EOS]]
-    assert batch["response_places"].tolist() == [2, 5, 6, 7]
-    assert batch.keys() == {"input_ids", "response_places"}, (
+    assert batch["reads"].tolist() == [1, 4, 5, 6]
+    assert batch["response_ids"].tolist() == [[21, 0, 0], [EOS, 22, EOS]]
+    assert batch["slots"].tolist() == [0, 3, 4, 5]
+    assert batch.keys() == {"input_ids", "reads", "response_ids", "slots"}, (
         "an attention mask would prevent the backward pass of cuDNN"
     )
+
+
+def test_packed_sequences_have_no_padding_and_own_positions():
+    batch = collate_packed([[11, 12], [13]], [[21], [EOS, 22, EOS]])
+    assert batch["input_ids"].tolist() == [[11, 12, 21, 13, EOS, 22, EOS]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+    assert batch["ends"].tolist() == [0, 3, 7]
+    assert batch["ends"].dtype == torch.int32
+    assert batch["longest"] == 4
+    assert batch["reads"].tolist() == [1, 3, 4, 5]
+    assert batch["response_ids"].tolist() == [[21, 0, 0], [EOS, 22, EOS]]
+
+
+def test_the_end_of_a_shared_prompt_predicts_both_responses():
+    batch = collate_shared([[11, 12], [13]], [[21], [22, 23]], [[31, 32], [33]])
+    assert batch["input_ids"].tolist() == [[11, 12, 21, 31, 32], [13, 22, 23, 33, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 3], [0, 1, 2, 1, 0]]
+    assert batch["owners"].tolist() == [[0, 0, 1, 2, 2], [0, 1, 1, 2, 0]]
+    # chosen 21, then 22 and 23; rejected 31 and 32, then 33
+    assert batch["reads"].tolist() == [1, 5, 6, 1, 3, 5]
+    assert batch["response_ids"].tolist() == [[21, 0], [22, 23], [31, 32], [33, 0]]
 
 
 def make_pairs(sequences) -> list[dict]:
@@ -139,16 +166,16 @@ def make_pairs(sequences) -> list[dict]:
 
 def test_pair_batch_holds_all_chosen_then_all_rejected(sequences):
     pairs = make_pairs(sequences)[:3]
-    batch = pair_batch(pairs)
+    batch = pair_batch(pairs, "padded")
     wanted = [p[f"{side}_token_ids"] for side in ("chosen", "rejected") for p in pairs]
     prompts = [p["prompt_token_ids"] for p in pairs] * 2
     for row, (prompt, response) in enumerate(zip(prompts, wanted, strict=True)):
         assert batch["input_ids"][row, : len(prompt) + len(response)].tolist() == prompt + response
-    held = batch["input_ids"].flatten()[batch["response_places"]].tolist()
+    held = batch["input_ids"].flatten()[batch["reads"] + 1].tolist()
     assert held == [token for response in wanted for token in response]
 
 
-# --- shared prompts ---
+# --- layouts ---
 
 TINY = {
     "vocab_size": 300,
@@ -163,7 +190,7 @@ TINY = {
 
 def random_model(model_type: str, **more):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **TINY, **more)
+    config = AutoConfig.for_model(model_type, **TINY | more)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
@@ -181,24 +208,51 @@ def gradients_of(model, batch) -> torch.Tensor:
     return torch.cat([weight.grad.flatten() for weight in model.parameters()])
 
 
-@pytest.mark.parametrize("model_type", sorted(SHARING_MODELS))
-@pytest.mark.parametrize("longest_row", [256, 0], ids=["products", "fused"])
-def test_shared_prompts_give_the_numbers_of_separate_sequences(
-    longest_row, model_type, sequences, monkeypatch
-):
-    monkeypatch.setattr(attention, "LONGEST_ROW", longest_row)
+@pytest.mark.parametrize("model_type", sorted(MODELS))
+@pytest.mark.parametrize("layout", ["shared", "shared, long rows", "packed"])
+def test_layouts_give_the_numbers_of_padded_sequences(layout, model_type, sequences, monkeypatch):
     model = random_model(model_type, sliding_window=None)
-    assert let_share_prompts(model, "cpu")
     pairs = small_pairs(sequences)
+    padded = pair_batch(pairs, "padded")
+    expected = response_logps(model, padded).tolist()
+    gradients = gradients_of(model, padded)
+
     columns = [[p[f"{n}_token_ids"] for p in pairs] for n in ("prompt", "chosen", "rejected")]
-    shared = collate_shared(*columns)
-    separate = pair_batch(pairs)
-    assert shared["input_ids"].numel() < separate["input_ids"].numel()
-    expected = response_logps(model, separate).tolist()
-    assert response_logps(model, shared).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-6)
-    assert torch.allclose(
-        gradients_of(model, shared), gradients_of(model, separate), rtol=1e-3, atol=1e-4
-    )
+    if layout == "packed":
+        attention.use(model, attention.PACKED)
+        batch = pair_batch(pairs, "packed")
+        assert batch["input_ids"].shape == (1, computed_tokens(pairs, "packed"))
+    else:
+        if layout == "shared, long rows":
+            monkeypatch.setattr(attention, "LONGEST_ROW", 0)
+        assert choose_layout(model, "cpu", torch.float32) == "shared"
+        batch = collate_shared(*columns)
+    assert batch["input_ids"].numel() < padded["input_ids"].numel()
+    assert response_logps(model, batch).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-6)
+    assert torch.allclose(gradients_of(model, batch), gradients, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", sorted(MODELS))
+def test_a_packed_sequence_is_the_same_by_itself(model_type, sequences):
+    """Its log-probability does not depend on the sequences before it."""
+    model = random_model(model_type, sliding_window=None)
+    attention.use(model, attention.PACKED)
+    prompts, responses = ([[i % 300 for i in ids] for ids in part] for part in sequences)
+    together = response_logps(model, collate_packed(prompts, responses)).tolist()
+    alone = [
+        response_logps(model, collate_packed([prompt], [response])).item()
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    assert together == pytest.approx(alone, abs=1e-4, rel=1e-6)
+
+
+def test_packed_sequences_with_checkpointing_have_the_same_gradients(sequences):
+    model = random_model("llama")
+    attention.use(model, attention.PACKED)
+    batch = pair_batch(small_pairs(sequences), "packed")
+    expected = gradients_of(model, batch)
+    model.train().gradient_checkpointing_enable()
+    assert torch.equal(gradients_of(model, batch), expected)
 
 
 def test_a_rejected_response_does_not_depend_on_the_chosen_one(model, sequences):
@@ -211,12 +265,20 @@ def test_a_rejected_response_does_not_depend_on_the_chosen_one(model, sequences)
     assert (second[:6] - first[:6]).abs().min() > 1e-2
 
 
-def test_prompts_are_shared_only_where_it_is_exact():
-    assert let_share_prompts(random_model("llama"), "cpu")
-    assert not let_share_prompts(random_model("llama"), "cuda")
-    assert not let_share_prompts(random_model("llama", attn_implementation="eager"), "cpu")
-    assert not let_share_prompts(random_model("mistral", sliding_window=8), "cpu")
-    assert not let_share_prompts(random_model("gemma2"), "cpu")
+def test_the_layout_follows_device_precision_and_model():
+    def layout(device: str, dtype=torch.bfloat16, model_type="llama", **more) -> str:
+        return choose_layout(random_model(model_type, **more), device, dtype)
+
+    assert layout("cpu") == "shared"
+    assert layout("cpu", torch.float32) == "shared"
+    assert layout("cuda") == "packed"
+    assert layout("cuda", torch.float32) == "padded"  # The kernel has no float32.
+    assert layout("mps", torch.float32) == "padded"
+    for device in ("cpu", "cuda"):
+        assert layout(device, attn_implementation="eager") == "padded"
+        assert layout(device, model_type="mistral", sliding_window=8) == "padded"
+        assert layout(device, model_type="gemma2") == "padded"
+    assert layout("cuda", head_dim=12) == "padded"
 
 
 def test_prompts_are_shared_only_where_it_saves_tokens():
@@ -227,11 +289,11 @@ def test_prompts_are_shared_only_where_it_saves_tokens():
             "rejected_token_ids": [1] * response,
         }
 
-    assert "owners" in pair_batch([pair(50, 30)], may_share=True)
-    assert "owners" not in pair_batch([pair(50, 30)])
-    assert "owners" not in pair_batch([pair(50, 500)], may_share=True)
+    assert "owners" in pair_batch([pair(50, 30)], "shared")
+    assert "owners" not in pair_batch([pair(50, 30)], "padded")
+    assert "owners" not in pair_batch([pair(50, 500)], "shared")
     # One long row would be padding in all others.
-    assert "owners" not in pair_batch([pair(50, 30), pair(1, 100)], may_share=True)
+    assert "owners" not in pair_batch([pair(50, 30), pair(1, 100)], "shared")
 
 
 def test_pair_length_is_the_length_of_its_longer_sequence():

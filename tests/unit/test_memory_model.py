@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 
 from sppo.policies.shapes import SHAPES, Shape
 from sppo.reporting import cost_model
-from sppo.training.logps import forward_precision, pair_batch, response_logps
+from sppo.training.batches import pair_batch
+from sppo.training.logps import forward_precision, response_logps
 from sppo.training.trainer import with_lora
 
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -99,7 +100,7 @@ def batch_of(micro: int, prompt: int, response: int) -> dict[str, torch.Tensor]:
         "chosen_token_ids": [5] * response,
         "rejected_token_ids": [5] * response,
     }
-    return pair_batch([one] * micro)
+    return pair_batch([one] * micro, "padded")
 
 
 def training_peak(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from sppo.training.logps import computed_tokens, needed_tokens, pair_length
+from sppo.training.batches import computed_tokens, needed_tokens, pair_length, sequence_tokens
 from sppo.training.micro_batches import divided, efficiency
 
 
 def tokens(group: list[dict]) -> int:
-    return computed_tokens(group, may_share=False)
+    return computed_tokens(group, "padded")
 
 
 def random_steps(pairs: int, batch: int) -> list[list[dict]]:
@@ -63,6 +64,21 @@ def test_processes_get_neighbours_as_accelerate_divides_them():
     batches = BatchSampler(SequentialSampler(groups), 1, drop_last=False)
     shares = [[i for (i,) in BatchSamplerShard(batches, 2, rank)] for rank in range(2)]
     assert shares == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_packed_pairs_are_spread_evenly_over_processes():
+    """Eight processes wait for less than 5% of the time, in as few passes as the limit allows."""
+
+    def packed(group: list[dict]) -> int:
+        return computed_tokens(group, "packed")
+
+    steps = random_steps(512, 64)
+    found = divided(steps, 8, 4, 8192, packed)
+    fewest = max(sum(packed([pair]) for pair in step) for step in steps) / 8192
+    assert len(found[0]) == 8 * math.ceil(fewest / 8)
+    assert all(packed(group) <= 8192 for groups in found for group in groups)
+    for groups in found:
+        assert efficiency(groups, 8, packed, sequence_tokens)["balanced_share"] > 0.95
 
 
 def test_a_limit_of_tokens_leaves_less_padding_and_waiting():

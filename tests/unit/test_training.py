@@ -29,9 +29,10 @@ from sppo.policies import lora_update
 from sppo.policies.lora_update import UpdatedLinear, read_factors
 from sppo.policies.models import check_policy, load_policy
 from sppo.reporting.cards import header
-from sppo.training import trainer
+from sppo.training import attention, logps, trainer
+from sppo.training.batches import needed_tokens, pair_batch, pair_length
 from sppo.training.checkpoints import alone, last_checkpoint, remove_damaged
-from sppo.training.logps import needed_tokens, pair_batch, pair_length, response_logps
+from sppo.training.logps import response_logps
 from sppo.training.trainer import (
     IDENTITY_TOLERANCE,
     collate_pairs,
@@ -259,6 +260,28 @@ def test_weights_do_not_depend_on_micro_batches(place):
                 assert ours[column] == pytest.approx(theirs[column], rel=1e-4, abs=1e-3)
 
 
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"lora_rank": 4}])
+def test_packed_batches_train_what_padded_ones_do(more, place, monkeypatch):
+    """Programs pack only on a GPU, so the test chooses the layout."""
+
+    def choose_packed(model, device, dtype):
+        attention.use(model, attention.PACKED)
+        return "packed"
+
+    options = {"beta": 0.01, "learning_rate": 1e-4 if "lora_rank" in more else 1e-5} | more
+    padded = place.train("padded", **options)
+    for module in (trainer, logps):
+        monkeypatch.setattr(module, "choose_layout", choose_packed)
+    place.score(place.policy, "float32")
+    packed = place.train("packed", micro_batch_tokens=100, **options)
+    moved = distance(place.start(), padded)
+    assert moved > 1e-3
+    assert distance(padded, packed) < 1e-4 * moved
+    for ours, theirs in zip(place.log("packed"), place.log("padded"), strict=True):
+        for column in ("loss", "log_ratio_chosen", "log_ratio_rejected", "grad_norm"):
+            assert ours[column] == pytest.approx(theirs[column], rel=1e-4, abs=1e-3)
+
+
 def test_one_sgd_step_equals_the_gradient_computed_by_hand(place):
     """An independent forward and backward pass, pair by pair, with the loss written out.
 
@@ -271,7 +294,7 @@ def test_one_sgd_step_equals_the_gradient_computed_by_hand(place):
     )
     model = load_policy(place.policy, torch.float32, "cpu")
     for pair, reference in zip(pairs, references, strict=True):
-        w, l = response_logps(model, pair_batch([pair]))
+        w, l = response_logps(model, pair_batch([pair], "padded"))
         loss = (
             (w - reference["chosen_logp"] - 100 * (pair["p_hat_chosen"] - 0.5)) ** 2
             + (l - reference["rejected_logp"] - 100 * (pair["p_hat_rejected"] - 0.5)) ** 2
@@ -327,7 +350,7 @@ def test_pairs_of_weight_0_change_nothing(place):
         options = DEFAULTS | {"batch_size": 16, "micro_batch_size": 16, "schedule_total_epochs": 1}
         trainer = make_trainer(model, rows, options, torch.float32, "cpu", place.folder / "work", 0)
         trainer.step_0 = {}  # no step-0 check: no policy gives these references
-        loss = trainer.compute_loss(model, collate_pairs(given))
+        loss = trainer.compute_loss(model, collate_pairs(given, "padded"))
         loss.backward()
         (counted,) = trainer._step_rows
         sums = (counted[:, 1:2] * counted[:, 2:]).sum(0).tolist()

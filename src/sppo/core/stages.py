@@ -13,7 +13,7 @@ STAGES = {
     "annotate": 2,
     "grade": 2,
     "select": 3,
-    "reference": 2,
+    "reference": 3,
     "train": 3,
     "answer": 1,
     "judge": 3,

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from sppo.core.config import default_of, schema
 from sppo.preferences.estimates import p_hat, winner_and_loser
-from sppo.training.logps import collate, frozen_logps, response_logps
+from sppo.training.batches import collate
+from sppo.training.logps import frozen_logps, response_logps
 from sppo.training.trainer import make_trainer
 
 Array = NDArray[np.float64]

@@ -18,7 +18,8 @@ from sppo.policies.models import end_of_turn_id, load_policy, load_tokenizer, pr
 from sppo.theory.games import Array
 from sppo.theory.small_policies import score, train
 from sppo.theory.word_game import BASE, DOUBLE, MEAN, Step, estimates, pairs_table
-from sppo.training.logps import collate, response_logps
+from sppo.training.batches import collate
+from sppo.training.logps import response_logps
 from sppo.training.losses import LOSSES, Loss, sppo
 
 Weights = dict[str, Tensor]

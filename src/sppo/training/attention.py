@@ -1,34 +1,51 @@
-"""Attention for training on a CPU: faster than PyTorch's kernel for short rows with a mask.
+"""Attention for scoring and training, where PyTorch's default is slow or cannot be used.
 
-The backward pass of PyTorch's fused attention takes a fifth of a training step on a CPU. Written as
-matrix products it takes a quarter of that time, because the heads that share keys are computed
-together. But it keeps the attention weights for the backward pass, so it is only for short rows.
-Scoring uses it too, so that the first training step computes the reference's numbers.
+`SHARED`, on a CPU: the backward pass of PyTorch's fused attention takes a fifth of a training step.
+Written as matrix products it takes a quarter of that time, because the heads that share keys are
+computed together. But it keeps the attention weights for the backward pass, so it is only for short
+rows. Scoring uses it too, so that the first training step computes the reference's numbers.
+
+`PACKED`, on a GPU: attention inside each of the sequences that are packed into one row.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "sppo_cpu"
+SHARED = "sppo_shared"
+PACKED = "sppo_packed"
 # In a row of 256 tokens, the kept weights take as much memory as the row's other activations.
 LONGEST_ROW = 256
 
 
-def use_products(model: PreTrainedModel) -> None:
-    """Let a model that uses PyTorch's fused attention use this one where it is faster."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+def use(model: PreTrainedModel, name: str) -> None:
+    """Let a model that uses PyTorch's fused attention use `SHARED` or `PACKED`."""
+    AttentionInterface.register(SHARED, shared_attention)
+    AttentionMaskInterface.register(SHARED, sdpa_mask)
+    # Without a mask function of this name, transformers makes no mask.
+    AttentionInterface.register(PACKED, packed_attention)
+    model.set_attn_implementation(name)
 
 
-def attention(
+def can_pack(config: Any) -> bool:
+    """Whether PyTorch's kernel for packed sequences can compute this model on this GPU.
+
+    The kernel is FlashAttention. PyTorch has it for NVIDIA's GPUs, for heads of up to 256 numbers.
+    """
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return torch.version.hip is None and width <= 256 and width % 8 == 0
+
+
+def shared_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -37,7 +54,7 @@ def attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it.
+    """Attention as transformers calls it: matrix products for short rows with a mask.
 
     Args:
         module: the layer.
@@ -66,3 +83,85 @@ def attention(
         weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
         output = weights.view(batch, -1, shared * length, length) @ value.float()
     return output.view(batch, heads, length, width).transpose(1, 2).to(query.dtype), None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each of R sequences that are packed into one row.
+
+    Args:
+        module: the layer.
+        query: (1, heads, T, D).
+        key: (1, key heads, T, D).
+        value: (1, key heads, T, D).
+        attention_mask: None.
+        scaling: the factor of the products of queries and keys; None for 1 / sqrt(D).
+        cu_seq_lens_q: (R + 1,), int32, 0 and where each sequence ends. None in a pass whose rows
+            are not packed.
+        max_length_q: the number of tokens of the longest sequence.
+        options: other arguments of transformers, which only its own function uses.
+
+    Returns the output (1, T, heads, D) and None. On a CPU, where only tests pack, each sequence is
+    computed by itself.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+    # Rotary embeddings are float32 under autocast.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    if query.is_cuda:
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
+    ends = cu_seq_lens_q.tolist()
+    parts = [
+        functional.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        for start, end in zip(ends[:-1], ends[1:], strict=True)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None
+) -> Tensor:
+    """`packed_attention` with PyTorch's kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = _causal_options()
+    if "enable_gqa" not in options:
+        shared = query.shape[1] // key.shape[1]
+        key = key.repeat_interleave(shared, dim=1)
+        value = value.repeat_interleave(shared, dim=1)
+    query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    output: Any = varlen_attn(
+        query, key, value, ends, ends, longest, longest, scale=scaling, **options
+    )
+    return output[None]
+
+
+@functools.cache
+def _causal_options() -> dict[str, Any]:
+    """What tells varlen_attn that attention is causal and heads share keys.
+
+    PyTorch 2.11, on which benchmarks/gpu_check.py runs too, has other names than 2.13.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})

@@ -1,190 +1,59 @@
-"""Summed log-probabilities of responses, in float32, without logits of prompts or padding.
-
-Scoring and training use the same two forms of a batch.
-
-Separate sequences: each row is a prompt and one response, padded on the right, without an attention
-mask. In a causal model no token attends to later tokens, so padding does not change the result.
-Without a mask, the attention kernels use their causal implementation, and no row of a mask is empty
-(cuDNN's backward pass gives NaN for such rows).
-
-Shared prompts: each row is a prompt, its chosen and its rejected response, so the prompt is
-computed once. A mask hides the chosen response from the rejected one, whose positions follow the
-prompt. It is used where `let_share_prompts` and `sharing_pays` allow it. The result is the same up
-to rounding.
-"""
+"""Summed log-probabilities of responses, in float32, without logits of prompts or padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
-from sppo.training import attention
+from sppo.training.batches import (
+    Batch,
+    choose_layout,
+    computed_tokens,
+    pair_batch,
+    pair_length,
+    sequence_batch,
+    visible,
+)
 from sppo.training.micro_batches import divided
 
-# Models whose layers all take a mask (B, 1, L, L) and `position_ids`. Tests compare each of them
-# with separate sequences.
-SHARING_MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
-# Sharing pays if at most this share of the tokens is left. Attention with a mask takes longer than
-# causal attention. On two cores, a step of the demo takes 0.7 to 0.8 of the time, one with prompts
-# of 600 and responses of 512 tokens the same time, though it has 0.73 of the tokens
-# (benchmarks/shared_prompts.py).
-SHARING_PAYS = 0.8
+def response_logps(model: nn.Module, batch: Batch) -> Tensor:
+    """log pi(y|x) of each of the R responses of a batch, (R,), nats.
 
-
-def collate(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-) -> dict[str, Tensor]:
-    """Batch token ids: each row is a prompt and its response, padded on the right.
-
-    Returns `input_ids` (B, L) and `response_places` (N,): the positions of the N response tokens of
-    all rows in the flattened ids. The positions are computed from lengths. Comparing ids with the
-    id of the padding would be wrong, because many models use EOS as padding.
+    The sum over the response's tokens, in float32. The order is that of `batches.collate` and its
+    companions.
     """
-    sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
-    length = max(len(sequence) for sequence in sequences)
-    ids = torch.zeros(len(sequences), length, dtype=torch.long)
-    places = []
-    for row, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        places.append(torch.arange(len(prompt), len(sequence)) + row * length)
-    return {"input_ids": ids, "response_places": torch.cat(places)}
+    return token_logps(model, batch).sum(1)
 
 
-def collate_shared(
-    prompts: Sequence[Sequence[int]],
-    chosen: Sequence[Sequence[int]],
-    rejected: Sequence[Sequence[int]],
-) -> dict[str, Tensor]:
-    """Batch token ids: each row is a prompt and its two responses, padded on the right.
-
-    Returns `input_ids` (B, L) and `response_places` (N,), as `collate` does, and
-        read_places: (N,), the positions that predict the response tokens, in the flattened ids.
-        position_ids: (B, L), of each token in its own sequence.
-        owners: (B, L), 1 for tokens of chosen responses, 2 for those of rejected ones, else 0.
-    """
-    rows = list(zip(prompts, chosen, rejected, strict=True))
-    length = max(len(prompt) + len(first) + len(second) for prompt, first, second in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    owners = torch.zeros_like(ids)
-    places, reads = [], []
-    for row, (prompt, *responses) in enumerate(rows):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
-        positions[row, : len(prompt)] = torch.arange(len(prompt))
-        begin = len(prompt)
-        for owner, response in enumerate(responses, 1):
-            end = begin + len(response)
-            ids[row, begin:end] = torch.tensor(response)
-            positions[row, begin:end] = torch.arange(len(response)) + len(prompt)
-            owners[row, begin:end] = owner
-            own = torch.arange(begin, end)
-            before = own - 1
-            before[:1] = len(prompt) - 1  # The prompt's end predicts the first token of both.
-            places.append(own + row * length)
-            reads.append(before + row * length)
-            begin = end
-    return {
-        "input_ids": ids,
-        "response_places": torch.cat(places),
-        "read_places": torch.cat(reads),
-        "position_ids": positions,
-        "owners": owners,
-    }
-
-
-def visible(owners: Tensor) -> Tensor:
-    """Which tokens (last axis) each token attends to: (B, 1, L, L), bool, from (B, L).
-
-    Earlier tokens of the prompt and of the same response. Padding attends to the prompt, so no row
-    is empty.
-    """
-    own = owners[:, None, :] == owners[:, :, None]
-    of_prompt = owners[:, None, :] == 0
-    return (own | of_prompt).tril()[:, None]
-
-
-def let_share_prompts(model: nn.Module, device: str) -> bool:
-    """Prepare the model for rows with two responses, if it computes them as separate sequences.
-
-    Returns whether it does. Only on a CPU: a GPU's fastest attention kernels take no mask, and
-    nobody has measured there what is gained.
-    """
-    if device != "cpu" or not isinstance(model, PreTrainedModel):
-        return False
-    config: Any = model.config
-    can_share = (
-        config.model_type in SHARING_MODELS
-        and config._attn_implementation in ("sdpa", attention.NAME)  # Others take other masks.
-        and getattr(config, "sliding_window", None) is None
-    )
-    if can_share:
-        attention.use_products(model)
-    return can_share
-
-
-def sharing_pays(pairs: Sequence[dict[str, Any]]) -> bool:
-    """Whether these pairs have enough fewer tokens, with padding, if they share prompts."""
-    return _row_if_shared(pairs) <= SHARING_PAYS * 2 * _row_if_separate(pairs)
-
-
-def computed_tokens(pairs: Sequence[dict[str, Any]], may_share: bool) -> int:
-    """The tokens that a pass over these pairs computes, with padding, see `pair_batch`."""
-    if may_share and sharing_pays(pairs):
-        return len(pairs) * _row_if_shared(pairs)
-    return 2 * len(pairs) * _row_if_separate(pairs)
-
-
-def needed_tokens(pair: dict[str, Any]) -> int:
-    """The tokens of a pair, with its prompt once."""
-    return sum(len(pair[f"{part}_token_ids"]) for part in ("prompt", "chosen", "rejected"))
-
-
-def _row_if_shared(pairs: Sequence[dict[str, Any]]) -> int:
-    return max(needed_tokens(pair) for pair in pairs)
-
-
-def _row_if_separate(pairs: Sequence[dict[str, Any]]) -> int:
-    return max(pair_length(pair) for pair in pairs)
-
-
-def response_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """log pi(y|x) of each response of a batch, nats.
-
-    The sum over the response's tokens, in float32. (B,) for a batch from `collate`; (2B,) for one
-    from `collate_shared`: all chosen, then all rejected responses.
-    """
-    logps = token_logps(model, batch)
-    if "owners" not in batch:
-        return logps.sum(1)
-    return torch.cat([(logps * (batch["owners"] == owner)).sum(1) for owner in (1, 2)])
-
-
-def token_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """log pi of each response token, (B, L), nats, float32; 0 at tokens of prompts and padding."""
-    ids, places = batch["input_ids"], batch["response_places"]
-    reads = places - 1  # The position before a token predicts it.
+def token_logps(model: nn.Module, batch: Batch) -> Tensor:
+    """log pi of each response token, (R, M), nats, float32; 0 after the end of a response."""
     more = {}
     if "owners" in batch:
-        reads = batch["read_places"]
         more = {
             "position_ids": batch["position_ids"],
             "attention_mask": visible(batch["owners"]),
         }
-    with head_reads(model, reads):
-        logits = model(input_ids=ids, use_cache=False, **more).logits  # (N, V)
-    targets = ids.flatten()[places]
+    if "ends" in batch:
+        more = {
+            "position_ids": batch["position_ids"],
+            "cu_seq_lens_q": batch["ends"],
+            "max_length_q": batch["longest"],
+        }
+    with head_reads(model, batch["reads"]):
+        logits = model(input_ids=batch["input_ids"], use_cache=False, **more).logits  # (N, V)
+    response_ids, slots = batch["response_ids"], batch["slots"]
+    targets = response_ids.flatten()[slots]
     logps = -functional.cross_entropy(logits.float(), targets, reduction="none")
-    flat = torch.zeros(ids.numel(), dtype=torch.float32, device=ids.device)
-    return flat.index_copy(0, places, logps).view_as(ids)
+    flat = torch.zeros(response_ids.numel(), dtype=torch.float32, device=logps.device)
+    return flat.index_copy(0, slots, logps).view_as(response_ids)
 
 
 @contextmanager
@@ -252,25 +121,6 @@ def bfloat16_products() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def pair_batch(pairs: list[dict[str, Any]], may_share: bool = False) -> dict[str, Tensor]:
-    """B rows of the table `pairs` as a batch, for which `response_logps` gives (2B,).
-
-    All chosen, then all rejected responses. They share the prompts if they may and if it pays.
-    """
-    prompts = [pair["prompt_token_ids"] for pair in pairs]
-    chosen = [pair["chosen_token_ids"] for pair in pairs]
-    rejected = [pair["rejected_token_ids"] for pair in pairs]
-    if may_share and sharing_pays(pairs):
-        return collate_shared(prompts, chosen, rejected)
-    return collate(prompts + prompts, chosen + rejected)
-
-
-def pair_length(pair: dict[str, Any]) -> int:
-    """The number of tokens of the longer sequence of a pair, with the prompt."""
-    longer = max(len(pair["chosen_token_ids"]), len(pair["rejected_token_ids"]))
-    return len(pair["prompt_token_ids"]) + longer
-
-
 def _batches(lengths: list[int], size: int) -> list[list[int]]:
     """Indices of sequences in batches of `size`, in ascending order of their lengths."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
@@ -301,18 +151,18 @@ def frozen_logps(
     is not finite is a UserError that names its pair.
     """
     rows: dict[Any, dict[str, Any]] = {}
-    may_share = let_share_prompts(model, device)
+    layout = choose_layout(model, device, dtype)
     by_length = sorted(pairs, key=pair_length, reverse=True)
     batches = divided(
         [by_length],
         processes=1,
         most_pairs=micro_batch_size,
         most_tokens=micro_batch_tokens,
-        tokens=lambda group: computed_tokens(group, may_share),
+        tokens=lambda group: computed_tokens(group, layout),
     )[0]
     with torch.inference_mode(), forward_precision(device, dtype):
         for batch in progress(batches, "reference log-probabilities"):
-            inputs = _on_device(pair_batch(batch, may_share), device)
+            inputs = _on_device(pair_batch(batch, layout), device)
             logps = response_logps(model, inputs).cpu()
             names = [f"pair {pair['pair_id']}" for pair in batch]
             check_finite(logps, names + names, "log-probability under the frozen policy")
@@ -337,13 +187,15 @@ def frozen_response_logps(
     Responses of similar lengths are computed together. A log-probability that is not finite is a
     UserError that names the prompt and the sample.
     """
+    layout = choose_layout(model, device, dtype)
     logps = [0.0] * len(responses)
     lengths = [len(row["prompt_token_ids"]) + len(row["token_ids"]) for row in responses]
     with torch.inference_mode(), forward_precision(device, dtype):
         for batch in progress(_batches(lengths, batch_size), "log-probabilities of responses"):
             rows = [responses[index] for index in batch]
             prompts = [row["prompt_token_ids"] for row in rows]
-            inputs = _on_device(collate(prompts, [row["token_ids"] for row in rows]), device)
+            answers = [row["token_ids"] for row in rows]
+            inputs = _on_device(sequence_batch(prompts, answers, layout), device)
             batch_logps = response_logps(model, inputs).cpu()
             names = [f"sample {row['sample_id']} of prompt {row['prompt_id']}" for row in rows]
             check_finite(batch_logps, names, "log-probability under the policy")
@@ -352,8 +204,11 @@ def frozen_response_logps(
     return logps
 
 
-def _on_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    return {name: values.to(device) for name, values in batch.items()}
+def _on_device(batch: Batch, device: str) -> Batch:
+    return {
+        name: values.to(device) if isinstance(values, Tensor) else values
+        for name, values in batch.items()
+    }
 
 
 def check_finite(values: Tensor, names: list[str], what: str) -> None:

@@ -1,13 +1,14 @@
 """How the pairs of an optimiser step are divided into forward passes, over all processes.
 
 All passes of a step that run at the same time should take equally long, because processes wait for
-each other, and a batch should have little padding. So the pairs of a step are sorted by length, and
-a micro-batch has as many neighbours as its limit allows: a number of pairs, or of tokens. With a
-limit of tokens, long pairs have small batches and short pairs large ones.
+each other, and a batch should have little padding. A limit of tokens gives long pairs small batches
+and short pairs large ones. If rows are padded, a micro-batch has neighbours in the order of length.
+If they are packed, any pairs can be together, and the sums of their tokens can be nearly equal.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,9 +39,17 @@ def divided(
         return len(group) <= most_pairs if most_tokens is None else tokens(group) <= most_tokens
 
     filled = [_filled(step, fits) for step in steps]
-    number = max(len(groups) for groups in filled)
-    number += -number % processes
-    return [_extended(groups, number, tokens) for groups in filled]
+    most = max(len(groups) for groups in filled)
+    most += -most % processes
+    neighbours = [_extended(groups, most, tokens) for groups in filled]
+    if processes == 1:
+        return neighbours
+    for number in range(processes, most + 1, processes):
+        spread = [_extended(_spread(step, number, tokens), number, tokens) for step in steps]
+        if all(len(group) == 1 or fits(group) for groups in spread for group in groups):
+            ways = (neighbours, spread)
+            return min(ways, key=lambda way: sum(_longest_path(g, processes, tokens) for g in way))
+    return neighbours
 
 
 def _filled(pairs: Sequence[Pair], fits: Callable[[MicroBatch], bool]) -> list[MicroBatch]:
@@ -51,6 +60,19 @@ def _filled(pairs: Sequence[Pair], fits: Callable[[MicroBatch], bool]) -> list[M
             groups[-1].append(pair)
         else:
             groups.append([pair])
+    return groups
+
+
+def _spread(
+    pairs: Sequence[Pair], number: int, tokens: Callable[[MicroBatch], int]
+) -> list[MicroBatch]:
+    """At most `number` micro-batches: each pair, the longest first, joins the smallest one."""
+    groups: list[MicroBatch] = [[] for _ in range(min(number, len(pairs)))]
+    sizes = [(0, index) for index in range(len(groups))]  # a heap
+    for pair in pairs:
+        _, index = heapq.heappop(sizes)
+        groups[index].append(pair)
+        heapq.heappush(sizes, (tokens(groups[index]), index))
     return groups
 
 
@@ -93,9 +115,15 @@ def efficiency(
     passes of the largest micro-batch.
     """
     own = sum(needed(pair) for group in groups for pair in group if pair.get("weight", 1.0))
-    sizes = [tokens(group) for group in groups]
-    passes = [sizes[start : start + processes] for start in range(0, len(sizes), processes)]
     return {
-        "padded_share": own / sum(sizes),
-        "balanced_share": own / (processes * sum(max(each) for each in passes)),
+        "padded_share": own / sum(tokens(group) for group in groups),
+        "balanced_share": own / (processes * _longest_path(groups, processes, tokens)),
     }
+
+
+def _longest_path(
+    groups: Sequence[MicroBatch], processes: int, tokens: Callable[[MicroBatch], int]
+) -> int:
+    """The sum over passes of the tokens of the largest micro-batch that is computed in the pass."""
+    sizes = [tokens(group) for group in groups]
+    return sum(max(sizes[start : start + processes]) for start in range(0, len(sizes), processes))

@@ -28,18 +28,19 @@ from transformers import (
 
 from sppo.core.errors import UserError
 from sppo.policies.lora_update import fold_update
-from sppo.training.checkpoints import seal
-from sppo.training.distributed import first_alone
-from sppo.training.logps import (
-    check_finite,
+from sppo.training.batches import (
+    Batch,
+    Layout,
+    choose_layout,
     computed_tokens,
-    forward_precision,
-    let_share_prompts,
     needed_tokens,
     pair_batch,
     pair_length,
-    response_logps,
+    sequence_tokens,
 )
+from sppo.training.checkpoints import seal
+from sppo.training.distributed import first_alone
+from sppo.training.logps import check_finite, forward_precision, response_logps
 from sppo.training.losses import LOSSES, pair_loss
 from sppo.training.micro_batches import divided, efficiency
 from sppo.training.requirements import equal_micro_batches
@@ -92,13 +93,13 @@ def plan(n_pairs: int, options: dict[str, Any]) -> tuple[int, int]:
     return stop, max(stop, total)
 
 
-def collate_pairs(pairs: list[dict[str, Any]], may_share: bool = False) -> dict[str, Tensor]:
+def collate_pairs(pairs: list[dict[str, Any]], layout: Layout) -> Batch:
     """A batch of B pairs from `pair_batch`, and numbers of shape (B,).
 
     The numbers are `NUMBERS`, the tokens of each response, the tokens of both sequences, the id and
     the weight of each pair.
     """
-    batch = pair_batch(pairs, may_share)
+    batch = pair_batch(pairs, layout)
     for name in NUMBERS:
         batch[name] = torch.tensor([pair[name] for pair in pairs], dtype=torch.float32)
     for end in ("chosen", "rejected"):
@@ -109,18 +110,10 @@ def collate_pairs(pairs: list[dict[str, Any]], may_share: bool = False) -> dict[
     return batch
 
 
-def collate_micro_batch(
-    rows: list[list[dict[str, Any]]], may_share: bool = False
-) -> dict[str, Tensor]:
+def collate_micro_batch(rows: list[list[dict[str, Any]]], layout: Layout) -> Batch:
     """The batch of the only row that a data loader gives at once, a micro-batch."""
     (pairs,) = rows
-    return collate_pairs(pairs, may_share)
-
-
-def sequence_tokens(pair: dict[str, Any]) -> int:
-    """The tokens of both sequences of a pair, each with the prompt."""
-    responses = len(pair["chosen_token_ids"]) + len(pair["rejected_token_ids"])
-    return 2 * len(pair["prompt_token_ids"]) + responses
+    return collate_pairs(pairs, layout)
 
 
 def identity_fault(ratios: Tensor, tokens: Tensor, dtype: torch.dtype) -> str | None:
@@ -165,7 +158,7 @@ class PairTrainer(Trainer):
         options: the options of the training, as in the section `train` of the configuration.
         schedule_steps: the number of steps of the learning-rate schedule.
         dtype: the type that the forward pass computes in.
-        may_share: whether both responses of a pair may share their prompt in a batch.
+        layout: the layout of the batches.
         shares: for each step what `micro_batches.efficiency` says, for the log.
         kwargs: the arguments of `transformers.Trainer`.
     """
@@ -176,12 +169,12 @@ class PairTrainer(Trainer):
         options: dict[str, Any],
         schedule_steps: int,
         dtype: torch.dtype,
-        may_share: bool = False,
+        layout: Layout,
         shares: list[dict[str, float]],
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            data_collator=functools.partial(collate_micro_batch, may_share=may_share), **kwargs
+            data_collator=functools.partial(collate_micro_batch, layout=layout), **kwargs
         )
         self.shares = shares
         self.options = options
@@ -276,8 +269,10 @@ class PairTrainer(Trainer):
         because with few pairs a similar policy cannot be distinguished from rounding. `step_0`
         keeps the loss and the loss at log-ratio 0, for comparison.
         """
-        rows = self.accelerator.gather(torch.cat(self._step_0_rows))
+        own = torch.cat(self._step_0_rows)
         self._step_0_rows = []
+        # Processes have different numbers of pairs; the rows that are added have the weight 0.
+        rows = self.accelerator.gather(self.accelerator.pad_across_processes(own, pad_index=0))
         counted = rows[rows[:, 0] > 0, 1:]  # without the pairs of weight 0
         losses, closed, delta_w, delta_l, tokens_chosen, tokens_rejected = counted.T
         ratios = torch.cat([delta_w, delta_l])
@@ -462,10 +457,10 @@ def make_trainer(
     """
     steps, schedule_steps = plan(len(pairs), options)
     processes = options["processes"]
-    may_share = let_share_prompts(model, device)
+    layout = choose_layout(model, device, dtype)
 
     def tokens(group: list[dict[str, Any]]) -> int:
-        return computed_tokens(group, may_share)
+        return computed_tokens(group, layout)
 
     rows = in_training_order(pairs, options, seed)
     size = options["batch_size"]
@@ -495,7 +490,7 @@ def make_trainer(
         options=options,
         schedule_steps=schedule_steps,
         dtype=dtype,
-        may_share=may_share,
+        layout=layout,
         shares=[efficiency(step, processes, tokens, needed_tokens) for step in groups],
         callbacks=[StepLog(), SealCheckpoints()],
     )

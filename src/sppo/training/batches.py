@@ -1,0 +1,246 @@
+"""Token ids of prompts and responses as batches, in three layouts.
+
+Padded: each row is a prompt and one response, padded on the right, without an attention mask. In a
+causal model no token attends to later tokens, so padding does not change the result. Without a
+mask, attention kernels use their causal implementation, and no row of a mask is empty (cuDNN's
+backward pass gives NaN for such rows).
+
+Packed: the same sequences one after the other in a single row, without padding. The positions begin
+again in each sequence, and attention stays in it.
+
+Shared: each row is a prompt, its chosen and its rejected response, so the prompt is computed once.
+A mask hides the chosen response from the rejected one, whose positions follow the prompt.
+
+Scoring and training use the same layout, see `choose_layout`. All give the same log-probabilities
+up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sppo.training import attention
+
+Tokens = Sequence[int]
+Pair = dict[str, Any]
+Batch = dict[str, Any]
+Layout = Literal["padded", "packed", "shared"]
+
+# Models whose layers take `position_ids`, and either a mask (B, 1, L, L) or the ends of packed
+# sequences. Tests compare each layout of each of them with single sequences.
+MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+# Sharing pays if at most this share of the tokens is left. Attention with a mask takes longer than
+# causal attention. On two cores, a step of the demo takes 0.7 to 0.8 of the time, one with prompts
+# of 600 and responses of 512 tokens the same time, though it has 0.73 of the tokens
+# (benchmarks/shared_prompts.py).
+SHARING_PAYS = 0.8
+
+
+def choose_layout(model: nn.Module, device: str, dtype: torch.dtype) -> Layout:
+    """The layout for passes of this model, whose attention is prepared for it.
+
+    A CPU shares prompts. A GPU packs sequences: its fastest attention kernels take no mask, and
+    the kernel for packed sequences needs an NVIDIA GPU and bfloat16. On an H200, packing ragged
+    pairs gave 1.6 times the tokens per second of padding them (docs/performance.md).
+
+    Args:
+        model: the policy, before it is wrapped for several processes or LoRA.
+        device: cpu, cuda or mps.
+        dtype: the type that the forward pass computes in.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return "padded"
+    config: Any = model.config
+    known = (
+        config.model_type in MODELS
+        and config._attn_implementation in ("sdpa", attention.SHARED, attention.PACKED)
+        and getattr(config, "sliding_window", None) is None
+    )
+    if known and device == "cpu":
+        attention.use(model, attention.SHARED)
+        return "shared"
+    if known and device == "cuda" and dtype == torch.bfloat16 and attention.can_pack(config):
+        attention.use(model, attention.PACKED)
+        return "packed"
+    return "padded"
+
+
+def collate(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Batch:
+    """The padded layout of R sequences.
+
+    Returns
+        input_ids: (R, L), each row a prompt and its response.
+        reads: (N,), the positions in the flattened ids that predict the N response tokens.
+        response_ids: (R, M), the response tokens, padded on the right.
+        slots: (N,), the positions of the response tokens in the flattened `response_ids`.
+
+    Positions are computed from lengths. Comparing ids with the id of the padding would be wrong,
+    because many models use EOS as padding.
+    """
+    ids = _padded([[*p, *r] for p, r in zip(prompts, responses, strict=True)])
+    begins = [row * ids.shape[1] + len(prompt) for row, prompt in enumerate(prompts)]
+    return {"input_ids": ids, **_response_fields(responses, begins)}
+
+
+def collate_packed(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Batch:
+    """The packed layout of R sequences with T tokens together.
+
+    Returns what `collate` does, with `input_ids` (1, T), and
+        position_ids: (1, T), of each token in its own sequence.
+        ends: (R + 1,), int32, 0 and where each sequence ends.
+        longest: the number of tokens of the longest sequence, an int.
+    """
+    sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+    lengths = [len(sequence) for sequence in sequences]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    starts = ends[:-1].tolist()
+    begins = [start + len(prompt) for start, prompt in zip(starts, prompts, strict=True)]
+    return {
+        "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "ends": ends.int(),
+        "longest": max(lengths),
+        **_response_fields(responses, begins),
+    }
+
+
+def collate_shared(
+    prompts: Sequence[Tokens], chosen: Sequence[Tokens], rejected: Sequence[Tokens]
+) -> Batch:
+    """The shared layout of B pairs; the 2B responses are all chosen, then all rejected ones.
+
+    Returns what `collate` does, with `input_ids` (B, L), and
+        position_ids: (B, L), of each token in its own sequence.
+        owners: (B, L), 1 for tokens of chosen responses, 2 for those of rejected ones, else 0.
+    """
+    rows = list(zip(prompts, chosen, rejected, strict=True))
+    ids = _padded([[*prompt, *first, *second] for prompt, first, second in rows])
+    positions = torch.zeros_like(ids)
+    owners = torch.zeros_like(ids)
+    ends_of_prompts = []
+    begins: dict[int, list[int]] = {1: [], 2: []}
+    for row, (prompt, *responses) in enumerate(rows):
+        start = row * ids.shape[1]
+        positions[row, : len(prompt)] = torch.arange(len(prompt))
+        ends_of_prompts.append(start + len(prompt) - 1)
+        begin = len(prompt)
+        for owner, response in enumerate(responses, 1):
+            own = slice(begin, begin + len(response))
+            positions[row, own] = torch.arange(len(response)) + len(prompt)
+            owners[row, own] = owner
+            begins[owner].append(start + begin)
+            begin += len(response)
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "owners": owners,
+        # The prompt's end predicts the first token of both responses.
+        **_response_fields([*chosen, *rejected], begins[1] + begins[2], ends_of_prompts * 2),
+    }
+
+
+def _padded(rows: Sequence[Tokens]) -> Tensor:
+    """The rows as a matrix, padded with 0 on the right."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    return ids
+
+
+def _response_fields(
+    responses: Sequence[Tokens], begins: list[int], before: list[int] | None = None
+) -> Batch:
+    """`reads`, `response_ids` and `slots`, see `collate`.
+
+    Args:
+        responses: the token ids of each response.
+        begins: the position of each response's first token in the flattened ids.
+        before: the position that predicts it; the one before it if None.
+    """
+    response_ids = _padded(responses)
+    reads, slots = [], []
+    for number, (response, begin) in enumerate(zip(responses, begins, strict=True)):
+        places = torch.arange(len(response))
+        own_reads = places + begin - 1
+        if before is not None:
+            own_reads[:1] = before[number]
+        reads.append(own_reads)
+        slots.append(places + number * response_ids.shape[1])
+    return {
+        "reads": torch.cat(reads),
+        "response_ids": response_ids,
+        "slots": torch.cat(slots),
+    }
+
+
+def visible(owners: Tensor) -> Tensor:
+    """Which tokens (last axis) each token attends to: (B, 1, L, L), bool, from (B, L).
+
+    Earlier tokens of the prompt and of the same response. Padding attends to the prompt, so no row
+    is empty.
+    """
+    own = owners[:, None, :] == owners[:, :, None]
+    of_prompt = owners[:, None, :] == 0
+    return (own | of_prompt).tril()[:, None]
+
+
+def sequence_batch(prompts: Sequence[Tokens], responses: Sequence[Tokens], layout: Layout) -> Batch:
+    """Sequences that are not pairs, packed or padded."""
+    return (collate_packed if layout == "packed" else collate)(prompts, responses)
+
+
+def pair_batch(pairs: Sequence[Pair], layout: Layout) -> Batch:
+    """B rows of the table `pairs`; the 2B responses are all chosen, then all rejected ones.
+
+    In the layout `shared`, prompts are shared only where it pays.
+    """
+    prompts, chosen, rejected = (
+        [pair[f"{part}_token_ids"] for pair in pairs] for part in ("prompt", "chosen", "rejected")
+    )
+    if layout == "shared" and sharing_pays(pairs):
+        return collate_shared(prompts, chosen, rejected)
+    return sequence_batch(prompts + prompts, chosen + rejected, layout)
+
+
+def sharing_pays(pairs: Sequence[Pair]) -> bool:
+    """Whether these pairs have enough fewer tokens, with padding, if they share prompts."""
+    return _longest_shared(pairs) <= SHARING_PAYS * 2 * _longest_separate(pairs)
+
+
+def computed_tokens(pairs: Sequence[Pair], layout: Layout) -> int:
+    """The tokens that a pass over these pairs computes, with padding, see `pair_batch`."""
+    if layout == "packed":
+        return sum(sequence_tokens(pair) for pair in pairs)
+    if layout == "shared" and sharing_pays(pairs):
+        return len(pairs) * _longest_shared(pairs)
+    return 2 * len(pairs) * _longest_separate(pairs)
+
+
+def needed_tokens(pair: Pair) -> int:
+    """The tokens of a pair, with its prompt once."""
+    return sum(len(pair[f"{part}_token_ids"]) for part in ("prompt", "chosen", "rejected"))
+
+
+def sequence_tokens(pair: Pair) -> int:
+    """The tokens of both sequences of a pair, each with the prompt."""
+    return needed_tokens(pair) + len(pair["prompt_token_ids"])
+
+
+def pair_length(pair: Pair) -> int:
+    """The number of tokens of the longer sequence of a pair, with the prompt."""
+    longer = max(len(pair["chosen_token_ids"]), len(pair["rejected_token_ids"]))
+    return len(pair["prompt_token_ids"]) + longer
+
+
+def _longest_shared(pairs: Sequence[Pair]) -> int:
+    return max(needed_tokens(pair) for pair in pairs)
+
+
+def _longest_separate(pairs: Sequence[Pair]) -> int:
+    return max(pair_length(pair) for pair in pairs)
