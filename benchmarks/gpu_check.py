@@ -57,7 +57,7 @@ sys.path[:0] = [str(REPOSITORY / "src")]
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 
 if TYPE_CHECKING:
-    from sppo.training.batches import Layout
+    from sppo.training.lengths import Layout
 
 ENTROPY = 1.5  # nats of a token
 ENVIRONMENT = "environment"
@@ -1175,7 +1175,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
 
 def micro_batches_of(pairs: list[dict[str, Any]], size: int) -> list[list[dict[str, Any]]]:
     """Micro-batches in training order: longest pairs first, so a batch has similar lengths."""
-    from sppo.training.batches import pair_length
+    from sppo.training.lengths import pair_length
 
     order = sorted(pairs, key=pair_length, reverse=True)
     return [order[i : i + size] for i in range(0, len(order), size)]

@@ -50,7 +50,7 @@ from sppo.policies.models import (
     weights_dtype,
 )
 from sppo.training.logps import frozen_logps
-from sppo.training.batches import sequence_tokens
+from sppo.training.lengths import sequence_tokens
 from sppo.training.trainer import make_trainer, make_trl_trainer
 
 K = 5  # responses to each prompt

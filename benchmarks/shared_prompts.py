@@ -4,7 +4,7 @@
 
 Forward and backward pass of 4 pairs of random tokens on a CPU, with LoRA of rank 16. Tokens and
 time are shares of those of separate sequences. The time is the shortest of --repeats. Run it on an
-idle machine. `SHARING_PAYS` in src/sppo/training/batches.py rests on it.
+idle machine. `SHARING_PAYS` in src/sppo/training/lengths.py rests on it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
 from sppo.policies.models import compute_dtype, load_policy, start_torch, weights_dtype
-from sppo.training.batches import choose_layout, collate_shared, pair_batch
+from sppo.training.batches import (
+    choose_layout,
+    collate_shared,
+    pair_batch,
+)
 from sppo.training.logps import forward_precision, response_logps
 from sppo.training.trainer import with_lora
 

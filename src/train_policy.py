@@ -362,7 +362,7 @@ def write_policy(
 
 def facts_of(trainer: Any, pairs: list[dict], dtype: Any, last: dict[str, Any]) -> dict[str, Any]:
     """What the policy's record says of the training; `last` is the last line of the log."""
-    from sppo.training.batches import sequence_tokens
+    from sppo.training.lengths import sequence_tokens
 
     return {
         "pairs": len(pairs),

@@ -17,8 +17,10 @@ from sppo.training.batches import (
     collate,
     collate_packed,
     collate_shared,
-    computed_tokens,
     pair_batch,
+)
+from sppo.training.lengths import (
+    computed_tokens,
     pair_length,
 )
 from sppo.training.logps import (

@@ -9,7 +9,12 @@ import pytest
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from sppo.training.batches import computed_tokens, needed_tokens, pair_length, sequence_tokens
+from sppo.training.lengths import (
+    computed_tokens,
+    needed_tokens,
+    pair_length,
+    sequence_tokens,
+)
 from sppo.training.micro_batches import divided, efficiency
 
 

@@ -30,8 +30,12 @@ from sppo.policies.lora_update import UpdatedLinear, read_factors
 from sppo.policies.models import check_policy, load_policy
 from sppo.reporting.cards import header
 from sppo.training import attention, logps, trainer
-from sppo.training.batches import needed_tokens, pair_batch, pair_length
+from sppo.training.batches import pair_batch
 from sppo.training.checkpoints import alone, last_checkpoint, remove_damaged
+from sppo.training.lengths import (
+    needed_tokens,
+    pair_length,
+)
 from sppo.training.logps import response_logps
 from sppo.training.trainer import (
     IDENTITY_TOLERANCE,
@@ -1055,6 +1059,41 @@ def test_a_lost_update_is_refused_by_readers_of_merged_weights(rate, refused, pl
             lora_update.check_merged(place.folder / "policy", "vLLM")
     else:
         lora_update.check_merged(place.folder / "policy", "vLLM")
+
+
+def test_an_update_apart_is_an_adapter_that_peft_reads(place, tmp_path):
+    """Weights and adapter, read by peft, give the logits of this repository's own reader."""
+    from peft import PeftModel
+
+    place.score(place.policy, "bfloat16", lora_rank=4)
+    words = {"precision": "bfloat16", "lora_rank": 4, "beta": 0.1, "max_grad_norm": 1.0}
+    place.train("policy", learning_rate=1e-1, **words)
+    policy = place.folder / "policy"
+    factors = read_factors(policy)
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    lora_update.write_apart(policy, factors, apart)
+    base = load_policy(apart, torch.bfloat16, "cpu")
+    start = place.start()
+    for name, weight in base.named_parameters():
+        assert torch.equal(weight, start[name].bfloat16()), name
+    ids = torch.arange(40)[None] + 100
+    with torch.inference_mode():
+        without = base(ids).logits.float()
+        found = PeftModel.from_pretrained(base, apart / lora_update.ADAPTER)(ids).logits.float()
+        expected = load_policy(policy, torch.bfloat16, "cpu")(ids).logits.float()
+    assert (expected - without).norm() > 5 * (expected - found).norm()
+
+
+def test_an_update_of_unknown_weights_is_refused(place, tmp_path):
+    place.score(place.policy, "bfloat16", lora_rank=4)
+    words = {"precision": "bfloat16", "lora_rank": 4, "beta": 0.1, "max_grad_norm": 1.0}
+    place.train("policy", **words)
+    factors = read_factors(place.folder / "policy")
+    factors["model.other"] = next(iter(factors.values()))
+    (tmp_path / "apart").mkdir()
+    with pytest.raises(UserError, match=r"has no weights of model\.other, which its LoRA update"):
+        lora_update.write_apart(place.folder / "policy", factors, tmp_path / "apart")
 
 
 def test_a_damaged_update_of_a_lora_policy_is_named(place):

@@ -286,6 +286,110 @@ def test_greedy_answers_equal_those_of_transformers(engine, prompts, reference, 
     assert equal >= len(more) - 2
 
 
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_answers_do_not_depend_on_what_the_cache_holds(prefix_caching, folder, sampling):
+    """Cold, warm, and without a cache: the same samples."""
+    from sppo.policies.vllm_engine import VllmEngine
+
+    engine = VllmEngine(
+        folder,
+        precision="float32",
+        device="cpu",
+        batch_size=None,
+        tensor_parallel=1,
+        prefix_caching=prefix_caching,
+    )
+    # Longer than two blocks of 128 tokens, and equal in the first of them.
+    long = asked(engine, ["Tell me of the sea. " * 60 + end for end in ("", "Now.", "Please.")])
+    cold = engine.generate(long, sampling, 0, "iter1")
+    warm = engine.generate(long, sampling, 0, "iter1")
+    assert warm == cold
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": long[0]["prompt_token_ids"]}
+    (answer,) = engine.llm.generate([prompt], SamplingParams(max_tokens=1), use_tqdm=False)
+    assert (answer.num_cached_tokens >= 256) == prefix_caching
+
+
+def lora_policy(folder: Path, target: Path) -> dict:
+    """A policy with an update that bfloat16 would round away, though it changes answers.
+
+    Returns the factors.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from sppo.policies.lora_update import write_factors
+
+    shutil.copytree(folder, target)
+    weights = load_file(target / "model.safetensors")
+    draw = torch.Generator().manual_seed(0)
+    factors = {}
+    for key, weight in weights.items():
+        weight = weight.bfloat16().float()
+        name = key.removesuffix(".weight")
+        if name.endswith("_proj"):
+            a = torch.randn(4, weight.shape[1], generator=draw) / weight.shape[1] ** 0.5
+            b = torch.randn(weight.shape[0], 4, generator=draw)
+            # Every element is far below 1/256 of a typical weight.
+            factors[name] = (a, b * (weight.std() / 300 / (b @ a).std()))
+            weight = weight + factors[name][1] @ factors[name][0]
+        weights[key] = weight.contiguous()
+    (target / "model.safetensors").unlink()
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    write_factors(target, factors)
+    return factors
+
+
+def test_an_update_of_lora_is_not_rounded_away(folder, tmp_path):
+    """vLLM's log-probabilities move with the update as those of transformers do."""
+    import torch
+    from vllm import SamplingParams
+
+    from sppo.policies.models import load_policy
+    from sppo.policies.vllm_engine import VllmEngine
+
+    policy = tmp_path / "policy"
+    lora_policy(folder, policy)
+    plain = tmp_path / "plain"
+    shutil.copytree(policy, plain, ignore=shutil.ignore_patterns("lora_update*"))
+    engines = {
+        path: VllmEngine(path, precision="bfloat16", device="cpu", batch_size=8, tensor_parallel=1)
+        for path in (policy, plain)
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "policy"]
+    prompts = asked(engines[policy], QUESTIONS)
+
+    def last_logps(path: Path) -> torch.Tensor:
+        engine = engines[path]
+        answers = engine.llm.generate(
+            [{"prompt_token_ids": row["prompt_token_ids"]} for row in prompts],
+            SamplingParams(max_tokens=1, temperature=0.0, logprobs=20),
+            use_tqdm=False,
+            lora_request=engine.lora_request,
+        )
+        found = torch.full((len(prompts), 49152), torch.nan)
+        for row, answer in enumerate(answers):
+            for token, value in answer.outputs[0].logprobs[0].items():
+                found[row, token] = value.logprob
+        return found
+
+    def exact_logps(path: Path, dtype: torch.dtype) -> torch.Tensor:
+        model = load_policy(path, dtype, "cpu")
+        rows = []
+        with torch.inference_mode():
+            for row in prompts:
+                logits = model(torch.tensor([row["prompt_token_ids"]])).logits[0, -1]
+                rows.append(logits.float().log_softmax(-1))
+        return torch.stack(rows)
+
+    exact = exact_logps(policy, torch.float32)
+    apart = (last_logps(policy) - exact).nan_to_num().square().mean().sqrt()
+    merged = (last_logps(plain) - exact).nan_to_num().square().mean().sqrt()
+    print(f"error with the update {apart:.4f}, of merged weights {merged:.4f}")
+    assert apart < merged / 2
+
+
 def test_prompt_is_read_once_for_its_k_samples(engine):
     """Prefix caching works in blocks of 128 tokens on a CPU."""
     from vllm import SamplingParams

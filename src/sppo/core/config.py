@@ -27,7 +27,7 @@ SCHEMA_FILE = ROOT / "config" / "schema.yaml"
 MODEL_SOURCE, OF_CHATS = ("model", "revision"), ("chat_template_kwargs", "template_date")
 DEVICES = ("auto", "cpu", "gpu", "mps")
 # How a policy is run to answer, whatever it answers.
-ENGINE_KEYS = ("engine", "tensor_parallel", "batch_size", "precision")
+ENGINE_KEYS = ("engine", "tensor_parallel", "batch_size", "prefix_caching", "precision")
 # Keys of earlier versions, and what replaced them.
 RENAMED = {
     "preference.probability": "pairs.probability",

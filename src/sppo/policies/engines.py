@@ -37,7 +37,8 @@ class EngineOptions:
     engine: str  # transformers or vllm
     device: str  # auto, cpu or gpu
     precision: str
-    batch_size: int
+    batch_size: int | None
+    prefix_caching: bool
     tensor_parallel: int | None
     attention: str | None
     thoughts: str
@@ -66,5 +67,10 @@ def open_engine(policy: Path, options: EngineOptions) -> Engine:
         # Imported here because vLLM is installed only in its own environment.
         from sppo.policies.vllm_engine import VllmEngine
 
-        return VllmEngine(policy, tensor_parallel=options.tensor_parallel or 1, **shared)
+        return VllmEngine(
+            policy,
+            tensor_parallel=options.tensor_parallel or 1,
+            prefix_caching=options.prefix_caching,
+            **shared,
+        )
     return TransformersEngine(policy, attention=options.attention, **shared)

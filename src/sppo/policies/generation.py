@@ -278,13 +278,14 @@ class TransformersEngine:
         precision: str,
         device: str,
         attention: str | None,
-        batch_size: int,
+        batch_size: int | None,
         thoughts: str = "keep",
         template: dict[str, Any] | None = None,
     ) -> None:
         """Load the policy of a folder; UserError if it is not valid.
 
-        template: `template_kwargs` and `template_date` of `load_tokenizer`.
+        batch_size: the largest number of sequences in a batch; None for 64. template:
+        `template_kwargs` and `template_date` of `load_tokenizer`.
         """
         self.tokenizer = load_tokenizer(folder, **(template or {}))
         self.thoughts = thoughts
@@ -293,7 +294,7 @@ class TransformersEngine:
         self.model = load_policy(folder, self.dtype, device, attention)
         # The model's own generation config could change the logits.
         self.model.generation_config = GenerationConfig()
-        self.folder, self.device, self.batch_size = folder, device, batch_size
+        self.folder, self.device, self.batch_size = folder, device, batch_size or 64
         # One pass over a prompt serves its K samples, if its cache can be repeated. Other models,
         # such as those with linear attention, read each prompt K times.
         layers = {type(layer) for layer in DynamicCache(config=self.model.config).layers}

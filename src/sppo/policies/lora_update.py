@@ -3,12 +3,14 @@
 Such a policy's folder has the merged weights W + B A in float32. Updates are small, so a program
 that reads these weights in bfloat16 would round away a part of every update: bfloat16 resolves
 1/256 of a weight. Therefore the folder also has the factors of the update. In bfloat16 a policy is
-y = W x + B (A x), where W are the weights without the update. Programs of other projects, such as
-vLLM and lm-eval, read the merged weights.
+y = W x + B (A x), where W are the weights without the update. vLLM gets both as a model and an
+adapter. Other programs, such as lm-eval, read the merged weights.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ from sppo.core.errors import UserError
 
 # In the form of safetensors. The name does not end like that, because vLLM reads every such file.
 FILE = "lora_update.factors"
+ADAPTER = "lora_update"  # the folder of the adapter, for programs that read adapters
 Factors = dict[str, tuple[Tensor, Tensor]]  # A (rank, in) and B (out, rank) by a layer's name
 
 
@@ -86,6 +89,58 @@ def split_update(model: Any, factors: Factors, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def write_apart(folder: Path, factors: Factors, target: Path) -> None:
+    """Write a policy's weights without its update in bfloat16, and the update as an adapter.
+
+    Args:
+        folder: the policy's folder.
+        factors: those that it holds.
+        target: an empty folder, which becomes a model folder. Its subfolder `ADAPTER` has the
+            update in the form of PEFT.
+
+    Needs memory for one file of weights. UserError if a layer of the update has no
+    weights in the folder.
+    """
+    left = set(factors)
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            for key, weight in tensors.items():
+                name = key.removesuffix(".weight")
+                if name in left and key != name:
+                    a, b = factors[name]
+                    weight = weight.float() - b @ a
+                    left.remove(name)
+                tensors[key] = weight.bfloat16() if weight.is_floating_point() else weight
+            save_file(tensors, target / file.name, {"format": "pt"})
+        elif file.is_file() and file.name != FILE:
+            shutil.copy(file, target)
+    if left:
+        raise UserError(
+            f"{folder} has no weights of {min(left)}, which its LoRA update changes; set"
+            " responses.engine: transformers"
+        )
+    rank = max(len(a) for a, _ in factors.values())
+    adapter = target / ADAPTER
+    adapter.mkdir()
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(target),
+        "r": rank,
+        "lora_alpha": rank,  # The factors are scaled already.
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in factors}),
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tensors = {}
+    for name, (a, b) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.bfloat16().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.bfloat16().contiguous()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
 def fold_update(model: Any) -> None:
     """Add kept updates to the weights; the layers become linear layers again."""
     updated = [item for item in model.named_modules() if isinstance(item[1], UpdatedLinear)]
@@ -102,7 +157,8 @@ def fold_update(model: Any) -> None:
 def check_merged(folder: Path, reader: str) -> None:
     """UserError if merged weights in bfloat16 keep less than half of the policy's last update.
 
-    Its training has measured the share. reader: the program that reads merged weights.
+    Its training has measured the share. reader: the program that reads merged weights, the subject
+    of a sentence.
     """
     kept = (read_record(folder) or {}).get("lora_update_left_in_bfloat16")
     if kept is not None and kept < 0.5:

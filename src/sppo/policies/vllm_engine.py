@@ -11,10 +11,12 @@ a CPU by one random generator for each sample.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tqdm import tqdm
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from sppo.core.errors import UserError
 from sppo.core.progress import watched
 from sppo.policies.generation import Sampling, response, sample_seed
-from sppo.policies.lora_update import check_merged
+from sppo.policies.lora_update import ADAPTER, check_merged, read_factors, write_apart
 from sppo.policies.models import check_policy, compute_dtype, load_tokenizer, stop_token_ids
 
 SETTINGS = {
@@ -39,6 +41,10 @@ CPU_SETTINGS = {
     # GiB; without it, vLLM takes nearly all memory.
     "VLLM_CPU_KVCACHE_SPACE": "2",
 }
+
+
+# The ranks that vLLM can reserve memory for (vllm/config/lora.py).
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def request_seed(data_seed: int, purpose: str, prompt_id: str) -> int:
@@ -58,15 +64,17 @@ class VllmEngine:
         *,
         precision: str,
         device: str,
-        batch_size: int,
+        batch_size: int | None,
         tensor_parallel: int,
+        prefix_caching: bool = True,
         thoughts: str = "keep",
         template: dict[str, Any] | None = None,
     ) -> None:
         """Load the policy of a folder.
 
         UserError if the policy is not valid, the GPUs are too few, or vLLM cannot be imported or
-        cannot serve the policy. template: `template_kwargs` and `template_date` of
+        cannot serve the policy. batch_size: the largest number of sequences at once; None for what
+        vLLM chooses for the GPU. template: `template_kwargs` and `template_date` of
         `load_tokenizer`.
         """
         import torch
@@ -85,6 +93,10 @@ class VllmEngine:
         settings = SETTINGS | CPU_SETTINGS if device == "cpu" else SETTINGS
         for name, value in settings.items():
             os.environ.setdefault(name, value)
+        self.tokenizer = load_tokenizer(folder, **(template or {}))
+        self.thoughts = thoughts
+        self.stop_ids = stop_token_ids(folder, self.tokenizer)
+        self.dtype = compute_dtype(precision, device)
         try:
             import vllm
         except ImportError as error:
@@ -92,36 +104,61 @@ class VllmEngine:
                 f"responses.engine is vllm, but vLLM cannot be imported here ({error}); run "
                 "Snakemake with --use-conda, or set responses.engine: transformers"
             ) from error
-        self.tokenizer = load_tokenizer(folder, **(template or {}))
-        self.thoughts = thoughts
-        self.stop_ids = stop_token_ids(folder, self.tokenizer)
-        self.dtype = compute_dtype(precision, device)
-        if self.dtype == torch.bfloat16:
-            check_merged(folder, "vLLM")
-        try:
-            self.llm = vllm.LLM(
-                model=str(folder),
-                dtype=str(self.dtype).removeprefix("torch."),
-                tensor_parallel_size=tensor_parallel,
-                enable_prefix_caching=True,
-                enable_lora=False,
-                max_num_seqs=batch_size,
-                use_tqdm_on_load=False,
-                # After a part of a chunked prompt, vLLM must reset the random generator. It cannot
-                # do this on a CPU (gpu_model_runner.py: get_offset).
-                enable_chunked_prefill=False if device == "cpu" else None,
-                # The model's context length, or the largest length for which memory suffices.
-                max_model_len=-1,
-                # The model's own generation config could change the logits.
-                generation_config="vllm",
-                # On a CPU, compilation takes longer than it saves.
-                enforce_eager=device == "cpu",
-            )
-        # vLLM does not support the model, memory does not suffice, or the number of heads is not
-        # divisible by tensor_parallel.
-        except ValueError as error:
-            raise UserError(f"vLLM cannot serve {folder}: {str(error).strip()}") from error
+        with contextlib.ExitStack() as files:
+            weights, rank = self._weights(folder, files)
+            try:
+                self.llm = vllm.LLM(
+                    model=str(weights),
+                    dtype=str(self.dtype).removeprefix("torch."),
+                    tensor_parallel_size=tensor_parallel,
+                    enable_prefix_caching=prefix_caching,
+                    max_num_seqs=batch_size,
+                    use_tqdm_on_load=False,
+                    # After a part of a chunked prompt, vLLM must reset the random generator. It
+                    # cannot do this on a CPU (gpu_model_runner.py: get_offset).
+                    enable_chunked_prefill=False if device == "cpu" else None,
+                    # The model's context length, or the largest length for which memory suffices.
+                    max_model_len=-1,
+                    # The model's own generation config could change the logits.
+                    generation_config="vllm",
+                    # On a CPU, compilation takes longer than it saves.
+                    enforce_eager=device == "cpu",
+                    **(
+                        {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1} if rank else {}
+                    ),
+                )
+            # vLLM does not support the model, memory does not suffice, or the number of heads is
+            # not divisible by tensor_parallel.
+            except ValueError as error:
+                raise UserError(f"vLLM cannot serve {folder}: {str(error).strip()}") from error
+            self.lora_request = None
+            if rank:
+                from vllm.lora.request import LoRARequest
+
+                self.lora_request = LoRARequest("update", 1, str(weights / ADAPTER))
+                self.llm.llm_engine.add_lora(self.lora_request)
         self.context = self.llm.model_config.max_model_len
+
+    def _weights(self, folder: Path, files: contextlib.ExitStack) -> tuple[Path, int]:
+        """The folder of the weights for vLLM, and the LoRA rank to reserve memory for, or 0.
+
+        For a LoRA policy in bfloat16 the folder is temporary, with the update as an adapter beside
+        the weights. It is removed when `files` is closed.
+        """
+        import torch
+
+        factors = read_factors(folder) if self.dtype == torch.bfloat16 else {}
+        if not factors:
+            return folder, 0
+        own = max(len(a) for a, _ in factors.values())
+        rank = next((rank for rank in LORA_RANKS if own <= rank), None)
+        if rank is None:
+            check_merged(folder, f"vLLM takes LoRA updates up to rank {LORA_RANKS[-1]}, so it")
+            return folder, 0
+        temporary = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.vllm.")
+        weights = Path(files.enter_context(temporary))
+        write_apart(folder, factors, weights)
+        return weights, rank
 
     def generate(
         self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str
@@ -161,6 +198,7 @@ class VllmEngine:
             [{"prompt_token_ids": list(row["prompt_token_ids"])} for row in prompts],
             sampling_params,
             use_tqdm=bar,
+            lora_request=self.lora_request,
         )
         rows = []
         for prompt, seed, answer in zip(prompts, seeds, answers, strict=True):

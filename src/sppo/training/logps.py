@@ -15,11 +15,13 @@ from sppo.core.progress import progress
 from sppo.training.batches import (
     Batch,
     choose_layout,
-    computed_tokens,
     pair_batch,
-    pair_length,
     sequence_batch,
     visible,
+)
+from sppo.training.lengths import (
+    computed_tokens,
+    pair_length,
 )
 from sppo.training.micro_batches import divided
 

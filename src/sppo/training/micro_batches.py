@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from typing import Any
 
-Pair = dict[str, Any]
+from sppo.training.lengths import Pair
+
 MicroBatch = list[Pair]
 
 

@@ -30,16 +30,18 @@ from sppo.core.errors import UserError
 from sppo.policies.lora_update import fold_update
 from sppo.training.batches import (
     Batch,
-    Layout,
     choose_layout,
-    computed_tokens,
-    needed_tokens,
     pair_batch,
-    pair_length,
-    sequence_tokens,
 )
 from sppo.training.checkpoints import seal
 from sppo.training.distributed import first_alone
+from sppo.training.lengths import (
+    Layout,
+    computed_tokens,
+    needed_tokens,
+    pair_length,
+    sequence_tokens,
+)
 from sppo.training.logps import check_finite, forward_precision, response_logps
 from sppo.training.losses import LOSSES, pair_loss
 from sppo.training.micro_batches import divided, efficiency
