@@ -1,9 +1,10 @@
-"""Estimate the cost of a configuration: tokens, FLOPs, GPU-hours, memory, disk, dollars.
+"""Estimate the cost of a configuration: tokens, FLOPs, GPU-hours, time, memory, disk, dollars.
 
 Reads   the main run of the configuration, as Snakemake reads it, with the evaluations that its
         summary shows; it runs and downloads nothing
 Writes  tables on standard output, by iteration and stage
-The formulas are in src/sppo/reporting/cost_model.py. docs/paper_scale.md compares them with
+The formulas are in src/sppo/reporting/cost_model.py. How long GPUs wait for each other in training
+is simulated with random lengths. docs/paper_scale.md compares the formulas with
 measured runs. Lengths and the shares of a GPU's peak are assumptions until they are measured:
 src/tools/check_estimate.py reads both from the records of a finished run.
 """
@@ -32,6 +33,7 @@ from sppo.workflow.configuration import resolve
 JUDGE_PROMPT = 350
 STORED_BYTES = 9  # bytes of a stored token: its id and its text
 GENERATED = ("generate", "answer", "answer_ifeval")  # stages whose tokens are stored
+TRAINS = ("generate", "annotate", "reference", "train")  # stages of an iteration without evaluation
 MT_BENCH = 160  # grades of a policy: 80 questions, two turns
 
 
@@ -39,7 +41,8 @@ MT_BENCH = 160  # grades of a policy: 80 questions, two turns
 class Row:
     """One stage of one iteration.
 
-    seconds: on one GPU; None if the stage does not fit. memory: peak of one GPU in bytes.
+    seconds: of all GPUs together; None if the stage does not fit. memory: peak of one GPU in bytes.
+    gpus: the number of GPUs that work on the stage at once.
     """
 
     iteration: int
@@ -49,6 +52,11 @@ class Row:
     flops: float
     seconds: float | None
     memory: float
+    gpus: int = 1
+
+    def minutes(self, start_up: float) -> float | None:
+        """From start to end, with `start_up` seconds of the stage's jobs."""
+        return None if self.seconds is None else (self.seconds / self.gpus + start_up) / 60
 
 
 def main() -> None:
@@ -89,6 +97,13 @@ def main() -> None:
         type=float,
         default=0.6,
         help="assumed share of the bandwidth in generation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--start-up",
+        type=float,
+        default=60,
+        help="assumed seconds in which a job imports packages and loads its models "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--prompts",
@@ -132,7 +147,7 @@ def main() -> None:
         args.bandwidth_tb * 1e12 if args.bandwidth_tb else gpu.bandwidth,
     )
     use = Use(
-        args.mfu_training, args.mfu_forward, args.bandwidth_share, config["responses"]["batch_size"]
+        args.mfu_training, args.mfu_forward, args.bandwidth_share, most_sequences(config, gpu)
     )
     args.gpus = args.gpus or config["train"]["processes"]
     rows = all_rows(config, shape, gpu, use, args)
@@ -143,7 +158,7 @@ def main() -> None:
     )
     if beside := config["summary"]["beside"]:
         print(f"Not counted: the runs that the summary shows beside it ({', '.join(beside)})")
-    print(as_table(rows, gpu))
+    print(as_table(rows, gpu, args.start_up))
     print(summary(rows, config, shape, args))
 
 
@@ -171,6 +186,16 @@ def shape_of_policy(policy: dict[str, Any]) -> Shape:
             f"a model that was fetched, or one of {', '.join(SHAPES)}"
         )
     return shape_of(read_json(Path(file)))
+
+
+def most_sequences(config: dict[str, Any], gpu: Gpu) -> int:
+    """The number of sequences that the engine generates at the same time."""
+    responses = config["responses"]
+    if responses["batch_size"]:
+        return responses["batch_size"]
+    if responses["engine"] == "transformers":
+        return 64
+    return 1024 if gpu.memory >= 70 * GB else 256  # vLLM's own choice
 
 
 def prompts_of_an_iteration(config: dict[str, Any], assumed: int) -> int:
@@ -215,7 +240,8 @@ def pairs_of_a_prompt(pairs: dict[str, Any], samples: int) -> int:
 class Estimator:
     """The rows of the stages, from mean lengths in tokens.
 
-    longest: length of the longest prompt in tokens. gpus: number of GPUs that train a policy.
+    longest: length of the longest prompt in tokens. gpus: number of GPUs that train a policy; the
+    shards of other stages use as many at once.
     """
 
     config: dict[str, Any]
@@ -227,8 +253,20 @@ class Estimator:
     longest: int
     gpus: int
 
+    @property
+    def sharded(self) -> int:
+        """The number of GPUs that work on the shards of a stage at once."""
+        return min(self.gpus, self.config["responses"]["shards"])
+
     def generation(
-        self, t: int, stage: str, prompts: int, samples: int, length: int, max_length: int
+        self,
+        t: int,
+        stage: str,
+        prompts: int,
+        samples: int,
+        length: int,
+        max_length: int,
+        gpus: int = 1,
     ) -> Row:
         """A stage that generates `samples` responses to each prompt."""
         shape, gpu, use = self.shape, self.gpu, self.use
@@ -242,10 +280,18 @@ class Estimator:
         typical = 2 * shape.weights + sequences * shape.kv_bytes * context
         longest = 2 * shape.weights + shape.kv_bytes * (self.longest + max_length)
         flops = cost_model.generate_flops(shape, prompts, self.prompt, samples, length)
-        return Row(t, stage, prompts * samples, tokens, flops, seconds, max(typical, longest))
+        memory = max(typical, longest)
+        return Row(t, stage, prompts * samples, tokens, flops, seconds, memory, gpus)
 
     def comparison(
-        self, t: int, stage: str, model: str, prompts: int, samples: int, length: int
+        self,
+        t: int,
+        stage: str,
+        model: str,
+        prompts: int,
+        samples: int,
+        length: int,
+        gpus: int = 1,
     ) -> list[Row]:
         """The stage of a preference model; empty if its cost is unknown."""
         kind = find_kind(settings_for(model, backend=self.config["preference"]["backend"]))
@@ -255,7 +301,8 @@ class Estimator:
                 print(f"Not counted: {stage}, because the cost of {model} is not known")
             return []
         seconds = cost.flops / (self.gpu.flops * self.use.forward)
-        return [Row(t, stage, prompts, cost.tokens, cost.flops, seconds, 4 * cost.weights)]
+        memory = 4 * cost.weights
+        return [Row(t, stage, prompts, cost.tokens, cost.flops, seconds, memory, gpus)]
 
     def training(self, t: int, pairs: int) -> list[Row]:
         """The stages that score the pairs and train the policy of iteration t."""
@@ -270,6 +317,16 @@ class Estimator:
         scored = cost_model.score_flops(shape, pairs, self.prompt, self.response)
         factor = cost_model.train_factor(bool(rank), checkpointing)
         trained = scored * train["stop_epoch"] * factor
+        packs = not eager and not shape.softcap
+        busy = cost_model.busy_share(
+            train,
+            self.gpus,
+            "packed" if packs else "padded",
+            self.prompt,
+            self.response,
+            self.longest,
+            longest_response,
+        )
         return [
             Row(
                 t,
@@ -282,6 +339,7 @@ class Estimator:
                     cost_model.score_bytes(shape, *sizes, bool(rank), eager=eager)
                     for sizes in passes
                 ),
+                self.sharded,
             ),
             Row(
                 t,
@@ -289,13 +347,14 @@ class Estimator:
                 pairs,
                 tokens * train["stop_epoch"],
                 trained,
-                trained / (gpu.flops * use.training),
+                trained / (gpu.flops * use.training) / busy,
                 max(
                     cost_model.train_bytes(
                         shape, self.gpus, *sizes, rank, checkpointing, eager=eager
                     )
                     for sizes in passes
                 ),
+                self.gpus,
             ),
         ]
 
@@ -332,10 +391,18 @@ def all_rows(
         if t:
             rows.append(
                 estimate.generation(
-                    t, "generate", prompts, samples, response, responses["max_new_tokens"]
+                    t,
+                    "generate",
+                    prompts,
+                    samples,
+                    response,
+                    responses["max_new_tokens"],
+                    estimate.sharded,
                 )
             )
-            rows += estimate.comparison(t, "annotate", ranker, prompts, samples, response)
+            rows += estimate.comparison(
+                t, "annotate", ranker, prompts, samples, response, estimate.sharded
+            )
             rows += estimate.training(t, pairs)
         answers = instructions
         if t == 0 and evaluation["reference"] == "base":
@@ -360,18 +427,21 @@ def all_rows(
     return rows
 
 
-def as_table(rows: list[Row], gpu: Gpu) -> str:
+def as_table(rows: list[Row], gpu: Gpu, start_up: float) -> str:
     """The table in Markdown. Stages that need more memory than the GPU has are marked."""
     lines = [
-        "| t | stage | samples | tokens | PFLOP | GPU-hours | peak GB |",
-        "|--:|---|--:|--:|--:|--:|--:|",
+        "| t | stage | samples | tokens | PFLOP | GPU-hours | GPUs | minutes | peak GB |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         hours = short(row.seconds / 3600) if row.seconds is not None else "does not fit"
+        minutes = row.minutes(start_up)
+        time = "does not fit" if minutes is None else short(minutes)
         mark = " (too much)" if row.memory > gpu.memory else ""
         lines.append(
             f"| {row.iteration} | {row.stage} | {row.samples:,.0f} | {row.tokens:,.0f} "
-            f"| {short(row.flops / 1e15)} | {hours} | {row.memory / GB:.1f}{mark} |"
+            f"| {short(row.flops / 1e15)} | {hours} | {row.gpus} | {time} "
+            f"| {row.memory / GB:.1f}{mark} |"
         )
     return "\n".join(lines)
 
@@ -391,9 +461,15 @@ def summary(rows: list[Row], config: dict[str, Any], shape: Shape, args: argpars
     dollars = "no price given (--price)"
     if args.price is not None:
         dollars = f"${hours * args.price:,.0f} at ${args.price:g} an hour"
+    last = [row for row in rows if row.iteration == iterations]
+    trained, all_stages = (
+        sum(row.minutes(args.start_up) or 0 for row in last if row.stage in TRAINS or not only)
+        for only in (True, False)
+    )
     lines = [
-        f"GPU-hours: {hours:,.1f}, {hours / args.gpus:,.1f} hours on {args.gpus} if all are busy; "
-        f"{dollars}",
+        f"GPU-hours: {hours:,.1f}, while a GPU is in use; {dollars}",
+        f"Iteration {iterations}, one stage after another: {trained:,.0f} minutes until its policy "
+        f"is trained, {all_stages:,.0f} with its evaluations",
         f"Disk: {disk / GB:,.1f} GB: the base, {iterations} policies in float32, one training's "
         "checkpoint, texts",
     ]

@@ -162,6 +162,26 @@ def test_lora_weights_equal_those_of_peft():
     assert trained == cost_model.lora_weights(SHAPES["embedded"], 4)
 
 
+def busy(gpus: int, layout: str, spread: float = 0.8, **train: object) -> float:
+    options = {"batch_size": 64, "micro_batch_size": 4, "micro_batch_tokens": None} | train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost_model, "SPREAD", spread)
+        return cost_model.busy_share(options, gpus, layout, 200, 450, 4096, 2048)
+
+
+def test_gpus_are_busy_with_pairs_of_equal_length():
+    for layout in ("padded", "packed"):
+        assert busy(8, layout, spread=0.0) == 1
+    # 64 pairs on twelve GPUs: two passes of at most three pairs.
+    assert busy(12, "packed", spread=0.0) == pytest.approx(64 / (12 * 2 * 3))
+
+
+def test_gpus_wait_for_long_pairs_and_compute_padding():
+    assert busy(1, "packed") == 1
+    assert busy(8, "padded") < busy(1, "padded") < 1
+    assert busy(8, "padded") < busy(8, "packed") < busy(8, "packed", micro_batch_tokens=8192)
+
+
 # --- the programs ---
 
 
@@ -244,6 +264,21 @@ def test_prices_give_dollars(program, capsys, monkeypatch):
     assert "asks gpt-6-luna 3,220 times" in text
 
 
+def test_time_is_that_of_the_gpus_that_work_at_once(program, capsys, monkeypatch):
+    """GPU-hours divided by the stage's GPUs, and the start-up of its jobs."""
+    words = ("--config", PRESETS["mistral-7b"], "--start-up", 120)
+    text = printed(program, capsys, monkeypatch, *words)
+    rows = [row for row in rows_of(text) if row[0] == "3"]
+    for row in rows:
+        hours, gpus, minutes = float(row[5]), int(row[6]), float(row[7])
+        assert minutes == pytest.approx(60 * hours / gpus + 2, rel=0.01)
+        assert gpus == (1 if row[1] in ("answer", "ranker_estimate") else 8)
+    trained = sum(
+        float(row[7]) for row in rows if row[1] in ("generate", "annotate", "reference", "train")
+    )
+    assert f"{trained:.0f} minutes until its policy is trained" in text
+
+
 def test_no_iterations_cost_no_training(program, capsys, monkeypatch, tmp_path):
     (tmp_path / "zero.yaml").write_text("iterations: 0")
     configs = ("--config", PRESETS["mistral-7b"], tmp_path / "zero.yaml")
@@ -257,7 +292,7 @@ def test_the_single_gpu_preset_fits_on_24_gb(program, capsys, monkeypatch):
         program, capsys, monkeypatch, "--config", PRESETS["single-gpu"], "--gpu", "RTX4090"
     )
     assert "too much" not in text
-    assert max(float(row[6]) for row in rows_of(text)) < 24
+    assert max(float(row[8]) for row in rows_of(text)) < 24
 
 
 @pytest.mark.parametrize("name", ["mistral-7b", "llama-3-8b", "gemma-2-9b"])

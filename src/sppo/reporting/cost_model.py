@@ -7,10 +7,13 @@ transformers' own count, and FLOPs against the seconds in the records of real ru
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
 from sppo.policies.shapes import Shape, forward_flops
+from sppo.training.lengths import Layout, Pair, computed_tokens, pair_length, sequence_tokens
+from sppo.training.micro_batches import divided, efficiency
 
 GB = 1e9
 
@@ -79,6 +82,59 @@ def train_factor(lora: bool, checkpointing: bool) -> int:
     forward = 1
     backward = 1 if lora else 2
     return forward + backward + (1 if checkpointing else 0)
+
+
+# The spread of lengths in chats: the standard deviation of their logarithm. It is assumed.
+SPREAD = 0.8
+SIMULATED_STEPS = 20
+
+
+def busy_share(
+    train: dict[str, Any],
+    gpus: int,
+    layout: Layout,
+    prompt: float,
+    response: float,
+    longest_prompt: int,
+    longest_response: int,
+) -> float:
+    """The share of a training step's tokens that all GPUs compute at once, 0 to 1.
+
+    The rest is padding, and waiting for the GPU with most tokens. Simulated: pairs with random
+    lengths are divided into the passes of `SIMULATED_STEPS` steps as in training.
+
+    Args:
+        train: the section `train`.
+        gpus: the number of GPUs that train.
+        layout: that of the passes, see `sppo.training.batches`.
+        prompt, response: mean numbers of tokens.
+        longest_prompt, longest_response: the largest numbers of tokens.
+    """
+    draw = random.Random(0)
+
+    def length(mean: float, longest: int) -> int:
+        drawn = mean * draw.lognormvariate(-(SPREAD**2) / 2, SPREAD)  # its mean is `mean`
+        return max(1, min(longest, round(drawn)))
+
+    steps = []
+    for _ in range(SIMULATED_STEPS):
+        pairs = [
+            {
+                "prompt_token_ids": range(length(prompt, longest_prompt)),
+                "chosen_token_ids": range(length(response, longest_response)),
+                "rejected_token_ids": range(length(response, longest_response)),
+            }
+            for _ in range(train["batch_size"])
+        ]
+        steps.append(sorted(pairs, key=pair_length, reverse=True))
+
+    def tokens(group: list[Pair]) -> int:
+        return computed_tokens(group, layout)
+
+    most_pairs = min(train["micro_batch_size"], max(1, train["batch_size"] // gpus))
+    divisions = divided(steps, gpus, most_pairs, train["micro_batch_tokens"], tokens)
+    shares = [efficiency(groups, gpus, tokens, sequence_tokens) for groups in divisions]
+    return sum(share["balanced_share"] for share in shares) / len(shares)
 
 
 def concurrent_sequences(shape: Shape, gpu: Gpu, context: float, use: Use) -> int:
