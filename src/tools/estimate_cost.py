@@ -317,6 +317,7 @@ class Estimator:
         scored = cost_model.score_flops(shape, pairs, self.prompt, self.response)
         factor = cost_model.train_factor(bool(rank), checkpointing)
         trained = scored * train["stop_epoch"] * factor
+        divided_over = self.gpus // train["nodes"] if train["parallel"] == "hsdp" else self.gpus
         packs = not eager and not shape.softcap
         busy = cost_model.busy_share(
             train,
@@ -350,7 +351,7 @@ class Estimator:
                 trained / (gpu.flops * use.training) / busy,
                 max(
                     cost_model.train_bytes(
-                        shape, self.gpus, *sizes, rank, checkpointing, eager=eager
+                        shape, divided_over, *sizes, rank, checkpointing, eager=eager
                     )
                     for sizes in passes
                 ),

@@ -289,12 +289,15 @@ def test_killed_training_resumes_to_the_same_weights(parallel, place):
             assert ours[column] == pytest.approx(theirs[column], rel=1e-5), column
 
 
-def test_two_nodes_meet(place, alone):
-    """Two nodes with one process each; this machine plays both."""
+@pytest.mark.parametrize(("parallel", "processes"), [("ddp", 2), ("fsdp2", 4), ("hsdp", 4)])
+def test_two_nodes_train_the_same(parallel, processes, place, alone):
+    """This machine plays both nodes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = place.command("nodes", processes=2, nodes=2, micro_batch_size=2)
+    name = f"nodes_{parallel}"
+    options = {"parallel": parallel, "processes": processes, "nodes": 2, "micro_batch_size": 1}
+    command = place.command(name, **options)
     running = [
         subprocess.Popen(
             command,
@@ -307,8 +310,10 @@ def test_two_nodes_meet(place, alone):
     ]
     outputs = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
-    weights = load_file(place.folder / "nodes" / "model.safetensors")
-    assert_same(place, alone, "nodes", weights)
+    if parallel == "hsdp":
+        assert "mesh {'dp_replicate': 2, 'dp_shard_cp': 2}" in outputs[0]
+    weights = load_file(place.folder / name / "model.safetensors")
+    assert_same(place, alone, name, weights)
 
 
 def test_error_of_all_processes_is_one_line_and_nothing_is_kept(place, tmp_path):

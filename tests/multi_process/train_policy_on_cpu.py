@@ -44,6 +44,17 @@ def pack() -> None:
     trainer.choose_layout = choose_packed
 
 
+def print_mesh() -> None:
+    """Print over which processes a weight is divided, when training begins."""
+    from sppo.training.trainer import StepLog
+
+    def on_train_begin(self, args, state, control, model, **_):
+        mesh = next(model.parameters()).device_mesh
+        print("mesh", dict(zip(mesh.mesh_dim_names or ["all"], mesh.shape, strict=True)))
+
+    StepLog.on_train_begin = on_train_begin
+
+
 def kill_before(step: int) -> None:
     """Make this process kill itself when `step` steps are done."""
     from sppo.training.trainer import StepLog
@@ -56,9 +67,11 @@ def kill_before(step: int) -> None:
 
 
 if __name__ == "__main__":
-    if {"fsdp2", "zero3"} & set(sys.argv):
+    if {"fsdp2", "hsdp", "zero3"} & set(sys.argv):
         distributed._check_machine = lambda *_: None
         divide_on_cpu()
+    if "hsdp" in sys.argv:
+        print_mesh()
     if "PACK" in os.environ:
         pack()
     if "KILL_STEP" in os.environ and os.environ.get("RANK") == "1":

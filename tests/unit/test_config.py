@@ -512,6 +512,10 @@ BAD = {
         {"device": "cpu", "train": {"parallel": "fsdp2", "processes": 2}},
         ["train.parallel fsdp2 needs GPUs"],
     ),
+    "HSDP on one node": (
+        {"train": {"parallel": "hsdp", "processes": 8}},
+        ["train.parallel hsdp", "train.nodes is 1", "fsdp2"],
+    ),
     "ZeRO-3 with LoRA": (
         {"train": {"parallel": "zero3", "processes": 8, "lora_rank": 8}},
         ["train.parallel zero3", "train.lora_rank"],

@@ -248,7 +248,7 @@ def test_a_packed_sequence_is_the_same_by_itself(model_type, sequences):
     assert together == pytest.approx(alone, abs=1e-4, rel=1e-6)
 
 
-def test_packed_sequences_with_checkpointing_have_the_same_gradients(sequences):
+def test_packed_gradients_are_the_same_with_checkpointing(sequences):
     model = random_model("llama")
     attention.use(model, attention.PACKED)
     batch = pair_batch(small_pairs(sequences), "packed")

@@ -21,6 +21,7 @@ from sppo.core.errors import UserError
 from sppo.policies.gpus import cores_of_job, take_gpus
 
 CONFIGS = ROOT / "config" / "accelerate"
+FSDP = ("fsdp2", "hsdp")  # the values of train.parallel that are PyTorch's FSDP2
 
 
 def launch(train: dict[str, Any], device: str) -> None:
@@ -57,8 +58,19 @@ def launch(train: dict[str, Any], device: str) -> None:
         flags += _rendezvous_flags(nodes)
     else:
         flags += ["--main_process_port", 0]  # 0: any free port
-    if parallel == "fsdp2":
+    if parallel in FSDP:
         flags += ["--fsdp_activation_checkpointing", str(train["gradient_checkpointing"]).lower()]
+    if parallel == "hsdp":
+        # The launcher asks for the first two before it reads the configuration file.
+        flags += [
+            "--use_fsdp",
+            "--fsdp_version=2",
+            "--use_parallelism_config",
+            "--parallelism_config_dp_replicate_size",
+            nodes,
+            "--parallelism_config_dp_shard_size",
+            here,
+        ]
     # Silence torch's own report of a failure; the lines below report it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:

@@ -365,6 +365,11 @@ def check_training(train: dict[str, Any]) -> None:
         )
     if train["parallel"] == "ddp":
         return
+    if train["parallel"] == "hsdp" and train["nodes"] == 1:
+        raise UserError(
+            "config: train.parallel hsdp copies a policy to each node, but train.nodes is 1; set"
+            " train.parallel: fsdp2"
+        )
     if train["processes"] == 1:
         raise UserError(
             f"config: train.parallel {train['parallel']} divides a policy over processes, but"

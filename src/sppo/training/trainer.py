@@ -34,7 +34,7 @@ from sppo.training.batches import (
     pair_batch,
 )
 from sppo.training.checkpoints import seal
-from sppo.training.distributed import first_alone
+from sppo.training.distributed import FSDP, first_alone
 from sppo.training.lengths import (
     Layout,
     computed_tokens,
@@ -400,7 +400,7 @@ def trainer_arguments(
         batches: the rows of a micro-batch, and the micro-batches of one process in a step.
     """
     micro, accumulated = batches
-    fsdp = options["parallel"] == "fsdp2"
+    fsdp = options["parallel"] in FSDP
     return {
         "output_dir": str(work),
         "max_steps": steps,
