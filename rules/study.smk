@@ -10,7 +10,7 @@ def measuring_flags(wildcards):
     train, responses = (settings(wildcards)[section] for section in ("train", "responses"))
     chosen = {key: train[key] for key in ("micro_batch_size", "precision", "beta")}
     chosen["lora_rank"] = train["lora_rank"] or None
-    keys = ("engine", "tensor_parallel", "max_new_tokens", "batch_size")
+    keys = [key for key in (*ENGINE_KEYS, "max_new_tokens") if key != "precision"]
     return flags(chosen | {key: responses[key] for key in keys}) + RUNNING
 
 

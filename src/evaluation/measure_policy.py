@@ -20,7 +20,7 @@ import numpy as np
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
-from sppo.core.config import DEVICES, MODEL_SOURCE
+from sppo.core.config import DEVICES, ENGINE_KEYS, MODEL_SOURCE
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table
@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=DEVICES, default="auto")
     add_section(parser, "train", only=("micro_batch_size", "precision", "lora_rank", "beta"))
-    keys = ("engine", "tensor_parallel", "max_new_tokens", "batch_size")
-    add_section(parser, "responses", only=keys)
+    keys = [key for key in ENGINE_KEYS if key != "precision"]  # the training's
+    add_section(parser, "responses", only=(*keys, "max_new_tokens"))
     add_section(parser, "policy", skip=MODEL_SOURCE)
     args = parser.parse_args()
 

@@ -33,6 +33,17 @@ from sppo.reporting.table_formats import markdown_table
 
 Row = dict[str, Any]
 RESAMPLES = 10_000
+# Of an iteration's measurements.json.
+MEASURED = (
+    "log_ratio_chosen",
+    "log_ratio_rejected",
+    "winners_raised",
+    "order_right",
+    "slope",
+    "eta",
+    "r_squared",
+    "kl",
+)
 COLOURS = ("#0072B2", "#CC79A7", "#E69F00", "#009E73", "#D55E00", "#56B4E9")
 
 
@@ -235,50 +246,49 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def measurement_table(rows: list[Row]) -> str:
-    """Realised log-ratios against targets after each run's last iteration: means over seeds."""
+    """Realised log-ratios against targets after each iteration: means over seeds."""
     lines = []
     for name, of_run in by_run(rows).items():
-        found = [row["iterations"][-1]["measurements"] for row in of_run]
-
-        def mean(key: str, measured: list[Row] = found) -> float:
-            return float(np.mean([each[key] for each in measured]))
-
-        lines.append(
-            [
-                name,
-                str(len(of_run[0]["iterations"])),
-                str(len(found)),
-                f"{mean('log_ratio_chosen'):+.1f}",
-                f"{mean('log_ratio_rejected'):+.1f}",
-                f"{100 * mean('winners_raised'):.0f}",
-                f"{100 * mean('order_right'):.0f}",
-                f"{mean('slope') * mean('eta'):.1f}",
-                f"{mean('r_squared'):.2f}",
-                f"{mean('kl'):.1f}",
-            ]
-        )
+        for t in range(1, max(len(row["iterations"]) for row in of_run) + 1):
+            measured = [each["measurements"] for row in of_run if (each := at(row, t)) is not None]
+            mean = {key: float(np.mean([each[key] for each in measured])) for key in MEASURED}
+            lines.append(
+                [
+                    name,
+                    str(t),
+                    str(len(measured)),
+                    f"{mean['log_ratio_chosen']:+.1f}",
+                    f"{mean['log_ratio_rejected']:+.1f}",
+                    f"{100 * mean['winners_raised']:.0f}",
+                    f"{100 * mean['order_right']:.0f}",
+                    f"{mean['slope'] * mean['eta']:.1f}",
+                    f"{mean['r_squared']:.2f}",
+                    f"{mean['kl']:.1f}",
+                ]
+            )
     head = ["run", "iteration", "seeds", "winner, nats", "loser, nats", "winners raised, %"]
     head += ["winner above loser, %", "nats per unit of P-hat", "R²", "KL to the base, nats"]
     return markdown_table(head, lines)
 
 
 def plot_win_rates(rows: list[Row], file: Path) -> None:
-    """Win rate by iteration of main and the runs with as many iterations; a thin line per seed."""
+    """Win rate by iteration of main and the runs with as many seeds; a thin line per seed."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     runs = by_run(rows)
     length = max(len(row["iterations"]) for row in rows)
     bases = {row["seed"]: row["base"]["win_rate"] for row in runs.get("main", [])}
-    shown = [name for name in runs if all(len(r["iterations"]) == length for r in runs[name])]
+    most_seeds = max(len(of_run) for of_run in runs.values())
+    shown = [name for name in runs if len(runs[name]) == most_seeds]
     for colour, name in zip(COLOURS, shown):
         lines = [
             [bases.get(row["seed"], np.nan), *(each["win_rate"] for each in row["iterations"])]
             for row in runs[name]
         ]
         for line in lines:
-            axes.plot(range(length + 1), line, color=colour, alpha=0.3, linewidth=0.8)
+            axes.plot(range(len(line)), line, color=colour, alpha=0.3, linewidth=0.8)
         means = np.nanmean(lines, axis=0)
-        axes.plot(range(length + 1), means, color=colour, marker="o", label=name)
+        axes.plot(range(len(means)), means, color=colour, marker="o", label=name)
     axes.axhline(50, color="0.4", linewidth=1, linestyle=":")
     axes.set(
         xlabel="iteration (0 is the base policy)",
