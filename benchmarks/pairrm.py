@@ -55,10 +55,11 @@ def main() -> None:
     device = pick_device("auto")
     groups = questions(args.prompts)
     if args.backend == "llm_blender":
-        from sppo.preferences.base import load_preference_model, settings_for
+        from sppo.preferences.base import Group, load_preference_model, settings_for
 
         settings = settings_for(str(args.model), backend="llm_blender")
-        timed("llm-blender", load_preference_model(settings, None, device), groups)
+        model = load_preference_model(settings, None, device)
+        timed("llm-blender", model, [Group(*group) for group in groups])
         return
     from sppo.preferences.pairrm_network import PairRM
 

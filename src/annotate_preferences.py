@@ -61,9 +61,8 @@ def main() -> None:
             args.source, args.policy, args.chat_template_kwargs, args.template_date
         )
         groups = {
-            prompt_id: (
-                reader.text(prompts[prompt_id]["messages"]),
-                [row["text"] for row in candidates],
+            prompt_id: reader.group(
+                prompts[prompt_id]["messages"], [row["text"] for row in candidates]
             )
             for prompt_id, candidates in responses.items()
         }

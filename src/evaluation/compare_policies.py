@@ -22,7 +22,7 @@ from sppo.core.artifacts import recorded, write_text
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.evaluation.alpaca_eval import read_outputs
-from sppo.preferences.base import compare, load_preference_model, model_files, settings_for
+from sppo.preferences.base import Group, compare, load_preference_model, model_files, settings_for
 from sppo.preferences.estimates import Array, win_probabilities
 from sppo.reporting.figures import pyplot, save
 
@@ -61,7 +61,7 @@ def main() -> None:
             records.enter_context(recorded("tabulate", artifact, inputs, vars(args)))
         model = load_preference_model(settings_for(args.model), args.ranker_base, args.device)
         groups = {
-            str(number): (instruction, texts)
+            str(number): Group(instruction, texts)
             for number, (instruction, texts) in enumerate(answers.items(), start=1)
         }
         compared = compare(model, groups, "instruction").values()

@@ -17,7 +17,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import known_hash, read_json, recorded, write_json
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
-from sppo.preferences.base import compare, load_preference_model, model_files, settings_for
+from sppo.preferences.base import Group, compare, load_preference_model, model_files, settings_for
 from sppo.preferences.estimates import mean_logits
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     with recorded("answer", args.output, inputs, vars(args)) as facts:
         model = load_preference_model(settings_for(args.model), args.ranker_base, args.device)
         groups = {
-            str(number): (instruction, [row["output"] for row in rows[: args.n]])
+            str(number): Group(instruction, [row["output"] for row in rows[: args.n]])
             for number, (instruction, rows) in enumerate(answers.items(), start=1)
         }
         compared = compare(model, groups, "instruction").values()

@@ -126,7 +126,7 @@ def by_preference(
     model = load_preference_model(vars(args), args.ranker_base, args.device)
     reader = PromptReader(args.source, args.policy, args.chat_template_kwargs, args.template_date)
     groups = {
-        prompt_id: (reader.text(messages[prompt_id]), list(pool.values()))
+        prompt_id: reader.group(messages[prompt_id], list(pool.values()))
         for prompt_id, pool in pools.items()
     }
     grades: Grades = {}

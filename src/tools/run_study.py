@@ -225,7 +225,7 @@ def round_robin(folders: list[Path]) -> list[list[float]]:
     """How often each iterate (row) wins against each other one (column), in per cent."""
     # Imported late because loading lm-eval's checkers takes seconds.
     from sppo.evaluation.alpaca_eval import read_outputs
-    from sppo.preferences.base import compare, load_preference_model, settings_for
+    from sppo.preferences.base import Group, compare, load_preference_model, settings_for
     from sppo.preferences.estimates import win_probabilities
 
     answers: dict[str, list[str]] = {}
@@ -233,7 +233,7 @@ def round_robin(folders: list[Path]) -> list[list[float]]:
         for row in read_outputs(folder / "alpaca_eval_outputs.json"):
             answers.setdefault(row["instruction"], []).append(row["output"])
     judge = read_json(folders[0] / "alpaca_eval.json")["judge"]
-    groups = {text: (text, outputs) for text, outputs in answers.items()}
+    groups = {text: Group(text, outputs) for text, outputs in answers.items()}
     logits = compare(load_preference_model(settings_for(judge)), groups, "instruction")
     wins = sum(win_probabilities(each) for each in logits.values()) / len(logits)
     return [[round(100 * float(value), 2) for value in line] for line in wins]

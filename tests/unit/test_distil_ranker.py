@@ -69,7 +69,7 @@ def test_student_learns_its_teachers_order(distil, tmp_path, tiny_policy):
     assert spec["held_out"]["agreement"] == spec["held_out"]["best"] == 1
     assert spec["held_out"]["prompts_without_condorcet_winner"] == 0
     model = load_preference_model(settings_for(str(tmp_path / "adapter")), tiny_policy, "cpu")
-    (logits,) = model.all_pair_logits([("Say p3", [BAD, GOOD])])
+    logits = model.pair_logits("Say p3", [BAD, GOOD])
     assert logits[1, 0] > 0 > logits[0, 1]
     learned = (tmp_path / "adapter/training_instructions.txt").read_text().split()
     assert learned == sorted(instruction_hash(f"Say p{i}") for i in range(40) if i not in tested)

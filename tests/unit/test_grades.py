@@ -210,7 +210,7 @@ class Longer:
     name = "longer"
 
     def all_pair_logits(self, groups):
-        for prompt, texts in groups:
+        for prompt, texts, _ in groups:
             assert prompt in PROMPTS.values()
             lengths = np.array([len(text) for text in texts], dtype=float)
             yield (lengths[:, None] - lengths[None, :]) / 10

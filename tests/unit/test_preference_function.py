@@ -9,13 +9,13 @@ import annotate_preferences
 from sppo.core.artifacts import file_hash, read_json, record_path
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table, write_table
-from sppo.preferences.base import find_kind, load_preference_model, settings_for
+from sppo.preferences.base import Group, find_kind, load_preference_model, settings_for
 from sppo.preferences.estimates import p_hat, win_probabilities
 from sppo.preferences.function import FunctionModel
 from sppo.workflow.configuration import resolve
 from sppo.workflow.preflight import check_inputs
 
-GROUPS = [("Say hi.", ["hi", "hello there", "hi"]), ("Count.", ["one", "one, two"])]
+GROUPS = [Group("Say hi.", ["hi", "hello there", "hi"]), Group("Count.", ["one", "one, two"])]
 LONGER = """
 import numpy as np
 
@@ -84,7 +84,7 @@ def test_function_may_import_a_neighbouring_module(model, tmp_path):
         "def prefer(prompt, responses):\n"
         "    return [WEIGHT * len(response) for response in responses]\n"
     )
-    (logits,) = model(text).all_pair_logits([("p", ["a", "bbb"])])
+    (logits,) = model(text).all_pair_logits([Group("p", ["a", "bbb"])])
     assert logits[1, 0] == pytest.approx(4)
 
 
@@ -94,9 +94,9 @@ def test_function_may_change_its_list_of_responses(model):
         "    responses.reverse()\n"
         "    return [2 * len(response) for response in responses]\n"
     )
-    groups = [("p", ["a", "bbb"])]
+    groups = [Group("p", ["a", "bbb"])]
     (logits,) = model(text).all_pair_logits(groups)
-    assert groups == [("p", ["a", "bbb"])]
+    assert groups == [Group("p", ["a", "bbb"])]
     assert logits[0, 1] == pytest.approx(4)
 
 

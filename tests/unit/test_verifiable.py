@@ -18,6 +18,7 @@ from sppo.core.errors import UserError
 from sppo.core.tables import write_table
 from sppo.evaluation.alpaca_eval import PreferenceAnnotator
 from sppo.preferences.base import (
+    Group,
     compare,
     find_kind,
     load_preference_model,
@@ -150,12 +151,12 @@ WEIGHTS = {
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 def test_p_is_the_share_of_annotators_counted_in_loops(weights, population):
     model = population(TITLE, SKY, weights=weights)
-    (logits,) = model.all_pair_logits([(PROMPT, RESPONSES)])
+    (logits,) = model.all_pair_logits([Group(PROMPT, RESPONSES)])
     assert win_probabilities(logits) == pytest.approx(np.array(by_hand(weights)), abs=1e-8)
 
 
 def test_cycle_built_by_hand_is_cyclic(population):
-    (logits,) = population(SKY).all_pair_logits([(PROMPT, CYCLE)])
+    (logits,) = population(SKY).all_pair_logits([Group(PROMPT, CYCLE)])
     # Of 10 annotators, the graded ones prefer a to b by 2 to 1; strict and loose ones are tied.
     expected = np.array([[0.5, 0.55, 0.45], [0.45, 0.5, 0.55], [0.55, 0.45, 0.5]])
     assert win_probabilities(logits) == pytest.approx(expected)
@@ -172,7 +173,9 @@ def test_constraint_without_a_number_has_no_graded_annotator(population):
 
 def test_unanimous_annotators_give_finite_logits(population):
     weights = {"strict": 1, "loose": 1, "graded": 1, "general": 0}
-    (logits,) = population(TITLE, weights=weights).all_pair_logits([("A title.", ["<<A>>", "B"])])
+    (logits,) = population(TITLE, weights=weights).all_pair_logits(
+        [Group("A title.", ["<<A>>", "B"])]
+    )
     assert np.isfinite(logits).all()
     assert win_probabilities(logits)[0, 1] == pytest.approx(1, abs=1e-8)
 
@@ -186,9 +189,9 @@ def shipped() -> VerifiableModel:
 
 
 @pytest.fixture(scope="module")
-def groups() -> list[tuple[str, list[str]]]:
+def groups() -> list[Group]:
     prompts = [row["prompt"] for row in json_lines(DATA / "train.jsonl")[:12]]
-    return [(prompt, RESPONSES) for prompt in prompts]
+    return [Group(prompt, RESPONSES) for prompt in prompts]
 
 
 def test_p_and_its_transpose_add_up_to_one(shipped, groups):
@@ -202,7 +205,7 @@ def test_p_and_its_transpose_add_up_to_one(shipped, groups):
 
 def test_p_follows_a_permutation_of_the_responses(shipped, groups):
     order = [3, 9, 0, 5, 1, 8, 2, 7, 6, 4]
-    permuted = [(prompt, [texts[i] for i in order]) for prompt, texts in groups]
+    permuted = [Group(prompt, [texts[i] for i in order]) for prompt, texts, _ in groups]
     for first, second in zip(
         shipped.all_pair_logits(groups), shipped.all_pair_logits(permuted), strict=True
     ):
@@ -210,15 +213,15 @@ def test_p_follows_a_permutation_of_the_responses(shipped, groups):
 
 
 def test_equal_responses_tie_and_groups_do_not_matter(shipped, groups):
-    prompt, texts = groups[0]
-    (logits,) = shipped.all_pair_logits([(prompt, [*texts, texts[2]])])
+    prompt, texts, _ = groups[0]
+    (logits,) = shipped.all_pair_logits([Group(prompt, [*texts, texts[2]])])
     assert logits[2, -1] == logits[-1, 2] == 0
     assert (logits[:-1, :-1] == shipped.all_pair_logits(groups)[0]).all()
 
 
 def test_empty_response_never_beats_one_with_a_sentence(shipped):
     prompts = [row["prompt"] for row in json_lines(DATA / "train.jsonl")[:60]]
-    for logits in shipped.all_pair_logits([(prompt, ["", CYCLE[0]]) for prompt in prompts]):
+    for logits in shipped.all_pair_logits([Group(prompt, ["", CYCLE[0]]) for prompt in prompts]):
         assert win_probabilities(logits)[0, 1] < 0.5
 
 
@@ -288,7 +291,7 @@ def test_record_has_the_files_and_how_often_p_is_cyclic(tmp_path, program):
 
 def test_unknown_prompt_is_a_one_line_error_with_its_id(population, tmp_path, program):
     model = population(SKY)
-    groups = {"q7": (PROMPT, CYCLE), "q8": ("Another prompt\nof two lines", CYCLE)}
+    groups = {"q7": Group(PROMPT, CYCLE), "q8": Group("Another prompt\nof two lines", CYCLE)}
     said = r"mine.yaml, prompt q8: no constraints are known for the prompt 'Another prompt\\nof"
     with pytest.raises(UserError, match=said) as caught:
         compare(model, groups)
@@ -300,7 +303,7 @@ def test_unknown_prompt_is_a_one_line_error_with_its_id(population, tmp_path, pr
 
 def test_white_space_around_a_prompt_does_not_matter(population):
     model = population(SKY | {"prompt": f"{PROMPT}\n"})
-    assert model.all_pair_logits([(f" {PROMPT}", CYCLE)])[0].shape == (3, 3)
+    assert model.all_pair_logits([Group(f" {PROMPT}", CYCLE)])[0].shape == (3, 3)
 
 
 GOOD = "instructions: [mine.jsonl]\nweights: {strict: 1, loose: 1, graded: 1, general: 1}\n"
@@ -420,6 +423,6 @@ def test_example_of_the_page_is_accepted(tmp_path, monkeypatch):
     check_inputs("", run)
     model = load_preference_model(run["preference"])
     assert len(model.instructions) == 36
-    groups = [(f"{records[0]['prompt']} 0 0", ["Rain is wet.", "Rain is wet. " * 9])]
+    groups = [Group(f"{records[0]['prompt']} 0 0", ["Rain is wet.", "Rain is wet. " * 9])]
     (logits,) = model.all_pair_logits(groups)
     assert win_probabilities(logits)[0, 1] == pytest.approx(1, abs=1e-8)

@@ -12,10 +12,10 @@ The Snakefile imports this package without torch, so a kind imports heavy packag
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from sppo.core.config import default_of, schema
 from sppo.core.errors import UserError
@@ -24,7 +24,25 @@ if TYPE_CHECKING:
     import numpy as np
 
 Settings = Mapping[str, Any]  # the configuration section `preference`
-Group = tuple[str, list[str]]  # a prompt and the responses to it
+Message = Mapping[str, str]  # role and content
+
+
+class Group(NamedTuple):
+    """A prompt and the responses to it.
+
+    prompt: what a model reads that takes one text. messages: the whole chat before the responses,
+    for models that take chats; None if the prompt is all there is.
+    """
+
+    prompt: str
+    responses: list[str]
+    messages: Sequence[Message] | None = None
+
+    @property
+    def chat(self) -> list[dict[str, str]]:
+        """The chat before the responses."""
+        messages = self.messages or [{"role": "user", "content": self.prompt}]
+        return [dict(message) for message in messages]
 
 
 @dataclass(frozen=True)
@@ -126,7 +144,7 @@ class PreferenceModel(ABC):
 
     def pair_logits(self, prompt: str, responses: list[str]) -> np.ndarray:
         """`all_pair_logits` of one group."""
-        return self.all_pair_logits([(prompt, responses)])[0]
+        return self.all_pair_logits([Group(prompt, responses)])[0]
 
 
 KINDS: dict[str, type[PreferenceModel]] = {}
@@ -230,7 +248,7 @@ def compare(
         raise UserError(f"{model.name}, {what} {ids[error.index]}: {error}") from None
     logits = dict(zip(ids, found, strict=True))
     for name, values in logits.items():
-        k = len(groups[name][1])
+        k = len(groups[name].responses)
         if values.shape != (k, k) or not np.isfinite(values).all():
             raise UserError(
                 f"{model.name}, {what} {name}: expected {k} x {k} finite logits; check the model"

@@ -87,7 +87,7 @@ class EmbeddedModel(PreferenceModel):
         self.name = self.network.name
 
     def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
-        return self.network.all_pair_logits(groups)
+        return self.network.all_pair_logits([(each.prompt, each.responses) for each in groups])
 
 
 def check_adapter(model: str, key: str) -> None:

@@ -89,7 +89,7 @@ class FunctionModel(PreferenceModel):
 
         found, deviations = [], []
         shown = progress(groups, "compare") if len(groups) > 1 else groups
-        for index, (prompt, responses) in enumerate(shown):
+        for index, (prompt, responses, _) in enumerate(shown):
             P = self._probabilities(index, prompt, responses)
             deviations.append(float(np.abs(P + P.T - 1.0).max(initial=0.0)))
             found.append(logits_of((P + 1.0 - P.T) / 2))

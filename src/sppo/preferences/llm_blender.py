@@ -61,7 +61,7 @@ class LlmBlenderModel(PairRMFiles):
         for first in progress(range(0, len(groups), self.together), "compare"):
             together = groups[first : first + self.together]
             batch = self.collate(
-                [{"source": prompt, "candidates": candidates} for prompt, candidates in together]
+                [{"source": each.prompt, "candidates": each.responses} for each in together]
             )
             inputs = {key: value for key, value in batch.items() if value is not None}
             with torch.inference_mode():

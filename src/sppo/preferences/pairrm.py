@@ -77,4 +77,4 @@ class PairRMModel(PairRMFiles):
         self.name = self.network.name
 
     def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
-        return self.network.all_pair_logits(groups)
+        return self.network.all_pair_logits([(each.prompt, each.responses) for each in groups])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sppo.preferences.base import Group
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -37,3 +39,7 @@ class PromptReader:
         from sppo.policies.models import render_chat
 
         return render_chat(self.tokenizer, messages)
+
+    def group(self, messages: list[dict[str, str]], responses: list[str]) -> Group:
+        """The responses to a chat, for a preference model."""
+        return Group(self.text(messages), responses, messages)

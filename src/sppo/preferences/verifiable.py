@@ -110,7 +110,7 @@ class VerifiableModel(PreferenceModel):
         from sppo.preferences.estimates import logits_of
 
         found = []
-        for index, (prompt, responses) in enumerate(groups):
+        for index, (prompt, responses, _) in enumerate(groups):
             instruction = self.instructions.get(prompt.strip())
             if instruction is None:
                 raise ComparisonError(
