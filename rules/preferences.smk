@@ -19,7 +19,8 @@ def preference_model(run):
     of_main = run_settings("")["preference"]
     if not preference_kind(run).is_prepared:
         return chosen["model"]
-    is_same = all(chosen[key] == of_main[key] for key in ("model", "revision", "backend"))
+    keys = ("model", "revision", "backend", "kind")
+    is_same = all(chosen[key] == of_main[key] for key in keys)
     return artifact("" if is_same else run, 0, "preference_model")
 
 
@@ -45,6 +46,7 @@ def comparison_flags(wildcards):
     options = {key: chosen[key] for key in ("source", *preference_kind(run).options)}
     if preference_kind(run).is_prepared:
         options["backend"] = chosen["backend"]
+    options["kind"] = chosen["kind"]
     return flags({"model": preference_model(run)} | options) + CHATS
 
 
@@ -86,7 +88,7 @@ rule preference_model:
         options=lambda wildcards: flags(
             {
                 key: settings(wildcards)["preference"][key]
-                for key in ("model", "revision", "backend")
+                for key in ("model", "revision", "backend", "kind")
             }
         ),
     message:

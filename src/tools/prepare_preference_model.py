@@ -1,6 +1,6 @@
 """Put a preference model that is fetched into its place, before anything is sampled.
 
-Reads   a folder, or the hub at a pinned revision (the local cache first), with the files of PairRM
+Reads   a folder, or the hub at a pinned revision (the local cache first), with the model's files
 Writes  iter0/preference_model, a folder of links to its files, and a record with the hub's commit.
         Files of another layout are refused here, not after sampling.
 """
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_section(parser, "preference", only=("model", "revision", "backend"))
+    add_section(parser, "preference", only=("model", "revision", "backend", "kind"))
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 

@@ -356,7 +356,7 @@ def damage(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("another model", "another layout"),
+        ("another model", "a reward model is sequence classification with one output"),
         ("configuration is a list", "another layout"),
         ("pickled weights", "model.safetensors"),
         ("no tokenizer", "tokenizer.json"),

@@ -68,7 +68,8 @@ def schema() -> Config:
     for section in rules["properties"].values():
         for key, rule in section.get("properties", {}).items():
             if "x-choices" in rule:
-                rule["enum"] = list(_registry(rule["x-choices"]))
+                nothing = [None] if "null" in rule["type"] else []
+                rule["enum"] = [*_registry(rule["x-choices"]), *nothing]
             if "x-items" in rule:
                 rule["items"] = {"enum": [each.name for each in _registry(rule["x-items"])]}
             if "x-loss-parameter" in rule:

@@ -408,13 +408,22 @@ def load_config(folder: Path) -> Any:
         ) from error
 
 
-def load_whole(kind: Any, folder: Path, head: bool = True, **options: Any) -> PreTrainedModel:
+def load_whole(
+    kind: Any,
+    folder: Path,
+    head: bool = True,
+    what: str = "a causal language model",
+    **options: Any,
+) -> PreTrainedModel:
     """The model in a folder, loaded by `kind`, a transformers Auto class, with these options.
 
     UserError if the model cannot be loaded, if names or shapes of weights differ between the file
     and the model, or if a weight is not finite. (transformers itself initialises missing weights at
-    random.) `head`: whether a language head in the file must be part of the model. In a job of
-    several processes only the first one checks the weights, because the others may hold none.
+    random.) In a job of several processes only the first one checks the weights, because the others
+    may hold none.
+
+    `head`: whether a language head in the file must be part of the model. `what`: the form of the
+    model, for an error.
     """
     from transformers.utils import logging
 
@@ -432,8 +441,8 @@ def load_whole(kind: Any, folder: Path, head: bool = True, **options: Any) -> Pr
         raise
     except Exception as error:  # of many types; the cause of each is the content of the files
         raise UserError(
-            f"cannot load the model in {folder} ({_first_line(error)}); give a causal "
-            "language model that transformers supports, saved with save_pretrained"
+            f"cannot load the model in {folder} ({_first_line(error)}); give {what} "
+            "that transformers supports, saved with save_pretrained"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

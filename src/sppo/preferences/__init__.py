@@ -5,14 +5,24 @@ Each import below registers one kind of preference model. A new kind is one more
 
 from sppo.preferences.base import PreferenceModel, register  # isort: skip
 
-from sppo.preferences import embedded, function, llm_blender, pairrm, verifiable
+from sppo.preferences import (
+    embedded,
+    function,
+    http,
+    llm_blender,
+    pairrm,
+    reward_model,
+    verifiable,
+)
 
 __all__ = [
     "PreferenceModel",
     "embedded",
     "function",
+    "http",
     "llm_blender",
     "pairrm",
     "register",
+    "reward_model",
     "verifiable",
 ]

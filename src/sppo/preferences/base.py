@@ -158,6 +158,8 @@ def register(kind: type[PreferenceModel]) -> type[PreferenceModel]:
 
 def find_kind(settings: Settings) -> type[PreferenceModel] | None:
     """The kind of the model that the settings name, None if no kind recognises it."""
+    if settings.get("kind"):
+        return KINDS[settings["kind"]]
     for kind in KINDS.values():
         if kind.recognises(settings):
             return kind
@@ -169,7 +171,10 @@ def kind_of(settings: Settings, key: str = "config: preference.model") -> type[P
     kind = find_kind(settings)
     if kind is None:
         forms = ", ".join(dict.fromkeys(kind.form for kind in KINDS.values()))
-        raise UserError(f"{key} is {settings['model']}; give {forms}")
+        raise UserError(
+            f"{key} is {settings['model']}; give {forms}. For another model on the hub, say with"
+            " preference.kind what it is"
+        )
     return kind
 
 

@@ -80,74 +80,98 @@ class FunctionModel(PreferenceModel):
         file, name = _place(settings["model"])
         self.name = settings["model"]
         self.function = _load(file, name)
-        self.has_warned = False
+        self.warning = SymmetryWarning(self.name)
 
     def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
-        import numpy as np
-
         from sppo.preferences.estimates import logits_of
 
-        found, deviations = [], []
         shown = progress(groups, "compare") if len(groups) > 1 else groups
-        for index, (prompt, responses, _) in enumerate(shown):
-            P = self._probabilities(index, prompt, responses)
-            deviations.append(float(np.abs(P + P.T - 1.0).max(initial=0.0)))
-            found.append(logits_of((P + 1.0 - P.T) / 2))
-        off = [deviation for deviation in deviations if deviation > SYMMETRIC]
-        if off and not self.has_warned:
-            self.has_warned = True
-            print(
-                f"warning: {self.name} is not symmetric for {len(off)} of {len(groups)} prompts:"
-                f" P(i, j) + P(j, i) differs from 1 by up to {max(off):.3g}; the mean of P(i, j)"
-                " and 1 - P(j, i) is used",
-                file=sys.stderr,
-                flush=True,
-            )
-        return found
+        found = [
+            self._probabilities(index, prompt, responses)
+            for index, (prompt, responses, _) in enumerate(shown)
+        ]
+        self.warning.check(found)
+        return [logits_of((P + 1.0 - P.T) / 2) for P in found]
 
     def _probabilities(self, index: int, prompt: str, responses: list[str]) -> np.ndarray:
         """What the function returns for one prompt, as a (K, K) matrix with diagonal 1/2."""
-        import numpy as np
-
         try:
             returned = self.function(prompt, list(responses))
         except (Exception, SystemExit) as error:  # a user's function can raise anything
             place = traceback.extract_tb(error.__traceback__)[-1]
             reason = f"{_described(error)} ({place.filename}, line {place.lineno})"
             raise ComparisonError(index, f"the function raised {reason}; correct it") from error
-        try:
-            if hasattr(returned, "detach"):  # a torch tensor, which can be on a GPU or in bfloat16
-                returned = returned.detach().cpu().double().numpy()
-            values = np.asarray(returned)
-            if values.dtype.kind not in "biufO":
-                raise TypeError(f"it has dtype {values.dtype}")
-            values = values.astype(np.float64)
-        except Exception as error:  # as above, for an object's own conversion
-            reason = f"returned {type(returned).__name__}, which is no array of numbers"
-            raise ComparisonError(
-                index, f"the function {reason} ({_described(error)}); correct it"
-            ) from None
         k = len(responses)
-        if values.shape not in ((k,), (k, k)):
-            raise ComparisonError(
-                index,
-                f"the function returned shape {values.shape}; return ({k}, {k}) probabilities or"
-                f" ({k},) scores",
+        try:
+            return probabilities_of(returned, (k, k), (k,))
+        except ValueError as error:
+            raise ComparisonError(index, f"the function returned {error}") from None
+
+
+def probabilities_of(returned: Any, *shapes: tuple[int, ...]) -> np.ndarray:
+    """P (K, K) with diagonal 1/2, of what a user's code returned.
+
+    Args:
+        returned: probabilities (K, K), or scores (K,).
+        shapes: those that are allowed, in the order in which an error names them.
+
+    Raises ValueError with what is wrong and the remedy, after "returned".
+    """
+    import numpy as np
+
+    try:
+        if hasattr(returned, "detach"):  # a torch tensor, which can be on a GPU or in bfloat16
+            returned = returned.detach().cpu().double().numpy()
+        values = np.asarray(returned)
+        if values.dtype.kind not in "biufO":
+            raise TypeError(f"it has dtype {values.dtype}")
+        values = values.astype(np.float64)
+    except Exception as error:  # an object's own conversion can raise anything
+        raise ValueError(
+            f"{type(returned).__name__}, which is no array of numbers ({_described(error)});"
+            " correct it"
+        ) from None
+    if values.shape not in shapes:
+        names = ["probabilities" if len(shape) == 2 else "scores" for shape in shapes]
+        wanted = " or ".join(f"{s} {name}" for s, name in zip(shapes, names, strict=True))
+        raise ValueError(f"shape {values.shape}; return {wanted}")
+    if values.ndim == 2:
+        np.fill_diagonal(values, 0.5)
+    if not np.isfinite(values).all():
+        raise ValueError("NaN or infinity; correct it")
+    if values.ndim == 1:
+        gaps = values[:, None] - values[None, :]
+        return 0.5 * (1.0 + np.tanh(0.5 * gaps))  # sigma, without overflow
+    if values.size and not 0.0 <= values.min() <= values.max() <= 1.0:
+        raise ValueError(
+            f"{values.min():.3g} to {values.max():.3g}, which are no probabilities; return values"
+            f" in [0, 1], or ({len(values)},) scores"
+        )
+    return values
+
+
+class SymmetryWarning:
+    """Warns once if P[i, j] + P[j, i] is not 1. name: of the preference model."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.was_given = False
+
+    def check(self, found: list[np.ndarray]) -> None:
+        """Look at the matrices (K, K) of all prompts."""
+        import numpy as np
+
+        deviations = [float(np.abs(P + P.T - 1.0).max(initial=0.0)) for P in found]
+        off = [deviation for deviation in deviations if deviation > SYMMETRIC]
+        if off and not self.was_given:
+            self.was_given = True
+            print(
+                f"warning: {self.name} is not symmetric for {len(off)} of {len(found)} prompts:"
+                f" P(i, j) + P(j, i) differs from 1 by up to {max(off):.3g}; the mean of P(i, j)"
+                " and 1 - P(j, i) is used",
+                file=sys.stderr,
+                flush=True,
             )
-        if values.ndim == 2:
-            np.fill_diagonal(values, 0.5)
-        if not np.isfinite(values).all():
-            raise ComparisonError(index, "the function returned NaN or infinity; correct it")
-        if values.ndim == 1:
-            gaps = values[:, None] - values[None, :]
-            return 0.5 * (1.0 + np.tanh(0.5 * gaps))  # sigma, without overflow
-        if values.min() < 0.0 or values.max() > 1.0:
-            raise ComparisonError(
-                index,
-                f"the function returned {values.min():.3g} to {values.max():.3g}, which are no"
-                f" probabilities; return values in [0, 1], or ({k},) scores",
-            )
-        return values
 
 
 def _place(model: str) -> tuple[Path, str]:

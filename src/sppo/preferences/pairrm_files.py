@@ -21,11 +21,19 @@ LIMITS = {"source_maxlength": 1224, "candidate_maxlength": 412}
 
 
 def is_pairrm(model: str | Path) -> bool:
-    """Whether this is PairRM: a folder with a model's config and no adapter, or such a hub id."""
+    """Whether this is PairRM: such a hub id, or a folder with a model's config.
+
+    Folders of adapters and of sequence classification models are other kinds.
+    """
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        return (folder / "config.json").is_file() and not (folder / "ranker.json").is_file()
-    return bool(PAIRRM_ON_HUB.fullmatch(str(model)))
+    if not folder.is_dir():
+        return bool(PAIRRM_ON_HUB.fullmatch(str(model)))
+    if not (folder / "config.json").is_file() or (folder / "ranker.json").is_file():
+        return False
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "ranker_type" in config:
+        return True
+    return not any("ForSequenceClassification" in n for n in config.get("architectures") or ())
 
 
 def check_pairrm(folder: Path, backend: str = "transformers") -> str:

@@ -42,6 +42,7 @@ from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
 from sppo.policies.models import compute_dtype
+from sppo.preferences.length_batches import batches
 from sppo.preferences.pairrm_files import LIMITS, check_pairrm
 
 SOURCE = "<|source|>"
@@ -139,21 +140,6 @@ class PairTokenizer:
 def truncated(ids: list[int], limit: int) -> list[int]:
     """At most `limit` ids: the beginning of the text and its [SEP]."""
     return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
-
-
-def batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices into `lengths` in batches, the longest first.
-
-    The padded size of a batch is at most `budget`, unless a batch has only one element.
-    """
-    found: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        # The first element of a batch is its longest.
-        if found and (len(found[-1]) + 1) * lengths[found[-1][0]] <= budget:
-            found[-1].append(index)
-        else:
-            found.append([index])
-    return found
 
 
 @dataclass

@@ -1,0 +1,225 @@
+"""Reward models: sequence classification with one output, such as Skywork-Reward-V2.
+
+`preference: {model: folder or hub id}`. The model reads the chat with a response, in its own chat
+template, and gives a reward r. The logit that response i beats response j is r_i - r_j
+(Bradley-Terry); `pairs.logit_scale` scales it.
+
+Departures from the example code on the models' cards:
+
+* The output layer computes in float32. In bfloat16 a reward of 20 would be rounded to multiples of
+  1/8.
+* Responses are read in batches of similar length. The padding is a token that none of them
+  contains, because transformers reads the reward at the last token that is not padding.
+* Control tokens that a text spells out get a space, as everywhere in this repository.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sppo.core.artifacts import read_json
+from sppo.core.errors import UserError
+from sppo.core.progress import progress
+from sppo.policies.models import HUB_ID, fetch
+from sppo.policies.shapes import forward_flops, shape_of
+from sppo.preferences.base import (
+    ComparisonError,
+    Group,
+    PreferenceModel,
+    Reading,
+    Settings,
+    register,
+)
+from sppo.preferences.length_batches import batches
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+# Reward models on the hub of this form. Others need `preference.kind`.
+FAMILIES = ("Skywork/Skywork-Reward-", "NCSOFT/Llama-3-OffsetBias-RM-")
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """The config.json in a model's folder; empty if there is none, and for PairRM's."""
+    file = Path(model).expanduser() / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    return config if isinstance(config, dict) and "ranker_type" not in config else {}
+
+
+def outputs_of(config: dict[str, Any]) -> int | None:
+    """The number of outputs of a sequence classification model; None for another model."""
+    if not any("ForSequenceClassification" in name for name in config.get("architectures") or []):
+        return None
+    return config.get("num_labels") or len(config.get("id2label") or {"0": "", "1": ""})
+
+
+@register
+class RewardModel(PreferenceModel):
+    """A reward model of transformers."""
+
+    kind = "reward_model"
+    form = "a folder or hub id of a reward model (sequence classification with one output)"
+    options = ("precision", "batch_tokens")
+    is_prepared = True
+
+    @classmethod
+    def recognises(cls, settings: Settings) -> bool:
+        model = settings["model"]
+        return model.startswith(FAMILIES) or outputs_of(config_of(model)) is not None
+
+    @classmethod
+    def files(cls, model: str) -> list[Path]:
+        return [Path(model)]
+
+    @classmethod
+    def check(cls, settings: Settings, key: str) -> None:
+        model = settings["model"]
+        if not Path(model).expanduser().is_dir():
+            if HUB_ID.fullmatch(model):
+                return  # `prepare` fetches it, and checks it then
+            raise UserError(f"{key} is {model}, which is neither a folder nor a hub id; correct it")
+        check_config(Path(model).expanduser(), key)
+
+    @classmethod
+    def prepare(cls, settings: Settings) -> tuple[Path, dict[str, Any]]:
+        folder, commit = fetch(settings["model"], settings["revision"], "preference.model")
+        check_config(folder, "preference.model")
+        return folder, {"commit": commit}
+
+    @classmethod
+    def cost(
+        cls, model: str, prompts: float, prompt: float, samples: int, response: float
+    ) -> Reading | None:
+        """Each response is read once, with its prompt."""
+        config = config_of(model)
+        if "num_hidden_layers" not in config:
+            return None  # a hub id that has not been fetched
+        shape = shape_of(config)
+        length = prompt + response
+        tokens = prompts * samples * length
+        flops = forward_flops(shape, tokens, length / 2, 0)
+        return Reading(flops, tokens, shape.weights)
+
+    def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
+        from torch import nn
+        from transformers import AutoModelForSequenceClassification
+
+        from sppo.policies.models import (
+            compute_dtype,
+            context_length,
+            control_tokens,
+            load_config,
+            load_tokenizer,
+            load_whole,
+        )
+
+        folder = Path(settings["model"])
+        check_config(folder, "preference.model")
+        self.name = str(settings["model"])
+        self.device = device
+        self.batch_tokens = settings["batch_tokens"]
+        self.tokenizer = load_tokenizer(folder)
+        self.controls = control_tokens(self.tokenizer)
+        self.context = context_length(folder)
+        self.model = load_whole(
+            AutoModelForSequenceClassification,
+            folder,
+            config=load_config(folder),
+            dtype=compute_dtype(settings["precision"], device),
+            what="a sequence classification model",
+        )
+        self.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
+        self.model.eval()
+        head = getattr(self.model, "score", None)
+        if isinstance(head, nn.Linear):
+            head.float()
+            head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+
+    def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
+        import numpy as np
+
+        sequences: dict[tuple[int, str], list[int]] = {}
+        for index, group in enumerate(groups):
+            for text in group.responses:
+                if (index, text) not in sequences:
+                    sequences[index, text] = self._ids(index, group, text)
+        rewards = dict(zip(sequences, self._rewards(list(sequences.values())), strict=True))
+        found = []
+        for index, group in enumerate(groups):
+            own = np.array([rewards[index, text] for text in group.responses], dtype=float)
+            found.append(own[:, None] - own[None, :])
+        return found
+
+    def _ids(self, index: int, group: Group, text: str) -> list[int]:
+        """The token ids of the chat with this response."""
+        from sppo.policies.models import render_chat, without_control_tokens
+
+        chat = [*group.chat, {"role": "assistant", "content": text}]
+        for message in chat:
+            message["content"] = without_control_tokens(self.controls, message["content"])
+        try:
+            rendered = render_chat(self.tokenizer, chat, answer_next=False)
+        except UserError as error:
+            raise ComparisonError(index, str(error)) from None
+        ids = self.tokenizer(rendered, add_special_tokens=False).input_ids
+        if self.context is not None and len(ids) > self.context:
+            raise ComparisonError(
+                index,
+                f"a response and its prompt have {len(ids)} tokens, but the model reads"
+                f" {self.context}; lower responses.max_new_tokens or prompts.max_tokens",
+            )
+        return ids
+
+    def _rewards(self, sequences: list[list[int]]) -> list[float]:
+        """The reward of each sequence."""
+        import torch
+
+        rewards = [0.0] * len(sequences)
+        work = batches([len(ids) for ids in sequences], self.batch_tokens)
+        with torch.inference_mode():
+            for batch in progress(work, "compare") if len(work) > 1 else work:
+                found = self._forward([sequences[index] for index in batch])
+                for index, reward in zip(batch, found.double().tolist(), strict=True):
+                    rewards[index] = reward
+        return rewards
+
+    def _forward(self, sequences: list[list[int]]) -> torch.Tensor:
+        """The rewards (B,) of B sequences, padded on the right."""
+        import torch
+
+        used = {token for ids in sequences for token in ids}
+        padding = next(token for token in range(len(used) + 1) if token not in used)
+        self.model.config.get_text_config().pad_token_id = padding
+        longest = max(map(len, sequences))
+        ids = torch.full((len(sequences), longest), padding)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(sequences):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        return self.model(**inputs).logits[:, 0]
+
+
+def check_config(folder: Path, key: str) -> None:
+    """UserError unless the folder's config.json is that of a reward model of transformers."""
+    config = config_of(str(folder))
+    if not config:
+        raise UserError(
+            f"{key} is {folder}, which has no config.json; give a Hugging Face model folder"
+        )
+    outputs = outputs_of(config)
+    names = ", ".join(config.get("architectures") or ["of no named architecture"])
+    if config.get("auto_map"):
+        raise UserError(
+            f"{key}: the model in {folder} ({names}) needs its own code (auto_map in its"
+            " config.json), which is not executed here; give a reward model that transformers"
+            " supports, or a Python function that calls it"
+        )
+    if outputs != 1:
+        number = f" with {outputs} outputs" if outputs else ""
+        raise UserError(
+            f"{key}: the model in {folder} is {names}{number}; a reward model is sequence"
+            " classification with one output"
+        )
