@@ -1,7 +1,43 @@
-"""Requires: the main run's policies and evaluations. Gives: iter{t}/pushed_to_hub.json.
+"""Requires: the main run's policies, pairs and evaluations. Gives: iter{t}/pushed_to_hub.json.
 
-It also gives a repository on the hub. The setting push_to_hub names the repository.
+It also gives iter{t}/preference_dataset, for any run, and repositories on the hub. The setting
+push_to_hub names them.
 """
+
+
+def prompts_of_pairs(wildcards):
+    """The prompts of an iteration, and those of earlier ones if their pairs are used again."""
+    t = int(wildcards.t)
+    first = 1 if settings(wildcards)["replay"]["share"] else t
+    return [sampled(wildcards, "prompts.parquet", each) for each in range(first, t + 1)]
+
+
+rule export_pairs:
+    """Write the pairs as a data set for other trainers."""
+    input:
+        pairs=at("pairs.parquet"),
+        prompts=prompts_of_pairs,
+    output:
+        dataset=directory(at("preference_dataset")),
+        record=record(at("preference_dataset")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/export_pairs.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/export_pairs.tsv"
+    conda:
+        "../envs/core.yaml"
+    threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=lambda wildcards, attempt: 30 * attempt,
+    params:
+        version=STAGES["export"],
+    message:
+        "Writing the pairs of {wildcards.run}iteration {wildcards.t} as a data set"
+    shell:
+        f"{PYTHON} {SRC}/tools/export_pairs.py"
+        " --pairs {input.pairs:q} --prompts {input.prompts:q} --output {output.dataset:q}"
+        " 2>&1 | tee {log:q}"
 
 
 def pushed_policies():
@@ -14,8 +50,9 @@ def pushed_policies():
 
 
 rule push_policy:
-    """Upload one policy, its card and its evaluation figures to `push_to_hub`."""
+    """Upload a policy with its evaluation figures, and the pairs it was trained on."""
     input:
+        dataset=artifact("", "{t}", "preference_dataset"),
         policy=artifact("", "{t}", "policy"),
         evaluation=artifact("", "{t}", "alpaca_eval.json"),
     output:
@@ -43,6 +80,6 @@ rule push_policy:
         "Uploading the policy of iteration {wildcards.t} to the hub"
     shell:
         f"{PYTHON} {SRC}/tools/push_policy.py"
-        " --policy {input.policy:q}"
+        " --policy {input.policy:q} --dataset {input.dataset:q}"
         " --evaluation {input.evaluation:q} --repository {params.repository:q}"
         " --output {output.pushed:q} 2>&1 | tee {log:q}"

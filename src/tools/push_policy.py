@@ -1,8 +1,8 @@
-"""Upload a policy to the Hugging Face hub, with its evaluation figures on the card.
+"""Upload a policy to the Hugging Face hub, with its evaluation figures, and its training pairs.
 
-Reads   a policy folder, its alpaca_eval.json
-Writes  a repository on the hub (private if it is new), and a file that names the repository and
-        the commit
+Reads   a policy folder, its alpaca_eval.json, the data set of the pairs that it was trained on
+Writes  two repositories on the hub (private if they are new): the policy's, and <name>-preferences
+        for the data set; and a file that names them and their commits
 
 The token is the environment variable HF_TOKEN. The workflow pushes only if the configuration's
 push_to_hub names a repository.
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--evaluation", type=Path, required=True, help="the policy's alpaca_eval.json"
     )
+    parser.add_argument("--dataset", type=Path, required=True, help="folder from export_pairs.py")
     parser.add_argument("--repository", required=True, help="such as me/my-policy")
     parser.add_argument("--output", type=Path, required=True, help="record of the upload, .json")
     args = parser.parse_args()
@@ -38,7 +39,9 @@ def main() -> None:
     from huggingface_hub import HfApi
 
     api = HfApi(token=os.environ["HF_TOKEN"])
-    with recorded("push", args.output, [args.policy, args.evaluation], vars(args)):
+    inputs = [args.policy, args.evaluation, args.dataset]
+    of_pairs = f"{args.repository}-preferences"
+    with recorded("push", args.output, inputs, vars(args)):
         text = card(args.policy, read_evaluation(args.evaluation))
         try:
             api.create_repo(args.repository, private=True, exist_ok=True)
@@ -54,6 +57,13 @@ def main() -> None:
                 path_in_repo="README.md",
                 commit_message="Model card",
             )
+            api.create_repo(of_pairs, repo_type="dataset", private=True, exist_ok=True)
+            pairs = api.upload_folder(
+                repo_id=of_pairs,
+                repo_type="dataset",
+                folder_path=args.dataset,
+                commit_message="Preference pairs",
+            )
         # The hub client raises many types of errors. Name, network or access is the cause of each.
         except Exception as error:
             raise UserError(
@@ -61,9 +71,15 @@ def main() -> None:
             ) from error
         write_json(
             args.output,
-            {"repository": args.repository, "commit": done.oid, "policy": str(args.policy)},
+            {
+                "repository": args.repository,
+                "commit": done.oid,
+                "policy": str(args.policy),
+                "dataset_repository": of_pairs,
+                "dataset_commit": pairs.oid,
+            },
         )
-    print(f"Pushed {args.policy} to {args.repository}")
+    print(f"Pushed {args.policy} to {args.repository}, and its pairs to {of_pairs}")
 
 
 def card(policy: Path, evaluation: dict) -> str:

@@ -174,12 +174,15 @@ class Api:
     def __init__(self, token):
         self.calls.append(("token", token))
 
-    def create_repo(self, repo_id, private, exist_ok):
+    def create_repo(self, repo_id, private, exist_ok, repo_type="model"):
         self.calls.append(("create", repo_id, private))
 
-    def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
+    def upload_folder(
+        self, repo_id, folder_path, commit_message, ignore_patterns=(), repo_type="model"
+    ):
         names = {path.name for path in Path(folder_path).iterdir()}
-        self.calls.append(("folder", repo_id, sorted(names - set(ignore_patterns))))
+        self.calls.append(("folder", repo_id, repo_type, sorted(names - set(ignore_patterns))))
+        return SimpleNamespace(oid="def456")
 
     def upload_file(self, repo_id, path_or_fileobj, path_in_repo, commit_message):
         self.calls.append(("file", repo_id, path_in_repo, path_or_fileobj.decode()))
@@ -207,6 +210,8 @@ def push(program, monkeypatch, tmp_path):
     (tmp_path / "policy").mkdir()
     (tmp_path / "policy" / "README.md").write_text("---\nlicense: gemma\n---\n# A policy\n")
     (tmp_path / "policy" / "model.safetensors").write_text("weights")
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "train.parquet").write_text("pairs")
     write_json(tmp_path / "alpaca_eval.json", EVALUATION)
     return lambda: program(
         push_policy,
@@ -214,6 +219,8 @@ def push(program, monkeypatch, tmp_path):
         tmp_path / "policy",
         "--evaluation",
         tmp_path / "alpaca_eval.json",
+        "--dataset",
+        tmp_path / "pairs",
         "--repository",
         "me/sppo-1",
         "--output",
@@ -221,20 +228,25 @@ def push(program, monkeypatch, tmp_path):
     )
 
 
-def test_a_policy_is_pushed_to_a_private_repository(push, tmp_path):
+def test_policy_and_pairs_are_pushed_to_private_repositories(push, tmp_path):
     push()
-    assert Api.calls[:3] == [
+    assert [call for call in Api.calls if call[0] != "file"] == [
         ("token", "hf_secret"),
         ("create", "me/sppo-1", True),
-        ("folder", "me/sppo-1", ["model.safetensors"]),
+        ("folder", "me/sppo-1", "model", ["model.safetensors"]),
+        ("create", "me/sppo-1-preferences", True),
+        ("folder", "me/sppo-1-preferences", "dataset", ["train.parquet"]),
     ]
-    assert read_json(tmp_path / "pushed.json")["commit"] == "abc123"
+    pushed = read_json(tmp_path / "pushed.json")
+    assert pushed["commit"] == "abc123"
+    assert pushed["dataset_repository"] == "me/sppo-1-preferences"
+    assert pushed["dataset_commit"] == "def456"
 
 
 def test_a_pushed_card_has_the_results_of_the_evaluation(push):
     push()
-    _, _, _, (kind, _, name, card) = Api.calls
-    assert (kind, name) == ("file", "README.md")
+    ((_, _, name, card),) = [call for call in Api.calls if call[0] == "file"]
+    assert name == "README.md"
     assert card.startswith("---\nlicense: gemma\n---\n# A policy")
     assert "| length_controlled_winrate | 28.53 |" in card
 

@@ -24,5 +24,6 @@ STAGES = {
     "ifeval": 1,
     "tabulate": 2,
     "theory": 2,
-    "push": 1,
+    "push": 2,
+    "export": 1,
 }
