@@ -127,7 +127,7 @@ def test_rewards_in_bfloat16_are_not_rounded_to_bfloat16(folder):
 
 def test_too_long_a_response_names_the_limit(model):
     groups = [GROUPS[0], Group("Hi", ["word " * 300, "b"])]
-    with pytest.raises(ComparisonError, match="have 3.. tokens, but the model reads 200") as caught:
+    with pytest.raises(ComparisonError, match="has 3.. tokens, but the model reads 200") as caught:
         model.all_pair_logits(groups)
     assert caught.value.index == 1
 

@@ -412,6 +412,7 @@ def load_whole(
     kind: Any,
     folder: Path,
     head: bool = True,
+    others: tuple[str, ...] = (),
     what: str = "a causal language model",
     **options: Any,
 ) -> PreTrainedModel:
@@ -422,8 +423,8 @@ def load_whole(
     random.) In a job of several processes only the first one checks the weights, because the others
     may hold none.
 
-    `head`: whether a language head in the file must be part of the model. `what`: the form of the
-    model, for an error.
+    `head`: whether a language head in the file must be part of the model. `others`: beginnings of
+    names of weights that the caller reads itself. `what`: the form of the model, for an error.
     """
     from transformers.utils import logging
 
@@ -447,15 +448,21 @@ def load_whole(
     finally:
         logging.set_verbosity(verbosity)
     if int(os.environ.get("RANK", 0)) == 0:
-        _check_names_of_weights(report, folder, head)
+        _check_names_of_weights(report, folder, head, others)
         _check_finite(model, folder)
     return model
 
 
-def _check_names_of_weights(report: dict[str, Any], folder: Path, head: bool) -> None:
+def _check_names_of_weights(
+    report: dict[str, Any], folder: Path, head: bool, others: tuple[str, ...]
+) -> None:
     """UserError if transformers' loading report names differences between file and model."""
     ignored = re.compile(r"rotary_emb\.inv_freq$" + ("" if head else r"|^lm_head\."))
-    unexpected = [name for name in report["unexpected_keys"] if not ignored.search(name)]
+    unexpected = [
+        name
+        for name in report["unexpected_keys"]
+        if not ignored.search(name) and not name.startswith(others)
+    ]
     differences = {
         "lack": report["missing_keys"],
         "also have": unexpected,

@@ -8,9 +8,11 @@ from sppo.preferences.base import PreferenceModel, register  # isort: skip
 from sppo.preferences import (
     embedded,
     function,
+    gpm,
     http,
     llm_blender,
     pairrm,
+    pairwise_lm,
     reward_model,
     verifiable,
 )
@@ -19,9 +21,11 @@ __all__ = [
     "PreferenceModel",
     "embedded",
     "function",
+    "gpm",
     "http",
     "llm_blender",
     "pairrm",
+    "pairwise_lm",
     "register",
     "reward_model",
     "verifiable",

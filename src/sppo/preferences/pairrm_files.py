@@ -23,7 +23,7 @@ LIMITS = {"source_maxlength": 1224, "candidate_maxlength": 412}
 def is_pairrm(model: str | Path) -> bool:
     """Whether this is PairRM: such a hub id, or a folder with a model's config.
 
-    Folders of adapters and of sequence classification models are other kinds.
+    Folders of adapters, of reward models and of language models are other kinds.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
@@ -33,7 +33,8 @@ def is_pairrm(model: str | Path) -> bool:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or "ranker_type" in config:
         return True
-    return not any("ForSequenceClassification" in n for n in config.get("architectures") or ())
+    others = ("ForSequenceClassification", "ForCausalLM", "CustomRewardModel")
+    return not any(n.endswith(others) for n in config.get("architectures") or ())
 
 
 def check_pairrm(folder: Path, backend: str = "transformers") -> str:

@@ -23,14 +23,7 @@ from sppo.core.errors import UserError
 from sppo.core.progress import progress
 from sppo.policies.models import HUB_ID, fetch
 from sppo.policies.shapes import forward_flops, shape_of
-from sppo.preferences.base import (
-    ComparisonError,
-    Group,
-    PreferenceModel,
-    Reading,
-    Settings,
-    register,
-)
+from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
 from sppo.preferences.length_batches import batches
 
 if TYPE_CHECKING:
@@ -106,23 +99,15 @@ class RewardModel(PreferenceModel):
         from torch import nn
         from transformers import AutoModelForSequenceClassification
 
-        from sppo.policies.models import (
-            compute_dtype,
-            context_length,
-            control_tokens,
-            load_config,
-            load_tokenizer,
-            load_whole,
-        )
+        from sppo.policies.models import compute_dtype, load_config, load_whole
+        from sppo.preferences.chat_reading import ChatReader
 
         folder = Path(settings["model"])
         check_config(folder, "preference.model")
         self.name = str(settings["model"])
         self.device = device
         self.batch_tokens = settings["batch_tokens"]
-        self.tokenizer = load_tokenizer(folder)
-        self.controls = control_tokens(self.tokenizer)
-        self.context = context_length(folder)
+        self.reader = ChatReader(folder)
         self.model = load_whole(
             AutoModelForSequenceClassification,
             folder,
@@ -140,11 +125,11 @@ class RewardModel(PreferenceModel):
     def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
         import numpy as np
 
-        sequences: dict[tuple[int, str], list[int]] = {}
-        for index, group in enumerate(groups):
-            for text in group.responses:
-                if (index, text) not in sequences:
-                    sequences[index, text] = self._ids(index, group, text)
+        sequences = {
+            (index, text): self._ids(index, group, text)
+            for index, group in enumerate(groups)
+            for text in dict.fromkeys(group.responses)
+        }
         rewards = dict(zip(sequences, self._rewards(list(sequences.values())), strict=True))
         found = []
         for index, group in enumerate(groups):
@@ -154,23 +139,8 @@ class RewardModel(PreferenceModel):
 
     def _ids(self, index: int, group: Group, text: str) -> list[int]:
         """The token ids of the chat with this response."""
-        from sppo.policies.models import render_chat, without_control_tokens
-
-        chat = [*group.chat, {"role": "assistant", "content": text}]
-        for message in chat:
-            message["content"] = without_control_tokens(self.controls, message["content"])
-        try:
-            rendered = render_chat(self.tokenizer, chat, answer_next=False)
-        except UserError as error:
-            raise ComparisonError(index, str(error)) from None
-        ids = self.tokenizer(rendered, add_special_tokens=False).input_ids
-        if self.context is not None and len(ids) > self.context:
-            raise ComparisonError(
-                index,
-                f"a response and its prompt have {len(ids)} tokens, but the model reads"
-                f" {self.context}; lower responses.max_new_tokens or prompts.max_tokens",
-            )
-        return ids
+        chat = self.reader.safe([*group.chat, {"role": "assistant", "content": text}])
+        return self.reader.ids(index, self.reader.rendered(index, chat, answer_next=False))
 
     def _rewards(self, sequences: list[list[int]]) -> list[float]:
         """The reward of each sequence."""
@@ -186,20 +156,13 @@ class RewardModel(PreferenceModel):
         return rewards
 
     def _forward(self, sequences: list[list[int]]) -> torch.Tensor:
-        """The rewards (B,) of B sequences, padded on the right."""
-        import torch
+        """The rewards (B,) of B sequences."""
+        from sppo.preferences.chat_reading import padded
 
         used = {token for ids in sequences for token in ids}
         padding = next(token for token in range(len(used) + 1) if token not in used)
         self.model.config.get_text_config().pad_token_id = padding
-        longest = max(map(len, sequences))
-        ids = torch.full((len(sequences), longest), padding)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(sequences):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
-        return self.model(**inputs).logits[:, 0]
+        return self.model(**padded(sequences, padding, self.device)).logits[:, 0]
 
 
 def check_config(folder: Path, key: str) -> None:

@@ -1,0 +1,158 @@
+"""Language models that name the better of two responses, such as RLHFlow's pair preference model.
+
+`preference: {model: RLHFlow/pair-preference-model-LLaMA3-8B}`, or a folder with
+`kind: pairwise_lm`. The model reads a chat with two responses, A and B, as one message of a user:
+
+    [CONTEXT] chat [RESPONSE A] first [RESPONSE B] second
+
+and the logit that the first response wins is the logit of the next token "A" minus that of "B"
+(RLHF Workflow, 2405.07863). Every pair is read in both orders, because such models prefer a
+position. The form of the chat, and leaving out BOS, are those of the model's card. The end of the
+prompt is where the model's chat template lets an assistant begin.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sppo.core.errors import UserError
+from sppo.policies.models import HUB_ID, fetch
+from sppo.policies.shapes import forward_flops, shape_of
+from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
+from sppo.preferences.reward_model import config_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FAMILIES = ("RLHFlow/pair-preference-model-",)
+
+
+def context_text(chat: list[dict[str, str]]) -> str:
+    """A chat in the form that RLHFlow's models were trained on.
+
+    The template on the model's card has more line breaks. transformers leaves out those that follow
+    a block, and the last one.
+    """
+    turns = [
+        f"\n<turn> {'assistant' if number % 2 else 'user'}\n {message['content']}"
+        for number, message in enumerate(chat)
+    ]
+    return "\n" + "".join(turns) + "\n"
+
+
+@register
+class PairwiseModel(PreferenceModel):
+    """A causal language model that answers A or B."""
+
+    kind = "pairwise_lm"
+    form = "RLHFlow/pair-preference-model-LLaMA3-8B"
+    options = ("precision", "batch_tokens")
+    is_prepared = True
+
+    @classmethod
+    def recognises(cls, settings: Settings) -> bool:
+        return settings["model"].startswith(FAMILIES)
+
+    @classmethod
+    def files(cls, model: str) -> list[Path]:
+        return [Path(model)]
+
+    @classmethod
+    def check(cls, settings: Settings, key: str) -> None:
+        check_causal(settings["model"], key)
+
+    @classmethod
+    def prepare(cls, settings: Settings) -> tuple[Path, dict[str, Any]]:
+        folder, commit = fetch(settings["model"], settings["revision"], "preference.model")
+        check_causal(str(folder), "preference.model")
+        return folder, {"commit": commit}
+
+    @classmethod
+    def cost(
+        cls, model: str, prompts: float, prompt: float, samples: int, response: float
+    ) -> Reading | None:
+        """Each ordered pair of responses is read once, with its prompt."""
+        config = config_of(model)
+        if "num_hidden_layers" not in config:
+            return None  # a hub id that has not been fetched
+        shape = shape_of(config)
+        length = prompt + 2 * response
+        tokens = prompts * samples * (samples - 1) * length
+        return Reading(forward_flops(shape, tokens, length / 2, 0), tokens, shape.weights)
+
+    def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
+        from sppo.policies.models import compute_dtype, load_policy
+        from sppo.preferences.chat_reading import ChatReader
+
+        folder = Path(settings["model"])
+        check_causal(str(folder), "preference.model")
+        self.name = str(settings["model"])
+        self.device = device
+        self.batch_tokens = settings["batch_tokens"]
+        self.reader = ChatReader(folder)
+        model: Any = load_policy(folder, compute_dtype(settings["precision"], device), device)
+        self.backbone = model.base_model
+        letters = [self._letter(folder, letter) for letter in "AB"]
+        self.rows = model.get_output_embeddings().weight[letters].detach().float().cpu()
+
+    def _letter(self, folder: Path, letter: str) -> int:
+        """The id of a letter, which must be one token."""
+        ids = self.reader.tokenizer(letter, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise UserError(
+                f"the tokenizer of {folder} writes {letter} as {len(ids)} tokens, but the kind"
+                " pairwise_lm reads the logit of one; give another model"
+            )
+        return ids[0]
+
+    def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
+        import numpy as np
+
+        from sppo.preferences.chat_reading import states_at
+
+        sequences: dict[tuple[int, str, str], list[int]] = {}
+        for index, group in enumerate(groups):
+            texts = list(dict.fromkeys(group.responses))
+            for first in texts:
+                for second in texts:
+                    if first != second:
+                        sequences[index, first, second] = self._ids(index, group, first, second)
+        ids = list(sequences.values())
+        ends = [[len(each) - 1] for each in ids]
+        states = states_at(self.backbone, ids, ends, self.batch_tokens, self.device)
+        logits = {
+            key: float(state[0] @ (self.rows[0] - self.rows[1]))
+            for key, state in zip(sequences, states, strict=True)
+        }
+        return [
+            np.array(
+                [[logits.get((index, a, b), 0.0) for b in group.responses] for a in group.responses]
+            ).reshape(len(group.responses), len(group.responses))
+            for index, group in enumerate(groups)
+        ]
+
+    def _ids(self, index: int, group: Group, first: str, second: str) -> list[int]:
+        """The token ids of the question which of two responses is better."""
+        answers = [{"role": "assistant", "content": text} for text in (first, second)]
+        *chat, a, b = self.reader.safe([*group.chat, *answers])
+        question = (
+            f"[CONTEXT] {context_text(chat)} [RESPONSE A] {a['content']}"
+            f" [RESPONSE B] {b['content']} \n"
+        )
+        text = self.reader.rendered(index, [{"role": "user", "content": question}], True)
+        if self.reader.tokenizer.bos_token:
+            text = text.replace(str(self.reader.tokenizer.bos_token), "")
+        return self.reader.ids(index, text)
+
+
+def check_causal(model: str, key: str) -> None:
+    """UserError unless `model` is a hub id, or a folder with a causal language model's config."""
+    if not Path(model).expanduser().is_dir():
+        if HUB_ID.fullmatch(model):
+            return  # `prepare` fetches it, and checks it then
+        raise UserError(f"{key} is {model}, which is neither a folder nor a hub id; correct it")
+    names = config_of(model).get("architectures") or []
+    if not any("ForCausalLM" in name for name in names):
+        found = ", ".join(names) or "of no named architecture"
+        raise UserError(f"{key}: the model in {model} is {found}; give a causal language model")
