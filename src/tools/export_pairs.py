@@ -3,9 +3,9 @@
 Reads   pairs.parquet, and prompts.parquet of the iterations that its pairs come from
 Writes  a folder with train.parquet and a card, README.md, in the layout of the Hugging Face hub
 
-The columns prompt, chosen and rejected are lists of messages (role and content), the
-"conversational" form with an explicit prompt that TRL, axolotl and LLaMA-Factory take. Estimates
-of SPPO (2405.00675) stand beside them: p_hat_chosen, p_hat_rejected and p_chosen_beats_rejected.
+The columns prompt, chosen and rejected are lists of messages (role and content): TRL's
+conversational preference form, with an explicit prompt. The estimates of SPPO (2405.00675) stand
+beside them: p_hat_chosen, p_hat_rejected and p_chosen_beats_rejected.
 """
 
 from __future__ import annotations

@@ -86,6 +86,27 @@ def test_packed_pairs_are_spread_evenly_over_processes():
         assert efficiency(groups, 8, packed, sequence_tokens)["balanced_share"] > 0.95
 
 
+@pytest.mark.parametrize(
+    ("layout", "most_tokens", "share"),
+    [
+        ("padded", None, 0.32),
+        ("padded", 8192, 0.54),
+        ("packed", None, 0.55),
+        ("packed", 8192, 0.84),
+    ],
+)
+def test_balanced_share_is_as_documented(layout, most_tokens, share):
+    """The table of docs/performance.md."""
+
+    def size(group: list[dict]) -> int:
+        return computed_tokens(group, layout)
+
+    steps = random_steps(2048, 64)
+    found = divided(steps, 8, 4, most_tokens, size)
+    shares = [efficiency(groups, 8, size, needed_tokens)["balanced_share"] for groups in found]
+    assert sum(shares) / len(shares) == pytest.approx(share, abs=0.006)
+
+
 def test_a_limit_of_tokens_leaves_less_padding_and_waiting():
     """On eight processes, against micro-batches of four pairs."""
     steps = random_steps(512, 64)

@@ -1,4 +1,4 @@
-"""What preference models that are language models share: chats as token ids, and their states."""
+"""Chats as token ids, and hidden states, for preference models that are language models."""
 
 from __future__ import annotations
 

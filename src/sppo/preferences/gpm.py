@@ -1,17 +1,17 @@
-"""General preference models (2410.02197): a response is a vector, a preference is skew-symmetric.
+"""General preference models (2410.02197): responses are vectors, preferences are skew-symmetric.
 
 `preference: {model: general-preference/GPM-Llama-3.1-8B}`, or a folder with such a model. One pass
-over a chat with a response gives a vector v of unit length, from the state of the last token, and
-the weights of 2 x 2 blocks, from the state at the end of the prompt:
+gives a unit vector v, from the state of the last token, and block weights lambda, from the state at
+the end of the prompt. A block is two neighbouring entries of v:
 
     logit(i beats j) = sum over blocks of lambda (v_i[1] v_j[2] - v_i[2] v_j[1]) / tau
 
 So K responses need K passes, P need not be Bradley-Terry, and preferences can be cyclic. lambda is
-a softmax over the blocks, tau is 0.1.
+a softmax over the blocks, or 1 for a model without a head for it. tau is 0.1.
 
-The computation is that of gpm_example_usage.py in the authors' repository, to which it is compared
-in tests. As there, the tokenizer adds a BOS to the one of the chat template, and the last token of
-the chat is replaced by EOS. Departures: weights of the heads and vectors are float32, and a
+The computation is that of gpm_example_usage.py in the authors' repository; tests compare the two.
+As there, a sequence can begin with two BOS, the template's and the tokenizer's, and the last token
+of the chat is replaced by EOS. Departures: weights of the heads and vectors are float32, and a
 conversation's prompt is the whole chat before the response, not its first message.
 """
 

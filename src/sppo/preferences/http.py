@@ -9,9 +9,8 @@ and answers with one of
     {"probabilities": K x K}    P[i, j]: the probability that response i is preferred to response j
     {"scores": K}               P[i, j] = sigma(s_i - s_j)
 
-A request is repeated three times if the server cannot be reached, does not answer in time, or says
-that it is busy (status 429 or 5xx). Nothing says whether the server changed, so delete preferences
-that another version of it gave.
+A request is repeated up to three times if the server cannot be reached, does not answer in time, or
+returns status 429 or 5xx. The workflow cannot detect a change of the server.
 """
 
 from __future__ import annotations

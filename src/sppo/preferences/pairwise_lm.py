@@ -6,9 +6,9 @@
     [CONTEXT] chat [RESPONSE A] first [RESPONSE B] second
 
 and the logit that the first response wins is the logit of the next token "A" minus that of "B"
-(RLHF Workflow, 2405.07863). Every pair is read in both orders, because such models prefer a
-position. The form of the chat, and leaving out BOS, are those of the model's card. The end of the
-prompt is where the model's chat template lets an assistant begin.
+(RLHF Workflow, 2405.07863). Every pair is read in both orders, because such models have
+a position bias. The chat's form and the missing BOS follow the model's card. The prompt ends with
+the template's assistant header.
 """
 
 from __future__ import annotations

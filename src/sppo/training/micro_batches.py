@@ -2,8 +2,8 @@
 
 All passes of a step that run at the same time should take equally long, because processes wait for
 each other, and a batch should have little padding. A limit of tokens gives long pairs small batches
-and short pairs large ones. If rows are padded, a micro-batch has neighbours in the order of length.
-If they are packed, any pairs can be together, and the sums of their tokens can be nearly equal.
+and short pairs large ones. With padding, a micro-batch contains pairs of similar length. With
+packing it can contain any pairs, so micro-batches can have nearly equal numbers of tokens.
 """
 
 from __future__ import annotations
