@@ -52,7 +52,11 @@ def pushed_policies():
 rule push_policy:
     """Upload a policy with its evaluation figures, and the pairs it was trained on."""
     input:
-        dataset=artifact("", "{t}", "preference_dataset"),
+        dataset=lambda wildcards: (
+            []
+            if MAIN["pairs"]["target_reward"]  # such pairs are not exported
+            else artifact("", wildcards.t, "preference_dataset")
+        ),
         policy=artifact("", "{t}", "policy"),
         evaluation=artifact("", "{t}", "alpaca_eval.json"),
     output:

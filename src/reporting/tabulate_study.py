@@ -281,8 +281,12 @@ def plot_win_rates(rows: list[Row], file: Path) -> None:
     most_seeds = max(len(of_run) for of_run in runs.values())
     shown = [name for name in runs if len(runs[name]) == most_seeds]
     for colour, name in zip(COLOURS, shown):
+        shortest = min(len(row["iterations"]) for row in runs[name])
         lines = [
-            [bases.get(row["seed"], np.nan), *(each["win_rate"] for each in row["iterations"])]
+            [
+                bases.get(row["seed"], np.nan),
+                *(each["win_rate"] for each in row["iterations"][:shortest]),
+            ]
             for row in runs[name]
         ]
         for line in lines:

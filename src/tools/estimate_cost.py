@@ -195,7 +195,8 @@ def most_sequences(config: dict[str, Any], gpu: Gpu) -> int:
         return responses["batch_size"]
     if responses["engine"] == "transformers":
         return 64
-    return 1024 if gpu.memory >= 70 * GB else 256  # vLLM's own choice
+    # vLLM's own choice, which is the smaller number for an A100 too.
+    return 1024 if gpu.memory >= 70 * GB and gpu.flops > GPUS["A100"].flops else 256
 
 
 def prompts_of_an_iteration(config: dict[str, Any], assumed: int) -> int:
@@ -317,7 +318,8 @@ class Estimator:
         scored = cost_model.score_flops(shape, pairs, self.prompt, self.response)
         factor = cost_model.train_factor(bool(rank), checkpointing)
         trained = scored * train["stop_epoch"] * factor
-        divided_over = self.gpus // train["nodes"] if train["parallel"] == "hsdp" else self.gpus
+        copies = train["nodes"] if train["parallel"] == "hsdp" else 1
+        divided_over = max(1, self.gpus // copies)
         packs = not eager and not shape.softcap
         busy = cost_model.busy_share(
             train,

@@ -15,7 +15,7 @@ from sppo.core.artifacts import recorded, written_whole
 from sppo.core.errors import run
 from sppo.core.flags import add_section
 from sppo.policies.models import link_files
-from sppo.preferences.base import kind_of
+from sppo.preferences.base import KIND_FILE, find_kind, kind_of, settings_for
 
 
 def main() -> None:
@@ -26,10 +26,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
 
-    folder, known = kind_of(vars(args)).prepare(vars(args))
+    kind = kind_of(vars(args))
+    folder, known = kind.prepare(vars(args))
     with recorded("preference_source", args.output, [], vars(args)) as facts:
         with written_whole(args.output) as temporary:
             link_files(folder, temporary)
+            if find_kind(settings_for(str(temporary), backend=args.backend)) is not kind:
+                (temporary / KIND_FILE).write_text(f"{kind.kind}\n", encoding="utf-8")
         facts |= known
 
 

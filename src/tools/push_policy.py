@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--evaluation", type=Path, required=True, help="the policy's alpaca_eval.json"
     )
-    parser.add_argument("--dataset", type=Path, required=True, help="folder from export_pairs.py")
+    parser.add_argument("--dataset", type=Path, nargs="?", help="folder from export_pairs.py")
     parser.add_argument("--repository", required=True, help="such as me/my-policy")
     parser.add_argument("--output", type=Path, required=True, help="record of the upload, .json")
     args = parser.parse_args()
@@ -39,7 +39,8 @@ def main() -> None:
     from huggingface_hub import HfApi
 
     api = HfApi(token=os.environ["HF_TOKEN"])
-    inputs = [args.policy, args.evaluation, args.dataset]
+    inputs = [args.policy, args.evaluation, *([args.dataset] if args.dataset else [])]
+    written = {"repository": args.repository, "policy": str(args.policy)}
     of_pairs = f"{args.repository}-preferences"
     with recorded("push", args.output, inputs, vars(args)):
         text = card(args.policy, read_evaluation(args.evaluation))
@@ -57,29 +58,25 @@ def main() -> None:
                 path_in_repo="README.md",
                 commit_message="Model card",
             )
-            api.create_repo(of_pairs, repo_type="dataset", private=True, exist_ok=True)
-            pairs = api.upload_folder(
-                repo_id=of_pairs,
-                repo_type="dataset",
-                folder_path=args.dataset,
-                commit_message="Preference pairs",
-            )
+            written["commit"] = done.oid
+            if args.dataset:
+                api.create_repo(of_pairs, repo_type="dataset", private=True, exist_ok=True)
+                pairs = api.upload_folder(
+                    repo_id=of_pairs,
+                    repo_type="dataset",
+                    folder_path=args.dataset,
+                    commit_message="Preference pairs",
+                )
+                written |= {"dataset_repository": of_pairs, "dataset_commit": pairs.oid}
         # The hub client raises many types of errors. Name, network or access is the cause of each.
         except Exception as error:
             raise UserError(
                 f"cannot push {args.policy} to {args.repository} {hub_failure(error)}"
             ) from error
-        write_json(
-            args.output,
-            {
-                "repository": args.repository,
-                "commit": done.oid,
-                "policy": str(args.policy),
-                "dataset_repository": of_pairs,
-                "dataset_commit": pairs.oid,
-            },
-        )
-    print(f"Pushed {args.policy} to {args.repository}, and its pairs to {of_pairs}")
+        write_json(args.output, written)
+    print(f"Pushed {args.policy} to {args.repository}")
+    if args.dataset:
+        print(f"Pushed {args.dataset} to {of_pairs}")
 
 
 def card(policy: Path, evaluation: dict) -> str:

@@ -516,6 +516,10 @@ BAD = {
         {"train": {"parallel": "hsdp", "processes": 8}},
         ["train.parallel hsdp", "train.nodes is 1", "fsdp2"],
     ),
+    "HSDP with one process on each node": (
+        {"train": {"parallel": "hsdp", "processes": 2, "nodes": 2}},
+        ["train.parallel hsdp", "train.processes is 2", "fsdp2"],
+    ),
     "ZeRO-3 with LoRA": (
         {"train": {"parallel": "zero3", "processes": 8, "lora_rank": 8}},
         ["train.parallel zero3", "train.lora_rank"],

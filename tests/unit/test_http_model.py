@@ -167,6 +167,17 @@ def test_wrong_answers_are_one_line(reply, said, asked, serve):
     assert len(server.questions) == asked
 
 
+def test_an_answer_that_breaks_off_is_one_line(serve):
+    class Short(bytes):
+        def __len__(self) -> int:
+            return 1000  # more than is sent
+
+    server = serve(lambda _: (200, Short(b'{"scores"')))
+    with pytest.raises(UserError, match="failed: IncompleteRead.*; start or correct the server"):
+        model(server.address).pair_logits("Hi", ["a", "b"])
+    assert len(server.questions) == 4
+
+
 def test_no_server_and_no_answer_in_time_are_one_line(serve):
     silent = threading.Event()
     server = serve(lambda question: silent.wait(20) and by_length(question))

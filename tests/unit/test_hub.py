@@ -243,6 +243,14 @@ def test_policy_and_pairs_are_pushed_to_private_repositories(push, tmp_path):
     assert pushed["dataset_commit"] == "def456"
 
 
+def test_a_policy_without_a_data_set_is_pushed_alone(program, push, tmp_path):
+    words = ("--policy", tmp_path / "policy", "--evaluation", tmp_path / "alpaca_eval.json")
+    output = tmp_path / "pushed.json"
+    program(push_policy, *words, "--dataset", "--repository", "me/sppo-1", "--output", output)
+    assert not [call for call in Api.calls if call[1] == "me/sppo-1-preferences"]
+    assert "dataset_repository" not in read_json(output)
+
+
 def test_a_pushed_card_has_the_results_of_the_evaluation(push):
     push()
     ((_, _, name, card),) = [call for call in Api.calls if call[0] == "file"]

@@ -267,7 +267,9 @@ def test_a_rejected_response_does_not_depend_on_the_chosen_one(model, sequences)
     assert (second[:6] - first[:6]).abs().min() > 1e-2
 
 
-def test_the_layout_follows_device_precision_and_model():
+def test_the_layout_follows_device_precision_and_model(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
     def layout(device: str, dtype=torch.bfloat16, model_type="llama", **more) -> str:
         return choose_layout(random_model(model_type, **more), device, dtype)
 
@@ -281,6 +283,8 @@ def test_the_layout_follows_device_precision_and_model():
         assert layout(device, model_type="mistral", sliding_window=8) == "padded"
         assert layout(device, model_type="gemma2") == "padded"
     assert layout("cuda", head_dim=12) == "padded"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert layout("cuda") == "padded"
 
 
 def test_prompts_are_shared_only_where_it_saves_tokens():

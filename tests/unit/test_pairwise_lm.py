@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import prepare_preference_model
 from sppo.core.errors import UserError
 from sppo.preferences.base import (
     ComparisonError,
@@ -106,6 +107,22 @@ def test_kind_is_found_from_the_name_or_the_key(tiny_policy):
     assert find_kind(settings_for(name)) is PairwiseModel
     assert find_kind(settings_for(str(tiny_policy), kind="pairwise_lm")) is PairwiseModel
     assert find_kind(settings_for(str(tiny_policy))) is None
+
+
+def test_a_prepared_folder_keeps_its_kind(program, tiny_policy, tmp_path):
+    """Its files are those of any language model."""
+    prepared = tmp_path / "preference_model"
+    program(
+        prepare_preference_model,
+        "--model",
+        tiny_policy,
+        "--kind",
+        "pairwise_lm",
+        "--output",
+        prepared,
+    )
+    assert find_kind(settings_for(str(prepared))) is PairwiseModel
+    assert loaded(prepared).pair_logits("Hi", ["a", "b"]).shape == (2, 2)
 
 
 @pytest.mark.parametrize(

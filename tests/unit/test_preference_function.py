@@ -39,6 +39,13 @@ def model(tmp_path):
     return load
 
 
+def test_another_model_of_a_forced_kind_is_one_line():
+    with pytest.raises(
+        UserError, match=r"preference.kind is function, but .* is ranker; give path"
+    ):
+        load_preference_model(settings_for("ranker", kind="function"))
+
+
 def test_logits_give_the_probabilities_back(model):
     logits = model(LONGER).all_pair_logits(GROUPS)
     first, second = (win_probabilities(values) for values in logits)

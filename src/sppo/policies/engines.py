@@ -38,7 +38,7 @@ class EngineOptions:
     device: str  # auto, cpu or gpu
     precision: str
     batch_size: int | None
-    prefix_caching: bool
+    prefix_caching: bool | None
     tensor_parallel: int | None
     attention: str | None
     thoughts: str
@@ -70,7 +70,7 @@ def open_engine(policy: Path, options: EngineOptions) -> Engine:
         return VllmEngine(
             policy,
             tensor_parallel=options.tensor_parallel or 1,
-            prefix_caching=options.prefix_caching,
+            prefix_caching=options.prefix_caching is not False,
             **shared,
         )
     return TransformersEngine(policy, attention=options.attention, **shared)

@@ -14,9 +14,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
+import re
+import shutil
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from tqdm import tqdm
@@ -53,6 +57,26 @@ def request_seed(data_seed: int, purpose: str, prompt_id: str) -> int:
     It has 62 bits, because vLLM stores seeds as signed 64-bit integers.
     """
     return sample_seed(data_seed, purpose, prompt_id, 0) >> 2
+
+
+@contextlib.contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, removed at the end, also if the job is ended by SIGTERM.
+
+    Its name is the same in every job on these GPUs, because vLLM's cache of compiled code depends
+    on it. What a killed job left is removed first.
+    """
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    where = re.sub(r"[^\w.-]+", "-", f"{platform.node()}-{gpus}")
+    temporary = folder.parent / f".{folder.name}.vllm-{where}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        temporary.mkdir()
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 class VllmEngine:
@@ -127,16 +151,16 @@ class VllmEngine:
                         {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1} if rank else {}
                     ),
                 )
+                self.lora_request = None
+                if rank:
+                    from vllm.lora.request import LoRARequest
+
+                    self.lora_request = LoRARequest("update", 1, str(weights / ADAPTER))
+                    self.llm.llm_engine.add_lora(self.lora_request)
             # vLLM does not support the model, memory does not suffice, or the number of heads is
             # not divisible by tensor_parallel.
             except ValueError as error:
                 raise UserError(f"vLLM cannot serve {folder}: {str(error).strip()}") from error
-            self.lora_request = None
-            if rank:
-                from vllm.lora.request import LoRARequest
-
-                self.lora_request = LoRARequest("update", 1, str(weights / ADAPTER))
-                self.llm.llm_engine.add_lora(self.lora_request)
         self.context = self.llm.model_config.max_model_len
 
     def _weights(self, folder: Path, files: contextlib.ExitStack) -> tuple[Path, int]:
@@ -155,8 +179,7 @@ class VllmEngine:
         if rank is None:
             check_merged(folder, f"vLLM takes LoRA updates up to rank {LORA_RANKS[-1]}, so it")
             return folder, 0
-        temporary = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.vllm.")
-        weights = Path(files.enter_context(temporary))
+        weights = files.enter_context(temporary_folder(folder))
         write_apart(folder, factors, weights)
         return weights, rank
 

@@ -148,6 +148,8 @@ class PreferenceModel(ABC):
 
 
 KINDS: dict[str, type[PreferenceModel]] = {}
+# In a prepared folder whose files do not tell the kind: its name.
+KIND_FILE = "preference_kind.txt"
 
 
 def register(kind: type[PreferenceModel]) -> type[PreferenceModel]:
@@ -160,6 +162,9 @@ def find_kind(settings: Settings) -> type[PreferenceModel] | None:
     """The kind of the model that the settings name, None if no kind recognises it."""
     if settings.get("kind"):
         return KINDS[settings["kind"]]
+    marker = Path(settings["model"]) / KIND_FILE
+    if marker.is_file():
+        return KINDS.get(marker.read_text(encoding="utf-8").strip())
     for kind in KINDS.values():
         if kind.recognises(settings):
             return kind
@@ -174,6 +179,11 @@ def kind_of(settings: Settings, key: str = "config: preference.model") -> type[P
         raise UserError(
             f"{key} is {settings['model']}; give {forms}. For another model on the hub, say with"
             " preference.kind what it is"
+        )
+    if not (kind.is_prepared or kind.recognises(settings)):
+        raise UserError(
+            f"preference.kind is {kind.kind}, but {key} is {settings['model']}; give {kind.form} or"
+            " remove preference.kind"
         )
     return kind
 

@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,8 @@ class HttpModel(PreferenceModel):
                 raise ComparisonError(
                     index, "the server's answer is not JSON; is the address right?"
                 ) from None
-            except OSError as error:  # of connecting, or a timeout
+            # Of connecting, of a timeout, or of an answer that breaks off.
+            except (OSError, HTTPException) as error:
                 cause = getattr(error, "reason", error)
                 reason = str(cause) or type(cause).__name__
             else:

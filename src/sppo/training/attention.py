@@ -39,10 +39,12 @@ def use(model: PreTrainedModel, name: str) -> None:
 def can_pack(config: Any) -> bool:
     """Whether PyTorch's kernel for packed sequences can compute this model on this GPU.
 
-    The kernel is FlashAttention. PyTorch has it for NVIDIA's GPUs, for heads of up to 256 numbers.
+    The kernel is FlashAttention. PyTorch has it for NVIDIA's GPUs from Ampere on, for heads of up
+    to 256 numbers.
     """
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return torch.version.hip is None and width <= 256 and width % 8 == 0
+    has_kernel = torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+    return has_kernel and width <= 256 and width % 8 == 0
 
 
 def shared_attention(

@@ -365,10 +365,11 @@ def check_training(train: dict[str, Any]) -> None:
         )
     if train["parallel"] == "ddp":
         return
-    if train["parallel"] == "hsdp" and train["nodes"] == 1:
+    if train["parallel"] == "hsdp" and not 1 < train["nodes"] < train["processes"]:
         raise UserError(
-            "config: train.parallel hsdp copies a policy to each node, but train.nodes is 1; set"
-            " train.parallel: fsdp2"
+            "config: train.parallel hsdp divides a policy over the processes of each of several"
+            f" nodes, but train.nodes is {train['nodes']} and train.processes is"
+            f" {train['processes']}; set train.parallel: fsdp2"
         )
     if train["processes"] == 1:
         raise UserError(
