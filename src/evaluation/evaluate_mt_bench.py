@@ -20,9 +20,10 @@ from pathlib import Path
 
 import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, recorded, write_json, write_text
+from sppo.core.chat_client import Client
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
-from sppo.evaluation.judges import MT_BENCH, Client
+from sppo.evaluation.judges import MT_BENCH
 from sppo.evaluation.mt_bench import (
     OFFICIAL,
     grade_by_api,

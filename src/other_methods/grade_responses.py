@@ -23,11 +23,12 @@ from pathlib import Path
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded
+from sppo.core.chat_client import Client, concurrently
 from sppo.core.config import DEVICES, OF_CHATS
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
-from sppo.evaluation.judges import GRADES, Client, concurrently
+from sppo.evaluation.judges import GRADES
 from sppo.policies.prompts import read_gold
 from sppo.preferences.base import compare, load_preference_model, model_files
 from sppo.preferences.estimates import p_hat, win_probabilities

@@ -24,9 +24,10 @@ pytest.importorskip(
 import answer_mt_bench
 import evaluate_mt_bench
 import fetch_mt_bench
+from sppo.core import chat_client
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
-from sppo.evaluation import judges, mt_bench
+from sppo.evaluation import mt_bench
 from sppo.evaluation.judges import MT_BENCH
 from sppo.policies import models
 
@@ -211,7 +212,7 @@ def test_busy_and_failing_servers_are_asked_again(grade, server):
 
 
 def test_request_that_times_out_is_sent_again(grade, server, monkeypatch):
-    monkeypatch.setattr(judges, "TIMEOUT", 0.5)
+    monkeypatch.setattr(chat_client, "TIMEOUT", 0.5)
     server.plan = ["hang"]
 
     result = grade()

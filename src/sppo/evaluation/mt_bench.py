@@ -19,8 +19,8 @@ from typing import Any
 
 from sppo.core import patches
 from sppo.core.artifacts import file_hash, json_lines, known_hash
+from sppo.core.chat_client import Client, concurrently
 from sppo.core.errors import UserError
-from sppo.evaluation.judges import Client, concurrently
 from sppo.policies.prompts import normalised
 
 Row = dict[str, Any]
