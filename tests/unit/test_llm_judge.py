@@ -106,7 +106,7 @@ def judge(server: Server, **settings: object) -> LlmJudge:
     return load_preference_model(settings_for("openai:judge-1", base_url=server.url, **settings))
 
 
-def test_logits_are_differences_of_log_probabilities_in_both_orders(server):
+def test_logits_are_differences_of_log_probabilities(server):
     logits = compare(judge(server), GROUPS)["p1"]
     gap = 0.1 * (len("hello there") - len("hi"))
     assert logits[1, 0] == pytest.approx(gap + 0.5)
