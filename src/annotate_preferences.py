@@ -2,7 +2,7 @@
 
 Reads   prompts.parquet, responses/{shard}.parquet, the preference model (src/sppo/preferences/)
 Writes  preferences/{shard}.parquet (K x K logits for each prompt) and its record, which also says
-        how often the preferences are cyclic
+        how often the preferences are cyclic, and how often the models of a population agree
 Paper   2405.00675, Algorithm 1 line 5
 Departs from the official code: it keeps the logits, not one score per response. The preference
         model reads the user's words instead of the chat template (`--source`). The logits of a
@@ -23,6 +23,7 @@ from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
 from sppo.preferences.base import compare, load_preference_model, model_files
 from sppo.preferences.estimates import condorcet_winner, cyclic_triples, win_probabilities
+from sppo.preferences.population import agreement
 from sppo.preferences.prompt_reader import PromptReader
 
 
@@ -75,6 +76,13 @@ def main() -> None:
             }
             for prompt_id, candidates in responses.items()
         ]
+        if model.members:
+            for place, row in enumerate(rows):
+                row["members"] = [
+                    {"model": name, "P": found[place].tolist()}
+                    for name, found in model.members.items()
+                ]
+            facts["agreement"] = agreement(model.members)
         write_table(args.output, rows, "preferences")
         P = [win_probabilities(values) for values in logits.values()]
         facts |= {

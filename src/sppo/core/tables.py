@@ -17,10 +17,14 @@ from sppo.core.errors import UserError
 
 @dataclass(frozen=True)
 class Table:
-    """The schema of a table: its columns with types, and the columns that identify a row."""
+    """The schema of a table: its columns with types, and the columns that identify a row.
+
+    optional: columns that are written if the rows have them. Programs do not read them.
+    """
 
     columns: pa.Schema
     key: tuple[str, ...]
+    optional: tuple[pa.Field, ...] = ()
 
 
 def _columns(**types: pa.DataType) -> pa.Schema:
@@ -30,6 +34,8 @@ def _columns(**types: pa.DataType) -> pa.Schema:
 
 _ids = pa.list_(pa.int32())
 _message = pa.struct([("role", pa.string()), ("content", pa.string())])
+_matrix = pa.list_(pa.list_(pa.float64()))
+_member = pa.struct([("model", pa.string()), ("P", _matrix)])
 
 TABLES = {
     "prompts": Table(
@@ -55,9 +61,11 @@ TABLES = {
         ("prompt_id", "sample_id"),
     ),
     # logits[i][j] is the logit that response i beats response j, when the model reads i first.
+    # members: P of each model of a population.
     "preferences": Table(
-        _columns(prompt_id=pa.string(), sample_ids=_ids, logits=pa.list_(pa.list_(pa.float64()))),
+        _columns(prompt_id=pa.string(), sample_ids=_ids, logits=_matrix),
         ("prompt_id",),
+        (pa.field("members", pa.list_(_member), nullable=False),),
     ),
     # Grades are from 0 to 6. sample_id -1 is the gold response. A response without a score from
     # the judge has no row.
@@ -97,6 +105,9 @@ def write_table(path: Path, rows: list[dict[str, Any]], name: str) -> None:
     that is NaN or infinite is a UserError, because the model that computed it is broken.
     """
     schema = TABLES[name].columns
+    for field in TABLES[name].optional:
+        if rows and field.name in rows[0]:
+            schema = schema.append(field)
     table = pa.Table.from_pylist(rows, schema=schema)
     _check(table, name)
     column = _not_finite(table)

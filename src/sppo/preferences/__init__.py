@@ -14,6 +14,7 @@ from sppo.preferences import (
     llm_judge,
     pairrm,
     pairwise_lm,
+    population,
     reward_model,
     verifiable,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "llm_judge",
     "pairrm",
     "pairwise_lm",
+    "population",
     "register",
     "reward_model",
     "verifiable",

@@ -76,6 +76,9 @@ class PreferenceModel(ABC):
     environment: ClassVar[str] = "core"  # its conda environment, a file of envs/
 
     name: str  # of this model, for records and tables
+    # P (K, K) of each group of the last `all_pair_logits`, by the name of a model, if this model
+    # consists of several.
+    members: dict[str, list[np.ndarray]] | None = None
 
     @classmethod
     @abstractmethod
