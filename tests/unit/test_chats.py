@@ -656,9 +656,10 @@ class Undecided:
     """A preference model that finds every two responses equal."""
 
     name = "undecided"
+    members = None
 
     def all_pair_logits(self, groups):
-        return [np.zeros((len(texts), len(texts))) for _, texts in groups]
+        return [np.zeros((len(each.responses), len(each.responses))) for each in groups]
 
 
 def test_a_shard_without_responses_gives_empty_tables(program, tmp_path, monkeypatch):
