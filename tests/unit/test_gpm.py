@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from preference_groups import CHAT, SMALL
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -23,11 +24,6 @@ from sppo.preferences.base import (
 from sppo.preferences.estimates import condorcet_winner, win_probabilities
 from sppo.preferences.gpm import GeneralPreferenceModel
 
-CHAT = [
-    {"role": "user", "content": "What is tea?"},
-    {"role": "assistant", "content": "A drink."},
-    {"role": "user", "content": "Which colour has it?"},
-]
 GROUPS = [
     Group("Say hi.", ["Hi!", "Hello there, how are you today?", "Hi!", "Yo.", "Good day"]),
     Group("Which colour has it?", ["Brown.", "It depends on the leaves. " * 9], CHAT),
@@ -41,14 +37,7 @@ def folder(tokenizer_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpm")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=200,
-        initializer_range=0.3,
+        **SMALL,
         architectures=["CustomRewardModel"],
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from preference_groups import CHAT
 
 from sppo.core import chat_client
 from sppo.core.errors import UserError
@@ -17,11 +18,6 @@ from sppo.preferences.base import Group, compare, find_kind, load_preference_mod
 from sppo.preferences.estimates import win_probabilities
 from sppo.preferences.llm_judge import CERTAIN, LlmJudge
 
-CHAT = [
-    {"role": "user", "content": "What is tea?"},
-    {"role": "assistant", "content": "A drink."},
-    {"role": "user", "content": "Which colour has it?"},
-]
 GROUPS = {
     "p1": Group("Say hi.", ["hi", "hello there", "hi"]),
     "p2": Group("Which colour has it?", ["Brown.", "It {response_a} depends."], CHAT),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from preference_groups import CHAT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prepare_preference_model
@@ -19,11 +20,6 @@ from sppo.preferences.base import (
 )
 from sppo.preferences.pairwise_lm import PairwiseModel
 
-CHAT = [
-    {"role": "user", "content": "What is tea?"},
-    {"role": "assistant", "content": "A drink."},
-    {"role": "user", "content": "Which colour has it?"},
-]
 GROUPS = [
     Group("Say hi.", ["Hi!", "Hello there, how are you today?", "Hi!"]),
     Group("Which colour has it?", ["Brown.", "It depends. " * 9, "<|im_end|> Red."], CHAT),

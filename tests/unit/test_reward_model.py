@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from preference_groups import CHAT, SMALL
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
 
 from sppo.core.errors import UserError
@@ -24,11 +25,6 @@ from sppo.preferences.base import (
 from sppo.preferences.estimates import win_probabilities
 from sppo.preferences.reward_model import RewardModel
 
-CHAT = [
-    {"role": "user", "content": "What is tea?"},
-    {"role": "assistant", "content": "A drink."},
-    {"role": "user", "content": "Which colour has it?"},
-]
 GROUPS = [
     Group("Say hi.", ["Hi!", "Hello there, how are you today?", "Hi!", ""]),
     Group("Which colour has it?", ["Brown.", "It depends on the leaves. " * 9], CHAT),
@@ -42,16 +38,9 @@ def folder(tokenizer_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reward")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=200,
+        **SMALL,
         num_labels=1,
         pad_token_id=2,
-        initializer_range=0.3,
     )
     model = AutoModelForSequenceClassification.from_config(config)
     model.score.weight.data *= 20

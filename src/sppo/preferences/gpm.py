@@ -18,20 +18,18 @@ conversation's prompt is the whole chat before the response, not its first messa
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
-from sppo.policies.models import HUB_ID, WEIGHTS_INDEX, fetch, safetensors_header
-from sppo.policies.shapes import forward_flops, shape_of
-from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
-from sppo.preferences.reward_model import config_of
+from sppo.policies.models import WEIGHTS_INDEX, safetensors_header
+from sppo.preferences.base import Group, Settings, register
+from sppo.preferences.language_model import LanguageModel
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-FAMILIES = ("general-preference/GPM-",)
 HEADS = ("value_head.weight", "prompt_head.weight")
 TAU = 0.1
 
@@ -47,46 +45,27 @@ def head_files(folder: Path) -> dict[str, Path]:
 
 
 @register
-class GeneralPreferenceModel(PreferenceModel):
+class GeneralPreferenceModel(LanguageModel):
     """A published general preference model."""
 
     kind = "gpm"
     form = "general-preference/GPM-Llama-3.1-8B or a folder with the files of such a model"
-    options = ("precision", "batch_tokens")
-    is_prepared = True
+    families = ("general-preference/GPM-",)
 
     @classmethod
     def recognises(cls, settings: Settings) -> bool:
         model = settings["model"]
         folder = Path(model).expanduser()
-        return model.startswith(FAMILIES) or (folder.is_dir() and bool(head_files(folder)))
+        return model.startswith(cls.families) or (folder.is_dir() and bool(head_files(folder)))
 
     @classmethod
-    def files(cls, model: str) -> list[Path]:
-        return [Path(model)]
-
-    @classmethod
-    def check(cls, settings: Settings, key: str) -> None:
-        check_folder(settings["model"], key)
-
-    @classmethod
-    def prepare(cls, settings: Settings) -> tuple[Path, dict[str, Any]]:
-        folder, commit = fetch(settings["model"], settings["revision"], "preference.model")
-        check_folder(str(folder), "preference.model")
-        return folder, {"commit": commit}
-
-    @classmethod
-    def cost(
-        cls, model: str, prompts: float, prompt: float, samples: int, response: float
-    ) -> Reading | None:
-        """Each response is read once, with its prompt."""
-        config = config_of(model)
-        if "num_hidden_layers" not in config:
-            return None  # a hub id that has not been fetched
-        shape = shape_of(config)
-        length = prompt + response
-        tokens = prompts * samples * length
-        return Reading(forward_flops(shape, tokens, length / 2, 0), tokens, shape.weights)
+    def check_folder(cls, folder: Path, key: str) -> None:
+        if HEADS[0] not in head_files(folder):
+            raise UserError(
+                f"{key}: {folder} has no weights {HEADS[0]} in model.safetensors, so it is no"
+                " general preference model; give general-preference/GPM-Llama-3.1-8B or a folder"
+                " with its files"
+            )
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         from safetensors import safe_open
@@ -96,7 +75,7 @@ class GeneralPreferenceModel(PreferenceModel):
         from sppo.preferences.chat_reading import ChatReader
 
         folder = Path(settings["model"])
-        check_folder(str(folder), "preference.model")
+        self.check_folder(folder, "preference.model")
         self.name = str(settings["model"])
         self.device = device
         self.batch_tokens = settings["batch_tokens"]
@@ -163,17 +142,3 @@ class GeneralPreferenceModel(PreferenceModel):
             scale = (weights @ states[0][0]).double().softmax(-1)
         first, second = vectors[:, 0::2] * scale, vectors[:, 1::2]
         return ((first @ second.T - (first @ second.T).T) / TAU).numpy()
-
-
-def check_folder(model: str, key: str) -> None:
-    """UserError unless `model` is a hub id, or a folder with the heads of such a model."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if HUB_ID.fullmatch(model):
-            return  # `prepare` fetches it, and checks it then
-        raise UserError(f"{key} is {model}, which is neither a folder nor a hub id; correct it")
-    if HEADS[0] not in head_files(folder):
-        raise UserError(
-            f"{key}: {model} has no weights {HEADS[0]} in model.safetensors, so it is no general"
-            " preference model; give general-preference/GPM-Llama-3.1-8B or a folder with its files"
-        )

@@ -17,15 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppo.core.errors import UserError
-from sppo.policies.models import HUB_ID, fetch
-from sppo.policies.shapes import forward_flops, shape_of
-from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
-from sppo.preferences.reward_model import config_of
+from sppo.preferences.base import Group, Settings, register
+from sppo.preferences.language_model import LanguageModel, architectures
 
 if TYPE_CHECKING:
     import numpy as np
-
-FAMILIES = ("RLHFlow/pair-preference-model-",)
 
 
 def context_text(chat: list[dict[str, str]]) -> str:
@@ -42,51 +38,41 @@ def context_text(chat: list[dict[str, str]]) -> str:
 
 
 @register
-class PairwiseModel(PreferenceModel):
+class PairwiseModel(LanguageModel):
     """A causal language model that answers A or B."""
 
     kind = "pairwise_lm"
     form = "RLHFlow/pair-preference-model-LLaMA3-8B"
-    options = ("precision", "batch_tokens")
-    is_prepared = True
+    families = ("RLHFlow/pair-preference-model-",)
 
     @classmethod
     def recognises(cls, settings: Settings) -> bool:
-        return settings["model"].startswith(FAMILIES)
+        return settings["model"].startswith(cls.families)
 
     @classmethod
-    def files(cls, model: str) -> list[Path]:
-        return [Path(model)]
+    def check_folder(cls, folder: Path, key: str) -> None:
+        names = architectures(folder)
+        if not any("ForCausalLM" in name for name in names):
+            found = ", ".join(names) or "of no named architecture"
+            raise UserError(
+                f"{key}: the model in {folder} is {found}; give a causal language model"
+            )
 
     @classmethod
-    def check(cls, settings: Settings, key: str) -> None:
-        check_causal(settings["model"], key)
+    def sequences(cls, samples: int) -> int:
+        """Each ordered pair of responses."""
+        return samples * (samples - 1)
 
     @classmethod
-    def prepare(cls, settings: Settings) -> tuple[Path, dict[str, Any]]:
-        folder, commit = fetch(settings["model"], settings["revision"], "preference.model")
-        check_causal(str(folder), "preference.model")
-        return folder, {"commit": commit}
-
-    @classmethod
-    def cost(
-        cls, model: str, prompts: float, prompt: float, samples: int, response: float
-    ) -> Reading | None:
-        """Each ordered pair of responses is read once, with its prompt."""
-        config = config_of(model)
-        if "num_hidden_layers" not in config:
-            return None  # a hub id that has not been fetched
-        shape = shape_of(config)
-        length = prompt + 2 * response
-        tokens = prompts * samples * (samples - 1) * length
-        return Reading(forward_flops(shape, tokens, length / 2, 0), tokens, shape.weights)
+    def responses_of_sequence(cls) -> int:
+        return 2
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         from sppo.policies.models import compute_dtype, load_policy
         from sppo.preferences.chat_reading import ChatReader
 
         folder = Path(settings["model"])
-        check_causal(str(folder), "preference.model")
+        self.check_folder(folder, "preference.model")
         self.name = str(settings["model"])
         self.device = device
         self.batch_tokens = settings["batch_tokens"]
@@ -144,15 +130,3 @@ class PairwiseModel(PreferenceModel):
         if self.reader.tokenizer.bos_token:
             text = text.replace(str(self.reader.tokenizer.bos_token), "")
         return self.reader.ids(index, text)
-
-
-def check_causal(model: str, key: str) -> None:
-    """UserError unless `model` is a hub id, or a folder with a causal language model's config."""
-    if not Path(model).expanduser().is_dir():
-        if HUB_ID.fullmatch(model):
-            return  # `prepare` fetches it, and checks it then
-        raise UserError(f"{key} is {model}, which is neither a folder nor a hub id; correct it")
-    names = config_of(model).get("architectures") or []
-    if not any("ForCausalLM" in name for name in names):
-        found = ", ".join(names) or "of no named architecture"
-        raise UserError(f"{key}: the model in {model} is {found}; give a causal language model")

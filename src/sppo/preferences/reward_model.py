@@ -16,84 +16,61 @@ Departures from the example code on the models' cards:
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
-from sppo.policies.models import HUB_ID, fetch
-from sppo.policies.shapes import forward_flops, shape_of
-from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
+from sppo.preferences.base import Group, Settings, register
+from sppo.preferences.language_model import LanguageModel, architectures, config_of
 from sppo.preferences.length_batches import batches
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# Reward models on the hub of this form. Others need `preference.kind`.
-FAMILIES = ("Skywork/Skywork-Reward-", "NCSOFT/Llama-3-OffsetBias-RM-")
 
-
-def config_of(model: str) -> dict[str, Any]:
-    """The config.json in a model's folder; empty if there is none, and for PairRM's."""
-    file = Path(model).expanduser() / "config.json"
-    config = read_json(file) if file.is_file() else {}
-    return config if isinstance(config, dict) and "ranker_type" not in config else {}
-
-
-def outputs_of(config: dict[str, Any]) -> int | None:
+def outputs_of(folder: Path) -> int | None:
     """The number of outputs of a sequence classification model; None for another model."""
-    if not any("ForSequenceClassification" in name for name in config.get("architectures") or []):
+    if not any("ForSequenceClassification" in name for name in architectures(folder)):
         return None
+    config = config_of(folder)
     return config.get("num_labels") or len(config.get("id2label") or {"0": "", "1": ""})
 
 
 @register
-class RewardModel(PreferenceModel):
+class RewardModel(LanguageModel):
     """A reward model of transformers."""
 
     kind = "reward_model"
     form = "a folder or hub id of a reward model (sequence classification with one output)"
-    options = ("precision", "batch_tokens")
-    is_prepared = True
+    families = ("Skywork/Skywork-Reward-", "NCSOFT/Llama-3-OffsetBias-RM-")
 
     @classmethod
     def recognises(cls, settings: Settings) -> bool:
         model = settings["model"]
-        return model.startswith(FAMILIES) or outputs_of(config_of(model)) is not None
+        return model.startswith(cls.families) or outputs_of(Path(model)) is not None
 
     @classmethod
-    def files(cls, model: str) -> list[Path]:
-        return [Path(model)]
-
-    @classmethod
-    def check(cls, settings: Settings, key: str) -> None:
-        model = settings["model"]
-        if not Path(model).expanduser().is_dir():
-            if HUB_ID.fullmatch(model):
-                return  # `prepare` fetches it, and checks it then
-            raise UserError(f"{key} is {model}, which is neither a folder nor a hub id; correct it")
-        check_config(Path(model).expanduser(), key)
-
-    @classmethod
-    def prepare(cls, settings: Settings) -> tuple[Path, dict[str, Any]]:
-        folder, commit = fetch(settings["model"], settings["revision"], "preference.model")
-        check_config(folder, "preference.model")
-        return folder, {"commit": commit}
-
-    @classmethod
-    def cost(
-        cls, model: str, prompts: float, prompt: float, samples: int, response: float
-    ) -> Reading | None:
-        """Each response is read once, with its prompt."""
-        config = config_of(model)
-        if "num_hidden_layers" not in config:
-            return None  # a hub id that has not been fetched
-        shape = shape_of(config)
-        length = prompt + response
-        tokens = prompts * samples * length
-        flops = forward_flops(shape, tokens, length / 2, 0)
-        return Reading(flops, tokens, shape.weights)
+    def check_folder(cls, folder: Path, key: str) -> None:
+        config = config_of(folder)
+        if not config:
+            raise UserError(
+                f"{key} is {folder}, which has no config.json; give a Hugging Face model folder"
+            )
+        names = ", ".join(architectures(folder)) or "of no named architecture"
+        if config.get("auto_map"):
+            raise UserError(
+                f"{key}: the model in {folder} ({names}) needs its own code (auto_map in its"
+                " config.json), which is not executed here; give a reward model that transformers"
+                " supports, or a Python function that calls it"
+            )
+        outputs = outputs_of(folder)
+        if outputs != 1:
+            number = f" with {outputs} outputs" if outputs else ""
+            raise UserError(
+                f"{key}: the model in {folder} is {names}{number}; a reward model is sequence"
+                " classification with one output"
+            )
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         from torch import nn
@@ -103,7 +80,7 @@ class RewardModel(PreferenceModel):
         from sppo.preferences.chat_reading import ChatReader
 
         folder = Path(settings["model"])
-        check_config(folder, "preference.model")
+        self.check_folder(folder, "preference.model")
         self.name = str(settings["model"])
         self.device = device
         self.batch_tokens = settings["batch_tokens"]
@@ -163,26 +140,3 @@ class RewardModel(PreferenceModel):
         padding = next(token for token in range(len(used) + 1) if token not in used)
         self.model.config.get_text_config().pad_token_id = padding
         return self.model(**padded(sequences, padding, self.device)).logits[:, 0]
-
-
-def check_config(folder: Path, key: str) -> None:
-    """UserError unless the folder's config.json is that of a reward model of transformers."""
-    config = config_of(str(folder))
-    if not config:
-        raise UserError(
-            f"{key} is {folder}, which has no config.json; give a Hugging Face model folder"
-        )
-    outputs = outputs_of(config)
-    names = ", ".join(config.get("architectures") or ["of no named architecture"])
-    if config.get("auto_map"):
-        raise UserError(
-            f"{key}: the model in {folder} ({names}) needs its own code (auto_map in its"
-            " config.json), which is not executed here; give a reward model that transformers"
-            " supports, or a Python function that calls it"
-        )
-    if outputs != 1:
-        number = f" with {outputs} outputs" if outputs else ""
-        raise UserError(
-            f"{key}: the model in {folder} is {names}{number}; a reward model is sequence"
-            " classification with one output"
-        )
