@@ -1,4 +1,4 @@
-"""A chat of several turns, and the shape of a small random model, for tests of preference models."""
+"""A chat of several turns, and the shape of a small model, for tests of preference models."""
 
 from __future__ import annotations
 
