@@ -133,6 +133,17 @@ def test_kind_is_found_from_the_weights_or_the_name(folder, tiny_policy):
     assert find_kind(settings_for(str(tiny_policy))) is not GeneralPreferenceModel
 
 
+def test_heads_that_do_not_fit_are_one_line(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    weights = load_file(other / "model.safetensors")
+    weights["prompt_head.weight"] = torch.randn(3, 32)
+    (other / "model.safetensors").unlink()
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="value_head has 4 rows, which must be even and twice"):
+        load_preference_model(settings_for(str(other)))
+
+
 def test_a_model_without_heads_is_refused_before_the_first_job(tiny_policy):
     settings = settings_for(str(tiny_policy), kind="gpm")
     with pytest.raises(UserError, match=r"has no weights value_head\.weight") as caught:

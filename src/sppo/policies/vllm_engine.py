@@ -64,10 +64,11 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, removed at the end, also if the job is ended by SIGTERM.
 
     Its name is the same in every job on these GPUs, because vLLM's cache of compiled code depends
-    on it. What a killed job left is removed first.
+    on it. What a killed job left is removed first. Slurm can give the GPUs of two jobs on a node
+    the same number, so there the job's number is in the name too.
     """
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    where = re.sub(r"[^\w.-]+", "-", f"{platform.node()}-{gpus}")
+    names = [platform.node(), *map(os.environ.get, ("SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES"))]
+    where = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, names)))
     temporary = folder.parent / f".{folder.name}.vllm-{where}"
     shutil.rmtree(temporary, ignore_errors=True)
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -6,8 +6,8 @@ the end of the prompt. A block is two neighbouring entries of v:
 
     logit(i beats j) = sum over blocks of lambda (v_i[1] v_j[2] - v_i[2] v_j[1]) / tau
 
-So K responses need K passes, P need not be Bradley-Terry, and preferences can be cyclic. lambda is
-a softmax over the blocks, or 1 for a model without a head for it. tau is 0.1.
+So K responses are K sequences, P need not be Bradley-Terry, and preferences can be cyclic. lambda
+is a softmax over the blocks, or 1 for a model without a head for it. tau is 0.1.
 
 The computation is that of gpm_example_usage.py in the authors' repository; tests compare the two.
 As there, a sequence can begin with two BOS, the template's and the tokenizer's, and the last token
@@ -67,19 +67,12 @@ class GeneralPreferenceModel(LanguageModel):
                 " with its files"
             )
 
-    def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
+    def load(self, folder: Path, dtype: torch.dtype) -> None:
         from safetensors import safe_open
         from transformers import AutoModel
 
-        from sppo.policies.models import compute_dtype, load_config, load_whole
-        from sppo.preferences.chat_reading import ChatReader
+        from sppo.policies.models import load_config, load_whole
 
-        folder = Path(settings["model"])
-        self.check_folder(folder, "preference.model")
-        self.name = str(settings["model"])
-        self.device = device
-        self.batch_tokens = settings["batch_tokens"]
-        self.reader = ChatReader(folder)
         self.backbone = load_whole(
             AutoModel,
             folder,
@@ -87,14 +80,21 @@ class GeneralPreferenceModel(LanguageModel):
             others=("value_head.", "prompt_head."),
             what="a general preference model",
             config=load_config(folder),
-            dtype=compute_dtype(settings["precision"], device),
+            dtype=dtype,
         )
-        self.backbone.to(device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
+        self.backbone.to(self.device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
         self.backbone.eval()
         self.heads = {}
         for name, file in head_files(folder).items():
             with safe_open(file, "pt") as opened:
                 self.heads[name] = opened.get_tensor(name).float()
+        entries = len(self.heads["value_head.weight"])
+        blocks = self.heads.get("prompt_head.weight")
+        if entries % 2 or (blocks is not None and len(blocks) != entries // 2):
+            raise UserError(
+                f"the heads of {folder} do not fit: value_head has {entries} rows, which must be"
+                " even and twice those of prompt_head; give the files of a general preference model"
+            )
 
     def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
         from sppo.preferences.chat_reading import states_at
@@ -121,9 +121,8 @@ class GeneralPreferenceModel(LanguageModel):
         before = self.reader.ids(index, prompt, add_special_tokens=True)
         ids = self.reader.ids(index, whole, add_special_tokens=True)
         end_of_text = self.reader.tokenizer.eos_token_id
-        return [*ids[:-1], end_of_text if isinstance(end_of_text, int) else ids[-1]], len(
-            before
-        ) - 1
+        last = end_of_text if isinstance(end_of_text, int) else ids[-1]
+        return [*ids[:-1], last], len(before) - 1
 
     def _logits(self, states: list[torch.Tensor]) -> np.ndarray:
         """Logits (K, K) from the states (2, H) of K responses: prompt's end, response's end."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
 from sppo.policies.models import HUB_ID, fetch
 from sppo.policies.shapes import forward_flops, shape_of
 from sppo.preferences.base import PreferenceModel, Reading, Settings
+
+if TYPE_CHECKING:
+    import torch
 
 
 class LanguageModel(PreferenceModel):
@@ -24,6 +27,22 @@ class LanguageModel(PreferenceModel):
     @abstractmethod
     def check_folder(cls, folder: Path, key: str) -> None:
         """Raise UserError unless the folder has the files of such a model; be quick."""
+
+    @abstractmethod
+    def load(self, folder: Path, dtype: torch.dtype) -> None:
+        """Load the weights, to compute in `dtype` on `self.device`."""
+
+    def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
+        from sppo.policies.models import compute_dtype
+        from sppo.preferences.chat_reading import ChatReader
+
+        folder = Path(settings["model"]).expanduser()
+        self.check_folder(folder, "preference.model")
+        self.name = str(settings["model"])
+        self.device = device
+        self.batch_tokens = settings["batch_tokens"]
+        self.reader = ChatReader(folder)
+        self.load(folder, compute_dtype(settings["precision"], device))
 
     @classmethod
     def sequences(cls, samples: int) -> int:

@@ -6,9 +6,9 @@
     [CONTEXT] chat [RESPONSE A] first [RESPONSE B] second
 
 and the logit that the first response wins is the logit of the next token "A" minus that of "B"
-(RLHF Workflow, 2405.07863). Every pair is read in both orders, because such models have
-a position bias. The chat's form and the missing BOS follow the model's card. The prompt ends with
-the template's assistant header.
+(RLHF Workflow, 2405.07863). Every pair is read in both orders, because such models have a
+position bias. The chat's form and the missing BOS follow the model's card. The prompt ends with the
+template's assistant header.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sppo.preferences.language_model import LanguageModel, architectures
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 
 def context_text(chat: list[dict[str, str]]) -> str:
@@ -67,17 +68,10 @@ class PairwiseModel(LanguageModel):
     def responses_of_sequence(cls) -> int:
         return 2
 
-    def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
-        from sppo.policies.models import compute_dtype, load_policy
-        from sppo.preferences.chat_reading import ChatReader
+    def load(self, folder: Path, dtype: torch.dtype) -> None:
+        from sppo.policies.models import load_policy
 
-        folder = Path(settings["model"])
-        self.check_folder(folder, "preference.model")
-        self.name = str(settings["model"])
-        self.device = device
-        self.batch_tokens = settings["batch_tokens"]
-        self.reader = ChatReader(folder)
-        model: Any = load_policy(folder, compute_dtype(settings["precision"], device), device)
+        model: Any = load_policy(folder, dtype, self.device)
         self.backbone = model.base_model
         letters = [self._letter(folder, letter) for letter in "AB"]
         self.rows = model.get_output_embeddings().weight[letters].detach().float().cpu()

@@ -72,27 +72,20 @@ class RewardModel(LanguageModel):
                 " classification with one output"
             )
 
-    def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
+    def load(self, folder: Path, dtype: torch.dtype) -> None:
         from torch import nn
         from transformers import AutoModelForSequenceClassification
 
-        from sppo.policies.models import compute_dtype, load_config, load_whole
-        from sppo.preferences.chat_reading import ChatReader
+        from sppo.policies.models import load_config, load_whole
 
-        folder = Path(settings["model"])
-        self.check_folder(folder, "preference.model")
-        self.name = str(settings["model"])
-        self.device = device
-        self.batch_tokens = settings["batch_tokens"]
-        self.reader = ChatReader(folder)
         self.model = load_whole(
             AutoModelForSequenceClassification,
             folder,
             config=load_config(folder),
-            dtype=compute_dtype(settings["precision"], device),
+            dtype=dtype,
             what="a sequence classification model",
         )
-        self.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
+        self.model.to(self.device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
         self.model.eval()
         head = getattr(self.model, "score", None)
         if isinstance(head, nn.Linear):

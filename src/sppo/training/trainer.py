@@ -28,11 +28,7 @@ from transformers import (
 
 from sppo.core.errors import UserError
 from sppo.policies.lora_update import fold_update
-from sppo.training.batches import (
-    Batch,
-    choose_layout,
-    pair_batch,
-)
+from sppo.training.batches import Batch, choose_layout, pair_batch
 from sppo.training.checkpoints import seal
 from sppo.training.distributed import FSDP, first_alone
 from sppo.training.lengths import (
