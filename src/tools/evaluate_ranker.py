@@ -1,11 +1,19 @@
 """Measure how well a preference model agrees with labels. Prints one JSON object.
 
-    python src/tools/evaluate_ranker.py --ranker judge --annotations annotations.parquet
+    python src/tools/evaluate_ranker.py --model judge --annotations annotations.parquet
+    python src/tools/evaluate_ranker.py --model mine.py:score --pairs pairs.jsonl --table table.md
 
-Each row of the annotations (see src/sppo/preferences/embedded_data.py) is a pair of output_1 and
-output_2. Some rows are left out and counted: unusable rows; rows on instructions that the model was
-trained on (by hash); and random rows of the side that wins more often, until both sides win equally
-often. Standard errors treat the pairs on one instruction as one cluster. The JSON object contains:
+The model is anything that `preference.model` can name. The labels are one of:
+
+--annotations  AlpacaEval's annotations (see src/sppo/preferences/embedded_data.py): each row is a
+               pair of output_1 and output_2, with many rows for an instruction
+--pairs        a preference data set in TRL's form: prompt, chosen, rejected, and subset if it has
+               one, as RewardBench does. A file, a folder, or a data set on the hub
+
+Some rows are left out and counted: unusable rows; rows on instructions that the model was trained
+on, if it has a list of them (by hash); and, of annotations, random rows of the side that wins more
+often, until both sides win equally often. Standard errors treat the pairs on one instruction as one
+cluster. The JSON object contains:
 
 agreement             share of pairs where the model prefers the answer that the label prefers; a
                       tie counts half
@@ -16,10 +24,11 @@ cross_model_agreement agreement on pairs of two models' outputs whose preference
 ece                   expected calibration error of P(first beats second) in 10 bins; the order of
                       the answers is drawn at random
 asymmetry             mean |P(a beats b) + P(b beats a) - 1| of the raw probabilities
-corrupted             share of answers that are preferred to their corrupted copies. One answer of
-                      at least 12 words is taken for each instruction. The copies are: cut in the
-                      middle, words shuffled, sentences shuffled, replaced by an answer to another
-                      instruction, and the opening repeated in a loop
+subsets               agreement by subset of --pairs, and its mean over subsets
+corrupted             share of answers that are preferred to their corrupted copies, of annotations.
+                      One answer of at least 12 words is taken for each instruction. The copies are:
+                      cut in the middle, words shuffled, sentences shuffled, replaced by an answer
+                      to another instruction, and the opening repeated in a loop
 """
 
 from __future__ import annotations
@@ -27,18 +36,28 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
-import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import _path  # noqa: F401
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import numpy as np
 import pandas as pd
 
+from sppo.core.artifacts import write_text
+from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
-from sppo.preferences.embedded import EMBEDDED, adapter_folder
-from sppo.preferences.embedded_network import EmbeddedRanker
+from sppo.core.progress import progress
+from sppo.preferences.base import (
+    KINDS,
+    Group,
+    PreferenceModel,
+    compare,
+    kind_of,
+    load_preference_model,
+    settings_for,
+)
 from sppo.preferences.embedded_data import (
     CORRUPTIONS,
     MIN_WORDS,
@@ -46,44 +65,77 @@ from sppo.preferences.embedded_data import (
     instruction_hash,
     load_annotations,
 )
+from sppo.preferences.labelled_pairs import read_labelled_pairs
 from sppo.reporting.figures import pyplot, save
+from sppo.reporting.table_formats import markdown_table
 
-CHUNK = 24  # rows of one instruction that are judged in one call
+CHUNK = 24  # rows of one instruction that are judged in one group
+BATCH = 32  # groups that are judged in one call
+DIRECT_COLUMNS = [
+    "instruction",
+    "subset",
+    "logit",
+    "forward",
+    "backward",
+    "first_wins",
+    "len_1",
+    "len_2",
+]
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranker", required=True, choices=EMBEDDED)
-    parser.add_argument("--annotations", required=True, type=Path)
-    parser.add_argument("--base", type=Path, default=Path("results/models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--model", required=True, help="as preference.model, such as `ranker`")
+    parser.add_argument("--kind", choices=KINDS, help="as preference.kind")
+    parser.add_argument("--base-url", help="as preference.base_url, for openai:<model>")
+    labels = parser.add_mutually_exclusive_group(required=True)
+    labels.add_argument("--annotations", type=Path)
+    labels.add_argument("--pairs")
+    parser.add_argument("--split", default="train", help="of a data set on the hub")
+    parser.add_argument("--revision", help="of a data set on the hub")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        default=Path("results/models/SmolLM2-135M-Instruct"),
+        help="folder of the embedded policy, which `ranker` and `judge` read",
+    )
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--limit", type=int, help="judge at most this many pairs, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="write a reliability diagram (PNG)")
+    parser.add_argument("--table", type=Path, help="write agreement by subset (Markdown)")
     return parser.parse_args()
 
 
 def select_pairs(
-    args: argparse.Namespace, training: set[str]
-) -> tuple[pd.DataFrame, dict[str, int], bool]:
+    args: argparse.Namespace, trained_on: set[str] | None
+) -> tuple[pd.DataFrame, dict[str, int | None], bool]:
     """The pairs to judge, the excluded rows by reason, and whether the pairs are balanced.
 
-    Balanced pairs have as many wins of the first side as of the second. `training` has the hashes
-    of the model's training instructions.
+    Balanced pairs have as many wins of the first side as of the second. trained_on: hashes of the
+    model's training instructions; None if nobody knows them.
     """
-    frame, excluded = load_annotations(args.annotations)
-    hashes = {text: instruction_hash(text) for text in frame["instruction"].unique()}
-    trained_on = frame["instruction"].map(hashes).isin(training)
-    excluded["training_instruction"] = int(trained_on.sum())
-    if trained_on.all():
-        raise UserError(
-            f"the {args.ranker} was trained on the instructions of all usable rows of "
-            f"{args.annotations}; give annotations of other instructions"
-        )
-    frame = frame[~trained_on]
+    excluded: dict[str, int | None]
+    if args.annotations:
+        frame, excluded = load_annotations(args.annotations)
+        frame = frame.assign(messages=None, subset="all")
+    else:
+        frame, excluded = read_labelled_pairs(args.pairs, args.revision, args.split)
+    excluded["training_instruction"] = None
+    if trained_on is not None:
+        hashes = {text: instruction_hash(text) for text in frame["instruction"].unique()}
+        known = frame["instruction"].map(hashes).isin(trained_on)
+        excluded["training_instruction"] = int(known.sum())
+        if known.all():
+            raise UserError(
+                f"the {args.model} was trained on the instructions of all usable rows of "
+                f"{args.annotations or args.pairs}; give labels of other instructions"
+            )
+        frame = frame[~known]
     even = balance(frame, args.seed)
-    balanced = len(even) > 0  # empty if one side wins every pair
+    balanced = len(even) > 0  # empty if one side wins every pair, as chosen does
     chosen = even if balanced else frame
     excluded["balancing"] = len(frame) - len(chosen)
     limit = len(chosen) if args.limit is None else args.limit
@@ -104,10 +156,9 @@ def corrupted_copies(text: str, off_topic: list[str], rng: random.Random) -> dic
 class Logits:
     """The logits of all pairs of some answers to one instruction."""
 
-    def __init__(self, ranker: EmbeddedRanker, instruction: str, texts: set[str]) -> None:
-        candidates = sorted(texts)
+    def __init__(self, candidates: list[str], values: np.ndarray) -> None:
         self.position = {text: number for number, text in enumerate(candidates)}
-        self.values = ranker.pair_logits(instruction, candidates)
+        self.values = values
 
     def __call__(self, first: str, second: str) -> float:
         """The logit that `first` beats `second`."""
@@ -118,63 +169,97 @@ class Logits:
         return self(first, second) - self(second, first)
 
 
-def judge(ranker: EmbeddedRanker, frame: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, ...]:
+@dataclass
+class Question:
+    """Rows of one instruction that are judged in one group, and corrupted copies of an answer.
+
+    swapped: for each row, whether output_2 is named first.
+    """
+
+    instruction: str
+    rows: list[dict[str, Any]]
+    original: str = ""
+    copies: dict[str, str] = field(default_factory=dict)
+    swapped: list[bool] = field(default_factory=list)
+
+    def draw_order(self, rng: random.Random) -> Question:
+        self.swapped = [rng.random() < 0.5 for _ in self.rows]
+        return self
+
+    def group(self) -> Group:
+        texts = {row[side] for row in self.rows for side in ("output_1", "output_2")}
+        candidates = sorted({*texts, *self.copies.values()})
+        return Group(self.instruction, candidates, self.rows[0]["messages"])
+
+
+def questions_of_annotations(frame: pd.DataFrame, rng: random.Random) -> list[Question]:
+    """Up to `CHUNK` rows of an instruction at once, because they have answers in common."""
+    questions = []
+    by_instruction = list(frame.groupby("instruction", sort=True))
+    for instruction, all_rows in by_instruction:
+        for start in range(0, len(all_rows), CHUNK):
+            rows = all_rows[start : start + CHUNK].to_dict("records")
+            question = Question(instruction, rows)
+            texts = [text for row in rows for text in (row["output_1"], row["output_2"])]
+            long_texts = [text for text in texts if len(text.split()) >= MIN_WORDS]
+            if start == 0 and long_texts:
+                question.original = rng.choice(long_texts)
+                other_instruction, other_rows = rng.choice(by_instruction)
+                is_other = other_instruction != instruction
+                off_topic = list(other_rows["output_2"]) if is_other else []
+                question.copies = corrupted_copies(question.original, off_topic, rng)
+            questions.append(question.draw_order(rng))
+    return questions
+
+
+def questions_of_pairs(frame: pd.DataFrame, rng: random.Random) -> list[Question]:
+    """Each row alone: other pairs of answers are not asked for, because a judge may cost money."""
+    rows = frame.to_dict("records")
+    return [Question(row["instruction"], [row]).draw_order(rng) for row in rows]
+
+
+def judge(model: PreferenceModel, questions: list[Question]) -> tuple[pd.DataFrame, ...]:
     """Judge the pairs, the cross-model pairs and the corrupted answers.
 
     Returns a table for each of the three, with one row for each comparison.
     """
-    rng = random.Random(seed)
     direct, cross, corrupted = [], [], []
-    by_instruction = list(frame.groupby("instruction", sort=True))
-    last_message = time.monotonic()
-    for done, (instruction, all_rows) in enumerate(by_instruction):
-        for start in range(0, len(all_rows), CHUNK):
-            rows = all_rows[start : start + CHUNK].to_dict("records")
-            texts = [text for row in rows for text in (row["output_1"], row["output_2"])]
-            long_texts = [text for text in texts if len(text.split()) >= MIN_WORDS]
-            original = ""
-            copies: dict[str, str] = {}
-            if start == 0 and long_texts:
-                original = rng.choice(long_texts)
-                other_instruction, other_rows = rng.choice(by_instruction)
-                is_other = other_instruction != instruction
-                off_topic = list(other_rows["output_2"]) if is_other else []
-                copies = corrupted_copies(original, off_topic, rng)
-            logits = Logits(ranker, instruction, {*texts, *copies.values()})
-            direct += [(instruction, *direct_comparison(row, logits, rng)) for row in rows]
-            cross += [(instruction, *scores) for scores in cross_model_comparisons(rows, logits)]
-            for kind, copy in copies.items():
-                if copy != original:
-                    right = score(logits.margin(original, copy), True)
+    batches = [questions[start : start + BATCH] for start in range(0, len(questions), BATCH)]
+    for number, batch in enumerate(progress(batches, f"batches of {BATCH} instructions")):
+        groups = {str(number * BATCH + place): each.group() for place, each in enumerate(batch)}
+        found = compare(model, groups, "row")
+        for question, name in zip(batch, groups):
+            instruction = question.instruction
+            logits = Logits(groups[name].responses, found[name])
+            direct += [
+                (instruction, row["subset"], *direct_comparison(row, swapped, logits))
+                for row, swapped in zip(question.rows, question.swapped)
+            ]
+            cross += [
+                (instruction, *scores) for scores in cross_model_comparisons(question.rows, logits)
+            ]
+            for kind, copy in question.copies.items():
+                if copy != question.original:
+                    right = score(logits.margin(question.original, copy), True)
                     corrupted.append((instruction, kind, right))
-        if time.monotonic() - last_message >= 60:
-            print(
-                f"judged {done + 1} of {len(by_instruction)} instructions",
-                file=sys.stderr,
-                flush=True,
-            )
-            last_message = time.monotonic()
     return (
-        pd.DataFrame(
-            direct,
-            columns=["instruction", "logit", "forward", "backward", "first_wins", "len_1", "len_2"],
-        ),
+        pd.DataFrame(direct, columns=DIRECT_COLUMNS),
         pd.DataFrame(cross, columns=["instruction", "right", "length_right"]),
         pd.DataFrame(corrupted, columns=["instruction", "kind", "right"]),
     )
 
 
 def direct_comparison(
-    row: dict, logits: Logits, rng: random.Random
+    row: dict[str, Any], swapped: bool, logits: Logits
 ) -> tuple[float, float, float, bool, int, int]:
-    """The comparison of a row's two outputs, with the order drawn at random.
+    """The comparison of a row's two outputs, with output_2 first if `swapped`.
 
     Returns the symmetric logit, the logits of both orders, whether the label prefers the first
     output, and the lengths of both outputs in characters.
     """
     first, second = row["output_1"], row["output_2"]
     first_wins = row["preference"] < 1.5
-    if rng.random() < 0.5:
+    if swapped:
         first, second, first_wins = second, first, not first_wins
     forward, backward = logits(first, second), logits(second, first)
     return (forward - backward) / 2, forward, backward, first_wins, len(first), len(second)
@@ -235,7 +320,7 @@ def plot(table: pd.DataFrame, title: str, path: Path) -> None:
         )
     axes.set(
         xlabel="P(first beats second)",
-        ylabel="GPT-4 prefers the first",
+        ylabel="the label prefers the first",
         title=title,
         xlim=(0, 1),
         ylim=(0, 1),
@@ -243,32 +328,66 @@ def plot(table: pd.DataFrame, title: str, path: Path) -> None:
     save(figure, [path])
 
 
+def by_subset(direct: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Number of pairs, agreement and its standard error of each subset."""
+    found = {}
+    for subset, rows in direct.groupby("subset"):
+        rate, error = mean_and_error(rows["right"], rows["instruction"])
+        found[subset] = {"n": len(rows), "agreement": rate, "standard_error": error}
+    return found
+
+
+def subset_table(result: dict[str, Any]) -> str:
+    """Agreement by subset as a Markdown table, in per cent, with standard errors."""
+
+    def shown(rate: float, error: float) -> str:
+        return f"{100 * rate:.1f} ± {100 * error:.1f}"
+
+    rows = [
+        [subset, str(found["n"]), shown(found["agreement"], found["standard_error"])]
+        for subset, found in result["subsets"].items()
+    ]
+    total = shown(result["agreement"], result["standard_errors"]["agreement"])
+    rows.append(["all pairs", str(result["n"]), total])
+    mean = result["mean_over_subsets"]
+    rows.append(["mean over subsets", str(len(result["subsets"])), f"{100 * mean:.1f}"])
+    return markdown_table(["subset", "n", f"agreement of {result['model']}"], rows)
+
+
 def main() -> None:
     args = arguments()
-    folder = adapter_folder(args.ranker)
-    training = folder / "training_instructions.txt"
-    if not training.is_file():
+    settings = settings_for(args.model, kind=args.kind, base_url=args.base_url)
+    kind = kind_of(settings, "--model")
+    kind.check(settings, "--model")
+    if kind.is_prepared and not Path(args.model).is_dir():
         raise UserError(
-            f"{training} is missing, so training instructions cannot be left out; "
-            "run from the top of the repository"
+            f"--model {args.model} is no folder; fetch it with"
+            " src/tools/prepare_preference_model.py, and give its folder"
         )
-    frame, excluded, balanced = select_pairs(args, set(training.read_text().split()))
-    direct, cross, corrupted = judge(EmbeddedRanker(folder, args.base), frame, args.seed)
+    hashes = kind.training_instructions(args.model)
+    trained_on = set(hashes.read_text().split()) if hashes and hashes.is_file() else None
+    frame, excluded, balanced = select_pairs(args, trained_on)
+    model = load_preference_model(settings, args.base, args.device)
+    rng = random.Random(args.seed)
+    ask = questions_of_annotations if args.annotations else questions_of_pairs
+    direct, cross, corrupted = judge(model, ask(frame, rng))
     chance = 1 / (1 + np.exp(-direct[["logit", "forward", "backward"]]))
     longer = direct["len_1"] - direct["len_2"]
     direct["right"] = [score(m, w) for m, w in zip(direct["logit"], direct["first_wins"])]
     direct["length_right"] = [score(m, w) for m, w in zip(longer, direct["first_wins"])]
     matched = direct[longer.abs() < 0.2 * direct[["len_1", "len_2"]].max(axis=1)]
     table = reliability(chance["logit"].to_numpy(), direct["first_wins"].to_numpy())
+    source = args.annotations or Path(args.pairs)
     result = {
-        "ranker": args.ranker,
-        "annotations": args.annotations.name,
+        "model": args.model,
+        "kind": kind.kind,
+        "labels": source.name,
         "n": len(direct),
         "instructions": int(direct["instruction"].nunique()),
         "balanced": balanced,
         "excluded": excluded,
     }
-    errors = {}
+    errors: dict[str, Any] = {}
     figures = {
         "agreement": (direct, "right"),
         "length_agreement": (direct, "length_right"),
@@ -290,11 +409,16 @@ def main() -> None:
         rate, error = mean_and_error(rows["right"], rows["instruction"])
         corrupted_rates[kind], corrupted_errors[kind] = rate, error
         corrupted_n[kind] = len(rows)
+    subsets = by_subset(direct)
+    result["subsets"] = subsets
+    result["mean_over_subsets"] = float(np.mean([each["agreement"] for each in subsets.values()]))
     result["corrupted"] = corrupted_rates
     result["corrupted_n"] = corrupted_n
     result["standard_errors"] = errors | {"corrupted": corrupted_errors}
     if args.plot:
-        plot(table, f"{args.ranker}, {args.annotations.stem[:30]}", args.plot)
+        plot(table, f"{Path(args.model).name[-30:]}, {source.stem[:30]}", args.plot)
+    if args.table:
+        write_text(args.table, subset_table(result))
     print(json.dumps(result, indent=2, allow_nan=False))
 
 

@@ -483,7 +483,7 @@ def test_evaluation_error_is_one_line(tmp_path, case, says, monkeypatch, capsys)
         "argv",
         [
             "evaluate_ranker.py",
-            "--ranker",
+            "--model",
             "judge",
             "--annotations",
             str(file),
@@ -529,7 +529,7 @@ def test_training_is_reproducible_and_can_be_evaluated(base_dir, tmp_path, monke
     monkeypatch.setattr(
         sys,
         "argv",
-        f"evaluate_ranker.py --ranker ranker --base {base_dir} --annotations {file} "
+        f"evaluate_ranker.py --model ranker --base {base_dir} --annotations {file} "
         f"--limit 40".split(),
     )
     capsys.readouterr()

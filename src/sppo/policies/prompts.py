@@ -33,7 +33,7 @@ def read_prompts(
     if path.is_file():
         rows = json_lines(path)
     elif HUB_ID.fullmatch(source) and path.suffix not in (".jsonl", ".json"):
-        rows, commit = _hub(source, revision, split)
+        rows, commit = hub_rows(source, revision, split)
     else:
         raise UserError(
             f"prompts.source {source} is neither a file nor a hub data set such as org/name; "
@@ -105,7 +105,7 @@ def read_gold(path: Path) -> dict[str, str]:
     return gold
 
 
-def _hub(source: str, revision: str | None, split: str) -> tuple[list[Any], str]:
+def hub_rows(source: str, revision: str | None, split: str) -> tuple[list[Any], str]:
     """The rows of a split of a hub data set, and the commit."""
     from datasets import load_dataset
     from huggingface_hub import snapshot_download
@@ -142,7 +142,7 @@ def _prompt(row: Any, field: str | None, where: str) -> Prompt | None:
         raise UserError(
             f"{where} has no {field}; set prompts.field to the field that holds the prompt"
         )
-    messages = _messages(row[field], f"{where}: {field}")
+    messages = check_messages(row[field], f"{where}: {field}")
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]  # in data sets of conversations, the answer is the last message
     if not messages:
@@ -162,7 +162,7 @@ def _prompt(row: Any, field: str | None, where: str) -> Prompt | None:
     }
 
 
-def _messages(content: Any, where: str) -> list[dict[str, Any]]:
+def check_messages(content: Any, where: str) -> list[dict[str, Any]]:
     """The messages in a field: a text is one message of the user, null is none."""
     if content is None:
         return []
