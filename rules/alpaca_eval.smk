@@ -124,12 +124,10 @@ def generator_name(wildcards):
 
 
 rule fetch_alpaca_eval:
-    """Fetch AlpacaEval's 805 instructions with GPT-4 turbo's outputs, and their difficulties."""
+    """Fetch AlpacaEval's 805 instructions with GPT-4 turbo's outputs."""
     output:
         reference=OFFICIAL_OUTPUTS,
-        difficulty=OFFICIAL_DIFFICULTIES,
-        reference_record=record(OFFICIAL_OUTPUTS),
-        difficulty_record=record(OFFICIAL_DIFFICULTIES),
+        record=record(OFFICIAL_OUTPUTS),
     log:
         f"{MODELS}logs/alpaca_eval.log",
     benchmark:
@@ -144,11 +142,37 @@ rule fetch_alpaca_eval:
     params:
         version=STAGES["answer"],
     message:
-        "Fetching AlpacaEval's instructions and reference outputs from the hub"
+        "Fetching AlpacaEval's instructions and reference outputs"
     shell:
-        f"{PYTHON} {SRC}/tools/fetch_alpaca_eval.py"
-        " --reference {output.reference:q}"
-        " --difficulty {output.difficulty:q} 2>&1 | tee {log:q}"
+        f"{PYTHON} {SRC}/tools/fetch_alpaca_eval.py reference --output {{output.reference:q}}"
+        " 2>&1 | tee {log:q}"
+
+
+rule fetch_difficulties:
+    """Fetch the difficulties of AlpacaEval's 805 instructions."""
+    input:
+        reference=OFFICIAL_OUTPUTS,
+    output:
+        difficulty=OFFICIAL_DIFFICULTIES,
+        record=record(OFFICIAL_DIFFICULTIES),
+    log:
+        f"{MODELS}logs/difficulties.log",
+    benchmark:
+        f"{MODELS}benchmarks/difficulties.tsv"
+    localrule: True  # it needs the network, which compute nodes may not have
+    conda:
+        "../envs/eval.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        version=STAGES["answer"],
+    message:
+        "Fetching the difficulties of AlpacaEval's instructions"
+    shell:
+        f"{PYTHON} {SRC}/tools/fetch_alpaca_eval.py difficulty"
+        " --reference {input.reference:q} --output {output.difficulty:q} 2>&1 | tee {log:q}"
 
 
 rule answer_instructions:

@@ -3,7 +3,8 @@
 It also gives the answers and judgments.
 """
 
-FASTCHAT_DATA = f"{MODELS}mt_bench"
+from sppo.evaluation import mt_bench
+
 MT_BENCH_NOISE = {
     "mt_bench_answers": "mt_bench",
     "mt_bench_reference_answers": "mt_bench_reference",
@@ -13,13 +14,14 @@ MT_BENCH_NOISE = {
 def mt_bench_folder(wildcards):
     """The folder of questions, judge prompts and reference answers."""
     data = settings(wildcards)["mt_bench"]["data"]
-    return FASTCHAT_DATA if data == "fastchat" else data
+    return MODELS + mt_bench.FETCHED[data] if data in mt_bench.FETCHED else data
 
 
 def mt_bench_questions(wildcards):
     """The file of questions, or the folder that a rule fetches."""
     folder = mt_bench_folder(wildcards)
-    return [folder if folder == FASTCHAT_DATA else f"{folder}/question.jsonl"]
+    is_fetched = settings(wildcards)["mt_bench"]["data"] in mt_bench.FETCHED
+    return [folder if is_fetched else f"{folder}/question.jsonl"]
 
 
 HELD_OUT.append(mt_bench_questions)
@@ -28,7 +30,8 @@ HELD_OUT.append(mt_bench_questions)
 def mt_bench_data(wildcards):
     """The input of a job that reads that folder: a rule's output, or the user's files."""
     folder = mt_bench_folder(wildcards)
-    return FASTCHAT_DATA if folder == FASTCHAT_DATA else files_of(folder)
+    is_fetched = settings(wildcards)["mt_bench"]["data"] in mt_bench.FETCHED
+    return folder if is_fetched else files_of(folder)
 
 
 def mt_bench_flags(wildcards):
@@ -58,12 +61,14 @@ def mt_bench_judge(wildcards):
 rule fetch_mt_bench:
     """Fetch FastChat's 80 questions, judge prompts and reference answers."""
     output:
-        data=directory(FASTCHAT_DATA),
-        record=record(FASTCHAT_DATA),
+        data=directory(f"{MODELS}{{questions}}"),
+        record=record(f"{MODELS}{{questions}}"),
     log:
-        f"{MODELS}logs/mt_bench.log",
+        f"{MODELS}logs/{{questions}}.log",
     benchmark:
-        f"{MODELS}benchmarks/mt_bench.tsv"
+        f"{MODELS}benchmarks/{{questions}}.tsv"
+    wildcard_constraints:
+        questions="|".join(mt_bench.FETCHED.values()),
     localrule: True  # it needs the network, which compute nodes may not have
     conda:
         "../envs/eval.yaml"
@@ -73,10 +78,14 @@ rule fetch_mt_bench:
         runtime=10,
     params:
         version=STAGES["mt_bench"],
+        references=lambda wildcards: (
+            "published" if wildcards.questions == mt_bench.FETCHED["fastchat"] else "corrected"
+        ),
     message:
-        "Fetching MT-Bench's questions from the FastChat repository"
+        "Fetching MT-Bench's questions"
     shell:
-        f"{PYTHON} {SRC}/tools/fetch_mt_bench.py" " --output {output.data:q} 2>&1 | tee {log:q}"
+        f"{PYTHON} {SRC}/tools/fetch_mt_bench.py"
+        " --references {params.references:q} --output {output.data:q} 2>&1 | tee {log:q}"
 
 
 rule answer_mt_bench:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +32,29 @@ def pytest_configure(config: pytest.Config) -> None:
     if chosen := config.getoption("--auto-precision"):
         # An environment variable, because programs that tests start inherit it.
         os.environ["SPPO_AUTO_PRECISION"] = chosen
+
+
+@pytest.fixture
+def pip_downloads(monkeypatch) -> Callable[..., None]:
+    """Replace pip: its download is a wheel with these files, broken, or an error."""
+
+    def replace(files: dict[str, bytes] | None, error: str = "", broken: bool = False) -> None:
+        def pip(command: list[str], **_: object) -> subprocess.CompletedProcess:
+            assert command[1:4] == ["-m", "pip", "download"]
+            wheel = Path(command[command.index("--dest") + 1]) / "a.whl"
+            wheel.parent.mkdir(parents=True)
+            if broken:
+                wheel.write_bytes(b"no archive")
+            elif files is not None:
+                with zipfile.ZipFile(wheel, "w") as archive:
+                    for name, content in files.items():
+                        archive.writestr(name, content)
+            return subprocess.CompletedProcess(command, int(bool(error)), "", error)
+
+        stand_in = SimpleNamespace(run=pip)
+        monkeypatch.setattr("sppo.core.index_packages.subprocess", stand_in)
+
+    return replace
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, recorded, write_json
 from sppo.core.errors import UserError, run
 from sppo.evaluation.alpaca_eval import read_outputs
-from sppo.evaluation.ifeval import OFFICIAL_SHA256
+from sppo.evaluation.ifeval import OFFICIAL
 from sppo.preferences.constraints import (
     Instruction,
     check_known,
@@ -55,7 +55,7 @@ def main() -> None:
             scores(pairs)
             | {
                 "instructions": str(args.instructions),
-                "official": file_hash(args.instructions) == OFFICIAL_SHA256,
+                "official": file_hash(args.instructions) == OFFICIAL.sha256,
                 "policy": outputs[0]["generator"],
                 "versions": {name: metadata.version(name) for name in ("lm-eval", "nltk")},
             },

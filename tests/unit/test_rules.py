@@ -458,7 +458,7 @@ def test_official_alpaca_eval_files_are_fetched_on_request(copy):
     """The official reference outputs are those of GPT-4 turbo, so only the base answers."""
     words = ("--configfile", "config/presets/mistral-7b.yaml", "--")
     planned = jobs(dry_run(copy, *words, "results/mistral-7b/iter0/alpaca_eval.json"))
-    assert planned["fetch_alpaca_eval"] == 1
+    assert planned["fetch_alpaca_eval"] == planned["fetch_difficulties"] == 1
     assert planned["answer_instructions"] == 1
     assert planned["judge_outputs"] == 1
     assert "train_policy" not in planned
@@ -873,6 +873,10 @@ def test_mt_bench_questions_are_fetched_before_prompts(copy):
         dry_run(copy, "results/iter1/prompts.parquet", "--config", "mt_bench={data: fastchat}")
     )
     assert planned["fetch_mt_bench"] == planned["sample_prompts"] == 1
+    corrected = ("--config", "mt_bench={data: fastchat-corrected}")
+    done = dry_run(copy, "results/iter1/prompts.parquet", *corrected)
+    assert jobs(done)["fetch_mt_bench"] == 1
+    assert "results/models/mt_bench_corrected" in done.stdout + done.stderr
 
 
 def test_run_shares_the_base_and_the_first_iteration(copy):

