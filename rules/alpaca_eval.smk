@@ -100,7 +100,7 @@ def judge_flags(wildcards):
     chosen = settings(wildcards)["alpaca_eval"]
     keys = ["bootstrap"]
     if wildcards.verdict != "ranker_estimate":
-        keys += ["judge_model", "judge_base_url"]
+        keys += ["judge_model", "judge_base_url", "both_orders", "judge_passes"]
     if wildcards.verdict == "alpaca_eval":
         keys += ["difficulty", "length_controlled_bootstrap"]
     metrics = {"length_controlled_bootstrap": 0} | {key: chosen[key] for key in keys}

@@ -24,7 +24,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, recorded, write_json
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
-from sppo.core.flags import at_least
+from sppo.core.flags import at_least, boolean
 from sppo.evaluation.alpaca_eval import (
     OFFICIAL_DIFFICULTY,
     Judge,
@@ -87,6 +87,18 @@ def main() -> None:
         help="address of the server for openai, such as http://localhost:8000/v1",
     )
     parser.add_argument(
+        "--both-orders",
+        type=boolean,
+        default=False,
+        help="true: a judge behind an API reads each pair in both orders",
+    )
+    parser.add_argument(
+        "--judge-passes",
+        type=at_least(1),
+        default=1,
+        help="how often a judge behind an API is asked the same",
+    )
+    parser.add_argument(
         "--difficulty", default="none", help="df_gamed.csv for the 805 instructions, or none"
     )
     parser.add_argument(
@@ -140,6 +152,8 @@ def main() -> None:
             args.judge_base_url,
             args.judge_base,
             args.device,
+            args.both_orders,
+            args.judge_passes,
         )
         seen = 0
         if kind:

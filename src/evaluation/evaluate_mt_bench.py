@@ -102,7 +102,8 @@ def main() -> None:
                     f"judge {args.judge} compares two answers; give the base policy's answers with "
                     "--reference, and the judge's base model with --judge-base"
                 )
-            model = load_preference_model(settings_for(args.judge), args.judge_base, args.device)
+            settings = settings_for(args.judge, base_url=args.judge_base_url)
+            model = load_preference_model(settings, args.judge_base, args.device)
             rows = grade_locally(
                 questions, answers, read_answers(args.reference, questions), model, args.judge
             )

@@ -21,7 +21,7 @@ from sppo.core.artifacts import ROOT, read_json
 from sppo.core.config_files import read_files
 from sppo.core.errors import UserError, run
 from sppo.core.flags import of_iteration
-from sppo.evaluation import alpaca_eval, ifeval
+from sppo.evaluation import alpaca_eval, arena_hard, ifeval
 from sppo.policies.prompts import read_instructions
 from sppo.policies.shapes import SHAPES, Shape, shape_of
 from sppo.preferences.base import find_kind, local_kind, settings_for
@@ -32,7 +32,17 @@ from sppo.workflow.configuration import resolve
 # Tokens of GPT-4 turbo's template in alpaca-eval: 1398 characters, four per token.
 JUDGE_PROMPT = 350
 STORED_BYTES = 9  # bytes of a stored token: its id and its text
-GENERATED = ("generate", "answer", "answer_ifeval")  # stages whose tokens are stored
+OFFICIAL_SIZES = {
+    "alpaca_eval": alpaca_eval.CANONICAL_SIZE,
+    "ifeval": ifeval.OFFICIAL_SIZE,
+    "arena_hard": arena_hard.OFFICIAL_SIZE,
+}
+GENERATED = (
+    "generate",
+    "answer",
+    "answer_ifeval",
+    "answer_arena_hard",
+)  # stages whose tokens are stored
 TRAINS = ("generate", "annotate", "reference", "train")  # stages of an iteration without evaluation
 MT_BENCH = 160  # grades of a policy: 80 questions, two turns
 
@@ -216,12 +226,12 @@ def prompts_of_an_iteration(config: dict[str, Any], assumed: int) -> int:
 
 
 def instructions_of(config: dict[str, Any], evaluation: str) -> int:
-    """Number of instructions of the evaluation `alpaca_eval` or `ifeval`."""
+    """Number of instructions of the evaluation `alpaca_eval`, `ifeval` or `arena_hard`."""
     section = config[evaluation]
     if section["limit"]:
         return section["limit"]
     if section["instructions"] == "official":
-        return alpaca_eval.CANONICAL_SIZE if evaluation == "alpaca_eval" else ifeval.OFFICIAL_SIZE
+        return OFFICIAL_SIZES[evaluation]
     return len(read_instructions(Path(section["instructions"])))
 
 
@@ -427,6 +437,16 @@ def all_rows(
             rows.append(
                 estimate.generation(t, "answer_ifeval", prompts_of_ifeval, 1, length, longest)
             )
+        if "arena_hard" in shown:
+            longest = config["arena_hard"]["max_new_tokens"]
+            length = min(args.response_tokens, longest)
+            questions = instructions_of(config, "arena_hard")
+            against_base = t == 0 and config["arena_hard"]["reference"] == "base"
+            asked = 2 * questions if against_base else questions
+            rows.append(estimate.generation(t, "answer_arena_hard", asked, 1, length, longest))
+            if local_kind(config["arena_hard"]["judge"]):
+                judge = config["arena_hard"]["judge"]
+                rows += estimate.comparison(t, "judge_arena_hard", judge, questions, 2, length)
     return rows
 
 

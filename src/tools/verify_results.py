@@ -39,10 +39,11 @@ STAGE_OF = {
     r"iter\d+/pairs\.parquet": "select",
     r"iter\d+/logps/\w+/\d+\.parquet": "reference",
     r"iter\d+/(policy|train_log\.jsonl)": "train",
-    r"iter\d+/(.*/)?((alpaca_eval|ifeval)_outputs\.json|\w+_answers\.jsonl?)": "answer",
+    r"iter\d+/(.*/)?((alpaca_eval|ifeval|arena_hard)_outputs\.json|\w+_answers\.jsonl?)": "answer",
     r"iter\d+/(.*/)?(alpaca_eval|ranker_estimate)\w*\.json": "judge",
     r"iter\d+/mt_bench\w*\.jsonl?": "mt_bench",
     r"iter\d+/ifeval\.json": "ifeval",
+    r"iter\d+/arena_hard(_judgments)?\.jsonl?": "arena_hard",
     r"iter\d+/open_llm\.json": "open_llm",
     r"iter\d+/pushed_to_hub\.json": "push",
 }

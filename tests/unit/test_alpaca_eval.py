@@ -25,6 +25,9 @@ from sppo.core.artifacts import read_json, write_json  # noqa: E402
 from sppo.core.errors import UserError  # noqa: E402
 from sppo.evaluation import alpaca_eval, results  # noqa: E402
 from sppo.evaluation.judges import ALPACA_EVAL  # noqa: E402
+from sppo.evaluation.repeated_judgments import flips  # noqa: E402
+from sppo.preferences.base import Group  # noqa: E402
+from sppo.workflow.configuration import resolve  # noqa: E402
 
 # A folder with public data sets. Without it, the tests that need a data set are skipped.
 PUBLIC_DATA = Path(os.environ.get("SPPO_PUBLIC_DATA", "/nonexistent"))
@@ -49,11 +52,16 @@ def outputs(generator: str, n: int = 30, seed: int = 0) -> list[dict]:
 class Judge:
     """A preference model with a given function for P(second beats first)."""
 
+    name = "judge"
+
     def __init__(self, probability) -> None:
         self.probability = probability
 
-    def pair_logits(self, prompt: str, candidates: list[str]) -> np.ndarray:
-        p = np.clip(self.probability(prompt, *candidates), 1e-300, 1 - 1e-16)
+    def all_pair_logits(self, groups: list[Group]) -> list[np.ndarray]:
+        return [self.logits(group) for group in groups]
+
+    def logits(self, group: Group) -> np.ndarray:
+        p = np.clip(self.probability(group.prompt, *group.responses), 1e-300, 1 - 1e-16)
         logit = np.log(p) - np.log1p(-p)
         return np.array([[7.0, -logit], [logit, -3.0]])  # The diagonal has no meaning.
 
@@ -381,8 +389,8 @@ def test_equal_seeds_give_equal_files_for_any_thread_count(call, tmp_path):
 def test_failed_judgment_is_an_error(call, tmp_path, monkeypatch):
     annotation = alpaca_eval.PreferenceAnnotator._annotation
 
-    def fails_on_7(self, one, two):
-        row = annotation(self, one, two)
+    def fails_on_7(self, one, two, preference):
+        row = annotation(self, one, two, preference)
         if one["instruction"] == "Write about 7.":
             row = row | {"preference": float("nan")}
         return row
@@ -510,6 +518,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.logprobs = logprobs
         self.broken = broken
+        self.prefers_first = False  # whatever the first answer is
         self.html = False  # If true, each answer is a web page.
         self.status = 200  # Another status makes each answer an error.
         # The next answers to judgments: a status, or a body that is not a completion.
@@ -542,7 +551,8 @@ class Handler(BaseHTTPRequestHandler):
             if isinstance(answer, int):
                 return self.reply(answer, {"error": {"message": "busy"}})
             return self.send(200, answer.encode())
-        letter = "m" if not answers or answers[0] == "policy" else "M"
+        first = not answers or self.server.prefers_first or answers[0] == "policy"
+        letter = "m" if first else "M"
         if answers:
             self.server.judged += 1
             self.server.letters.add(letter)
@@ -672,6 +682,50 @@ def test_judge_on_an_openai_compatible_server(
     assert server.keys == {f"Bearer {KEY}"}
     assert not any(KEY in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
     assert KEY not in "".join(capfd.readouterr())
+
+
+def test_both_orders_cancel_a_preference_for_a_place(call, serve, monkeypatch, tmp_path, capfd):
+    """The judge takes the first answer with probability 0.8, whatever it is."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve("given")
+    server.prefers_first = True
+    arguments = ("--judge-model", "m", "--judge-base-url", server.url)
+    pair = (outputs("policy", seed=1), outputs("base"))
+    assert call(*pair, *arguments, judge="openai")["win_rate"] != pytest.approx(50)
+    assert server.judged == 30
+    arguments += ("--both-orders", "true", "--judge-passes", "2")
+    result = call(*pair, *arguments, judge="openai")
+    assert result["win_rate"] == pytest.approx(50)
+    assert server.judged == 120  # the 30 judgments of the first call are kept
+    said = capfd.readouterr().err
+    assert re.search(r"Judgments to ask for: 90, about .* Already finished: 30", said)
+    details = result["judge_details"]
+    assert (details["both_orders"], details["passes"]) == (True, 2)
+    assert (details["order_flips"], details["pass_flips"]) == (100, 0)
+    (row, *_) = read_json(tmp_path / "out" / "annotations.json")
+    assert [sorted(orders) for orders in row["judgments"]] == [
+        [pytest.approx(1.2), pytest.approx(1.8)]
+    ] * 2
+    assert call(*pair, *arguments, judge="openai") == result
+    assert server.judged == 120
+
+
+def test_flips_are_shares_of_decided_pairs():
+    rows = [
+        {"judgments": [[1.2, 1.8], [1.9, 1.9]]},
+        {"judgments": [[1.2, 1.4], [1.2, 1.4]]},
+        {"judgments": [[1.5, 1.4], [1.2, 1.5]]},
+    ]
+    found = flips(rows)
+    assert found["order_flips"] == 50  # of two pairs without a draw
+    assert found["pass_flips"] == 25  # of four
+    assert flips([{"judgments": [[1.2]]}]) == {"order_flips": None, "pass_flips": None}
+
+
+def test_local_judge_is_not_asked_twice():
+    config = resolve({"alpaca_eval": {"both_orders": True}})[""]
+    with pytest.raises(UserError, match="always compares both orders"):
+        alpaca_eval.check_inputs(config, "")
 
 
 def test_gpt4_judge_of_the_package_is_used_by_name(call, serve, monkeypatch, tmp_path):

@@ -29,6 +29,7 @@ from tokenizers import (
 from transformers import DebertaV2Config, DebertaV2Model
 
 import annotate_preferences
+import finetune_pairrm
 import prepare_preference_model
 from sppo.core.artifacts import read_json, record_path
 from sppo.core.config import schema
@@ -622,3 +623,68 @@ def test_workflow_trains_on_the_pairs_that_pairrm_prefers(
         read_json(root / "iter1/ranker_estimate.json")["judge"]
         == "results/tiny/iter0/preference_model"
     )
+
+
+# --- fine-tuning ---
+
+
+def labelled(folder: Path, number: int = 120) -> Path:
+    """Pairs whose chosen answer contains `the`."""
+    rows = [
+        {"prompt": f"Say {n}.", "chosen": f"the {n} swer", "rejected": f"an {n} ing"}
+        for n in range(number)
+    ]
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def finetune(program, model: Path, output: Path, pairs: Path, *more: object) -> dict:
+    flags = ("--model", model, "--output", output, "--pairs", pairs, "--device", "cpu", *more)
+    program(finetune_pairrm, *flags)
+    return read_json(record_path(output))
+
+
+@pytest.mark.parametrize("layout", ["llm-blender", "hf"])
+def test_finetuning_learns_labels_and_keeps_the_layout(folders, layout, tmp_path, program):
+    fast = ("--learning-rate", 3e-3, "--epochs", 4, "--batch-size", 8)
+    facts = finetune(program, folders[layout], tmp_path / "mine", labelled(tmp_path), *fast)
+    assert facts["after"]["agreement"] > 0.9
+    assert facts["after"]["loss"] < facts["before"]["loss"]
+    assert check_pairrm(tmp_path / "mine") == layout
+    logits = PairRM(tmp_path / "mine").pair_logits("Say 500.", ["the 500 swer", "an 500 ing"])
+    assert logits[0, 1] > 0 > logits[1, 0]
+    hashes = (tmp_path / "mine" / "training_instructions.txt").read_text().split()
+    assert len(hashes) == facts["pairs"]
+    assert "agreement with held-out labels, after" in (tmp_path / "mine" / "README.md").read_text()
+
+
+def test_finetuning_step_has_the_stated_gradient(folders, tmp_path):
+    """Against a loss written out for one pair, in both orders."""
+    model = PairRM(folders["hf"], precision="float32")
+    row = {"instruction": "Say it.", "output_1": "the swer", "output_2": "an ing"}
+    (triple,) = finetune_pairrm.read_triples(model, [row])
+    (loss,), (logit,) = finetune_pairrm.losses(model, [triple])
+    both = model.pair_logits("Say it.", ["the swer", "an ing"])
+    expected = (np.log1p(np.exp(-both[0, 1])) + np.log1p(np.exp(both[1, 0]))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert logit.item() == pytest.approx((both[0, 1] - both[1, 0]) / 2, rel=1e-5)
+
+
+def test_finetuning_does_not_depend_on_forward_passes(folders, tmp_path, program):
+    pairs = labelled(tmp_path, 40)
+    for name, tokens in (("one", 64), ("many", 8192)):
+        finetune(program, folders["hf"], tmp_path / name, pairs, "--batch-tokens", tokens)
+    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], many[name], rtol=1e-4, atol=1e-6)
+
+
+def test_wrong_inputs_of_finetuning_are_one_line(folders, tmp_path, program):
+    pairs = labelled(tmp_path, 1)
+    with pytest.raises(UserError, match="too few to train"):
+        finetune(program, folders["hf"], tmp_path / "mine", pairs)
+    with pytest.raises(UserError, match="exists; name a new folder"):
+        finetune(program, folders["hf"], tmp_path, pairs)
+    assert not (tmp_path / "mine").exists()

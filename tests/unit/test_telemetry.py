@@ -6,13 +6,10 @@ import ast
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
-import sppo
+from listener import listening, online
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = sorted(
@@ -49,44 +46,15 @@ print("made")
 @pytest.fixture
 def hub():
     """A server that replaces huggingface.co; `asked` is the list of requested paths."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self):
-            self.server.asked.append(self.path)
-            self.send_response(404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_GET = do_HEAD = do_POST = answer
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with listening() as server:
+        yield server
 
 
 def make_trainer(hub, policy: Path, folder: Path, **variables: str) -> None:
     """Make a trainer of TRL in a separate process without any variable that means offline."""
-    unset = {
-        *sppo.QUIET,
-        "HF_HUB_OFFLINE",
-        "TRANSFORMERS_OFFLINE",
-        "HF_DATASETS_OFFLINE",
-        "DISABLE_TELEMETRY",
-        "CI",
-    }
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in unset and not name.lower().endswith("_proxy")
-    }
+    environment = online(dict(os.environ))
     environment |= {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_ENDPOINT": hub.url,
         "HF_HOME": str(folder / "hub"),
         **variables,
     }

@@ -20,15 +20,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+from listener import listening, online
 
 from sppo.core.tables import read_table
 from sppo.preferences.estimates import mean_logits, win_probabilities, winner_and_loser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# The programs use all cores, as in a user's run.
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+# The programs use all cores, as in a user's run, and may ask the network: see `network`.
+ENVIRONMENT = {
+    key: value for key, value in online(dict(os.environ)).items() if key != "OMP_NUM_THREADS"
+}
 CONFIG = "tests/workflow/config.yaml"
 RESULT = "results/tiny/iter2/alpaca_eval.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def network():
+    """A server in the place of the hub and of every other address, for all runs of this file."""
+    with listening() as server:
+        proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), server.url)
+        ENVIRONMENT.update(proxies, HF_ENDPOINT=server.url)
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +304,19 @@ def test_mt_bench_runs_offline(clone):
         assert result["policy"] == f"tiny/iter{t}"
 
 
+def test_arena_hard_runs_offline(clone):
+    snakemake(clone, "results/tiny/iter0/arena_hard.json", "results/tiny/iter1/arena_hard.json")
+
+    for t in (0, 1):
+        result = read_json(clone[0] / f"results/tiny/iter{t}/arena_hard.json")
+        assert result["n"] == 5
+        assert not result["comparable_with_published"]
+        assert result["policy"] == f"tiny/iter{t}"
+        assert result["reference"] == "tiny/iter0-reference"
+        low, high = result["score_interval"]
+        assert low <= result["score"] <= high
+
+
 def test_all_policies_are_compared_pairwise(clone):
     snakemake(
         clone, "results/tiny/figures/pairwise_judge.png", "results/tiny/figures/pairwise_ranker.png"
@@ -318,6 +343,22 @@ def test_open_llm_tasks_run_offline(clone):
     assert result["n"] == dict.fromkeys(tasks, 2) | {"mmlu": 12}
     assert result["shots"]["arc_challenge"] == 1
     assert result["shots"]["truthfulqa_mc2"] == 0
+
+
+def test_nothing_asks_the_network(clone, network, tmp_path):
+    """All stages and evaluations ran, or run now, with the server in the place of the network.
+
+    The last lines show that a request would have been seen.
+    """
+    names = ("alpaca_eval", "ifeval", "mt_bench", "arena_hard", "open_llm")
+    snakemake(clone, RESULT, *(f"results/tiny/iter1/{name}.json" for name in names))
+    assert network.asked == []
+    fetch = ["src/tools/fetch_alpaca_eval.py", "reference", "--output", str(tmp_path / "x.json")]
+    environment = ENVIRONMENT | {"HF_HOME": str(tmp_path), "PIP_NO_INDEX": "1"}
+    done = subprocess.run([sys.executable, *fetch], cwd=clone[0], env=environment)
+    assert done.returncode == 1
+    assert any("tatsu-lab/alpaca_eval" in path for path in network.asked)
+    network.asked.clear()
 
 
 def test_paper_tables_show_the_measured_values(clone):

@@ -25,7 +25,7 @@ def add_section(
     kinds: dict[str, Callable[[str], Any]] = {
         "integer": int,
         "number": float,
-        "boolean": _boolean,
+        "boolean": boolean,
         "string": str,
         "object": _object,
     }
@@ -64,7 +64,7 @@ def at_least(least: int) -> Callable[[str], int]:
     return count
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"

@@ -20,6 +20,7 @@ STAGES = {
     "measure": 1,
     "distil": 1,
     "mt_bench": 1,
+    "arena_hard": 1,
     "open_llm": 1,
     "ifeval": 1,
     "tabulate": 2,

@@ -34,6 +34,8 @@ from sppo.core.artifacts import ROOT, known_hash, parse_json, read_json
 from sppo.core.errors import UserError
 from sppo.core.index_packages import PackagedFile
 from sppo.core.openai_api import NO_COMPLETION, judge_failure, quoted, request_forms
+from sppo.evaluation.judges import second_wins
+from sppo.evaluation.repeated_judgments import RepeatedAnnotator, cache_files, flips
 from sppo.policies.prompts import normalised, read_instructions
 from sppo.preferences.base import check_prompts, load_preference_model, local_kind, settings_for
 
@@ -70,10 +72,8 @@ OFFICIAL_DIFFICULTY = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd
 class PreferenceAnnotator:
     """alpaca-eval's annotator interface over a local preference model.
 
-    `model.pair_logits(instruction, [a, b])` gives the logits (2, 2) that the row beats the column,
-    read in that order. P(output_2 beats output_1) is sigma of the mean of both orders, as for
-    training preferences (arXiv 2405.00675, section 5.1). Equal outputs are a draw, as in the
-    package's own annotators.
+    The preference is 1 + P(output_2 beats output_1), which `second_wins` computes. Equal outputs
+    are a draw, as in the package's own annotators.
     """
 
     def __init__(self, annotators_config: str, model: Any) -> None:
@@ -84,18 +84,12 @@ class PreferenceAnnotator:
 
         Both frames contain the same instructions in the same order.
         """
-        from sppo.core.progress import progress
-
         pairs = list(zip(outputs_1.to_dict("records"), outputs_2.to_dict("records"), strict=True))
-        return [self._annotation(one, two) for one, two in progress(pairs, "judged pairs")]
+        asked = [(one["instruction"], one["output"], two["output"]) for one, two in pairs]
+        wins = second_wins(self.model, asked, "instruction")
+        return [self._annotation(*pair, 1.0 + each) for pair, each in zip(pairs, wins, strict=True)]
 
-    def _annotation(self, one: Record, two: Record) -> Record:
-        from sppo.preferences.estimates import win_probabilities
-
-        preference = 1.5
-        if one["output"] != two["output"]:
-            logits = self.model.pair_logits(one["instruction"], [one["output"], two["output"]])
-            preference = 1.0 + float(win_probabilities(logits)[1, 0])
+    def _annotation(self, one: Record, two: Record, preference: float) -> Record:
         shared: Record = {
             key: one[key] for key in ("instruction", "dataset", "prompt_id") if key in one
         }
@@ -114,8 +108,9 @@ class PreferenceAnnotator:
 class Judge:
     """The judge.
 
-    `model` and `base_url` are for the judge `openai`; `base` (a model folder) and `device` are for
-    an embedded judge.
+    `model` is for the judge `openai`, `base_url` also for `openai:<model>`. `base` (a model folder)
+    and `device` are for an embedded judge. `both_orders` and `passes` say how often a judge
+    behind an API is asked about each pair.
     """
 
     name: str
@@ -123,6 +118,12 @@ class Judge:
     base_url: str | None = None
     base: Path | None = None
     device: str = "cpu"
+    both_orders: bool = False
+    passes: int = 1
+
+    @property
+    def repeats(self) -> bool:
+        return self.both_orders or self.passes > 1
 
 
 def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]:
@@ -144,7 +145,9 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
         return {
             "annotators_config": judge.name,
             "Annotator": PreferenceAnnotator,
-            "model": load_preference_model(settings_for(judge.name), judge.base, judge.device),
+            "model": load_preference_model(
+                settings_for(judge.name, base_url=judge.base_url), judge.base, judge.device
+            ),
         }, facts
     config, facts = judge.name, {"annotators_config": judge.name}
     if judge.name == "openai":
@@ -159,34 +162,45 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
         }
     # If the prompt, parser, model or server changes, old judgments must not be reused.
     name = hashlib.sha256(f"{judge.base_url}\0{_settings_of(config)}".encode()).hexdigest()[:16]
+    files = list(cache_files(cache / f"{name}.json", judge.passes))
+    caches = [_clean_cache(file) for file in files]
     # The package writes its cache after every chunk, so a failure loses at most 20 judgments.
-    return {
-        "annotators_config": config,
-        "annotation_kwargs": {"chunksize": 20},
-        "caching_path": _clean_cache(cache / f"{name}.json"),
-    }, facts
+    chosen: Record = {"annotators_config": config, "annotation_kwargs": {"chunksize": 20}}
+    if judge.repeats:
+        repeats = {"caches": caches, "both_orders": judge.both_orders}
+        return chosen | {"Annotator": RepeatedAnnotator} | repeats, facts
+    return chosen | {"caching_path": caches[0]}, facts
 
 
-def announce(outputs: list[Record], reference: list[Record], config: str, cache: str) -> int:
+def announce(
+    outputs: list[Record],
+    reference: list[Record],
+    config: str,
+    caches: list[str],
+    both_orders: bool = False,
+) -> int:
     """Print and return the number of judgments that a judge behind an API is still asked for.
 
     The printed line also estimates the tokens that the judge reads. src/tools/estimate_cost.py
-    estimates dollars. cache: the package's file of finished judgments.
+    estimates dollars. caches: the package's files of finished judgments, one for each pass.
     """
-    kept = json.loads(Path(cache).read_text(encoding="utf-8")) if Path(cache).exists() else []
-    done = {(row["instruction"], frozenset((row["output_1"], row["output_2"]))) for row in kept}
     template = len(_settings_of(config))
-    asked = characters = 0
-    for one, two in zip(outputs, reference, strict=True):
-        texts = frozenset((one["output"], two["output"]))
-        if len(texts) == 1 or (one["instruction"], texts) in done:
-            continue
-        asked += 1
-        characters += template
-        characters += len(one["instruction"]) + len(one["output"]) + len(two["output"])
+    asked = characters = finished = 0
+    for cache in caches:
+        kept = json.loads(Path(cache).read_text(encoding="utf-8")) if Path(cache).exists() else []
+        finished += len(kept)
+        done = {(row["instruction"], row["output_1"], row["output_2"]) for row in kept}
+        for one, two in zip(outputs, reference, strict=True):
+            texts = one["output"], two["output"]
+            orders = {(one["instruction"], *texts[::-1])}  # the reference is output_1
+            if both_orders:
+                orders.add((one["instruction"], *texts))
+            open_orders = len(orders - done) if texts[0] != texts[1] else 0
+            asked += open_orders
+            characters += open_orders * (template + len("".join((one["instruction"], *texts))))
     print(
         f"Judgments to ask for: {asked}, about {characters // 4:,} tokens to read (four characters "
-        f"each). Already finished: {len(kept)}",
+        f"each). Already finished: {finished}",
         file=sys.stderr,
         flush=True,
     )
@@ -571,9 +585,10 @@ def evaluate(
     try:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             chosen, facts = _annotator(judge, cache, Path(folder))
-            if "caching_path" in chosen:
-                config, kept = chosen["annotators_config"], chosen["caching_path"]
-                asked = announce(outputs, reference, config, kept)
+            kept = chosen.get("caches") or [chosen.get("caching_path")]
+            if kept[0]:
+                config = chosen["annotators_config"]
+                asked = announce(outputs, reference, config, kept, judge.both_orders)
                 # `_annotator` already tried a server.
                 unreadable = trial(config) if asked and judge.name != "openai" else None
                 if unreadable is not None:
@@ -590,7 +605,7 @@ def evaluate(
                     metrics,
                     formula=formula,
                     difficulty=difficulty,
-                    cache=chosen.get("caching_path"),
+                    cache=kept[0],
                 ),
                 **chosen,
             )
@@ -601,6 +616,8 @@ def evaluate(
         raise judge_failure(judge.base_url or judge.name, error, key, cache) from None
     finally:
         logging.disable(logging.NOTSET)
+    if judge.repeats:
+        facts |= {"both_orders": judge.both_orders, "passes": judge.passes} | flips(annotations)
     return board.iloc[0].to_dict(), annotations, facts
 
 
@@ -625,6 +642,12 @@ def check_inputs(config: Record, where: str) -> set[str]:
             raise UserError(
                 f"{section}.{key} is {value}, but there is no such file; correct the path"
             )
+    repeats = chosen["both_orders"] or chosen["judge_passes"] > 1
+    if repeats and local_kind(chosen["judge"]):
+        raise UserError(
+            f"{section}.judge {chosen['judge']} always compares both orders, and gives the same"
+            " answer when asked again; remove both_orders and judge_passes"
+        )
     if official:
         return set()
     file = Path(chosen["instructions"])

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sppo.core.errors import UserError
 from sppo.core.openai_api import OPENAI_MODELS, check_address
-from sppo.preferences.base import local_kind, settings_for
+from sppo.preferences.base import Group, PreferenceModel, compare, local_kind, settings_for
 from sppo.preferences.embedded import EMBEDDED
 
 
@@ -35,6 +35,29 @@ def is_annotators_config(judge: str) -> bool:
         return True
     configs = Path(package.origin).parent / "evaluators_configs"
     return (configs / judge / "configs.yaml").exists()
+
+
+def second_wins(
+    model: PreferenceModel, comparisons: Sequence[tuple[str, str, str]], what: str
+) -> list[float]:
+    """P(the second answer beats the first) by a preference model, of each comparison.
+
+    comparisons: a prompt and two answers. P is sigma of the mean logit of both orders, as for
+    training preferences (arXiv 2405.00675, section 5.1); it is 1/2 if the answers are equal. what:
+    what a comparison is about, for an error line.
+    """
+    from sppo.preferences.estimates import win_probabilities
+
+    groups = {
+        str(number): Group(prompt, [first, second])
+        for number, (prompt, first, second) in enumerate(comparisons, 1)
+        if first != second
+    }
+    logits = compare(model, groups, what) if groups else {}
+    return [
+        float(win_probabilities(logits[str(number)])[1, 0]) if str(number) in logits else 0.5
+        for number in range(1, len(comparisons) + 1)
+    ]
 
 
 @dataclass(frozen=True)
@@ -65,7 +88,7 @@ class Judging:
             return
         kind = local_kind(judge) if self.local else None
         if kind is not None:
-            kind.check(settings_for(judge), f"{self.section}.judge")
+            kind.check(settings_for(judge, base_url=address), f"{self.section}.judge")
             for file in kind.files(judge):
                 if not file.exists():
                     remedy = "give a folder with its files as" if kind.is_prepared else "correct"
@@ -103,6 +126,7 @@ ALPACA_EVAL = Judging(
     "an annotators_config of alpaca-eval such as weighted_alpaca_eval_gpt4_turbo",
 )
 MT_BENCH = Judging("mt_bench", is_openai_model, "a model of OpenAI's such as gpt-6-luna")
+ARENA_HARD = Judging("arena_hard", is_openai_model, "a model of OpenAI's such as gpt-4.1")
 GRADES = Judging(
     "grades",
     is_openai_model,

@@ -22,6 +22,7 @@ from sppo.core.artifacts import file_hash, json_lines, known_hash
 from sppo.core.chat_client import Client, concurrently
 from sppo.core.errors import UserError
 from sppo.core.index_packages import PackagedFile
+from sppo.evaluation.judges import second_wins
 from sppo.policies.prompts import normalised
 
 Row = dict[str, Any]
@@ -145,30 +146,24 @@ def grade_locally(
     A grade is 1 + 9 P(the answer beats the reference's answer), from 1 to 10. In the second turn
     the model reads both questions as the instruction and compares the second answers.
     """
-    from sppo.core.progress import progress
-    from sppo.preferences.estimates import win_probabilities
-
-    rows = []
-    for question in progress(questions, "judged questions"):
-        answer = answers[question["question_id"]]
-        base_answer = reference[question["question_id"]]
-        for turn in (1, 2):
-            asked = "\n\n".join(question["turns"][:turn])
-            texts = [row["choices"][0]["turns"][turn - 1] for row in (base_answer, answer)]
-            probability = 0.5
-            if texts[0] != texts[1]:
-                probability = float(win_probabilities(model.pair_logits(asked, texts))[1, 0])
-            rows.append(
-                {
-                    "question_id": question["question_id"],
-                    "model": answer["model_id"],
-                    "judge": [judge, "compared with the base"],
-                    "turn": turn,
-                    "win_probability": probability,
-                    "score": 1 + 9 * probability,
-                }
-            )
-    return rows
+    turns = [(question, turn) for question in questions for turn in (1, 2)]
+    comparisons = []
+    for question, turn in turns:
+        both = (each[question["question_id"]] for each in (reference, answers))
+        texts = [row["choices"][0]["turns"][turn - 1] for row in both]
+        comparisons.append(("\n\n".join(question["turns"][:turn]), *texts))
+    probabilities = second_wins(model, comparisons, "answer")
+    return [
+        {
+            "question_id": question["question_id"],
+            "model": answers[question["question_id"]]["model_id"],
+            "judge": [judge, "compared with the base"],
+            "turn": turn,
+            "win_probability": probability,
+            "score": 1 + 9 * probability,
+        }
+        for (question, turn), probability in zip(turns, probabilities, strict=True)
+    ]
 
 
 def grade_by_api(

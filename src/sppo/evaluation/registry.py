@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.core.errors import UserError
-from sppo.evaluation import alpaca_eval, ifeval, judges, mt_bench
+from sppo.evaluation import alpaca_eval, arena_hard, ifeval, judges, mt_bench
 from sppo.evaluation.judges import Judging
 from sppo.evaluation.results import decimals, rate
 
@@ -182,6 +182,20 @@ EVALUATIONS = (
         scored_by=("evaluate_mt_bench",),
         check=mt_bench.check_inputs,
         differences=mt_bench.differences,
+    ),
+    Evaluation(
+        "arena_hard",
+        columns=(
+            Column("Arena-Hard [95%]", lambda found: rate(found, "score")),
+            Column("at equal style [95%]", lambda found: rate(found, "style_controlled")),
+        ),
+        note="Arena-Hard: {n} questions of {instructions}, judged by {judge} against {reference}.",
+        judging=judges.ARENA_HARD,
+        judged_by="evaluate_arena_hard",
+        answered_by=("answer_arena_hard",),
+        scored_by=("evaluate_arena_hard",),
+        check=arena_hard.check_inputs,
+        differences=arena_hard.differences,
     ),
     Evaluation(
         "open_llm",

@@ -14,6 +14,7 @@ from sppo.policies.models import HUB_ID
 Prompt = dict[str, Any]  # id, category, messages
 ROLES = ("system", "user", "assistant", "tool")
 PROMPT_FIELDS = ("messages", "instruction", "prompt")  # `prompt`: as in IFEval's file
+ID_FIELDS = ("id", "key", "uid")  # ours, IFEval's, Arena-Hard's
 HIGHEST_REWARD = 10  # asked of a reward-conditioned policy in sampling and evaluation
 
 
@@ -225,7 +226,7 @@ def _from_ifeval(path: Path) -> list[Any]:
             {
                 "dataset": str(row.get("category", "ifeval")),
                 "instruction": prompt,
-                "prompt_id": str(row.get("id", row.get("key", number))),
+                "prompt_id": str(next((row[name] for name in ID_FIELDS if name in row), number)),
             }
         )
     return rows

@@ -41,6 +41,11 @@ class PairRMFiles(PreferenceModel):
             raise UserError(f"{key}: {error}") from None
 
     @classmethod
+    def training_instructions(cls, model: str) -> Path | None:
+        """src/tools/finetune_pairrm.py writes it."""
+        return Path(model) / "training_instructions.txt"
+
+    @classmethod
     def prepare(cls, settings: Settings) -> tuple[Path, dict[str, Any]]:
         folder, commit = fetch(settings["model"], settings["revision"], "preference.model")
         layout = check_pairrm(folder, settings["backend"])

@@ -281,11 +281,10 @@ class PairRM:
             found.append(TokenizedPrompt(source, answers, answer_of))
         return found
 
-    def forward(self, triples: list[tuple[Any, Any, Any]]) -> list[float]:
-        """Logits of triples (source, first answer, second answer) of ids, in one forward pass.
-
-        UserError if the GPU's memory is too small.
-        """
+    def inputs(
+        self, triples: list[tuple[Any, Any, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The network's arguments for triples (source, first answer, second answer) of ids."""
         # The first two ids of an answer are [CLS] and CANDIDATE.
         rows = [
             [
@@ -310,11 +309,16 @@ class PairRM:
             [[1, len(source) + 1, len(source) + len(first) + 1] for source, first, _ in triples],
             device=self.device,
         )
+        return ids, mask, marks
+
+    def forward(self, triples: list[tuple[Any, Any, Any]]) -> list[float]:
+        """Logits of triples in one forward pass. UserError if the GPU's memory is too small."""
+        inputs = self.inputs(triples)
         try:
-            return self.model(ids, mask, marks).tolist()
+            return self.model(*inputs).tolist()
         except torch.OutOfMemoryError:
             raise UserError(
-                f"the GPU's memory is too small for {ids.numel()} tokens at once; lower "
+                f"the GPU's memory is too small for {inputs[0].numel()} tokens at once; lower "
                 f"preference.batch_tokens ({self.batch_tokens})"
             ) from None
 

@@ -356,7 +356,7 @@ def check_together(config: Config) -> None:
 
 def _check_values(config: Config) -> None:
     """What the schema cannot say of one value."""
-    for section in ("alpaca_eval", "mt_bench", "grades"):
+    for section in ("alpaca_eval", "mt_bench", "arena_hard", "grades"):
         if config[section]["judge_base_url"] is not None:
             check_address(config[section]["judge_base_url"], f"config: {section}.judge_base_url")
     date = config["policy"]["template_date"]
