@@ -1,5 +1,13 @@
 """Requires: iter{t}/policy. Gives: iter{t}/open_llm.json."""
 
+OPEN_LLM_BY_VLLM = MAIN["responses"]["engine"] == "vllm"
+
+
+def open_llm_engine(wildcards):
+    """The flags of the engine that runs the policy: the one that generates responses."""
+    run = settings(wildcards)["responses"]
+    return flags({key: run[key] for key in ("engine", "tensor_parallel")})
+
 
 rule evaluate_open_llm:
     """Run the six tasks of the Open LLM Leaderboard v1 with lm-eval."""
@@ -14,16 +22,17 @@ rule evaluate_open_llm:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/open_llm.tsv"
     conda:
-        "../envs/eval.yaml"
+        ENGINE_ENVIRONMENT if OPEN_LLM_BY_VLLM else "../envs/eval.yaml"
     threads: MODEL_THREADS
     resources:
         mem_mb=8000,
         runtime=480,
-        gpu=MODEL_GPUS,
+        gpu=ENGINE_GPUS if OPEN_LLM_BY_VLLM else MODEL_GPUS,
     params:
         version=STAGES["open_llm"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         options=section_flags("open_llm"),
+        engine=open_llm_engine,
         attention=flags({"attention": MAIN["policy"]["attention"]}),
     message:
         "Open LLM tasks: {wildcards.run}iteration {wildcards.t}"
@@ -32,5 +41,5 @@ rule evaluate_open_llm:
         " --policy {input.policy:q}"
         " --seed {params.seed:q}"
         f" --device {DEVICE}"
-        " {params.options:q} {params.attention:q}"
+        " {params.options:q} {params.engine:q} {params.attention:q}"
         " --output {output.result:q} 2>&1 | tee {log:q}"

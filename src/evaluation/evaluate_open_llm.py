@@ -9,22 +9,28 @@ Departs from the leaderboard: the harness is lm-eval 0.4.13, not the commit of 2
         leaderboard pinned, which matters for MMLU. The leaderboard's MMLU is the unweighted mean
         over subjects; it is written as `mmlu_unweighted`. The harness's `mmlu` is weighted by the
         size of the subjects; `average` uses it, as the paper's harness does.
+
+lm-eval runs the policy with transformers, or with vLLM if `responses.engine` is vllm.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
 
 # (shots, metric) of each task on the leaderboard.
 TASKS = {
@@ -37,6 +43,10 @@ TASKS = {
 }
 
 
+# The longest prompt has about 4,000 tokens. vLLM reserves memory for this many.
+CONTEXT = 8192
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,30 +56,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--attention", default=None)
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--tensor-parallel", type=int, default=None, help="GPUs for vLLM")
     add_section(parser, "open_llm")
     args = parser.parse_args()
 
-    from sppo.policies.models import check_policy, compute_dtype, pick_device, start_torch
+    from sppo.policies.models import check_policy, pick_device, start_torch
 
     check_policy(args.policy)
     tasks = harness_tasks(args.data, args.max_shots)
     if args.data != "hub":
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
     start_torch()
     device = pick_device(args.device)
     inputs = [args.policy] if args.data == "hub" else [args.policy, Path(args.data)]
-    attention = {"attn_implementation": args.attention} if args.attention else {}
-    with recorded("open_llm", args.output, inputs, vars(args)) as facts:
-        model = HFLM(
-            pretrained=str(args.policy),
-            dtype=compute_dtype(args.precision, device),
-            device=device,
-            batch_size=args.batch_size,
-            **attention,
-        )
+    with (
+        recorded("open_llm", args.output, inputs, vars(args)) as facts,
+        contextlib.ExitStack() as files,
+    ):
+        load = vllm_model if args.engine == "vllm" else transformers_model
+        model = load(args, device, files)
         try:
             found = simple_evaluate(
                 model,
@@ -98,12 +106,58 @@ def main() -> None:
                 "shots": {name: shots_of(name, args.max_shots) for name in TASKS},
                 "policy": str(args.policy),
                 "task_versions": found["versions"],
+                "engine": args.engine,
                 "versions": {
                     p: metadata.version(p) for p in ("lm-eval", "transformers", "datasets", "torch")
                 },
             },
         )
         facts["items"] = scores["n"]
+
+
+def transformers_model(args: argparse.Namespace, device: str, files: contextlib.ExitStack) -> LM:
+    """The policy for lm-eval, by transformers. A LoRA update is not rounded."""
+    from lm_eval.models.huggingface import HFLM
+
+    from sppo.policies.models import compute_dtype, load_policy
+
+    policy = load_policy(args.policy, compute_dtype(args.precision, device), device, args.attention)
+    return HFLM(pretrained=policy, tokenizer=str(args.policy), batch_size=args.batch_size)
+
+
+def vllm_model(args: argparse.Namespace, device: str, files: contextlib.ExitStack) -> LM:
+    """The policy for lm-eval, by vLLM. UserError if vLLM is not installed or cannot serve it."""
+    from sppo.policies.models import compute_dtype, load_config
+    from sppo.policies.vllm_engine import ADAPTER, prepare_environment, served_weights
+
+    prepare_environment(device)
+    try:
+        from lm_eval.models.vllm_causallms import VLLM
+    except ImportError as error:
+        raise UserError(
+            f"responses.engine is vllm, but vLLM cannot be imported here ({error}); run"
+            " Snakemake with --use-conda, or set responses.engine: transformers"
+        ) from error
+    dtype = compute_dtype(args.precision, device)
+    weights, rank = served_weights(args.policy, dtype, files)
+    adapter = {"lora_local_path": str(weights / ADAPTER), "max_lora_rank": rank} if rank else {}
+    longest = getattr(load_config(args.policy), "max_position_embeddings", CONTEXT)
+    try:
+        return VLLM(
+            pretrained=str(weights),
+            tokenizer=str(args.policy),
+            dtype=str(dtype).removeprefix("torch."),
+            tensor_parallel_size=args.tensor_parallel or 1,
+            max_model_len=min(CONTEXT, longest),
+            batch_size="auto",
+            seed=args.seed,
+            # The model's own generation config could change the logits.
+            generation_config="vllm",
+            enforce_eager=device == "cpu",
+            **adapter,
+        )
+    except ValueError as error:
+        raise UserError(f"vLLM cannot serve {args.policy}: {str(error).strip()}") from error
 
 
 def shots_of(task: str, max_shots: int | None) -> int:

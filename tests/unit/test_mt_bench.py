@@ -418,7 +418,12 @@ def test_incomplete_cache_line_is_ignored(grade, server, tmp_path):
 
 def test_embedded_judge_compares_with_the_base(answers):
     class Model:
-        def pair_logits(self, instruction, texts):
+        name = "judge"
+
+        def all_pair_logits(self, groups):
+            return [self.logits(group.prompt, group.responses) for group in groups]
+
+        def logits(self, instruction, texts):
             assert [text.split()[0] for text in texts] == ["base", "policy"]
             second = "two" in texts[0]
             # The instruction of the second turn contains the first question.

@@ -21,7 +21,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -30,6 +30,9 @@ from sppo.core.progress import watched
 from sppo.policies.generation import Sampling, response, sample_seed
 from sppo.policies.lora_update import ADAPTER, check_merged, read_factors, write_apart
 from sppo.policies.models import check_policy, compute_dtype, load_tokenizer, stop_token_ids
+
+if TYPE_CHECKING:
+    import torch
 
 SETTINGS = {
     # A single process ends as a whole after an error, and its schedule is always the same.
@@ -80,6 +83,34 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
         signal.signal(signal.SIGTERM, before)
 
 
+def prepare_environment(device: str) -> None:
+    """Set what vLLM reads from the environment when it is imported."""
+    settings = SETTINGS | CPU_SETTINGS if device == "cpu" else SETTINGS
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def served_weights(
+    folder: Path, dtype: torch.dtype, files: contextlib.ExitStack
+) -> tuple[Path, int]:
+    """The folder of the weights for vLLM, and the LoRA rank to reserve memory for, or 0.
+
+    For a LoRA policy in bfloat16 the folder is temporary, with the update as an adapter beside the
+    weights. It is removed when `files` is closed.
+    """
+    factors = read_factors(folder) if str(dtype) == "torch.bfloat16" else {}
+    if not factors:
+        return folder, 0
+    own = max(len(a) for a, _ in factors.values())
+    rank = next((rank for rank in LORA_RANKS if own <= rank), None)
+    if rank is None:
+        check_merged(folder, f"vLLM takes LoRA updates up to rank {LORA_RANKS[-1]}, so it")
+        return folder, 0
+    weights = files.enter_context(temporary_folder(folder))
+    write_apart(folder, factors, weights)
+    return weights, rank
+
+
 class VllmEngine:
     """vLLM's offline engine, on a CPU or on `tensor_parallel` GPUs."""
 
@@ -115,9 +146,7 @@ class VllmEngine:
                 f"responses.tensor_parallel is {tensor_parallel}, but PyTorch sees "
                 f"{torch.cuda.device_count()} GPU here; lower it, or give the job more GPUs"
             )
-        settings = SETTINGS | CPU_SETTINGS if device == "cpu" else SETTINGS
-        for name, value in settings.items():
-            os.environ.setdefault(name, value)
+        prepare_environment(device)
         self.tokenizer = load_tokenizer(folder, **(template or {}))
         self.thoughts = thoughts
         self.stop_ids = stop_token_ids(folder, self.tokenizer)
@@ -130,7 +159,7 @@ class VllmEngine:
                 "Snakemake with --use-conda, or set responses.engine: transformers"
             ) from error
         with contextlib.ExitStack() as files:
-            weights, rank = self._weights(folder, files)
+            weights, rank = served_weights(folder, self.dtype, files)
             try:
                 self.llm = vllm.LLM(
                     model=str(weights),
@@ -163,26 +192,6 @@ class VllmEngine:
             except ValueError as error:
                 raise UserError(f"vLLM cannot serve {folder}: {str(error).strip()}") from error
         self.context = self.llm.model_config.max_model_len
-
-    def _weights(self, folder: Path, files: contextlib.ExitStack) -> tuple[Path, int]:
-        """The folder of the weights for vLLM, and the LoRA rank to reserve memory for, or 0.
-
-        For a LoRA policy in bfloat16 the folder is temporary, with the update as an adapter beside
-        the weights. It is removed when `files` is closed.
-        """
-        import torch
-
-        factors = read_factors(folder) if self.dtype == torch.bfloat16 else {}
-        if not factors:
-            return folder, 0
-        own = max(len(a) for a, _ in factors.values())
-        rank = next((rank for rank in LORA_RANKS if own <= rank), None)
-        if rank is None:
-            check_merged(folder, f"vLLM takes LoRA updates up to rank {LORA_RANKS[-1]}, so it")
-            return folder, 0
-        weights = files.enter_context(temporary_folder(folder))
-        write_apart(folder, factors, weights)
-        return weights, rank
 
     def generate(
         self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str
