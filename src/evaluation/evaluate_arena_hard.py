@@ -31,6 +31,7 @@ from sppo.evaluation.arena_hard import (
     MAX_TOKENS,
     PUBLISHED_JUDGES,
     QUESTIONS,
+    TIMEOUT,
     contradict,
     figures,
     label_of,
@@ -159,7 +160,13 @@ def judge_by_api(
     """The labels of a judge behind an API in both orders, and facts about it."""
     name = args.judge_model if args.judge == "openai" else args.judge
     cache = args.output.parent / ".judgments" / "arena_hard.jsonl"
-    client = Client(name, args.judge_base_url, cache, lambda answer: label_of(answer) is not None)
+    client = Client(
+        name,
+        args.judge_base_url,
+        cache,
+        readable=lambda answer: label_of(answer) is not None,
+        timeout=TIMEOUT,
+    )
     games = []
     for ours, theirs in zip(outputs, reference, strict=True):
         games.append(messages(ours, theirs["output"], ours["output"]))

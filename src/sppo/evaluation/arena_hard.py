@@ -53,6 +53,7 @@ QUESTION = (
     "<|The Start of Assistant B's Answer|>\n{b}\n<|The End of Assistant B's Answer|>"
 )
 MAX_TOKENS = 16000  # of the judge, which first writes its own answer
+TIMEOUT = 600  # seconds for a judgment, which is long
 PATTERNS = (r"\[\[([AB<>=]+)\]\]", r"\[([AB<>=]+)\]")
 # How often A wins, by label. A clear verdict counts three times.
 OUTCOMES = {
@@ -90,14 +91,23 @@ def check_inputs(config: Row, where: str) -> set[str]:
             f"{section}.reference is {chosen['reference']}, but there is no such file; correct it"
         )
     if official:
+        _check_limit(chosen["limit"], OFFICIAL_SIZE, section)
         return set()
     try:
         rows = read_instructions(Path(chosen["instructions"]))
     except UserError as error:
         raise UserError(f"{section}.instructions: {error}") from None
+    _check_limit(chosen["limit"], len(rows), section)
     texts = [row["instruction"] for row in rows[: chosen["limit"]]]
     check_prompts(settings_for(chosen["judge"]), texts, f"{section}.judge")
     return {normalised(row["instruction"]) for row in rows}
+
+
+def _check_limit(limit: int | None, size: int, section: str) -> None:
+    if limit and limit > size:
+        raise UserError(
+            f"{section}.limit is {limit}, but there are {size} questions; lower it, or set null"
+        )
 
 
 def messages(question: Row, first: str, second: str) -> list[dict[str, str]]:
