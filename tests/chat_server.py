@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from listener import serving
 
 Messages = list[dict[str, str]]
 
@@ -50,9 +51,5 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def chat_server(answer: Callable[[Messages], str | int]) -> Iterator[ChatServer]:
     server = ChatServer(answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()

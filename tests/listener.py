@@ -45,14 +45,21 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def listening() -> Iterator[Listener]:
-    server = Listener()
+def serving(server: ThreadingHTTPServer) -> Iterator[None]:
+    """Serve in a thread of this process."""
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield server
+        yield
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def listening() -> Iterator[Listener]:
+    server = Listener()
+    with serving(server):
+        yield server
 
 
 def online(environment: dict[str, str]) -> dict[str, str]:
