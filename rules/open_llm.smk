@@ -1,6 +1,7 @@
 """Requires: iter{t}/policy. Gives: iter{t}/open_llm.json."""
 
 OPEN_LLM_BY_VLLM = MAIN["responses"]["engine"] == "vllm"
+OPEN_LLM_ENVIRONMENT = ENGINE_ENVIRONMENT if OPEN_LLM_BY_VLLM else "../envs/eval.yaml"
 
 
 def open_llm_engine(wildcards):
@@ -22,7 +23,7 @@ rule evaluate_open_llm:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/open_llm.tsv"
     conda:
-        ENGINE_ENVIRONMENT if OPEN_LLM_BY_VLLM else "../envs/eval.yaml"
+        OPEN_LLM_ENVIRONMENT
     threads: MODEL_THREADS
     resources:
         mem_mb=8000,

@@ -107,7 +107,7 @@ def test_rule_has_all_required_sections(rule):
         assert re.search(rf"^        {amount}$", body, re.MULTILINE)
     assert re.search(r'version=STAGES\["\w+"\],', body), "a new stage version would not rerun it"
     environment = re.search(
-        r'conda:\n\s+(?:"(.+)"|ENGINE_ENVIRONMENT|preference_environment)\n', body
+        r'conda:\n\s+(?:"(.+)"|(?:ENGINE|OPEN_LLM)_ENVIRONMENT|preference_environment)\n', body
     )
     assert environment
     assert (ROOT / "rules" / (environment[1] or "../envs/core.yaml")).is_file()
