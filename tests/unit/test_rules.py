@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -315,14 +314,11 @@ def evaluated(done: subprocess.CompletedProcess) -> set[str]:
 )
 @pytest.mark.parametrize("settings", ["paper", "repo"])
 def test_shipped_configuration_plans_every_stage(settings, preset, copy):
-    """It takes less than five seconds of CPU time and needs no GPU, no key and no network."""
+    """It needs no GPU, no key and no network."""
     words = ["--config", f"settings={settings}"]
     if preset:
         words = ["--configfile", str(preset.relative_to(ROOT)), *words]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = dry_run(copy, *words)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
     runs = resolve(read_files([preset or ROOT / "config" / "config.yaml"]))
     main = runs[""]
     shown = ["", *main["summary"]["beside"]]
