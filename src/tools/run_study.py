@@ -41,6 +41,7 @@ from sppo.core.artifacts import (
 from sppo.core.errors import UserError, run
 
 Row = dict[str, Any]
+EMBEDDED_POLICY = Path("results/models/SmolLM2-135M-Instruct")  # the base of embedded judges
 RUN_FORKED = Path(__file__).parent / "run_forked.py"
 EVALUATIONS = ("alpaca_eval", "ranker_estimate", "against_previous", "ifeval", "measurements")
 KEYS = {"config", "runs", "seeds", "iterations"}  # of an entry of the plan
@@ -225,16 +226,23 @@ def round_robin(folders: list[Path]) -> list[list[float]]:
     """How often each iterate (row) wins against each other one (column), in per cent."""
     # Imported late because loading lm-eval's checkers takes seconds.
     from sppo.evaluation.alpaca_eval import read_outputs
-    from sppo.preferences.base import Group, compare, load_preference_model, settings_for
+    from sppo.preferences.base import (
+        Group,
+        compare,
+        kind_of,
+        load_preference_model,
+        settings_for,
+    )
     from sppo.preferences.estimates import win_probabilities
 
     answers: dict[str, list[str]] = {}
     for folder in folders:
         for row in read_outputs(folder / "alpaca_eval_outputs.json"):
             answers.setdefault(row["instruction"], []).append(row["output"])
-    judge = read_json(folders[0] / "alpaca_eval.json")["judge"]
+    judge = settings_for(read_json(folders[0] / "alpaca_eval.json")["judge"])
+    base = EMBEDDED_POLICY if kind_of(judge).needs_base else None
     groups = {text: Group(text, outputs) for text, outputs in answers.items()}
-    logits = compare(load_preference_model(settings_for(judge)), groups, "instruction")
+    logits = compare(load_preference_model(judge, base, "auto"), groups, "instruction")
     wins = sum(win_probabilities(each) for each in logits.values()) / len(logits)
     return [[round(100 * float(value), 2) for value in line] for line in wins]
 
