@@ -15,7 +15,7 @@ def grade_files(wildcards, t=None):
 
 def preference_shards(wildcards, t=None):
     """All shards of a run's preferences; empty if its pairs are not chosen by preferences."""
-    if settings(wildcards)["pairs"]["construction"] not in ("best_vs_worst", "all"):
+    if settings(wildcards)["pairs"]["construction"] in WITHOUT_PREFERENCES:
         return []
     return shards(wildcards, "preferences", t)
 

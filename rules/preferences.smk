@@ -203,15 +203,20 @@ def replay_flags(wildcards):
 
 
 def pair_flags(wildcards):
-    """The flags of the section `pairs`, and the seed of permuted labels.
+    """The flags of the section `pairs`, and the seeds of permuted labels and of random losers.
 
     Annotated labels are the program's default and have no flag. A flag would change the parameters
     of pairs that were made before the key existed, and Snakemake would make them again.
     """
     run = settings(wildcards)
-    if run["pairs"]["labels"] == "annotated":
-        return flags(run["pairs"], skip=("labels",))
-    return flags(run["pairs"] | {"label_seed": run["seeds"]["data"]})
+    pairs, seed = dict(run["pairs"]), run["seeds"]["data"]
+    if pairs["labels"] == "annotated":
+        del pairs["labels"]
+    else:
+        pairs["label_seed"] = seed
+    if pairs["construction"] == "best_vs_random":
+        pairs["loser_seed"] = seed
+    return flags(pairs)
 
 
 rule build_pairs:

@@ -17,6 +17,16 @@ def earlier_prompts(wildcards):
     return [sampled(wildcards, "prompts.parquet", t) for t in range(1, int(wildcards.t))]
 
 
+def prompt_flags(wildcards):
+    """The flags of the section `prompts`.
+
+    `repeat` has a flag only if it is set. Otherwise prompts that were drawn before the key existed
+    would be drawn again, see `pair_flags`.
+    """
+    chosen = settings(wildcards)["prompts"]
+    return flags(chosen, skip=() if chosen["repeat"] else ("repeat",)) + CHATS
+
+
 def questions(wildcards):
     """The questions of the evaluations, which must not be training prompts."""
     files = [file for asked in HELD_OUT for file in asked(wildcards)]
@@ -50,7 +60,7 @@ rule sample_prompts:
         iterations=lambda wildcards: settings(wildcards)["iterations"],
         room=lambda wildcards: settings(wildcards)["responses"]["max_new_tokens"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
-        options=lambda wildcards: flags(settings(wildcards)["prompts"]) + CHATS,
+        options=prompt_flags,
         highest_reward=lambda wildcards: highest_reward(wildcards, int(wildcards.t) - 1),
     message:
         "Drawing the prompts of {wildcards.run}iteration {wildcards.t}"

@@ -1,6 +1,9 @@
 """Requires: iter{t}/pairs.parquet, iter{t-1}/policy. Gives: iter{t}/policy.
 
-It also gives iter{t}/logps/{current,reference}/{shard}.parquet and iter{t}/train_log.jsonl.
+It also gives iter{t}/logps/{frozen}/{shard}.parquet and iter{t}/train_log.jsonl. `frozen` is the
+policy that scores the pairs: current (the one that training starts from, pi_t), reference (the
+method's other policy), earlier1, earlier2, ... (pi_t-1, pi_t-2, ...) or before_lookahead. A run
+with `train.lookahead` also has iter{t}/lookahead, an auxiliary policy.
 """
 
 
@@ -29,15 +32,40 @@ def scoring_flags(wildcards):
     )
 
 
+LOOKAHEAD = [name for name, run in USABLE.items() if run["train"]["lookahead"]]
+
+
+def lookahead_policy(run, t):
+    """The auxiliary policy of a run with `train.lookahead` after iteration t; the base if t is 0."""
+    return artifact(run, t, "lookahead") if t else BASE_POLICY
+
+
+def first_policy(wildcards):
+    """The policy that the training of this iteration starts from: pi_t, or the auxiliary policy."""
+    if settings(wildcards)["train"]["lookahead"]:
+        return lookahead_policy(run_of(wildcards), int(wildcards.t))
+    return current_policy(wildcards)
+
+
+def before_lookahead(wildcards):
+    """The auxiliary policy that this iteration's one is trained from."""
+    return lookahead_policy(run_of(wildcards), int(wildcards.t) - 1)
+
+
 def frozen_policy(wildcards):
-    """The policy that scores the pairs: pi_t, or the method's reference."""
+    """The policy that scores the pairs; the head of this file has its names."""
+    run, before = run_of(wildcards), int(wildcards.t) - 1
     if wildcards.frozen == "current":
-        return current_policy(wildcards)
-    return policy(run_of(wildcards), reference_iteration(wildcards))
+        return first_policy(wildcards)
+    if wildcards.frozen == "before_lookahead":
+        return before_lookahead(wildcards)
+    if wildcards.frozen == "reference":
+        return policy(run, reference_iteration(wildcards))
+    return policy(run, before - int(wildcards.frozen.removeprefix("earlier")))
 
 
 def logps(frozen):
-    """Input function: the log-probabilities under pi_t (current), or under the reference."""
+    """Input function: the log-probabilities of the pairs under a frozen policy."""
     return lambda wildcards: scored(run_of(wildcards), wildcards.t, frozen)
 
 
@@ -47,11 +75,35 @@ def scored(run, t, frozen):
     return [artifact(run, t, f"logps/{frozen}/{shard}.parquet") for shard in shards]
 
 
-def other_reference(wildcards):
-    """The log-probabilities under the reference as an input; empty if the reference is pi_t."""
-    if reference_iteration(wildcards) == int(wildcards.t) - 1:
-        return {}
-    return {"reference": scored(run_of(wildcards), wildcards.t, "reference")}
+def opponents(wildcards):
+    """The weights of the opponents pi_t, pi_t-1, ... that exist; [1] for pi_t alone."""
+    train = settings(wildcards)["train"]
+    return train["history"][: int(wildcards.t)] if train["loss"] == "mnpo" else [1]
+
+
+def other_references(wildcards):
+    """The log-probabilities under the reference and under earlier opponents, as named inputs.
+
+    Either is left out if it is pi_t.
+    """
+    run, t = run_of(wildcards), wildcards.t
+    inputs = {}
+    if reference_iteration(wildcards) != int(t) - 1:
+        inputs["reference"] = scored(run, t, "reference")
+    earlier = [
+        path
+        for number in range(1, len(opponents(wildcards)))
+        for path in scored(run, t, f"earlier{number}")
+    ]
+    return inputs | ({"earlier": earlier} if earlier else {})
+
+
+def reference_flags(wildcards, input):
+    """The flags that hand these inputs to the program."""
+    named = {key: input[key] for key in ("reference", "earlier") if key in input.keys()}
+    if "earlier" in named:
+        named["history"] = opponents(wildcards)
+    return flags(named)
 
 
 rule score_reference:
@@ -67,7 +119,7 @@ rule score_reference:
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/score_reference.{{frozen}}.{{shard}}.tsv"
     wildcard_constraints:
-        frozen="current|reference",
+        frozen=r"current|reference|before_lookahead|earlier\d+",
     conda:
         "../envs/core.yaml"
     threads: MODEL_THREADS
@@ -129,6 +181,20 @@ rule extrapolate_policy:
 ruleorder: extrapolate_policy > train_policy
 
 
+def training_flags(wildcards):
+    """The flags of the section `train`, without the parameters that its loss does not read.
+
+    So a key that is added for one loss does not make the policies of others again.
+    """
+    train = of_iteration(settings(wildcards)["train"], int(wildcards.t))
+    unread = [
+        key
+        for key, rule in schema()["properties"]["train"]["properties"].items()
+        if "x-loss-parameter" in rule and key not in LOSSES[train["loss"]].reads
+    ]
+    return flags(train, skip=("reference_every", "history", "lookahead", *unread))
+
+
 def on_each_node(wildcards):
     """The prefix that starts a command on all nodes of its job; empty for one node.
 
@@ -143,10 +209,10 @@ def on_each_node(wildcards):
 rule train_policy:
     """Train the next policy: regress the log-ratios of winners and losers onto their targets."""
     input:
-        unpack(other_reference),
+        unpack(other_references),
         pairs=at("pairs.parquet"),
         current=logps("current"),
-        policy=current_policy,
+        policy=first_policy,
     output:
         policy=directory(at("policy")),
         policy_record=record(at("policy")),
@@ -167,12 +233,8 @@ rule train_policy:
         version=STAGES["train"],
         on_each_node=on_each_node,
         seed=lambda wildcards: settings(wildcards)["seeds"]["train"],
-        options=lambda wildcards: flags(
-            of_iteration(settings(wildcards)["train"], int(wildcards.t)), skip=("reference_every",)
-        ),
-        reference=lambda wildcards, input: (
-            flags({"reference": input.reference}) if "reference" in input.keys() else []
-        ),
+        options=training_flags,
+        reference=reference_flags,
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
         "Training the policy of {wildcards.run}iteration {wildcards.t}"
@@ -184,6 +246,30 @@ rule train_policy:
         f" --device {DEVICE}"
         " {params.attention:q} {params.options:q}"
         " --output {output.policy:q} --log {output.log:q} 2>&1 | tee {log:q}"
+
+
+use rule train_policy as train_lookahead with:
+    input:
+        pairs=at("pairs.parquet"),
+        current=logps("before_lookahead"),
+        policy=before_lookahead,
+    output:
+        policy=(
+            directory(at("lookahead"))
+            if MAIN["keep_policies"]
+            else temp(directory(at("lookahead")))
+        ),
+        policy_record=record(at("lookahead")),
+        log=at("lookahead_log.jsonl"),
+        log_record=record(at("lookahead_log.jsonl")),
+    log:
+        f"{LOGS}{{run}}iter{{t}}/train_lookahead.log",
+    benchmark:
+        f"{BENCHMARKS}{{run}}iter{{t}}/train_lookahead.tsv"
+    wildcard_constraints:
+        run=any_of(LOOKAHEAD),
+    message:
+        "Training the auxiliary policy of {wildcards.run}iteration {wildcards.t}"
 
 
 # Without keep_policies, all policies but the last are deleted once the next iteration and the

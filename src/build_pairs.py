@@ -8,11 +8,12 @@ Reads   prompts.parquet (for its order), all shards of responses/ and preference
 Writes  pairs.parquet and its record, which counts the dropped pairs by reason
 Paper   2405.00675, section 5.1: P-hat over the K responses. The winner has the highest mean logit,
         the loser the lowest; training uses this pair.
+        `best_vs_second` and `best_vs_random`: the code of COMAL, 2410.23223, and of RA-DPO.
         `all`: 2404.03715, Algorithm 1, every two responses.
         `gold`: 2401.01335, the gold response against one of the policy's responses.
         `graded`: 2404.03715, Algorithm 2 (DNO-Prct), every two responses whose grades differ
         enough.
-        `--even-lengths`: DICE, 2406.09760.
+        `--even-lengths` and `--truncated leave_out`: DICE, 2406.09760.
         `--target-reward`: RA-DPO, 2410.08067, with P-hat instead of a reward model's grades.
         `--labels permuted` and `flipped` are controls and in no paper: the preferences of a prompt
         are about other responses to it (src/sppo/preferences/labels.py). The record counts the
@@ -49,7 +50,7 @@ from sppo.policies.prompts import read_gold, with_target_reward
 from sppo.preferences.estimates import even_length_penalty, mean_logits
 from sppo.preferences.grades import GOLD, read_grades
 from sppo.preferences.labels import ANNOTATED, relabelled
-from sppo.preferences.pairs import Dropped, Rules, pairs_of
+from sppo.preferences.pairs import Dropped, Rules, pairs_of, without_truncated
 
 
 def main() -> None:
@@ -74,6 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--replay-seed", type=int, default=0)
     parser.add_argument("--label-seed", type=int, default=0, help="seed of --labels permuted")
+    parser.add_argument("--loser-seed", type=int, default=0, help="seed of best_vs_random")
     parser.add_argument(
         "--previous", type=Path, help="an earlier iteration's pairs.parquet, for --replay-share"
     )
@@ -113,14 +115,18 @@ def main() -> None:
     inputs = [args.prompts, *args.responses, *shards]
     inputs += [Path(path) for path in (args.gold, args.previous) if path]
     with recorded("select", args.output, inputs, vars(args)) as facts:
+        dropped = Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
+        if args.truncated == "leave_out":
+            logits, dropped["truncated"] = leave_out_truncated(logits, responses)
         if args.labels != ANNOTATED:
             facts["relabelled_prompts"] = relabel(logits, args.labels, args.label_seed)
         if args.even_lengths:
             facts["length_penalty"] = even_out_lengths(logits, responses)
         found: list[dict[str, Any]] = []
-        dropped = Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
         rules = Rules.of(vars(args))
         for prompt_id in order:
+            if kind == "preferences" and prompt_id not in logits:
+                continue
             for pair in pairs_of(
                 responses[prompt_id],
                 logits.get(prompt_id),
@@ -212,6 +218,18 @@ def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:
             "token_ids": ids + [stop],
         }
     return rows
+
+
+def leave_out_truncated(
+    logits: dict[str, dict[str, Any]], responses: dict[str, dict[int, dict]]
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """The preferences among complete responses, and the number of prompts that have too few."""
+    left = {
+        prompt_id: row
+        for prompt_id, preferences in logits.items()
+        if (row := without_truncated(preferences, responses[prompt_id])) is not None
+    }
+    return left, len(logits) - len(left)
 
 
 def relabel(logits: dict[str, dict[str, Any]], labels: str, seed: int) -> int:

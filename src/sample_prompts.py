@@ -4,6 +4,7 @@ Reads   a JSONL file or a hub data set; the evaluations' questions, which are ex
         policy's tokenizer; the prompts of earlier iterations, if each iteration has its own source
 Writes  prompts.parquet and its record
 Paper   2405.00675, Algorithm 1 line 3: three disjoint portions, one for each iteration
+        `--repeat`: SPIN, 2401.01335: the same prompts in each iteration
 
 Differences from the official code: the held-out prompts are disjoint from the training prompts (in
 the official code they are 500 of the training prompts). A repeated prompt is used once. Questions
@@ -88,7 +89,8 @@ def main() -> None:
     if Path(source).is_file():
         inputs.append(Path(source))
     with recorded("sample", args.output, inputs, vars(args)) as facts:
-        number, parts = (1, 1) if own_source else (args.iteration, args.iterations)
+        alone = own_source or args.repeat  # no other iteration takes a part of the prompts
+        number, parts = (1, 1) if alone else (args.iteration, args.iterations)
         drawn = portion(available, args.per_iteration, number, parts, args.seed, source)
         rows, dropped = with_token_ids(drawn, source, args)
         write_table(args.output, rows, "prompts")

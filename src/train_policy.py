@@ -2,7 +2,8 @@
 
 Reads   pairs.parquet, logps/current/*.parquet (log-probabilities of the pairs under pi_t),
         logps/reference/*.parquet (only for a method that refers to another policy than pi_t),
-        and pi_t, the policy to start from
+        logps/earlier<j>/*.parquet (only for a method with several opponents), and pi_t, the policy
+        to start from
 Writes  policy/ (a Hugging Face folder, float32) and train_log.jsonl, with a record of each
 Paper   2405.00675, Algorithm 1 line 6, eq. (4.6)
 Departs from the paper: only if a flag is set; the defaults are the paper's. Master weights,
@@ -64,8 +65,15 @@ METHOD = (
     "loss",
     "beta",
     "tau",
+    "history",
     "gamma",
     "label_smoothing",
+    "length_weight",
+    "dpop_weight",
+    "asft_weight",
+    "reverse_kl_weight",
+    "forward_kl_weight",
+    "forward_kl_limit",
     "ipo_target",
     "per_token",
     "sft_weight",
@@ -102,13 +110,20 @@ def main() -> None:
         nargs="+",
         help="logps/reference/*.parquet, if the method refers to another policy",
     )
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="logps/earlier<j>/*.parquet, all of pi_t-1, then all of pi_t-2, ...",
+    )
     parser.add_argument("--policy", type=Path, required=True, help="policy to start from")
     parser.add_argument("--output", type=Path, required=True, help="folder of the trained policy")
     parser.add_argument("--log", type=Path, required=True, help="train_log.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--attention", default=None)
-    add_section(parser, "train", skip=("reference_every",))
+    add_section(parser, "train", skip=("reference_every", "lookahead"))
     args = parser.parse_args()
     check_training(vars(args))
     args.reference = args.reference or args.current
@@ -155,7 +170,7 @@ def is_made(args: argparse.Namespace) -> bool:
 def inputs_of(args: argparse.Namespace) -> list[Path]:
     """The files and folders that a training reads."""
     reference = args.reference if args.reference != args.current else []
-    return [args.pairs, *args.current, *reference, args.policy]
+    return [args.pairs, *args.current, *reference, *args.earlier, args.policy]
 
 
 def train(args: argparse.Namespace) -> None:
@@ -208,6 +223,7 @@ def load_pairs(args: argparse.Namespace) -> list[dict]:
         raise UserError(f"{args.pairs} has no pairs; its record counts why they were dropped")
     for name in ("current", "reference"):
         pairs = joined(pairs, args.pairs, getattr(args, name), name)
+    pairs = with_opponents(pairs, args)
     if args.loss == "nash_md":
         pairs = against_mixture(pairs, args.tau / args.beta)
     return pairs
@@ -229,6 +245,34 @@ def joined(pairs: list[dict], source: Path, shards: list[Path], name: str) -> li
             **pair,
             f"{name}_chosen": by_id[pair["pair_id"]]["chosen_logp"],
             f"{name}_rejected": by_id[pair["pair_id"]]["rejected_logp"],
+        }
+        for pair in pairs
+    ]
+
+
+def with_opponents(pairs: list[dict], args: argparse.Namespace) -> list[dict]:
+    """Pairs with opponents_chosen and opponents_rejected, the weighted means of log-probabilities.
+
+    The opponents are pi_t and earlier iterates, with the weights `args.history`.
+    """
+    files = len(args.current)
+    if len(args.earlier) != files * (len(args.history) - 1):
+        raise UserError(
+            f"--history has {len(args.history)} weights, so --earlier needs"
+            f" {files * (len(args.history) - 1)} files, but has {len(args.earlier)}; give the"
+            " log-probabilities under each earlier opponent"
+        )
+    names = ["current"]
+    for number, begin in enumerate(range(0, len(args.earlier), files), 1):
+        names.append(f"earlier{number}")
+        pairs = joined(pairs, args.pairs, args.earlier[begin : begin + files], names[-1])
+    shares = [weight / sum(args.history) for weight in args.history]
+    weighted = list(zip(shares, names, strict=True))
+    return [
+        pair
+        | {
+            f"opponents_{end}": sum(share * pair[f"{name}_{end}"] for share, name in weighted)
+            for end in ("chosen", "rejected")
         }
         for pair in pairs
     ]

@@ -43,10 +43,13 @@ def make_pairs(n: int, seed: int = 0) -> list[dict]:
 
 
 def option_words(options: dict[str, object]) -> list[str]:
-    """Options of a program as words of its command line: {"beta": 1} gives ["--beta", "1"]."""
+    """Options of a program as words of its command line: {"beta": 1} gives ["--beta", "1"].
+
+    Values with spaces are several words.
+    """
     words = []
     for key, value in options.items():
-        words += [f"--{key.replace('_', '-')}", str(value)]
+        words += [f"--{key.replace('_', '-')}", *str(value).split()]
     return words
 
 

@@ -422,3 +422,57 @@ def test_broken_gold_line_is_a_clear_error(build, tmp_path, line, message, tiny_
             "--policy",
             tiny_policy,
         )
+
+
+# --- other losers, and responses that are left out ---
+
+
+def mean_logit_order(logits: np.ndarray) -> list[int]:
+    """Responses from the best to the worst, by the definition: both orders of each pair count."""
+    scores = [
+        sum(logits[i, j] - logits[j, i] for j in range(len(logits)) if j != i)
+        for i in range(len(logits))
+    ]
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
+
+
+def test_best_vs_second_takes_the_two_highest(build):
+    cases = random_cases(12)
+    pairs, _ = build(cases, "--construction", "best_vs_second")
+    assert len(pairs) == 12
+    for pair in pairs:
+        best, second = mean_logit_order(cases[pair["prompt_id"]][1])[:2]
+        assert (pair["chosen_sample_id"], pair["rejected_sample_id"]) == (best, second)
+
+
+def test_random_losers_follow_the_seed_and_reach_all_ranks(build):
+    cases = random_cases(60)
+    flags = ("--construction", "best_vs_random", "--loser-seed")
+    pairs, _ = build(cases, *flags, "1")
+    again, _ = build(cases, *flags, "1")
+    other, _ = build(cases, *flags, "2")
+    assert pairs == again != other
+    ranks = Counter()
+    for pair in pairs:
+        order = mean_logit_order(cases[pair["prompt_id"]][1])
+        assert pair["chosen_sample_id"] == order[0]
+        ranks[order.index(pair["rejected_sample_id"])] += 1
+    # Each of the four other ranks is drawn 15 times on average.
+    assert set(ranks) == {1, 2, 3, 4}
+    assert min(ranks.values()) >= 5
+
+
+def test_cut_responses_can_be_left_out_before_pairs_are_chosen(build):
+    """The best of "a" and the worst of "b" are cut off; "c" has one complete response of three."""
+    cut = {
+        "a": ["length", "stop", "stop"],
+        "b": ["stop", "stop", "length"],
+        "c": ["length", "length", "stop"],
+    }
+    cases = {name: (["x", "y", "z"], SKEW, reasons) for name, reasons in cut.items()}
+    pairs, record = build(cases, "--truncated", "leave_out")
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("y", "z"), ("x", "y")]
+    # P-hat is among the two that are left, each with itself.
+    for pair in pairs:
+        assert pair["p_hat_chosen"] == pytest.approx((0.5 + sigma(1)) / 2, abs=1e-12)
+    assert record["dropped"]["truncated"] == 1

@@ -313,7 +313,7 @@ BAD = {
     ),
     "responses at temperature 0": (
         {"responses": {"temperature": 0}},
-        ["responses.temperature is 0", "greater than 0"],
+        ["responses.temperature is 0", "pairs.construction: gold"],
     ),
     "too few instructions": (
         {"alpaca_eval": {"limit": 3}},
@@ -338,6 +338,41 @@ BAD = {
     "shared first iteration, different iterations": (
         {"runs": {"a": {"first_iteration_from": "main", "iterations": 5}}},
         ["runs.a", "iterations"],
+    ),
+    "EXO without smoothing": (
+        {"train": {"loss": "exo"}},
+        ["train.loss exo", "train.label_smoothing above 0"],
+    ),
+    "RSPO without an older reference": (
+        {"train": {"loss": "rspo"}},
+        ["train.loss rspo", "train.reference_every"],
+    ),
+    "opponents without pi_t": (
+        {"train": {"loss": "mnpo", "tau": 0.0001, "reference_every": None, "history": [0, 1]}},
+        ["train.history", "raise the first number"],
+    ),
+    "lookahead with the base as reference": (
+        {"train": {"loss": "ipo", "lookahead": True, "reference_every": None}},
+        ["train.lookahead", "train.reference_every: 1"],
+    ),
+    "the same prompts from a source of each iteration": (
+        {"prompts": {"source": "me/prompts{t}", "repeat": True}},
+        ["prompts.repeat: false"],
+    ),
+    "left out gold responses": (
+        {
+            "pairs": {"construction": "gold", "gold": "g.jsonl", "truncated": "leave_out"},
+            "train": {"loss": "dpo"},
+        },
+        ["pairs.truncated leave_out", "pairs.truncated: keep"],
+    ),
+    "TRL with a weight for length": (
+        {"train": {"backend": "trl", "loss": "dpo", "length_weight": 0.1}},
+        ["TRL", "train.length_weight"],
+    ),
+    "TRL with smoothed DPO": (
+        {"train": {"backend": "trl", "loss": "dpo", "label_smoothing": 0.1}},
+        ["TRL", "train.label_smoothing"],
     ),
     "TRL with IPO": (
         {"train": {"backend": "trl", "loss": "ipo"}},
@@ -734,6 +769,11 @@ IDLE = {
     "label smoothing": ({"train": {"label_smoothing": 0.1}}, "train.label_smoothing"),
     "IPO's target": ({"train": {"ipo_target": 1}}, "train.ipo_target"),
     "per_token without IPO": ({"train": {"per_token": True}}, "train.per_token"),
+    "opponents of another loss": (
+        {"train": {"history": [1, 1]}},
+        "train.history has no effect where train.loss is sppo",
+    ),
+    "a weight for length": ({"train": {"length_weight": 0.1}}, "train.length_weight"),
     "LoRA's scale": (
         {"train": {"lora_alpha": 32}},
         "train.lora_alpha has no effect where train.lora_rank is 0",
@@ -874,6 +914,8 @@ def other_value(rule: dict):
         return "1999-12-31"
     if "pattern" in rule:
         return "x"
+    if types == ["array"]:
+        return [other_value(rule["items"] | {"default": 0}), 2.0]
     examples = {"integer": 123, "number": 0.1234567890123, "string": "a folder/with 'quotes' {t}"}
     return examples[types[0]]
 

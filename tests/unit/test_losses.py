@@ -27,6 +27,8 @@ GOLDEN = {
     "reference_rejected": -60.0,
     "current_chosen": -51.0,
     "current_rejected": -60.5,
+    "opponents_chosen": -51.5,
+    "opponents_rejected": -60.25,
     "tokens_chosen": 20.0,
     "tokens_rejected": 25.0,
     "p_hat_chosen": 0.8,
@@ -35,11 +37,17 @@ GOLDEN = {
 }
 # The options of each loss in the tests below.
 CASES = {name: {} for name in LOSSES} | {
-    "dpo": {"label_smoothing": 0.1, "sft_weight": 0.005},
+    "dpo": {"label_smoothing": 0.1, "sft_weight": 0.005, "length_weight": 0.05},
+    "dno": {"length_weight": 0.02},
+    "dpo_positive": {"dpop_weight": 5.0, "length_weight": 0.03},
+    "exo": {"label_smoothing": 0.001},
+    "asft": {"asft_weight": 0.7},
+    "mnpo": {"tau": 0.0003},
+    "rspo": {"reverse_kl_weight": 0.3, "forward_kl_weight": 0.2, "forward_kl_limit": 3.0},
     "ipo": {"per_token": True, "ipo_target": 1.0},
-    "simpo": {"gamma": 1.5},
+    "simpo": {"gamma": 1.5, "length_weight": 0.01},
     "hinge": {"optimism": 0.01},
-    "mmpo": {"gamma": 3.0},
+    "mmpo": {"gamma": 3.0, "length_weight": 0.02},
     "inpo": {"tau": 0.03},
     "nash_md": {"tau": 0.0005},
     "mpo": {"tau": 0.3},
@@ -65,6 +73,12 @@ def by_hand(
     per_token=False,
     sft_weight=0.0,
     optimism=0.0,
+    length_weight=0.0,
+    dpop_weight=50.0,
+    asft_weight=1.0,
+    reverse_kl_weight=0.5,
+    forward_kl_weight=0.1,
+    forward_kl_limit=10.0,
 ) -> list[float]:
     """The losses of pairs in plain Python, from the formulas of the papers.
 
@@ -79,6 +93,7 @@ def by_hand(
         ref = row["reference_chosen"] - row["reference_rejected"]
         prev = row["current_chosen"] - row["current_rejected"]
         eta = 1 / beta
+        longer = length_weight * (row["tokens_chosen"] - row["tokens_rejected"])
         if name == "sppo":
             loss = ((w - eta * (pw - 0.5)) ** 2 + (l - eta * (pl - 0.5)) ** 2) / 2
         elif name == "sppo_single":
@@ -92,7 +107,26 @@ def by_hand(
                 "mmpo": sigmoid(gamma * (pw - pl)),
             }
             q = labels[name]
-            loss = -q * log_sigmoid(beta * (w - l)) - (1 - q) * log_sigmoid(beta * (l - w))
+            z = beta * (w - l) + longer
+            loss = -q * log_sigmoid(z) - (1 - q) * log_sigmoid(-z)
+        elif name == "dpo_positive":
+            loss = -log_sigmoid(beta * (w - l - dpop_weight * max(0.0, -w)) + longer)
+        elif name == "exo":  # KL(policy || labels) over the two responses
+            policy = [sigmoid(beta * (w - l)), sigmoid(beta * (l - w))]
+            labels = [1 - label_smoothing, label_smoothing]
+            loss = sum(q * (math.log(q) - math.log(p)) for q, p in zip(policy, labels) if q > 0)
+        elif name == "nca":
+            loss = -log_sigmoid(beta * w) - log_sigmoid(-beta * w) / 2 - log_sigmoid(-beta * l) / 2
+        elif name == "apo_zero":
+            loss = sigmoid(-beta * w) + sigmoid(beta * l)
+        elif name == "rspo":
+            target_w, target_l = eta * (pw - 0.5), eta * (pl - 0.5)
+            own_w = row["logp_chosen"] - row["current_chosen"]
+            own_l = row["logp_rejected"] - row["current_rejected"]
+            loss = ((own_w - target_w) ** 2 + (own_l - target_l) ** 2) / 2
+            loss += reverse_kl_weight * (w**2 + l**2)
+            loss += forward_kl_weight * math.exp(min(-w, forward_kl_limit))
+            loss += forward_kl_weight * math.exp(min(-l, forward_kl_limit))
         elif name == "hinge":
             loss = max(0.0, 1 - beta * (w - l))
         elif name == "ipo":
@@ -106,11 +140,20 @@ def by_hand(
         elif name == "simpo":
             a = row["logp_chosen"] / row["tokens_chosen"]
             b = row["logp_rejected"] / row["tokens_rejected"]
-            loss = -log_sigmoid(beta * (a - b) - gamma)
+            loss = -log_sigmoid(beta * (a - b) - gamma + longer)
+        elif name == "asft":
+            a = row["logp_chosen"] / row["tokens_chosen"]
+            p_w = min(math.exp(a), 1 - 1e-7)
+            p_l = min(math.exp(row["logp_rejected"] / row["tokens_rejected"]), 1 - 1e-7)
+            odds = [math.log(p / (1 - p)) for p in (p_w, p_l)]
+            loss = -a - asft_weight * (log_sigmoid(odds[0]) + log_sigmoid(-odds[1]))
         elif name == "sft":
             loss = -row["logp_chosen"] / row["tokens_chosen"]
         elif name == "inpo":
             loss = (h - tau / beta * ref - (beta - tau) / beta * prev - 1 / (2 * beta)) ** 2
+        elif name == "mnpo":
+            against = row["opponents_chosen"] - row["opponents_rejected"]
+            loss = (h - tau / beta * ref - (beta - tau) / beta * against - 1 / (2 * beta)) ** 2
         elif name == "nash_md":
             mixture = (1 - tau / beta) * prev + tau / beta * ref
             loss = (h - mixture - (pw - pl) / beta) ** 2
@@ -144,7 +187,7 @@ def random_rows(n: int, seed: int) -> list[dict[str, float]]:
             row[f"logp_{side}"] = -2 * row[f"tokens_{side}"] + draw.gauss(0, 8)
             row |= {
                 f"{of}_{side}": row[f"logp_{side}"] + draw.gauss(0, 8)
-                for of in ("current", "reference")
+                for of in ("current", "reference", "opponents")
             }
         rows.append(
             row
@@ -255,6 +298,8 @@ def pair_of(
         "reference_rejected": 0.0,
         "current_chosen": 0.0,
         "current_rejected": 0.0,
+        "opponents_chosen": 0.0,
+        "opponents_rejected": 0.0,
         "logp_chosen": delta_w,
         "logp_rejected": delta_l,
         "tokens_chosen": 1.0,
@@ -341,6 +386,8 @@ def test_exact_nash_md_step_has_zero_loss():
             "logp_rejected": np.log(twice[l]),
             "current_chosen": np.log(once[w]),
             "current_rejected": np.log(once[l]),
+            "opponents_chosen": np.log(once[w]),
+            "opponents_rejected": np.log(once[l]),
             "reference_chosen": np.log(start[w]),
             "reference_rejected": np.log(start[l]),
             "p_hat_chosen": won[w],

@@ -46,7 +46,9 @@ from sppo.training.trainer import (
     training_order,
 )
 
-LOGP_COLUMNS = ("current_chosen", "current_rejected", "reference_chosen", "reference_rejected")
+LOGP_COLUMNS = [
+    f"{of}_{end}" for of in ("current", "reference", "opponents") for end in ("chosen", "rejected")
+]
 DEFAULTS = {
     key: default_of(rule, "paper")
     for key, rule in schema()["properties"]["train"]["properties"].items()
@@ -513,10 +515,19 @@ def test_our_trainer_equals_trl_on_sppo_hard(place):
 
 
 @pytest.mark.parametrize(
-    "loss", [{"loss": "sppo_hard"}, {"loss": "dpo"}, {"loss": "ipo", "per_token": "true"}], ids=str
+    "loss",
+    [
+        {"loss": "sppo_hard"},
+        {"loss": "dpo"},
+        {"loss": "ipo", "per_token": "true"},
+        {"loss": "exo", "label_smoothing": 0.01},
+        {"loss": "nca"},
+        {"loss": "apo_zero"},
+    ],
+    ids=str,
 )
 def test_our_trainer_equals_trl_in_every_weight_under_sgd(place, loss):
-    rate = {"sppo_hard": 1e-4, "dpo": 1e-1, "ipo": 1e-1}[loss["loss"]]
+    rate = 1e-4 if loss["loss"] == "sppo_hard" else 1e-1
     options = loss | {"beta": 0.1, "learning_rate": rate, "micro_batch_size": 2}
     ours = place.train("ours", backend="transformers", **options)
     theirs = place.train("trl", backend="trl", **options)
@@ -570,9 +581,17 @@ def test_loss_uses_the_reference_and_identity_uses_the_start(place, tmp_path):
         {"loss": "inpo", "tau": 0.03},
         {"loss": "mpo", "tau": 0.03},
         {"loss": "nash_md", "tau": 0.03},
+        {"loss": "mnpo", "tau": 0.03},
+        {"loss": "rspo"},
+        {"loss": "dpo_positive"},
+        {"loss": "exo", "label_smoothing": 0.001},
+        {"loss": "nca"},
+        {"loss": "apo_zero"},
+        {"loss": "asft"},
+        {"loss": "dpo", "length_weight": 0.05},
         {"loss": "dpo", "sft_weight": 1.0, "optimism": 0.1},
     ],
-    ids=lambda options: options["loss"],
+    ids=str,
 )
 def test_every_other_loss_starts_at_its_closed_form_and_falls(place, tmp_path, options):
     """Ten epochs over the same pairs, which a policy can learn; pi_ref differs from pi_t."""
@@ -632,6 +651,35 @@ def test_nash_md_opponent_is_the_estimated_mixture():
     zero_one, _ = train_policy.against_mixture(pairs, 0.0)
     assert zero_one["p_hat_chosen"] == pytest.approx((0.5 + 0.9 + 0.2) / 3)
     assert zero_one["p_hat_rejected"] == pytest.approx((0.1 + 0.5 + 0.5) / 3)
+
+
+def test_opponents_are_the_weighted_iterates(place, tmp_path):
+    """With half the weight on an earlier iterate, h of the opponents is the mean of both."""
+    current = read_table(place.reference, "logps")
+    earlier = [
+        row | {"chosen_logp": row["chosen_logp"] - 3.0, "rejected_logp": row["rejected_logp"] + 1.0}
+        for row in current
+    ]
+    write_table(tmp_path / "earlier.parquet", earlier, "logps")
+    options = {"loss": "mnpo", "beta": 0.1, "tau": 0.02, "batch_size": 10, "micro_batch_size": 10}
+    losses = {}
+    for name, more in (
+        ("inpo", {"loss": "inpo"}),
+        ("alone", {}),
+        ("half", {"history": "1 1", "earlier": tmp_path / "earlier.parquet"}),
+    ):
+        place.train(name, **options | more)
+        losses[name] = place.log(name)[0]["loss"]
+    # At log-ratio 0 the loss is ((1 - tau / beta) (h_t - h_opponents) - 1 / (2 beta))^2, and here
+    # h_opponents is h_t - 2.
+    assert losses["inpo"] == pytest.approx(25.0, rel=1e-3)
+    assert losses["alone"] == pytest.approx(losses["inpo"], rel=1e-6)
+    assert losses["half"] == pytest.approx((0.8 * 2.0 - 5.0) ** 2, rel=1e-3)
+
+
+def test_opponents_without_log_probabilities_are_refused(place):
+    with pytest.raises(UserError, match="--earlier needs 1 files"):
+        place.train("policy", loss="mnpo", beta=0.1, tau=0.02, history="1 1")
 
 
 # --- kill and resume ---

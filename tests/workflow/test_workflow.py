@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from listener import listening, online
 
+from sppo.core.artifacts import record_path
 from sppo.core.tables import read_table
 from sppo.preferences.estimates import mean_logits, win_probabilities, winner_and_loser
 
@@ -462,3 +463,32 @@ def test_runs_with_their_own_data_are_trained(clone):
     assert [row["messages"] for row in ra_dpo] == [row["messages"] for row in selm]
     for row, plain in zip(ra_dpo, selm):
         assert len(row["prompt_token_ids"]) > len(plain["prompt_token_ids"])
+
+
+@pytest.mark.slow
+def test_runs_with_other_policies_are_trained(clone):
+    """ONPO's auxiliary policy, TD-MNPO's earlier opponent and SPIN's prompts: two iterations."""
+    runs = ("onpo", "mnpo", "spin")
+    snakemake(clone, *(f"results/tiny/{run}/iter2/policy" for run in runs))
+
+    root = clone[0] / "results/tiny"
+    # The auxiliary policy goes on from the one before, and the policy from the auxiliary one.
+    for made, start in (
+        ("iter1/lookahead", root / "iter0/policy"),
+        ("iter1/policy", root / "onpo/iter1/lookahead"),
+        ("iter2/lookahead", root / "onpo/iter1/lookahead"),
+        ("iter2/policy", root / "onpo/iter2/lookahead"),
+    ):
+        record = read_json(record_path(root / "onpo" / made))
+        assert Path(record["arguments"]["policy"]) == start.relative_to(clone[0])
+        assert record["step_0"]["log_ratio_per_token"] < 1e-3
+    # The earlier opponent of iteration 2 is the base, which is the reference too.
+    for shard in (0, 1):
+        folder = root / "mnpo/iter2/logps"
+        earlier = read_table(folder / f"earlier1/{shard}.parquet", "logps")
+        assert earlier == read_table(folder / f"reference/{shard}.parquet", "logps")
+        assert earlier != read_table(folder / f"current/{shard}.parquet", "logps")
+    assert read_json(record_path(root / "mnpo/iter1/policy"))["arguments"]["history"] == [1]
+    assert read_json(record_path(root / "mnpo/iter2/policy"))["arguments"]["history"] == [1, 1]
+    first, second = (read_table(root / f"spin/iter{t}/prompts.parquet", "prompts") for t in (1, 2))
+    assert first == second

@@ -20,7 +20,7 @@ def add_section(
     """Give a program one flag for each key of a section, or for `only` these.
 
     `max_new_tokens` is `--max-new-tokens`. A flag that is not given has the value of
-    `settings: paper`. A flag of type object takes JSON.
+    `settings: paper`. A flag of type object takes JSON, one of type array several words.
     """
     kinds: dict[str, Callable[[str], Any]] = {
         "integer": int,
@@ -32,12 +32,15 @@ def add_section(
     for key, rule in schema()["properties"][section]["properties"].items():
         if key in skip or (only is not None and key not in only):
             continue
-        types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
+        is_list = rule["type"] == "array"
+        item = rule["items"] if is_list else rule
+        types = [item["type"]] if isinstance(item["type"], str) else item["type"]
         first = next(name for name in types if name != "null")
         choices = [value for value in rule["enum"] if value is not None] if "enum" in rule else None
         parser.add_argument(
             _flag(prefix + key),
             type=kinds[first],
+            nargs="+" if is_list else None,
             choices=choices,
             default=default_of(rule, "paper"),
             help=rule["description"].replace("%", "%%") + " (default: %(default)s)",
@@ -80,24 +83,34 @@ def _object(text: str) -> Config:
     return value
 
 
-def of_iteration(section: Config, t: int) -> Config:
-    """The section's values in iteration t (1, 2, ...).
+def of_iteration(train: Config, t: int) -> Config:
+    """The section `train` in iteration t (1, 2, ...).
 
-    Of a list this is the t-th value, or the last one if the list is shorter.
+    Where a key can be one value or a list with one for each iteration, this is the t-th value, or
+    the last one if the list is shorter.
     """
+    rules = schema()["properties"]["train"]["properties"]
     return {
-        key: value[min(t, len(value)) - 1] if isinstance(value, list) else value
-        for key, value in section.items()
+        key: value[min(t, len(value)) - 1]
+        if isinstance(value, list) and rules[key]["type"] != "array"
+        else value
+        for key, value in train.items()
     }
 
 
 def flags(section: Config, skip: tuple[str, ...] = (), prefix: str = "") -> list[str]:
-    """The flags that hand a resolved section to a program. Keys that are null are left out."""
+    """The flags that hand a resolved section to a program. Keys that are null are left out.
+
+    A list is the words of one flag.
+    """
     words = []
     for key, value in section.items():
         if key in skip or value is None:
             continue
         flag = _flag(prefix + key)
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+            continue
         text = json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
         # A value that begins with a dash would be read as another flag, unless it is in one word.
         words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]

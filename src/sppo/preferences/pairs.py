@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,16 @@ Row = dict[str, Any]
 class Rules:
     """How pairs are chosen: keys of the configuration section `pairs`."""
 
-    construction: str  # best_vs_worst, all, gold or graded
+    construction: str  # best_vs_worst, best_vs_second, best_vs_random, all, gold or graded
     probability: str
     logit_scale: float
     winner_by: str  # logit or p_hat
-    truncated: str  # keep or drop
+    truncated: str  # keep, drop or leave_out
     margin: float  # minimum difference of P-hat
     winner_grade: float = 0.0  # minimum grade of a winner
     gold_grade_margin: float = 0.0
     own_grade_margin: float = 0.0
+    loser_seed: int = 0  # of best_vs_random
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Rules:
@@ -78,8 +80,8 @@ def pairs_of(
 ) -> list[Pair | Dropped]:
     """The pairs of one prompt, and the dropped ones.
 
-    responses: by sample_id. preferences: the prompt's row of the table `preferences`, for the
-    constructions best_vs_worst and all. grades: by sample_id, for graded. gold: the gold response,
+    responses: by sample_id. preferences: the prompt's row of the table `preferences`, for all
+    constructions but gold and graded. grades: by sample_id, for graded. gold: the gold response,
     for gold and graded.
     """
     if rules.construction == "graded":
@@ -96,14 +98,47 @@ def pairs_of(
 def winner_against_loser(
     preferences: Row, responses: dict[int, Row], rules: Rules
 ) -> Pair | Dropped:
-    """The best and the worst response of one prompt (SPPO, 2405.00675, section 5.1)."""
+    """The best response of one prompt against the worst one, or another that the rules name.
+
+    best_vs_worst: SPPO (2405.00675, section 5.1). best_vs_second: the code of COMAL (2410.23223).
+    best_vs_random: the data of RA-DPO (2410.08067); the loser depends on seed and prompt only.
+    """
     logits = np.array(preferences["logits"])
     probabilities = win_probabilities(logits, rules.probability, rules.logit_scale)
     estimates = p_hat(probabilities)
-    ends = winner_and_loser(mean_logits(logits) if rules.winner_by == "logit" else estimates)
+    scores = np.asarray(mean_logits(logits) if rules.winner_by == "logit" else estimates)
+    ends = winner_and_loser(scores)
     if ends is None:
         return Dropped("tie")
-    return _pair(preferences, responses, probabilities, *ends, rules)
+    winner, loser = ends
+    others = [index for index in range(len(scores)) if index != winner]
+    if rules.construction == "best_vs_second":
+        loser = max(others, key=lambda index: scores[index])
+    elif rules.construction == "best_vs_random":
+        draw = random.Random(f"loser/{rules.loser_seed}/{preferences['prompt_id']}")
+        loser = draw.choice(others)
+    if scores[winner] == scores[loser]:
+        return Dropped("tie")
+    return _pair(preferences, responses, probabilities, winner, loser, rules)
+
+
+def without_truncated(preferences: Row, responses: dict[int, Row]) -> Row | None:
+    """The preferences among the responses that are complete; None if fewer than half are (DICE).
+
+    preferences: the prompt's row of the table `preferences`, with the logits of K responses.
+    """
+    sample_ids = preferences["sample_ids"]
+    complete = [
+        index
+        for index, sample_id in enumerate(sample_ids)
+        if responses[sample_id]["finish_reason"] != "length"
+    ]
+    if len(complete) < max(2, len(sample_ids) / 2):
+        return None
+    return preferences | {
+        "sample_ids": [sample_ids[index] for index in complete],
+        "logits": np.array(preferences["logits"])[np.ix_(complete, complete)],
+    }
 
 
 def all_pairs(preferences: Row, responses: dict[int, Row], rules: Rules) -> list[Pair | Dropped]:

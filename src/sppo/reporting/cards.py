@@ -17,6 +17,8 @@ from sppo.core.errors import UserError
 
 CONSTRUCTIONS = {
     "best_vs_worst": "the best and the worst response of each prompt",
+    "best_vs_second": "the best and the second best response of each prompt",
+    "best_vs_random": "the best and a random other response of each prompt",
     "all": "every two responses of each prompt",
     "gold": "a gold response against the policy's",
     "graded": "every two responses whose grades differ enough",

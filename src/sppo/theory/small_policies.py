@@ -182,6 +182,8 @@ def train(
             "current_rejected": now["rejected_logp"],
             "reference_chosen": before["chosen_logp"],
             "reference_rejected": before["rejected_logp"],
+            "opponents_chosen": now["chosen_logp"],
+            "opponents_rejected": now["rejected_logp"],
         }
         rows.append(pair | columns)
     make_trainer(model, rows, options, torch.float32, "cpu", work, seed=0).train()

@@ -7,12 +7,16 @@ the configuration section `train`:
     tokens_w, tokens_l      response tokens
     delta_w, delta_l        log pi_theta(y|x) / pi_ref(y|x), where pi_ref is the method's reference
                             (for SPPO pi_t, the policy at the start of the iteration)
+    current_w, current_l    log pi_t(y|x)
     h, h_ref, h_t           log y_w - log y_l under pi_theta, pi_ref and pi_t
+    h_opponents             the same under several iterates: the mean of their log y_w - log y_l
+                            with the weights `train.history`
     p_hat_w, p_hat_l        P-hat(y beats pi_t)
     margin                  p_hat_w - p_hat_l
     p_wl                    P(winner beats loser)
 
-For SPPO, MPO and Nash-MD beta is 1 / eta of their papers. For INPO and DNO beta is their eta.
+For SPPO, RSPO, MPO and Nash-MD beta is 1 / eta of their papers. For INPO, TD-MNPO and DNO beta is
+their eta.
 
 To add a loss, write a function here or in a module of its own and add an entry to LOSSES. The
 schema, the checks of the configuration and the flags of the programs follow from the entry. The
@@ -22,6 +26,7 @@ Snakefile reads this module without torch, so torch is imported only inside func
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,8 +34,10 @@ from typing import TYPE_CHECKING, Any
 from sppo.core.errors import UserError
 from sppo.training.requirements import (
     EVERY_PAIR,
+    OLDER_REFERENCE,
     OTHER_REFERENCE,
     P_HAT,
+    SMOOTHED,
     TAU_WITHIN_BETA,
     WHOLE_STEP,
     WINNER_FIRST,
@@ -76,29 +83,121 @@ def sppo_hard(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
     return (delta_w - 0.5 / beta) ** 2 + (delta_l + 0.5 / beta) ** 2
 
 
-def dpo(delta_w: Tensor, delta_l: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def rspo(
+    logp_w: Tensor,
+    logp_l: Tensor,
+    current_w: Tensor,
+    current_l: Tensor,
+    delta_w: Tensor,
+    delta_l: Tensor,
+    p_hat_w: Tensor,
+    p_hat_l: Tensor,
+    beta: float,
+    reverse_kl_weight: float,
+    forward_kl_weight: float,
+    forward_kl_limit: float,
+) -> Tensor:
+    """Regularised SPPO (RSPO, 2503.00030), as in its authors' code, shape (B,).
+
+    SPPO's loss, whose targets refer to pi_t, plus two terms on the log-ratios delta to an older
+    policy, the base in the paper. Reverse KL: the sum of delta^2 over winner and loser. Forward KL:
+    the sum of exp(min(-delta, forward_kl_limit)).
+    """
+    loss = sppo(logp_w - current_w, logp_l - current_l, p_hat_w, p_hat_l, beta)
+    reverse = delta_w**2 + delta_l**2
+    forward = sum((-delta).clamp(max=forward_kl_limit).exp() for delta in (delta_w, delta_l))
+    return loss + reverse_kl_weight * reverse + forward_kl_weight * forward
+
+
+def dpo(
+    delta_w: Tensor,
+    delta_l: Tensor,
+    tokens_w: Tensor,
+    tokens_l: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    length_weight: float = 0.0,
+) -> Tensor:
     """DPO (2305.18290, eq. 7) with conservative label smoothing, shape (B,).
 
-    It is also SPIN's loss (2401.01335) with lambda = beta.
+    It is also SPIN's loss (2401.01335) with lambda = beta. With length_weight it is R-DPO
+    (2403.19159, eq. 9) and iterative length-regularised DPO (2406.11817).
     """
-    q = delta_w.new_full(delta_w.shape, 1.0 - label_smoothing)
-    return soft_label(delta_w, delta_l, q, beta)
+    logit = beta * (delta_w - delta_l) + length_weight * (tokens_w - tokens_l)
+    return soft_label(logit, 1.0 - label_smoothing)
 
 
-def dno(delta_w: Tensor, delta_l: Tensor, margin: Tensor, beta: float) -> Tensor:
+def dno(
+    delta_w: Tensor,
+    delta_l: Tensor,
+    tokens_w: Tensor,
+    tokens_l: Tensor,
+    margin: Tensor,
+    beta: float,
+    length_weight: float = 0.0,
+) -> Tensor:
     """DNO (2404.03715, Algorithm 1), shape (B,): q = sigma(r_w - r_l) with r = P-hat."""
-    return soft_label(delta_w, delta_l, margin.sigmoid(), beta)
+    logit = beta * (delta_w - delta_l) + length_weight * (tokens_w - tokens_l)
+    return soft_label(logit, margin.sigmoid())
 
 
-def mmpo(delta_w: Tensor, delta_l: Tensor, margin: Tensor, beta: float, gamma: float) -> Tensor:
+def mmpo(
+    delta_w: Tensor,
+    delta_l: Tensor,
+    tokens_w: Tensor,
+    tokens_l: Tensor,
+    margin: Tensor,
+    beta: float,
+    gamma: float,
+    length_weight: float = 0.0,
+) -> Tensor:
     """MMPO (2410.03145), shape (B,): q = sigma(gamma (r_w - r_l)) with r = P-hat."""
-    return soft_label(delta_w, delta_l, (gamma * margin).sigmoid(), beta)
+    logit = beta * (delta_w - delta_l) + length_weight * (tokens_w - tokens_l)
+    return soft_label(logit, (gamma * margin).sigmoid())
 
 
-def soft_label(delta_w: Tensor, delta_l: Tensor, q: Tensor, beta: float) -> Tensor:
-    """Cross entropy of sigma(beta (delta_w - delta_l)) against q = P(w is preferred), (B,)."""
-    logit = beta * (delta_w - delta_l)
+def soft_label(logit: Tensor, q: Tensor | float) -> Tensor:
+    """Cross entropy of sigma(logit) against q = P(w is preferred), (B,)."""
     return -q * log_sigmoid(logit) - (1.0 - q) * log_sigmoid(-logit)
+
+
+def dpo_positive(
+    delta_w: Tensor,
+    delta_l: Tensor,
+    tokens_w: Tensor,
+    tokens_l: Tensor,
+    beta: float,
+    dpop_weight: float,
+    length_weight: float = 0.0,
+) -> Tensor:
+    """DPO-Positive (2402.13228, eq. 3), shape (B,): a penalty on winners below the reference."""
+    penalised = delta_w - delta_l - dpop_weight * (-delta_w).relu()
+    return -log_sigmoid(beta * penalised + length_weight * (tokens_w - tokens_l))
+
+
+def exo(delta_w: Tensor, delta_l: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """EXO on pairs (2402.00856, eq. 16), shape (B,).
+
+    The reverse KL from the labels (1 - label_smoothing, label_smoothing) to the policy's
+    probabilities that w or l is preferred, sigma(+-beta (delta_w - delta_l)).
+    """
+    logit = beta * (delta_w - delta_l)
+    log_w = log_sigmoid(logit)
+    log_l = log_sigmoid(-logit)
+    of_w = log_w.exp() * (log_w - math.log1p(-label_smoothing))
+    return of_w + log_l.exp() * (log_l - math.log(label_smoothing))
+
+
+def nca(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
+    """NCA on pairs (2402.05369), as in TRL, shape (B,). It fits absolute rewards beta delta."""
+    reward_w, reward_l = beta * delta_w, beta * delta_l
+    both = log_sigmoid(-reward_w) + log_sigmoid(-reward_l)
+    return -log_sigmoid(reward_w) - 0.5 * both
+
+
+def apo_zero(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
+    """APO-zero (2408.06266, eq. 7), shape (B,): winners up and losers down, each on its own."""
+    return 1.0 - (beta * delta_w).sigmoid() + (beta * delta_l).sigmoid()
 
 
 def hinge(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
@@ -145,10 +244,31 @@ def kto_pair(delta_w: Tensor, delta_l: Tensor, beta: float) -> Tensor:
 
 
 def simpo(
-    logp_w: Tensor, logp_l: Tensor, tokens_w: Tensor, tokens_l: Tensor, beta: float, gamma: float
+    logp_w: Tensor,
+    logp_l: Tensor,
+    tokens_w: Tensor,
+    tokens_l: Tensor,
+    beta: float,
+    gamma: float,
+    length_weight: float = 0.0,
 ) -> Tensor:
     """SimPO (2405.14734), shape (B,): log-probabilities per token, no reference."""
-    return -log_sigmoid(beta * (logp_w / tokens_w - logp_l / tokens_l) - gamma)
+    logit = beta * (logp_w / tokens_w - logp_l / tokens_l) - gamma
+    return -log_sigmoid(logit + length_weight * (tokens_w - tokens_l))
+
+
+def asft(
+    logp_w: Tensor, logp_l: Tensor, tokens_w: Tensor, tokens_l: Tensor, asft_weight: float
+) -> Tensor:
+    """ASFT (2409.10571), shape (B,), without a reference.
+
+    -log p_w - asft_weight (log sigma(r_w) + log sigma(-r_l)), where p is the probability of a token
+    in the geometric mean over a response, and r = log(p / (1 - p)). So sigma(r) is p.
+    """
+    log_p_w, log_p_l = logp_w / tokens_w, logp_l / tokens_l
+    # The probability is at most 1 - 1e-7, as in its authors' code, so that the logarithm is finite.
+    log_not_l = (-log_p_l.exp().clamp(max=1.0 - 1e-7)).log1p()
+    return -log_p_w - asft_weight * (log_p_w + log_not_l)
 
 
 def sft(logp_w: Tensor, tokens_w: Tensor) -> Tensor:
@@ -163,6 +283,14 @@ def sft(logp_w: Tensor, tokens_w: Tensor) -> Tensor:
 def inpo(h: Tensor, h_ref: Tensor, h_t: Tensor, beta: float, tau: float) -> Tensor:
     """INPO (2407.00617), shape (B,), with eta = beta. It needs labels and no win rates."""
     return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_t - 0.5 / beta) ** 2
+
+
+def mnpo(h: Tensor, h_ref: Tensor, h_opponents: Tensor, beta: float, tau: float) -> Tensor:
+    """TD-MNPO (2509.23102), shape (B,), with eta = beta: INPO against several iterates.
+
+    With `train.history: [1]` it is INPO.
+    """
+    return (h - tau / beta * h_ref - (1.0 - tau / beta) * h_opponents - 0.5 / beta) ** 2
 
 
 def mpo(h: Tensor, h_ref: Tensor, h_t: Tensor, margin: Tensor, beta: float, tau: float) -> Tensor:
@@ -200,6 +328,8 @@ class Columns:
     ref_l: Tensor
     current_w: Tensor
     current_l: Tensor
+    opponents_w: Tensor
+    opponents_l: Tensor
     tokens_w: Tensor
     tokens_l: Tensor
     p_hat_w: Tensor
@@ -215,6 +345,8 @@ class Columns:
             ref_l=pair["reference_rejected"],
             current_w=pair["current_chosen"],
             current_l=pair["current_rejected"],
+            opponents_w=pair["opponents_chosen"],
+            opponents_l=pair["opponents_rejected"],
             tokens_w=pair["tokens_chosen"],
             tokens_l=pair["tokens_rejected"],
             p_hat_w=pair["p_hat_chosen"],
@@ -241,6 +373,10 @@ class Columns:
     @property
     def h_t(self) -> Tensor:
         return self.current_w - self.current_l
+
+    @property
+    def h_opponents(self) -> Tensor:
+        return self.opponents_w - self.opponents_l
 
     @property
     def margin(self) -> Tensor:
@@ -300,15 +436,22 @@ LOSSES: dict[str, Loss] = {
     "sppo": Loss(sppo, requires=(WINNER_FIRST,)),
     "sppo_single": Loss(sppo_single, requires=(WINNER_FIRST,)),
     "sppo_hard": Loss(sppo_hard, requires=(WINNER_FIRST,), trl="sppo_hard"),
+    "rspo": Loss(rspo, requires=(OLDER_REFERENCE, WINNER_FIRST)),
     "dpo": Loss(dpo, trl="sigmoid"),
+    "dpo_positive": Loss(dpo_positive),
+    "exo": Loss(exo, requires=(SMOOTHED,), trl="exo_pair"),
+    "nca": Loss(nca, trl="nca_pair"),
+    "apo_zero": Loss(apo_zero, trl="apo_zero"),
     "hinge": Loss(hinge, trl="hinge"),
     "ipo": Loss(ipo, trl="ipo"),
     "kto_pair": Loss(kto_pair, requires=(WHOLE_STEP,)),
     "simpo": Loss(simpo),
+    "asft": Loss(asft),
     "sft": Loss(sft),
     "dno": Loss(dno, requires=(WINNER_FIRST,)),
     "mmpo": Loss(mmpo, requires=(WINNER_FIRST,)),
     "inpo": Loss(inpo, requires=(TAU_WITHIN_BETA, OTHER_REFERENCE, WINNER_FIRST)),
+    "mnpo": Loss(mnpo, requires=(TAU_WITHIN_BETA, OTHER_REFERENCE, WINNER_FIRST)),
     "nash_md": Loss(nash_md, requires=(TAU_WITHIN_BETA, EVERY_PAIR, OTHER_REFERENCE, WINNER_FIRST)),
     "mpo": Loss(mpo, requires=(WINNER_FIRST,)),
 }
@@ -322,8 +465,9 @@ def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
     the log-ratio of one more response of pi_t. Over every two of K responses our mean is the mean
     over K such responses, without computing a third sequence.
 
-    pair: each (B,): logp_, current_ (under pi_t), reference_ (under pi_ref) and tokens_ of chosen
-    and rejected, p_hat_chosen, p_hat_rejected, p_chosen_beats_rejected. options: the configuration
+    pair: each (B,): logp_, current_ (under pi_t), reference_ (under pi_ref), opponents_ (their
+    weighted mean under the iterates of `train.history`) and tokens_ of chosen and rejected,
+    p_hat_chosen, p_hat_rejected, p_chosen_beats_rejected. options: the configuration
     section `train`.
     """
     if name not in LOSSES:
@@ -353,6 +497,11 @@ def check_training(train: dict[str, Any]) -> None:
     for requirement in loss.requires:
         if requirement.in_training:
             requirement.check(train["loss"], {"train": train})
+    if not train["history"][0]:
+        raise UserError(
+            "config: train.history gives pi_t no weight, but it is the only opponent in the first"
+            " iteration; raise the first number"
+        )
     if train["processes"] % train["nodes"]:
         raise UserError(
             f"config: train.processes ({train['processes']}) is not a multiple of train.nodes"

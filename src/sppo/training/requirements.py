@@ -41,8 +41,10 @@ def smallest(value: float | list[float]) -> float:
     return min(value) if isinstance(value, list) else value
 
 
+# The values of pairs.construction that do not choose by the preferences among the K responses.
+WITHOUT_PREFERENCES = ("gold", "graded")
 P_HAT = Requirement(
-    lambda config: config["pairs"]["construction"] not in ("gold", "graded"),
+    lambda config: config["pairs"]["construction"] not in WITHOUT_PREFERENCES,
     "learns from P-hat, which pairs.construction {pairs[construction]} does not give",
     "set train.loss: dpo, or another pairs.construction",
 )
@@ -59,6 +61,17 @@ OTHER_REFERENCE = Requirement(
     lambda config: config["train"]["tau"] > 0 and config["train"]["reference_every"] != 1,
     "stays close to a policy other than pi_t",
     "set train.tau above 0, and train.reference_every: null (the base) or above 1",
+)
+OLDER_REFERENCE = Requirement(
+    lambda config: config["train"]["reference_every"] != 1,
+    "has a regulariser towards a policy other than pi_t",
+    "set train.reference_every: null (the base) or above 1",
+)
+SMOOTHED = Requirement(
+    lambda config: config["train"]["label_smoothing"] > 0,
+    "takes the logarithm of train.label_smoothing",
+    "set train.label_smoothing above 0, such as 0.001",
+    in_training=True,
 )
 TAU_WITHIN_BETA = Requirement(
     lambda config: config["train"]["tau"] <= smallest(config["train"]["beta"]),
@@ -81,7 +94,7 @@ WHOLE_STEP = Requirement(
 WINNER_FIRST = Requirement(
     lambda config: not config["pairs"]["target_reward"],
     "cannot learn from swapped pairs, which pairs.target_reward adds",
-    "set train.loss: dpo, hinge, ipo, kto_pair or simpo, or pairs.target_reward: false",
+    "set another train.loss, such as dpo or ipo, or pairs.target_reward: false",
 )
 
 

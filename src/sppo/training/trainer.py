@@ -53,7 +53,8 @@ from sppo.training.requirements import equal_micro_batches
 IDENTITY_TOLERANCE = {torch.float32: (2e-3, 5e-4), torch.bfloat16: (0.4, 0.04)}
 
 # The numbers that each pair carries: the preference model's estimates, and the log-probabilities
-# (nats) of both responses under pi_t and under the method's reference.
+# (nats) of both responses under pi_t, under the method's reference, and their weighted mean under
+# the opponents of `train.history`.
 NUMBERS = (
     "p_hat_chosen",
     "p_hat_rejected",
@@ -62,6 +63,8 @@ NUMBERS = (
     "current_rejected",
     "reference_chosen",
     "reference_rejected",
+    "opponents_chosen",
+    "opponents_rejected",
 )
 
 
@@ -564,6 +567,7 @@ def make_trl_trainer(
         },
         loss_type=[str(LOSSES[options["loss"]].trl)],
         beta=options["beta"],
+        label_smoothing=options["label_smoothing"],
         precompute_ref_log_probs=reference is None,
         max_length=None,
     )

@@ -26,6 +26,7 @@ from sppo.core.errors import UserError
 from sppo.core.openai_api import check_address
 from sppo.preferences.base import KINDS, find_kind
 from sppo.training.losses import LOSSES, check_training
+from sppo.training.requirements import WITHOUT_PREFERENCES
 
 # Names of folders and files under results/, of the main run, and of the experiment without a name.
 RESERVED = {
@@ -204,7 +205,7 @@ def _check_name(name: str, where: str) -> None:
 def _check_first_iteration(where: str, run: Config, main: Config) -> None:
     """A run that shares main's first iteration must divide prompts and sample as main does."""
     divides = ["alpaca_eval.instructions"]  # they are not trained on
-    if main["prompts"]["per_iteration"] is None:
+    if main["prompts"]["per_iteration"] is None and not main["prompts"]["repeat"]:
         divides.append("iterations")
     for key in divides:
         if _value(run, key) != _value(main, key):
@@ -376,6 +377,16 @@ def _check_generation(config: Config) -> None:
             f"config: responses.shards is {responses['shards']}, but prompts.per_iteration is"
             f" {prompts}, and each shard needs a prompt; lower responses.shards"
         )
+    if not responses["temperature"] and config["pairs"]["construction"] != "gold":
+        raise UserError(
+            "config: responses.temperature is 0, so all responses to a prompt are equal; raise it,"
+            " or set pairs.construction: gold"
+        )
+    if config["prompts"]["repeat"] and "{t}" in config["prompts"]["source"]:
+        raise UserError(
+            "config: prompts.repeat uses the same prompts in each iteration, but prompts.source"
+            " names other ones in each; set prompts.repeat: false"
+        )
     if (responses["tensor_parallel"] or 1) > 1 and responses["engine"] != "vllm":
         raise UserError(
             f"config: responses.tensor_parallel is {responses['tensor_parallel']}, but only the"
@@ -399,8 +410,9 @@ def _check_pairs(config: Config) -> None:
         (pairs["target_reward"], "pairs.target_reward", "pairs.target_reward: false"),
         (preference["implicit"], "preference.implicit", "preference.implicit: false"),
         (labels != "annotated", f"pairs.labels {labels}", "pairs.labels: annotated"),
+        (pairs["truncated"] == "leave_out", "pairs.truncated leave_out", "pairs.truncated: keep"),
     ):
-        if asked and construction not in ("best_vs_worst", "all"):
+        if asked and construction in WITHOUT_PREFERENCES:
             raise UserError(
                 f"config: {key} needs preferences, which pairs.construction {construction} does"
                 f" without; set {remedy}, or pairs.construction: best_vs_worst or all"
@@ -432,6 +444,11 @@ def _check_trainer(config: Config) -> None:
         )
     if train["backend"] == "trl":
         _check_trl(train)
+    if train["lookahead"] and train["reference_every"] != 1:
+        raise UserError(
+            "config: with train.lookahead each training refers to the policy that it starts from;"
+            " set train.reference_every: 1, or train.lookahead: false"
+        )
     check_training(train)
     if train["parallel"] != "ddp" and config["device"] == "cpu":
         raise UserError(
@@ -447,12 +464,17 @@ def _check_trl(train: Config) -> None:
             "config: TRL's trainer here refers to the previous iterate; set"
             " train.reference_every: 1, or train.backend: transformers"
         )
-    for key in ("sft_weight", "optimism", "label_smoothing"):
+    for key in ("sft_weight", "optimism", "length_weight"):
         if train[key]:
             raise UserError(
                 f"config: train.{key} does not work with TRL's trainer; set it to 0, or"
                 " train.backend: transformers"
             )
+    if train["loss"] == "dpo" and train["label_smoothing"]:
+        raise UserError(
+            "config: TRL's DPO has no train.label_smoothing; set it to 0, or"
+            " train.backend: transformers"
+        )
     if train["loss"] == "ipo" and not (train["per_token"] and train["ipo_target"] == 0.5):
         raise UserError(
             "config: TRL's IPO is per token with target 1/(2 beta); set train.per_token: true and"

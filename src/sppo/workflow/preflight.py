@@ -29,7 +29,7 @@ GENERATING = (
     "generate_responses",
     *(rule for evaluation in EVALUATIONS for rule in evaluation.answered_by),
 )
-TRAINING = ("train_policy", "train_dropped_policy")
+TRAINING = ("train_policy", "train_dropped_policy", "train_lookahead")
 # By rule, or verdict, whose jobs ask a judge.
 JUDGED: dict[str, Judging] = {
     "grade_responses": GRADES,
