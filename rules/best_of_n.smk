@@ -1,12 +1,13 @@
 """Requires: iter{t}/policy, a preference model, a judge. Gives: win rates of best-of-n, by n.
 
-The files are iter{t}/best_of_{n}/alpaca_eval.json, iter{t}/best_of_n.csv, .png and .svg.
+The files are iter{t}/{choice}_of_{n}/alpaca_eval.json, iter{t}/best_of_n.csv, .png and .svg. choice
+is best, or nash for a draw from the equilibrium of the game among the n answers.
 """
 
 
 def best_of_n_flags(wildcards):
     """The flags that set how instructions are answered, with several answers to each."""
-    return [*answer_flags(wildcards), *flags(settings(wildcards)["best_of_n"])]
+    return [*answer_flags(wildcards), *flags(settings(wildcards)["best_of_n"], skip=("nash",))]
 
 
 use rule answer_instructions as answer_instructions_n_times with:
@@ -25,19 +26,20 @@ use rule answer_instructions as answer_instructions_n_times with:
 
 
 rule pick_best_of_n:
-    """Keep the answer that the preference model prefers among the first n to each instruction."""
+    """Keep the best of the first n answers by the preference model, or draw from their game."""
     input:
         answers=at("best_of_n_answers.json"),
         model=lambda wildcards: preference_model_files(run_of(wildcards)),
         ranker_base=lambda wildcards: ranker_base(run_of(wildcards)),
     output:
-        outputs=at("best_of_{n}/alpaca_eval_outputs.json"),
-        record=record(at("best_of_{n}/alpaca_eval_outputs.json")),
+        outputs=at("{choice}_of_{n}/alpaca_eval_outputs.json"),
+        record=record(at("{choice}_of_{n}/alpaca_eval_outputs.json")),
     log:
-        f"{LOGS}{{run}}iter{{t}}/best_of_{{n}}/pick_best_of_n.log",
+        f"{LOGS}{{run}}iter{{t}}/{{choice}}_of_{{n}}/pick_best_of_n.log",
     benchmark:
-        f"{BENCHMARKS}{{run}}iter{{t}}/best_of_{{n}}/pick_best_of_n.tsv"
+        f"{BENCHMARKS}{{run}}iter{{t}}/{{choice}}_of_{{n}}/pick_best_of_n.tsv"
     wildcard_constraints:
+        choice="best|nash",
         n=r"[1-9]\d*",
     conda:
         "../envs/core.yaml"
@@ -49,12 +51,15 @@ rule pick_best_of_n:
     params:
         version=STAGES["answer"],
         model=lambda wildcards: preference_model(run_of(wildcards)),
-        generator=lambda wildcards: f"{policy_name(wildcards)}-best-of-{wildcards.n}",
+        seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
+        generator=lambda wildcards: f"{policy_name(wildcards)}-{wildcards.choice}-of-{wildcards.n}",
     message:
-        "Picking the best of {wildcards.n} answers: {wildcards.run}iteration {wildcards.t}"
+        "Picking one of {wildcards.n} answers ({wildcards.choice}):"
+        " {wildcards.run}iteration {wildcards.t}"
     shell:
         f"{PYTHON} {SRC}/evaluation/pick_best_of_n.py"
-        " --answers {input.answers:q} --n {wildcards.n}"
+        " --answers {input.answers:q} --choice {wildcards.choice} --n {wildcards.n}"
+        " --seed {params.seed:q}"
         " --model {params.model:q} --ranker-base {input.ranker_base:q}"
         " --generator {params.generator:q}"
         f" --device {DEVICE}"
@@ -64,28 +69,33 @@ rule pick_best_of_n:
 
 use rule judge_outputs as judge_best_of_n with:
     input:
-        outputs=at("best_of_{n}/alpaca_eval_outputs.json"),
+        outputs=at("{choice}_of_{n}/alpaca_eval_outputs.json"),
         reference=reference_outputs,
         judge=judge_files,
         difficulty=lambda wildcards: difficulty_file(wildcards) or [],
     output:
-        result=at("best_of_{n}/{verdict}.json"),
-        annotations=at("best_of_{n}/{verdict}_annotations.json"),
-        record=record(at("best_of_{n}/{verdict}.json")),
-        annotations_record=record(at("best_of_{n}/{verdict}_annotations.json")),
+        result=at("{choice}_of_{n}/{verdict}.json"),
+        annotations=at("{choice}_of_{n}/{verdict}_annotations.json"),
+        record=record(at("{choice}_of_{n}/{verdict}.json")),
+        annotations_record=record(at("{choice}_of_{n}/{verdict}_annotations.json")),
     log:
-        f"{LOGS}{{run}}iter{{t}}/best_of_{{n}}/{{verdict}}.log",
+        f"{LOGS}{{run}}iter{{t}}/{{choice}}_of_{{n}}/{{verdict}}.log",
     benchmark:
-        f"{BENCHMARKS}{{run}}iter{{t}}/best_of_{{n}}/{{verdict}}.tsv"
+        f"{BENCHMARKS}{{run}}iter{{t}}/{{choice}}_of_{{n}}/{{verdict}}.tsv"
     params:
         version=STAGES["judge"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
-        policy=lambda wildcards: f"{policy_name(wildcards)}-best-of-{wildcards.n}",
+        policy=lambda wildcards: f"{policy_name(wildcards)}-{wildcards.choice}-of-{wildcards.n}",
         decoding=decoding,
         options=judge_flags,
     message:
-        "Judging the best of {wildcards.n}: {wildcards.run}iteration {wildcards.t},"
+        "Judging the {wildcards.choice} of {wildcards.n}: {wildcards.run}iteration {wildcards.t},"
         " {wildcards.verdict}"
+
+
+def choices(wildcards):
+    """How the figure's answers are chosen."""
+    return ("best", "nash") if settings(wildcards)["best_of_n"]["nash"] else ("best",)
 
 
 def powers_of_two(wildcards):
@@ -98,8 +108,9 @@ rule plot_best_of_n:
     """Plot win rate and length by n; every n uses the same samples."""
     input:
         lambda wildcards: [
-            at(f"best_of_{n}/alpaca_eval.json").format(**wildcards)
+            at(f"{choice}_of_{n}/alpaca_eval.json").format(**wildcards)
             for n in powers_of_two(wildcards)
+            for choice in choices(wildcards)
         ],
     output:
         csv=at("best_of_n.csv"),

@@ -1,24 +1,40 @@
-"""Best of n: keep the answer that the preference model prefers among the first n.
+"""Best of n, or best of Nash: keep the answer that the preference model prefers among the first n.
 
 Reads   several answers to each evaluation instruction (answer_instructions.py --samples), the
         preference model
 Writes  outputs in alpaca-eval's format, one for each instruction, and a record
 Paper   2405.00675, section 5.2 (best-of-16 by PairRM); the best answer has the highest mean logit,
         as the winner has in training
+
+`--choice nash` draws the answer from the equilibrium of the game whose payoffs are the preferences
+among the n answers. If an answer beats each other one, it is always chosen. If preferences are
+cyclic, no answer is best, and several are drawn with the probabilities of the equilibrium.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 from collections import defaultdict
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 import _path  # noqa: F401
 from sppo.core.artifacts import known_hash, read_json, recorded, write_json
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.preferences.base import Group, compare, load_preference_model, model_files, settings_for
-from sppo.preferences.estimates import mean_logits
+from sppo.preferences.estimates import (
+    condorcet_winner,
+    cyclic_triples,
+    mean_logits,
+    win_probabilities,
+)
+from sppo.theory.games import nash
+
+Array = NDArray[np.float64]
 
 
 def main() -> None:
@@ -27,6 +43,13 @@ def main() -> None:
     )
     parser.add_argument("--answers", type=Path, required=True)
     parser.add_argument("--n", type=int, required=True)
+    parser.add_argument(
+        "--choice",
+        choices=("best", "nash"),
+        default="best",
+        help="the highest mean logit, or a draw from the equilibrium",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws of --choice nash")
     parser.add_argument(
         "--model",
         required=True,
@@ -60,13 +83,34 @@ def main() -> None:
             str(number): Group(instruction, [row["output"] for row in rows[: args.n]])
             for number, (instruction, rows) in enumerate(answers.items(), start=1)
         }
-        compared = compare(model, groups, "instruction").values()
-        best = []
-        for rows, logits in zip(answers.values(), compared, strict=True):
-            chosen = rows[int(mean_logits(logits).argmax())]
-            best.append(chosen | {"generator": args.generator})
-        write_json(args.output, best)
-        facts |= {"preference_model": model.name, "instructions": len(best)}
+        compared = list(compare(model, groups, "instruction").values())
+        P = [win_probabilities(logits) for logits in compared]
+        if args.choice == "nash":
+            mixtures = [nash(matrix) for matrix in P]
+            chosen = [
+                drawn(mixture, f"{args.seed}/{instruction}")
+                for mixture, instruction in zip(mixtures, answers, strict=True)
+            ]
+            facts["mean_support"] = float(np.mean([(each > 1e-6).sum() for each in mixtures]))
+        else:
+            chosen = [int(mean_logits(logits).argmax()) for logits in compared]
+        picked = [
+            rows[index] | {"generator": args.generator}
+            for rows, index in zip(answers.values(), chosen, strict=True)
+        ]
+        write_json(args.output, picked)
+        facts |= {
+            "preference_model": model.name,
+            "instructions": len(picked),
+            "cyclic_triples": cyclic_triples(P),
+            "condorcet_winner": condorcet_winner(P),
+        }
+
+
+def drawn(mixture: Array, seed: str) -> int:
+    """An index, drawn with the probabilities `mixture`, (n,)."""
+    indices = range(len(mixture))
+    return random.Random(f"nash/{seed}").choices(indices, weights=mixture.tolist())[0]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Best of n by n: win rate, LC and average length, always from the same samples.
 
-Reads   best_of_{n}/alpaca_eval.json, one for each n
+Reads   best_of_{n}/alpaca_eval.json and nash_of_{n}/alpaca_eval.json, one for each n
 Writes  a table (.csv), a plot (.png and .svg) and their records
 """
 
@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import re
 from pathlib import Path
+from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_text
@@ -25,32 +26,39 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--alpaca-eval", type=Path, nargs="+", required=True, help="best_of_{n}/alpaca_eval.json"
+        "--alpaca-eval",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="{best,nash}_of_{n}/alpaca_eval.json",
     )
     parser.add_argument("--output", type=Path, required=True, help="best_of_n.csv")
     parser.add_argument(
         "--plot", type=Path, required=True, help="best_of_n.png; an .svg is written beside it"
     )
     args = parser.parse_args()
-    judged = {}
+    judged: dict[str, dict[int, dict[str, Any]]] = {"best": {}, "nash": {}}
     for path in args.alpaca_eval:
-        match = re.fullmatch(r"best_of_(\d+)", path.parent.name)
+        match = re.fullmatch(r"(best|nash)_of_(\d+)", path.parent.name)
         if not match:
             raise UserError(
-                f"{path} is not in a folder best_of_<number>; "
+                f"{path} is not in a folder best_of_<number> or nash_of_<number>; "
                 "give best_of_<number>/alpaca_eval.json"
             )
-        judged[int(match[1])] = read_evaluation(path)
-    judged = dict(sorted(judged.items()))
+        judged[match[1]][int(match[2])] = read_evaluation(path)
+    by_n = {choice: dict(sorted(found.items())) for choice, found in judged.items() if found}
     plots = [args.plot, args.plot.with_suffix(".svg")]
     with contextlib.ExitStack() as records:
         for artifact in (args.output, *plots):
             records.enter_context(recorded("tabulate", artifact, args.alpaca_eval, {}))
-        rows = [("n", *COLUMNS)]
-        for n, evaluation in judged.items():
-            rows.append((str(n), *(str(evaluation[column]) for column in COLUMNS)))
+        rows = [("n", "choice", *COLUMNS)]
+        for choice, found in by_n.items():
+            for n, evaluation in found.items():
+                rows.append((str(n), choice, *(str(evaluation[column]) for column in COLUMNS)))
         write_text(args.output, "".join(",".join(row) + "\n" for row in rows))
-        plot_win_rates(judged, "n of best-of-n (1 is the policy itself)", plots)
+        others = {"Nash": by_n["nash"]} if "nash" in by_n else {}
+        best = by_n.get("best") or by_n["nash"]
+        plot_win_rates(best, "n of best-of-n (1 is the policy itself)", plots, others)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def main() -> None:
             records.enter_context(
                 recorded("tabulate", artifact, inputs, {"records": len(args.records)})
             )
-        text = summary(found, judged, ratios, seconds, name, args.output.parent)
+        cyclic = how_cyclic(args.records, args.results, name)
+        text = summary(found, judged, ratios, seconds, cyclic, name, args.output.parent)
         write_text(args.output, text)
         others = {other: of_run for other, of_run in judged.items() if other != name}
         plot_win_rates(judged[name], "iteration (0 is the base policy)", plots, others)
@@ -173,18 +174,42 @@ def seconds_by_iteration(records: list[Path], results: Path) -> dict[tuple[str, 
     return {place: seconds for place, seconds in total.items() if not math.isnan(seconds)}
 
 
+def how_cyclic(records: list[Path], results: Path, name: str) -> list[str]:
+    """A sentence about the preferences of the run's iterations; none if no record has the shares.
+
+    The shares of an iteration are the means over its shards.
+    """
+    shares: dict[int, list[tuple[float, float]]] = {}
+    for path in records:
+        place = place_of(path, results)
+        record = read_json(path)
+        found = (record.get("cyclic_triples"), record.get("condorcet_winner"))
+        if place[0] == name and path.parent.name == "preferences" and None not in found:
+            shares.setdefault(place[1], []).append((float(found[0]), float(found[1])))
+    if not shares:
+        return []
+    means = [[100 * sum(each) / len(each) for each in zip(*shares[t])] for t in sorted(shares)]
+    triples, winners = (", ".join(f"{value:.0f}%" for value in column) for column in zip(*means))
+    return [
+        f"The preferences are cyclic in {triples} of the triples of responses (iterations"
+        f" {', '.join(map(str, sorted(shares)))}). A response beats each other one in {winners} of"
+        " the prompts."
+    ]
+
+
 def summary(
     found: dict[tuple[str, int], Contents],
     judged: dict[str, dict[int, Contents]],
     ratios: dict[tuple[str, int], tuple[float, float]],
     seconds: dict[tuple[str, int], float],
+    cyclic: list[str],
     name: str,
     folder: Path,
 ) -> str:
     """The table in Markdown with sentences about it; a missing value is a dash.
 
-    found: contents of the evaluations by run and iteration. judged: those of AlpacaEval. folder:
-    that of the run.
+    found: contents of the evaluations by run and iteration. judged: those of AlpacaEval. cyclic:
+    what `how_cyclic` says. folder: that of the run.
     """
     present = {kind for kinds in found.values() for kind in kinds}
     columns = [
@@ -208,6 +233,7 @@ def summary(
     first = next(iter(judged[name].values()))
     in_words = [
         *what_happened(judged, name),
+        *cyclic,
         *doubts({f"iteration {t}": line for t, line in judged[name].items()}),
         f"See next: {folder}/figures/win_rate.svg, and every prompt and answer in"
         f" {folder}/response_browser.html, which Snakemake makes on request.",

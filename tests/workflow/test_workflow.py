@@ -290,7 +290,13 @@ def test_best_of_n_takes_the_choice_of_the_ranker(clone):
         assert {(row["prompt_id"], row["sample_id"], row["output"]) for row in chosen} <= drawn
         assert all(row["sample_id"] < n for row in chosen)
     lines = (root / "best_of_n.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["n", "1", "2", "3"]
+    both = [(str(n), choice) for choice in ("best", "nash") for n in (1, 2, 3)]
+    assert [tuple(line.split(",")[:2]) for line in lines] == [("n", "choice"), *both]
+    # Two answers have an equilibrium without mixing, if they differ in preference.
+    best, nash = (
+        read_json(root / f"{one}_of_2/alpaca_eval_outputs.json") for one in ("best", "nash")
+    )
+    assert [row["output"] for row in best] == [row["output"] for row in nash]
     assert read_json(root / "best_of_3/alpaca_eval.json")["policy"] == "tiny/iter1-best-of-3"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def check_policy(path: Path, policy: str | None) -> None:
     """Raise UserError if a file of `policy` is in the folder of another policy.
 
     The folders are results/[name/][run/]iter{t}/[best_of_{n}/]. The name of a policy is
-    <name, or sppo>/[run/]iter{t}[-best-of-{n}]; open_llm.json has the policy's folder instead. A
+    <name, or sppo>/[run/]iter{t}[-best-of-{n}]; open_llm.json has the policy's folder instead. Both
+    can have nash in the place of best. A
     file without a policy (None) and a file in another kind of folder are not checked.
     """
     folder = Path(os.path.abspath(path)).parent.as_posix()
@@ -31,7 +33,7 @@ def check_policy(path: Path, policy: str | None) -> None:
     if policy.endswith("iter0/policy") and folder.endswith("/iter0"):
         return
     named = policy.removesuffix("/policy").removeprefix("results/")
-    named = named.replace("-best-of-", "/best_of_")
+    named = re.sub(r"-(best|nash)-of-(\d+)$", r"/\1_of_\2", named)
     if not folder.endswith((f"/results/{named}", f"/results/{named.removeprefix('sppo/')}")):
         raise UserError(
             f"{path} is of {policy}, which is not the policy of its folder; delete it and run again"
