@@ -35,6 +35,7 @@ STYLES = {
     "SPPO, average": (BLUE, "--"),
     "SPPO, least squares": (SKY, ":"),
     "OMWU": (GREEN, "-"),
+    "ONPO": (ORANGE, ":"),
     "iterative DPO": (RED, "-"),
     "INPO": (ORANGE, "-"),
     "INPO, eta_t": (ORANGE, "--"),
@@ -42,6 +43,7 @@ STYLES = {
     "Nash-MD, eta_t": (PURPLE, "--"),
     "EGPO": (BLACK, "--"),
     "MMD": (SKY, ":"),
+    "Nash-MP": (YELLOW, "-."),
     "MPO": (GREEN, "-"),
     "COMAL": (RED, "-."),
 }
@@ -181,7 +183,7 @@ def gap_by_iteration(game: Game) -> Plot:
         f"{last_gap['SPPO, average']:.4f}.\n"
         "With a fixed reference, a method converges to the equilibrium of another game, the "
         "regularised one.\n"
-        "The lines of INPO, EGPO and MMD end together, at a gap of "
+        "The lines of INPO, EGPO, Nash-MP and MMD end together, at a gap of "
         f"{last_gap['INPO']:.3f} in the game itself.\n"
         "MPO and COMAL replace the reference by the current policy every 50 and every 6 steps, to "
         "remove this bias.\n"
@@ -299,7 +301,8 @@ def regularised_gap(game: Game) -> Plot:
         "In the regularised game, the payoff of a policy pi is reduced by tau KL(pi, pi_1). The "
         "figure shows the duality gap of this game.\n"
         f"After {steps} steps, it is {end['INPO']} for INPO (eta = 2), {end['EGPO']} for EGPO "
-        f"(eta = 1/2) and {end['MMD']} for MMD (eta = alpha/L^2).\n"
+        f"(eta = 1/2), {end['Nash-MP']} for Nash-MP (eta = 2) and {end['MMD']} for MMD (eta = "
+        "alpha/L^2).\n"
         "Nash-MD with a constant step size converges to another policy, whose gap is "
         f"{end['Nash-MD']}.\n"
         "With the decreasing step size 1/eta_t, where eta_t = tau (t+2)/2, the gap is "

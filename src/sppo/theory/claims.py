@@ -35,7 +35,9 @@ from sppo.theory.games import (
     mwu_step,
     nash,
     nash_md,
+    nash_mp,
     omwu,
+    onpo,
     play,
     regularised_gap,
     regularised_nash,
@@ -65,6 +67,8 @@ TOPICS = {
     17: "Methods with different names and the same update",
     18: "The real trainer, compared with the exact update",
     19: "The real trainer on a pretrained language model",
+    20: "ONPO: two steps on the same responses",
+    21: "Nash-MP",
 }
 
 
@@ -136,6 +140,7 @@ def laws(game: Game) -> Iterator[Claim]:
         yield from regularised_laws(P, start, tau)
     yield from least_squares_laws(P, start)
     yield from improvement_laws(P, start)
+    yield from onpo_laws(P, start)
     yield from equivalence_laws(P, start)
 
 
@@ -259,6 +264,34 @@ def improvement_laws(P: Array, start: Array) -> Iterator[Claim]:
     )
 
 
+def onpo_laws(P: Array, start: Array) -> Iterator[Claim]:
+    """ONPO's gap falls as 1/T, where multiplicative weights only have 1/sqrt(T)."""
+    eta, T = 0.5, np.arange(1, 3001)
+    pi = play(onpo(P, start, eta), 3000)
+    bound = 2 * np.log(1 / start.min()) / (eta * T)
+    means = average(pi[:-1])
+    yield Claim(
+        20,
+        f"ONPO, eta {eta}: the gap of the average policy is at most 2 ln(1 / min pi_1)/(eta T). "
+        "Value: largest gap/bound of T = 1 to 3000",
+        max(duality_gap(P, mean) / limit for mean, limit in zip(means, bound, strict=True)),
+        "<=",
+        "1",
+    )
+    steps = np.diff(np.log(pi[:20]), axis=0)[1:]
+    wins = pi[:20] @ P.T
+    optimistic = eta * (2 * wins[1:-1] - wins[:-2])
+    errors = steps - optimistic
+    yield Claim(
+        20,
+        f"ONPO, eta {eta}: from the second step on, each step is OMWU's, eta (2 P pi_t - P pi_(t-1))"
+        ". Value: largest error of a log-ratio in 18 steps, up to a constant",
+        np.abs(errors - errors.mean(axis=1, keepdims=True)).max(),
+        "<=",
+        "1e-12",
+    )
+
+
 def equivalence_laws(P: Array, start: Array) -> Iterator[Claim]:
     """Methods that have different names and the same update."""
     n, beta = len(P), 0.5
@@ -308,6 +341,7 @@ def regularised_laws(P: Array, start: Array, tau: float) -> Iterator[Claim]:
         (5, "INPO", inpo(P, star, start, 2, tau)),
         (7, "EGPO", egpo(P, star, start, 0.5, tau)),
         (8, "MMD", mmd(P, star, start, 4 * tau, tau)),
+        (21, "Nash-MP", nash_mp(P, star, start, 2.0, tau)),
     ):
         yield Claim(
             topic,
@@ -319,6 +353,7 @@ def regularised_laws(P: Array, start: Array, tau: float) -> Iterator[Claim]:
         )
     yield from decreasing_step_laws(P, start, tau, star)
     yield from constant_step_laws(P, start, tau, star)
+    yield from extragradient_laws(P, start, tau, star)
 
 
 def decreasing_step_laws(P: Array, start: Array, tau: float, star: Array) -> Iterator[Claim]:
@@ -368,6 +403,24 @@ def constant_step_laws(P: Array, start: Array, tau: float, star: Array) -> Itera
     )
 
 
+def extragradient_laws(P: Array, start: Array, tau: float, star: Array) -> Iterator[Claim]:
+    """Linear rates of the last policy of EGPO and Nash-MP, which look half a step ahead."""
+    for topic, name, method, eta, rate, rate_in_text in (
+        (7, "EGPO", egpo, 1 / (tau + 3), 1 - tau / (tau + 3), "(1 - eta tau)^k"),
+        (21, "Nash-MP", nash_mp, 2.0, 1 / (1 + 2 * tau), "(1 + eta tau)^-k"),
+    ):
+        path = divergences(star, play(method(P, start, start, eta, tau), 400))
+        bound = np.maximum(path[0] * rate ** np.arange(401.0), 1e-25)
+        yield Claim(
+            topic,
+            f"{name}, tau {tau}, eta {eta:.3g}: KL(pi*_tau, pi_(k+1)) is at most "
+            f"KL(pi*_tau, pi_1) {rate_in_text}. Value: largest KL/bound of k = 1 to 400",
+            (path / bound)[1:].max(),
+            "<=",
+            "1",
+        )
+
+
 def inpo_constant(policies: Array, ref: Array, tau: float) -> float:
     """C of INPO's bounds: the largest tau |log pi/ref| of these policies, but at least 1."""
     return max(np.abs(np.log(policies / ref)).max() * tau, 1.0)
@@ -400,6 +453,7 @@ def without_reference(game: Game, T: int, eta: float = 1.0) -> Series:
         "SPPO, average": average(sppo),
         "SPPO, least squares": play(sppo_l2(P, start, eta), T),
         "OMWU": play(omwu(P, start, 0.3), T),
+        "ONPO": play(onpo(P, start, 0.3), T),
     }
     if has_finite_rewards(P):
         series["iterative DPO"] = play(iterative_dpo(P, start, 5.0), T)
@@ -416,6 +470,7 @@ def with_reference(game: Game, T: int) -> Series:
         "INPO": inpo(P, start, start, 2.0, 0.3),
         "Nash-MD": nash_md(P, start, start, 2.0, 0.3),
         "EGPO": egpo(P, start, start, 0.5, 0.3),
+        "Nash-MP": nash_mp(P, start, start, 2.0, 0.3),
         "MMD": mmd(P, start, start, 1.2, 0.3),
         "MPO": mpo(P, start, 1.2, 0.3, every=50),
         "COMAL": comal(P, start, 1.0, 0.3, every=6),
@@ -458,6 +513,7 @@ def regularised_gaps(game: Game, T: int, tau: float) -> Series:
         "Nash-MD": nash_md(P, start, start, 2.0, tau),
         "Nash-MD, eta_t": nash_md(P, start, start, eta_t, tau),
         "EGPO": egpo(P, start, start, 0.5, tau),
+        "Nash-MP": nash_mp(P, start, start, 2.0, tau),
         "MMD": mmd(P, start, start, 4 * tau, tau),
     }
     series = {}

@@ -348,6 +348,22 @@ def omwu(P: Array, pi: Array, eta: float) -> Policies:
     return _iterate(pi, update)
 
 
+def onpo(P: Array, pi: Array, eta: float) -> Policies:
+    """ONPO (2502.16852), optimistic mirror descent with an auxiliary policy pi'.
+
+    pi'_{t+1} is proportional to pi'_t exp(eta P pi_t), and pi_{t+1} to pi'_{t+1} exp(eta P pi_t),
+    with pi'_1 = pi_1. The paper's two trainings on the responses of pi_t fit these two steps.
+    """
+    log_auxiliary = np.log(pi)
+
+    def update(log_pi: Array, pi: Array, t: int) -> Array:
+        nonlocal log_auxiliary
+        log_auxiliary = log_auxiliary + eta * (P @ pi)
+        return log_auxiliary + eta * (P @ pi)
+
+    return _iterate(pi, update)
+
+
 def inpo(P: Array, pi: Array, ref: Array, eta: Step, tau: float) -> Policies:
     """INPO (2407.00617), online mirror descent.
 
@@ -401,6 +417,20 @@ def mmd(P: Array, pi: Array, magnet: Array, eta: float, alpha: float) -> Policie
 
     def update(log_pi: Array, pi: Array, t: int) -> Array:
         return _mmd_step(P, log_pi, pi, np.log(magnet), eta, alpha)
+
+    return _iterate(pi, update)
+
+
+def nash_mp(P: Array, pi: Array, ref: Array, eta: float, tau: float) -> Policies:
+    """Nash Mirror Prox (2505.19731): `mmd` with an extra half step.
+
+    The half step h is a step of `mmd` from pi_t. The full step starts from pi_t too, but has P h
+    instead of P pi_t. The fixed point is `regularised_nash`.
+    """
+
+    def update(log_pi: Array, pi: Array, t: int) -> Array:
+        half = _softmax(_mmd_step(P, log_pi, pi, np.log(ref), eta, tau))
+        return _mmd_step(P, log_pi, half, np.log(ref), eta, tau)
 
     return _iterate(pi, update)
 
