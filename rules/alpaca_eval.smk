@@ -202,7 +202,9 @@ rule answer_instructions:
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
         options=answer_flags,
-        highest_reward=lambda wildcards: highest_reward(wildcards, wildcards.t),
+        highest_reward=lambda wildcards: (
+            "" if wildcards.answers == "reference_outputs" else highest_reward(wildcards)
+        ),
     message:
         "Answering the evaluation instructions: {wildcards.run}iteration {wildcards.t},"
         " {wildcards.answers}"

@@ -116,7 +116,7 @@ rule answer_arena_hard:
         noise=lambda wildcards: ARENA_HARD_NOISE[wildcards.arena_hard_answers],
         generator=arena_hard_generator,
         options=arena_hard_answer_flags,
-        highest_reward=lambda wildcards: highest_reward(wildcards, wildcards.t),
+        highest_reward=highest_reward,
     message:
         "Answering Arena-Hard: {wildcards.run}iteration {wildcards.t},"
         " {wildcards.arena_hard_answers}"

@@ -22,7 +22,7 @@ use rule answer_instructions as answer_instructions_n_times with:
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
         options=best_of_n_flags,
-        highest_reward=lambda wildcards: highest_reward(wildcards, wildcards.t),
+        highest_reward=highest_reward,
 
 
 rule pick_best_of_n:

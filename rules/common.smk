@@ -263,13 +263,12 @@ def section_flags(name, skip=()):
     return lambda wildcards: flags(settings(wildcards)[name], skip)
 
 
-def highest_reward(wildcards, t):
-    """The flag that asks the policy of iteration t for the highest reward.
+def highest_reward(wildcards):
+    """The flag that asks a policy for the highest reward; empty if the run has no target rewards.
 
-    It is empty if the policy was not trained with target rewards.
+    The base is evaluated with it too, because the prompt alone changes what it answers.
     """
-    asked = settings(wildcards)["pairs"]["target_reward"] and int(t) > 0
-    return "--highest-reward" if asked else ""
+    return "--highest-reward" if settings(wildcards)["pairs"]["target_reward"] else ""
 
 
 def gpus_if(needed):

@@ -77,7 +77,7 @@ rule answer_ifeval:
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         generator=policy_name,
         options=ifeval_flags,
-        highest_reward=lambda wildcards: highest_reward(wildcards, wildcards.t),
+        highest_reward=highest_reward,
     message:
         "Answering IFEval's prompts: {wildcards.run}iteration {wildcards.t}"
     shell:

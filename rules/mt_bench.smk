@@ -116,7 +116,7 @@ rule answer_mt_bench:
         noise=lambda wildcards: MT_BENCH_NOISE[wildcards.mt_bench_answers],
         name=policy_name,
         options=mt_bench_flags,
-        highest_reward=lambda wildcards: highest_reward(wildcards, wildcards.t),
+        highest_reward=highest_reward,
     message:
         "Answering MT-Bench: {wildcards.run}iteration {wildcards.t}, {wildcards.mt_bench_answers}"
     shell:

@@ -61,7 +61,8 @@ rule sample_prompts:
         room=lambda wildcards: settings(wildcards)["responses"]["max_new_tokens"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         options=prompt_flags,
-        highest_reward=lambda wildcards: highest_reward(wildcards, int(wildcards.t) - 1),
+        # The base was not trained with target rewards, so it is sampled without.
+        highest_reward=lambda wildcards: highest_reward(wildcards) if wildcards.t != "1" else "",
     message:
         "Drawing the prompts of {wildcards.run}iteration {wildcards.t}"
     shell:

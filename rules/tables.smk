@@ -22,7 +22,9 @@ def base_of(wildcards):
     run = settings(wildcards)
     name = run_of(wildcards)
     same_sections = all(run[key] == MAIN[key] for key in ("alpaca_eval", "ifeval"))
-    as_main = same_sections and preference_model(name) == preference_model("")
+    same_prompt = run["pairs"]["target_reward"] == MAIN["pairs"]["target_reward"]
+    same_model = preference_model(name) == preference_model("")
+    as_main = same_sections and same_prompt and same_model
     return "" if as_main else name
 
 

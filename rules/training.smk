@@ -36,7 +36,7 @@ LOOKAHEAD = [name for name, run in USABLE.items() if run["train"]["lookahead"]]
 
 
 def lookahead_policy(run, t):
-    """The auxiliary policy of a run with `train.lookahead` after iteration t; the base if t is 0."""
+    """The auxiliary policy of a run with `train.lookahead` after iteration t; the base for 0."""
     return artifact(run, t, "lookahead") if t else BASE_POLICY
 
 

@@ -247,6 +247,18 @@ def pairs_of_a_prompt(pairs: dict[str, Any], samples: int) -> int:
     return number * 2 if pairs["target_reward"] else number
 
 
+def times_scored(train: dict[str, Any], t: int) -> int:
+    """How many policies score the pairs of iteration t: pi_t, and those that the method adds.
+
+    They are the reference, if it is not pi_t, the earlier opponents of MNPO, and the auxiliary
+    policy of ONPO.
+    """
+    every = train["reference_every"]
+    reference = 0 if every is None else (t - 1) - (t - 1) % every
+    opponents = len(train["history"][:t]) if train["loss"] == "mnpo" else 1
+    return opponents + (reference != t - 1) + train["lookahead"]
+
+
 @dataclass(frozen=True)
 class Estimator:
     """The rows of the stages, from mean lengths in tokens.
@@ -327,7 +339,9 @@ class Estimator:
         tokens = 2 * pairs * (self.prompt + self.response)
         scored = cost_model.score_flops(shape, pairs, self.prompt, self.response)
         factor = cost_model.train_factor(bool(rank), checkpointing)
-        trained = scored * train["stop_epoch"] * factor
+        trainings = 2 if train["lookahead"] else 1
+        trained = trainings * scored * train["stop_epoch"] * factor
+        scorings = times_scored(train, t)
         copies = train["nodes"] if train["parallel"] == "hsdp" else 1
         divided_over = max(1, self.gpus // copies)
         packs = not eager and not shape.softcap
@@ -345,9 +359,9 @@ class Estimator:
                 t,
                 "reference",
                 pairs,
-                tokens,
-                scored,
-                scored / (gpu.flops * use.forward),
+                scorings * tokens,
+                scorings * scored,
+                scorings * scored / (gpu.flops * use.forward),
                 max(
                     cost_model.score_bytes(shape, *sizes, bool(rank), eager=eager)
                     for sizes in passes
@@ -358,7 +372,7 @@ class Estimator:
                 t,
                 "train",
                 pairs,
-                tokens * train["stop_epoch"],
+                trainings * tokens * train["stop_epoch"],
                 trained,
                 trained / (gpu.flops * use.training) / busy,
                 max(

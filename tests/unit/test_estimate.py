@@ -256,6 +256,23 @@ def test_comparisons_with_the_previous_policy_are_counted(program, capsys, monke
 PRICES = ("--price", 2, "--judge-price", 10)
 
 
+@pytest.mark.parametrize(
+    ("train", "wanted"),
+    [
+        ({}, [1, 1, 1]),
+        ({"reference_every": None}, [1, 2, 2]),
+        ({"reference_every": 2}, [1, 2, 1]),
+        ({"lookahead": True}, [2, 2, 2]),
+        ({"loss": "mnpo", "history": [1, 1], "reference_every": None}, [1, 3, 3]),
+    ],
+    ids=str,
+)
+def test_scorings_of_an_iteration(train, wanted):
+    """In iteration 1 the base is pi_t, and MNPO has no earlier opponent."""
+    settings = {"loss": "sppo", "reference_every": 1, "lookahead": False, "history": [1]} | train
+    assert [estimate_cost.times_scored(settings, t) for t in (1, 2, 3)] == wanted
+
+
 def test_prices_give_dollars(program, capsys, monkeypatch):
     text = printed(program, capsys, monkeypatch, "--config", PRESETS["mistral-7b"], *PRICES)
     hours = float(text.split("GPU-hours: ")[1].split(",")[0])

@@ -574,7 +574,7 @@ def test_reward_conditioned_policy_is_asked_for_its_best_grade(
     )
     assert (
         first[0] == second[0]
-        and "quality is 10" in first[0]
+        and "Overall score: 10." in first[0]
         and first[0].endswith("Add one and one.")
         and second[1] == "And once more."
     )

@@ -469,7 +469,7 @@ def test_highest_reward_changes_the_prompt_of_the_policy_only(sample, tiny_polic
         # The ranker reads the messages.
         assert best["messages"] == plain["messages"]
         text = tokenizer.decode(best["prompt_token_ids"])
-        assert "quality is 10 on" in text
+        assert "Overall score: 10." in text
         assert plain["messages"][-1]["content"] in text
         assert text != tokenizer.decode(plain["prompt_token_ids"])
 

@@ -757,6 +757,18 @@ def test_reward_conditioned_policy_is_asked_for_highest_reward(copy):
     )
 
 
+def test_base_asked_for_the_highest_reward_is_a_row_of_its_own(copy):
+    """It is compared with the base's plain answers, which are main's."""
+    done = dry_run(copy, "results/ra_dpo/summary.md", "--printshellcmds")
+    assert "results/ra_dpo/iter0/alpaca_eval.json" in evaluated(done)
+    lines = (done.stdout + done.stderr).splitlines()
+    plain = [line for line in lines if "--output results/iter0/reference_outputs.json" in line]
+    own = [line for line in lines if "results/ra_dpo/iter0/alpaca_eval_outputs.json" in line]
+    assert plain and not any("--highest-reward" in line for line in plain)
+    assert any("--highest-reward" in line for line in own)
+    assert not any("results/ra_dpo/iter0/reference_outputs.json" in line for line in lines)
+
+
 def test_run_with_other_evaluation_keys_evaluates_its_own_base(copy):
     write_overlay(copy / "mine.yaml", "runs: {a: {alpaca_eval: {limit: 50}}}")
     made = evaluated(dry_run(copy, "results/a/summary.md", "--configfile", "mine.yaml"))

@@ -66,12 +66,15 @@ def read_prompts(
 def with_target_reward(messages: list[dict[str, str]], reward: float) -> list[dict[str, str]]:
     """The chat whose first message also asks for an answer with this reward, from 1 to 10.
 
-    Source: RA-DPO (2410.08067). The wording is not from the paper.
+    Source: RA-DPO (2410.08067). The wording is that of its authors' code, which puts it into a
+    system message, or before the first message for models whose template takes none. Here it is
+    always before the first message.
     """
     first, *rest = messages
     request = (
-        f"Write an answer whose overall quality is {reward:g} "
-        "on a scale from 1 (worst) to 10 (best).\n\n"
+        "You are an assistant that generates responses for the instruction while implicitly"
+        " achieving the following target scores (on a scale of 1-10, where 1 is lowest and 10 is"
+        f" highest):\nOverall score: {reward:g}.\n\n"
     )
     return [first | {"content": request + first["content"]}, *rest]
 

@@ -284,8 +284,8 @@ def onpo_laws(P: Array, start: Array) -> Iterator[Claim]:
     errors = steps - optimistic
     yield Claim(
         20,
-        f"ONPO, eta {eta}: from the second step on, each step is OMWU's, eta (2 P pi_t - P pi_(t-1))"
-        ". Value: largest error of a log-ratio in 18 steps, up to a constant",
+        f"ONPO, eta {eta}: from the second step on, each step is OMWU's, eta (2 P pi_t - "
+        "P pi_(t-1)). Value: largest error of a log-ratio in 18 steps, up to a constant",
         np.abs(errors - errors.mean(axis=1, keepdims=True)).max(),
         "<=",
         "1e-12",
