@@ -490,7 +490,7 @@ def with_reference(pairs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> l
     for pair, row in zip(pairs, rows, strict=True):
         logps = {
             f"{role}_{side}": row[f"{side}_logp"]
-            for role in ("current", "reference")
+            for role in ("current", "reference", "opponents")
             for side in ("chosen", "rejected")
         }
         scored.append(pair | logps)

@@ -264,7 +264,7 @@ def with_reference(
         pair
         | {
             f"{role}_{side}": row[f"{side}_logp"]
-            for role in ("current", "reference")
+            for role in ("current", "reference", "opponents")
             for side in ("chosen", "rejected")
         }
         for pair, row in zip(pairs, logps, strict=True)

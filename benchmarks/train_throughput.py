@@ -154,7 +154,7 @@ def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
         if args.trainer == "ours":
             rows = frozen_logps(model, pairs, dtype, device, args.micro_batch_size)
             for pair, row in zip(pairs, rows, strict=True):
-                for role in ("current", "reference"):
+                for role in ("current", "reference", "opponents"):
                     for side in ("chosen", "rejected"):
                         pair[f"{role}_{side}"] = row[f"{side}_logp"]
             trainer = make_trainer(model, pairs, options, dtype, device, Path(work), 0)

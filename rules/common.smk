@@ -19,7 +19,7 @@ IS_CLONE = Path(".snakemake/sppo").resolve() in REPOSITORY.resolve().parents  # 
 sys.path.insert(0, str(REPOSITORY / "src"))
 
 from sppo.core.artifacts import shipped
-from sppo.core.config import ENGINE_KEYS, MODEL_SOURCE, OF_CHATS, schema
+from sppo.core.config import ENGINE_KEYS, MODEL_SOURCE, OF_CHATS
 from sppo.core.config_files import all_files, check_files, files_hint
 from sppo.core.errors import UserError, explained, fail, on_one_line
 from sppo.core.flags import flags, of_iteration
@@ -29,7 +29,7 @@ from sppo.evaluation.registry import EVALUATIONS
 from sppo.policies.gpus import count_gpus
 from sppo.policies.models import HUB_FILES
 from sppo.preferences.base import kind_of, local_kind, model_files
-from sppo.training.losses import LOSSES
+from sppo.training.losses import unread_keys
 from sppo.training.requirements import WITHOUT_PREFERENCES
 from sppo.workflow.cluster import Asked, check_cluster
 from sppo.workflow.configuration import read_configuration, resolve, without_effect

@@ -187,11 +187,7 @@ def training_flags(wildcards):
     So a key that is added for one loss does not make the policies of others again.
     """
     train = of_iteration(settings(wildcards)["train"], int(wildcards.t))
-    unread = [
-        key
-        for key, rule in schema()["properties"]["train"]["properties"].items()
-        if "x-loss-parameter" in rule and key not in LOSSES[train["loss"]].reads
-    ]
+    unread = unread_keys(train["loss"])
     return flags(train, skip=("reference_every", "history", "lookahead", *unread))
 
 

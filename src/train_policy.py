@@ -58,9 +58,9 @@ from sppo.training.distributed import (
     join_processes,
     launch,
 )
-from sppo.training.losses import LOSSES, check_training
+from sppo.training.losses import LOSSES, check_training, unread_keys
 
-# The options that the model card lists. The policy's record has all options.
+# The options that the model card lists, if the loss reads them. The policy's record has all.
 METHOD = (
     "loss",
     "beta",
@@ -420,9 +420,8 @@ def facts_of(trainer: Any, pairs: list[dict], dtype: Any, last: dict[str, Any]) 
 
 def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any]) -> str:
     """The policy's model card; `last` is the last line of the training log."""
-    method = {
-        key: value for key, value in vars(args).items() if key in METHOD and value is not None
-    }
+    shown = set(METHOD) - set(unread_keys(args.loss))
+    method = {key: value for key, value in vars(args).items() if key in shown and value is not None}
     figures = {
         key: last[key]
         for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "reward_accuracy")

@@ -34,7 +34,13 @@ from sppo.policies.prompts import read_instructions
 from sppo.preferences.constraints import Instruction, follows, read_instructions_to_check
 from sppo.preferences.estimates import p_hat, win_probabilities
 from sppo.preferences.labels import relabelled
-from sppo.preferences.pairs import Dropped, Pair, Rules, winner_against_loser
+from sppo.preferences.pairs import (
+    Dropped,
+    Pair,
+    Rules,
+    winner_against_loser,
+    without_truncated,
+)
 
 TEMPLATE = ROOT / "src" / "sppo" / "reporting" / "response_browser.html"
 PLACEHOLDER = "@DATA@"
@@ -88,18 +94,19 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="the page, .html")
     parser.add_argument("--label-seed", type=int, default=0, help="seed of --labels permuted")
+    parser.add_argument("--loser-seed", type=int, default=0, help="seed of best_vs_random")
     add_section(parser, "pairs")
     add_section(parser, "replay", skip=("iteration",), prefix="replay_")
     args = parser.parse_args()
     if (
-        args.construction != "best_vs_worst"
+        args.construction in ("all", "gold", "graded")
         or args.even_lengths
         or args.target_reward
         or args.replay_share
     ):
         raise UserError(
-            "the response browser shows only runs that train on the best and the worst response of"
-            " each prompt; remove pairs.construction, even_lengths and target_reward and"
+            "the response browser shows only runs that train on one pair of responses to each"
+            " prompt; remove pairs.construction, even_lengths and target_reward and"
             " replay.share from the configuration, or do not build the browser"
         )
 
@@ -185,7 +192,12 @@ def items_of_iteration(
                 f"prompt {prompt_id} of {files['prompts']} lacks responses or preferences; "
                 "give all shards"
             )
-        pair = winner_against_loser(preference, candidates, rules)
+        pair: Pair | Dropped = Dropped("truncated")
+        compared = preference
+        if rules.truncated == "leave_out":
+            compared = without_truncated(preference, candidates)
+        if compared is not None:
+            pair = winner_against_loser(compared, candidates, rules)
         if not agree(pair, rows["pairs"].get((prompt_id, None))):
             raise UserError(
                 f"{files['pairs']} holds another pair for prompt {prompt_id} than the responses, "
@@ -198,7 +210,7 @@ def items_of_iteration(
                 "id": prompt_id,
                 "category": prompt["category"],
                 "messages": prompt["messages"],
-                **estimates(preference, candidates, pair, rules),
+                **estimates(compared or preference, candidates, pair, rules),
             }
         )
     return items

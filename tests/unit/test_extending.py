@@ -106,7 +106,7 @@ def test_loss_of_the_page_is_a_choice_and_is_computed(extended):
         "from sppo.training.losses import pair_loss\n"
         "rules = schema()['properties']['train']['properties']\n"
         "options = {key: default_of(rule, 'paper') for key, rule in rules.items()}\n"
-        "names = ('logp', 'reference', 'current', 'tokens', 'p_hat')\n"
+        "names = ('logp', 'reference', 'current', 'opponents', 'tokens', 'p_hat')\n"
         "pair = {f'{n}_{s}': torch.zeros(1) for n in names for s in ('chosen', 'rejected')}\n"
         "pair |= {'p_chosen_beats_rejected': torch.zeros(1), 'logp_chosen': torch.ones(1)}\n"
         "print(pair_loss('exponential', pair, options | {'beta': 1.0}).item())"

@@ -11,7 +11,7 @@ import torch
 
 from sppo.core.config import default_of, schema
 from sppo.theory import games
-from sppo.training.losses import LOSSES, Columns, Loss, pair_loss
+from sppo.training.losses import LOSSES, Columns, Loss, pair_loss, unread_keys
 from sppo.training.requirements import P_HAT
 
 OPTIONS = {
@@ -264,6 +264,13 @@ def test_gradients_equal_central_differences(name, beta):
         for i, got in enumerate(gradient.tolist()):
             slope = (total(i, key, h) - total(i, key, -h)) / (2 * h)
             assert got == pytest.approx(slope, rel=1e-4, abs=1e-5)
+
+
+def test_keys_of_other_losses_are_known():
+    assert {"tau", "history", "gamma", "dpop_weight", "length_weight"} <= set(unread_keys("sppo"))
+    assert not {"tau", "history"} & set(unread_keys("mnpo"))
+    assert not {"beta", "sft_weight", "learning_rate"} & set(unread_keys("sft"))
+    assert "length_weight" not in unread_keys("dpo")
 
 
 def test_schema_lists_the_registered_losses():

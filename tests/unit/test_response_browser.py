@@ -319,9 +319,39 @@ def test_control_is_shown_with_the_labels_it_trains_on(labels, root, build, prog
 @pytest.mark.parametrize(
     "flags", [("--construction", "all"), ("--target-reward", "true"), ("--replay-share", "0.5")]
 )
-def test_only_pairs_of_best_and_worst_response_can_be_shown(flags, build):
-    with pytest.raises(UserError, match="best and the worst response of each prompt"):
+def test_only_one_pair_of_each_prompt_can_be_shown(flags, build):
+    with pytest.raises(UserError, match="one pair of responses to each prompt"):
         build(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--construction", "best_vs_second"),
+        ("--construction", "best_vs_random", "--loser-seed", "3"),
+    ],
+    ids=["second", "random"],
+)
+def test_other_losers_are_shown(flags, root, build, program):
+    for t in (1, 2):
+        write_training(root / f"iter{t}", t, program, *flags)
+    items = page_data(build(*flags))["training"]
+    shown = {(item["iteration"], item["id"]): (item["winner"], item["loser"]) for item in items}
+    for t in (1, 2):
+        pairs = read_table(root / f"iter{t}/pairs.parquet", "pairs")
+        assert pairs
+        for pair in pairs:
+            ends = (pair["chosen_sample_id"], pair["rejected_sample_id"])
+            assert shown[t, pair["prompt_id"]] == ends
+
+
+def test_prompts_with_too_many_cut_responses_are_shown_as_such(root, build, program):
+    """Two of the three responses to each prompt are cut off."""
+    flags = ("--truncated", "leave_out")
+    for t in (1, 2):
+        write_training(root / f"iter{t}", t, program, *flags)
+    items = page_data(build(*flags))["training"]
+    assert {item["outcome"] for item in items} == {"truncated"}
 
 
 def test_files_that_do_not_belong_together_are_refused(root, build):

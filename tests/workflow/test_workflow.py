@@ -355,10 +355,11 @@ def test_open_llm_tasks_run_offline(clone):
 def test_nothing_asks_the_network(clone, network, tmp_path):
     """All stages and evaluations ran, or run now, with the server in the place of the network.
 
-    The last lines show that a request would have been seen.
+    So does a training by TRL. The last lines show that a request would have been seen.
     """
     names = ("alpaca_eval", "ifeval", "mt_bench", "arena_hard", "open_llm")
-    snakemake(clone, RESULT, *(f"results/tiny/iter1/{name}.json" for name in names))
+    evaluations = [f"results/tiny/iter1/{name}.json" for name in names]
+    snakemake(clone, RESULT, "results/tiny/by_trl/iter1/policy", *evaluations)
     assert network.asked == []
     fetch = ["src/tools/fetch_alpaca_eval.py", "reference", "--output", str(tmp_path / "x.json")]
     environment = ENVIRONMENT | {"HF_HOME": str(tmp_path), "PIP_NO_INDEX": "1"}

@@ -484,6 +484,15 @@ def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
     return loss
 
 
+def unread_keys(name: str) -> list[str]:
+    """The keys of the section `train` that only other losses than `name` read."""
+    from sppo.core.config import Validator, schema  # the schema reads LOSSES
+
+    keys = schema()["properties"]["train"]["properties"]
+    needed = {key: rule.get("x-only-with", {}).get("train.loss") for key, rule in keys.items()}
+    return [key for key, rule in needed.items() if rule and not Validator(rule).is_valid(name)]
+
+
 def check_training(train: dict[str, Any]) -> None:
     """Raise UserError if the section `train` cannot be trained by: its trainer, loss, processes."""
     loss = LOSSES[train["loss"]]

@@ -567,7 +567,7 @@ def make_trl_trainer(
         },
         loss_type=[str(LOSSES[options["loss"]].trl)],
         beta=options["beta"],
-        label_smoothing=options["label_smoothing"],
+        label_smoothing=options.get("label_smoothing", 0.0),
         precompute_ref_log_probs=reference is None,
         max_length=None,
     )
