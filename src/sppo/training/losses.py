@@ -5,6 +5,7 @@ the configuration section `train`:
 
     logp_w, logp_l          log pi_theta(y|x) of winner and loser over response tokens, in nats
     tokens_w, tokens_l      response tokens
+    longer                  tokens_w - tokens_l
     delta_w, delta_l        log pi_theta(y|x) / pi_ref(y|x), where pi_ref is the method's reference
                             (for SPPO pi_t, the policy at the start of the iteration)
     current_w, current_l    log pi_t(y|x)
@@ -112,8 +113,7 @@ def rspo(
 def dpo(
     delta_w: Tensor,
     delta_l: Tensor,
-    tokens_w: Tensor,
-    tokens_l: Tensor,
+    longer: Tensor,
     beta: float,
     label_smoothing: float = 0.0,
     length_weight: float = 0.0,
@@ -123,36 +123,34 @@ def dpo(
     It is also SPIN's loss (2401.01335) with lambda = beta. With length_weight it is R-DPO
     (2403.19159, eq. 9) and iterative length-regularised DPO (2406.11817).
     """
-    logit = beta * (delta_w - delta_l) + length_weight * (tokens_w - tokens_l)
+    logit = beta * (delta_w - delta_l) + length_weight * longer
     return soft_label(logit, 1.0 - label_smoothing)
 
 
 def dno(
     delta_w: Tensor,
     delta_l: Tensor,
-    tokens_w: Tensor,
-    tokens_l: Tensor,
+    longer: Tensor,
     margin: Tensor,
     beta: float,
     length_weight: float = 0.0,
 ) -> Tensor:
     """DNO (2404.03715, Algorithm 1), shape (B,): q = sigma(r_w - r_l) with r = P-hat."""
-    logit = beta * (delta_w - delta_l) + length_weight * (tokens_w - tokens_l)
+    logit = beta * (delta_w - delta_l) + length_weight * longer
     return soft_label(logit, margin.sigmoid())
 
 
 def mmpo(
     delta_w: Tensor,
     delta_l: Tensor,
-    tokens_w: Tensor,
-    tokens_l: Tensor,
+    longer: Tensor,
     margin: Tensor,
     beta: float,
     gamma: float,
     length_weight: float = 0.0,
 ) -> Tensor:
     """MMPO (2410.03145), shape (B,): q = sigma(gamma (r_w - r_l)) with r = P-hat."""
-    logit = beta * (delta_w - delta_l) + length_weight * (tokens_w - tokens_l)
+    logit = beta * (delta_w - delta_l) + length_weight * longer
     return soft_label(logit, (gamma * margin).sigmoid())
 
 
@@ -164,15 +162,14 @@ def soft_label(logit: Tensor, q: Tensor | float) -> Tensor:
 def dpo_positive(
     delta_w: Tensor,
     delta_l: Tensor,
-    tokens_w: Tensor,
-    tokens_l: Tensor,
+    longer: Tensor,
     beta: float,
     dpop_weight: float,
     length_weight: float = 0.0,
 ) -> Tensor:
     """DPO-Positive (2402.13228, eq. 3), shape (B,): a penalty on winners below the reference."""
     penalised = delta_w - delta_l - dpop_weight * (-delta_w).relu()
-    return -log_sigmoid(beta * penalised + length_weight * (tokens_w - tokens_l))
+    return -log_sigmoid(beta * penalised + length_weight * longer)
 
 
 def exo(delta_w: Tensor, delta_l: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -248,13 +245,14 @@ def simpo(
     logp_l: Tensor,
     tokens_w: Tensor,
     tokens_l: Tensor,
+    longer: Tensor,
     beta: float,
     gamma: float,
     length_weight: float = 0.0,
 ) -> Tensor:
     """SimPO (2405.14734), shape (B,): log-probabilities per token, no reference."""
     logit = beta * (logp_w / tokens_w - logp_l / tokens_l) - gamma
-    return -log_sigmoid(logit + length_weight * (tokens_w - tokens_l))
+    return -log_sigmoid(logit + length_weight * longer)
 
 
 def asft(
@@ -377,6 +375,10 @@ class Columns:
     @property
     def h_opponents(self) -> Tensor:
         return self.opponents_w - self.opponents_l
+
+    @property
+    def longer(self) -> Tensor:
+        return self.tokens_w - self.tokens_l
 
     @property
     def margin(self) -> Tensor:
