@@ -7,7 +7,8 @@ their plans. rankers/{n} is a copy of the preference model, learned from n compa
 
 def measuring_flags(wildcards):
     """The flags that set how a policy samples and scores: the trainer's precision for both."""
-    train, responses = (settings(wildcards)[section] for section in ("train", "responses"))
+    train = of_iteration(settings(wildcards)["train"], int(wildcards.t))
+    responses = settings(wildcards)["responses"]
     chosen = {key: train[key] for key in ("micro_batch_size", "precision", "beta")}
     chosen["lora_rank"] = train["lora_rank"] or None
     keys = [key for key in (*ENGINE_KEYS, "max_new_tokens") if key != "precision"]

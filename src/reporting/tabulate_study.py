@@ -82,8 +82,9 @@ def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str) -> str:
         "# The study\n",
         "`src/reporting/tabulate_study.py` writes this page from `study.jsonl`, which\n"
         "`.venv/bin/snakemake --cores all study` extends run by run. Win rates are per cent won\n"
-        "against the base's answers, by exact annotators. Brackets are 95% intervals over seeds\n"
-        "and instructions; with so few seeds they are too narrow, so look at the range too.\n",
+        "against the base's answers, by exact annotators, or by the embedded judge in the regime\n"
+        "`laptop`. Brackets are 95% intervals over seeds and instructions. With so few seeds they\n"
+        "are too narrow, so look at the range too.\n",
         f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}.\n",
     ]
     for regime, of_regime in regimes.items():
