@@ -43,6 +43,7 @@ from sppo.core.tables import read_table
 from sppo.policies.generation import Sampling, TransformersEngine
 from sppo.policies.models import (
     compute_dtype,
+    load_frozen_policy,
     load_policy,
     load_tokenizer,
     pick_device,
@@ -237,8 +238,7 @@ def training(
     found = []
     speeds = {}
     for lora_rank in (16, 0):
-        weights = weights_dtype(lora_rank, dtype)
-        model = load_policy(policy, weights, device)
+        model = load_frozen_policy(policy, lora_rank, dtype, device)
         began = time.perf_counter()
         scored = with_reference(pairs, frozen_logps(model, pairs, dtype, device, BATCH))
         speeds["scoring"] = tokens / (time.perf_counter() - began)

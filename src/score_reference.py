@@ -46,10 +46,9 @@ def main() -> None:
     # Imported late because loading PyTorch takes seconds.
     from sppo.policies.models import (
         compute_dtype,
-        load_policy,
+        load_frozen_policy,
         pick_device,
         start_torch,
-        weights_dtype,
     )
     from sppo.training.logps import frozen_logps
 
@@ -57,9 +56,7 @@ def main() -> None:
     device = pick_device(args.device)
     dtype = compute_dtype(args.precision, device)
     with recorded("reference", args.output, [args.pairs, args.policy], vars(args)) as facts:
-        model = load_policy(
-            args.policy, weights_dtype(args.lora_rank, dtype), device, args.attention
-        )
+        model = load_frozen_policy(args.policy, args.lora_rank, dtype, device, args.attention)
         rows = frozen_logps(
             model, pairs, dtype, device, args.micro_batch_size, args.micro_batch_tokens
         )

@@ -58,10 +58,9 @@ def main() -> None:
     from sppo.policies.generation import Sampling
     from sppo.policies.models import (
         compute_dtype,
-        load_policy,
+        load_frozen_policy,
         pick_device,
         start_torch,
-        weights_dtype,
     )
     from sppo.training.logps import frozen_logps, frozen_response_logps
 
@@ -75,13 +74,12 @@ def main() -> None:
         responses = engine.generate(prompts, sampling, args.seed, f"measure{args.iteration}")
         del engine
 
-        weights = weights_dtype(args.lora_rank, dtype)
         size = args.micro_batch_size
-        model = load_policy(args.policy, weights, device, args.attention)
+        model = load_frozen_policy(args.policy, args.lora_rank, dtype, device, args.attention)
         after = frozen_logps(model, pairs, dtype, device, size)
         own = frozen_response_logps(model, responses, dtype, device, 2 * size)
         del model
-        model = load_policy(args.base, weights, device, args.attention)
+        model = load_frozen_policy(args.base, args.lora_rank, dtype, device, args.attention)
         of_base = frozen_response_logps(model, responses, dtype, device, 2 * size)
         ratios = [
             {end: row[f"{end}_logp"] - before[row["pair_id"]][f"{end}_logp"] for end in ENDS}

@@ -56,10 +56,9 @@ def main() -> None:
             )
     from sppo.policies.models import (
         compute_dtype,
-        load_policy,
+        load_frozen_policy,
         pick_device,
         start_torch,
-        weights_dtype,
     )
     from sppo.training.logps import frozen_response_logps
 
@@ -75,9 +74,7 @@ def main() -> None:
         logps = []
         # One policy at a time, because both may not fit into memory together.
         for folder in (args.policy, args.before):
-            model = load_policy(
-                folder, weights_dtype(args.lora_rank, dtype), device, args.attention
-            )
+            model = load_frozen_policy(folder, args.lora_rank, dtype, device, args.attention)
             sequences_per_pass = 2 * args.micro_batch_size
             logps.append(
                 np.array(frozen_response_logps(model, responses, dtype, device, sequences_per_pass))

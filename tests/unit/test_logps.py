@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sppo.core.errors import UserError
-from sppo.policies.models import load_policy
+from sppo.policies.models import load_frozen_policy, load_policy, weights_dtype
 from sppo.training import attention
 from sppo.training.batches import (
     MODELS,
@@ -342,6 +343,30 @@ def test_frozen_logps_in_bfloat16_are_summed_in_float32(model, sequences, by_han
     ]
     assert 0 < max(errors) < 0.1
     assert any(logp != torch.tensor(logp).bfloat16().item() for logp in found)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lora_rank", [0, 8])
+def test_a_frozen_policy_gives_the_numbers_of_training(
+    lora_rank, dtype, tied, tiny_policy, tmp_path, sequences
+):
+    """Bit for bit. Only weights that autocast would round are held in bfloat16."""
+    training = load_policy(tiny_policy, weights_dtype(lora_rank, dtype), "cpu")
+    if not tied:
+        training.config.tie_word_embeddings = False
+        head = torch.randn_like(training.lm_head.weight.float()) / 10
+        training.lm_head.weight = torch.nn.Parameter(head.to(training.dtype))
+    folder = shutil.copytree(tiny_policy, tmp_path / "policy")
+    training.save_pretrained(folder)
+    frozen = load_frozen_policy(folder, lora_rank, dtype, "cpu")
+    pairs = make_pairs(sequences)
+    expected = frozen_logps(training, pairs, dtype, "cpu", 4)
+    assert frozen_logps(frozen, pairs, dtype, "cpu", 4) == expected
+    layer = frozen.model.layers[0]
+    assert layer.mlp.up_proj.weight.dtype == dtype
+    assert layer.input_layernorm.weight.dtype == weights_dtype(lora_rank, dtype)
+    assert frozen.get_input_embeddings().weight.dtype == weights_dtype(lora_rank, dtype)
 
 
 # --- the head ---

@@ -538,6 +538,30 @@ def load_policy(
     return model.eval()
 
 
+def load_frozen_policy(
+    folder: Path,
+    lora_rank: int,
+    dtype: torch.dtype,
+    device: str,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """The policy for programs that only compute its log-probabilities.
+
+    The numbers are those of the policy in training (`load_policy` with `weights_dtype`), bit for
+    bit. In bfloat16 autocast rounds the weights of linear layers in every pass, so here they are
+    held rounded: half of the memory, and no casts. Other weights stay as they are in training.
+    """
+    import torch
+
+    model = load_policy(folder, weights_dtype(lora_rank, dtype), None, attention)
+    embeddings = model.get_input_embeddings().weight  # not autocast, and often the head's weights
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
+            module.weight.data = module.weight.data.to(dtype)
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
+    return model
+
+
 def context_length(folder: Path) -> int | None:
     """The most tokens of prompt and response together; None if the model's config does not say."""
     config = read_json(Path(folder) / "config.json")
