@@ -86,9 +86,10 @@ def of_generation(folder: Path, shape: Shape) -> list[Measured]:
         asked = recorded(preferences)["arguments"] if preferences.is_file() else {}
         if "model" not in asked:
             continue  # the policy's own reward compared the responses
-        kind = find_kind(settings_for(asked["model"], backend=asked.get("backend", "transformers")))
-        cost = kind and kind.cost(asked["model"], prompts, prompt, samples, response)
-        if cost:
+        settings = settings_for(asked["model"], backend=asked.get("backend", "transformers"))
+        kind = find_kind(settings)
+        cost = kind and kind.cost(settings, prompts, prompt, samples, response)
+        if cost and cost.flops:
             found.append(measured(preferences, recorded(preferences), cost.flops))
     return found
 

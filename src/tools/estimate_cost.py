@@ -52,7 +52,9 @@ class Row:
     """One stage of one iteration.
 
     seconds: of all GPUs together; None if the stage does not fit. memory: peak of one GPU in bytes.
-    gpus: the number of GPUs that work on the stage at once.
+    gpus: the number of GPUs that work on the stage at once. model: that compares, for a stage of a
+    preference model. requests: that it sends to a server; then `tokens` are those that the server
+    reads.
     """
 
     iteration: int
@@ -63,6 +65,8 @@ class Row:
     seconds: float | None
     memory: float
     gpus: int = 1
+    model: str = ""
+    requests: float = 0
 
     def minutes(self, start_up: float) -> float | None:
         """From start to end, with `start_up` seconds of the stage's jobs."""
@@ -310,22 +314,39 @@ class Estimator:
         self,
         t: int,
         stage: str,
-        model: str,
+        settings: dict[str, Any],
         prompts: int,
         samples: int,
         length: int,
         gpus: int = 1,
     ) -> list[Row]:
-        """The stage of a preference model; empty if its cost is unknown."""
-        kind = find_kind(settings_for(model, backend=self.config["preference"]["backend"]))
-        cost = kind and kind.cost(model, prompts, self.prompt, samples, length)
+        """The stage of a preference model; empty if its cost is unknown.
+
+        settings: the section `preference` that names the model.
+        """
+        model = settings["model"]
+        kind = find_kind(settings)
+        cost = kind and kind.cost(settings, prompts, self.prompt, samples, length)
         if not cost:
             if t == self.config["iterations"]:  # the last iteration has all stages
                 print(f"Not counted: {stage}, because the cost of {model} is not known")
             return []
         seconds = cost.flops / (self.gpu.flops * self.use.forward)
         memory = 4 * cost.weights
-        return [Row(t, stage, prompts, cost.tokens, cost.flops, seconds, memory, gpus)]
+        return [
+            Row(
+                t,
+                stage,
+                prompts,
+                cost.tokens,
+                cost.flops,
+                seconds,
+                memory,
+                gpus,
+                model,
+                cost.requests,
+            )
+        ]
 
     def training(self, t: int, pairs: int) -> list[Row]:
         """The stages that score the pairs and train the policy of iteration t."""
@@ -398,7 +419,7 @@ def all_rows(
     prompts = prompts_of_an_iteration(config, args.prompts)
     response = min(args.response_tokens, responses["max_new_tokens"])
     pairs = prompts * pairs_of_a_prompt(config["pairs"], samples)
-    ranker = config["preference"]["model"]
+    ranker = config["preference"]
     evaluation = config["alpaca_eval"]
     shown = config["summary"]["evaluations"]
     instructions = instructions_of(config, "alpaca_eval")
@@ -438,7 +459,7 @@ def all_rows(
             estimate.generation(t, "answer", answers, 1, answer, evaluation["max_new_tokens"])
         )
         if local_kind(evaluation["judge"]):
-            judge = evaluation["judge"]
+            judge = settings_for(evaluation["judge"])
             rows += estimate.comparison(t, "judge", judge, instructions, 2, answer)
             if t and "against_previous" in shown:
                 rows += estimate.comparison(t, "against_previous", judge, instructions, 2, answer)
@@ -459,18 +480,19 @@ def all_rows(
             asked = 2 * questions if against_base else questions
             rows.append(estimate.generation(t, "answer_arena_hard", asked, 1, length, longest))
             if local_kind(config["arena_hard"]["judge"]):
-                judge = config["arena_hard"]["judge"]
+                judge = settings_for(config["arena_hard"]["judge"])
                 rows += estimate.comparison(t, "judge_arena_hard", judge, questions, 2, length)
     return rows
 
 
 def as_table(rows: list[Row], gpu: Gpu, start_up: float) -> str:
     """The table in Markdown. Stages that need more memory than the GPU has are marked."""
+    by_gpus = [row for row in rows if row.flops or not row.requests]
     lines = [
         "| t | stage | samples | tokens | PFLOP | GPU-hours | GPUs | minutes | peak GB |",
         "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for row in rows:
+    for row in by_gpus:
         hours = short(row.seconds / 3600) if row.seconds is not None else "does not fit"
         minutes = row.minutes(start_up)
         time = "does not fit" if minutes is None else short(minutes)
@@ -506,43 +528,69 @@ def summary(rows: list[Row], config: dict[str, Any], shape: Shape, args: argpars
     lines = [
         f"GPU-hours: {hours:,.1f}, while a GPU is in use; {dollars}",
         f"Iteration {iterations}, one stage after another: {trained:,.0f} minutes until its policy "
-        f"is trained, {all_stages:,.0f} with its evaluations",
+        f"is trained, {all_stages:,.0f} with its evaluations"
+        + (", without the time of servers" if any(row.requests for row in rows) else ""),
         f"Disk: {disk / GB:,.1f} GB: the base, {iterations} policies in float32, one training's "
         "checkpoint, texts",
     ]
+    for stage, model in dict.fromkeys((row.stage, row.model) for row in rows if row.requests):
+        own = [row for row in rows if (row.stage, row.model) == (stage, model)]
+        requests = sum(row.requests for row in own)
+        tokens = sum(row.tokens for row in own)
+        lines.append(server_cost(stage, model, requests, tokens, args.judge_price))
+    return "\n".join([*lines, *judges_of_packages(config, args)])
+
+
+def judges_of_packages(config: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """A line for each judge behind an API that is no preference model of this repository."""
+    policies = config["iterations"] + 1
+
+    def length(evaluation: dict[str, Any]) -> int:
+        return min(args.response_tokens, evaluation["max_new_tokens"])
+
+    lines = []
     evaluation = config["alpaca_eval"]
-    mt_bench = config["mt_bench"]
-    answer = min(args.response_tokens, evaluation["max_new_tokens"])
-    graded = min(args.response_tokens, mt_bench["max_new_tokens"])
     if not local_kind(evaluation["judge"]):
-        comparisons = iterations + 1
+        comparisons = policies
         if "against_previous" in config["summary"]["evaluations"]:
-            comparisons += iterations
-        calls = instructions_of(config, "alpaca_eval") * comparisons
-        tokens_per_call = JUDGE_PROMPT + args.prompt_tokens + 2 * answer
-        lines.append(judge_cost("AlpacaEval", evaluation, calls, tokens_per_call, args.judge_price))
-    if not local_kind(mt_bench["judge"]):
-        calls = MT_BENCH * (iterations + 1)
-        tokens_per_call = JUDGE_PROMPT + 2 * args.prompt_tokens + 2 * graded
-        name = "MT-Bench, if it is made"
-        lines.append(judge_cost(name, mt_bench, calls, tokens_per_call, args.judge_price))
-    return "\n".join(lines)
+            comparisons += config["iterations"]
+        repeats = evaluation["judge_passes"] * (2 if evaluation["both_orders"] else 1)
+        requests = instructions_of(config, "alpaca_eval") * comparisons * repeats
+        tokens = requests * (JUDGE_PROMPT + args.prompt_tokens + 2 * length(evaluation))
+        lines.append(
+            server_cost("AlpacaEval", judge_name(evaluation), requests, tokens, args.judge_price)
+        )
+    evaluation = config["mt_bench"]
+    if not local_kind(evaluation["judge"]):
+        requests = MT_BENCH * policies
+        tokens = requests * (JUDGE_PROMPT + 2 * args.prompt_tokens + 2 * length(evaluation))
+        name = "MT-Bench, if it is made,"
+        lines.append(server_cost(name, judge_name(evaluation), requests, tokens, args.judge_price))
+    evaluation = config["arena_hard"]
+    if not local_kind(evaluation["judge"]):
+        requests = 2 * instructions_of(config, "arena_hard") * policies  # in both orders
+        tokens = requests * (JUDGE_PROMPT + args.prompt_tokens + 2 * length(evaluation))
+        shown = "arena_hard" in config["summary"]["evaluations"]
+        name = "Arena-Hard" if shown else "Arena-Hard, if it is made,"
+        lines.append(server_cost(name, judge_name(evaluation), requests, tokens, args.judge_price))
+    return lines
 
 
-def judge_cost(
-    name: str,
-    evaluation: dict[str, Any],
-    calls: int,
-    tokens_per_call: int,
-    dollars_per_million: float | None,
+def judge_name(evaluation: dict[str, Any]) -> str:
+    return evaluation["judge_model"] or evaluation["judge"]
+
+
+def server_cost(
+    what: str, model: str, requests: float, tokens: float, dollars_per_million: float | None
 ) -> str:
-    """A line about the cost of a judge behind an API. evaluation: its configuration section."""
-    millions = calls * tokens_per_call / 1e6
+    """A line about the cost of a model behind a server."""
+    millions = tokens / 1e6
     price = "no price given (--judge-price)"
     if dollars_per_million is not None:
         price = f"${millions * dollars_per_million:,.0f} at ${dollars_per_million:g} a million"
-    judge = evaluation["judge_model"] or evaluation["judge"]
-    return f"{name} asks {judge} {calls:,} times, {millions:,.1f} million tokens read: {price}"
+    return (
+        f"{what} asks {model} {requests:,.0f} times, {millions:,.1f} million tokens read: {price}"
+    )
 
 
 if __name__ == "__main__":

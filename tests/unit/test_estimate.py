@@ -281,6 +281,32 @@ def test_prices_give_dollars(program, capsys, monkeypatch):
     assert "asks gpt-6-luna 3,220 times" in text
 
 
+def test_requests_to_servers_are_counted(program, capsys, monkeypatch, tmp_path):
+    """A server of one's own has no GPU-hours here; its requests and tokens are counted."""
+    several = "models: [{model: 'openai:mine'}, {model: 'http://localhost:1/x'}]"
+    (tmp_path / "several.yaml").write_text(several)
+    (tmp_path / "servers.yaml").write_text(
+        f"preference: {{model: {tmp_path}/several.yaml}}\n"
+        "alpaca_eval: {judge: 'openai:mine', limit: 10}\n"
+        "arena_hard: {judge: openai, judge_model: another, limit: 7}\n"
+    )
+    configs = ("--config", PRESETS["mistral-7b"], tmp_path / "servers.yaml", "--prompts", 1000)
+    text = printed(program, capsys, monkeypatch, *configs, *PRICES)
+    # Three iterations of 1000 prompts: 20 ordered pairs, and one request with all responses.
+    assert f"annotate asks {tmp_path}/several.yaml {3 * 1000 * (20 + 1):,} times" in text
+    assert f"judge asks openai:mine {4 * 10 * 2} times" in text
+    assert f"Arena-Hard, if it is made, asks another {4 * 7 * 2} times" in text
+    assert "with its evaluations, without the time of servers" in text
+    assert {row[1] for row in rows_of(text)}.isdisjoint({"annotate", "judge"})
+
+
+def test_repeated_judgments_are_counted(program, capsys, monkeypatch, tmp_path):
+    (tmp_path / "twice.yaml").write_text("alpaca_eval: {both_orders: true, judge_passes: 3}")
+    configs = ("--config", PRESETS["mistral-7b"], tmp_path / "twice.yaml")
+    text = printed(program, capsys, monkeypatch, *configs)
+    assert f"AlpacaEval asks gpt-6-luna {805 * 4 * 6:,} times" in text
+
+
 def test_time_is_that_of_the_gpus_that_work_at_once(program, capsys, monkeypatch):
     """GPU-hours divided by the stage's GPUs, and the start-up of its jobs."""
     words = ("--config", PRESETS["mistral-7b"], "--start-up", 120)

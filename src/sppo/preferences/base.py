@@ -47,11 +47,15 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """What comparing costs: FLOPs, tokens read, and weights of the model that reads them."""
+    """What comparing costs: FLOPs, tokens read, and weights of the model that reads them.
+
+    requests: sent to a server, whose own FLOPs and weights are not counted.
+    """
 
     flops: float
     tokens: float
     weights: float
+    requests: float = 0
 
 
 class ComparisonError(UserError):
@@ -121,7 +125,7 @@ class PreferenceModel(ABC):
 
     @classmethod
     def cost(
-        cls, model: str, prompts: float, prompt: float, samples: int, response: float
+        cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
     ) -> Reading | None:
         """What it costs to compare `samples` responses to each prompt; None if nobody knows.
 

@@ -66,10 +66,10 @@ class EmbeddedModel(PreferenceModel):
 
     @classmethod
     def cost(
-        cls, model: str, prompts: float, prompt: float, samples: int, response: float
+        cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
     ) -> Reading:
         """The lower layers of the base read the prompt once and each response after it."""
-        spec = read_json(cls.files(model)[ADAPTER_FILES.index("ranker.json")])
+        spec = read_json(cls.files(settings["model"])[ADAPTER_FILES.index("ranker.json")])
         shape = SHAPES["embedded"]
         asked = min(prompt, spec["max_prompt_tokens"])
         answered = min(response, spec["max_answer_tokens"])

@@ -27,7 +27,14 @@ from typing import TYPE_CHECKING, Any
 from sppo.core.errors import UserError
 from sppo.core.openai_api import check_address
 from sppo.core.progress import progress
-from sppo.preferences.base import ComparisonError, Group, PreferenceModel, Settings, register
+from sppo.preferences.base import (
+    ComparisonError,
+    Group,
+    PreferenceModel,
+    Reading,
+    Settings,
+    register,
+)
 from sppo.preferences.function import SymmetryWarning, probabilities_of
 
 if TYPE_CHECKING:
@@ -52,6 +59,14 @@ class HttpModel(PreferenceModel):
     @classmethod
     def check(cls, settings: Settings, key: str) -> None:
         check_address(settings["model"], key)
+
+    @classmethod
+    def cost(
+        cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
+    ) -> Reading:
+        """A request for each prompt, with all of its responses."""
+        tokens = prompts * (prompt + samples * response)
+        return Reading(flops=0, tokens=tokens, weights=0, requests=prompts)
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         check_address(settings["model"], "preference.model")

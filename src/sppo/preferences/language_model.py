@@ -75,9 +75,9 @@ class LanguageModel(PreferenceModel):
 
     @classmethod
     def cost(
-        cls, model: str, prompts: float, prompt: float, samples: int, response: float
+        cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
     ) -> Reading | None:
-        config = config_of(Path(model))
+        config = config_of(Path(settings["model"]))
         if "num_hidden_layers" not in config:
             return None  # a hub id that has not been fetched
         shape = shape_of(config)

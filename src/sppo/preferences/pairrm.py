@@ -53,7 +53,7 @@ class PairRMFiles(PreferenceModel):
 
     @classmethod
     def cost(
-        cls, model: str, prompts: float, prompt: float, samples: int, response: float
+        cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
     ) -> Reading:
         """All ordered pairs of responses, each read together with the prompt."""
         source = min(prompt, LIMITS["source_maxlength"])

@@ -26,6 +26,7 @@ from sppo.core.errors import UserError
 from sppo.preferences.base import (
     Group,
     PreferenceModel,
+    Reading,
     Settings,
     kind_of,
     load_preference_model,
@@ -129,6 +130,26 @@ class Population(PreferenceModel):
             for member in members_of(Path(model).expanduser())
         )
         return next(filter(None, found), None)
+
+    @classmethod
+    def cost(
+        cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
+    ) -> Reading | None:
+        """The sum over its models, which are all in memory at once."""
+        sizes = (prompts, prompt, samples, response)
+        readings = [
+            kind_of(member.settings).cost(member.settings, *sizes)
+            for member in members_of(Path(settings["model"]).expanduser())
+        ]
+        known = [reading for reading in readings if reading is not None]
+        if len(known) < len(readings):
+            return None
+        return Reading(
+            flops=sum(reading.flops for reading in known),
+            tokens=sum(reading.tokens for reading in known),
+            weights=sum(reading.weights for reading in known),
+            requests=sum(reading.requests for reading in known),
+        )
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         self.check(settings, "preference.model")
