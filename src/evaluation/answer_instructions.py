@@ -15,7 +15,7 @@ from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
-from sppo.core.errors import UserError, run
+from sppo.core.errors import run
 from sppo.core.flags import add_engine
 from sppo.policies.prompts import HIGHEST_REWARD, read_instructions, with_target_reward
 
@@ -86,6 +86,7 @@ def prompts_of(
     together with its answer.
     """
     from sppo.policies.models import (
+        check_fits,
         check_no_control_tokens,
         context_length,
         control_tokens,
@@ -102,11 +103,7 @@ def prompts_of(
         if args.highest_reward:
             messages = with_target_reward(messages, HIGHEST_REWARD)
         ids = prompt_token_ids(tokenizer, messages, name)
-        if context and len(ids) + args.max_new_tokens > context:
-            raise UserError(
-                f"{name} has {len(ids)} tokens and does not fit the policy's context of {context} "
-                f"with alpaca_eval.max_new_tokens = {args.max_new_tokens}; lower that"
-            )
+        check_fits(name, len(ids), args.max_new_tokens, context)
         prompts.append({"prompt_id": str(row.get("prompt_id", number)), "prompt_token_ids": ids})
     return prompts
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_text
-from sppo.core.errors import UserError, run
+from sppo.core.errors import run
 from sppo.core.flags import add_engine
 from sppo.evaluation.mt_bench import TEMPERATURES, read_questions
 from sppo.policies.prompts import HIGHEST_REWARD, with_target_reward
@@ -103,7 +103,7 @@ def answer_turn(
     not fit the context.
     """
     from sppo.policies.generation import Sampling
-    from sppo.policies.models import control_tokens, prompt_token_ids
+    from sppo.policies.models import check_fits, control_tokens, prompt_token_ids
 
     controls = control_tokens(engine.tokenizer)
     rows = []
@@ -117,12 +117,7 @@ def answer_turn(
             if args.highest_reward:
                 chat = with_target_reward(chat, HIGHEST_REWARD)
             ids = prompt_token_ids(engine.tokenizer, chat, name)
-            if context and len(ids) + args.max_new_tokens > context:
-                raise UserError(
-                    f"{name} has {len(ids)} tokens with the turns before it and does not fit the "
-                    f"policy's context of {context} with mt_bench.max_new_tokens = "
-                    f"{args.max_new_tokens}; lower that"
-                )
+            check_fits(f"{name}, with the turns before it,", len(ids), args.max_new_tokens, context)
             prompts.append({"prompt_id": str(question["question_id"]), "prompt_token_ids": ids})
         if prompts:
             rows += engine.generate(

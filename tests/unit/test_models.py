@@ -241,3 +241,24 @@ def test_a_tokenizer_with_its_own_class_is_left_to_transformers(tmp_path):
         write_json(tmp_path / "tokenizer_config.json", settings)
         assert tokenizer_class(tmp_path) is transformers.AutoTokenizer
     assert tokenizer_class(tmp_path / "none") is transformers.AutoTokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wanted"),
+    [
+        (
+            30,
+            "question 3 has 30 tokens, and .* 71, but .* has 100; .* max_new_tokens to at most 70",
+        ),
+        (99, "to at most 1$"),
+        (100, "a policy with a longer context"),
+    ],
+)
+def test_a_prompt_that_does_not_fit_has_a_remedy(tokens, wanted):
+    with pytest.raises(UserError, match=wanted):
+        models.check_fits("question 3", tokens, 71, 100)
+
+
+def test_a_prompt_fits_with_its_answer_or_without_a_known_limit():
+    models.check_fits("question 3", 30, 70, 100)
+    models.check_fits("question 3", 30, 71, None)

@@ -568,6 +568,26 @@ def context_length(folder: Path) -> int | None:
     return config.get("max_position_embeddings") or config.get("n_positions")
 
 
+def check_fits(name: str, tokens: int, max_new_tokens: int, context: int | None) -> None:
+    """Raise a UserError if a prompt and its answer do not fit the policy's context.
+
+    Args:
+        name: the prompt, for the error line.
+        tokens: the number of the prompt's tokens.
+        max_new_tokens: the longest answer of the evaluation that asks.
+        context: from `context_length`.
+    """
+    if context is None or tokens + max_new_tokens <= context:
+        return
+    remedy = f"set this evaluation's max_new_tokens to at most {context - tokens}"
+    if tokens >= context:
+        remedy = "take a policy with a longer context, or other instructions"
+    raise UserError(
+        f"{name} has {tokens} tokens, and the answer may have {max_new_tokens}, but the policy's"
+        f" context has {context}; {remedy}"
+    )
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, str]],
