@@ -262,3 +262,24 @@ def test_a_prompt_that_does_not_fit_has_a_remedy(tokens, wanted):
 def test_a_prompt_fits_with_its_answer_or_without_a_known_limit():
     models.check_fits("question 3", 30, 70, 100)
     models.check_fits("question 3", 30, 71, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_used_again():
+    """A second tensor of 100 MB causes no page faults. A page has 4 KB, so 24,000 are possible."""
+    code = (
+        "import resource, torch\n"
+        "from sppo.policies.models import start_torch\n"
+        "start_torch(gpus=0)\n"
+        "def faults():\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.zeros(25_000_000)\n"
+        "before = faults()\n"
+        "torch.zeros(25_000_000)\n"
+        "print(torch.cuda.is_available() or faults() - before < 1000)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.strip() == "True", done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import hashlib
 import os
@@ -704,6 +705,21 @@ def stop_token_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int
     return list(dict.fromkeys(stop_ids))
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for the next tensors, where it can (glibc).
+
+    Otherwise it returns large blocks to the system, and each new tensor of some megabytes costs
+    page faults, 5 to 15% of the time of a job on a CPU.
+    """
+    mmap_max, trim_threshold = -4, -1  # the numbers of malloc.h
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_max, 0)  # all memory is from the heap, not from mappings
+        library.mallopt(trim_threshold, 2**31 - 1)  # which is not shrunk
+    except (OSError, AttributeError, TypeError):
+        return  # another C library
+
+
 def start_torch(gpus: int = 1) -> None:
     """Set up PyTorch for this job: its GPUs, its number of threads, and quiet logs.
 
@@ -725,4 +741,6 @@ def start_torch(gpus: int = 1) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     else:
         torch.set_num_threads(cores_of_job())
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     logging.disable_progress_bar()
