@@ -1,88 +1,133 @@
-"""Speed of PairRM: our code and llm-blender on the same machine and prompts.
+"""Speed of PairRM: our code beside llm-blender's, on the same random weights and prompts.
 
-    .venv/bin/python benchmarks/pairrm.py --model FOLDER --official .cache/llm-blender-*/bin/python
+    .venv/bin/python benchmarks/pairrm.py
 
-FOLDER is PairRM in llm-blender's layout; tests/parity/official_pairrm.py makes random ones of any
-size. `--official` is the interpreter of llm-blender's environment, which `make test-pairrm` makes.
-This program calls itself with that interpreter.
-
-The prompts are ours, and each of the K = 5 answers has 10 to 300 words. All pairs are compared in
-both orders. llm-blender takes one prompt at a time, as in SPPO's rank.py. At the end the program
-prints the error of P in bfloat16.
+It needs llm-blender's own environment in .cache, which `make test-pairrm` makes; benchmarks/run.py
+then has this row too. The network has the size of DeBERTa-v3-base and random weights. Each of the
+K = 5 answers to a prompt has 10 to 300 words, cut at 128 tokens. All pairs are compared in both
+orders. llm-blender takes one prompt at a time, as in SPPO's rank.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "src"))
 
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
-import numpy as np
 
 from sppo.policies.models import pick_device, start_torch
-from sppo.preferences.estimates import win_probabilities
+from sppo.preferences.base import Group
 
 K = 5
+MAKE = REPOSITORY / "tests/parity/official_pairrm.py"
+INSTRUCTIONS = REPOSITORY / "data/prompts.jsonl"
+SIZE = (192, 128, INSTRUCTIONS, 768, 12)  # tokens of a prompt and of an answer; width, layers
+
+
+class Speeds(NamedTuple):
+    """Tokens that each program reads per second, with the prompt counted in each ordered pair."""
+
+    ours: float
+    theirs: float
+    model: Any  # our network
+    tokens: int  # of all pairs
+    dtype: Any
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument(
-        "--official",
-        type=Path,
-        help="interpreter of llm-blender's environment; without it only our code is measured",
-    )
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument(
-        "--backend",
-        choices=["transformers", "llm_blender"],
-        default="transformers",
-        help="used when this program calls itself",
-    )
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--llm-blender", type=Path, help=argparse.SUPPRESS)  # it calls itself
     args = parser.parse_args()
-    start_torch()
-    device = pick_device("auto")
-    groups = questions(args.prompts)
-    if args.backend == "llm_blender":
-        from sppo.preferences.base import Group, load_preference_model, settings_for
-
-        settings = settings_for(str(args.model), backend="llm_blender")
-        model = load_preference_model(settings, None, device)
-        timed("llm-blender", model, [Group(*group) for group in groups])
+    if args.llm_blender:
+        print(json.dumps(seconds_of_llm_blender(args.llm_blender, questions(args.prompts))))
         return
+    start_torch()
+    official = environment()
+    if official is None:
+        sys.exit("error: llm-blender's environment is missing; run make test-pairrm first")
+    found = speeds(official, args.prompts, pick_device("auto"))
+    print(
+        f"PairRM in {found.dtype}: {found.ours:.0f} tokens/s, llm-blender {found.theirs:.0f},"
+        f" ratio {found.ours / found.theirs:.2f}"
+    )
+
+
+def environment() -> Path | None:
+    """The interpreter of llm-blender's environment, None if there is none."""
+    found = sorted((REPOSITORY / ".cache").glob("llm-blender-*/installed"))
+    return found[-1].parent / "bin/python" if found else None
+
+
+def speeds(official: Path, prompts: int, device: str) -> Speeds:
+    """Both programs on the same random checkpoint."""
     from sppo.preferences.pairrm_network import PairRM
 
-    probabilities = {}
-    for precision in ("float32", "bfloat16"):
-        model = PairRM(args.model, device, precision)
-        all_logits = timed(f"ours {precision}", model, groups)
-        probabilities[precision] = np.array([win_probabilities(logits) for logits in all_logits])
-    if args.official:
-        words = ["--model", args.model, "--prompts", str(args.prompts), "--backend", "llm_blender"]
-        subprocess.run([args.official, __file__, *words], check=True)
-    exact = probabilities["float32"]
-    error = np.abs(exact - probabilities["bfloat16"])
-    print(
-        f"P in bfloat16   differs from P in float32 by at most {error.max():.4f}, "
-        f"on average by {error.mean():.4f}; P is {exact.min():.2f} to {exact.max():.2f}"
+    groups = questions(prompts)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        run_official(official, [MAKE, "make", model, *SIZE])
+        words = [__file__, "--prompts", prompts, "--llm-blender", model / "llm-blender"]
+        theirs = json.loads(run_official(official, words).splitlines()[-1])
+        network = PairRM(model / "llm-blender", device)
+        read = network.read(groups)
+        tokens = sum(
+            len(prompt.source) + len(prompt.answers[i]) + len(prompt.answers[j])
+            for prompt in read
+            for i, j in prompt.pairs()
+        )
+        ours = seconds_of(network.all_pair_logits, groups)
+    return Speeds(tokens / ours, tokens / theirs, network.model, tokens, network.dtype)
+
+
+def run_official(official: Path, words: list[Any]) -> str:
+    """What a program prints that runs in llm-blender's environment."""
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY / "src")}
+    done = subprocess.run(
+        [official, *map(str, words)],
+        env=offline,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        check=True,
     )
+    return done.stdout
+
+
+def seconds_of_llm_blender(model: Path, groups: list[tuple[str, list[str]]]) -> float:
+    """Seconds of llm-blender for all pairs."""
+    from sppo.preferences.base import load_preference_model, settings_for
+
+    settings = settings_for(str(model), backend="llm_blender")
+    blender = load_preference_model(settings, None, "auto")
+    return seconds_of(blender.all_pair_logits, [Group(*group) for group in groups])
+
+
+def seconds_of(compare: Any, groups: list[Any]) -> float:
+    """Seconds of all groups, after the first was compared once."""
+    compare(groups[:1])
+    began = time.perf_counter()
+    compare(groups)
+    return time.perf_counter() - began
 
 
 def questions(prompts: int) -> list[tuple[str, list[str]]]:
     """Our instructions, each with K answers made of random words from the instructions."""
     draw = random.Random(0)
-    lines = (REPOSITORY / "data/prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = INSTRUCTIONS.read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["instruction"] for line in lines]
     words = " ".join(texts).split()
 
@@ -91,19 +136,6 @@ def questions(prompts: int) -> list[tuple[str, list[str]]]:
         return " ".join(words[start : start + length])
 
     return [(text, [answer() for _ in range(K)]) for text in draw.sample(texts, prompts)]
-
-
-def timed(name: str, model, groups: list[tuple[str, list[str]]]) -> list[np.ndarray]:
-    """The logits of all pairs. Prints the number of pairs per second, measured after a warm-up."""
-    model.all_pair_logits(groups[:2])
-    began = time.perf_counter()
-    logits = model.all_pair_logits(groups)
-    seconds = time.perf_counter() - began
-    print(
-        f"{name:15} {len(groups) * K * (K - 1) / seconds:7.1f} ordered pairs/s on {model.device}",
-        flush=True,
-    )
-    return logits
 
 
 if __name__ == "__main__":

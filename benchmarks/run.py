@@ -9,6 +9,8 @@ generation   our engine, against transformers' `generate` on the same prompts an
 training     our trainer, against TRL's DPOTrainer on the same pairs (sppo_hard, precomputed
              reference), with LoRA as in the demo and with all weights
 scoring      the reference pass, against our training of all weights on the same pairs
+annotation   PairRM's network by our code, against llm-blender; only after `make test-pairrm`, which
+             makes llm-blender's environment (benchmarks/pairrm.py)
 
 "limit" is the speed if the stage only computed its matrix products. All speeds are in tokens per
 second. Tokens of training and scoring count the prompt of a pair twice. The speed of a machine
@@ -36,6 +38,7 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
+import pairrm
 from sppo.core.artifacts import git_revision, read_record
 from sppo.core.config import default_of, schema
 from sppo.core.errors import UserError, run
@@ -93,6 +96,7 @@ def main() -> None:
     rows = [
         generation(policy, prompts, args.tokens, args.precision, device),
         *training(policy, pairs, dtype, device),
+        *annotation(device),
     ]
     jobs = start_up(args.results)
     if args.json:
@@ -254,6 +258,20 @@ def training(
     limit = step / products(model, step, dtype, device, is_trained=False)
     row = row_of("scoring", "our training of all weights", speeds["scoring"], speeds["ours"], limit)
     return [*found, row]
+
+
+def annotation(device: str) -> list[dict[str, Any]]:
+    """The row of PairRM; none without llm-blender's environment."""
+    official = pairrm.environment()
+    if official is None:
+        return []
+    found = pairrm.speeds(official, 3, device)
+    seconds = products(found.model, found.tokens, found.dtype, device, is_trained=False)
+    return [
+        row_of(
+            "annotation, PairRM", "llm-blender", found.ours, found.theirs, found.tokens / seconds
+        )
+    ]
 
 
 def with_reference(

@@ -133,7 +133,7 @@ def ours(folder: Path, layout: str, question: dict) -> list[np.ndarray]:
     """Our logits for each prompt of a question."""
     limits = LIMITS["small" if "small" in str(folder) else "published"]
     model = PairRM(
-        folder / layout, "cpu", "auto", *limits, truncate_together=question["batch_size"]
+        folder / layout, "cpu", "float32", *limits, truncate_together=question["batch_size"]
     )
     return model.all_pair_logits(list(zip(question["prompts"], question["candidates"])))
 

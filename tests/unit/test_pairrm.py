@@ -140,7 +140,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def pairrm(folders) -> PairRM:
-    return PairRM(folders["llm-blender"])
+    return PairRM(folders["llm-blender"], precision="float32")
 
 
 def by_hand(
@@ -228,7 +228,7 @@ def test_token_limits_come_from_the_checkpoint(folders):
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 300, 10_000])
 def test_logits_do_not_depend_on_batching(folders, pairrm, batch_tokens):
-    other = PairRM(folders["llm-blender"], batch_tokens=batch_tokens)
+    other = PairRM(folders["llm-blender"], precision="float32", batch_tokens=batch_tokens)
     together = other.all_pair_logits(GROUPS)
     for (prompt, candidates), logits in zip(GROUPS, together):
         np.testing.assert_allclose(logits, pairrm.pair_logits(prompt, candidates), atol=2e-5)
@@ -303,7 +303,7 @@ def test_answers_use_the_tokens_that_a_short_prompt_leaves(pairrm):
 def test_prompts_truncated_together_share_one_limit(folders, pairrm):
     groups = [("Hi", [LONG, "no"]), (LONG, [LONG, "no"]), ("Hi", [LONG, "no"])]
     for together, expected in ((1, [33, 16, 33]), (2, [16, 16, 33]), (3, [16, 16, 16])):
-        model = PairRM(folders["hf"], "cpu", "auto", 40, 16, together)
+        model = PairRM(folders["hf"], "cpu", "float32", 40, 16, together)
         assert [len(read.answers[0]) for read in model.read(groups)] == expected
 
 
@@ -503,6 +503,8 @@ def test_annotation_program_writes_the_model_s_logits(folders, pairrm, tmp_path,
         "cpu",
         "--batch-tokens",
         200,
+        "--precision",
+        "float32",
         "--output",
         tmp_path / "preferences.parquet",
     )

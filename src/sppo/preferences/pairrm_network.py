@@ -19,8 +19,8 @@ logits with llm-blender 0.0.2. Departures from llm-blender:
 * Marks that a text spells out become spaces. llm-blender does so only with [SEP]; the other marks
   make it read a wrong row, or fail.
 * Answers that are equal after truncation are read once, and tie exactly.
-* On a GPU the backbone computes in bfloat16 and the head in float32. llm-blender computes both in
-  float16.
+* In bfloat16 the backbone computes in it and the head in float32. On a GPU llm-blender computes
+  both in float16, on a CPU in float32.
 * The tokenizer is the checkpoint's own file. llm-blender converts the one of
   microsoft/deberta-v3-large.
 """
@@ -170,9 +170,9 @@ class TokenizedPrompt:
 class PairRM:
     """The published preference model, ready to judge.
 
-    folder: the model in one of the two published layouts. precision: auto is bfloat16 on a GPU that
-    supports it and float32 otherwise. The limits are in tokens and include [CLS], the mark and
-    [SEP]; None means the checkpoint's limit. truncate_together: see the module's docstring.
+    folder: the model in one of the two published layouts. precision: auto is bfloat16 where the
+    hardware supports it and float32 otherwise. The limits are in tokens and include [CLS], the mark
+    and [SEP]; None means the checkpoint's limit. truncate_together: see the module's docstring.
     batch_tokens: the maximum number of tokens in one forward pass, padding included. UserError if
     the folder is not a PairRM.
     """
@@ -213,10 +213,7 @@ class PairRM:
                 f"{folder}: its weights have no embeddings of PairRM's marks; copy all files of "
                 "llm-blender/PairRM again"
             )
-        if precision == "auto" and device == "cpu":
-            self.dtype = torch.float32
-        else:
-            self.dtype = compute_dtype(precision, device)
+        self.dtype = compute_dtype(precision, device)
         self.name = f"PairRM ({layout} layout, {str(self.dtype).removeprefix('torch.')})"
         # The decorator of transformers hides `self`.
         self.model.pretrained_model.to(self.dtype)  # type: ignore[arg-type]
