@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +44,7 @@ from sppo.core.artifacts import git_revision, read_record
 from sppo.core.config import default_of, schema
 from sppo.core.errors import UserError, run
 from sppo.core.tables import read_table
+from sppo.policies import models
 from sppo.policies.generation import Sampling, TransformersEngine
 from sppo.policies.models import (
     compute_dtype,
@@ -58,6 +60,7 @@ from sppo.training.lengths import sequence_tokens
 from sppo.training.trainer import make_trainer, make_trl_trainer
 
 K = 5  # responses to each prompt
+RANKS = (16, 0)  # of LoRA; 0 trains all weights
 BATCH = 8  # pairs in a step and in a forward pass
 COLUMNS = ("stage", "baseline", "ours", "theirs", "ratio", "limit")
 ARTIFACTS = {  # of an iteration, by the name of the file that says how long its job took
@@ -84,18 +87,31 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="longest response (default: 32)")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each row")
+    parser.add_argument("--theirs", help=argparse.SUPPRESS)  # the program calls itself
     args = parser.parse_args()
     policy = args.results / "iter0/policy"
     if not (args.results / "iter1/pairs.parquet").is_file():
         raise UserError(f"{args.results} has no iter1/pairs.parquet; run make demo first")
+    if args.theirs:
+        # Only our programs let malloc keep freed memory, which makes any program faster.
+        models.keep_freed_memory = lambda: None
     start_torch()
     device = pick_device("auto")
     dtype = compute_dtype(args.precision, device)
     prompts = read_table(args.results / "iter1/prompts.parquet", "prompts")[: args.prompts]
     pairs = read_table(args.results / "iter1/pairs.parquet", "pairs")[: args.prompts]
+    if args.theirs == "transformers":
+        print(speed_of_transformers(policy, prompts, args.tokens, args.precision, device))
+        return
+    if args.theirs:
+        lora_rank = int(args.theirs.removeprefix("TRL"))
+        print(speed_of_training("TRL", policy, pairs, lora_rank, dtype, device))
+        return
+    # Before this process needs memory itself.
+    others = {name: theirs(name) for name in ("transformers", *(f"TRL{rank}" for rank in RANKS))}
     rows = [
-        generation(policy, prompts, args.tokens, args.precision, device),
-        *training(policy, pairs, dtype, device),
+        generation(policy, prompts, args.tokens, args.precision, device, others),
+        *training(policy, pairs, dtype, device, others),
         *annotation(device),
     ]
     jobs = start_up(args.results)
@@ -111,6 +127,16 @@ def main() -> None:
     print("\n| job | seconds | of these start-up |\n|---|--:|--:|")
     for row in jobs:
         print(f"| {row['job']} | {row['seconds']:.1f} | {row['start_up']:.1f} |")
+
+
+def theirs(name: str) -> float:
+    """Tokens per second of another program, `transformers` or `TRL<rank of LoRA>`.
+
+    It runs in a process of its own, with the arguments of this one.
+    """
+    command = [sys.executable, *sys.argv, "--theirs", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
 
 
 def start_up(results: Path) -> list[dict[str, Any]]:
@@ -147,26 +173,35 @@ def row_of(stage: str, baseline: str, ours: float, theirs: float, limit: float) 
 
 
 def generation(
-    policy: Path, prompts: list[dict[str, Any]], tokens: int, precision: str, device: str
+    policy: Path,
+    prompts: list[dict[str, Any]],
+    tokens: int,
+    precision: str,
+    device: str,
+    others: dict[str, float],
 ) -> dict[str, Any]:
-    """The row of our engine and of `generate`."""
+    """The row of our engine and of `generate`, which is in `others`, from `theirs`."""
     size = K * len(prompts)
-    engine = TransformersEngine(
-        policy, precision=precision, device=device, attention=None, batch_size=size
-    )
+    engine = engine_of(policy, precision, device, size)
     engine.generate(prompts[:2], Sampling(K, 1.0, 1.0, 2), 0, "warm-up")
     began = time.perf_counter()
     rows = engine.generate(prompts, Sampling(K, 1.0, 1.0, tokens), 0, "benchmark")
     ours = sum(len(row["token_ids"]) for row in rows) / (time.perf_counter() - began)
-    theirs = speed_of_transformers(engine, prompts, tokens)
     limit = size / products(engine.model, size, engine.dtype, device, is_trained=False)
-    return row_of("generation", "transformers", ours, theirs, limit)
+    return row_of("generation", "transformers", ours, others["transformers"], limit)
+
+
+def engine_of(policy: Path, precision: str, device: str, size: int) -> TransformersEngine:
+    return TransformersEngine(
+        policy, precision=precision, device=device, attention=None, batch_size=size
+    )
 
 
 def speed_of_transformers(
-    engine: TransformersEngine, prompts: list[dict[str, Any]], tokens: int
+    policy: Path, prompts: list[dict[str, Any]], tokens: int, precision: str, device: str
 ) -> float:
     """Tokens per second of transformers' `generate` on the same prompts."""
+    engine = engine_of(policy, precision, device, K * len(prompts))
     pad = engine.stop_ids[0]
     all_ids = [prompt["prompt_token_ids"] for prompt in prompts]
     width = max(map(len, all_ids))
@@ -231,9 +266,13 @@ def shortest(work: Callable[[], Any], device: str, repeats: int = 3) -> float:
 
 
 def training(
-    policy: Path, pairs: list[dict[str, Any]], dtype: torch.dtype, device: str
+    policy: Path,
+    pairs: list[dict[str, Any]],
+    dtype: torch.dtype,
+    device: str,
+    others: dict[str, float],
 ) -> list[dict[str, Any]]:
-    """The rows of our trainer and TRL's, and that of scoring.
+    """The rows of our trainer and TRL's, which is in `others`, and that of scoring.
 
     The time of the reference log-probabilities is not part of a training.
     """
@@ -241,23 +280,35 @@ def training(
     step = tokens // len(pairs) * BATCH
     found = []
     speeds = {}
-    for lora_rank in (16, 0):
+    for lora_rank in RANKS:
         model = load_frozen_policy(policy, lora_rank, dtype, device)
         began = time.perf_counter()
         scored = with_reference(pairs, frozen_logps(model, pairs, dtype, device, BATCH))
         speeds["scoring"] = tokens / (time.perf_counter() - began)
-        for name in ("ours", "TRL"):
-            with tempfile.TemporaryDirectory() as work:
-                trainer = trainer_of(name, policy, scored, lora_rank, dtype, device, Path(work))
-                began = time.perf_counter()
-                trainer.train()
-                speeds[name] = tokens / (time.perf_counter() - began)
+        speeds["ours"] = speed_of_training("ours", policy, scored, lora_rank, dtype, device)
         limit = step / products(model, step, dtype, device, is_trained=True)
         stage = f"training, LoRA of rank {lora_rank}" if lora_rank else "training, all weights"
-        found.append(row_of(stage, "TRL", speeds["ours"], speeds["TRL"], limit))
+        found.append(row_of(stage, "TRL", speeds["ours"], others[f"TRL{lora_rank}"], limit))
     limit = step / products(model, step, dtype, device, is_trained=False)
     row = row_of("scoring", "our training of all weights", speeds["scoring"], speeds["ours"], limit)
     return [*found, row]
+
+
+def speed_of_training(
+    name: str,
+    policy: Path,
+    pairs: list[dict[str, Any]],
+    lora_rank: int,
+    dtype: torch.dtype,
+    device: str,
+) -> float:
+    """Tokens per second of the trainer `ours` or `TRL`."""
+    tokens = sum(sequence_tokens(pair) for pair in pairs)
+    with tempfile.TemporaryDirectory() as work:
+        trainer = trainer_of(name, policy, pairs, lora_rank, dtype, device, Path(work))
+        began = time.perf_counter()
+        trainer.train()
+        return tokens / (time.perf_counter() - began)
 
 
 def annotation(device: str) -> list[dict[str, Any]]:
