@@ -489,3 +489,34 @@ def test_rules_generate_with_vllm_in_any_number_of_shards(tmp_path):
     shutil.rmtree(folder)
     workflow(tmp_path, 1, [0])
     assert rows(tmp_path, 1) == made
+
+
+def test_open_llm_scores_equal_those_of_transformers(tmp_path):
+    """lm-eval by both engines, one item of each task without examples.
+
+    Both are in float32. The scores are shares, except for TruthfulQA's, which is a probability.
+    """
+    found = {}
+    for engine in ("vllm", "transformers"):
+        output = tmp_path / engine / "open_llm.json"
+        words = [
+            *("src/evaluation/evaluate_open_llm.py", "--policy", POLICY, "--output", output),
+            *("--engine", engine, "--device", "cpu", "--precision", "float32"),
+            *("--data", "data/open_llm", "--limit", 1, "--max-shots", 0, "--batch-size", 1),
+        ]
+        done = subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stdout[-5000:]
+        found[engine] = json.loads(output.read_text(encoding="utf-8"))
+        assert found[engine]["engine"] == engine
+    tasks = ("arc_challenge", "truthfulqa_mc2", "winogrande", "gsm8k", "hellaswag", "mmlu")
+    by_vllm, by_transformers = (
+        [found[engine][task] for task in tasks] for engine in ("vllm", "transformers")
+    )
+    assert by_vllm == pytest.approx(by_transformers, abs=0.01)
