@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from sppo.reporting.table_formats import markdown_table
 
 Row = dict[str, Any]
 RESAMPLES = 10_000
+PANELS_IN_A_LINE = 8
 # Of an iteration's measurements.json.
 MEASURED = (
     "log_ratio_chosen",
@@ -95,6 +97,7 @@ def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str) -> str:
     parts += [
         "## Figures\n",
         f"![Win rate by iteration]({stem}_win_rates.svg)\n",
+        "Each panel of the next figure has its own scale.\n",
         f"![Log-ratios by step]({stem}_log_ratios.svg)\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -306,34 +309,49 @@ def plot_win_rates(rows: list[Row], file: Path) -> None:
 
 
 def plot_log_ratios(regimes: dict[str, list[Row]], file: Path) -> None:
-    """Log-ratios of winner and loser in each step of iteration 1, by run: means over seeds."""
+    """Log-ratios of winner and loser in each step of iteration 1, by run: means over seeds.
+
+    Each panel has its own scale, because log-ratios of some methods are 50 times larger.
+    """
     plt = pyplot()
-    widest = max(len(by_run(rows)) for rows in regimes.values())
+    curves = {regime: log_ratio_curves(rows) for regime, rows in regimes.items()}
+    columns = min(PANELS_IN_A_LINE, max(len(of_regime) for of_regime in curves.values()))
+    heights = [math.ceil(len(of_regime) / columns) for of_regime in curves.values()]
     figure, panels = plt.subplots(
-        len(regimes),
-        widest,
-        figsize=(1.6 * widest + 1, 2.2 * len(regimes)),
+        sum(heights),
+        columns,
+        figsize=(1.6 * columns + 1, 2.2 * sum(heights)),
         layout="constrained",
         squeeze=False,
-        sharey="row",
     )
-    for line, (regime, rows) in zip(panels, regimes.items()):
-        for panel in line:
-            panel.set_axis_off()
-        for panel, (name, of_run) in zip(line, by_run(rows).items()):
+    for panel in panels.flat:
+        panel.set_axis_off()
+    line = 0
+    for (regime, of_regime), height in zip(curves.items(), heights):
+        for panel, (name, ratios) in zip(panels[line : line + height].flat, of_regime.items()):
             panel.set_axis_on()
-            steps = min(len(row["iterations"][0]["log_ratios"]) for row in of_run)
-            ratios = np.mean([row["iterations"][0]["log_ratios"][:steps] for row in of_run], axis=0)
-            panel.plot(range(1, steps + 1), ratios[:, 0], color=COLOURS[0], label="winner")
-            panel.plot(
-                range(1, steps + 1), ratios[:, 1], color=COLOURS[4], linestyle="--", label="loser"
-            )
+            steps = range(1, len(ratios) + 1)
+            panel.plot(steps, ratios[:, 0], color=COLOURS[0], label="winner")
+            panel.plot(steps, ratios[:, 1], color=COLOURS[4], linestyle="--", label="loser")
             panel.axhline(0, color="0.4", linewidth=1, linestyle=":")
             panel.set_title(name, fontsize=9)
             panel.set_xlabel("step", fontsize=8)
-        line[0].set_ylabel(f"{regime}\nlog π/π$_t$ (nats)", fontsize=8)
+        for panel in panels[line : line + height, 0]:
+            panel.set_ylabel(f"{regime}\nlog π/π$_t$ (nats)", fontsize=8)
+        line += height
     panels[0][0].legend(frameon=False, fontsize=7)
     save(figure, [file])
+
+
+def log_ratio_curves(rows: list[Row]) -> dict[str, np.ndarray]:
+    """Mean log-ratios over seeds of winner and loser, (steps, 2), of the runs that train."""
+    found = {}
+    for name, of_run in by_run(rows).items():
+        logged = [row["iterations"][0]["log_ratios"] for row in of_run]
+        steps = min(map(len, logged))
+        if steps:
+            found[name] = np.mean([ratios[:steps] for ratios in logged], axis=0)
+    return found
 
 
 if __name__ == "__main__":

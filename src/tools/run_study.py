@@ -251,7 +251,9 @@ def iteration(training: Training, t: int) -> Row:
     """The figures of one iteration."""
     folder = training.folder / f"iter{t}"
     previous = read_json(folder / "against_previous.json")
-    steps = [row for row in json_lines(folder / "train_log.jsonl") if "log_ratio_chosen" in row]
+    log = folder / "train_log.jsonl"  # an extrapolated policy was not trained
+    logged = json_lines(log) if log.is_file() else []
+    steps = [row for row in logged if "log_ratio_chosen" in row]
     trained = read_record(folder / "policy") or {}
     return {
         "iteration": t,
