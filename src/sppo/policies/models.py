@@ -549,18 +549,26 @@ def load_frozen_policy(
     """The policy for programs that only compute its log-probabilities.
 
     The numbers are those of the policy in training (`load_policy` with `weights_dtype`), bit for
-    bit. In bfloat16 autocast rounds the weights of linear layers in every pass, so here they are
-    held rounded: half of the memory, and no casts. Other weights stay as they are in training.
+    bit.
+    """
+    model = load_policy(folder, weights_dtype(lora_rank, dtype), None, attention)
+    hold_rounded(model, dtype)
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
+    return model
+
+
+def hold_rounded(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round the weights of linear layers to `dtype`, which autocast would do in every pass.
+
+    This changes no log-probability, halves the memory, and saves the casts. The embeddings are not
+    rounded, because autocast does not round them. Often they are the output layer's weights too.
     """
     import torch
 
-    model = load_policy(folder, weights_dtype(lora_rank, dtype), None, attention)
-    embeddings = model.get_input_embeddings().weight  # not autocast, and often the head's weights
+    embeddings = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
             module.weight.data = module.weight.data.to(dtype)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
-    return model
 
 
 def context_length(folder: Path) -> int | None:

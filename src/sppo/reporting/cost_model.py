@@ -321,8 +321,9 @@ def score_bytes(
 ) -> float:
     """Peak memory in bytes of the forward pass over pairs.
 
-    It is the memory of the weights, and of either one layer's states or the logits. Weights are
-    float32; with LoRA they have `width` bytes. eager: attention as matrix products.
+    It is the memory of the weights, and of either one layer's states or the logits. Weights have
+    `width` bytes, except for the embeddings, which are float32 without LoRA. eager: attention as
+    matrix products.
     """
     sequences = 2 * micro_batch
     length = prompt + response
@@ -332,4 +333,5 @@ def score_bytes(
     if eager:
         in_layer += SCORED_EAGER * widening * squares(shape, sequences, length)
     logits = SCORED_LOGIT * sequences * response * shape.vocabulary + 4 * shape.hidden * tokens
-    return (width if lora else WEIGHT) * shape.weights + max(in_layer, logits)
+    embeddings = 0 if lora else (WEIGHT - width) * shape.head
+    return width * shape.weights + embeddings + max(in_layer, logits)
