@@ -26,7 +26,8 @@ def preference_model(run):
 
 def preference_model_files(run):
     """The files of that model. If one changes, responses are compared again."""
-    return preference_kind(run).files(preference_model(run))
+    template = run_settings(run)["preference"]["prompt_template"]
+    return preference_kind(run).files(preference_model(run)) + ([template] if template else [])
 
 
 def ranker_base(run):

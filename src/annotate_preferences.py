@@ -55,7 +55,8 @@ def main() -> None:
             )
         responses[row["prompt_id"]].append(row)
     files = model_files(args.model, args.ranker_base, backend=args.backend)
-    inputs = [args.prompts, args.responses, *files]
+    template = [args.prompt_template] if args.prompt_template else []
+    inputs = [args.prompts, args.responses, *files, *template]
     with recorded("annotate", args.output, inputs, vars(args)) as facts:
         model = load_preference_model(vars(args), args.ranker_base, args.device)
         reader = PromptReader(
