@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import importlib.util
 import inspect
@@ -1070,6 +1071,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
     """Section 5: forward and backward passes with checkpointing, then complete trainers."""
     import torch
 
+    from sppo.policies.models import hold_rounded
     from sppo.training.logps import forward_precision, frozen_logps
     from sppo.training.trainer import make_trainer, make_trl_trainer
 
@@ -1119,13 +1121,17 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
         stop_epoch=3,
     )
     with report.step("ragged: the project's trainer"):
+        frozen = copy.deepcopy(model).eval()
+        hold_rounded(frozen, torch.bfloat16)
+        synchronise(device)
         began = time.perf_counter()
         pairs = with_reference(
             sets["ragged"],
-            frozen_logps(model.eval(), sets["ragged"], torch.bfloat16, device, micro, 4 * longest),
+            frozen_logps(frozen, sets["ragged"], torch.bfloat16, device, micro, 4 * longest),
         )
         synchronise(device)
         scored = time.perf_counter() - began
+        del frozen
         trainer = make_trainer(model, pairs, options, torch.bfloat16, device, folder / "ours", 0)
         release()
         trainer.train()
