@@ -26,6 +26,7 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 
+from sppo.core.errors import UserError, run
 from sppo.policies.models import pick_device, start_torch
 from sppo.preferences.base import Group
 
@@ -58,7 +59,7 @@ def main() -> None:
     start_torch()
     official = environment()
     if official is None:
-        sys.exit("error: llm-blender's environment is missing; run make test-pairrm first")
+        raise UserError("llm-blender's environment is missing; run make test-pairrm first")
     found = speeds(official, args.prompts, pick_device("auto"))
     print(
         f"PairRM in {found.dtype}: {found.ours:.0f} tokens/s, llm-blender {found.theirs:.0f},"
@@ -139,4 +140,4 @@ def questions(prompts: int) -> list[tuple[str, list[str]]]:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
