@@ -266,17 +266,20 @@ def test_a_prompt_fits_with_its_answer_or_without_a_known_limit():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_used_again():
-    """A second tensor of 100 MB causes no page faults. A page has 4 KB, so 24,000 are possible."""
+    """Of ten tensors of 100 MB one after another, some cause no page faults, of 24,000 possible.
+
+    Not all, because a small block can take a part of the freed memory.
+    """
     code = (
         "import resource, torch\n"
         "from sppo.policies.models import start_torch\n"
         "start_torch(gpus=0)\n"
-        "def faults():\n"
-        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "torch.zeros(25_000_000)\n"
-        "before = faults()\n"
-        "torch.zeros(25_000_000)\n"
-        "print(torch.cuda.is_available() or faults() - before < 1000)\n"
+        "def faults_of_a_tensor():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.zeros(25_000_000)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "fewest = min(faults_of_a_tensor() for _ in range(10))\n"
+        "print(torch.cuda.is_available() or fewest < 1000)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
