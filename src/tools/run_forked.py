@@ -18,6 +18,7 @@ import importlib.util
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -93,8 +94,11 @@ def refusal(text: str) -> str:
 def forked(arguments: list[str], log: str) -> None:
     """Run a program in a forked process, with its output in the log. UserError if it fails."""
     Path(log).parent.mkdir(parents=True, exist_ok=True)
+    # A kill ends the job that runs too. Otherwise it would go on alone.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -122,7 +126,12 @@ def forked(arguments: list[str], log: str) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    _, status = os.waitpid(child, 0)
+    try:
+        _, status = os.waitpid(child, 0)
+    except BaseException:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        raise
     if status:
         lines = Path(log).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = lines[-1] if lines else "no output"

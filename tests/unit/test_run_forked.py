@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,10 +107,10 @@ run(main)
 
 
 @pytest.fixture
-def fork(tmp_path):
-    """Run programs of these texts one after the other, in a process of their own."""
+def start(tmp_path):
+    """Start programs of these texts, one after the other, in a process of their own."""
 
-    def call(*texts: str) -> subprocess.CompletedProcess:
+    def start(*texts: str) -> subprocess.Popen:
         names = []
         for number, text in enumerate(texts):
             folder = tmp_path / f"folder{number}"
@@ -117,9 +119,25 @@ def fork(tmp_path):
             (folder / "program.py").write_text(text, encoding="utf-8")
             names.append(f"{folder.name}/program.py")
         driver = DRIVER.format(tools=str(ROOT / "src/tools"))
-        return subprocess.run(
-            [sys.executable, "-c", driver, *names], cwd=tmp_path, capture_output=True, text=True
+        return subprocess.Popen(
+            [sys.executable, "-c", driver, *names],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+
+    return start
+
+
+@pytest.fixture
+def fork(start):
+    """Run programs of these texts to their end."""
+
+    def call(*texts: str) -> subprocess.CompletedProcess:
+        with start(*texts) as started:
+            output, errors = started.communicate()
+        return subprocess.CompletedProcess([], started.returncode, output, errors)
 
     return call
 
@@ -175,6 +193,29 @@ def test_failing_program_stops_the_run_with_its_last_line(text, said, fork, tmp_
 
 def test_exit_with_status_zero_is_no_failure(fork):
     assert fork("import sys\nsys.exit()\n", "raise SystemExit(0)\n").returncode == 0
+
+
+SLEEPING = """
+import os, time
+
+with open("started.part", "w") as file:
+    file.write(str(os.getpid()))
+os.rename("started.part", "started")
+time.sleep(600)
+"""
+
+
+def test_kill_ends_the_job_that_runs(start, tmp_path):
+    with start(SLEEPING, GOOD) as driver:
+        started = tmp_path / "started"
+        while not started.exists() and driver.poll() is None:
+            time.sleep(0.05)
+        job = int(started.read_text(encoding="utf-8"))
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(timeout=60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(job, 0)
+    assert not (tmp_path / "logs/1.log").exists()
 
 
 def test_prompts_of_a_policy_are_drawn_as_by_snakemake(tmp_path, tiny_policy, copy_repository):

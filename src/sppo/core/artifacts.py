@@ -363,7 +363,10 @@ def package_versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """The commit of the working tree, with `+changes` if files differ from it; None without git."""
+    """The commit of the working tree, with `+changes` if files differ from it; None without git.
+
+    Files under docs/results do not count. They are what the studies write.
+    """
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -373,7 +376,7 @@ def git_revision() -> str | None:
 
     try:
         commit = git("rev-parse", "HEAD")
-        changes = git("status", "--porcelain", "-uno")
+        changes = git("status", "--porcelain", "-uno", "--", ".", ":!docs/results")
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit}+changes" if changes else commit
