@@ -73,7 +73,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than 3.11; set a newer one:" \
 			"PYTHON=python3.12 make $(MAKECMDGOALS)" >&2; exit 1; }
-	@echo "Installing the pinned environment into .venv (about two minutes)"
+	@echo "Installing the pinned environment into .venv (one to three minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	@$(PIP) -r requirements.txt

@@ -38,7 +38,7 @@ HEAD = (
     "iteration",
     "win rate [95%]",
     "LC win rate [95%]",
-    "by the ranker",
+    "by the preference model",
     "length",
     "pairs",
     "tokens sampled",

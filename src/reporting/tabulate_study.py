@@ -46,6 +46,17 @@ MEASURED = (
     "r_squared",
     "kl",
 )
+READING = """\
+| word | meaning |
+|---|---|
+| few_steps, few_steps_float32 | the demo's settings |
+| bound | eight epochs on 64 prompts with eta = 20, so that losses converge on their pairs |
+| laptop | the preset for open questions |
+| main | SPPO; the other runs are in [methods.md](../methods.md) |
+| d | Cohen's d of the differences from main, seed by seed |
+| p | paired t-test of these differences; Holm corrects it for the runs of the table |
+| nats per unit of P-hat | slope of the log-ratios on P-hat; for the exact SPPO update it is eta |
+"""
 COLOURS = ("#0072B2", "#CC79A7", "#E69F00", "#009E73", "#D55E00", "#56B4E9")
 
 
@@ -79,15 +90,18 @@ def main() -> None:
 def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str) -> str:
     """The page in Markdown."""
     machines = sorted({f"{row['processor']}, {row['computed_in']}" for row in rows})
-    commits = sorted({str(row["commit"])[:7] for row in rows})
+    commits = sorted({short_commit(row["commit"]) for row in rows})
     parts = [
         "# The study\n",
         "`src/reporting/tabulate_study.py` writes this page from `study.jsonl`, which\n"
         "`.venv/bin/snakemake --cores all study` extends run by run. Win rates are per cent won\n"
         "against the base's answers, by exact annotators, or by the embedded judge in the regime\n"
         "`laptop`. Brackets are 95% intervals over seeds and instructions. With so few seeds they\n"
-        "are too narrow, so look at the range too.\n",
-        f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}.\n",
+        "are too narrow, so look at the range too. With one seed they are over instructions only.\n",
+        READING,
+        f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}. `+changes` means that\n"
+        "files differed from the commit. Until 15e9bbb, rows that the study itself had added counted\n"
+        "as such.\n",
     ]
     for regime, of_regime in regimes.items():
         parts += [f"## {regime}\n", win_rate_table(of_regime), trend(of_regime)]
@@ -101,6 +115,12 @@ def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str) -> str:
         f"![Log-ratios by step]({stem}_log_ratios.svg)\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def short_commit(revision: str | None) -> str:
+    """The first digits of a commit, with `+changes` if files differed from it."""
+    commit, changes, _ = str(revision).partition("+changes")
+    return commit[:7] + changes
 
 
 def by_run(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -138,7 +158,7 @@ def rates(found: list[Row]) -> list[str]:
     return [
         str(len(found)),
         f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]",
-        f"{min(values):.1f} to {max(values):.1f}",
+        f"{min(values):.1f} to {max(values):.1f}" if len(values) > 1 else "-",
         f"{np.mean([each['prompt_strict'] for each in found]):.1f}",
         f"{np.mean([each['length'] for each in found]):.0f}",
     ]
@@ -186,6 +206,8 @@ def exploitability(rows: list[Row]) -> str:
     if not found or len({len(matrix) for matrix in found}) > 1:
         return ""
     wins = np.mean(found, axis=0)
+    if len(wins) < 3:  # the base is the only earlier iterate
+        return ""
     head = ["main's iterate", *(f"against {t}" for t in range(len(wins)))]
     lines = [[str(t), *(f"{value:.1f}" for value in line)] for t, line in enumerate(wins)]
     best = int(wins[:-1, -1].argmax())

@@ -212,7 +212,7 @@ def row_of(training: Training) -> Row:
         "computed_in": record.get("computed_in"),
         "processor": processor(),
         "cores": os.cpu_count(),
-        "versions": record.get("versions"),
+        "packages": record.get("packages"),
         "commit": git_revision(),
     }
     if training.run == "main":

@@ -72,7 +72,7 @@ def test_every_value_is_in_its_row_and_column(results, program):
     }
     of_k2 = {
         "run": "k2",
-        "by the ranker": "61.0",
+        "by the preference model": "61.0",
         "win rate [95%]": "-",
         "Open LLM: arc_challenge": "25.0",
         "Open LLM: mmlu": "-",

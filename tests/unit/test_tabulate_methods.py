@@ -78,14 +78,14 @@ def test_every_run_has_its_results_and_costs(results, program):
     of_main = {
         "loss": "sppo",
         "LC win rate [95%]": "70.0 [65.0, 75.0]",
-        "by the ranker": "72.0",
+        "by the preference model": "72.0",
         "pairs": "28",
         "tokens sampled": "1000",
         "minutes": "4.5",  # 60 + 60 + 30 + 120 s
     }
     of_dpo = {
         "loss": "dpo",
-        "by the ranker": "-",
+        "by the preference model": "-",
         "tokens trained": "1000",
         "tokens sampled": "1000",
         "minutes": "4.5",
