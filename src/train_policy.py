@@ -452,8 +452,12 @@ def method_in_words(args: argparse.Namespace) -> str:
     words = f"{method}, https://arxiv.org/abs/2405.00675"
     if not LOSSES[args.loss].has_reference:
         return words
-    which = "the" if args.reference == args.current else "an older policy than the"
-    return f"{words}; log-ratios refer to {which} policy it was trained from"
+    if args.reference == args.current:
+        return f"{words}; log-ratios refer to the policy it was trained from"
+    return (
+        f"{words}; log-ratios of the loss refer to an older policy than the policy it was trained "
+        "from, those in the figures below to the policy it was trained from"
+    )
 
 
 def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | None]:

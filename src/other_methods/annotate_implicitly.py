@@ -41,7 +41,8 @@ def main() -> None:
         "--beta", type=float, required=True, help="beta of the training that gave pi_t"
     )
     # The same as in training, so that log-ratios begin at 0.
-    add_section(parser, "train", only=("micro_batch_size", "precision", "lora_rank"))
+    batches = ("micro_batch_size", "micro_batch_tokens")
+    add_section(parser, "train", only=(*batches, "precision", "lora_rank"))
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--attention", default=None)
     args = parser.parse_args()
@@ -75,10 +76,10 @@ def main() -> None:
         # One policy at a time, because both may not fit into memory together.
         for folder in (args.policy, args.before):
             model = load_frozen_policy(folder, args.lora_rank, dtype, device, args.attention)
-            sequences_per_pass = 2 * args.micro_batch_size
-            logps.append(
-                np.array(frozen_response_logps(model, responses, dtype, device, sequences_per_pass))
+            of_policy = frozen_response_logps(
+                model, responses, dtype, device, 2 * args.micro_batch_size, args.micro_batch_tokens
             )
+            logps.append(np.array(of_policy))
             del model
         rewards = args.beta * (logps[0] - logps[1])
         rows = rows_of(responses, rewards)

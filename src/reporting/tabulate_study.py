@@ -97,11 +97,12 @@ def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str) -> str:
         "`.venv/bin/snakemake --cores all study` extends run by run. Win rates are per cent won\n"
         "against the base's answers, by exact annotators, or by the embedded judge in the regime\n"
         "`laptop`. Brackets are 95% intervals over seeds and instructions. With so few seeds they\n"
-        "are too narrow, so look at the range too. With one seed they are over instructions only.\n",
+        "are too narrow, so look at the range too. With one seed they are over instructions\n"
+        "only.\n",
         READING,
         f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}. `+changes` means that\n"
-        "files differed from the commit. Until 15e9bbb, rows that the study itself had added counted\n"
-        "as such.\n",
+        "files differed from the commit. Until 15e9bbb, rows that the study itself had added\n"
+        "counted as such.\n",
     ]
     for regime, of_regime in regimes.items():
         parts += [f"## {regime}\n", win_rate_table(of_regime), trend(of_regime)]

@@ -92,9 +92,10 @@ RESPONSES = [
 ]
 
 
+@pytest.mark.parametrize("batches", [("--micro-batch-size", "1"), ("--micro-batch-tokens", "12")])
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 2e-5), ("bfloat16", 1e-2)])
 def test_logits_are_differences_of_implicit_rewards(
-    precision, tolerance, annotate, policies, tmp_path
+    precision, tolerance, batches, annotate, policies, tmp_path
 ):
     def logp(folder, tokens: list[int]) -> float:
         model = load_policy(folder, torch.float64, "cpu")
@@ -107,7 +108,7 @@ def test_logits_are_differences_of_implicit_rewards(
         )
 
     before, policy = policies
-    rows = annotate(RESPONSES, "--micro-batch-size", "1", "--precision", precision)
+    rows = annotate(RESPONSES, *batches, "--precision", precision)
     assert [(row["prompt_id"], row["sample_ids"]) for row in rows] == [
         ("a", [0, 1]),
         ("b", [0, 1, 2]),

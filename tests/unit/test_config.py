@@ -390,6 +390,17 @@ BAD = {
         {"train": {"loss": "nash_md", "tau": 0.0003}},
         ["nash_md", "pairs.construction: all"],
     ),
+    "Nash-MD without the pairs of truncated responses": (
+        {
+            "train": {"loss": "nash_md", "tau": 0.0003, "reference_every": None},
+            "pairs": {"construction": "all", "truncated": "drop"},
+        },
+        ["nash_md", "pairs.truncated: keep or leave_out"],
+    ),
+    "MPO's tau without another reference": (
+        {"train": {"loss": "mpo", "tau": 0.0003}},
+        ["train.loss mpo", "train.reference_every: null"],
+    ),
     "tau above beta": (
         {"train": {"loss": "inpo", "beta": 0.01, "tau": 0.02}},
         ["train.tau", "train.beta"],
@@ -482,6 +493,10 @@ BAD = {
     "implicit rewards with the base as reference": (
         {"preference": {"implicit": True}, "train": {"loss": "dpo", "reference_every": None}},
         ["preference.implicit", "reference_every: 1"],
+    ),
+    "implicit rewards with an auxiliary policy": (
+        {"preference": {"implicit": True}, "train": {"loss": "ipo", "lookahead": True}},
+        ["preference.implicit", "train.lookahead: false"],
     ),
     "implicit rewards without a reference": (
         {"preference": {"implicit": True}, "train": {"loss": "simpo"}},

@@ -322,13 +322,13 @@ def test_frozen_logps_keep_the_order_of_the_pairs(size, model, sequences, loop):
         assert [row[f"{side}_logp"] for row in rows] == pytest.approx(expected, abs=1e-4, rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [1, 5, 100])
-def test_frozen_logps_of_responses_keep_their_order(size, model, sequences, by_hand):
+@pytest.mark.parametrize(("size", "tokens"), [(1, None), (5, None), (100, None), (1, 1), (1, 40)])
+def test_frozen_logps_of_responses_keep_their_order(size, tokens, model, sequences, by_hand):
     rows = [
         {"prompt_id": "p", "sample_id": 0, "prompt_token_ids": prompt, "token_ids": response}
         for prompt, response in zip(*sequences, strict=True)
     ]
-    found = frozen_response_logps(model, rows, torch.float32, "cpu", size)
+    found = frozen_response_logps(model, rows, torch.float32, "cpu", size, tokens)
     assert found == pytest.approx(by_hand, abs=1e-4, rel=1e-6)
 
 

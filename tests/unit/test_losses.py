@@ -271,6 +271,9 @@ def test_keys_of_other_losses_are_known():
     assert not {"tau", "history"} & set(unread_keys("mnpo"))
     assert not {"beta", "sft_weight", "learning_rate"} & set(unread_keys("sft"))
     assert "length_weight" not in unread_keys("dpo")
+    for name, loss in LOSSES.items():
+        assert ("loss_scale" in unread_keys(name)) == ("beta" not in loss.reads)
+    assert {"loss_scale"} <= set(unread_keys("sft")) & set(unread_keys("asft"))
 
 
 def test_schema_lists_the_registered_losses():

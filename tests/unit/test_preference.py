@@ -220,6 +220,7 @@ def test_length_penalty_is_as_good_as_a_fine_grid(seed):
 def test_length_penalty_is_zero_if_winners_are_not_longer():
     assert even_length_penalty([np.array([2.0, 1.0])], [np.array([10.0, 20.0])]) == 0
     assert even_length_penalty([np.array([2.0, 1.0])], [np.array([20.0, 20.0])]) == 0
+    assert even_length_penalty([], []) == 0
 
 
 # --- how often preferences are cyclic ---

@@ -919,6 +919,10 @@ BAD = {
         "prompts: {per_iteration: 100000}",
         ["prompts.per_iteration asks for 100000"],
     ),
+    "too many prompts, the same in each iteration": (
+        "prompts: {per_iteration: 100000, repeat: true}",
+        ["asks for 100000 prompts in each iteration, but"],
+    ),
     "missing evaluation file": (
         "alpaca_eval: {instructions: nowhere.json}",
         ["nowhere.json is missing"],
@@ -1111,6 +1115,17 @@ def test_bad_input_is_found_by_the_first_checks(text, said, copy, monkeypatch):
     assert line, caught.value
     assert all(word in line for word in said), caught.value
     assert "\n" not in line, caught.value
+
+
+def test_repeated_prompts_are_counted_once(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    most = len(Path("data/gold.jsonl").read_text(encoding="utf-8").splitlines())
+    overlay = f"runs: {{spin: {{prompts: {{per_iteration: {most // 2}}}}}}}"
+    check_every_run(resolve(overlaid(overlay)))
+    with pytest.raises(UserError, match=f"asks for {most // 2} prompts in each of 3 iterations"):
+        check_every_run(
+            resolve(overlaid(overlay.replace("prompts: {", "prompts: {repeat: false, ")))
+        )
 
 
 def test_training_on_two_nodes_is_started_by_srun(copy, tmp_path, monkeypatch):

@@ -1218,7 +1218,7 @@ def test_model_card_names_data_method_results_and_licence(place, tmp_path):
     place.train("second", loss="dpo", reference=place.folder / "older.parquet")
     text = (place.folder / "second" / "README.md").read_text()
     assert "the loss `dpo`" in text.lower()
-    assert "refer to an older policy than" in text
+    assert "log-ratios of the loss refer to an older policy than" in text
     own = {
         "base_model": "little",
         "library_name": "transformers",

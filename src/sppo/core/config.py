@@ -53,7 +53,7 @@ def schema() -> Config:
 
     What registries decide is filled in here: sections of evaluations with settings of their own,
     the choices of a key with `x-choices`, the items of a list with `x-items`, and for a key with
-    `x-loss-parameter` the losses that read it, as `x-only-with`.
+    `x-loss-parameter` the losses that read it (or its `x-parameter`), as `x-only-with`.
     """
     rules: Config = yaml.safe_load(SCHEMA_FILE.read_text(encoding="utf-8"))
     for evaluation in _registry(rules["x-evaluations"]):
@@ -74,7 +74,8 @@ def schema() -> Config:
                 rule["items"] = {"enum": [each.name for each in _registry(rule["x-items"])]}
             if "x-loss-parameter" in rule:
                 losses = _registry(rule["x-loss-parameter"])
-                readers = [name for name, loss in losses.items() if key in loss.reads]
+                parameter = rule.get("x-parameter", key)
+                readers = [name for name, loss in losses.items() if parameter in loss.reads]
                 rule["x-only-with"] = {"train.loss": {"enum": readers}}
     return rules
 

@@ -150,7 +150,11 @@ EVALUATIONS = (
     ),
     Evaluation(
         "ranker_estimate",  # AlpacaEval by the preference model that annotated
-        columns=(Column("by the preference model", lambda found: rate(found, "win_rate", interval=False)),),
+        columns=(
+            Column(
+                "by the preference model", lambda found: rate(found, "win_rate", interval=False)
+            ),
+        ),
         rules="alpaca_eval",
         differences=alpaca_eval.differences,
     ),

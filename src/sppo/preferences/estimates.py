@@ -140,8 +140,10 @@ def even_length_penalty(scores: list[Array], lengths: list[Array]) -> float:
 
     scores, lengths: for each prompt an array (K,). Source: DICE, 2406.09760, which tries alpha in
     steps of 0.001. Here alpha is exact: the mean difference is a step function of alpha that only
-    falls, so a bisection over its steps finds the best one.
+    falls, so a bisection over its steps finds the best one. Without prompts it is 0.
     """
+    if not scores:
+        return 0.0
 
     def difference(alpha: float) -> float:
         """Mean length of winners minus mean length of losers, under the penalty alpha."""

@@ -123,10 +123,19 @@ def bfloat16_products() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _batches(lengths: list[int], size: int) -> list[list[int]]:
-    """Indices of sequences in batches of `size`, in ascending order of their lengths."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[i : i + size] for i in range(0, len(order), size)]
+def _batches(lengths: list[int], size: int, most_tokens: int | None) -> list[list[int]]:
+    """Indices of sequences in batches of `size`, in ascending order of their lengths.
+
+    With `most_tokens`, a batch has at most so many tokens instead, with padding, but at least one
+    sequence.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        room = size if most_tokens is None else max(1, most_tokens // lengths[index])
+        if not batches or len(batches[-1]) >= room:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
 
 
 def forward_precision(device: str, dtype: torch.dtype) -> torch.autocast:
@@ -183,17 +192,20 @@ def frozen_response_logps(
     dtype: torch.dtype,
     device: str,
     batch_size: int,
+    most_tokens: int | None = None,
 ) -> list[float]:
     """log pi(y|x), nats, of rows of the table `responses` under a frozen model, in their order.
 
-    Responses of similar lengths are computed together. A log-probability that is not finite is a
+    Responses of similar lengths are computed together, `batch_size` of them, or instead as many as
+    have at most `most_tokens` tokens with padding. A log-probability that is not finite is a
     UserError that names the prompt and the sample.
     """
     layout = choose_layout(model, device, dtype)
     logps = [0.0] * len(responses)
     lengths = [len(row["prompt_token_ids"]) + len(row["token_ids"]) for row in responses]
     with torch.inference_mode(), forward_precision(device, dtype):
-        for batch in progress(_batches(lengths, batch_size), "log-probabilities of responses"):
+        batches = _batches(lengths, batch_size, most_tokens)
+        for batch in progress(batches, "log-probabilities of responses"):
             rows = [responses[index] for index in batch]
             prompts = [row["prompt_token_ids"] for row in rows]
             answers = [row["token_ids"] for row in rows]

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 from sppo.core.errors import UserError
 from sppo.training.requirements import (
     EVERY_PAIR,
+    MAGNET,
     OLDER_REFERENCE,
     OTHER_REFERENCE,
     P_HAT,
@@ -455,7 +456,7 @@ LOSSES: dict[str, Loss] = {
     "inpo": Loss(inpo, requires=(TAU_WITHIN_BETA, OTHER_REFERENCE, WINNER_FIRST)),
     "mnpo": Loss(mnpo, requires=(TAU_WITHIN_BETA, OTHER_REFERENCE, WINNER_FIRST)),
     "nash_md": Loss(nash_md, requires=(TAU_WITHIN_BETA, EVERY_PAIR, OTHER_REFERENCE, WINNER_FIRST)),
-    "mpo": Loss(mpo, requires=(WINNER_FIRST,)),
+    "mpo": Loss(mpo, requires=(MAGNET, WINNER_FIRST)),
 }
 
 
@@ -503,6 +504,8 @@ def check_training(train: dict[str, Any]) -> None:
             f"config: TRL has no loss {train['loss']}; use train.loss: sppo_hard or"
             " train.backend: transformers"
         )
+    if train["backend"] == "trl":
+        _check_trl(train)
     if train["micro_batch_tokens"] is None or train["backend"] == "trl":
         equal_micro_batches(train)
     for requirement in loss.requires:
@@ -540,4 +543,29 @@ def check_training(train: dict[str, Any]) -> None:
         raise UserError(
             f"config: train.parallel {train['parallel']} does not work with train.lora_rank, which"
             " trains few weights; set train.parallel: ddp"
+        )
+
+
+def _check_trl(train: dict[str, Any]) -> None:
+    """Raise `UserError` for settings that TRL's own trainer does not have."""
+    for key in ("sft_weight", "optimism", "length_weight"):
+        if train[key]:
+            raise UserError(
+                f"config: train.{key} does not work with TRL's trainer; set it to 0, or"
+                " train.backend: transformers"
+            )
+    if train["loss"] == "dpo" and train["label_smoothing"]:
+        raise UserError(
+            "config: TRL's DPO has no train.label_smoothing; set it to 0, or"
+            " train.backend: transformers"
+        )
+    if train["loss"] == "ipo" and not (train["per_token"] and train["ipo_target"] == 0.5):
+        raise UserError(
+            "config: TRL's IPO is per token with target 1/(2 beta); set train.per_token: true and"
+            " train.ipo_target: 0.5"
+        )
+    if train["loss_scale"] != "none":
+        raise UserError(
+            "config: TRL does not scale losses; use train.loss_scale: none or"
+            " train.backend: transformers"
         )

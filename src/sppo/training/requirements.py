@@ -53,14 +53,21 @@ EVERY_PAIR = Requirement(
         config["pairs"]["construction"] == "all"
         and not config["pairs"]["margin"]
         and not config["replay"]["share"]
+        and config["pairs"]["truncated"] != "drop"
     ),
     "weights all responses to a prompt against each other",
-    "set pairs.construction: all, pairs.margin: 0 and replay.share: 0",
+    "set pairs.construction: all, pairs.margin: 0, replay.share: 0, and pairs.truncated: keep or"
+    " leave_out",
 )
 OTHER_REFERENCE = Requirement(
     lambda config: config["train"]["tau"] > 0 and config["train"]["reference_every"] != 1,
     "stays close to a policy other than pi_t",
     "set train.tau above 0, and train.reference_every: null (the base) or above 1",
+)
+MAGNET = Requirement(
+    lambda config: config["train"]["tau"] == 0 or config["train"]["reference_every"] != 1,
+    "draws the policy towards another one than pi_t where train.tau is above 0",
+    "set train.reference_every: null (the base) or above 1, or train.tau: 0",
 )
 OLDER_REFERENCE = Requirement(
     lambda config: config["train"]["reference_every"] != 1,

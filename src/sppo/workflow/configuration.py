@@ -398,12 +398,14 @@ def _check_pairs(config: Config) -> None:
     pairs, train, preference = config["pairs"], config["train"], config["preference"]
     construction = pairs["construction"]
     if preference["implicit"] and (
-        train["reference_every"] != 1 or not LOSSES[train["loss"]].has_reference
+        train["reference_every"] != 1
+        or train["lookahead"]
+        or not LOSSES[train["loss"]].has_reference
     ):
         raise UserError(
             "config: preference.implicit compares by beta log(pi_t / pi_t-1), which is a reward"
-            " only if training refers to the previous iterate; set train.reference_every: 1 and a"
-            " train.loss with a reference"
+            " only if training refers to the previous iterate; set train.reference_every: 1,"
+            " train.lookahead: false, and a train.loss with a reference"
         )
     labels = pairs["labels"]
     for asked, key, remedy in (
@@ -442,8 +444,11 @@ def _check_trainer(config: Config) -> None:
             f"config: train.stop_epoch ({train['stop_epoch']}) is after train.schedule_total_epochs"
             f" ({train['schedule_total_epochs']}); lower the one or raise the other"
         )
-    if train["backend"] == "trl":
-        _check_trl(train)
+    if train["backend"] == "trl" and train["reference_every"] != 1:
+        raise UserError(
+            "config: TRL's trainer here refers to the previous iterate; set"
+            " train.reference_every: 1, or train.backend: transformers"
+        )
     if train["lookahead"] and train["reference_every"] != 1:
         raise UserError(
             "config: with train.lookahead each training refers to the policy that it starts from;"
@@ -454,34 +459,4 @@ def _check_trainer(config: Config) -> None:
         raise UserError(
             f"config: train.parallel {train['parallel']} needs GPUs, but device is cpu; set"
             " train.parallel: ddp"
-        )
-
-
-def _check_trl(train: Config) -> None:
-    """Raise `UserError` for settings that TRL's own trainer does not have."""
-    if train["reference_every"] != 1:
-        raise UserError(
-            "config: TRL's trainer here refers to the previous iterate; set"
-            " train.reference_every: 1, or train.backend: transformers"
-        )
-    for key in ("sft_weight", "optimism", "length_weight"):
-        if train[key]:
-            raise UserError(
-                f"config: train.{key} does not work with TRL's trainer; set it to 0, or"
-                " train.backend: transformers"
-            )
-    if train["loss"] == "dpo" and train["label_smoothing"]:
-        raise UserError(
-            "config: TRL's DPO has no train.label_smoothing; set it to 0, or"
-            " train.backend: transformers"
-        )
-    if train["loss"] == "ipo" and not (train["per_token"] and train["ipo_target"] == 0.5):
-        raise UserError(
-            "config: TRL's IPO is per token with target 1/(2 beta); set train.per_token: true and"
-            " train.ipo_target: 0.5"
-        )
-    if train["loss_scale"] != "none":
-        raise UserError(
-            "config: TRL does not scale losses; use train.loss_scale: none or"
-            " train.backend: transformers"
         )

@@ -229,14 +229,16 @@ def check_source(run: dict[str, Any], held_out: set[str], where: str) -> None:
     if "{t}" in source or not Path(source).is_file():
         return
     free = sum(not is_held_out(row, held_out) for row in rows)
-    wanted = (prompts["per_iteration"] or 1) * run["iterations"]
+    parts = 1 if prompts["repeat"] else run["iterations"]
+    wanted = (prompts["per_iteration"] or 1) * parts
     if wanted > free:
+        each = f"each of {parts} iterations, {wanted} in all" if parts > 1 else "each iteration"
         raise UserError(
             f"config: prompts.per_iteration asks for {prompts['per_iteration'] or 1} prompts in"
-            f" each of {run['iterations']} iterations, {wanted} in all, but {source} has {free}"
-            " outside the evaluation set; lower it or give more prompts"
+            f" {each}, but {source} has {free} outside the evaluation set; lower it or give more"
+            " prompts"
         )
-    each_has = prompts["per_iteration"] or free // run["iterations"]
+    each_has = prompts["per_iteration"] or free // parts
     if run["responses"]["shards"] > each_has:
         raise UserError(
             f"config: responses.shards is {run['responses']['shards']}, but an iteration has "
