@@ -155,6 +155,17 @@ def test_a_gpu_from_slurm_that_pytorch_does_not_see_is_refused(monkeypatch):
         pick_device("auto")
 
 
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 2), ("auto", 0), ("cpu", 2)])
+def test_gpus_that_pytorch_does_not_see_are_a_warning(device, gpus, monkeypatch, capsys):
+    for key in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sppo.policies.models.count_gpus", lambda: gpus)
+    assert pick_device(device) == "cpu"
+    warned = capsys.readouterr().err
+    assert ("warning: this machine has 2 GPUs" in warned) == (device == "auto" and gpus > 0)
+
+
 @pytest.mark.parametrize(
     ("limit", "minutes"), [("30:00", 30), ("1:00:00", 60), ("2-12:30:00", 3630)]
 )

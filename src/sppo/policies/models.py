@@ -7,12 +7,13 @@ import datetime
 import hashlib
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sppo.core.artifacts import ROOT, check_link, parse_json, read_json
 from sppo.core.errors import UserError
-from sppo.policies.gpus import cores_of_job, take_gpus
+from sppo.policies.gpus import cores_of_job, count_gpus, take_gpus
 from sppo.policies.hub import hub_failure, hub_token
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def pick_device(device: str) -> str:
     """`cpu`, `cuda` or `mps` for the setting auto, cpu, gpu or mps.
 
     UserError if PyTorch sees no GPU although the setting is gpu, or although the setting is auto
-    and Slurm allocated a GPU. UserError also if the setting is mps without Apple silicon.
+    and Slurm allocated a GPU. UserError also if the setting is mps without Apple silicon. Warns if
+    the setting is auto and only PyTorch sees no GPU.
     """
     import torch
 
@@ -117,7 +119,18 @@ def pick_device(device: str) -> str:
             "device is gpu, but PyTorch sees no GPU here; set device: cpu, or install a CUDA build "
             "of torch"
         )
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if gpus := count_gpus():
+        print(
+            f"warning: this machine has {gpus} GPUs, but PyTorch sees none, so this runs on the "
+            "CPU; install a newer driver (for CUDA 13, NVIDIA's 580 or newer) or a build of torch "
+            "for this GPU, or set device: cpu",
+            file=sys.stderr,
+        )
+    return "cpu"
 
 
 def compute_dtype(precision: str, device: str) -> torch.dtype:
