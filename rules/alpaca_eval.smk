@@ -99,12 +99,15 @@ def judge_flags(wildcards):
     """
     chosen = settings(wildcards)["alpaca_eval"]
     keys = ["bootstrap"]
-    if wildcards.verdict != "ranker_estimate":
+    options = {}
+    if wildcards.verdict == "ranker_estimate":
+        options = preference_options(run_of(wildcards))
+    else:
         keys += ["judge_model", "judge_base_url", "both_orders", "judge_passes"]
     if wildcards.verdict == "alpaca_eval":
         keys += ["difficulty", "length_controlled_bootstrap"]
     metrics = {"length_controlled_bootstrap": 0} | {key: chosen[key] for key in keys}
-    return flags({"judge": judge(wildcards)} | metrics)
+    return flags({"judge": judge(wildcards)} | metrics) + flags(options, prefix="judge_")
 
 
 def decoding(wildcards):

@@ -50,7 +50,7 @@ rule pick_best_of_n:
         gpu=MODEL_GPUS,
     params:
         version=STAGES["answer"],
-        model=lambda wildcards: preference_model(run_of(wildcards)),
+        options=lambda wildcards: judging_flags(run_of(wildcards)),
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         generator=lambda wildcards: f"{policy_name(wildcards)}-{wildcards.choice}-of-{wildcards.n}",
     message:
@@ -60,7 +60,7 @@ rule pick_best_of_n:
         f"{PYTHON} {SRC}/evaluation/pick_best_of_n.py"
         " --answers {input.answers:q} --choice {wildcards.choice} --n {wildcards.n}"
         " --seed {params.seed:q}"
-        " --model {params.model:q} --ranker-base {input.ranker_base:q}"
+        " {params.options:q} --ranker-base {input.ranker_base:q}"
         " --generator {params.generator:q}"
         f" --device {DEVICE}"
         " --output {output.outputs:q}"

@@ -40,11 +40,22 @@ def comparing_uses_torch(wildcards):
     return preference_kind(run_of(wildcards)).uses_torch
 
 
+def preference_options(run):
+    """The keys of the section `preference` that the kind of a run's model reads, with values."""
+    chosen = run_settings(run)["preference"]
+    return {key: chosen[key] for key in preference_kind(run).options}
+
+
+def judging_flags(run):
+    """The flags of a run's preference model for programs that let it judge answers."""
+    return flags({"model": preference_model(run)} | preference_options(run))
+
+
 def comparison_flags(wildcards):
     """The flags of the preference model, the prompts that it reads, and the options of its kind."""
     run = run_of(wildcards)
     chosen = settings(wildcards)["preference"]
-    options = {key: chosen[key] for key in ("source", *preference_kind(run).options)}
+    options = {"source": chosen["source"]} | preference_options(run)
     if preference_kind(run).is_prepared:
         options["backend"] = chosen["backend"]
     options["kind"] = chosen["kind"]

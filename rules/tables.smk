@@ -207,12 +207,18 @@ def comparable_outputs(wildcards):
 
 
 def compared_by(wildcards):
-    """The preference model of training, or the judge.
+    """The flags of the preference model of training, or of the judge.
 
-    The embedded judge replaces a judge behind an API.
+    The embedded judge replaces a judge with AlpacaEval's own prompt.
     """
     if wildcards.model == "ranker":
-        return preference_model("")
+        return judging_flags("")
+    address = MAIN["alpaca_eval"]["judge_base_url"]
+    return flags({"model": comparing_judge(), "base_url": address})
+
+
+def comparing_judge():
+    """The judge, or the embedded judge if the judge is no preference model."""
     judge = MAIN["alpaca_eval"]["judge"]
     return judge if local_kind(judge) else "judge"
 
@@ -224,7 +230,7 @@ rule compare_policies:
         model=lambda wildcards: (
             preference_model_files("")
             if wildcards.model == "ranker"
-            else model_files(compared_by(wildcards), None)
+            else model_files(comparing_judge(), None)
         ),
         ranker_base=lambda wildcards: (
             ranker_base("") if wildcards.model == "ranker" else EMBEDDED_POLICY
@@ -256,12 +262,12 @@ rule compare_policies:
         gpu=MODEL_GPUS,
     params:
         version=STAGES["tabulate"],
-        model=compared_by,
+        options=compared_by,
     message:
         "Comparing all policies with each other by the {wildcards.model}"
     shell:
         f"{PYTHON} {SRC}/evaluation/compare_policies.py"
-        " --outputs {input.outputs:q} --model {params.model:q}"
+        " --outputs {input.outputs:q} {params.options:q}"
         " --ranker-base {input.ranker_base:q}"
         f" --device {DEVICE}"
         " --output {output.csv:q}"

@@ -21,8 +21,17 @@ import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_text
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
+from sppo.core.flags import add_section
 from sppo.evaluation.alpaca_eval import read_outputs
-from sppo.preferences.base import Group, compare, load_preference_model, model_files, settings_for
+from sppo.preferences.base import (
+    Group,
+    compare,
+    load_preference_model,
+    model_files,
+    option_keys,
+    options_of,
+    settings_for,
+)
 from sppo.preferences.estimates import Array, win_probabilities
 from sppo.reporting.figures import pyplot, save
 
@@ -38,11 +47,7 @@ def main() -> None:
         required=True,
         help="outputs of the policies, in the order of the matrix",
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="preference model: ranker, judge, an adapter's folder or PairRM's",
-    )
+    add_section(parser, "preference", only=("model", *option_keys()))
     parser.add_argument(
         "--ranker-base", type=Path, nargs="?", help="folder of the adapter's base model"
     )
@@ -54,12 +59,13 @@ def main() -> None:
     args = parser.parse_args()
 
     answers, names = answers_by_instruction(args.outputs)
+    settings = settings_for(args.model, **options_of(vars(args)))
     inputs = [*args.outputs, *model_files(args.model, args.ranker_base)]
     plots = [args.plot, args.plot.with_suffix(".svg")]
     with contextlib.ExitStack() as records:
         for artifact in (args.output, *plots):
             records.enter_context(recorded("tabulate", artifact, inputs, vars(args)))
-        model = load_preference_model(settings_for(args.model), args.ranker_base, args.device)
+        model = load_preference_model(settings, args.ranker_base, args.device)
         groups = {
             str(number): Group(instruction, texts)
             for number, (instruction, texts) in enumerate(answers.items(), start=1)

@@ -24,7 +24,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, recorded, write_json
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
-from sppo.core.flags import at_least, boolean
+from sppo.core.flags import add_section, at_least, boolean
 from sppo.evaluation.alpaca_eval import (
     OFFICIAL_DIFFICULTY,
     Judge,
@@ -38,7 +38,7 @@ from sppo.evaluation.alpaca_eval import (
     read_outputs,
 )
 from sppo.evaluation.judges import ALPACA_EVAL
-from sppo.preferences.base import local_kind, model_files
+from sppo.preferences.base import local_kind, model_files, option_keys, options_of
 from sppo.preferences.embedded_data import instruction_hash
 
 VERSIONS = (
@@ -82,10 +82,8 @@ def main() -> None:
         help="where the embedded judge runs",
     )
     parser.add_argument("--judge-model", help="model name for openai")
-    parser.add_argument(
-        "--judge-base-url",
-        help="address of the server for openai, such as http://localhost:8000/v1",
-    )
+    # How a judge that is a preference model computes; --judge-base-url is for openai too.
+    add_section(parser, "preference", only=option_keys(), prefix="judge_")
     parser.add_argument(
         "--both-orders",
         type=boolean,
@@ -154,6 +152,7 @@ def main() -> None:
             args.device,
             args.both_orders,
             args.judge_passes,
+            options_of(vars(args), prefix="judge_"),
         )
         seen = 0
         if kind:

@@ -25,7 +25,16 @@ import _path  # noqa: F401
 from sppo.core.artifacts import known_hash, read_json, recorded, write_json
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
-from sppo.preferences.base import Group, compare, load_preference_model, model_files, settings_for
+from sppo.core.flags import add_section
+from sppo.preferences.base import (
+    Group,
+    compare,
+    load_preference_model,
+    model_files,
+    option_keys,
+    options_of,
+    settings_for,
+)
 from sppo.preferences.estimates import (
     condorcet_winner,
     cyclic_triples,
@@ -50,11 +59,7 @@ def main() -> None:
         help="the highest mean logit, or a draw from the equilibrium",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws of --choice nash")
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="preference model: ranker, judge, an adapter's folder or PairRM's",
-    )
+    add_section(parser, "preference", only=("model", *option_keys()))
     parser.add_argument(
         "--ranker-base", type=Path, nargs="?", help="folder of the adapter's base model"
     )
@@ -76,9 +81,10 @@ def main() -> None:
             f"best of {args.n} needs {args.n} answers to every instruction, and {args.answers} has "
             f"{fewest}; raise best_of_n.samples"
         )
+    settings = settings_for(args.model, **options_of(vars(args)))
     inputs = [args.answers, *model_files(args.model, args.ranker_base)]
     with recorded("answer", args.output, inputs, vars(args)) as facts:
-        model = load_preference_model(settings_for(args.model), args.ranker_base, args.device)
+        model = load_preference_model(settings, args.ranker_base, args.device)
         groups = {
             str(number): Group(instruction, [row["output"] for row in rows[: args.n]])
             for number, (instruction, rows) in enumerate(answers.items(), start=1)

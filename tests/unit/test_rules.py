@@ -711,6 +711,27 @@ def test_main_run_may_use_its_implicit_reward(copy):
     assert (planned["annotate_preferences"], planned["annotate_implicitly"]) == (1, 2)
 
 
+def test_all_jobs_get_the_options_of_the_preference_model(copy):
+    """Otherwise answers would be sent to OpenAI although the user has named an own server."""
+    preference = {"model": "openai:m", "base_url": "http://localhost:8000/v1", "timeout": 301}
+    content = {"extends": "config/presets/laptop.yaml", "name": "own", "iterations": 1}
+    (copy / "own.yaml").write_text(yaml.safe_dump(content | {"preference": preference}))
+    targets = ["iter1/ranker_estimate.json", "iter1/best_of_16/alpaca_eval.json"]
+    targets += ["figures/pairwise_ranker.svg"]
+    words = ["--printshellcmds", "--configfile", "own.yaml", "--"]
+    done = dry_run(copy, *words, *(f"results/own/{target}" for target in targets))
+    asked = [line for line in (done.stdout + done.stderr).splitlines() if "openai:m" in line]
+    programs = {Path(word).stem for line in asked for word in line.split() if word.endswith(".py")}
+    assert programs == {
+        "annotate_preferences",
+        "evaluate_alpaca_eval",
+        "pick_best_of_n",
+        "compare_policies",
+    }
+    for line in asked:
+        assert re.search(r"base-url http://localhost:8000/v1 .*timeout 301 ", line), line
+
+
 def test_only_controls_get_flags_of_labels(copy):
     """A flag for annotated labels would make the pairs of an earlier version again."""
     done = dry_run(
@@ -932,6 +953,11 @@ BAD = {
         ["alpaca_eval.limit is 100000"],
     ),
     "missing adapter": ("preference: {model: ./nowhere}", ["preference.model is ./nowhere"]),
+    "preference model that does not know the evaluation's instructions": (
+        "preference: {model: verifiable}\n"
+        "prompts: {source: data/instructions/sentence_train.jsonl, per_iteration: 10}",
+        ["preference.model is verifiable, which does not know 300 of 300", "ranker_estimate"],
+    ),
     "missing judge": (
         "alpaca_eval: {judge: ./nowhere}",
         ["judge ./nowhere is missing", "alpaca_eval.judge"],

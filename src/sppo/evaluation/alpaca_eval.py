@@ -24,8 +24,8 @@ import sys
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,9 +108,10 @@ class PreferenceAnnotator:
 class Judge:
     """The judge.
 
-    `model` is for the judge `openai`, `base_url` also for `openai:<model>`. `base` (a model folder)
-    and `device` are for an embedded judge. `both_orders` and `passes` say how often a judge
-    behind an API is asked about each pair.
+    `model` and `base_url` are for the judge `openai`. `base` (a model folder) and `device` are for
+    an embedded judge. `both_orders` and `passes` say how often a judge behind an API is asked about
+    each pair. `options` are keys of the section `preference`, for a judge that is a preference
+    model.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Judge:
     device: str = "cpu"
     both_orders: bool = False
     passes: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def repeats(self) -> bool:
@@ -146,7 +148,7 @@ def _annotator(judge: Judge, cache: Path, folder: Path) -> tuple[Record, Record]
             "annotators_config": judge.name,
             "Annotator": PreferenceAnnotator,
             "model": load_preference_model(
-                settings_for(judge.name, base_url=judge.base_url), judge.base, judge.device
+                settings_for(judge.name, **judge.options), judge.base, judge.device
             ),
         }, facts
     config, facts = judge.name, {"annotators_config": judge.name}
@@ -363,9 +365,9 @@ def read_outputs(path: Path) -> list[Record]:
             "[{instruction, output, generator}, ...]"
         )
     for number, row in enumerate(rows, start=1):
-        for field in ("instruction", "output", "generator"):
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise UserError(f"{path}: entry {number} has no text in '{field}'; add it")
+        for key in ("instruction", "output", "generator"):
+            if not isinstance(row, dict) or not isinstance(row.get(key), str):
+                raise UserError(f"{path}: entry {number} has no text in '{key}'; add it")
         first = seen.setdefault(row["instruction"], number)
         if first != number:
             raise UserError(
@@ -674,6 +676,14 @@ def check_inputs(config: Record, where: str) -> set[str]:
         check_order(asked, Path(chosen["difficulty"]))
     texts = [row["instruction"] for row in asked]
     check_prompts(settings_for(chosen["judge"]), texts, f"{section}.judge")
+    if "ranker_estimate" in config["summary"]["evaluations"]:
+        check_prompts(
+            config["preference"],
+            texts,
+            f"config: {where}preference.model",
+            "remove ranker_estimate from summary.evaluations, because it asks this model about"
+            " alpaca_eval.instructions, or set instructions that it knows",
+        )
     return {normalised(row["instruction"]) for row in instructions}
 
 

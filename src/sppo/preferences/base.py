@@ -195,19 +195,26 @@ def kind_of(settings: Settings, key: str = "config: preference.model") -> type[P
     return kind
 
 
-def check_prompts(settings: Settings, prompts: list[str], key: str) -> None:
+OWN_PROMPTS = (
+    "for your own prompts set preference.model and alpaca_eval.judge, or extend"
+    " config/presets/laptop.yaml, which has both"
+)
+
+
+def check_prompts(
+    settings: Settings, prompts: list[str], key: str, remedy: str = OWN_PROMPTS
+) -> None:
     """Raise `UserError` if the model cannot compare responses to one of the prompts.
 
     A name that no kind recognises, such as a judge behind an API, is not checked. key: what names
-    the model, for the error line.
+    the model, for the error line, which ends with the remedy.
     """
     kind = find_kind(settings)
     unknown = kind.unknown_prompts(settings["model"], prompts) if kind else []
     if unknown:
         raise UserError(
             f"{key} is {settings['model']}, which does not know {len(unknown)} of {len(prompts)}"
-            f" prompts, such as {unknown[0][:60]!r}; for your own prompts set preference.model and"
-            " alpaca_eval.judge, or extend config/presets/laptop.yaml, which has both"
+            f" prompts, such as {unknown[0][:60]!r}; {remedy}"
         )
 
 
@@ -216,6 +223,16 @@ def settings_for(model: str, **others: Any) -> dict[str, Any]:
     keys = schema()["properties"]["preference"]["properties"]
     defaults = {key: default_of(rule, "paper") for key, rule in keys.items()}
     return defaults | {"model": model} | others
+
+
+def option_keys() -> tuple[str, ...]:
+    """The keys of the section `preference` that some kind reads."""
+    return tuple(dict.fromkeys(key for kind in KINDS.values() for key in kind.options))
+
+
+def options_of(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of `option_keys` among a program's arguments, whose names begin with `prefix`."""
+    return {key: arguments[prefix + key] for key in option_keys()}
 
 
 def local_kind(model: str) -> type[PreferenceModel] | None:

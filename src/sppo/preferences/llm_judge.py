@@ -108,12 +108,16 @@ class LlmJudge(PreferenceModel):
 
     @classmethod
     def check(cls, settings: Settings, key: str) -> None:
+        # The address of `preference.model` is in `preference.base_url`, that of
+        # `alpaca_eval.judge` in `alpaca_eval.judge_base_url`.
+        named = key.removeprefix("config: ")
+        address = named.removesuffix("model") if named.endswith(".model") else f"{named}_"
         if settings["base_url"] is not None:
-            check_address(settings["base_url"], "preference.base_url")
+            check_address(settings["base_url"], f"{address}base_url")
         elif not os.environ.get("OPENAI_API_KEY"):
             raise UserError(
                 f"{key} is {settings['model']}, which needs a key; export OPENAI_API_KEY, or set"
-                " preference.base_url to your own server, such as http://localhost:8000/v1"
+                f" {address}base_url to your own server, such as http://localhost:8000/v1"
             )
         template(settings)
 
