@@ -107,7 +107,14 @@ def judge_flags(wildcards):
     if wildcards.verdict == "alpaca_eval":
         keys += ["difficulty", "length_controlled_bootstrap"]
     metrics = {"length_controlled_bootstrap": 0} | {key: chosen[key] for key in keys}
-    return flags({"judge": judge(wildcards)} | metrics) + flags(options, prefix="judge_")
+    chosen = flags({"judge": judge(wildcards)} | metrics)
+    return chosen + flags(options, skip=REQUEST_KEYS, prefix="judge_")
+
+
+def judge_request_flags(wildcards, threads):
+    """The flags that say how a server of the preference model is asked, for the estimate by it."""
+    of_estimate = wildcards.verdict == "ranker_estimate"
+    return requests_of(run_of(wildcards), prefix="judge_") if of_estimate else []
 
 
 def decoding(wildcards):
@@ -252,6 +259,7 @@ rule judge_outputs:
         policy=policy_name,
         decoding=decoding,
         options=judge_flags,
+        requests=judge_request_flags,
     message:
         "Judging {wildcards.run}iteration {wildcards.t}: {wildcards.verdict}"
     shell:
@@ -262,5 +270,6 @@ rule judge_outputs:
         " --policy {params.policy:q}"
         " --decoding {params.decoding:q} --seed {params.seed:q}"
         f" --device {DEVICE}"
-        " --threads {threads} {params.options:q} --annotations {output.annotations:q}"
+        " --threads {threads} {params.options:q} {params.requests:q}"
+        " --annotations {output.annotations:q}"
         " --output {output.result:q} 2>&1 | tee {log:q}"

@@ -51,6 +51,7 @@ rule pick_best_of_n:
     params:
         version=STAGES["answer"],
         options=lambda wildcards: judging_flags(run_of(wildcards)),
+        requests=request_flags,
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         generator=lambda wildcards: f"{policy_name(wildcards)}-{wildcards.choice}-of-{wildcards.n}",
     message:
@@ -60,7 +61,7 @@ rule pick_best_of_n:
         f"{PYTHON} {SRC}/evaluation/pick_best_of_n.py"
         " --answers {input.answers:q} --choice {wildcards.choice} --n {wildcards.n}"
         " --seed {params.seed:q}"
-        " {params.options:q} --ranker-base {input.ranker_base:q}"
+        " {params.options:q} {params.requests:q} --ranker-base {input.ranker_base:q}"
         " --generator {params.generator:q}"
         f" --device {DEVICE}"
         " --output {output.outputs:q}"
@@ -88,6 +89,7 @@ use rule judge_outputs as judge_best_of_n with:
         policy=lambda wildcards: f"{policy_name(wildcards)}-{wildcards.choice}-of-{wildcards.n}",
         decoding=decoding,
         options=judge_flags,
+        requests=judge_request_flags,
     message:
         "Judging the {wildcards.choice} of {wildcards.n}: {wildcards.run}iteration {wildcards.t},"
         " {wildcards.verdict}"

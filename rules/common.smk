@@ -19,7 +19,7 @@ IS_CLONE = Path(".snakemake/sppo").resolve() in REPOSITORY.resolve().parents  # 
 sys.path.insert(0, str(REPOSITORY / "src"))
 
 from sppo.core.artifacts import shipped
-from sppo.core.config import ENGINE_KEYS, MODEL_SOURCE, OF_CHATS
+from sppo.core.config import ENGINE_KEYS, MODEL_SOURCE, OF_CHATS, running_keys
 from sppo.core.config_files import all_files, check_files, files_hint
 from sppo.core.errors import UserError, explained, fail, on_one_line
 from sppo.core.flags import flags, of_iteration
@@ -177,7 +177,7 @@ def any_of(runs):
 
 wildcard_constraints:
     run=any_of(RUNS),
-    t=r"\d+",
+    t=r"0|[1-9]\d*",
     shard=r"\d+",
 
 

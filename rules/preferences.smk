@@ -46,9 +46,25 @@ def preference_options(run):
     return {key: chosen[key] for key in preference_kind(run).options}
 
 
+# The keys that cannot change a result. Snakemake does not run a job again if only a parameter has
+# changed whose function takes `threads`, so these functions do.
+REQUEST_KEYS = running_keys("preference")
+
+
+def request_flags(wildcards, threads):
+    """The flags that say how a server of the run's preference model is asked."""
+    return requests_of(run_of(wildcards))
+
+
+def requests_of(run, prefix=""):
+    """`request_flags` of a run."""
+    options = preference_options(run)
+    return flags({key: options[key] for key in REQUEST_KEYS if key in options}, prefix=prefix)
+
+
 def judging_flags(run):
     """The flags of a run's preference model for programs that let it judge answers."""
-    return flags({"model": preference_model(run)} | preference_options(run))
+    return flags({"model": preference_model(run)} | preference_options(run), skip=REQUEST_KEYS)
 
 
 def comparison_flags(wildcards):
@@ -59,7 +75,7 @@ def comparison_flags(wildcards):
     if preference_kind(run).is_prepared:
         options["backend"] = chosen["backend"]
     options["kind"] = chosen["kind"]
-    return flags({"model": preference_model(run)} | options) + CHATS
+    return flags({"model": preference_model(run)} | options, skip=REQUEST_KEYS) + CHATS
 
 
 def preference_environment(wildcards):
@@ -136,6 +152,7 @@ rule annotate_preferences:
     params:
         version=STAGES["annotate"],
         options=comparison_flags,
+        requests=request_flags,
     message:
         "Comparing responses of {wildcards.run}iteration {wildcards.t}, shard {wildcards.shard}"
     shell:
@@ -144,7 +161,7 @@ rule annotate_preferences:
         " --responses {input.responses:q} --policy {input.policy:q}"
         " --ranker-base {input.ranker_base:q}"
         f" --device {DEVICE}"
-        " {params.options:q}"
+        " {params.options:q} {params.requests:q}"
         " --output {output.preferences:q} 2>&1 | tee {log:q}"
 
 

@@ -33,6 +33,24 @@ def questions(wildcards):
     return list(dict.fromkeys(files))
 
 
+def parts(wildcards):
+    """The number of disjoint parts into which the prompts are divided.
+
+    If this number does not decide which prompts iteration t gets, it is t. So a run can be
+    continued with a larger `iterations`.
+    """
+    run = settings(wildcards)
+    if int(wildcards.t) > run["iterations"]:
+        where = f"runs.{run_of(wildcards)}." if run_of(wildcards) else ""
+        fail(
+            f"iteration {wildcards.t} is asked for, but {where}iterations is {run['iterations']};"
+            " raise it"
+        )
+    chosen = run["prompts"]
+    is_fixed = chosen["per_iteration"] or chosen["repeat"] or "{t}" in chosen["source"]
+    return wildcards.t if is_fixed else run["iterations"]
+
+
 rule sample_prompts:
     """Draw one iteration's prompts, disjoint from other iterations' and from the evaluations'."""
     input:
@@ -57,7 +75,7 @@ rule sample_prompts:
         runtime=30,
     params:
         version=STAGES["sample"],
-        iterations=lambda wildcards: settings(wildcards)["iterations"],
+        iterations=parts,
         room=lambda wildcards: settings(wildcards)["responses"]["max_new_tokens"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         options=prompt_flags,

@@ -17,11 +17,12 @@ def iterations(wildcards):
     return range(settings(wildcards)["iterations"] + 1)
 
 
-def base_of(wildcards):
+def base_of(wildcards, evaluation="alpaca_eval"):
     """The run whose iter0 evaluates the base: this run if it evaluates differently, else main."""
     run = settings(wildcards)
     name = run_of(wildcards)
-    same_sections = all(run[key] == MAIN[key] for key in ("alpaca_eval", "ifeval"))
+    sections = {"alpaca_eval", "ifeval", evaluation} & run.keys()
+    same_sections = all(run[key] == MAIN[key] for key in sections)
     same_prompt = run["pairs"]["target_reward"] == MAIN["pairs"]["target_reward"]
     same_model = preference_model(name) == preference_model("")
     as_main = same_sections and same_prompt and same_model
@@ -45,7 +46,7 @@ def summarized(wildcards):
 def evaluations_of_base(wildcards):
     """The summary's evaluations of the base, which another run may have made."""
     return [
-        artifact(base_of(wildcards), 0, each.artifact)
+        artifact(base_of(wildcards, each.name), 0, each.artifact)
         for each in summarized(wildcards)
         if each.first_iteration == 0
     ]
@@ -263,11 +264,12 @@ rule compare_policies:
     params:
         version=STAGES["tabulate"],
         options=compared_by,
+        requests=lambda wildcards, threads: requests_of("") if wildcards.model == "ranker" else [],
     message:
         "Comparing all policies with each other by the {wildcards.model}"
     shell:
         f"{PYTHON} {SRC}/evaluation/compare_policies.py"
-        " --outputs {input.outputs:q} {params.options:q}"
+        " --outputs {input.outputs:q} {params.options:q} {params.requests:q}"
         " --ranker-base {input.ranker_base:q}"
         f" --device {DEVICE}"
         " --output {output.csv:q}"

@@ -187,8 +187,14 @@ def training_flags(wildcards):
     So a key that is added for one loss does not make the policies of others again.
     """
     train = of_iteration(settings(wildcards)["train"], int(wildcards.t))
-    unread = unread_keys(train["loss"])
-    return flags(train, skip=("reference_every", "history", "lookahead", *unread))
+    skipped = (*unread_keys(train["loss"]), *running_keys("train"))
+    return flags(train, skip=("reference_every", "history", "lookahead", *skipped))
+
+
+def running_flags(wildcards, threads):
+    """The flags of training that cannot change a policy, see `REQUEST_KEYS`."""
+    train = settings(wildcards)["train"]
+    return flags({key: train[key] for key in running_keys("train")})
 
 
 def on_each_node(wildcards):
@@ -230,6 +236,7 @@ rule train_policy:
         on_each_node=on_each_node,
         seed=lambda wildcards: settings(wildcards)["seeds"]["train"],
         options=training_flags,
+        running=running_flags,
         reference=reference_flags,
         attention=lambda wildcards: flags({"attention": MAIN["policy"]["attention"]}),
     message:
@@ -240,7 +247,7 @@ rule train_policy:
         " --pairs {input.pairs:q} --current {input.current:q}"
         " {params.reference:q} --policy {input.policy:q} --seed {params.seed:q}"
         f" --device {DEVICE}"
-        " {params.attention:q} {params.options:q}"
+        " {params.attention:q} {params.options:q} {params.running:q}"
         " --output {output.policy:q} --log {output.log:q} 2>&1 | tee {log:q}"
 
 

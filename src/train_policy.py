@@ -43,7 +43,7 @@ from sppo.core.artifacts import (
     write_text,
     written_whole,
 )
-from sppo.core.config import DEVICES
+from sppo.core.config import DEVICES, running_keys
 from sppo.core.errors import UserError, run, writing
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table
@@ -518,7 +518,7 @@ def fingerprint(args: argparse.Namespace) -> str:
     settings = {
         key: str(value)
         for key, value in vars(args).items()
-        if key not in ("output", "log", "report_to")
+        if key not in ("output", "log", *running_keys("train"))
     }
     inputs = [known_hash(path) for path in inputs_of(args)]
     text = json.dumps([settings, inputs, STAGES["train"]], sort_keys=True)

@@ -27,6 +27,7 @@ from pathlib import Path
 import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, read_record, record_path, write_json
 from sppo.core.errors import UserError, run
+from sppo.workflow.deleted import POLICIES
 
 # The stage of an artifact by its path below a run's folder. Rebuilt records take the stage from it.
 STAGE_OF = {
@@ -38,7 +39,7 @@ STAGE_OF = {
     r"iter\d+/grades/\d+\.parquet": "grade",
     r"iter\d+/pairs\.parquet": "select",
     r"iter\d+/logps/\w+/\d+\.parquet": "reference",
-    r"iter\d+/(policy|train_log\.jsonl)": "train",
+    r"iter\d+/(policy|train_log\.jsonl|lookahead|lookahead_log\.jsonl)": "train",
     r"iter\d+/(.*/)?((alpaca_eval|ifeval|arena_hard)_outputs\.json|\w+_answers\.jsonl?)": "answer",
     r"iter\d+/(.*/)?(alpaca_eval|ranker_estimate)\w*\.json": "judge",
     r"iter\d+/mt_bench\w*\.jsonl?": "mt_bench",
@@ -67,7 +68,7 @@ def main() -> None:
     artifacts |= {path for path in args.results.rglob("*") if stage_of(path)}
     faults = gone_policies = 0
     for artifact in sorted(artifacts):
-        if artifact.name == "policy" and not os.path.lexists(artifact):
+        if artifact.name in POLICIES and not os.path.lexists(artifact):
             gone_policies += 1
             continue
         for fault, is_of_record in check(artifact):

@@ -486,6 +486,14 @@ BAD = {
         {"train": {"backend": "trl", "loss": "sft"}},
         ["TRL has no loss sft"],
     ),
+    "base that this experiment makes": (
+        {"name": "x", "policy": {"model": "results/x/iter2/policy"}},
+        ["policy.model is results/x/iter2/policy", "name is x", "set another name"],
+    ),
+    "base that a run of this experiment makes": (
+        {"policy": {"model": "./results/a/iter1/policy"}, "runs": {"a": {"train": {"beta": 1}}}},
+        ["policy.model is ", "results/a/iter1/policy", "name is not set"],
+    ),
     "implicit rewards with SFT": (
         {"preference": {"implicit": True}, "train": {"loss": "sft"}},
         ["preference.implicit", "with a reference"],
@@ -962,9 +970,9 @@ def test_value_may_start_with_a_hyphen():
 
 def test_chat_template_variables_keep_their_types():
     """`snakemake --config policy={...}` gives only text."""
-    given = {"enable_thinking": "false", "effort": "high", "budget": 5}
+    given = {"enable_thinking": "false", "effort": "none", "budget": 5, "mode": "007"}
     policy = resolve({"policy": {"chat_template_kwargs": given}})[""]["policy"]
-    expected = {"enable_thinking": False, "effort": "high", "budget": 5}
+    expected = given | {"enable_thinking": False}
     assert policy["chat_template_kwargs"] == expected
 
 

@@ -140,6 +140,12 @@ def test_a_population_is_told_from_other_yaml_files(tmp_path):
         ("models:\n- ranker", "entry 1: give `models:`"),
         ("models:\n- {model: ranker, wieght: 2}", "entry 1: unknown key wieght"),
         ("models:\n- {model: ranker, weight: 0}", "entry 1: weight is 0; give a number above 0"),
+        ("models:\n- {model: ranker, weight: .inf}", "entry 1: weight is inf; give a number"),
+        ("models:\n- {model: ranker, implicit: true}", "entry 1: unknown key implicit"),
+        ("models:\n- {model: ranker, kind: foo}", "entry 1: preference.kind"),
+        ("models:\n- {model: 'openai:x', base_url: 5}", "entry 1: preference.base_url is 5"),
+        ("models:\n- {model: ranker, concurrency: 0}", "entry 1: preference.concurrency is 0"),
+        ("models:\n- {model: ranker, timeout: abc}", "entry 1: preference.timeout is 'abc'"),
         ("models:\n- {model: nowhere.py:f}", "entry 1: model: nowhere.py is missing"),
         ("models:\n- {model: nothing}", "entry 1: model is nothing; give"),
         (

@@ -711,6 +711,29 @@ def test_main_run_may_use_its_implicit_reward(copy):
     assert (planned["annotate_preferences"], planned["annotate_implicitly"]) == (1, 2)
 
 
+def test_prompts_of_an_iteration_do_not_depend_on_later_ones(copy):
+    """So a run can be continued with a larger `iterations`."""
+    text = "{name: own, prompts: {per_iteration: 12}}"
+    write_overlay(copy / "own.yaml", text)
+
+    def command(t: int, iterations: int) -> str:
+        words = ["--printshellcmds", "--configfile", "own.yaml"]
+        words += ["--config", f"iterations={iterations}"]
+        done = dry_run(copy, *words, "--", f"results/own/iter{t}/prompts.parquet")
+        lines = (done.stdout + done.stderr).splitlines()
+        return next(line for line in lines if "/sample_prompts.py" in line)
+
+    assert command(2, 2) == command(2, 4)
+    assert "--iteration 2 --iterations 2 " in command(2, 4)
+
+
+def test_iteration_beyond_the_last_is_refused(copy):
+    done = dry_run(copy, "results/iter4/policy")
+    assert done.returncode
+    said = "error: iteration 4 is asked for, but iterations is 3; raise it"
+    assert said in done.stdout + done.stderr
+
+
 def test_all_jobs_get_the_options_of_the_preference_model(copy):
     """Otherwise answers would be sent to OpenAI although the user has named an own server."""
     preference = {"model": "openai:m", "base_url": "http://localhost:8000/v1", "timeout": 301}

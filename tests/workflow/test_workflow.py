@@ -180,6 +180,22 @@ def test_rebuilt_record_causes_no_rerun(clone):
     assert "Nothing to be done" in snakemake(clone, RESULT)
 
 
+def test_settings_that_cannot_change_results_cause_no_rerun(clone):
+    """Also after results exist: more iterations keep the first ones, if these have fixed sizes."""
+    harmless = {"train": "{checkpoint_steps: 7}", "preference": "{timeout: 7, concurrency: 2}"}
+    assert "Nothing to be done" in snakemake(clone, RESULT, **harmless)
+    words = command(clone, "results/tiny/iter3/prompts.parquet", iterations="3")
+    planned = subprocess.run(
+        [*words[: words.index("--")], "--dry-run", *words[words.index("--") :]],
+        cwd=clone[0],
+        capture_output=True,
+        env=ENVIRONMENT,
+        text=True,
+    )
+    text = planned.stdout + planned.stderr
+    assert text.count("/sample_prompts") + text.count("Drawing the prompts") == 1, text
+
+
 def test_deleted_policy_is_rebuilt_with_its_dependents(clone):
     before = times(clone)
     shutil.rmtree(clone[0] / "results/tiny/iter1/policy")

@@ -86,6 +86,12 @@ def _registry(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def running_keys(section: str) -> tuple[str, ...]:
+    """The keys of a section that say how jobs run and cannot change a result (`x-running`)."""
+    rules = schema()["properties"][section]["properties"]
+    return tuple(key for key, rule in rules.items() if rule.get("x-running"))
+
+
 def default_of(rule: Config, settings: str) -> Any:
     """The value that a key takes when nobody sets it. rule: the key's part of the schema."""
     return rule["x-settings"][settings] if "x-settings" in rule else copy.deepcopy(rule["default"])
@@ -127,7 +133,10 @@ def typed(written: Config, rules: Config) -> Config:
             result[key] = value.isoformat()  # YAML reads a date without quotes as one
         elif value == "null" and "null" in rule.get("type", ()):
             result[key] = None
-        elif isinstance(value, str) and (free or rule and "string" not in rule["type"]):
+        elif free and isinstance(value, str):
+            # Only these, because a file can mean a text such as "none" or "007".
+            result[key] = {"true": True, "false": False}.get(value, value)
+        elif isinstance(value, str) and rule and "string" not in rule["type"]:
             result[key] = _spelled(value)
         elif isinstance(value, list) and "array" in rule.get("type", ()):
             result[key] = [_spelled(item) if isinstance(item, str) else item for item in value]

@@ -15,13 +15,14 @@ mean.
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
-from sppo.core.config import schema
+from sppo.core.config import check_against_schema, schema
 from sppo.core.errors import UserError
 from sppo.preferences.base import (
     Group,
@@ -57,7 +58,7 @@ def members_of(file: Path) -> list[Member]:
     entries = content.get("models") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or set(content) != {"models"}:
         raise UserError(f"{file} is no list of preference models; {FORM}")
-    keys = {*schema()["properties"]["preference"]["properties"], "weight"}
+    keys = {*schema()["properties"]["preference"]["properties"], "weight"} - {"implicit"}
     members = []
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
@@ -65,9 +66,11 @@ def members_of(file: Path) -> list[Member]:
         if unknown := entry.keys() - keys:
             raise UserError(f"{file} entry {number}: unknown key {min(unknown)}; {FORM}")
         weight = entry.get("weight", 1)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight > 0:
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not is_number or not 0 < weight < math.inf:
             raise UserError(f"{file} entry {number}: weight is {weight}; give a number above 0")
         others = {key: value for key, value in entry.items() if key not in ("model", "weight")}
+        check_against_schema({"preference": others}, f"{file} entry {number}: ")
         members.append(Member(settings_for(entry["model"], **others), float(weight)))
     return members
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ class Runs(Mapping[str, Config]):
         self._main = written
         main = _paths_written_out(completed(written), rules, "")
         check_together(main)
+        self._check_base(main)
         if main["extrapolation"] is not None:
             raise UserError(
                 "config: extrapolation continues main's policies, so it belongs to a run, as in"
@@ -108,6 +110,21 @@ class Runs(Mapping[str, Config]):
             except UserError as error:
                 raise of_run(error, name) from None
         return self._complete[name]
+
+    def _check_base(self, main: Config) -> None:
+        """The base is no policy of this experiment, which would be trained again; else UserError.
+
+        Before Snakemake makes a policy, it removes the old one, and the base with it.
+        """
+        model, root = main["policy"]["model"], Path("results") / main["name"]
+        place = Path(os.path.realpath(model))
+        folders = [Path(os.path.realpath(root / run)) for run in self]
+        below = [place.relative_to(each) for each in folders if place.is_relative_to(each)]
+        if any(re.match(r"iter\d+(/|$)", str(path)) for path in below):
+            raise UserError(
+                f"config: policy.model is {model}, which this experiment makes itself, as name is"
+                f" {main['name'] or 'not set'}; to go on from it, set another name"
+            )
 
     def usable(self) -> dict[str, Config]:
         """The runs whose configurations are right, by name; "" first."""

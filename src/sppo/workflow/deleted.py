@@ -39,6 +39,10 @@ def force_deleted(workflow: Any, deleted: Callable[[], Iterable[str]]) -> None:
     workflow.__class__ = Watched
 
 
+# What the workflow drops itself if `keep_policies` is false.
+POLICIES = ("policy", "lookahead")
+
+
 def deleted_artifacts(root: Path, keep_policies: bool) -> list[str]:
     """Artifacts under `root` that a record names as made or used there, and that do not exist.
 
@@ -54,6 +58,6 @@ def deleted_artifacts(root: Path, keep_policies: bool) -> list[str]:
     own = (
         name
         for name in named
-        if Path(name).is_relative_to(root) and (keep_policies or Path(name).name != "policy")
+        if Path(name).is_relative_to(root) and (keep_policies or Path(name).name not in POLICIES)
     )
     return sorted(name for name in own if not Path(name).exists())
