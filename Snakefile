@@ -66,7 +66,7 @@ rule all:
 rule everything:
     """Make all evaluations of the main run, best of n of its last policy, and the K = 2 run.
 
-    It also makes the training figure and the response browser. The tables and the heatmaps show the
+    It also makes the training figure and the response browser, if it can show the run. The tables and the heatmaps show the
     evaluations that exist, so they are separate targets, to be made after this one.
     """
     input:
@@ -79,8 +79,8 @@ rule everything:
             if t >= each.first_iteration
         ],
         artifact("", MAIN["iterations"], "best_of_n.svg"),
-        f"{ROOT}figures/training.svg",
-        f"{ROOT}response_browser.html",
+        [f"{ROOT}figures/training.svg"] if is_trained(MAIN) else [],
+        [f"{ROOT}response_browser.html"] if is_browsable(MAIN) else [],
 
 
 rule compare:

@@ -25,10 +25,21 @@ use rule answer_instructions as answer_instructions_n_times with:
         highest_reward=highest_reward,
 
 
+def answers_to_pick_from(wildcards):
+    """The file of several answers to each instruction; an error if there are fewer than n."""
+    most = settings(wildcards)["best_of_n"]["samples"]
+    if int(wildcards.n) > most:
+        fail(
+            f"{wildcards.n} answers to each instruction are asked for; raise best_of_n.samples,"
+            f" which is {most}"
+        )
+    return at("best_of_n_answers.json").format(**wildcards)
+
+
 rule pick_best_of_n:
     """Keep the best of the first n answers by the preference model, or draw from their game."""
     input:
-        answers=at("best_of_n_answers.json"),
+        answers=answers_to_pick_from,
         model=lambda wildcards: preference_model_files(run_of(wildcards)),
         ranker_base=lambda wildcards: ranker_base(run_of(wildcards)),
     output:

@@ -6,9 +6,39 @@ tables/evaluations.{csv,md,html}, tables/methods.{csv,md,tex,html} and figures/m
 """
 
 
+def is_trained(run):
+    """Whether a run trains policies."""
+    return run["iterations"] > 0 and run["extrapolation"] is None
+
+
+def is_browsable(run):
+    """Whether a run trains on one pair of responses to each prompt, as the browser shows them."""
+    pairs = run["pairs"]
+    is_chosen_otherwise = pairs["construction"] in ("all", "gold", "graded")
+    is_more = pairs["even_lengths"] or pairs["target_reward"] or run["replay"]["share"]
+    return is_trained(run) and not (is_chosen_otherwise or is_more)
+
+
 def trainings(wildcards):
-    """The iterations 1 to T of the run."""
-    return range(1, settings(wildcards)["iterations"] + 1)
+    """The iterations 1 to T of the run; an error if it is not trained."""
+    run = settings(wildcards)
+    if not is_trained(run):
+        fail(
+            f"the run {run_of(wildcards) or 'main'} trains no policy, so there is nothing to show"
+            " of its training; ask for its summary.md"
+        )
+    return range(1, run["iterations"] + 1)
+
+
+def browsed(wildcards):
+    """The iterations that the response browser shows; an error if it cannot show the run."""
+    if is_trained(settings(wildcards)) and not is_browsable(settings(wildcards)):
+        fail(
+            "the response browser shows only runs that train on one pair of responses to each"
+            f" prompt, which {run_of(wildcards) or 'main'} does not; see pairs.construction,"
+            " pairs.even_lengths, pairs.target_reward and replay.share"
+        )
+    return trainings(wildcards)
 
 
 rule plot_training:
@@ -53,13 +83,13 @@ rule build_response_browser:
         template=shipped("src/sppo/reporting/response_browser.html"),
         instructions=lambda wildcards: settings(wildcards)["alpaca_eval"]["instructions"],
         prompts=lambda wildcards: [
-            sampled(wildcards, "prompts.parquet", t) for t in trainings(wildcards)
+            sampled(wildcards, "prompts.parquet", t) for t in browsed(wildcards)
         ],
         responses=lambda wildcards: [
-            path for t in trainings(wildcards) for path in shards(wildcards, "responses", t)
+            path for t in browsed(wildcards) for path in shards(wildcards, "responses", t)
         ],
         preferences=lambda wildcards: [
-            path for t in trainings(wildcards) for path in shards(wildcards, "preferences", t)
+            path for t in browsed(wildcards) for path in shards(wildcards, "preferences", t)
         ],
         pairs=lambda wildcards: [
             artifact(run_of(wildcards), t, "pairs.parquet") for t in trainings(wildcards)

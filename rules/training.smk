@@ -178,9 +178,6 @@ rule extrapolate_policy:
         " --alpha {params.alpha:q} --output {output.policy:q} 2>&1 | tee {log:q}"
 
 
-ruleorder: extrapolate_policy > train_policy
-
-
 def training_flags(wildcards):
     """The flags of the section `train`, without the parameters that its loss does not read.
 
@@ -224,6 +221,8 @@ rule train_policy:
         f"{LOGS}{{run}}iter{{t}}/train_policy.log",
     benchmark:
         f"{BENCHMARKS}{{run}}iter{{t}}/train_policy.tsv"
+    wildcard_constraints:
+        run=any_of(name for name in RUNS if name not in EXTRAPOLATED),
     conda:
         "../envs/core.yaml"
     threads: TRAINING_THREADS

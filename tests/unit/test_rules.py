@@ -639,6 +639,29 @@ def test_everything_plans_all_evaluations(copy):
     assert jobs(dry_run(copy, "paper_tables"))["paper_tables"] == 1
 
 
+IMPOSSIBLE = {
+    "results/expo/figures/training.svg": "the run expo trains no policy",
+    "results/expo/iter1/train_log.jsonl": "results/expo/iter1/train_log.jsonl",
+    "results/dno/response_browser.html": "one pair of responses to each prompt, which dno does not",
+    "results/iter3/best_of_99/alpaca_eval.json": "raise best_of_n.samples, which is 16",
+}
+
+
+@pytest.mark.parametrize(("target", "said"), IMPOSSIBLE.items(), ids=IMPOSSIBLE)
+def test_impossible_target_is_refused_before_any_job(target, said, copy):
+    done = dry_run(copy, target)
+    assert done.returncode
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_everything_leaves_out_what_a_run_cannot_have(copy):
+    words = ["everything", "--config"]
+    assert "build_response_browser" not in jobs(dry_run(copy, *words, "pairs={construction: all}"))
+    planned = jobs(dry_run(copy, *words, "iterations=0", "summary={beside: []}"))
+    assert not {"plot_training", "train_policy"} & planned.keys()
+
+
 def test_reference_policy_of_each_method_is_scored(copy):
     """References other than pi_t are scored only in the iterations in which a method has them.
 
