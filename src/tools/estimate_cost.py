@@ -20,7 +20,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import ROOT, read_json
 from sppo.core.config_files import read_files
 from sppo.core.errors import UserError, run
-from sppo.core.flags import of_iteration
+from sppo.core.flags import at_least, of_iteration, positive
 from sppo.evaluation import alpaca_eval, arena_hard, ifeval
 from sppo.policies.prompts import read_instructions
 from sppo.policies.shapes import SHAPES, Shape, shape_of
@@ -89,26 +89,28 @@ def main() -> None:
     )
     parser.add_argument("--gpu", choices=list(GPUS), default="H100")
     parser.add_argument(
-        "--gpus", type=int, help="number of GPUs that train a policy; default: train.processes"
+        "--gpus",
+        type=at_least(1),
+        help="number of GPUs that train a policy; default: train.processes",
     )
-    parser.add_argument("--peak-tflops", type=float, help="bfloat16 TFLOP/s of another GPU")
-    parser.add_argument("--memory-gb", type=float, help="memory of another GPU in GB")
-    parser.add_argument("--bandwidth-tb", type=float, help="bandwidth of another GPU in TB/s")
+    parser.add_argument("--peak-tflops", type=positive, help="bfloat16 TFLOP/s of another GPU")
+    parser.add_argument("--memory-gb", type=positive, help="memory of another GPU in GB")
+    parser.add_argument("--bandwidth-tb", type=positive, help="bandwidth of another GPU in TB/s")
     parser.add_argument(
         "--mfu-training",
-        type=float,
+        type=positive,
         default=0.35,
         help="assumed share of the peak FLOP/s in training (default: %(default)s)",
     )
     parser.add_argument(
         "--mfu-forward",
-        type=float,
+        type=positive,
         default=0.4,
         help="assumed share of the peak FLOP/s in forward passes (default: %(default)s)",
     )
     parser.add_argument(
         "--bandwidth-share",
-        type=float,
+        type=positive,
         default=0.6,
         help="assumed share of the bandwidth in generation (default: %(default)s)",
     )
@@ -121,25 +123,25 @@ def main() -> None:
     )
     parser.add_argument(
         "--prompts",
-        type=int,
+        type=at_least(1),
         default=20000,
         help="prompts in one iteration, if the source is on the hub (default: %(default)s)",
     )
     parser.add_argument(
         "--prompt-tokens",
-        type=int,
+        type=at_least(1),
         default=200,
         help="assumed mean length of prompts (default: %(default)s)",
     )
     parser.add_argument(
         "--response-tokens",
-        type=int,
+        type=at_least(1),
         default=450,
         help="assumed mean length of responses, at most max_new_tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--longest-prompt",
-        type=int,
+        type=at_least(1),
         default=2048,
         help="assumed length of the longest prompt, if prompts.max_tokens is null "
         "(default: %(default)s)",
@@ -222,11 +224,13 @@ def prompts_of_an_iteration(config: dict[str, Any], assumed: int) -> int:
     prompts = config["prompts"]
     if prompts["per_iteration"]:
         return prompts["per_iteration"]
-    source = Path(prompts["source"])
+    source = Path(prompts["source"].replace("{t}", "1"))
     if not source.is_file():
         return assumed
     lines = source.read_bytes().split(b"\n")
-    return sum(1 for line in lines if line.strip()) // max(config["iterations"], 1)
+    is_divided = not prompts["repeat"] and "{t}" not in prompts["source"]
+    parts = max(config["iterations"], 1) if is_divided else 1
+    return sum(1 for line in lines if line.strip()) // parts
 
 
 def instructions_of(config: dict[str, Any], evaluation: str) -> int:

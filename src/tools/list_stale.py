@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=Path("results"))
     args = parser.parse_args()
 
+    if not args.results.is_dir():
+        raise UserError(f"the folder {args.results} does not exist; name a folder with results")
     records = sorted(args.results.rglob("*.record.json"))
     stale = 0
     for path in records:

@@ -139,7 +139,7 @@ def read_plan(path: Path) -> list[Training]:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())}); {form}") from None
     trainings = []
     for number, entry in enumerate(entries if isinstance(entries, list) else [None], 1):
-        if not isinstance(entry, dict) or entry.keys() - {"needs"} != KEYS:
+        if not is_entry(entry):
             raise UserError(f"{path} entry {number}: {form}")
         if not Path(entry["config"]).is_file():
             raise UserError(f"{path} entry {number}: {entry['config']} is missing; correct it")
@@ -149,6 +149,19 @@ def read_plan(path: Path) -> list[Training]:
             for run_name in entry["runs"]
         ]
     return trainings
+
+
+def is_entry(entry: Any) -> bool:
+    """Whether this is an entry of a plan: it has the right keys, with values of the right types."""
+    if not isinstance(entry, dict) or entry.keys() - {"needs"} != KEYS:
+        return False
+    runs = entry["runs"]
+    return (
+        isinstance(entry["config"], str)
+        and isinstance(runs, list)
+        and all(isinstance(name, str) for name in runs)
+        and all(type(entry[key]) is int and entry[key] > 0 for key in ("seeds", "iterations"))
+    )
 
 
 def rows_in(path: Path) -> list[Row]:

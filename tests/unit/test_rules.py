@@ -1123,6 +1123,11 @@ BAD = {
         "{prompts: {source: few.jsonl, per_iteration: null}, responses: {shards: 3}}",
         ["responses.shards is 3", "2 prompts"],
     ),
+    "empty folder as Open LLM items": ("open_llm: {data: empty}", ["this folder is empty"]),
+    "limit above the number of official instructions": (
+        "alpaca_eval: {instructions: official, limit: 900}",
+        ["alpaca_eval.limit is 900", "805"],
+    ),
     "link to itself as Open LLM items": ("open_llm: {data: loop}", ["open_llm.data is loop"]),
     "blank path as instructions": (
         "alpaca_eval: {instructions: '\t'}",

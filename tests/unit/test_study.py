@@ -54,6 +54,9 @@ def test_study_has_five_seeds_of_main_and_its_controls(monkeypatch):
     [
         ("[", "cannot be read"),
         ("a: 1", "entry 1: give a list of"),
+        ("- {config: c.yaml, runs: main, seeds: 1, iterations: 1}", "entry 1: give a list of"),
+        ("- {config: c.yaml, runs: [main], seeds: x, iterations: 1}", "entry 1: give a list of"),
+        ("- {config: 5, runs: [main], seeds: 1, iterations: 1}", "entry 1: give a list of"),
         ("- {config: nowhere.yaml, runs: [main], seeds: 1, iterations: 1}", "nowhere.yaml is miss"),
     ],
 )

@@ -131,9 +131,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} is missing; create it or correct the path") from None
     except ValueError as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}); delete it and create it again"
-        ) from None
+        made_here = record_path(Path(path)).is_file()
+        remedy = "delete it and run again" if made_here else "give a JSON file"
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
 
 
 def json_lines(path: Path) -> list[Any]:
@@ -151,7 +151,8 @@ def json_lines(path: Path) -> list[Any]:
             value = parse_json(line)
         except ValueError as error:
             raise UserError(
-                f"{path} line {number} is not JSON ({error}); correct or remove that line"
+                f"{path} line {number} is not JSON ({error}); correct or remove that line, or give"
+                " a JSONL file if it is none"
             ) from None
         if rb"\u" in line and has_lone_surrogate(value):
             raise UserError(

@@ -36,6 +36,7 @@ OF_FILES = {
     errno.ENOENT: "is missing; create it or correct the path",
     errno.EACCES: NO_PERMISSION,
     errno.EPERM: NO_PERMISSION,
+    errno.EEXIST: "is a file, but a folder is expected; correct the path, or delete it",
     errno.EROFS: "is on a read-only file system; choose another location",
     errno.EISDIR: "is a folder, but a file is expected; correct the path",
     errno.ENOTDIR: "uses a file as if it were a folder; correct the path",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,17 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return count
+
+
+def positive(text: str) -> float:
+    """The type of a flag that takes numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
 
 
 def boolean(text: str) -> bool:

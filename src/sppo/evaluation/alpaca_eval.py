@@ -651,6 +651,11 @@ def check_inputs(config: Record, where: str) -> set[str]:
             " answer when asked again; remove both_orders and judge_passes"
         )
     if official:
+        if (chosen["limit"] or 0) > CANONICAL_SIZE:
+            raise UserError(
+                f"{section}.limit is {chosen['limit']}, but there are {CANONICAL_SIZE} official"
+                " instructions; lower it"
+            )
         return set()
     file = Path(chosen["instructions"])
     # read_instructions reports a folder and a broken link.

@@ -111,10 +111,13 @@ class Evaluation:
 def check_open_llm(config: Config, where: str) -> set[str]:
     """The folder of tasks exists, if the data sets are not the hub's; else UserError."""
     data = config["open_llm"]["data"]
-    if data != "hub" and not Path(data).is_dir():
+    problem = "there is no such folder"
+    if data != "hub" and Path(data).is_dir():
+        problem = "" if any(Path(data).iterdir()) else "this folder is empty"
+    if data != "hub" and problem:
         raise UserError(
-            f"config: {where}open_llm.data is {data}, but there is no such folder; give `hub`, or a"
-            " folder with all six tasks"
+            f"config: {where}open_llm.data is {data}, but {problem}; give `hub`, or a folder with"
+            " all six tasks"
         )
     return set()
 
