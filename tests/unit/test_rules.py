@@ -980,6 +980,11 @@ BAD = {
         "prompts: {field: prompt, source: chats.jsonl, per_iteration: 1}\nresponses: {shards: 1}",
         ["data/gold.jsonl line 1 has no prompt"],
     ),
+    "gold responses to other prompts": (
+        "pairs: {construction: gold, gold: data/gold.jsonl}\ntrain: {loss: dpo}\n"
+        "prompts: {source: chats.jsonl, field: prompt, per_iteration: 1}\nresponses: {shards: 1}",
+        ["pairs.gold is data/gold.jsonl, whose ids are those of no prompt in chats.jsonl"],
+    ),
     "K = 1": ("responses: {samples: 1}", ["responses.samples", "K = 1"]),
     "missing prompts file": ("prompts: {source: data/nowhere.jsonl}", ["data/nowhere.jsonl"]),
     "too many prompts": (

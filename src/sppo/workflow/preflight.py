@@ -216,6 +216,12 @@ def check_source(run: dict[str, Any], held_out: set[str], where: str) -> None:
             )
         if Path(each).is_file():
             rows, *_ = read_prompts(each, None, prompts["split"], prompts["field"])
+            gold = run["pairs"]["gold"]
+            if gold and not {str(row["id"]) for row in rows} & read_gold(Path(gold)).keys():
+                raise UserError(
+                    f"config: {where}pairs.gold is {gold}, whose ids are those of no prompt in"
+                    f" {each}; give gold responses to these prompts"
+                )
             if compared:
                 texts = [row["messages"][-1]["content"] for row in rows]
                 check_prompts(preference, texts, f"config: {where}preference.model")
