@@ -229,14 +229,12 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def instructions_of_training(hash_file: Path | None, reference: list[dict[str, Any]]) -> int:
+def instructions_of_training(hash_files: list[Path], reference: list[dict[str, Any]]) -> int:
     """The number of instructions that the judge was trained on.
 
-    hash_file: hashes of the judge's training instructions; 0 is returned if there is no such file.
+    hash_files: hashes of the judge's training instructions.
     """
-    if hash_file is None or not hash_file.is_file():
-        return 0
-    hashes = set(hash_file.read_text(encoding="utf-8").split())
+    hashes = {each for file in hash_files for each in file.read_text(encoding="utf-8").split()}
     return sum(instruction_hash(row["instruction"]) in hashes for row in reference)
 
 

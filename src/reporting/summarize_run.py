@@ -271,20 +271,32 @@ def what_happened(judged: dict[str, dict[int, Contents]], name: str) -> list[str
             "each more than the one before" if rising else "not each more than the one before"
         )
     low, high = lines[last]["win_rate_interval"] or (rates[-1], rates[-1])
-    verdict = "above 50" if low > 50 else "below 50" if high < 50 else "around 50: no difference"
-    sentences = [f"{course}. The last interval is {verdict}."]
+    verdict = "is above 50" if low > 50 else "is below 50" if high < 50 else "contains 50"
+    sentences = [f"{course}. The last interval {verdict}."]
     for other, of_run in judged.items():
         for t, line in of_run.items():
             if other == name or t == 0 or t not in lines:
                 continue
-            low, high = line["win_rate_interval"] or (line["win_rate"], line["win_rate"])
-            own = lines[t]["win_rate"]
-            compared = "apart" if own > high or own < low else "no clear difference"
             sentences.append(
                 f"The run {other} wins {line['win_rate']:.1f}% after iteration {t}, where"
-                f" {name} wins {own:.1f}%: {compared}."
+                f" {name} wins {lines[t]['win_rate']:.1f}%. {overlap(line, lines[t])}"
             )
-    return sentences
+    return [*sentences, ONE_TRAINING]
+
+
+ONE_TRAINING = (
+    "Intervals are over instructions, of one training each. Another seed can change a win rate by"
+    " several points."
+)
+
+
+def overlap(one: Contents, other: Contents) -> str:
+    """A sentence that says whether the intervals of two win rates overlap; "" without them."""
+    first, second = one["win_rate_interval"], other["win_rate_interval"]
+    if not (first and second):
+        return ""
+    overlaps = first[0] <= second[1] and second[0] <= first[1]
+    return f"Their intervals {'overlap' if overlaps else 'do not overlap'}."
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def row(name: str, number: int, found: dict[str, Any]) -> list[str]:
 def notes(found: Evaluations) -> str:
     """Sentences about each kind of evaluation, such as its judge, and about doubtful figures.
 
-    The facts about a kind come from its first evaluation.
+    The facts about a kind come from its first evaluation; if they differ in others, a sentence says
+    so.
     """
     sentences = [
         "Per cent; brackets are 95% intervals; lengths in characters; a dash means that no such "
@@ -87,7 +88,10 @@ def notes(found: Evaluations) -> str:
     for evaluation in EVALUATIONS:
         made = [kinds[evaluation.name] for kinds in found.values() if evaluation.name in kinds]
         if made and evaluation.note:
-            sentences.append(evaluation.note.format(**made[0]))
+            first, *others = dict.fromkeys(evaluation.note.format(**each) for each in made)
+            sentences.append(first)
+            if others:
+                sentences.append("This differs in other rows, whose JSON files have the facts.")
     judged = {
         f"{run}, iteration {t}": kinds["alpaca_eval"]
         for (run, t), kinds in found.items()

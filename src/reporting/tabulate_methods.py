@@ -174,24 +174,46 @@ def source_records(found: Evaluations, pairs: dict[str, Any]) -> list[dict[str, 
 def notes(judged: Evaluations) -> str:
     """Sentences about the judge, the order of the runs, and doubtful figures."""
     first = next(iter(judged.values()))
-    order = "; ".join(order_of_runs(judged))
+    alike = {key: line for key, line in judged.items() if setup_of(line) == setup_of(first)}
     sentences = [
-        f"Per cent won against the base's answers on {first['n_total']} instructions, "
+        f"Per cent won against {first['reference']} on {first['n_total']} instructions, "
         f"by {judge_name(first)}; brackets are 95% intervals.",
-        "At their last iterations the LC intervals part "
-        + (f"thus: {order}." if order else "nowhere: there is no order.")
-        + " Intervals are over instructions, of one training each, without a correction for the "
+    ]
+    others = sorted({run for run, _ in judged.keys() - alike.keys()})
+    if others:
+        sentences.append(
+            f"Rows of {', '.join(others)} have another judge, reference or number of instructions,"
+            " and are not compared."
+        )
+    sentences += [
+        order_in_words(last_intervals(alike)),
+        "Intervals are over instructions, of one training each, without a correction for the "
         f"number of comparisons; runs with{DOUBTFUL} are not compared.",
         *doubts({f"{run}, iteration {t}": line for (run, t), line in judged.items()}),
     ]
     return " ".join(sentences)
 
 
-def order_of_runs(judged: Evaluations) -> list[str]:
-    """Which run is above which others: those whose LC intervals lie below its own.
+def setup_of(found: dict[str, Any]) -> tuple[Any, ...]:
+    """What must be equal so that two win rates can be compared."""
+    model = found.get("judge_details", {}).get("model")
+    return found["judge"], model, found["reference"], found["n_total"]
 
-    The intervals are those of each run's last iteration. Runs without an interval are left out, and
-    runs whose LC win rate has a warning.
+
+def order_in_words(intervals: dict[str, list[float]]) -> str:
+    """A sentence that says which runs are above which others, by their LC intervals."""
+    if len(intervals) < 2:
+        return "Fewer than two runs have an LC interval, so there is no order."
+    order = "; ".join(order_of_runs(intervals))
+    return "At their last iterations the LC intervals part " + (
+        f"thus: {order}." if order else "nowhere: there is no order."
+    )
+
+
+def last_intervals(judged: Evaluations) -> dict[str, list[float]]:
+    """The LC interval of each run's last iteration.
+
+    Runs without an interval are left out, and runs whose LC win rate has a warning.
     """
     last: dict[str, int] = {}
     for name, number in judged:
@@ -202,6 +224,11 @@ def order_of_runs(judged: Evaluations) -> list[str]:
         interval = found["length_controlled_winrate_interval"]
         if interval and not found.get("length_controlled_warning"):
             intervals[name] = interval
+    return intervals
+
+
+def order_of_runs(intervals: dict[str, list[float]]) -> list[str]:
+    """Which run is above which others: those whose intervals lie below its own."""
     order = []
     for name, (low, _) in intervals.items():
         below = [other for other, (_, high) in intervals.items() if high < low]

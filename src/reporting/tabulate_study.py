@@ -155,6 +155,11 @@ def win_rate_table(rows: list[Row]) -> str:
 def rates(found: list[Row]) -> list[str]:
     """The cells of a run's iteration: seeds, win rate with interval and range, IFEval, length."""
     values = [each["win_rate"] for each in found]
+    if len({len(each["preferences"]) for each in found}) > 1:
+        raise UserError(
+            "rows of one run have different numbers of judged instructions, such as after a change"
+            " of alpaca_eval.limit; delete those of the old number and run the study again"
+        )
     low, high = interval(np.array([each["preferences"] for each in found]))
     return [
         str(len(found)),
@@ -238,12 +243,14 @@ def comparison_table(rows: list[Row]) -> str:
                 for row, other in pairs
             ]
         )
-        p = float(ttest_1samp(differences, 0.0).pvalue)
+        # The test is not defined for a run that equals main in every seed.
+        p = float(ttest_1samp(differences, 0.0).pvalue) if differences.any() else 1.0
         compared.append((name, t, differences, p))
     corrected = holm([p for *_, p in compared])
     lines = []
     for (name, t, differences, p), p_holm in zip(compared, corrected, strict=True):
-        effect = differences.mean() / differences.std(ddof=1)
+        spread = differences.std(ddof=1)
+        effect = f"{differences.mean() / spread:+.1f}" if spread else "-"
         lines.append(
             [
                 name,
@@ -251,7 +258,7 @@ def comparison_table(rows: list[Row]) -> str:
                 str(len(differences)),
                 f"{differences.mean():+.1f}",
                 f"{differences.min():+.1f} to {differences.max():+.1f}",
-                f"{effect:+.1f}",
+                effect,
                 f"{p:.2g}",
                 f"{p_holm:.2g}",
             ]

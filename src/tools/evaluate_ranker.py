@@ -364,8 +364,9 @@ def main() -> None:
             f"--model {args.model} is no folder; fetch it with"
             " src/tools/prepare_preference_model.py, and give its folder"
         )
-    hashes = kind.training_instructions(args.model)
-    trained_on = set(hashes.read_text().split()) if hashes and hashes.is_file() else None
+    files = kind.training_instructions(args.model)
+    hashes = {each for file in files for each in file.read_text(encoding="utf-8").split()}
+    trained_on = hashes if files else None
     frame, excluded, balanced = select_pairs(args, trained_on)
     model = load_preference_model(settings, args.base, args.device)
     rng = random.Random(args.seed)

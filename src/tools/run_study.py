@@ -105,6 +105,8 @@ def main() -> None:
     made = {key_of(row) for row in rows_in(args.rows)}
     missing = [training for training in planned if training.key not in made]
     print(f"{len(planned) - len(missing)} of {len(planned)} runs have a row in {args.rows}")
+    for config in dict.fromkeys(training.config for training in missing):
+        judge_of(config)
     for number, training in enumerate(missing, 1):
         if args.hours is not None and time.monotonic() - begun > 3600 * args.hours:
             print(f"stopped after {args.hours:g} hours; call again to go on")
@@ -178,6 +180,20 @@ def append(path: Path, row: Row) -> None:
     write_text(path, "".join(lines))
 
 
+def judge_of(config: str) -> dict[str, Any]:
+    """The section `preference` of a configuration's judge. UserError if it is no such model."""
+    from sppo.preferences.base import local_kind, settings_for
+    from sppo.workflow.configuration import read_configuration, resolve
+
+    chosen = resolve(read_configuration([Path(config)], {}))[""]["alpaca_eval"]
+    if local_kind(chosen["judge"]) is None:
+        raise UserError(
+            f"{config}: alpaca_eval.judge is {chosen['judge']}, but the study needs a preference"
+            " model, with which it lets all iterates play against each other; set one"
+        )
+    return settings_for(chosen["judge"], base_url=chosen["judge_base_url"])
+
+
 def make(training: Training) -> None:
     """Make the artifacts of one run. UserError, with the reason, if a job fails."""
     where = " ".join(map(str, training.key))
@@ -231,28 +247,24 @@ def row_of(training: Training) -> Row:
     if training.run == "main":
         found["base"] = evaluated(base)
         folders = [training.folder / f"iter{t}" for t in range(training.iterations + 1)]
-        found["round_robin"] = round_robin(folders)
+        found["round_robin"] = round_robin(folders, judge_of(training.config))
     return found
 
 
-def round_robin(folders: list[Path]) -> list[list[float]]:
-    """How often each iterate (row) wins against each other one (column), in per cent."""
+def round_robin(folders: list[Path], judge: dict[str, Any]) -> list[list[float]]:
+    """How often each iterate (row) wins against each other one (column), in per cent.
+
+    judge: the section `preference` of the judge.
+    """
     # Imported late because loading lm-eval's checkers takes seconds.
     from sppo.evaluation.alpaca_eval import read_outputs
-    from sppo.preferences.base import (
-        Group,
-        compare,
-        kind_of,
-        load_preference_model,
-        settings_for,
-    )
+    from sppo.preferences.base import Group, compare, kind_of, load_preference_model
     from sppo.preferences.estimates import win_probabilities
 
     answers: dict[str, list[str]] = {}
     for folder in folders:
         for row in read_outputs(folder / "alpaca_eval_outputs.json"):
             answers.setdefault(row["instruction"], []).append(row["output"])
-    judge = settings_for(read_json(folders[0] / "alpaca_eval.json")["judge"])
     base = EMBEDDED_POLICY if kind_of(judge).needs_base else None
     groups = {text: Group(text, outputs) for text, outputs in answers.items()}
     logits = compare(load_preference_model(judge, base, "auto"), groups, "instruction")

@@ -31,13 +31,16 @@ PARTS = re.compile(
 class Server(ThreadingHTTPServer):
     """A judge that likes long responses, and the first one by 0.5 nats more.
 
-    `logprobs`: whether it returns them. `refuses_logprobs`: with status 400. `says`: its answer to
-    every question, instead. `status`: of every answer, if it is not 200.
+    `logprobs`: whether it returns them. `letters`: the probability of A and B together.
+    `refuses_logprobs`: with status 400. `says`: its answer to every question, instead; `silent_on`:
+    a first response to which it says nothing. `status`: of every answer, if it is not 200.
     """
 
     logprobs = True
     refuses_logprobs = False
     says: str | None = None
+    silent_on: str | None = None
+    letters = 0.9
     status = 200
 
     def __init__(self) -> None:
@@ -61,6 +64,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(parts)
         margin = 0.1 * (len(a) - len(b)) + 0.5
         text = self.server.says or ("A" if margin > 0 else "B")
+        if a == self.server.silent_on:
+            text = "Hm."
         choice: dict = {
             "index": 0,
             "finish_reason": "stop",
@@ -69,7 +74,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.logprobs and request.get("logprobs"):
             top = [
                 {"token": token, "logprob": logp, "bytes": None}
-                for token, logp in (("A", margin - 3), (" B", -3.0), ("The", -0.2), ("a", -9.0))
+                for token, logp in (
+                    ("A", math.log(self.server.letters / (1 + math.exp(-margin)))),
+                    (" B", math.log(self.server.letters / (1 + math.exp(margin)))),
+                    ("The", math.log(1 - self.server.letters)),
+                    ("a", -9.0),
+                )
             ]
             choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}], "refusal": None}
         body = {"id": "1", "object": "chat.completion", "created": 0, "model": request["model"]}
@@ -132,6 +142,26 @@ def test_without_log_probabilities_letters_count(refuses, server):
     server.says = "A"  # to both orders
     P = win_probabilities(judge(server).pair_logits("New?", ["a", "b"]))
     assert P[0, 1] == 0.5
+
+
+def test_improbable_letters_are_no_verdict(server):
+    """As of a model that thinks first, whose first token is nearly always <think>."""
+    server.letters, server.says = 1e-5, "<think>"
+    with pytest.raises(
+        UserError, match="answers of the judge judge-1 have no grade, such as .*think"
+    ):
+        compare(judge(server), GROUPS)
+
+
+def test_a_pair_with_one_missing_verdict_is_a_tie(server, capsys):
+    """The verdict on the other order alone has the judge's position bias."""
+    server.logprobs, server.silent_on = False, "f"
+    responses = ["a", "b" * 12, "c" * 24, "d" * 36, "f"]
+    P = win_probabilities(judge(server).pair_logits("Say hi.", responses))
+    assert P[4].tolist() == [0.5] * 5
+    assert P[3, 0] > 0.9
+    assert "4 of 20 answers" in (said := capsys.readouterr().err)
+    assert "their comparisons count as ties" in said
 
 
 def test_finished_comparisons_are_kept_and_announced(server, capsys):

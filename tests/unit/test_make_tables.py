@@ -120,6 +120,7 @@ def evaluated(tmp_path):
             "n_total": 805,
             "judge": "weighted_alpaca_eval_gpt4_turbo",
             "reference": "gpt4_1106_preview",
+            "difficulty": {"path": "df_gamed.csv", "official": True},
             "avg_length": 2000,
         },
         "dpo/iter1": {
@@ -157,7 +158,8 @@ def test_a_row_names_why_it_is_not_comparable(monkeypatch, evaluated):
     row = next(row for row in rows.values() if row["ours"] == "20.00")
     assert "DPO" in row["row"]
     assert row["comparable"] == (
-        "judged by gpt-6-luna, against sppo/iter0-reference, 100 other instructions"
+        "judged by gpt-6-luna, against sppo/iter0-reference, 100 other instructions,"
+        " LC without the instructions' difficulties"
     )
 
 

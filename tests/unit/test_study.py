@@ -114,7 +114,7 @@ def study(tmp_path, monkeypatch, program):
         finished(training, 60.0 + len(made))
 
     monkeypatch.setattr(run_study, "make", make)
-    monkeypatch.setattr(run_study, "round_robin", lambda folders: [[50.0]] * len(folders))
+    monkeypatch.setattr(run_study, "round_robin", lambda folders, judge: [[50.0]] * len(folders))
 
     def call(*words: object) -> list[tuple]:
         made.clear()
@@ -185,10 +185,40 @@ def test_round_robin_compares_all_iterates_exactly(tmp_path, monkeypatch):
         folder.mkdir()
         answers = [{"instruction": prompt, "output": output, "generator": folder.name}]
         (folder / "alpaca_eval_outputs.json").write_text(json.dumps(answers))
-        (folder / "alpaca_eval.json").write_text('{"judge": "verifiable"}')
-    wins = run_study.round_robin(folders)
+    judge = run_study.judge_of("config/study/few_steps.yaml")
+    assert judge["model"] == "verifiable"
+    wins = run_study.round_robin(folders, judge)
     assert wins[1][0] > 80 and wins[0][1] == pytest.approx(100 - wins[1][0])
     assert wins[0][0] == wins[1][1] == 50
+
+
+def test_judge_without_a_preference_model_is_refused_before_training(tmp_path, study):
+    settings = "{judge: openai, judge_model: m, judge_base_url: 'http://localhost/v1'}"
+    Path("small.yaml").write_text(f"alpaca_eval: {settings}")
+    with pytest.raises(UserError, match="small.yaml: alpaca_eval.judge is openai, but the study"):
+        study()
+    Path("small.yaml").write_text(f"alpaca_eval: {settings.replace('openai', 'openai:m', 1)}")
+    assert run_study.judge_of("small.yaml")["base_url"] == "http://localhost/v1"
+
+
+def test_run_that_equals_main_does_not_disturb_the_others():
+    """Its t-test is not defined."""
+
+    def row(run: str, seed: int, rate: float) -> dict:
+        return {"run": run, "seed": seed, "iterations": [{"iteration": 1, "win_rate": rate}]}
+
+    rates = {"main": (60, 61, 62), "same": (60, 61, 62), "worse": (50, 51.1, 51.9)}
+    rows = [row(run, seed, rate) for run in rates for seed, rate in enumerate(rates[run])]
+    lines = tabulate_study.comparison_table(rows).splitlines()[2:]
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in lines}
+    assert cells["same"][-3:] == ["-", "1", "1"]
+    assert float(cells["worse"][-1]) == pytest.approx(2 * float(cells["worse"][-2]), rel=0.1)
+
+
+def test_rows_with_other_numbers_of_instructions_are_refused():
+    found = [{"win_rate": 50.0, "preferences": [0.5] * n} for n in (3, 4)]
+    with pytest.raises(UserError, match="different numbers of judged instructions"):
+        tabulate_study.rates(found)
 
 
 def test_reason_of_a_failed_job_is_one_line(tmp_path, monkeypatch):

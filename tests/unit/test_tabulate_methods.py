@@ -11,7 +11,7 @@ import csv
 import pytest
 
 import tabulate_methods
-from sppo.core.artifacts import write_json
+from sppo.core.artifacts import read_json, write_json
 from sppo.core.errors import UserError
 
 
@@ -103,13 +103,31 @@ def test_overlapping_intervals_give_no_order(results, program):
     assert "part nowhere" in (results / "tables/methods.md").read_text()
 
 
+def test_no_interval_is_no_order(results, program):
+    for run in ("iter1", "dpo/iter1"):
+        file = results / run / "alpaca_eval.json"
+        write_json(file, read_json(file) | {"length_controlled_winrate_interval": None})
+    tabulated(results, program)
+    text = (results / "tables/methods.md").read_text()
+    assert "Fewer than two runs have an LC interval, so there is no order." in text
+
+
+def test_runs_with_another_judge_are_not_compared(results, program):
+    file = results / "dpo/iter1/alpaca_eval.json"
+    write_json(file, read_json(file) | {"judge": "ranker"})
+    tabulated(results, program)
+    text = (results / "tables/methods.md").read_text()
+    assert "main above dpo" not in text
+    assert "Rows of dpo have another judge, reference or number of instructions" in text
+
+
 def test_a_doubtful_run_is_not_in_the_order(results, program):
     doubtful = judged(52, 50, 60) | {"length_controlled_warning": "9.0% of its refits are 50"}
     write_json(results / "dpo/iter1/alpaca_eval.json", doubtful)
     *_, dpo = tabulated(results, program)
     text = (results / "tables/methods.md").read_text()
     assert dpo["LC win rate [95%]"] == "52.0 [50.0, 60.0] (!)"
-    assert "part nowhere" in text
+    assert "Fewer than two runs have an LC interval" in text
     assert "dpo, iteration 1: (!) do not rely on the LC win rate: 9.0% of its refits are 50" in text
 
 

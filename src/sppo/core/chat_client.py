@@ -66,6 +66,8 @@ class Client:
         timeout: seconds to wait for an answer; None for `TIMEOUT`.
     """
 
+    unreadable_answers = "they are left out and counted"  # what happens to them, for the warning
+
     def __init__(
         self,
         model: str,
@@ -150,7 +152,7 @@ class Client:
                 "name another and run again, the other judgments are kept in "
                 f"{self.cache}"
             )
-        print(f"warning: {said}; they are left out and counted", file=sys.stderr, flush=True)
+        print(f"warning: {said}; {self.unreadable_answers}", file=sys.stderr, flush=True)
 
     def _answer(self, messages: list[dict[str, str]], forms: list[dict[str, Any]]) -> str:
         """The server's answer. The first form of the request that it accepts is kept."""

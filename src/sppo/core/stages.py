@@ -21,7 +21,7 @@ STAGES = {
     "distil": 1,
     "mt_bench": 1,
     "arena_hard": 1,
-    "open_llm": 2,
+    "open_llm": 3,
     "ifeval": 1,
     "tabulate": 2,
     "theory": 2,

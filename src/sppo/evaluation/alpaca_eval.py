@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import textwrap
@@ -211,13 +210,15 @@ def announce(
 
 def _settings_of(config: str) -> str:
     """An annotators_config with its prompt templates, as text."""
+    import yaml
     from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
 
     file = EVALUATORS_CONFIG_DIR / config / "configs.yaml"
     if config.endswith(".yaml"):
         file = Path(config)
     text = file.read_text(encoding="utf-8")
-    templates = re.findall(r"prompt_template: \"?([^\s\"]+)", text)
+    annotators = yaml.safe_load(text).values()
+    templates = [each["prompt_template"] for each in annotators if "prompt_template" in each]
     prompts = [(EVALUATORS_CONFIG_DIR / name).read_text(encoding="utf-8") for name in templates]
     return "\0".join([text, *prompts])
 
@@ -703,4 +704,8 @@ def differences(found: Record) -> list[str]:
         reasons.append(f"against {found.get('reference')}")
     if found.get("n_total") != CANONICAL_SIZE:
         reasons.append(f"{found.get('n_total')} other instructions")
+    if found.get("difficulty") is None:
+        reasons.append("LC without the instructions' difficulties")
+    if {"both_orders", "passes"} & found.get("judge_details", {}).keys():
+        reasons.append("asked in both orders or repeatedly")
     return reasons

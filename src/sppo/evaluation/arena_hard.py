@@ -235,7 +235,7 @@ def differences(found: Row) -> list[str]:
     """The differences from the setup of the published figures, for the tables."""
     reasons = []
     judge = found.get("judge_details", {}).get("model") or found.get("judge")
-    if judge not in PUBLISHED_JUDGES:
+    if not found.get("judge_details", {}).get("published_judge"):
         reasons.append(f"judged by {judge}")
     if found.get("reference") != BASELINE:
         reasons.append(f"against {found.get('reference')}")

@@ -114,9 +114,9 @@ class PreferenceModel(ABC):
         return []
 
     @classmethod
-    def training_instructions(cls, model: str) -> Path | None:
-        """A file with hashes of the instructions that the model was trained on, if it has one."""
-        return None
+    def training_instructions(cls, model: str) -> list[Path]:
+        """The existing files with hashes of the instructions that the model was trained on."""
+        return []
 
     @classmethod
     def prepare(cls, settings: Settings) -> tuple[Path, dict[str, Any]]:
@@ -152,6 +152,11 @@ class PreferenceModel(ABC):
     def pair_logits(self, prompt: str, responses: list[str]) -> np.ndarray:
         """`all_pair_logits` of one group."""
         return self.all_pair_logits([Group(prompt, responses)])[0]
+
+
+def existing(file: Path) -> list[Path]:
+    """The file in a list, which is empty if it does not exist."""
+    return [file] if file.is_file() else []
 
 
 KINDS: dict[str, type[PreferenceModel]] = {}

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING
 from sppo.core.artifacts import read_json, shipped
 from sppo.core.errors import UserError
 from sppo.policies.shapes import SHAPES, forward_flops
-from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
+from sppo.preferences.base import (
+    Group,
+    PreferenceModel,
+    Reading,
+    Settings,
+    existing,
+    register,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,9 +67,9 @@ class EmbeddedModel(PreferenceModel):
         check_adapter(model, key)
 
     @classmethod
-    def training_instructions(cls, model: str) -> Path | None:
+    def training_instructions(cls, model: str) -> list[Path]:
         folder = adapter_folder(model)
-        return folder / "training_instructions.txt" if folder else None
+        return existing(folder / "training_instructions.txt") if folder else []
 
     @classmethod
     def cost(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -56,11 +57,14 @@ one letter, A or B."""
 LETTER = re.compile(r"\W*([AB])\b")
 CERTAIN = 20.0  # nats; the logit of a letter without log-probabilities
 CHARACTERS_OF_A_TOKEN = 4  # about, in English
+LEAST_SHARE = 0.5  # the probability of both letters together, below which they are no verdict
 TOP = 20  # the most log-probabilities that OpenAI returns
 
 
 class JudgeClient(Client):
     """A client that also tries requests without log-probabilities."""
+
+    unreadable_answers = "their comparisons count as ties"
 
     def _may_be_the_form(self, error: Any) -> bool:
         return True
@@ -75,7 +79,8 @@ def verdict(choice: Any) -> str:
             letter = token.token.strip()
             if letter in ("A", "B"):
                 logps[letter] = max(token.logprob, logps.get(letter, -CERTAIN))
-        if logps:
+        # A model that thinks first, say, gives the letters a small, meaningless share.
+        if sum(map(math.exp, logps.values())) >= LEAST_SHARE:
             # A letter that is not among the most probable tokens is at most as probable as these.
             least = min(token.logprob for token in content[0].top_logprobs)
             a, b = (logps.get(letter, least) for letter in "AB")
@@ -169,12 +174,19 @@ class LlmJudge(PreferenceModel):
         answers = concurrently(self._ask, list(questions.values()), "compare", self.concurrency)
         self.client.check_unreadable(len(questions))
         logits = dict(zip(questions, answers, strict=True))
+
+        def logit(index: int, first: str, second: str) -> float:
+            """0, a tie, if one order has no verdict: the other alone has the judge's position bias.
+
+            Equal responses are not compared; they tie too.
+            """
+            one, other = (logits.get((index, *pair)) for pair in ((first, second), (second, first)))
+            return 0.0 if one is None or other is None else one
+
         found = []
         for index, group in enumerate(groups):
             k = len(group.responses)
-            rows = [
-                [logits.get((index, a, b), 0.0) for b in group.responses] for a in group.responses
-            ]
+            rows = [[logit(index, a, b) for b in group.responses] for a in group.responses]
             found.append(np.array(rows, dtype=float).reshape(k, k))
         return found
 
@@ -189,14 +201,14 @@ class LlmJudge(PreferenceModel):
         places = re.compile("|".join(map(re.escape, PLACES)))
         return places.sub(lambda match: texts[match[0]], self.template)
 
-    def _ask(self, question: str) -> float:
-        """The logit that A wins; 0 for an answer without a verdict."""
+    def _ask(self, question: str) -> float | None:
+        """The logit that A wins; None for an answer without a verdict."""
         with_logprobs = request_forms(1, temperature=0, logprobs=True, top_logprobs=TOP)
         with_text = request_forms(8, temperature=0)
         forms = [form for form in with_logprobs if form] + with_text
         message = {"role": "user", "content": question}
         answer = self.client.ask([message], temperature=0, max_tokens=8, forms=forms)
-        return logit_of(answer) or 0.0
+        return logit_of(answer)
 
 
 def template(settings: Settings) -> str:

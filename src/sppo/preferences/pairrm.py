@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 from sppo.core.errors import UserError
 from sppo.policies.models import fetch
 from sppo.policies.shapes import PAIRRM, forward_flops
-from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
+from sppo.preferences.base import (
+    Group,
+    PreferenceModel,
+    Reading,
+    Settings,
+    existing,
+    register,
+)
 from sppo.preferences.pairrm_files import LIMITS, check_pairrm, is_pairrm
 
 if TYPE_CHECKING:
@@ -41,9 +48,9 @@ class PairRMFiles(PreferenceModel):
             raise UserError(f"{key}: {error}") from None
 
     @classmethod
-    def training_instructions(cls, model: str) -> Path | None:
+    def training_instructions(cls, model: str) -> list[Path]:
         """src/tools/finetune_pairrm.py writes it."""
-        return Path(model) / "training_instructions.txt"
+        return existing(Path(model) / "training_instructions.txt")
 
     @classmethod
     def prepare(cls, settings: Settings) -> tuple[Path, dict[str, Any]]:

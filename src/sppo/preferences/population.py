@@ -126,13 +126,13 @@ class Population(PreferenceModel):
         return [prompt for prompt in prompts if prompt in unknown]
 
     @classmethod
-    def training_instructions(cls, model: str) -> Path | None:
-        """Those of the first model that has some."""
-        found = (
-            kind_of(member.settings).training_instructions(member.settings["model"])
+    def training_instructions(cls, model: str) -> list[Path]:
+        """Those of all models."""
+        return [
+            file
             for member in members_of(Path(model).expanduser())
-        )
-        return next(filter(None, found), None)
+            for file in kind_of(member.settings).training_instructions(member.settings["model"])
+        ]
 
     @classmethod
     def cost(
