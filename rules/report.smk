@@ -167,6 +167,9 @@ rule tabulate_evaluations:
 
 
 SHARDS = range(max(run["responses"]["shards"] for run in USABLE.values()))
+EARLIER = range(1, max(len(run["train"]["history"]) for run in USABLE.values()))
+# The frozen policies that score pairs, see rules/training.smk.
+FROZEN = ["current", "reference", "before_lookahead", *(f"earlier{number}" for number in EARLIER)]
 COSTS = [
     *(
         f"{folder}/{shard}.parquet"
@@ -174,13 +177,13 @@ COSTS = [
             "responses",
             "preferences",
             "grades",
-            "logps/current",
-            "logps/reference",
+            *(f"logps/{frozen}" for frozen in FROZEN),
         )
         for shard in SHARDS
     ),
     "pairs.parquet",
     "policy",
+    "lookahead",
 ]
 
 

@@ -6,6 +6,7 @@ tables/measured.md, which compare the papers' figures with the measured ones.
 """
 
 import csv
+from types import SimpleNamespace
 
 PUBLISHED = shipped("config/published")
 with open(PUBLISHED / "index.csv", encoding="utf-8", newline="") as stream:
@@ -118,11 +119,8 @@ def records_of_every_iteration(wildcards):
             + grade_files(wildcards, t)
             + preference_shards(wildcards, t)
         )
-        made += [
-            artifact(run, t, "pairs.parquet"),
-            *scored(run, t, "current"),
-            artifact(run, t, "policy"),
-        ]
+        of_iteration_t = SimpleNamespace(run=wildcards.run, t=str(t))
+        made += [artifact(run, t, "pairs.parquet"), *trained_in(of_iteration_t)]
     return [record(path) for path in made]
 
 

@@ -98,6 +98,17 @@ def other_references(wildcards):
     return inputs | ({"earlier": earlier} if earlier else {})
 
 
+def trained_in(wildcards):
+    """Everything that an iteration's training makes, so that its cost can be summed up."""
+    run, t = run_of(wildcards), wildcards.t
+    made = [*scored(run, t, "current"), artifact(run, t, "policy")]
+    for files in other_references(wildcards).values():
+        made += files
+    if settings(wildcards)["train"]["lookahead"]:
+        made += [*scored(run, t, "before_lookahead"), artifact(run, t, "lookahead")]
+    return made
+
+
 def reference_flags(wildcards, input):
     """The flags that hand these inputs to the program."""
     named = {key: input[key] for key in ("reference", "earlier") if key in input.keys()}

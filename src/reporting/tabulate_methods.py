@@ -141,9 +141,8 @@ def costs(found: Evaluations, name: str, number: int) -> list[str]:
     if "tokens_an_epoch" in policy:
         epochs = policy.get("arguments", {}).get("stop_epoch", 0)
         tokens_trained = round(policy["tokens_an_epoch"] * epochs)
-    training = [
-        record for file, record in contents.items() if file.startswith(("logps/", "policy.record"))
-    ]
+    of_training = ("logps/", "policy.record", "lookahead.record")
+    training = [record for file, record in contents.items() if file.startswith(of_training)]
     stages = [*responses_and_judgments, *training]
     if pairs:
         stages.append(pairs)

@@ -23,6 +23,7 @@ from sppo.evaluation.registry import EVALUATIONS
 from sppo.policies.gpus import count_gpus
 from sppo.workflow.configuration import Runs, resolve
 from sppo.workflow.preflight import check_folder_for_slurm, check_inputs, check_machine
+from verify_results import stage_of
 
 ROOT = Path(__file__).resolve().parents[2]
 RULE_FILES = sorted((ROOT / "rules").glob("*.smk"))
@@ -135,6 +136,28 @@ def test_rule_writes_a_record_of_every_artifact(rule):
     (outputs,) = re.findall(r"^    output:\n((?: {8}.+\n)+)", rules()[rule], re.MULTILINE)
     entries = re.split(r"^ {8}(?=\w+=)", outputs, flags=re.MULTILINE)[1:]
     assert 2 * sum("record(" in entry for entry in entries) >= len(entries)
+
+
+WILDCARDS = {
+    "{shard}": "0",
+    "{frozen}": "earlier1",
+    "{answers}": "reference_outputs",
+    "{verdict}": "against_previous",
+    "{choice}_of_{n}": "nash_of_4",
+    "{arena_hard_answers}": "arena_hard_reference_outputs",
+    "{mt_bench_answers}": "mt_bench_reference_answers",
+}
+
+
+@pytest.mark.parametrize("rule", rules())
+def test_stage_of_every_artifact_is_known_from_its_path(rule):
+    """`make verify` needs it to find artifacts without a record, and to rebuild records."""
+    (stage,) = re.findall(r'version=STAGES\["(\w+)"\],', rules()[rule])
+    for name, base in re.findall(r'record\(at\("(.+?)"(, t=0)?\)\)', rules()[rule]):
+        for wildcard, value in WILDCARDS.items():
+            name = name.replace(wildcard, value)
+        path = Path("results", "iter0" if base else "iter1", name)
+        assert stage_of(path) == (None if stage == "tabulate" else stage), path
 
 
 @pytest.mark.parametrize("file", RULE_FILES, ids=lambda file: file.stem)

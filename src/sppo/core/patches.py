@@ -1,4 +1,8 @@
-"""The only changes of other packages at run time, each with its reason."""
+"""Changes of other packages at run time, each with its reason.
+
+Two more stand where they are used: of Snakemake's graph in sppo/workflow/deleted.py, and of a
+model's output layer in sppo/training/logps.py.
+"""
 
 from __future__ import annotations
 

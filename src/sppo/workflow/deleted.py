@@ -4,8 +4,9 @@ Snakemake by itself ignores a missing intermediate file as long as the last one 
 option to force files (`--forcerun`), but that also makes each of them a target, needed or not. Its
 public interface has no hook between building the graph of jobs and deciding which of them run. So
 this module watches for the moment at which the workflow gets its graph, an attribute called `_dag`,
-and adds the deleted artifacts to the files that the graph forces. Nothing else of the project uses
-Snakemake's internals. CONTRIBUTING.md says what to do when a new Snakemake changes them.
+and adds the deleted artifacts to the files that the graph forces. Nothing else of the project
+changes Snakemake's objects; rules/common.smk reads some. CONTRIBUTING.md says what to do when a new
+Snakemake changes them.
 """
 
 from __future__ import annotations
