@@ -5,7 +5,6 @@ It also gives the outputs and annotations, and iter{t}/ranker_estimate.json.
 
 import json
 
-ANSWER_KEYS = ("limit", "temperature", "top_p", "max_new_tokens")
 # Every policy answers with the same random noise, so that policies differ only by their weights.
 # The reference has its own noise, so that iter0 against it shows the effect of noise.
 # Sample k of best-of-n has the same noise for every n. So every n uses the same samples.
@@ -17,14 +16,6 @@ NOISE = {
 
 
 HELD_OUT.append(lambda wildcards: [settings(wildcards)["alpaca_eval"]["instructions"]])
-
-
-def answer_flags(wildcards):
-    """The flags that set how the evaluation instructions are answered."""
-    run = settings(wildcards)
-    chosen = {key: run["alpaca_eval"][key] for key in ANSWER_KEYS}
-    engine = {key: run["responses"][key] for key in ENGINE_KEYS}
-    return flags(chosen | engine) + RUNNING
 
 
 def reference_outputs(wildcards):
@@ -211,7 +202,7 @@ rule answer_instructions:
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         noise=lambda wildcards: NOISE[wildcards.answers],
         generator=generator_name,
-        options=answer_flags,
+        options=answering_flags("alpaca_eval"),
         highest_reward=lambda wildcards: (
             "" if wildcards.answers == "reference_outputs" else highest_reward(wildcards)
         ),

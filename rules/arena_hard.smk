@@ -33,14 +33,6 @@ def arena_hard_reference(wildcards):
     return ARENA_HARD_REFERENCE if chosen["reference"] == "official" else chosen["reference"]
 
 
-def arena_hard_answer_flags(wildcards):
-    """The flags that set how the questions are answered."""
-    run = settings(wildcards)
-    chosen = {key: run["arena_hard"][key] for key in ANSWER_KEYS}
-    engine = {key: run["responses"][key] for key in ENGINE_KEYS}
-    return flags(chosen | engine) + RUNNING
-
-
 def arena_hard_generator(wildcards):
     """The policy's name in its answers."""
     is_reference = wildcards.arena_hard_answers == "arena_hard_reference_outputs"
@@ -115,7 +107,7 @@ rule answer_arena_hard:
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         noise=lambda wildcards: ARENA_HARD_NOISE[wildcards.arena_hard_answers],
         generator=arena_hard_generator,
-        options=arena_hard_answer_flags,
+        options=answering_flags("arena_hard"),
         highest_reward=highest_reward,
     message:
         "Answering Arena-Hard: {wildcards.run}iteration {wildcards.t},"

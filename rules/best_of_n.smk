@@ -7,7 +7,8 @@ is best, or nash for a draw from the equilibrium of the game among the n answers
 
 def best_of_n_flags(wildcards):
     """The flags that set how instructions are answered, with several answers to each."""
-    return [*answer_flags(wildcards), *flags(settings(wildcards)["best_of_n"], skip=("nash",))]
+    answering = answering_flags("alpaca_eval")(wildcards)
+    return [*answering, *flags(settings(wildcards)["best_of_n"], skip=("nash",))]
 
 
 use rule answer_instructions as answer_instructions_n_times with:

@@ -19,7 +19,7 @@ IS_CLONE = Path(".snakemake/sppo").resolve() in REPOSITORY.resolve().parents  # 
 sys.path.insert(0, str(REPOSITORY / "src"))
 
 from sppo.core.artifacts import shipped
-from sppo.core.config import ENGINE_KEYS, MODEL_SOURCE, OF_CHATS, running_keys
+from sppo.core.config import ANSWER_KEYS, ENGINE_KEYS, MODEL_SOURCE, OF_CHATS, running_keys
 from sppo.core.config_files import all_files, check_files, files_hint
 from sppo.core.errors import UserError, explained, fail, on_one_line
 from sppo.core.flags import flags, of_iteration
@@ -261,6 +261,17 @@ def shards(wildcards, folder, t=None):
 def section_flags(name, skip=()):
     """Parameter function: the flags of one configuration section of the job's run."""
     return lambda wildcards: flags(settings(wildcards)[name], skip)
+
+
+def answering_flags(evaluation):
+    """Parameter function: the flags that set how the questions of an evaluation are answered."""
+
+    def flags_of(wildcards):
+        run = settings(wildcards)
+        chosen = {key: run[evaluation][key] for key in ANSWER_KEYS}
+        return flags(chosen | {key: run["responses"][key] for key in ENGINE_KEYS}) + RUNNING
+
+    return flags_of
 
 
 def highest_reward(wildcards):

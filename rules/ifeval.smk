@@ -21,13 +21,6 @@ def ifeval_answers(wildcards):
     return artifact(run_of(wildcards), wildcards.t, name)
 
 
-def ifeval_flags(wildcards):
-    """The flags that set how the instructions are answered."""
-    run = settings(wildcards)
-    chosen = {key: run["ifeval"][key] for key in ifeval.DECODING}
-    return flags(chosen | {key: run["responses"][key] for key in ENGINE_KEYS}) + RUNNING
-
-
 rule fetch_ifeval:
     """Fetch IFEval's 541 official prompts."""
     output:
@@ -76,7 +69,7 @@ rule answer_ifeval:
         version=STAGES["answer"],
         seed=lambda wildcards: settings(wildcards)["seeds"]["data"],
         generator=policy_name,
-        options=ifeval_flags,
+        options=answering_flags("ifeval"),
         highest_reward=highest_reward,
     message:
         "Answering IFEval's prompts: {wildcards.run}iteration {wildcards.t}"

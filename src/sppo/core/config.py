@@ -26,6 +26,8 @@ SCHEMA_FILE = ROOT / "config" / "schema.yaml"
 # The section `policy`: where the model comes from, and how its chats are written.
 MODEL_SOURCE, OF_CHATS = ("model", "revision"), ("chat_template_kwargs", "template_date")
 DEVICES = ("auto", "cpu", "gpu", "mps")
+# How an evaluation's questions are answered.
+ANSWER_KEYS = ("limit", "temperature", "top_p", "max_new_tokens")
 # How a policy is run to answer, whatever it answers.
 ENGINE_KEYS = ("engine", "tensor_parallel", "batch_size", "prefix_caching", "precision")
 # Keys of earlier versions, and what replaced them.

