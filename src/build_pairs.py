@@ -37,7 +37,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,7 +53,59 @@ from sppo.preferences.labels import ANNOTATED, relabelled
 from sppo.preferences.pairs import Dropped, Rules, pairs_of, without_truncated
 
 
+class Inputs(NamedTuple):
+    """What pairs are chosen from, each by prompt_id.
+
+    responses and gold: rows of the table `responses`, the former by sample_id. logits: rows of the
+    table `preferences`; empty if the pairs do not need them. grades: by sample_id.
+    """
+
+    messages: dict[str, Any]
+    responses: dict[str, dict[int, dict[str, Any]]]
+    logits: dict[str, dict[str, Any]]
+    grades: dict[str, dict[int, float]]
+    gold: dict[str, dict[str, Any]]
+
+
 def main() -> None:
+    args = arguments()
+    # The kind of shards that decide the pairs, if any.
+    kind = {"graded": "grades", "gold": None}.get(args.construction, "preferences")
+    shards: list[Path] = getattr(args, kind) if kind else []
+    read = read_inputs(args, kind, shards)
+    files = [args.prompts, *args.responses, *shards]
+    files += [Path(path) for path in (args.gold, args.previous) if path]
+    with recorded("select", args.output, files, vars(args)) as facts:
+        dropped = Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
+        if args.truncated == "leave_out":
+            logits, dropped["truncated"] = leave_out_truncated(read.logits, read.responses)
+            read = read._replace(logits=logits)
+        if args.labels != ANNOTATED:
+            facts["relabelled_prompts"] = relabel(read.logits, args.labels, args.label_seed)
+        if args.even_lengths:
+            facts["length_penalty"] = even_out_lengths(read.logits, read.responses)
+        found = chosen_pairs(read, Rules.of(vars(args)), kind == "preferences", dropped)
+        if args.target_reward:
+            found, dropped["same_grade"] = twice_with_target_rewards(
+                found, read.logits, read.messages, args
+            )
+        new = len(found)
+        if args.previous:
+            found += replayed(
+                args.previous, args.replay_share, args.replay_older_share, args.replay_seed
+            )
+        pairs = [row | {"pair_id": number} for number, row in enumerate(found)]
+        write_table(args.output, pairs, "pairs")
+        facts |= {
+            "prompts": len(read.messages),
+            "pairs": len(pairs),
+            "replayed": len(pairs) - new,
+            "dropped": dict(dropped),
+            **statistics(pairs),
+        }
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,27 +134,29 @@ def main() -> None:
     add_section(parser, "pairs")
     add_section(parser, "replay", skip=("iteration",), prefix="replay_")
     add_section(parser, "policy", only=OF_CHATS)
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    # The kind of shards that decide the pairs, if any.
-    kind = {"graded": "grades", "gold": None}.get(args.construction, "preferences")
-    shards: list[Path] = getattr(args, kind) if kind else []
+
+def read_inputs(args: argparse.Namespace, kind: str | None, shards: list[Path]) -> Inputs:
+    """The tables that the arguments name. UserError if they do not belong together.
+
+    kind: `preferences`, `grades` or None, which the shards hold.
+    """
     if kind and len(shards) != len(args.responses):
         raise UserError(
             f"--construction {args.construction} needs a shard of --{kind} for each of "
             "--responses; give all"
         )
     messages = {row["prompt_id"]: row["messages"] for row in read_table(args.prompts, "prompts")}
-    order = list(messages)
     logits: dict[str, dict[str, Any]] = {}
     if kind == "preferences":
         for path in shards:
             logits |= {row["prompt_id"]: row for row in read_table(path, kind)}
-    responses: dict[str, dict[int, dict]] = defaultdict(dict)
+    responses: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for path in args.responses:
         for row in read_table(path, "responses"):
             responses[row["prompt_id"]][row["sample_id"]] = row
-    incomplete = first_incomplete(order, responses, logits if kind == "preferences" else None)
+    incomplete = first_incomplete(messages, responses, logits if kind == "preferences" else None)
     if incomplete is not None:
         raise UserError(
             f"prompt {incomplete} lacks responses or preferences; delete "
@@ -112,48 +166,33 @@ def main() -> None:
     if args.gold and args.construction in ("gold", "graded"):
         gold = gold_responses(Path(args.gold), args.policy)
     grades = read_grades(shards, responses, gold) if kind == "grades" else {}
-    inputs = [args.prompts, *args.responses, *shards]
-    inputs += [Path(path) for path in (args.gold, args.previous) if path]
-    with recorded("select", args.output, inputs, vars(args)) as facts:
-        dropped = Counter({"tie": 0, "identical": 0, "empty": 0, "truncated": 0})
-        if args.truncated == "leave_out":
-            logits, dropped["truncated"] = leave_out_truncated(logits, responses)
-        if args.labels != ANNOTATED:
-            facts["relabelled_prompts"] = relabel(logits, args.labels, args.label_seed)
-        if args.even_lengths:
-            facts["length_penalty"] = even_out_lengths(logits, responses)
-        found: list[dict[str, Any]] = []
-        rules = Rules.of(vars(args))
-        for prompt_id in order:
-            if kind == "preferences" and prompt_id not in logits:
-                continue
-            for pair in pairs_of(
-                responses[prompt_id],
-                logits.get(prompt_id),
-                grades.get(prompt_id, {}),
-                gold.get(prompt_id),
-                rules,
-            ):
-                if isinstance(pair, Dropped):
-                    dropped[pair.reason] += 1
-                else:
-                    found.append({"prompt_id": prompt_id, **pair.columns()})
-        if args.target_reward:
-            found, dropped["same_grade"] = twice_with_target_rewards(found, logits, messages, args)
-        new = len(found)
-        if args.previous:
-            found += replayed(
-                args.previous, args.replay_share, args.replay_older_share, args.replay_seed
-            )
-        pairs = [row | {"pair_id": number} for number, row in enumerate(found)]
-        write_table(args.output, pairs, "pairs")
-        facts |= {
-            "prompts": len(order),
-            "pairs": len(pairs),
-            "replayed": len(pairs) - new,
-            "dropped": dict(dropped),
-            **statistics(pairs),
-        }
+    return Inputs(messages, responses, logits, grades, gold)
+
+
+def chosen_pairs(
+    read: Inputs, rules: Rules, by_preferences: bool, dropped: Counter[str]
+) -> list[dict[str, Any]]:
+    """The columns of the chosen pairs, in the order of the prompts.
+
+    by_preferences: whether a prompt without logits has no pair. dropped: counts the prompts and
+    pairs that are dropped, by reason.
+    """
+    found: list[dict[str, Any]] = []
+    for prompt_id in read.messages:
+        if by_preferences and prompt_id not in read.logits:
+            continue
+        for pair in pairs_of(
+            read.responses[prompt_id],
+            read.logits.get(prompt_id),
+            read.grades.get(prompt_id, {}),
+            read.gold.get(prompt_id),
+            rules,
+        ):
+            if isinstance(pair, Dropped):
+                dropped[pair.reason] += 1
+            else:
+                found.append({"prompt_id": prompt_id, **pair.columns()})
+    return found
 
 
 def first_incomplete(
