@@ -12,13 +12,12 @@ Departs from the paper: a comparison counts with its win probability, not as a h
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 
 import numpy as np
 
 import _path  # noqa: F401
-from sppo.core.artifacts import recorded, write_text
+from sppo.core.artifacts import recorded_all, write_text
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
@@ -62,9 +61,7 @@ def main() -> None:
     settings = settings_for(args.model, **options_of(vars(args)))
     inputs = [*args.outputs, *model_files(args.model, args.ranker_base)]
     plots = [args.plot, args.plot.with_suffix(".svg")]
-    with contextlib.ExitStack() as records:
-        for artifact in (args.output, *plots):
-            records.enter_context(recorded("tabulate", artifact, inputs, vars(args)))
+    with recorded_all("tabulate", (args.output, *plots), inputs, vars(args)):
         model = load_preference_model(settings, args.ranker_base, args.device)
         groups = {
             str(number): Group(instruction, texts)

@@ -7,13 +7,12 @@ Writes  a table (.csv), a plot (.png and .svg) and their records
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from sppo.core.artifacts import recorded, write_text
+from sppo.core.artifacts import recorded_all, write_text
 from sppo.core.errors import UserError, run
 from sppo.evaluation.results import read_evaluation
 from sppo.reporting.figures import plot_win_rates
@@ -48,9 +47,7 @@ def main() -> None:
         judged[match[1]][int(match[2])] = read_evaluation(path)
     by_n = {choice: dict(sorted(found.items())) for choice, found in judged.items() if found}
     plots = [args.plot, args.plot.with_suffix(".svg")]
-    with contextlib.ExitStack() as records:
-        for artifact in (args.output, *plots):
-            records.enter_context(recorded("tabulate", artifact, args.alpaca_eval, {}))
+    with recorded_all("tabulate", (args.output, *plots), args.alpaca_eval, {}):
         rows = [("n", "choice", *COLUMNS)]
         for choice, found in by_n.items():
             for n, evaluation in found.items():

@@ -12,13 +12,12 @@ rate goes on rising and theirs does not, the policy exploits the proxy's mistake
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from sppo.core.artifacts import json_lines, recorded, write_text
+from sppo.core.artifacts import json_lines, recorded_all, write_text
 from sppo.core.errors import UserError, run
 from sppo.reporting.figures import pyplot, save
 from sppo.reporting.table_formats import markdown_table
@@ -43,11 +42,7 @@ def main() -> None:
             " config/overoptimisation.yaml"
         )
     figure = args.output.with_suffix(".svg")
-    with contextlib.ExitStack() as records:
-        for artifact in (args.output, figure):
-            records.enter_context(
-                recorded("tabulate", artifact, [args.rows], {"rows": str(args.rows)})
-            )
+    with recorded_all("tabulate", (args.output, figure), [args.rows], {"rows": str(args.rows)}):
         write_text(args.output, page(rows, figure.name))
         plot(rows, figure)
     print(f"{args.output}: {len(rows)} rows")

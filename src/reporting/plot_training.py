@@ -7,11 +7,10 @@ Writes  a figure (.png and .svg) and its records
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 
 import _path  # noqa: F401
-from sppo.core.artifacts import iteration, json_lines, recorded
+from sppo.core.artifacts import iteration, json_lines, recorded_all
 from sppo.core.errors import UserError, run
 from sppo.reporting.figures import pyplot, save
 
@@ -36,9 +35,7 @@ def main() -> None:
 
     steps = {iteration(path): read_log(path) for path in args.logs}
     files = [args.plot, args.plot.with_suffix(".svg")]
-    with contextlib.ExitStack() as records:
-        for file in files:
-            records.enter_context(recorded("tabulate", file, args.logs, vars(args)))
+    with recorded_all("tabulate", files, args.logs, vars(args)):
         plot_training(dict(sorted(steps.items())), files)
 
 

@@ -12,13 +12,12 @@ brackets are 95% intervals.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from sppo.core.artifacts import iteration, json_lines, read_json, recorded, write_text
+from sppo.core.artifacts import iteration, json_lines, read_json, recorded_all, write_text
 from sppo.core.errors import UserError, run
 from sppo.evaluation.registry import EVALUATIONS, Column
 from sppo.evaluation.results import collect, doubts, read_evaluation
@@ -97,11 +96,8 @@ def main() -> None:
     inputs = [*args.evaluations, *args.base, *args.train_logs]
     plots = [args.plot, args.plot.with_suffix(".svg")]
     length_plots = [args.length_plot, args.length_plot.with_suffix(".svg")]
-    with contextlib.ExitStack() as records:
-        for artifact in (args.output, *plots, *length_plots):
-            records.enter_context(
-                recorded("tabulate", artifact, inputs, {"records": len(args.records)})
-            )
+    artifacts = (args.output, *plots, *length_plots)
+    with recorded_all("tabulate", artifacts, inputs, {"records": len(args.records)}):
         cyclic = how_cyclic(args.records, args.results, name)
         text = summary(found, judged, ratios, seconds, cyclic, name, args.output.parent)
         write_text(args.output, text)

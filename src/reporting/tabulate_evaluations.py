@@ -9,12 +9,11 @@ the evaluation was not made.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from sppo.core.artifacts import recorded, write_text
+from sppo.core.artifacts import recorded_all, write_text
 from sppo.core.errors import UserError, run
 from sppo.evaluation.registry import EVALUATIONS
 from sppo.evaluation.results import Evaluations, collect, doubts
@@ -57,11 +56,9 @@ def main() -> None:
         ".md": notes(found) + "\n\n" + markdown_table(HEAD, rows),
         ".html": page("All evaluations", paragraph(notes(found)) + html_table(HEAD, rows)),
     }
-    arguments = {"results": args.results}
-    with contextlib.ExitStack() as records:
-        for suffix, text in texts.items():
-            artifact = args.output.with_suffix(suffix)
-            records.enter_context(recorded("tabulate", artifact, args.files, arguments))
+    artifacts = [args.output.with_suffix(suffix) for suffix in texts]
+    with recorded_all("tabulate", artifacts, args.files, {"results": args.results}):
+        for artifact, text in zip(artifacts, texts.values(), strict=True):
             write_text(artifact, text)
 
 

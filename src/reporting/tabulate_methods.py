@@ -13,13 +13,12 @@ ordered. A run whose LC win rate has a warning is left out of the order.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from sppo.core.artifacts import recorded, write_text
+from sppo.core.artifacts import recorded_all, write_text
 from sppo.core.errors import UserError, run
 from sppo.evaluation.results import DOUBTFUL, Evaluations, collect, decimals, doubts, rate
 from sppo.reporting.figures import judge_name, plot_methods
@@ -89,11 +88,7 @@ def main() -> None:
     }
     plots = [args.plot, args.plot.with_suffix(".svg")]
     artifacts = [args.output.with_suffix(suffix) for suffix in texts] + plots
-    with contextlib.ExitStack() as records:
-        for artifact in artifacts:
-            records.enter_context(
-                recorded("tabulate", artifact, args.files, {"results": args.results})
-            )
+    with recorded_all("tabulate", artifacts, args.files, {"results": args.results}):
         for suffix, text in texts.items():
             write_text(args.output.with_suffix(suffix), text)
         plot_methods(judged, plots)

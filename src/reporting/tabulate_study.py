@@ -18,7 +18,6 @@ regime share their prompts, and in the first iteration their responses. So a run
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import _path  # noqa: F401
-from sppo.core.artifacts import json_lines, recorded, write_text
+from sppo.core.artifacts import json_lines, recorded_all, write_text
 from sppo.core.errors import UserError, run
 from sppo.reporting.figures import pyplot, save
 from sppo.reporting.table_formats import markdown_table
@@ -76,11 +75,7 @@ def main() -> None:
         regimes[row["regime"]].append(row)
     folder, stem = args.output.parent, args.output.stem
     figures = [folder / f"{stem}_{name}.svg" for name in ("win_rates", "log_ratios")]
-    with contextlib.ExitStack() as records:
-        for artifact in (args.output, *figures):
-            records.enter_context(
-                recorded("tabulate", artifact, [args.rows], {"rows": str(args.rows)})
-            )
+    with recorded_all("tabulate", (args.output, *figures), [args.rows], {"rows": str(args.rows)}):
         write_text(args.output, page(rows, regimes, stem))
         plot_win_rates(next(iter(regimes.values())), figures[0])
         plot_log_ratios(regimes, figures[1])

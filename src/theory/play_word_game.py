@@ -22,14 +22,13 @@ winner and loser; one prompt; a larger learning rate, because there are few step
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import _path  # noqa: F401
-from sppo.core.artifacts import recorded, write_json, write_text
+from sppo.core.artifacts import recorded_all, write_json, write_text
 from sppo.core.errors import UserError, run
 from sppo.core.flags import at_least
 from sppo.core.progress import progress
@@ -101,9 +100,8 @@ def main() -> None:
         args.output.with_name(f"{args.output.stem}{end}")
         for end in (".csv", "_words.csv", ".json", ".png", ".svg")
     )
-    with contextlib.ExitStack() as records:
-        for artifact in (args.output, data, by_word, facts, *images):
-            records.enter_context(recorded("theory", artifact, [args.policy], vars(args)))
+    artifacts = (args.output, data, by_word, facts, *images)
+    with recorded_all("theory", artifacts, [args.policy], vars(args)):
         policy = WordPolicy(args.policy, words, words[::-1])
         # By the number of examples in the prompt; the study uses as many as there are words.
         masses = {

@@ -12,7 +12,6 @@ drawn only if the game has three actions.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import _path  # noqa: F401
-from sppo.core.artifacts import read_json, recorded, write_text
+from sppo.core.artifacts import read_json, recorded_all, write_text
 from sppo.core.errors import run
 from sppo.reporting.figures import pyplot, save
 from sppo.reporting.table_formats import csv_table
@@ -107,18 +106,16 @@ def main() -> None:
     inputs = [path for path in (args.checks, args.trained, args.game) if path]
     checks = read_json(args.checks)
     trained = read_json(args.trained) if args.trained else {"findings": "", "checks": []}
-    # The records are written at the end, so that they exist only if all files do.
-    with contextlib.ExitStack() as records:
-        for plot in plots:
-            table, *images = (
-                args.output.with_name(f"{plot.stem}.{form}") for form in ("csv", "png", "svg")
-            )
-            for artifact in (table, *images):
-                records.enter_context(recorded("theory", artifact, inputs, vars(args)))
+    files = [
+        [args.output.with_name(f"{plot.stem}.{form}") for form in ("csv", "png", "svg")]
+        for plot in plots
+    ]
+    artifacts = [args.output, *(file for of_plot in files for file in of_plot)]
+    with recorded_all("theory", artifacts, inputs, vars(args)):
+        for plot, (table, *images) in zip(plots, files, strict=True):
             rows = zip(*(column.tolist() for column in plot.data.values()))
             write_text(table, csv_table(list(plot.data), rows))
             save(plot.figure, images)
-        records.enter_context(recorded("theory", args.output, inputs, vars(args)))
         text = page(game, name, plots, checks + trained["checks"], trained["findings"])
         write_text(args.output, text)
 

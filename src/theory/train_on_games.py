@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 import _path  # noqa: F401
-from sppo.core.artifacts import recorded, write_json, write_text
+from sppo.core.artifacts import recorded_all, write_json, write_text
 from sppo.core.errors import run
 from sppo.core.flags import at_least
 from sppo.core.progress import progress
@@ -72,9 +72,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     table, *images = (args.output.with_suffix(f".{form}") for form in ("csv", "png", "svg"))
-    with contextlib.ExitStack() as records:
-        for artifact in (args.output, table, *images):
-            records.enter_context(recorded("theory", artifact, [], vars(args)))
+    with recorded_all("theory", (args.output, table, *images), [], vars(args)):
         iterates = {name: all_ways(name, args.prompts, args.seeds) for name in WAYS}
         checks = all_checks(iterates)
         write_json(args.output, {"findings": findings(iterates), "checks": checks})

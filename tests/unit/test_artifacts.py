@@ -23,6 +23,7 @@ from sppo.core.artifacts import (
     read_json,
     record_path,
     recorded,
+    recorded_all,
     write_json,
     write_text,
     written_whole,
@@ -439,6 +440,24 @@ def test_failed_stage_leaves_no_record(tmp_path, as_program):
         write_text(tmp_path / "artifact", "half")
         raise UserError("no")
     assert names_in(tmp_path) == ["artifact"]
+
+
+def test_failed_block_leaves_no_record_of_several_artifacts(tmp_path, as_program):
+    given, both = tmp_path / "given", [tmp_path / "a", tmp_path / "b"]
+    write_text(given, "")
+    with pytest.raises(UserError), recorded_all("select", both, [given], {}):
+        write_text(both[0], "")
+        write_text(both[1], "half")
+        raise UserError("no")
+    assert names_in(tmp_path) == ["a", "b", "given"]
+    with recorded_all("select", both, [given], {"k": 2}):
+        write_text(both[1], "whole")
+    for artifact in both:
+        record = read_json(record_path(artifact))
+        assert record["artifact"] == str(artifact)
+        assert record["sha256"] == file_hash(artifact)
+        assert record["inputs"].keys() == {str(given)}
+        assert record["arguments"] == {"k": 2}
 
 
 def test_stale_names_only_what_differs(tmp_path, as_program):

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -352,6 +352,17 @@ def recorded(
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         },
     )
+
+
+@contextlib.contextmanager
+def recorded_all(
+    stage: str, artifacts: Iterable[Path], inputs: Sequence[Path], arguments: dict[str, Any]
+) -> Iterator[None]:
+    """`recorded` for all artifacts of one block. If it ends with an error, no record is written."""
+    with contextlib.ExitStack() as records:
+        for artifact in artifacts:
+            records.enter_context(recorded(stage, artifact, inputs, arguments))
+        yield
 
 
 def package_versions() -> dict[str, str]:
