@@ -40,7 +40,7 @@ from sppo.core.artifacts import (
     recorded,
     remove,
     write_json,
-    write_text,
+    write_json_lines,
     written_whole,
 )
 from sppo.core.config import DEVICES, running_keys
@@ -209,7 +209,7 @@ def train(args: argparse.Namespace) -> None:
             return
         card_text = card(args, len(pairs), trainer.state.global_step, history[-1])
         write_policy(args.output, trained, weights, tokenizer, card_text, factors)
-        write_text(args.log, "".join(json.dumps(line) + "\n" for line in history))
+        write_json_lines(args.log, history)
         facts |= facts_of(trainer, pairs, dtype, history[-1])
         if kept is not None:
             facts["lora_update_left_in_bfloat16"] = kept

@@ -10,12 +10,11 @@ Departs from FastChat: the prompt uses the policy's own chat template; answer_id
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from sppo.core.artifacts import recorded, write_text
+from sppo.core.artifacts import recorded, write_json_lines
 from sppo.core.errors import run
 from sppo.core.flags import add_engine
 from sppo.evaluation.mt_bench import TEMPERATURES, read_questions
@@ -77,10 +76,8 @@ def main() -> None:
                 )
             noise = f"{args.noise}/turn{turn}"
             rows += answer_turn(engine, questions, chats, args, noise, context)
-        answers = [answer_record(question, chats, args.model_id) for question in questions]
-        write_text(
-            args.output,
-            "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers),
+        write_json_lines(
+            args.output, [answer_record(question, chats, args.model_id) for question in questions]
         )
         facts |= summary(rows) | {
             "computed_in": str(engine.dtype),

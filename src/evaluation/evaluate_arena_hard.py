@@ -14,14 +14,13 @@ Departs from its authors by default: the questions are this repository's own, th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from sppo.core.artifacts import file_hash, recorded, write_json, write_text
+from sppo.core.artifacts import file_hash, recorded, write_json, write_json_lines
 from sppo.core.chat_client import Client, concurrently
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
@@ -92,9 +91,7 @@ def main() -> None:
             for row, ours, theirs in zip(judged, outputs, reference, strict=True)
         ]
         with recorded("arena_hard", args.judgments, inputs, vars(args)):
-            write_text(
-                args.judgments, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            )
+            write_json_lines(args.judgments, rows)
         usable = [row for row in rows if row["outcomes"]]
         categories = sorted({row["category"] for row in usable})
         official = file_hash(args.instructions) == QUESTIONS.sha256

@@ -14,12 +14,11 @@ Departs from the paper by default: the questions are this repository's own, and 
 from __future__ import annotations
 
 import argparse
-import json
 from importlib import metadata
 from pathlib import Path
 
 import _path  # noqa: F401
-from sppo.core.artifacts import file_hash, recorded, write_json, write_text
+from sppo.core.artifacts import file_hash, recorded, write_json, write_json_lines
 from sppo.core.chat_client import Client
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
@@ -120,9 +119,7 @@ def main() -> None:
             rows = grade_by_api(questions, answers, args.data, client)
             details = {"model": name, "base_url": args.judge_base_url}
         with recorded("mt_bench", args.judgments, inputs, vars(args)):
-            write_text(
-                args.judgments, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            )
+            write_json_lines(args.judgments, rows)
         official = {name: is_official(args.data, name) for name in OFFICIAL}
         categories = {row["question_id"]: row["category"] for row in questions}
         write_json(

@@ -16,7 +16,6 @@ sometimes, but not always.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
-from sppo.core.artifacts import json_lines, write_text
+from sppo.core.artifacts import json_lines, write_json_lines
 from sppo.core.errors import run
 from sppo.preferences.constraints import lm_eval_ifeval
 
@@ -234,8 +233,7 @@ def main() -> None:
         ("sentence_held_out", held_out, args.sentences_held_out, one_sentence),
     ):
         rows = build(chosen, number, f"{args.seed} {name}", name, constrained)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_text(args.output / f"{name}.jsonl", "".join(lines))
+        write_json_lines(args.output / f"{name}.jsonl", rows)
         print(f"{args.output / name}.jsonl: {len(rows)} prompts about {len(chosen)} topics")
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -36,6 +35,7 @@ from sppo.core.artifacts import (
     read_json,
     read_record,
     recorded,
+    write_json_lines,
     write_text,
 )
 from sppo.core.errors import UserError, run
@@ -176,8 +176,7 @@ def key_of(row: Row) -> tuple[str, str, int]:
 
 def append(path: Path, row: Row) -> None:
     """Add a line. The file is written whole, so a kill leaves the old one."""
-    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in [*rows_in(path), row]]
-    write_text(path, "".join(lines))
+    write_json_lines(path, [*rows_in(path), row])
 
 
 def judge_of(config: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from sppo.core.artifacts import (
     recorded,
     recorded_all,
     write_json,
+    write_json_lines,
     write_text,
     written_whole,
 )
@@ -304,6 +305,14 @@ def test_folder_hash_follows_links(tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "a").symlink_to(tmp_path / "real" / "a")
     assert file_hash(tmp_path / "links") == file_hash(tmp_path / "real")
+
+
+def test_json_lines_are_read_as_they_were_written(tmp_path):
+    rows = [{"text": "Zeilen\nund \u2028 „Anführung“ \U0001f600"}, {}]
+    write_json_lines(tmp_path / "rows.jsonl", rows)
+    assert json_lines(tmp_path / "rows.jsonl") == rows
+    text = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    assert text == '{"text": "Zeilen\\nund \u2028 „Anführung“ \U0001f600"}\n{}\n'
 
 
 @pytest.fixture

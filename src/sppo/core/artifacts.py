@@ -113,6 +113,11 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write a JSONL file with one line for each row, completely or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def parse_json(text: str | bytes) -> Any:
     """Parse a JSON text. Any fault of the text, including too deep nesting, raises ValueError."""
     try:
