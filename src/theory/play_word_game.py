@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.special import softmax
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded_all, write_json, write_text
@@ -51,7 +52,6 @@ from sppo.theory.word_game import (
     cyclic_game,
     measure,
     mutant_claim,
-    restricted,
     total_variation,
 )
 
@@ -214,8 +214,8 @@ def word_lines(steps: list[Step], words: tuple[str, ...], tokens: list[int]) -> 
             step.before,
             step.target,
             step.log_ratio,
-            restricted(step.before),
-            restricted(step.after),
+            softmax(step.before),
+            softmax(step.after),
             step.exact,
             step.of_minimiser,
         )
@@ -306,7 +306,7 @@ def page(
 ) -> str:
     """word_game.md: what was done, the figure, the tables, and every check."""
     hold = sum(entry["holds"] for entry in checks)
-    start = restricted(steps[0].before)
+    start = softmax(steps[0].before)
     listed = ", ".join(
         f"{word} {p:.3f} ({length} tokens)" for word, p, length in zip(words, start, tokens)
     )
@@ -427,7 +427,7 @@ def gap_table(steps: list[Step]) -> str:
     rows = []
     for eta in STEPS:
         correct = correct_steps(steps, eta)
-        start, last = restricted(correct[0].before), restricted(correct[-1].after)
+        start, last = softmax(correct[0].before), softmax(correct[-1].after)
         exact = play(mwu(correct[0].P, start, eta), len(correct))
         average = average_gap(correct)
         values = (

@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 
 import play_word_game
 import score_reference
@@ -30,7 +31,6 @@ from sppo.theory.word_game import (
     measure,
     mutant_claim,
     pairs_table,
-    restricted,
 )
 from sppo.theory.word_policy import WordPolicy, play_iteration
 from sppo.training.losses import LOSSES
@@ -105,7 +105,7 @@ def test_an_exact_step_departs_by_nothing():
     assert measure(exact).departure == pytest.approx(0, abs=1e-9)
     assert measure(exact).wins == pytest.approx(measure(exact).wins_exact)
     # P(new beats old) = 1/2 + (KL + reversed KL)/eta, of multiplicative weights.
-    old, new = restricted(before), exact.exact
+    old, new = softmax(before), exact.exact
     identity = 0.5 + ((new - old) @ np.log(new / old)) / ETA
     assert measure(exact).wins == pytest.approx(identity)
     assert measure(step).tv_share == pytest.approx(1), "a policy that does not move"

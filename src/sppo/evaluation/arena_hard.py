@@ -210,6 +210,7 @@ def style_controlled(means: np.ndarray, weights: np.ndarray, style: np.ndarray) 
     """
     import numpy as np
     from scipy.optimize import minimize
+    from scipy.special import expit
 
     scale = style.std(axis=0)
     features = style[:, scale > 0] / scale[scale > 0]
@@ -218,11 +219,11 @@ def style_controlled(means: np.ndarray, weights: np.ndarray, style: np.ndarray) 
     def loss(coefficients: np.ndarray) -> tuple[float, np.ndarray]:
         logits = design @ coefficients
         value = weights @ (np.logaddexp(0, logits) - means * logits)
-        gradient = design.T @ (weights * (1 / (1 + np.exp(-logits)) - means))
+        gradient = design.T @ (weights * (expit(logits) - means))
         return value / weights.sum(), gradient / weights.sum()
 
     fitted = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B")
-    return float(1 / (1 + np.exp(-fitted.x[0])))
+    return float(expit(fitted.x[0]))
 
 
 def _interval(values: np.ndarray) -> list[float]:

@@ -239,6 +239,7 @@ def scores(rows: list[Row], categories: dict[Any, str]) -> Row:
     with fewer than two questions. categories: by question_id.
     """
     import numpy as np
+    from scipy.stats import sem
 
     def mean(values: list[float]) -> float | None:
         return float(np.mean(values)) if values else None
@@ -250,7 +251,7 @@ def scores(rows: list[Row], categories: dict[Any, str]) -> Row:
     means = [np.mean(values) for values in by_question.values()]
     error = None
     if len(means) > 1:
-        error = float(np.std(means, ddof=1) / np.sqrt(len(means)))
+        error = float(sem(means))
     return {
         "average": mean([row["score"] for row in graded]),
         "standard_error": error,
@@ -272,6 +273,7 @@ def win_rates(rows: list[Row]) -> Row:
     The standard error is over questions; None with fewer than two.
     """
     import numpy as np
+    from scipy.stats import sem
 
     def percent(turn: int) -> float:
         return 100 * float(np.mean([row["win_probability"] for row in rows if row["turn"] == turn]))
@@ -280,7 +282,7 @@ def win_rates(rows: list[Row]) -> Row:
     by_question = np.array([row["win_probability"] for row in rows]).reshape(-1, 2).mean(axis=1)
     error = None
     if len(by_question) > 1:
-        error = 100 * float(np.std(by_question, ddof=1) / np.sqrt(len(by_question)))
+        error = 100 * float(sem(by_question))
     return {
         "win_rate": 100 * float(by_question.mean()),
         "standard_error": error,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.special import softmax
 
 from sppo.preferences.estimates import p_hat_weighted
 from sppo.theory.claims import Claim
@@ -53,12 +54,6 @@ def cyclic_game(n: int, win: float) -> Array:
     return np.where(i == j, 0.5, np.where((i - j) % n % 2 == 1, win, 1 - win))
 
 
-def restricted(log_pi: Array) -> Array:
-    """The policy (n,) over the words alone, which sums to 1."""
-    pi = np.exp(log_pi - log_pi.max())
-    return pi / pi.sum()
-
-
 def couples(n: int) -> list[tuple[int, int]]:
     """Pairs of different words that contain every word; with odd n, the first is in two pairs."""
     return [(i, (i + 1) % n) for i in range(0, n, 2)]
@@ -72,7 +67,7 @@ def estimates(P: Array, log_pi: Array, variant: str) -> Array:
     wins = p_hat_weighted(P, log_pi)
     if variant != NO_SELF:
         return wins
-    pi = restricted(log_pi)
+    pi = softmax(log_pi)
     return (wins - 0.5 * pi) / (1 - pi)
 
 
@@ -136,7 +131,7 @@ class Step:
     @property
     def exact(self) -> Array:
         """The update of multiplicative weights, eq. (4.1), over the words, (n,)."""
-        return restricted(self.before + self.target)
+        return softmax(self.before + self.target)
 
     @property
     def minimiser(self) -> Array:
@@ -151,7 +146,7 @@ class Step:
     @property
     def of_minimiser(self) -> Array:
         """The policy over the words (n,) that minimises the loss."""
-        return restricted(self.before + self.minimiser)
+        return softmax(self.before + self.minimiser)
 
 
 class Measures(NamedTuple):
@@ -202,7 +197,7 @@ def explained(values: Array, fitted: Array) -> float:
 
 def measure(step: Step) -> Measures:
     """All measures of one trained iteration."""
-    old, new = restricted(step.before), restricted(step.after)
+    old, new = softmax(step.before), softmax(step.after)
     slope, intercept = np.polyfit(step.target, step.log_ratio, 1)
     return Measures(
         mass_before=float(np.exp(step.before).sum()),
@@ -233,7 +228,7 @@ class AverageGap(NamedTuple):
 
 def average_gap(steps: list[Step]) -> AverageGap:
     """For the correct iterations of one eta; pi_1 is the policy before the first of them."""
-    policies = [restricted(step.before) for step in steps]
+    policies = [softmax(step.before) for step in steps]
     T = len(policies)
     bound = mwu_bound(policies[0], steps[0].eta, T)
     return AverageGap(T, duality_gap(steps[0].P, np.mean(policies, axis=0)), bound)
