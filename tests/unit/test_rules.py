@@ -17,7 +17,7 @@ import yaml
 
 from sppo.core.artifacts import file_hash, record_path, write_json
 from sppo.core.config import ENGINE_KEYS, default_of, schema
-from sppo.core.config_files import check_files, read_files, update
+from sppo.core.config_files import check_files, merged, read_files
 from sppo.core.errors import UserError, explained
 from sppo.evaluation.registry import EVALUATIONS
 from sppo.policies.gpus import count_gpus
@@ -301,9 +301,8 @@ def dry_run(folder: Path, *words: str) -> subprocess.CompletedProcess:
 
 def overlaid(text: str) -> dict:
     """A configuration with open prompts and the ranker, updated with the YAML `text`."""
-    config = read_files([ROOT / "config" / "presets" / "laptop.yaml"])
-    update(config, yaml.safe_load(text))
-    return config
+    laptop = read_files([ROOT / "config" / "presets" / "laptop.yaml"])
+    return merged(laptop, yaml.safe_load(text))
 
 
 def write_overlay(file: Path, text: str) -> None:
@@ -393,8 +392,8 @@ def test_demo_with_other_prompts_says_what_to_set(copy, monkeypatch):
         (copy / f"mine{t}.jsonl").write_text('{"instruction": "Say something."}\n' * 9)
 
     def check(**sections: dict) -> None:
-        config = read_files([ROOT / "config" / "config.yaml"])
-        update(config, {"iterations": 2, **sections})
+        demo = read_files([ROOT / "config" / "config.yaml"])
+        config = merged(demo, {"iterations": 2, **sections})
         check_inputs("", resolve(config)[""])
 
     remedy = "set preference.model and alpaca_eval.judge, or extend config/presets/laptop.yaml"

@@ -190,14 +190,6 @@ def _spelled(text: str) -> Any:
     return text
 
 
-def merged(base: Config, overrides: Config) -> Config:
-    """A copy of `base` with nested overrides."""
-    result = copy.deepcopy(base)
-    for key, value in overrides.items():
-        result[key] = merged(result.get(key, {}), value) if isinstance(value, dict) else value
-    return result
-
-
 # Stricter than JSON: 5.0 is no count, and neither NaN nor infinity is a number to compute with.
 _TYPES = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine_many(
     {

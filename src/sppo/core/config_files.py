@@ -87,13 +87,13 @@ def read_files(files: Iterable[str | os.PathLike[str]]) -> dict[str, Any]:
     directory or at the repository. UserError as for `check_files`, and if a file extends itself.
     """
     paths = [Path(file) for file in files]
-    merged: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     # What the files extend comes first, so that it overrides no key of an earlier file.
     for path in paths:
-        update(merged, _extended(path, ()))
+        written = merged(written, _extended(path, ()))
     for path in paths:
-        update(merged, {key: value for key, value in _content(path).items() if key != "extends"})
-    return merged
+        written = merged(written, _own(path))
+    return written
 
 
 def extended_by(files: Iterable[str | os.PathLike[str]]) -> list[Any]:
@@ -131,9 +131,12 @@ def _extended(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     path = shipped(os.path.expanduser(extended))
     if path.absolute() in [other.absolute() for other in (*above, file)]:
         raise UserError(f"{shown(file)} extends {extended}, which extends it; remove one `extends`")
-    base = _extended(path, (*above, file))
-    update(base, {key: value for key, value in _content(path).items() if key != "extends"})
-    return base
+    return merged(_extended(path, (*above, file)), _own(path))
+
+
+def _own(file: Path) -> dict[str, Any]:
+    """The checked content of a file without `extends`."""
+    return {key: value for key, value in _content(file).items() if key != "extends"}
 
 
 def _content(file: Path) -> dict[str, Any]:
@@ -148,13 +151,15 @@ def _text(file: str | os.PathLike[str]) -> str:
     return text.replace("\t", " ") if _is_json(text) else text
 
 
-def update(base: dict[str, Any], overlay: dict[str, Any]) -> None:
-    """Set the keys of `overlay` in `base`, section by section, as Snakemake does."""
+def merged(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `overlay`, section by section, as Snakemake merges files."""
+    result = dict(base)
     for key, value in overlay.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            update(base[key], value)
-        else:
-            base[key] = value
+        section = result.get(key)
+        if isinstance(section, dict) and isinstance(value, dict):
+            value = merged(section, value)
+        result[key] = value
+    return result
 
 
 def _is_json(text: str) -> bool:

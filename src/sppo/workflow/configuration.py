@@ -16,13 +16,12 @@ from sppo.core.config import (
     check_against_schema,
     check_sizes,
     completed,
-    merged,
     schema,
     shown,
     typed,
     without_nulls,
 )
-from sppo.core.config_files import extended_by, read_files, update
+from sppo.core.config_files import extended_by, merged, read_files
 from sppo.core.errors import UserError
 from sppo.core.openai_api import check_address
 from sppo.preferences.base import KINDS, find_kind
@@ -197,9 +196,7 @@ def read_configuration(
         if not isinstance(extended, str):
             raise UserError(f"config: extends is {shown(extended)}; give the path of one file")
         files = [shipped(os.path.expanduser(extended))]
-    written = read_files(files)
-    update(written, overlay)
-    return written
+    return merged(read_files(files), overlay)
 
 
 def resolve(written: Config) -> Runs:
