@@ -48,6 +48,8 @@ from sppo.preferences.base import (
 )
 
 Row = dict[str, Any]
+# Samples for the interval at equal style. They are few, because each is a regression of its own.
+STYLE_BOOTSTRAP = 200
 
 
 def main() -> None:
@@ -64,9 +66,6 @@ def main() -> None:
     parser.add_argument("--judge-model", help="model name for openai")
     parser.add_argument("--judge-base-url", help="address of the server for openai")
     parser.add_argument("--bootstrap", type=int, default=10000, help="samples for the interval")
-    parser.add_argument(
-        "--style-bootstrap", type=int, default=200, help="samples for the interval at equal style"
-    )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--output", type=Path, required=True, help="arena_hard.json")
@@ -95,7 +94,7 @@ def main() -> None:
         usable = [row for row in rows if row["outcomes"]]
         categories = sorted({row["category"] for row in usable})
         official = file_hash(args.instructions) == QUESTIONS.sha256
-        draws = (args.bootstrap, args.style_bootstrap, args.seed)
+        draws = (args.bootstrap, STYLE_BOOTSTRAP, args.seed)
         write_json(
             args.output,
             figures(usable, *draws)

@@ -77,6 +77,7 @@ ENDINGS = ("The end.", "That is all.", "Try it yourself.", "What do you think?")
 OPENINGS = ("when", "imagine", "the", "in", "there")
 COMMON_WORDS = ("and", "is", "with", "can", "for", "in", "you", "it")
 HELD_OUT_TOPICS = 7  # of the 30 of each group
+SENTENCES, HELD_OUT_SENTENCES = 900, 300  # numbers of prompts for one sentence
 
 
 def existence(topic: Topic, draw: random.Random) -> Written:
@@ -214,8 +215,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("data/instructions"))
     parser.add_argument("--train", type=int, default=1610, help="number of training prompts")
     parser.add_argument("--held-out", type=int, default=300, help="number of held-out prompts")
-    parser.add_argument("--sentences", type=int, default=900, help="the same, of one sentence")
-    parser.add_argument("--sentences-held-out", type=int, default=300, help="the same, held-out")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -229,8 +228,8 @@ def main() -> None:
     for name, chosen, number, constrained in (
         ("train", train, args.train, varied),
         ("held_out", held_out, args.held_out, varied),
-        ("sentence_train", train, args.sentences, one_sentence),
-        ("sentence_held_out", held_out, args.sentences_held_out, one_sentence),
+        ("sentence_train", train, SENTENCES, one_sentence),
+        ("sentence_held_out", held_out, HELD_OUT_SENTENCES, one_sentence),
     ):
         rows = build(chosen, number, f"{args.seed} {name}", name, constrained)
         write_json_lines(args.output / f"{name}.jsonl", rows)

@@ -47,6 +47,7 @@ from sppo.preferences.embedded_network import (
 from sppo.preferences.estimates import condorcet_winner, win_probabilities
 
 TESTED = 5  # every fifth prompt, by hash, is for the agreement
+PROMPTS_PER_STEP = 4
 
 
 class Comparisons(NamedTuple):
@@ -70,7 +71,6 @@ def main() -> None:
         "--comparisons", type=int, help="learn from about so many pairs (default: from all)"
     )
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--prompts-per-step", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of the LoRA weights")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -93,7 +93,7 @@ def main() -> None:
         "length_weight": 0.0,
         "seed": args.seed,
         "epochs": args.epochs,
-        "prompts_per_step": args.prompts_per_step,
+        "prompts_per_step": PROMPTS_PER_STEP,
         "learning_rate": args.learning_rate,
         "comparisons": sum(pairs_of(each.responses) for each in learned),
     }
@@ -154,9 +154,12 @@ def train(args: argparse.Namespace, model: PreferenceEmbedder, learned: list[Com
     """Train with AdamW, warm-up and linear decay to zero."""
     model.standardise([(each.prompt, each.responses) for each in learned[:32]])
     draw = np.random.default_rng(args.seed)
-    size = args.prompts_per_step
     orders = [draw.permutation(len(learned)) for _ in range(args.epochs)]
-    steps = [order[i : i + size] for order in orders for i in range(0, len(order), size)]
+    steps = [
+        order[i : i + PROMPTS_PER_STEP]
+        for order in orders
+        for i in range(0, len(order), PROMPTS_PER_STEP)
+    ]
     optimizer, schedule = optimizer_of(model, args.learning_rate, len(steps))
     for number, step in enumerate(steps, 1):
         total = 0.0

@@ -71,6 +71,7 @@ from sppo.reporting.table_formats import markdown_table
 
 CHUNK = 24  # rows of one instruction that are judged in one group
 BATCH = 32  # groups that are judged in one call
+BINS = 10  # of the predicted probability, in the calibration error and the reliability diagram
 DIRECT_COLUMNS = [
     "instruction",
     "subset",
@@ -296,10 +297,10 @@ def mean_and_error(values: pd.Series, clusters: pd.Series) -> tuple[float | None
     return round(float(values.mean()), 4), round(float(np.sqrt((sums**2).sum()) / len(values)), 4)
 
 
-def reliability(probability: np.ndarray, happened: np.ndarray, bins: int = 10) -> pd.DataFrame:
+def reliability(probability: np.ndarray, happened: np.ndarray) -> pd.DataFrame:
     """Per bin of the predicted probability: n, mean prediction, observed frequency."""
     frame = pd.DataFrame({"predicted": probability, "observed": happened.astype(float)})
-    number = np.minimum((probability * bins).astype(int), bins - 1)
+    number = np.minimum((probability * BINS).astype(int), BINS - 1)
     return frame.groupby(number).agg(
         n=("observed", "size"), predicted=("predicted", "mean"), observed=("observed", "mean")
     )

@@ -32,7 +32,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
-from sppo.core.errors import UserError, run
+from sppo.core.errors import run
+from sppo.core.flags import at_least
 from sppo.policies.models import compute_dtype
 from sppo.preferences.embedded_network import (
     PreferenceEmbedder,
@@ -52,6 +53,12 @@ from sppo.preferences.embedded_data import (
 )
 
 CORRUPTED_SHARE = 0.3  # of the loss
+GROUPS_PER_STEP = 2
+GROUP_SIZE = 7  # models' answers in a group
+LONGER_WINS = 0.6  # share of the pairs that the longer answer wins, by weight
+CHECK_EVERY = 100  # steps between two evaluations on held-out pairs
+DIMENSIONS = 4  # of an answer's embedding, an even number
+MAX_PROMPT_TOKENS = 96
 
 
 def arguments() -> argparse.Namespace:
@@ -62,28 +69,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", required=True, type=Path, help="folder of the base model")
     parser.add_argument("--annotations", required=True, nargs="+", type=Path)
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--steps", type=int, default=190)
-    parser.add_argument("--groups-per-step", type=int, default=2)
-    parser.add_argument("--group-size", type=int, default=7, help="models' answers in a group")
+    parser.add_argument("--steps", type=at_least(1), default=190)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--lora-from", type=int, default=6)
     parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--dimensions", type=int, default=4)
-    parser.add_argument("--max-prompt-tokens", type=int, default=96)
     parser.add_argument("--max-answer-tokens", type=int, default=208)
-    parser.add_argument(
-        "--longer-wins",
-        type=float,
-        default=0.6,
-        help="share of the pairs that the longer answer wins, by weight",
-    )
-    parser.add_argument(
-        "--check-every",
-        type=int,
-        default=100,
-        help="steps between two evaluations on held-out pairs",
-    )
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
@@ -158,25 +149,25 @@ def train(
 ) -> list[dict]:
     """Train with AdamW, warm-up and linear decay to zero at --steps; returns the log's lines."""
     epochs, groups, log = 0, [], []
-    needed = args.steps * args.groups_per_step
+    needed = args.steps * GROUPS_PER_STEP
     while len(groups) < needed:
-        groups += make_groups(files, args.group_size, 1000 * args.seed + epochs, False, args.name)
+        groups += make_groups(files, GROUP_SIZE, 1000 * args.seed + epochs, False, args.name)
         epochs += 1
-    shorter = shorter_weight(groups, args.longer_wins)
+    shorter = shorter_weight(groups, LONGER_WINS)
     model.standardise([(group.instruction, group.texts) for group in groups[:32]])
     optimizer, schedule = optimizer_of(model, args.learning_rate, args.steps)
     began, last_message = time.monotonic(), 0.0
     recent: list[float] = []  # losses since the last line of the log
     for step in range(args.steps):
-        for group in groups[step * args.groups_per_step : (step + 1) * args.groups_per_step]:
+        for group in groups[step * GROUPS_PER_STEP : (step + 1) * GROUPS_PER_STEP]:
             loss = group_loss(skew_logits(model(group.instruction, group.texts)), group, shorter)
-            (loss / args.groups_per_step).backward()
+            (loss / GROUPS_PER_STEP).backward()
             recent.append(loss.item())
         clip_gradients(optimizer)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        check = (step + 1) % args.check_every == 0
+        check = (step + 1) % CHECK_EVERY == 0
         if check or time.monotonic() - last_message >= 60:
             line = {
                 "step": step + 1,
@@ -222,10 +213,6 @@ def write(args: argparse.Namespace, model: PreferenceEmbedder, spec: dict, files
 
 def main() -> None:
     args = arguments()
-    if args.dimensions % 2 or min(args.steps, args.dimensions, args.group_size) < 1:
-        raise UserError(
-            "--dimensions must be positive and even, and --steps and --group-size positive"
-        )
     torch.manual_seed(args.seed)
     files = [load_annotations(path)[0] for path in args.annotations]
     backbone, tokenizer = load_base(args.base, compute_dtype("auto", "cpu"))
@@ -240,11 +227,17 @@ def main() -> None:
         "base": args.base.name,
         "base_shape": shape,
         **recipe,
+        "groups_per_step": GROUPS_PER_STEP,
+        "group_size": GROUP_SIZE,
+        "dimensions": DIMENSIONS,
+        "max_prompt_tokens": MAX_PROMPT_TOKENS,
+        "longer_wins": LONGER_WINS,
+        "check_every": CHECK_EVERY,
         "logit_scale": 1.0,
         "length_weight": 0.0,
     }
     model = PreferenceEmbedder(backbone, tokenizer, spec, args.seed).train()
-    held_out = make_groups(files, args.group_size, args.seed, True, args.name)
+    held_out = make_groups(files, GROUP_SIZE, args.seed, True, args.name)
     spec["log"] = train(args, model, files, held_out)
     final = held_out_logits(model, held_out)
     spec["logit_scale"], spec["length_weight"] = calibrate(final[final["kind"] == "reference"])

@@ -40,7 +40,6 @@ ONE_STEP = {
         g.mmd(COMAL3, START, UNIFORM, 1, 0.3),
         (0.20871887257797417, 0.44571218454634653, 0.34556894287567935),
     ),
-    "dno": (g.dno(COMAL3, START, 1.0), (0.178338678183976, 0.4781742284659429, 0.3434870933500812)),
 }
 
 
@@ -204,7 +203,6 @@ def updates_by_products(game, ref, eta, tau):
         ),
         "comal": (g.comal(P, pi, eta, tau), normal(np.exp(P @ pi / eta) * pi)),
         "ipo": (g.iterative_ipo(P, pi, eta), normal(pi * np.exp((P @ pi - 0.5) / eta))),
-        "dno": (g.dno(P, pi, eta), normal(pi * np.exp(P @ pi / eta))),
     }
 
 
@@ -255,7 +253,6 @@ def all_algorithms(P, start):
         "comal": g.comal(P, start, 0.2, 0.1),
         "dpo": g.iterative_dpo(P, start, 1.0),
         "ipo": g.iterative_ipo(P, start, 0.2),
-        "dno": g.dno(P, start, 0.2),
     }
 
 
@@ -293,9 +290,8 @@ def test_offline_dpo_never_moves_on_rock_paper_scissors():
 
 
 def test_iterative_dpo_equals_offline_dpo_in_each_step():
-    fixed = play(g.iterative_dpo(COMAL3, START, 0.1, ref=START), 2)
-    np.testing.assert_allclose(fixed[1], g.offline_dpo(COMAL3, START, 0.1, START), atol=1e-14)
-    np.testing.assert_allclose(fixed[2], g.offline_dpo(COMAL3, START, 0.1, fixed[1]), atol=1e-14)
+    for pi, after in itertools.pairwise(play(g.iterative_dpo(COMAL3, START, 1.0), 2)):
+        np.testing.assert_allclose(after, g.offline_dpo(COMAL3, pi, 1.0, pi), atol=1e-14)
 
 
 def test_every_algorithm_finds_the_best_action_of_bt3():
@@ -496,7 +492,8 @@ def test_infinite_rewards_are_refused():
         g.bt_rewards(P)
 
 
-def test_dno_minimises_its_soft_label_loss():
+def test_mwu_minimises_dnos_soft_label_loss():
+    """DNO's population target (2404.03715) is the step of MWU with the inverse of DNO's eta."""
     eta, r = 0.7, COMAL3 @ START
 
     def loss(logits):
@@ -508,7 +505,7 @@ def test_dno_minimises_its_soft_label_loss():
         return total
 
     found = np.exp(minimize(loss, np.log(START), method="BFGS", options={"gtol": 1e-10}).x)
-    step = play(g.dno(COMAL3, START, eta), 1)[1]
+    step = play(g.mwu(COMAL3, START, 1 / eta), 1)[1]
     np.testing.assert_allclose(step, found / found.sum(), atol=1e-5)
 
 

@@ -196,10 +196,15 @@ def by_hand(
 # --- logits ---
 
 
+def pair_logits(model: PairRM, prompt: str, candidates: list[str]) -> np.ndarray:
+    """The logits (K, K) of one prompt."""
+    return model.all_pair_logits([(prompt, candidates)])[0]
+
+
 @pytest.mark.parametrize("k", range(len(GROUPS)))
 def test_logits_equal_those_of_each_single_pair(pairrm, folders, k):
     prompt, candidates = GROUPS[k]
-    logits = pairrm.pair_logits(prompt, candidates)
+    logits = pair_logits(pairrm, prompt, candidates)
     assert logits.dtype == np.float64
     assert np.abs(logits).max() > 0.1
     # The logits are not skew-symmetric.
@@ -231,16 +236,16 @@ def test_logits_do_not_depend_on_batching(folders, pairrm, batch_tokens):
     other = PairRM(folders["llm-blender"], precision="float32", batch_tokens=batch_tokens)
     together = other.all_pair_logits(GROUPS)
     for (prompt, candidates), logits in zip(GROUPS, together):
-        np.testing.assert_allclose(logits, pairrm.pair_logits(prompt, candidates), atol=2e-5)
+        np.testing.assert_allclose(logits, pair_logits(pairrm, prompt, candidates), atol=2e-5)
     order = [3, 0, 4, 2, 1]
     prompt, candidates = GROUPS[1]
     np.testing.assert_allclose(
-        other.pair_logits(prompt, [candidates[i] for i in order]),
+        pair_logits(other, prompt, [candidates[i] for i in order]),
         together[1][np.ix_(order, order)],
         atol=2e-5,
     )
     np.testing.assert_allclose(
-        other.pair_logits(prompt, candidates[:2]), together[1][:2, :2], atol=2e-5
+        pair_logits(other, prompt, candidates[:2]), together[1][:2, :2], atol=2e-5
     )
 
 
@@ -256,7 +261,7 @@ def test_batches_cover_each_pair_within_the_budget():
 
 
 def test_identical_answers_tie_exactly(pairrm):
-    logits = pairrm.pair_logits("Hi", ["same", "other", "same", LONG + "a", LONG + "b"])
+    logits = pair_logits(pairrm, "Hi", ["same", "other", "same", LONG + "a", LONG + "b"])
     relative = logits - logits.T
     assert relative[0, 2] == 0
     assert relative[3, 4] == 0
@@ -266,14 +271,16 @@ def test_identical_answers_tie_exactly(pairrm):
 
 
 def test_fewer_than_two_candidates_are_accepted(pairrm):
-    np.testing.assert_array_equal(pairrm.pair_logits("Hi", ["one"]), [[0.0]])
-    assert pairrm.pair_logits("Hi", []).shape == (0, 0)
+    np.testing.assert_array_equal(pair_logits(pairrm, "Hi", ["one"]), [[0.0]])
+    assert pair_logits(pairrm, "Hi", []).shape == (0, 0)
     assert pairrm.all_pair_logits([]) == []
 
 
 def test_mark_tokens_in_a_text_become_spaces(pairrm):
-    marked = pairrm.pair_logits(f"Say{SOURCE}so[SEP]", [f"a{FIRST}b", f"{SECOND}c", f"d{MARKS[1]}"])
-    np.testing.assert_array_equal(marked, pairrm.pair_logits("Say so ", ["a b", " c", "d "]))
+    marked = pair_logits(
+        pairrm, f"Say{SOURCE}so[SEP]", [f"a{FIRST}b", f"{SECOND}c", f"d{MARKS[1]}"]
+    )
+    np.testing.assert_array_equal(marked, pair_logits(pairrm, "Say so ", ["a b", " c", "d "]))
 
 
 def test_bfloat16_changes_only_rounding(folders, pairrm):
@@ -281,7 +288,7 @@ def test_bfloat16_changes_only_rounding(folders, pairrm):
     assert half.dtype == torch.bfloat16
     assert half.model.head_layer[1].weight.dtype == torch.float32
     assert pairrm.dtype == torch.float32
-    exact, rounded = (win_probabilities(model.pair_logits(*GROUPS[1])) for model in (pairrm, half))
+    exact, rounded = (win_probabilities(pair_logits(model, *GROUPS[1])) for model in (pairrm, half))
     assert 0 < np.abs(exact - rounded).max() < 0.1
 
 
@@ -511,7 +518,9 @@ def test_annotation_program_writes_the_model_s_logits(folders, pairrm, tmp_path,
     rows = read_table(tmp_path / "preferences.parquet", "preferences")
     assert [row["prompt_id"] for row in rows] == [f"p{k}" for k in range(len(PROMPTS))]
     for row, (prompt, candidates) in zip(rows, GROUPS):
-        np.testing.assert_allclose(row["logits"], pairrm.pair_logits(prompt, candidates), atol=2e-5)
+        np.testing.assert_allclose(
+            row["logits"], pair_logits(pairrm, prompt, candidates), atol=2e-5
+        )
 
 
 def plan(folder: Path, config: str) -> str:
@@ -616,7 +625,7 @@ def test_workflow_trains_on_the_pairs_that_pairrm_prefers(
     for pair in pairs:
         mine = texts[pair["prompt_id"]]
         candidates = [mine[k] for k in sorted(mine)]
-        logits = model.pair_logits(asked[pair["prompt_id"]], candidates)
+        logits = pair_logits(model, asked[pair["prompt_id"]], candidates)
         estimates = win_probabilities(logits).mean(axis=1)
         for side in ("chosen", "rejected"):
             expected = estimates[pair[f"{side}_sample_id"]]
@@ -654,7 +663,7 @@ def test_finetuning_learns_labels_and_keeps_the_layout(folders, layout, tmp_path
     assert facts["after"]["agreement"] > 0.9
     assert facts["after"]["loss"] < facts["before"]["loss"]
     assert check_pairrm(tmp_path / "mine") == layout
-    logits = PairRM(tmp_path / "mine").pair_logits("Say 500.", ["the 500 swer", "an 500 ing"])
+    logits = pair_logits(PairRM(tmp_path / "mine"), "Say 500.", ["the 500 swer", "an 500 ing"])
     assert logits[0, 1] > 0 > logits[1, 0]
     hashes = (tmp_path / "mine" / "training_instructions.txt").read_text().split()
     assert len(hashes) == facts["pairs"]
@@ -667,7 +676,7 @@ def test_finetuning_step_has_the_stated_gradient(folders, tmp_path):
     row = {"instruction": "Say it.", "output_1": "the swer", "output_2": "an ing"}
     (triple,) = finetune_pairrm.read_triples(model, [row])
     (loss,), (logit,) = finetune_pairrm.losses(model, [triple])
-    both = model.pair_logits("Say it.", ["the swer", "an ing"])
+    both = pair_logits(model, "Say it.", ["the swer", "an ing"])
     expected = (np.log1p(np.exp(-both[0, 1])) + np.log1p(np.exp(both[1, 0]))) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert logit.item() == pytest.approx((both[0, 1] - both[1, 0]) / 2, rel=1e-5)

@@ -21,7 +21,6 @@ import pandas as pd
 from sppo.core.errors import UserError
 
 COLUMNS = ("instruction", "output_1", "output_2", "preference")
-PARTS = ("ranker", "judge", "test")
 # The bound of log-odds. GPT-4-turbo's weighted preferences have distances down to 1e-7 from 1 and
 # 2; exactly 1 and 2 mean that the distance is smaller.
 MAX_LOG_ODDS = 16.0

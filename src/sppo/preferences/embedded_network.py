@@ -363,9 +363,7 @@ class EmbeddedRanker:
     does not exist, is broken, or was made for another base.
     """
 
-    def __init__(
-        self, adapter_dir: Path, base_dir: Path, dtype: str = "auto", device: str = "cpu"
-    ) -> None:
+    def __init__(self, adapter_dir: Path, base_dir: Path, device: str = "cpu") -> None:
         adapter_dir = Path(adapter_dir)
         for name in ("ranker.json", "adapter.safetensors"):
             if not (adapter_dir / name).is_file():
@@ -379,7 +377,7 @@ class EmbeddedRanker:
         if lacking:
             raise UserError(f"{adapter_dir}/ranker.json is broken: it has no {lacking[0]}")
         self.name = self.spec["name"]
-        compute = compute_dtype(dtype, device)
+        compute = compute_dtype("auto", device)
         backbone, tokenizer = load_base(base_dir, torch.float32)
         shape = [
             backbone.config.hidden_size,

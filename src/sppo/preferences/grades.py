@@ -70,8 +70,8 @@ def read_score(answer: str) -> float | None:
     return score if is_valid else None
 
 
-def loops(text: str, ngram: int = NGRAM, times: int = TIMES) -> bool:
-    """Whether the text repeats itself: some `ngram` consecutive words occur at least `times` times.
+def loops(text: str) -> bool:
+    """Whether the text repeats itself: some `NGRAM` consecutive words occur at least `TIMES` times.
 
     Overlapping occurrences count. Such a response must not win a pair. The paper uses such a
     detector, but does not give its numbers. Words are runs of letters and digits in lower case, so
@@ -79,8 +79,8 @@ def loops(text: str, ngram: int = NGRAM, times: int = TIMES) -> bool:
     detected late.
     """
     words = re.findall(r"\w+", text.lower())
-    counts = Counter(tuple(words[i : i + ngram]) for i in range(len(words) - ngram + 1))
-    return max(counts.values(), default=0) >= times
+    counts = Counter(tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1))
+    return max(counts.values(), default=0) >= TIMES
 
 
 def far_apart(

@@ -219,18 +219,12 @@ class PairRM:
         self.model.pretrained_model.to(self.dtype)  # type: ignore[arg-type]
         self.model.to(device)
 
-    def pair_logits(self, prompt: str, candidates: list[str]) -> np.ndarray:
-        """Logits that candidate i beats candidate j, read in the order (i, j).
-
-        float64 (K, K), diagonal 0.
-        """
-        return self.all_pair_logits([(prompt, candidates)])[0]
-
     @torch.inference_mode()
     def all_pair_logits(self, groups: list[tuple[str, list[str]]]) -> list[np.ndarray]:
-        """`pair_logits` of every prompt with its candidates.
+        """Logits that candidate i beats candidate j, read in the order (i, j), of every prompt.
 
-        A batch contains pairs of similar length, from any prompts.
+        Each is float64 (K, K) with diagonal 0. A batch contains pairs of similar length, from any
+        prompts.
         """
         prompts = self.read(groups)
         # Each pair: the index of its prompt, and the indices of its two answers.

@@ -460,18 +460,12 @@ def comal(P: Array, pi: Array, eta: float, tau: float, every: int = 6) -> Polici
     return _iterate_with_moving_reference(pi, every, update)
 
 
-def iterative_dpo(P: Array, pi: Array, beta: float, ref: Array | None = None) -> Policies:
-    """Iterative DPO (2305.18290) on all on-policy pairs, with r = bt_rewards(P, pi_t).
+def iterative_dpo(P: Array, pi: Array, beta: float) -> Policies:
+    """Iterative DPO (2305.18290) on all on-policy pairs, with reference pi_t.
 
-    pi_{t+1} is proportional to pi_t exp(r / beta), or with a fixed reference `ref` to
-    ref exp(r / beta).
+    pi_{t+1} is proportional to pi_t exp(r / beta) with r = bt_rewards(P, pi_t).
     """
-
-    def update(log_pi: Array, pi: Array, t: int) -> Array:
-        log_ref = log_pi if ref is None else np.log(ref)
-        return log_ref + bt_rewards(P, pi) / beta
-
-    return _iterate(pi, update)
+    return _iterate(pi, lambda log_pi, pi, t: log_pi + bt_rewards(P, pi) / beta)
 
 
 def offline_dpo(P: Array, ref: Array, beta: float, weights: Array | None = None) -> Array:
@@ -489,11 +483,6 @@ def iterative_ipo(P: Array, pi: Array, beta: float) -> Policies:
     E_{y, y' ~ pi_t} ((u_y - u_y') - (P(y beats y') - 1/2) / beta)^2.
     """
     return _iterate(pi, lambda log_pi, pi, t: log_pi + (P @ pi - 0.5) / beta)
-
-
-def dno(P: Array, pi: Array, eta: float) -> Policies:
-    """DNO's population target (2404.03715): pi_{t+1} proportional to pi_t exp(P pi_t / eta)."""
-    return _iterate(pi, lambda log_pi, pi, t: log_pi + P @ pi / eta)
 
 
 def online_ipo_gradient(P: Array, pi: Array, ref: Array, beta: float, on_policy: bool) -> Array:
