@@ -18,9 +18,9 @@ from pathlib import Path
 
 from sppo.core.artifacts import recorded
 from sppo.core.config import DEVICES, OF_CHATS
-from sppo.core.errors import UserError, run
+from sppo.core.errors import run
 from sppo.core.flags import add_section
-from sppo.core.tables import read_table, write_table
+from sppo.core.tables import read_responses, write_table
 from sppo.preferences.base import compare, load_preference_model, model_files
 from sppo.preferences.estimates import condorcet_winner, cyclic_triples, win_probabilities
 from sppo.preferences.population import agreement
@@ -45,14 +45,9 @@ def main() -> None:
     add_section(parser, "policy", only=OF_CHATS)
     args = parser.parse_args()
 
-    prompts = {row["prompt_id"]: row for row in read_table(args.prompts, "prompts")}
+    answers, prompts = read_responses(args.responses, args.prompts)
     responses = defaultdict(list)
-    for row in read_table(args.responses, "responses"):
-        if row["prompt_id"] not in prompts:
-            raise UserError(
-                f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; "
-                "delete it and run again"
-            )
+    for row in answers:
         responses[row["prompt_id"]].append(row)
     files = model_files(args.model, args.ranker_base, backend=args.backend)
     template = [args.prompt_template] if args.prompt_template else []

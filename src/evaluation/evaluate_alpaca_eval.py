@@ -13,7 +13,6 @@ evaluation is `--judge weighted_alpaca_eval_gpt4_turbo` with the 805 instruction
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from importlib import metadata
@@ -24,7 +23,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, recorded, write_json
 from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
-from sppo.core.flags import add_section, at_least, boolean
+from sppo.core.flags import add_section, at_least, boolean, json_object
 from sppo.evaluation.alpaca_eval import (
     OFFICIAL_DIFFICULTY,
     Judge,
@@ -118,7 +117,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--decoding",
-        type=_json_object,
+        type=json_object,
         default={},
         help="JSON object with the decoding settings, for the result",
     )
@@ -294,20 +293,6 @@ def _plain(value: Any) -> Any:
     """A JSON value: a numpy scalar becomes a Python number, NaN (a missing value) becomes null."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"--decoding is not JSON ({error}); give an object such as '{{\"temperature\": 0.7}}'"
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(
-            "--decoding is not a JSON object; give one such as '{\"temperature\": 0.7}'"
-        )
-    return value
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ import numpy as np
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded
 from sppo.core.config import DEVICES
-from sppo.core.errors import UserError, run
+from sppo.core.errors import run
 from sppo.core.flags import add_section
-from sppo.core.tables import read_table, write_table
+from sppo.core.tables import read_responses, write_table
 
 
 def main() -> None:
@@ -47,14 +47,7 @@ def main() -> None:
     parser.add_argument("--attention", default=None)
     args = parser.parse_args()
 
-    known = {row["prompt_id"] for row in read_table(args.prompts, "prompts")}
-    responses = read_table(args.responses, "responses")
-    for row in responses:
-        if row["prompt_id"] not in known:
-            raise UserError(
-                f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; "
-                "delete it and run again"
-            )
+    responses, _ = read_responses(args.responses, args.prompts)
     from sppo.policies.models import (
         compute_dtype,
         load_frozen_policy,

@@ -25,9 +25,9 @@ import _path  # noqa: F401
 from sppo.core.artifacts import recorded
 from sppo.core.chat_client import Client, concurrently
 from sppo.core.config import DEVICES, OF_CHATS
-from sppo.core.errors import UserError, run
+from sppo.core.errors import run
 from sppo.core.flags import add_section
-from sppo.core.tables import read_table, write_table
+from sppo.core.tables import read_responses, write_table
 from sppo.evaluation.judges import GRADES
 from sppo.policies.prompts import read_gold
 from sppo.preferences.base import compare, load_preference_model, model_files
@@ -72,14 +72,10 @@ def main() -> None:
     args = parser.parse_args()
 
     GRADES.check(vars(args))
-    messages = {row["prompt_id"]: row["messages"] for row in read_table(args.prompts, "prompts")}
+    responses, prompts = read_responses(args.responses, args.prompts)
+    messages = {prompt_id: prompt["messages"] for prompt_id, prompt in prompts.items()}
     pools: Pools = defaultdict(dict)
-    for row in read_table(args.responses, "responses"):
-        if row["prompt_id"] not in messages:
-            raise UserError(
-                f"{args.responses} answers prompt {row['prompt_id']}, which {args.prompts} lacks; "
-                "delete it and run again"
-            )
+    for row in responses:
         pools[row["prompt_id"]][row["sample_id"]] = row["text"]
     gold = read_gold(args.gold) if args.gold else {}
     for prompt_id in pools.keys() & gold.keys():

@@ -28,7 +28,7 @@ def add_section(
         "number": float,
         "boolean": boolean,
         "string": str,
-        "object": _object,
+        "object": json_object,
     }
     for key, rule in schema()["properties"][section]["properties"].items():
         if key in skip or (only is not None and key not in only):
@@ -85,7 +85,8 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _object(text: str) -> Config:
+def json_object(text: str) -> Config:
+    """The type of a flag that takes a JSON object."""
     try:
         value = json.loads(text)
     except ValueError:

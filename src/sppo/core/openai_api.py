@@ -36,6 +36,19 @@ def request_forms(max_tokens: int, **sampling: Any) -> list[dict[str, Any]]:
     ]
 
 
+def letter_forms(top_logprobs: int, temperature: float, **sampling: Any) -> list[dict[str, Any]]:
+    """`request_forms` for an answer of one letter: for its log-probabilities, then for its text.
+
+    temperature: of the log-probabilities. The text is the most probable one. Only the text is asked
+    for without any arguments, because such a request returns no log-probabilities.
+    """
+    with_logprobs = request_forms(
+        1, temperature=temperature, **sampling, logprobs=True, top_logprobs=top_logprobs
+    )
+    with_text = request_forms(8, temperature=0, **sampling)
+    return [form for form in with_logprobs if form] + with_text
+
+
 # The errors of the openai package and its callers if a server's answer is not a chat completion,
 # such as broken JSON, missing fields, or HTML.
 NO_COMPLETION = (

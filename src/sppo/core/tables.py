@@ -150,6 +150,24 @@ def read_table(path: Path, name: str) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
+def read_responses(
+    path: Path, prompts: Path
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Read the table of responses `path`, and the rows of the table `prompts` by prompt_id.
+
+    A response to a prompt that `prompts` lacks is a UserError, beside those of `read_table`.
+    """
+    asked = {row["prompt_id"]: row for row in read_table(prompts, "prompts")}
+    responses = read_table(path, "responses")
+    for row in responses:
+        if row["prompt_id"] not in asked:
+            raise UserError(
+                f"{path} answers prompt {row['prompt_id']}, which {prompts} lacks; delete it and "
+                "run again"
+            )
+    return responses, asked
+
+
 def _read_parquet(path: Path) -> pa.Table:
     """Read a Parquet file and verify its checksums and row counts."""
     try:

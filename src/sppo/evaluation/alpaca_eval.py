@@ -32,7 +32,7 @@ from sppo.core import patches
 from sppo.core.artifacts import ROOT, known_hash, parse_json, read_json
 from sppo.core.errors import UserError
 from sppo.core.index_packages import PackagedFile
-from sppo.core.openai_api import NO_COMPLETION, judge_failure, quoted, request_forms
+from sppo.core.openai_api import NO_COMPLETION, judge_failure, letter_forms, quoted
 from sppo.evaluation.judges import second_wins
 from sppo.evaluation.repeated_judgments import RepeatedAnnotator, cache_files, flips
 from sppo.policies.prompts import normalised, read_instructions
@@ -233,9 +233,7 @@ def _accepted_request(path: Path, model: str, base_url: str) -> tuple[str, Recor
 
     refusal: openai.APIStatusError | None = None
     unreadable: str | None = None
-    with_logprobs = request_forms(1, temperature=1, top_p=1.0, logprobs=True, top_logprobs=5)
-    with_text = request_forms(8, temperature=0, top_p=1.0)
-    for request in [form for form in with_logprobs if form] + with_text:
+    for request in letter_forms(5, temperature=1, top_p=1.0):
         config = _server_config(path, model, base_url, request)
         try:
             unreadable = trial(config)

@@ -63,6 +63,13 @@ def read_prompts(
     return prompts, commit, empty
 
 
+def chat_text(messages: list[dict[str, str]]) -> str:
+    """A chat as plain text. If it has several messages, each is written with its role."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{each['role']}: {each['content']}" for each in messages)
+
+
 def with_target_reward(messages: list[dict[str, str]], reward: float) -> list[dict[str, str]]:
     """The chat whose first message also asks for an answer with this reward, from 1 to 10.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table
+from sppo.policies.prompts import chat_text
 
 HIGHEST = 6
 GOLD = -1  # the gold response's sample_id
@@ -45,15 +46,9 @@ SCORE = re.compile(
 
 
 def rubric(messages: list[dict[str, str]], response: str) -> list[dict[str, str]]:
-    """The messages that ask a judge to grade one response.
-
-    If the request has several messages, each is written with its role.
-    """
-    if len(messages) == 1:
-        request = messages[0]["content"]
-    else:
-        request = "\n\n".join(f"{each['role']}: {each['content']}" for each in messages)
-    return [{"role": "user", "content": RUBRIC.format(request=request, response=response)}]
+    """The messages that ask a judge to grade one response."""
+    question = RUBRIC.format(request=chat_text(messages), response=response)
+    return [{"role": "user", "content": question}]
 
 
 def read_score(answer: str) -> float | None:

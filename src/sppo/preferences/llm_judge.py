@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.core.chat_client import Client, concurrently
 from sppo.core.errors import UserError
-from sppo.core.openai_api import check_address, request_forms
+from sppo.core.openai_api import check_address, letter_forms
+from sppo.policies.prompts import chat_text
 from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
 
 if TYPE_CHECKING:
@@ -192,20 +193,14 @@ class LlmJudge(PreferenceModel):
 
     def _question(self, group: Group, first: str, second: str) -> str:
         """The text that asks which of two responses is better."""
-        if len(group.chat) == 1:
-            prompt = group.chat[0]["content"]
-        else:
-            prompt = "\n\n".join(f"{each['role']}: {each['content']}" for each in group.chat)
-        texts = dict(zip(PLACES, (prompt, first, second), strict=True))
+        texts = dict(zip(PLACES, (chat_text(group.chat), first, second), strict=True))
         # At once, because a text may itself contain the name of a place.
         places = re.compile("|".join(map(re.escape, PLACES)))
         return places.sub(lambda match: texts[match[0]], self.template)
 
     def _ask(self, question: str) -> float | None:
         """The logit that A wins; None for an answer without a verdict."""
-        with_logprobs = request_forms(1, temperature=0, logprobs=True, top_logprobs=TOP)
-        with_text = request_forms(8, temperature=0)
-        forms = [form for form in with_logprobs if form] + with_text
+        forms = letter_forms(TOP, temperature=0)
         message = {"role": "user", "content": question}
         answer = self.client.ask([message], temperature=0, max_tokens=8, forms=forms)
         return logit_of(answer)
