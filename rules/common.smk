@@ -27,7 +27,7 @@ from sppo.core.stages import STAGES
 from sppo.evaluation.alpaca_eval import DIFFICULTY, OFFICIAL_REFERENCE
 from sppo.evaluation.registry import EVALUATIONS
 from sppo.policies.gpus import count_gpus
-from sppo.policies.models import HUB_FILES
+from sppo.policies.hub import HUB_FILES
 from sppo.preferences.base import kind_of, local_kind, model_files
 from sppo.training.losses import unread_keys
 from sppo.training.requirements import WITHOUT_PREFERENCES

@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 
 from sppo.core.artifacts import (
-    STAGES,
     file_hash,
     known_hash,
     parse_json,
@@ -46,6 +45,7 @@ from sppo.core.artifacts import (
 from sppo.core.config import DEVICES, running_keys
 from sppo.core.errors import UserError, run, writing
 from sppo.core.flags import add_section
+from sppo.core.stages import STAGES
 from sppo.core.tables import read_table
 from sppo.preferences.estimates import p_hat_weighted
 from sppo.reporting.cards import data_of, model_card, table

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import _path  # noqa: F401
 from sppo.core.artifacts import read_json, recorded, written_whole
 from sppo.core.errors import UserError, run
-from sppo.policies.models import check_policy
+from sppo.policies.models import WEIGHTS_INDEX, check_policy
 from sppo.reporting.cards import model_card
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def extrapolate(model: PreTrainedModel, base: Path, aligned: Path, alpha: float)
     from safetensors import safe_open
 
     check_policy(base)
-    index = base / "model.safetensors.index.json"
+    index = base / WEIGHTS_INDEX
     files = read_json(index)["weight_map"].values() if index.is_file() else ["model.safetensors"]
     with contextlib.ExitStack() as opened:
         base_readers = {}  # the opened file of each tensor of the base

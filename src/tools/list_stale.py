@@ -11,8 +11,9 @@ import argparse
 from pathlib import Path
 
 import _path  # noqa: F401
-from sppo.core.artifacts import ROOT, STAGES, code_hashes, read_record
+from sppo.core.artifacts import ROOT, code_hashes, read_record
 from sppo.core.errors import UserError, run
+from sppo.core.stages import STAGES
 
 
 def main() -> None:

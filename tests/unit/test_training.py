@@ -26,6 +26,7 @@ from sppo.core.config import default_of, schema
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table, write_table
 from sppo.policies import lora_update
+from sppo.policies.hub import LORA_FACTORS
 from sppo.policies.lora_update import UpdatedLinear, read_factors
 from sppo.policies.models import check_policy, load_policy
 from sppo.reporting.cards import header
@@ -1148,7 +1149,7 @@ def test_a_damaged_update_of_a_lora_policy_is_named(place):
     place.score(place.policy, "bfloat16", lora_rank=4)
     words = {"precision": "bfloat16", "lora_rank": 4, "beta": 0.1, "max_grad_norm": 1.0}
     place.train("policy", **words)
-    with (place.folder / "policy" / lora_update.FILE).open("r+b") as file:
+    with (place.folder / "policy" / LORA_FACTORS).open("r+b") as file:
         file.truncate(100)
     with pytest.raises(UserError, match="lora_update.factors is damaged.*make it again"):
         load_policy(place.folder / "policy", torch.bfloat16, "cpu")

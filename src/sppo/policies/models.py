@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from sppo.core.artifacts import ROOT, check_link, parse_json, read_json
 from sppo.core.errors import UserError
 from sppo.policies.gpus import cores_of_job, count_gpus, take_gpus
-from sppo.policies.hub import hub_failure, hub_token
+from sppo.policies.hub import HUB_FILES, hub_failure, hub_token
 
 if TYPE_CHECKING:
     import torch
@@ -84,15 +84,6 @@ JSON_FILES = (
     "added_tokens.json",
     WEIGHTS_INDEX,
 )
-HUB_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "README.md",
-    "lora_update.factors",
-]
 
 
 def pick_device(device: str) -> str:

@@ -39,7 +39,6 @@ SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # For tensor parallelism. PyTorch has already initialised CUDA, which a fork does not survive.
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 CPU_SETTINGS = {
