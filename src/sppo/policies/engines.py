@@ -35,7 +35,7 @@ class EngineOptions:
     """
 
     engine: str  # transformers or vllm
-    device: str  # auto, cpu or gpu
+    device: str  # auto, cpu, gpu or mps
     precision: str
     batch_size: int | None
     prefix_caching: bool | None

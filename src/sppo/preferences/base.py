@@ -137,7 +137,8 @@ class PreferenceModel(ABC):
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         """Load the model. base: folder of the embedded policy, for a kind that `needs_base`.
 
-        device: cpu or cuda. Raises `UserError` for files that are missing, broken or do not fit.
+        device: cpu, cuda or mps. Raises `UserError` for files that are missing, broken or do not
+        fit.
         """
 
     @abstractmethod
@@ -250,7 +251,7 @@ def load_preference_model(
 ) -> PreferenceModel:
     """The preference model that the settings name, loaded. Raises `UserError` if it cannot work.
 
-    device: auto, cpu or gpu. For a kind that uses PyTorch, this process is set up for it.
+    device: auto, cpu, gpu or mps. For a kind that uses PyTorch, this process is set up for it.
     """
     kind = kind_of(settings)
     if kind.needs_base and base is None:

@@ -79,7 +79,7 @@ def states_at(
         sequences: token ids.
         places: the positions in each sequence.
         budget: the most tokens in a pass, with padding.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
 
     Returns (number of places, width) for each sequence, float32, on the CPU.
     """

@@ -33,7 +33,7 @@ def launch(train: dict[str, Any], device: str) -> None:
 
     Args:
         train: the options of the training: processes, nodes, parallel, gradient_checkpointing.
-        device: auto, cpu or gpu.
+        device: auto, cpu, gpu or mps.
     """
     processes, nodes, parallel = train["processes"], train["nodes"], train["parallel"]
     here = processes // nodes

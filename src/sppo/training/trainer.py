@@ -1,9 +1,10 @@
 """Training on pairs: this project's trainer, and TRL's trainer for comparison.
 
-`PairTrainer` is `transformers.Trainer` and overrides three of its public methods for training.
-`compute_loss` computes the losses of `losses.py`. `get_batch_samples` makes a step's loss the mean
-over its pairs, for any division of the pairs into micro-batches and over processes.
-`create_scheduler` allows a learning-rate schedule that is longer than the training.
+`PairTrainer` is `transformers.Trainer` and overrides four of its public methods. `compute_loss`
+computes the losses of `losses.py`. `get_batch_samples` makes a step's loss the mean over its pairs,
+for any division of the pairs into micro-batches and over processes. `create_scheduler` allows a
+learning-rate schedule that is longer than the training. `log` adds means over a step's pairs to the
+log line, and refuses numbers that are not finite.
 """
 
 from __future__ import annotations
@@ -393,7 +394,7 @@ def trainer_arguments(
         options: the options of the training.
         steps: the number of optimiser steps until the end of the training.
         schedule_steps: the number of steps of the learning-rate schedule.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
         work: the folder of the checkpoints.
         seed: the seed of the training.
         batches: the rows of a micro-batch, and the micro-batches of one process in a step.
@@ -452,7 +453,7 @@ def make_trainer(
         pairs: the rows.
         options: the options of the training.
         dtype: the type that the forward pass computes in.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
         work: the folder of the checkpoints.
         seed: the seed of the order of pairs and of the training.
     """
