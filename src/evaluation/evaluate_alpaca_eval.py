@@ -53,7 +53,7 @@ VERSIONS = (
 )
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,8 +121,11 @@ def main() -> None:
         default={},
         help="JSON object with the decoding settings, for the result",
     )
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = arguments()
     ALPACA_EVAL.check(vars(args))
     difficulty = None if args.difficulty == "none" else Path(args.difficulty)
     reference = read_outputs(args.reference)
@@ -134,32 +137,19 @@ def main() -> None:
         )
     if difficulty:
         check_order(reference, difficulty)
-    kind = local_kind(args.judge)
     inputs = [args.outputs, args.reference, *model_files(args.judge, args.judge_base)]
     if difficulty:
         inputs.append(difficulty)
-    cache = args.output.parent / ".judgments"
     with (
         recorded("judge", args.output, inputs, vars(args)),
         length_model(len(reference), difficulty) as (formula, file),
     ):
-        judge = Judge(
-            args.judge,
-            args.judge_model,
-            args.judge_base_url,
-            args.judge_base,
-            args.device,
-            args.both_orders,
-            args.judge_passes,
-            options_of(vars(args), prefix="judge_"),
+        seen = seen_in_training(args.judge, reference)
+        cache = args.output.parent / ".judgments"
+        row, annotations, details = evaluate(
+            outputs, reference, formula, file, cache, judge_of(args)
         )
-        seen = 0
-        if kind:
-            seen = instructions_of_training(kind.training_instructions(args.judge), reference)
-        if seen:
-            warn(f"{args.judge} was trained on {seen} of these {len(reference)} instructions")
-        row, annotations, details = evaluate(outputs, reference, formula, file, cache, judge)
-        if kind:
+        if seen is not None:
             details = details | {"instructions_seen_in_training": seen}
         empty = sum(not line["output"].strip() for line in outputs)
         if empty:
@@ -173,15 +163,7 @@ def main() -> None:
             args.seed,
             args.threads,
         )
-        warning = length_controlled_warning(
-            float(row["win_rate"]), float(row["length_controlled_winrate"])
-        )
-        # If all answers are equal, 50 is right: there is nothing to measure.
-        if warning is None and row["n_draws"] < row["n_total"]:
-            warning = pinned_warning(
-                intervals["length_controlled_winrate_interval"],
-                intervals["length_controlled_at_50"],
-            )
+        warning = doubt_about_length_control(row, intervals)
         if warning:
             warn(f"do not rely on the length-controlled win rate: {warning}")
         # The seconds of the evaluation are in the record of args.output.
@@ -190,23 +172,15 @@ def main() -> None:
                 args.annotations,
                 [{key: _plain(value) for key, value in line.items()} for line in annotations],
             )
+        lengths = [len(line["output"]) for line in reference]
         write_json(
             args.output,
-            {
-                "win_rate": _plain(row["win_rate"]),
-                "standard_error": _plain(row["standard_error"]),
-                "length_controlled_winrate": _plain(row["length_controlled_winrate"]),
-                **intervals,
-                "n_total": int(row["n_total"]),
-                "n_wins": int(row["n_wins"]),
-                "n_draws": int(row["n_draws"]),
-                "n_wins_base": int(row["n_wins_base"]),
-                "avg_length": int(row["avg_length"]),
+            rates(row)
+            | intervals
+            | {
                 "n_empty": empty,
                 "length_controlled_warning": warning,
-                "reference_avg_length": int(
-                    sum(len(line["output"]) for line in reference) / len(reference)
-                ),
+                "reference_avg_length": int(sum(lengths) / len(lengths)),
                 "length_controlled_model": formula,
                 "difficulty": difficulty
                 and {
@@ -222,6 +196,53 @@ def main() -> None:
                 "annotations": str(args.annotations),
             },
         )
+
+
+def judge_of(args: argparse.Namespace) -> Judge:
+    """The judge that the arguments describe."""
+    return Judge(
+        args.judge,
+        args.judge_model,
+        args.judge_base_url,
+        args.judge_base,
+        args.device,
+        args.both_orders,
+        args.judge_passes,
+        options_of(vars(args), prefix="judge_"),
+    )
+
+
+def seen_in_training(judge: str, reference: list[dict[str, Any]]) -> int | None:
+    """How many instructions a local judge was trained on, with a warning; None for other judges."""
+    kind = local_kind(judge)
+    if kind is None:
+        return None
+    seen = instructions_of_training(kind.training_instructions(judge), reference)
+    if seen:
+        warn(f"{judge} was trained on {seen} of these {len(reference)} instructions")
+    return seen
+
+
+def doubt_about_length_control(row: dict[str, Any], intervals: dict[str, Any]) -> str | None:
+    """Why the length-controlled win rate cannot be relied on; None if nothing speaks against it.
+
+    row: the package's line of the leaderboard.
+    """
+    win_rate, controlled = float(row["win_rate"]), float(row["length_controlled_winrate"])
+    warning = length_controlled_warning(win_rate, controlled)
+    # If all answers are equal, 50 is right: there is nothing to measure.
+    if warning is None and row["n_draws"] < row["n_total"]:
+        warning = pinned_warning(
+            intervals["length_controlled_winrate_interval"], intervals["length_controlled_at_50"]
+        )
+    return warning
+
+
+def rates(row: dict[str, Any]) -> dict[str, Any]:
+    """Rates and counts of the package's line of the leaderboard, as JSON values."""
+    shares = ("win_rate", "standard_error", "length_controlled_winrate")
+    counts = ("n_total", "n_wins", "n_draws", "n_wins_base", "avg_length")
+    return {key: _plain(row[key]) for key in shares} | {key: int(row[key]) for key in counts}
 
 
 def warn(text: str) -> None:
