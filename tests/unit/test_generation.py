@@ -15,6 +15,7 @@ import torch
 from sppo.core.errors import UserError
 from sppo.policies.generation import Sampling, TransformersEngine, draw_tokens, sample_seed, summary
 from sppo.policies.models import load_policy, load_tokenizer, prompt_token_ids, stop_token_ids
+from sppo.policies.padding import padded
 from sppo.policies.vllm_engine import VllmEngine, request_seed
 
 EOS = 2
@@ -431,6 +432,16 @@ def test_use_cache_false_in_the_config_changes_no_token(tiny_policy, prompts, re
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"use_cache": False}))
     assert engine(folder).generate(prompts, SAMPLING, 0, "iter1") == responses
+
+
+def test_padding_is_on_one_side_and_no_token_in_the_mask():
+    for side, ids, mask in (
+        ("left", [[5, 9], [9, 7], [9, 9]], [[1, 1], [0, 1], [0, 0]]),
+        ("right", [[5, 9], [7, 9], [9, 9]], [[1, 1], [1, 0], [0, 0]]),
+    ):
+        found = padded([[5, 9], [7], []], 9, side=side)
+        assert [each.tolist() for each in found] == [ids, mask]
+        assert found[0].dtype == torch.int64
 
 
 def test_prompts_are_processed_once_for_all_samples(tiny_policy, prompts):

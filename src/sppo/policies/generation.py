@@ -30,6 +30,7 @@ from sppo.policies.models import (
     load_tokenizer,
     stop_token_ids,
 )
+from sppo.policies.padding import padded
 
 TOKEN_BLOCK = 256  # size of the blocks of the vocabulary in `draw_tokens`
 PREFILL_PROMPTS = 16  # prompts in one forward pass
@@ -338,7 +339,9 @@ class TransformersEngine:
             for k in range(samples):
                 requests.append((row, k, sample_seed(data_seed, purpose, row["prompt_id"], k)))
         pad = self.stop_ids[0]  # padding is masked, so any id works
-        ids, mask = self._pad_left([row["prompt_token_ids"] for row in prompts], pad)
+        ids, mask = padded(
+            [row["prompt_token_ids"] for row in prompts], pad, self.device, side="left"
+        )
         cache: DynamicCache | None = None
         with torch.inference_mode():
             if self.reads_prompts_once and ids.shape[1] > 1:
@@ -408,16 +411,6 @@ class TransformersEngine:
         for row, tokens in zip(rows.tolist(), ids[:, width:]):
             decoded[row] = tokens.tolist()
         return decoded
-
-    def _pad_left(self, prompts: list[Any], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask, padded on the left, both (prompts, width)."""
-        width = max(len(tokens) for tokens in prompts)
-        ids, mask = [], []
-        for tokens in prompts:
-            padding = width - len(tokens)
-            ids.append([pad] * padding + list(tokens))
-            mask.append([0] * padding + [1] * len(tokens))
-        return torch.tensor(ids).to(self.device), torch.tensor(mask).to(self.device)
 
     def _prefill(self, ids: torch.Tensor, mask: torch.Tensor, sampling: Sampling) -> DynamicCache:
         """The cache of the prompts without their last token, each repeated for its K samples.

@@ -17,6 +17,7 @@ from sppo.policies.models import (
     render_chat,
     without_control_tokens,
 )
+from sppo.policies.padding import padded
 from sppo.preferences.base import ComparisonError
 from sppo.preferences.length_batches import batches
 
@@ -57,17 +58,6 @@ class ChatReader:
         return ids
 
 
-def padded(sequences: Sequences, padding: int, device: str) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, (B, L), of sequences padded on the right."""
-    longest = max(map(len, sequences))
-    ids = torch.full((len(sequences), longest), padding)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(sequences):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-
-
 @torch.inference_mode()
 def states_at(
     backbone: Any, sequences: Sequences, places: list[list[int]], budget: int, device: str
@@ -86,8 +76,8 @@ def states_at(
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
     work = batches([len(ids) for ids in sequences], budget)
     for batch in progress(work, "compare") if len(work) > 1 else work:
-        inputs = padded([sequences[index] for index in batch], 0, device)
-        states = backbone(**inputs, use_cache=False).last_hidden_state
+        ids, mask = padded([sequences[index] for index in batch], 0, device)
+        states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         for row, index in enumerate(batch):
             found[index] = states[row, places[index]].float().cpu()
     return found

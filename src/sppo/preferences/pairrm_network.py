@@ -42,6 +42,7 @@ from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
 from sppo.policies.models import compute_dtype
+from sppo.policies.padding import padded
 from sppo.preferences.length_batches import batches
 from sppo.preferences.pairrm_files import LIMITS, check_pairrm
 
@@ -289,13 +290,7 @@ class PairRM:
             ]
             for source, first, second in triples
         ]
-        width = max(map(len, rows))
-        ids = torch.tensor(
-            [row + [self.text.pad] * (width - len(row)) for row in rows], device=self.device
-        )
-        mask = torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device
-        )
+        ids, mask = padded(rows, self.text.pad, self.device)
         marks = torch.tensor(
             [[1, len(source) + 1, len(source) + len(first) + 1] for source, first, _ in triples],
             device=self.device,

@@ -127,9 +127,10 @@ class RewardModel(LanguageModel):
 
     def _forward(self, sequences: list[list[int]]) -> torch.Tensor:
         """The rewards (B,) of B sequences."""
-        from sppo.preferences.chat_reading import padded
+        from sppo.policies.padding import padded
 
         used = {token for ids in sequences for token in ids}
         padding = next(token for token in range(len(used) + 1) if token not in used)
         self.model.config.get_text_config().pad_token_id = padding
-        return self.model(**padded(sequences, padding, self.device)).logits[:, 0]
+        inputs, mask = padded(sequences, padding, self.device)
+        return self.model(input_ids=inputs, attention_mask=mask).logits[:, 0]

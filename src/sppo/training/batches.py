@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sppo.policies.padding import padded
 from sppo.training import attention
 from sppo.training.lengths import Layout, Pair, sharing_pays
 
@@ -77,7 +78,7 @@ def collate(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Batch:
     Positions are computed from lengths. Comparing ids with the id of the padding would be wrong,
     because many models use EOS as padding.
     """
-    ids = _padded([[*p, *r] for p, r in zip(prompts, responses, strict=True)])
+    ids, _ = padded([[*p, *r] for p, r in zip(prompts, responses, strict=True)], 0)
     begins = [row * ids.shape[1] + len(prompt) for row, prompt in enumerate(prompts)]
     return {"input_ids": ids, **_response_fields(responses, begins)}
 
@@ -114,7 +115,7 @@ def collate_shared(
         owners: (B, L), 1 for tokens of chosen responses, 2 for those of rejected ones, else 0.
     """
     rows = list(zip(prompts, chosen, rejected, strict=True))
-    ids = _padded([[*prompt, *first, *second] for prompt, first, second in rows])
+    ids, _ = padded([[*prompt, *first, *second] for prompt, first, second in rows], 0)
     positions = torch.zeros_like(ids)
     owners = torch.zeros_like(ids)
     ends_of_prompts = []
@@ -139,14 +140,6 @@ def collate_shared(
     }
 
 
-def _padded(rows: Sequence[Tokens]) -> Tensor:
-    """The rows as a matrix, padded with 0 on the right."""
-    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    for row, tokens in enumerate(rows):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-    return ids
-
-
 def _response_fields(
     responses: Sequence[Tokens], begins: list[int], before: list[int] | None = None
 ) -> Batch:
@@ -157,7 +150,7 @@ def _response_fields(
         begins: the position of each response's first token in the flattened ids.
         before: the position that predicts it; the one before it if None.
     """
-    response_ids = _padded(responses)
+    response_ids, _ = padded(responses, 0)
     reads, slots = [], []
     for number, (response, begin) in enumerate(zip(responses, begins, strict=True)):
         places = torch.arange(len(response))
