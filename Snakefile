@@ -66,8 +66,9 @@ rule all:
 rule everything:
     """Make all evaluations of the main run, best of n of its last policy, and the K = 2 run.
 
-    It also makes the training figure and the response browser, if it can show the run. The tables and the heatmaps show the
-    evaluations that exist, so they are separate targets, to be made after this one.
+    It also makes the training figure and the response browser, if it can show the run. The tables
+    and the heatmaps show the evaluations that exist, so they are separate targets, to be made after
+    this one.
     """
     input:
         summary_files(""),

@@ -192,7 +192,7 @@ def test_round_robin_compares_all_iterates_exactly(tmp_path, monkeypatch):
     assert wins[0][0] == wins[1][1] == 50
 
 
-def test_judge_without_a_preference_model_is_refused_before_training(tmp_path, study):
+def test_judge_that_is_no_preference_model_is_refused(tmp_path, study):
     settings = "{judge: openai, judge_model: m, judge_base_url: 'http://localhost/v1'}"
     Path("small.yaml").write_text(f"alpaca_eval: {settings}")
     with pytest.raises(UserError, match="small.yaml: alpaca_eval.judge is openai, but the study"):
