@@ -1071,7 +1071,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
     """Section 5: forward and backward passes with checkpointing, then complete trainers."""
     import torch
 
-    from sppo.policies.models import hold_rounded
+    from sppo.policies.models import cast_linear_weights
     from sppo.training.logps import forward_precision, frozen_logps
     from sppo.training.trainer import make_trainer, make_trl_trainer
 
@@ -1122,7 +1122,7 @@ def throughput(report: Report, shape: dict[str, Any], device: str, folder: Path)
     )
     with report.step("ragged: the project's trainer"):
         frozen = copy.deepcopy(model).eval()
-        hold_rounded(frozen, torch.bfloat16)
+        cast_linear_weights(frozen, torch.bfloat16)
         synchronise(device)
         began = time.perf_counter()
         pairs = with_reference(

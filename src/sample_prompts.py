@@ -79,11 +79,11 @@ def main() -> None:
     prompts, commit, empty = read_prompts(source, revision, args.split, args.field)
     held_out: set[str] = set()
     for path in args.held_out:
-        held_out |= asked_in(path)
+        held_out |= evaluation_questions(path)
     allowed = [prompt for prompt in prompts if not is_held_out(prompt, held_out)]
     earlier: set[tuple[str, ...]] = set()
     for path in args.earlier:
-        earlier |= {said(row["messages"]) for row in read_table(path, "prompts")}
+        earlier |= {chat_key(row["messages"]) for row in read_table(path, "prompts")}
     available = without_repetitions(allowed, earlier)
     inputs = [*args.held_out, args.policy, *args.earlier]
     if Path(source).is_file():
@@ -105,7 +105,7 @@ def main() -> None:
         }
 
 
-def asked_in(path: Path) -> set[str]:
+def evaluation_questions(path: Path) -> set[str]:
     """The normalised questions of an evaluation: instructions, or the first turns of MT-Bench.
 
     A folder or a file question.jsonl is MT-Bench's.
@@ -131,7 +131,7 @@ def revision_of(revisions: str | None, t: int) -> str | None:
     return commit or None
 
 
-def said(messages: list[dict[str, str]]) -> tuple[str, ...]:
+def chat_key(messages: list[dict[str, str]]) -> tuple[str, ...]:
     """A key for a chat: two prompts with equal keys are the same prompt.
 
     It has the roles and texts of the messages, without white space around the texts.
@@ -142,11 +142,11 @@ def said(messages: list[dict[str, str]]) -> tuple[str, ...]:
 def without_repetitions(
     prompts: list[dict[str, Any]], earlier: set[tuple[str, ...]]
 ) -> list[dict[str, Any]]:
-    """The first occurrence of each prompt that is not in `earlier`, a set of keys by `said`."""
+    """The first occurrence of each prompt that is not in `earlier`, a set of keys by `chat_key`."""
     seen = set(earlier)
     kept = []
     for prompt in prompts:
-        key = said(prompt["messages"])
+        key = chat_key(prompt["messages"])
         if key not in seen:
             seen.add(key)
             kept.append(prompt)

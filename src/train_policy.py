@@ -49,12 +49,12 @@ from sppo.core.stages import STAGES
 from sppo.core.tables import read_table
 from sppo.preferences.estimates import p_hat_weighted
 from sppo.reporting.cards import data_of, model_card, table
-from sppo.training.checkpoints import alone, last_checkpoint, remove_damaged
+from sppo.training.checkpoints import exclusive_lock, last_checkpoint, remove_damaged
 from sppo.training.distributed import (
+    barrier_at_end,
     errors_once,
-    first_alone,
-    is_first,
     is_launched,
+    is_main_process,
     join_processes,
     launch,
 )
@@ -133,9 +133,9 @@ def main() -> None:
             launch(vars(args), args.device)
         return
     with errors_once(), contextlib.ExitStack() as lock:
-        if is_first():
+        if is_main_process():
             # With several processes, the launcher has already waited for the lock.
-            waited = lock.enter_context(alone(args.output, wait=args.processes == 1))
+            waited = lock.enter_context(exclusive_lock(args.output, wait=args.processes == 1))
             if waited and is_made(args):
                 return
         train(args)
@@ -146,7 +146,7 @@ def finished_meanwhile(args: argparse.Namespace) -> bool:
 
     Returns whether there was one and it has made the policy that these arguments ask for.
     """
-    with alone(args.output) as waited:
+    with exclusive_lock(args.output) as waited:
         return waited and is_made(args)
 
 
@@ -199,13 +199,13 @@ def train(args: argparse.Namespace) -> None:
         check_history(history, args.output)
         kept = None
         factors = None
-        if args.lora_rank and is_first():
+        if args.lora_rank and is_main_process():
             if dtype == torch.bfloat16:
                 kept = share_kept_in_bfloat16(trainer.model)
                 print(f"LoRA: merged weights in bfloat16 keep {kept:.0%} of the update", flush=True)
             factors = trained_factors(trainer.model, read_factors(args.policy))
         trained, weights = whole_policy(trainer, args)
-        if not is_first():
+        if not is_main_process():
             return
         card_text = card(args, len(pairs), trainer.state.global_step, history[-1])
         write_policy(args.output, trained, weights, tokenizer, card_text, factors)
@@ -326,11 +326,11 @@ def mixture_estimates(pairs: list[dict], share: float) -> dict[int, float]:
 
 @contextlib.contextmanager
 def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Write the records of policy and log when the block ends; only the first process does it.
+    """Write the records of policy and log when the block ends; only the main process does it.
 
     Yields a dict of facts that are added to the policy's record.
     """
-    if not is_first():
+    if not is_main_process():
         yield {}
         return
     inputs, options = inputs_of(args), vars(args)
@@ -463,7 +463,7 @@ def method_in_words(args: argparse.Namespace) -> str:
 def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | None]:
     """The trained model with LoRA merged into it, and its weights if processes hold parts of them.
 
-    Then the first process gets the whole weights, and the others get an empty dict. With
+    Then the main process gets the whole weights, and the others get an empty dict. With
     --parallel ddp the weights are None, because each process holds all of them.
     """
     from sppo.training.trainer import merged
@@ -475,7 +475,7 @@ def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | No
 
 
 def gathered_weights(trainer: Any) -> dict:
-    """The whole weights of a divided model in the first process; an empty dict in the others."""
+    """The whole weights of a divided model in the main process; an empty dict in the others."""
     gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
     # `gathered` contains tied weights twice, under both of their names.
     tied = trainer.model.all_tied_weights_keys
@@ -485,7 +485,7 @@ def gathered_weights(trainer: Any) -> dict:
 def leave_processes() -> None:
     """Wait for the other processes and leave their group, if there is one.
 
-    The first process still has to write the policy, and the others would stop waiting for it after
+    The main process still has to write the policy, and the others would stop waiting for it after
     a time limit.
     """
     import torch.distributed
@@ -498,12 +498,12 @@ def leave_processes() -> None:
 def work_folder(args: argparse.Namespace) -> Path:
     """The folder of the checkpoints, `.<policy>.work`.
 
-    The first process removes its contents if they belong to other inputs, settings or another stage
+    The main process removes its contents if they belong to other inputs, settings or another stage
     version, and removes damaged checkpoints.
     """
     work = args.output.with_name(f".{args.output.name}.work")
-    with first_alone() as is_first_process:
-        if is_first_process:
+    with barrier_at_end() as is_main:
+        if is_main:
             expected = fingerprint(args)
             label = work / "made_for.json"
             if made_for(label) != expected:

@@ -370,7 +370,7 @@ class Estimator:
         copies = train["nodes"] if train["parallel"] == "hsdp" else 1
         divided_over = max(1, self.gpus // copies)
         packs = not eager and not shape.softcap
-        busy = cost_model.busy_share(
+        balance = cost_model.load_balance(
             train,
             self.gpus,
             "packed" if packs else "padded",
@@ -399,7 +399,7 @@ class Estimator:
                 pairs,
                 trainings * tokens * train["stop_epoch"],
                 trained,
-                trained / (gpu.flops * use.training) / busy,
+                trained / (gpu.flops * use.training) / balance,
                 max(
                     cost_model.train_bytes(
                         shape, divided_over, *sizes, rank, checkpointing, eager=eager

@@ -44,7 +44,7 @@ from sppo.preferences.embedded_network import (
     skew_logits,
 )
 from sppo.preferences.embedded_data import (
-    Group,
+    LabelledGroup,
     instruction_hash,
     load_annotations,
     make_groups,
@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def group_loss(logits: torch.Tensor, group: Group, shorter: float) -> torch.Tensor:
+def group_loss(logits: torch.Tensor, group: LabelledGroup, shorter: float) -> torch.Tensor:
     """Mean cross entropy of the labelled pairs of one group.
 
     logits: (K, K), the logit that answer i beats answer j.
@@ -104,7 +104,7 @@ def group_loss(logits: torch.Tensor, group: Group, shorter: float) -> torch.Tens
 
 
 @torch.no_grad()
-def held_out_logits(model: PreferenceEmbedder, groups: list[Group]) -> pd.DataFrame:
+def held_out_logits(model: PreferenceEmbedder, groups: list[LabelledGroup]) -> pd.DataFrame:
     """The pairs of held-out groups, one row for each.
 
     Columns: kind (reference, cross or corrupted), and logit and length gap of (better, worse).

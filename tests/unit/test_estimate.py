@@ -162,24 +162,26 @@ def test_lora_weights_equal_those_of_peft():
     assert trained == cost_model.lora_weights(SHAPES["embedded"], 4)
 
 
-def busy(gpus: int, layout: str, spread: float = 0.8, **train: object) -> float:
+def balance(gpus: int, layout: str, spread: float = 0.8, **train: object) -> float:
     options = {"batch_size": 64, "micro_batch_size": 4, "micro_batch_tokens": None} | train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost_model, "SPREAD", spread)
-        return cost_model.busy_share(options, gpus, layout, 200, 450, 4096, 2048)
+        return cost_model.load_balance(options, gpus, layout, 200, 450, 4096, 2048)
 
 
 def test_gpus_are_busy_with_pairs_of_equal_length():
     for layout in ("padded", "packed"):
-        assert busy(8, layout, spread=0.0) == 1
+        assert balance(8, layout, spread=0.0) == 1
     # 64 pairs on twelve GPUs: two passes of at most three pairs.
-    assert busy(12, "packed", spread=0.0) == pytest.approx(64 / (12 * 2 * 3))
+    assert balance(12, "packed", spread=0.0) == pytest.approx(64 / (12 * 2 * 3))
 
 
 def test_gpus_wait_for_long_pairs_and_compute_padding():
-    assert busy(1, "packed") == 1
-    assert busy(8, "padded") < busy(1, "padded") < 1
-    assert busy(8, "padded") < busy(8, "packed") < busy(8, "packed", micro_batch_tokens=8192)
+    assert balance(1, "packed") == 1
+    assert balance(8, "padded") < balance(1, "padded") < 1
+    assert (
+        balance(8, "padded") < balance(8, "packed") < balance(8, "packed", micro_batch_tokens=8192)
+    )
 
 
 # --- the programs ---

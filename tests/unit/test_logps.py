@@ -137,9 +137,9 @@ def test_packed_sequences_have_no_padding_and_own_positions():
     batch = collate_packed([[11, 12], [13]], [[21], [EOS, 22, EOS]])
     assert batch["input_ids"].tolist() == [[11, 12, 21, 13, EOS, 22, EOS]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
-    assert batch["ends"].tolist() == [0, 3, 7]
-    assert batch["ends"].dtype == torch.int32
-    assert batch["longest"] == 4
+    assert batch["cu_seqlens"].tolist() == [0, 3, 7]
+    assert batch["cu_seqlens"].dtype == torch.int32
+    assert batch["max_seqlen"] == 4
     assert batch["reads"].tolist() == [1, 3, 4, 5]
     assert batch["response_ids"].tolist() == [[21, 0, 0], [EOS, 22, EOS]]
 
@@ -148,7 +148,7 @@ def test_the_end_of_a_shared_prompt_predicts_both_responses():
     batch = collate_shared([[11, 12], [13]], [[21], [22, 23]], [[31, 32], [33]])
     assert batch["input_ids"].tolist() == [[11, 12, 21, 31, 32], [13, 22, 23, 33, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 3], [0, 1, 2, 1, 0]]
-    assert batch["owners"].tolist() == [[0, 0, 1, 2, 2], [0, 1, 1, 2, 0]]
+    assert batch["segment_ids"].tolist() == [[0, 0, 1, 2, 2], [0, 1, 1, 2, 0]]
     # chosen 21, then 22 and 23; rejected 31 and 32, then 33
     assert batch["reads"].tolist() == [1, 5, 6, 1, 3, 5]
     assert batch["response_ids"].tolist() == [[21, 0], [22, 23], [31, 32], [33, 0]]
@@ -296,11 +296,11 @@ def test_prompts_are_shared_only_where_it_saves_tokens():
             "rejected_token_ids": [1] * response,
         }
 
-    assert "owners" in pair_batch([pair(50, 30)], "shared")
-    assert "owners" not in pair_batch([pair(50, 30)], "padded")
-    assert "owners" not in pair_batch([pair(50, 500)], "shared")
+    assert "segment_ids" in pair_batch([pair(50, 30)], "shared")
+    assert "segment_ids" not in pair_batch([pair(50, 30)], "padded")
+    assert "segment_ids" not in pair_batch([pair(50, 500)], "shared")
     # One long row would be padding in all others.
-    assert "owners" not in pair_batch([pair(50, 30), pair(1, 100)], "shared")
+    assert "segment_ids" not in pair_batch([pair(50, 30), pair(1, 100)], "shared")
 
 
 def test_pair_length_is_the_length_of_its_longer_sequence():

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
-from sppo.policies.models import hold_rounded
+from sppo.policies.models import cast_linear_weights
 from sppo.policies.shapes import SHAPES, Shape
 from sppo.reporting import cost_model
 from sppo.training.batches import pair_batch
@@ -221,7 +221,7 @@ def test_memory_of_scoring(shape, micro, prompt, response):
     batch = batch_of(micro, prompt, response)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = make_model(shape, torch.float32, shape.softcap)
-        hold_rounded(model, torch.bfloat16)
+        cast_linear_weights(model, torch.bfloat16)
         with Peak(model) as peak, forward_precision("cpu", torch.bfloat16):
             response_logps(model, batch)
     formula = cost_model.score_bytes(shape, micro, prompt, response, False, eager=shape.softcap)

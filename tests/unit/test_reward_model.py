@@ -170,6 +170,6 @@ def test_a_folder_without_weights_or_template_is_one_line(folder, tmp_path):
 
 
 def test_cost_counts_each_response_once(folder):
-    reading = RewardModel.cost({"model": str(folder)}, 10, 100, 5, 50)
-    assert reading.tokens == 10 * 5 * 150
+    cost = RewardModel.cost({"model": str(folder)}, 10, 100, 5, 50)
+    assert cost.tokens == 10 * 5 * 150
     assert RewardModel.cost({"model": "me/unknown"}, 10, 100, 5, 50) is None

@@ -32,7 +32,7 @@ from sppo.policies.models import check_policy, load_policy
 from sppo.reporting.cards import header
 from sppo.training import attention, logps, trainer
 from sppo.training.batches import pair_batch
-from sppo.training.checkpoints import alone, last_checkpoint, remove_damaged
+from sppo.training.checkpoints import exclusive_lock, last_checkpoint, remove_damaged
 from sppo.training.lengths import (
     needed_tokens,
     pair_length,
@@ -893,8 +893,8 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {source!r})
-from sppo.training.checkpoints import alone
-with alone(Path({output!r})):
+from sppo.training.checkpoints import exclusive_lock
+with exclusive_lock(Path({output!r})):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -921,7 +921,9 @@ def end_soon(holder) -> None:
 
 def test_second_training_waits_and_uses_the_first_one_s_policy(place, holder, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(train_policy, "alone", lambda *_, **__: contextlib.nullcontext(False))
+        patch.setattr(
+            train_policy, "exclusive_lock", lambda *_, **__: contextlib.nullcontext(False)
+        )
         place.train("policy")
     before = (place.folder / "policy" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
@@ -944,7 +946,9 @@ def test_second_training_trains_if_the_first_policy_differs(
     if left != "no policy":
         options = {"learning_rate": 2e-3} if left == "other settings" else {}
         with monkeypatch.context() as patch:
-            patch.setattr(train_policy, "alone", lambda *_, **__: contextlib.nullcontext(False))
+            patch.setattr(
+                train_policy, "exclusive_lock", lambda *_, **__: contextlib.nullcontext(False)
+            )
             place.train("policy", **options)
     if left == "a damaged policy":
         (place.folder / "policy" / "config.json").write_text("{}")
@@ -962,7 +966,7 @@ def test_a_process_that_does_not_wait_is_told_who_trains(place, holder):
                 f"process {holder.pid} on .* is training .*policy already; wait until it has ended"
             ),
         ),
-        alone(place.folder / "policy", wait=False),
+        exclusive_lock(place.folder / "policy", wait=False),
     ):
         pytest.fail("both train")
 
@@ -971,7 +975,7 @@ def test_the_lock_of_a_killed_process_blocks_nobody(place, holder, capsys):
     holder.kill()
     holder.wait()
     assert (place.folder / ".policy.lock").exists()
-    with alone(place.folder / "policy") as waited:
+    with exclusive_lock(place.folder / "policy") as waited:
         assert not waited
     assert capsys.readouterr().err == ""
     assert not (place.folder / ".policy.lock").exists()

@@ -556,12 +556,12 @@ def load_frozen_policy(
     bit.
     """
     model = load_policy(folder, weights_dtype(lora_rank, dtype), None, attention)
-    hold_rounded(model, dtype)
+    cast_linear_weights(model, dtype)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
     return model
 
 
-def hold_rounded(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Round the weights of linear layers to `dtype`, which autocast would do in every pass.
 
     This changes no log-probability, halves the memory, and saves the casts. The embeddings are not

@@ -46,7 +46,7 @@ class Group(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ComparisonCost:
     """What comparing costs: FLOPs, tokens read, and weights of the model that reads them.
 
     requests: sent to a server, whose own FLOPs and weights are not counted.
@@ -126,7 +126,7 @@ class PreferenceModel(ABC):
     @classmethod
     def cost(
         cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
-    ) -> Reading | None:
+    ) -> ComparisonCost | None:
         """What it costs to compare `samples` responses to each prompt; None if nobody knows.
 
         prompt, response: their mean lengths in tokens.

@@ -13,9 +13,9 @@ from sppo.core.artifacts import read_json, shipped
 from sppo.core.errors import UserError
 from sppo.policies.shapes import SHAPES, forward_flops
 from sppo.preferences.base import (
+    ComparisonCost,
     Group,
     PreferenceModel,
-    Reading,
     Settings,
     existing,
     register,
@@ -74,7 +74,7 @@ class EmbeddedModel(PreferenceModel):
     @classmethod
     def cost(
         cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
-    ) -> Reading:
+    ) -> ComparisonCost:
         """The lower layers of the base read the prompt once and each response after it."""
         spec = read_json(cls.files(settings["model"])[ADAPTER_FILES.index("ranker.json")])
         shape = SHAPES["embedded"]
@@ -83,7 +83,7 @@ class EmbeddedModel(PreferenceModel):
         read = prompts * (asked + samples * answered)
         layers = replace(shape, layers=spec["layers"])
         flops = forward_flops(layers, read, asked + answered / 2, 0)
-        return Reading(flops, prompts * (prompt + samples * response), shape.weights)
+        return ComparisonCost(flops, prompts * (prompt + samples * response), shape.weights)
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         from sppo.preferences.embedded_network import EmbeddedRanker

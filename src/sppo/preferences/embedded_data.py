@@ -168,7 +168,7 @@ CORRUPTIONS = {
 
 
 @dataclass
-class Group:
+class LabelledGroup:
     """Answers to one instruction and the labelled pairs among them.
 
     pairs: (better, worse, target): two indices into texts, and the win probability to learn, which
@@ -181,7 +181,7 @@ class Group:
     corrupted: list[tuple[int, int, float]] = field(default_factory=list)
 
 
-def make_group(rows: pd.DataFrame, others: list[str], size: int, seed: str) -> Group:
+def make_group(rows: pd.DataFrame, others: list[str], size: int, seed: str) -> LabelledGroup:
     """One group from the rows of one instruction.
 
     The rows are compared with the same reference. `size` is the number of answers besides the
@@ -208,7 +208,7 @@ def make_group(rows: pd.DataFrame, others: list[str], size: int, seed: str) -> G
     balanced = pd.concat([won[:each], lost[:each]])
     further = pd.concat([won[each:], lost[each:]]).sample(frac=1, random_state=rng.randrange(2**31))
     chosen = pd.concat([balanced, further[: size - len(balanced)]])
-    group = Group(rows["instruction"].iloc[0], [reference, *chosen["output_2"]])
+    group = LabelledGroup(rows["instruction"].iloc[0], [reference, *chosen["output_2"]])
     scores = [0.0, *chosen["odds"]]  # by index into group.texts; 0 is the reference
     for i, high in enumerate(scores):
         for j, low in enumerate(scores):
@@ -221,7 +221,9 @@ def make_group(rows: pd.DataFrame, others: list[str], size: int, seed: str) -> G
     return group
 
 
-def add_corrupted(group: Group, scores: list[float], others: list[str], rng: random.Random) -> None:
+def add_corrupted(
+    group: LabelledGroup, scores: list[float], others: list[str], rng: random.Random
+) -> None:
     """Append one corrupted answer and two off-topic ones to the group, and the pairs they lose.
 
     scores: log-odds of the group's texts against the reference.
@@ -250,7 +252,7 @@ def add_corrupted(group: Group, scores: list[float], others: list[str], rng: ran
 
 def make_groups(
     files: list[pd.DataFrame], size: int, seed: int, calibration: bool, part: str
-) -> list[Group]:
+) -> list[LabelledGroup]:
     """One group for each file and instruction of the part, in a random order that the seed fixes.
 
     calibration: whether to take the instructions `for_calibration` or the others. Groups without
@@ -272,7 +274,7 @@ def make_groups(
     return [group for group in groups if group.pairs]
 
 
-def shorter_weight(groups: list[Group], longer_wins: float) -> float:
+def shorter_weight(groups: list[LabelledGroup], longer_wins: float) -> float:
     """The weight of pairs that the shorter answer wins.
 
     With it, the pairs that the longer answer wins have the share `longer_wins` of the total weight.

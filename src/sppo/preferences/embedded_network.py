@@ -56,7 +56,7 @@ OMISSION = " [...] "  # replaces the omitted middle of a long text
 PLACEHOLDER = "\x00"  # marks the instruction's place in the chat template
 # A higher relevance than this has no further effect. Most answers reach it, and an answer must gain
 # nothing by repeating the instruction.
-ENOUGH = 0.2
+RELEVANCE_CAP = 0.2
 HEAD_RATE = 1e-3  # learning rate of the head
 RELEVANCE_RATE = 1e-2  # learning rate of a single weight, which is of order 1
 # The states that the embedding is computed from; see `PreferenceEmbedder.states`.
@@ -177,7 +177,7 @@ class PreferenceEmbedder(nn.Module):
             for name, state in self.states(instruction, answers).items()
         }
         similarity = nn.functional.cosine_similarity(z["mean"], z["instruction"], dim=1)
-        relevance = similarity.clamp(max=ENOUGH)
+        relevance = similarity.clamp(max=RELEVANCE_CAP)
         e = self.head(self.dropout(torch.cat([z["mean"], z["last"]], dim=1)))
         # (K, d) with 10 * relevance in the second column and 0 elsewhere.
         in_second_entry = nn.functional.pad(10 * relevance[:, None], (1, e.shape[1] - 2))

@@ -28,10 +28,10 @@ from sppo.core.errors import UserError
 from sppo.core.openai_api import check_address
 from sppo.core.progress import progress
 from sppo.preferences.base import (
+    ComparisonCost,
     ComparisonError,
     Group,
     PreferenceModel,
-    Reading,
     Settings,
     register,
 )
@@ -63,10 +63,10 @@ class HttpModel(PreferenceModel):
     @classmethod
     def cost(
         cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
-    ) -> Reading:
+    ) -> ComparisonCost:
         """A request for each prompt, with all of its responses."""
         tokens = prompts * (prompt + samples * response)
-        return Reading(flops=0, tokens=tokens, weights=0, requests=prompts)
+        return ComparisonCost(flops=0, tokens=tokens, weights=0, requests=prompts)
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         check_address(settings["model"], "preference.model")

@@ -10,7 +10,7 @@ from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
 from sppo.policies.models import HUB_ID, fetch
 from sppo.policies.shapes import forward_flops, shape_of
-from sppo.preferences.base import PreferenceModel, Reading, Settings
+from sppo.preferences.base import ComparisonCost, PreferenceModel, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -76,14 +76,14 @@ class LanguageModel(PreferenceModel):
     @classmethod
     def cost(
         cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
-    ) -> Reading | None:
+    ) -> ComparisonCost | None:
         config = config_of(Path(settings["model"]))
         if "num_hidden_layers" not in config:
             return None  # a hub id that has not been fetched
         shape = shape_of(config)
         length = prompt + cls.responses_of_sequence() * response
         tokens = prompts * cls.sequences(samples) * length
-        return Reading(forward_flops(shape, tokens, length / 2, 0), tokens, shape.weights)
+        return ComparisonCost(forward_flops(shape, tokens, length / 2, 0), tokens, shape.weights)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -29,14 +29,14 @@ from sppo.core.chat_client import Client, concurrently
 from sppo.core.errors import UserError
 from sppo.core.openai_api import check_address, letter_forms
 from sppo.policies.prompts import chat_text
-from sppo.preferences.base import Group, PreferenceModel, Reading, Settings, register
+from sppo.preferences.base import ComparisonCost, Group, PreferenceModel, Settings, register
 
 if TYPE_CHECKING:
     import numpy as np
 
 PREFIX = "openai:"
 CACHE = Path(".cache/llm_judge")
-PLACES = ("{prompt}", "{response_a}", "{response_b}")
+PLACEHOLDERS = ("{prompt}", "{response_a}", "{response_b}")
 QUESTION = """Which of two responses to a request is better? Consider whether it does what the \
 request asks, whether it is correct, and whether it is clear. Its position and its length must not \
 matter.
@@ -130,12 +130,12 @@ class LlmJudge(PreferenceModel):
     @classmethod
     def cost(
         cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
-    ) -> Reading:
+    ) -> ComparisonCost:
         """A request for each ordered pair of responses: the question with prompt and both."""
         requests = prompts * samples * (samples - 1)
         question = len(template(settings)) / CHARACTERS_OF_A_TOKEN
         tokens = requests * (question + prompt + 2 * response)
-        return Reading(flops=0, tokens=tokens, weights=0, requests=requests)
+        return ComparisonCost(flops=0, tokens=tokens, weights=0, requests=requests)
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         self.check(settings, "preference.model")
@@ -193,10 +193,10 @@ class LlmJudge(PreferenceModel):
 
     def _question(self, group: Group, first: str, second: str) -> str:
         """The text that asks which of two responses is better."""
-        texts = dict(zip(PLACES, (chat_text(group.chat), first, second), strict=True))
-        # At once, because a text may itself contain the name of a place.
-        places = re.compile("|".join(map(re.escape, PLACES)))
-        return places.sub(lambda match: texts[match[0]], self.template)
+        texts = dict(zip(PLACEHOLDERS, (chat_text(group.chat), first, second), strict=True))
+        # At once, because a text may itself contain a placeholder.
+        placeholders = re.compile("|".join(map(re.escape, PLACEHOLDERS)))
+        return placeholders.sub(lambda match: texts[match[0]], self.template)
 
     def _ask(self, question: str) -> float | None:
         """The logit that A wins; None for an answer without a verdict."""
@@ -217,7 +217,7 @@ def template(settings: Settings) -> str:
         raise UserError(
             f"config: preference.prompt_template: {file} cannot be read ({error}); correct it"
         ) from None
-    missing = [place for place in PLACES if place not in text]
+    missing = [each for each in PLACEHOLDERS if each not in text]
     if missing:
         raise UserError(
             f"config: preference.prompt_template: {file} has no {missing[0]}; add it where that"

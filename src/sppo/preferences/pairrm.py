@@ -13,9 +13,9 @@ from sppo.core.errors import UserError
 from sppo.policies.models import fetch
 from sppo.policies.shapes import PAIRRM, forward_flops
 from sppo.preferences.base import (
+    ComparisonCost,
     Group,
     PreferenceModel,
-    Reading,
     Settings,
     existing,
     register,
@@ -61,13 +61,13 @@ class PairRMFiles(PreferenceModel):
     @classmethod
     def cost(
         cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
-    ) -> Reading:
+    ) -> ComparisonCost:
         """All ordered pairs of responses, each read together with the prompt."""
         source = min(prompt, LIMITS["source_maxlength"])
         length = source + 2 * min(response, LIMITS["candidate_maxlength"])
         pairs = prompts * samples * (samples - 1)
         flops = forward_flops(PAIRRM, pairs * length, length, 0)
-        return Reading(flops, pairs * (prompt + 2 * response), PAIRRM.weights)
+        return ComparisonCost(flops, pairs * (prompt + 2 * response), PAIRRM.weights)
 
 
 @register

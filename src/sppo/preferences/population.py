@@ -25,9 +25,9 @@ import yaml
 from sppo.core.config import check_against_schema, schema
 from sppo.core.errors import UserError
 from sppo.preferences.base import (
+    ComparisonCost,
     Group,
     PreferenceModel,
-    Reading,
     Settings,
     kind_of,
     load_preference_model,
@@ -137,21 +137,21 @@ class Population(PreferenceModel):
     @classmethod
     def cost(
         cls, settings: Settings, prompts: float, prompt: float, samples: int, response: float
-    ) -> Reading | None:
+    ) -> ComparisonCost | None:
         """The sum over its models, which are all in memory at once."""
         sizes = (prompts, prompt, samples, response)
-        readings = [
+        costs = [
             kind_of(member.settings).cost(member.settings, *sizes)
             for member in members_of(Path(settings["model"]).expanduser())
         ]
-        known = [reading for reading in readings if reading is not None]
-        if len(known) < len(readings):
+        known = [cost for cost in costs if cost is not None]
+        if len(known) < len(costs):
             return None
-        return Reading(
-            flops=sum(reading.flops for reading in known),
-            tokens=sum(reading.tokens for reading in known),
-            weights=sum(reading.weights for reading in known),
-            requests=sum(reading.requests for reading in known),
+        return ComparisonCost(
+            flops=sum(cost.flops for cost in known),
+            tokens=sum(cost.tokens for cost in known),
+            weights=sum(cost.weights for cost in known),
+            requests=sum(cost.requests for cost in known),
         )
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:

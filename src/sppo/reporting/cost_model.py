@@ -89,7 +89,7 @@ SPREAD = 0.8
 SIMULATED_STEPS = 20
 
 
-def busy_share(
+def load_balance(
     train: dict[str, Any],
     gpus: int,
     layout: Layout,
@@ -98,7 +98,7 @@ def busy_share(
     longest_prompt: int,
     longest_response: int,
 ) -> float:
-    """The share of a training step's tokens that all GPUs compute at once, 0 to 1.
+    """The mean `balanced_share` of training steps, see `efficiency`, 0 to 1.
 
     The rest is padding, and waiting for the GPU with most tokens. Simulated: pairs with random
     lengths are divided into the passes of `SIMULATED_STEPS` steps as in training.

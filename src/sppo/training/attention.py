@@ -139,7 +139,12 @@ def packed_attention(
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scaling: float | None,
 ) -> Tensor:
     """`packed_attention` with PyTorch's kernel."""
     from torch.nn.attention.varlen import varlen_attn
@@ -151,7 +156,7 @@ def _varlen(
         value = value.repeat_interleave(shared, dim=1)
     query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     output: Any = varlen_attn(
-        query, key, value, ends, ends, longest, longest, scale=scaling, **options
+        query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, **options
     )
     return output[None]
 

@@ -88,19 +88,19 @@ def collate_packed(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Ba
 
     Returns what `collate` does, with `input_ids` (1, T), and
         position_ids: (1, T), of each token in its own sequence.
-        ends: (R + 1,), int32, 0 and where each sequence ends.
-        longest: the number of tokens of the longest sequence, an int.
+        cu_seqlens: (R + 1,), int32, 0 and where each sequence ends.
+        max_seqlen: the number of tokens of the longest sequence, an int.
     """
     sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     lengths = [len(sequence) for sequence in sequences]
-    ends = torch.tensor([0, *lengths]).cumsum(0)
-    starts = ends[:-1].tolist()
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    starts = cu_seqlens[:-1].tolist()
     begins = [start + len(prompt) for start, prompt in zip(starts, prompts, strict=True)]
     return {
         "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "ends": ends.int(),
-        "longest": max(lengths),
+        "cu_seqlens": cu_seqlens.int(),
+        "max_seqlen": max(lengths),
         **_response_fields(responses, begins),
     }
 
@@ -112,12 +112,13 @@ def collate_shared(
 
     Returns what `collate` does, with `input_ids` (B, L), and
         position_ids: (B, L), of each token in its own sequence.
-        owners: (B, L), 1 for tokens of chosen responses, 2 for those of rejected ones, else 0.
+        segment_ids: (B, L), 1 for tokens of chosen responses, 2 for those of rejected ones, 0 for
+            those of prompts and for padding.
     """
     rows = list(zip(prompts, chosen, rejected, strict=True))
     ids, _ = padded([[*prompt, *first, *second] for prompt, first, second in rows], 0)
     positions = torch.zeros_like(ids)
-    owners = torch.zeros_like(ids)
+    segment_ids = torch.zeros_like(ids)
     ends_of_prompts = []
     begins: dict[int, list[int]] = {1: [], 2: []}
     for row, (prompt, *responses) in enumerate(rows):
@@ -125,16 +126,16 @@ def collate_shared(
         positions[row, : len(prompt)] = torch.arange(len(prompt))
         ends_of_prompts.append(start + len(prompt) - 1)
         begin = len(prompt)
-        for owner, response in enumerate(responses, 1):
+        for segment, response in enumerate(responses, 1):
             own = slice(begin, begin + len(response))
             positions[row, own] = torch.arange(len(response)) + len(prompt)
-            owners[row, own] = owner
-            begins[owner].append(start + begin)
+            segment_ids[row, own] = segment
+            begins[segment].append(start + begin)
             begin += len(response)
     return {
         "input_ids": ids,
         "position_ids": positions,
-        "owners": owners,
+        "segment_ids": segment_ids,
         # The prompt's end predicts the first token of both responses.
         **_response_fields([*chosen, *rejected], begins[1] + begins[2], ends_of_prompts * 2),
     }
@@ -166,14 +167,14 @@ def _response_fields(
     }
 
 
-def visible(owners: Tensor) -> Tensor:
+def attention_mask(segment_ids: Tensor) -> Tensor:
     """Which tokens (last axis) each token attends to: (B, 1, L, L), bool, from (B, L).
 
     Earlier tokens of the prompt and of the same response. Padding attends to the prompt, so no row
     is empty.
     """
-    own = owners[:, None, :] == owners[:, :, None]
-    of_prompt = owners[:, None, :] == 0
+    own = segment_ids[:, None, :] == segment_ids[:, :, None]
+    of_prompt = segment_ids[:, None, :] == 0
     return (own | of_prompt).tril()[:, None]
 
 

@@ -18,7 +18,7 @@ from sppo.core.errors import UserError
 MANIFEST = "manifest.json"
 
 
-def seal(checkpoint: Path) -> None:
+def write_manifest(checkpoint: Path) -> None:
     """Write the manifest of a complete checkpoint: the size and the sha256 of each file.
 
     All files are flushed to the disk before the manifest, and the manifest before this returns. A
@@ -111,7 +111,7 @@ def _newest_first(work: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def alone(output: Path, wait: bool = True) -> Iterator[bool]:
+def exclusive_lock(output: Path, wait: bool = True) -> Iterator[bool]:
     """Hold the lock `.<output>.lock`, so that no other process trains `output` during the block.
 
     Args:

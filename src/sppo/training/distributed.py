@@ -1,6 +1,6 @@
 """Training of one policy in several processes: start them, join them, and report an error once.
 
-`accelerate launch` starts the processes with config/accelerate/<train.parallel>.yaml. The first
+`accelerate launch` starts the processes with config/accelerate/<train.parallel>.yaml. The main
 process, of rank 0, writes all files.
 """
 
@@ -162,8 +162,8 @@ def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def is_first() -> bool:
-    """Whether this process writes the files: it is the only process, or the first of several."""
+def is_main_process() -> bool:
+    """Whether this process writes the files: it is the only one, or has rank 0."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -186,12 +186,12 @@ def join_processes(processes: int, device: str) -> None:
 
 
 @contextmanager
-def first_alone() -> Iterator[bool]:
-    """Yield whether this process is the first one. All processes wait for each other at the end.
+def barrier_at_end() -> Iterator[bool]:
+    """Yield whether this is the main process. All processes wait for each other at the end.
 
-    Thus `if` in the block lets the first process work while the others wait.
+    Thus `if` in the block lets the main process work while the others wait.
     """
-    yield is_first()
+    yield is_main_process()
     if is_launched():
         import torch.distributed
 

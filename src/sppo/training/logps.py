@@ -14,10 +14,10 @@ from sppo.core.errors import UserError
 from sppo.core.progress import progress
 from sppo.training.batches import (
     Batch,
+    attention_mask,
     choose_layout,
     pair_batch,
     sequence_batch,
-    visible,
 )
 from sppo.training.lengths import (
     computed_tokens,
@@ -38,16 +38,16 @@ def response_logps(model: nn.Module, batch: Batch) -> Tensor:
 def token_logps(model: nn.Module, batch: Batch) -> Tensor:
     """log pi of each response token, (R, M), nats, float32; 0 after the end of a response."""
     more = {}
-    if "owners" in batch:
+    if "segment_ids" in batch:
         more = {
             "position_ids": batch["position_ids"],
-            "attention_mask": visible(batch["owners"]),
+            "attention_mask": attention_mask(batch["segment_ids"]),
         }
-    if "ends" in batch:
+    if "cu_seqlens" in batch:
         more = {
             "position_ids": batch["position_ids"],
-            "cu_seq_lens_q": batch["ends"],
-            "max_length_q": batch["longest"],
+            "cu_seq_lens_q": batch["cu_seqlens"],
+            "max_length_q": batch["max_seqlen"],
         }
     with head_reads(model, batch["reads"]):
         logits = model(input_ids=batch["input_ids"], use_cache=False, **more).logits  # (N, V)

@@ -30,8 +30,8 @@ from transformers import (
 from sppo.core.errors import UserError
 from sppo.policies.lora_update import fold_update
 from sppo.training.batches import Batch, choose_layout, pair_batch
-from sppo.training.checkpoints import seal
-from sppo.training.distributed import FSDP, first_alone
+from sppo.training.checkpoints import write_manifest
+from sppo.training.distributed import FSDP, barrier_at_end
 from sppo.training.lengths import (
     Layout,
     computed_tokens,
@@ -364,19 +364,19 @@ class StepLog(TrainerCallback):
         print(line, flush=True)
 
 
-class SealCheckpoints(TrainerCallback):
+class WriteManifests(TrainerCallback):
     """Writes a checkpoint's manifest after all processes have written their parts of it.
 
-    Hashing reads the checkpoint once more, from memory if there is room. The first process does it
+    Hashing reads the checkpoint once more, from memory if there is room. The main process does it
     while the others wait; checkpoints are rare.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        with first_alone():
+        with barrier_at_end():
             pass  # After this, all processes have written their parts.
-        with first_alone() as is_first_process:
-            if is_first_process:
-                seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        with barrier_at_end() as is_main:
+            if is_main:
+                write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def trainer_arguments(
@@ -494,7 +494,7 @@ def make_trainer(
         dtype=dtype,
         layout=layout,
         shares=[efficiency(step, processes, tokens, needed_tokens) for step in groups],
-        callbacks=[StepLog(), SealCheckpoints()],
+        callbacks=[StepLog(), WriteManifests()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -578,7 +578,7 @@ def make_trl_trainer(
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[StepLog(), SealCheckpoints()],
+        callbacks=[StepLog(), WriteManifests()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
