@@ -429,7 +429,9 @@ def test_preflight_does_not_count_evaluation_questions(tmp_path):
     }
     check_inputs("", resolve(written)[""])
     written["prompts"]["per_iteration"] = 2
-    with pytest.raises(UserError, match="2 prompts in each iteration, but .* has 1 outside the evaluation set"):
+    with pytest.raises(
+        UserError, match="2 prompts in each iteration, but .* has 1 outside the evaluation set"
+    ):
         check_inputs("", resolve(written)[""])
 
 
