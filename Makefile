@@ -39,7 +39,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
 SNAKEMAKE := .venv/bin/snakemake --cores all
-# Each test file runs in one worker. The workflow's tests start first, because they take longest.
+# Each test file runs in one worker. The files that take longest start first, so that no worker has
+# one alone at the end.
+LONGEST := tests/workflow tests/unit/test_rules.py tests/unit/test_training.py
 PYTEST_PARALLEL := .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 4 \
 	--dist loadfile --no-loadscope-reorder $(if $(PRECISION),--auto-precision $(PRECISION))
 
@@ -97,7 +99,7 @@ format: .cache/lint/installed
 	@touch $@
 
 test: .venv/installed
-	@$(PYTEST_PARALLEL) tests/workflow tests/unit tests/benchmarks
+	@$(PYTEST_PARALLEL) $(LONGEST) tests/unit tests/benchmarks
 
 test-unit: .venv/installed
 	@$(PYTEST_PARALLEL) tests/unit
