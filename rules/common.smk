@@ -30,7 +30,7 @@ from sppo.policies.gpus import count_gpus
 from sppo.policies.hub import HUB_FILES
 from sppo.preferences.base import kind_of, local_kind, model_files
 from sppo.training.losses import unread_keys
-from sppo.training.requirements import WITHOUT_PREFERENCES
+from sppo.training.requirements import WITHOUT_PREFERENCES, trains_on_one_pair
 from sppo.workflow.cluster import Asked, check_cluster
 from sppo.workflow.configuration import read_configuration, resolve, without_effect
 from sppo.workflow.deleted import deleted_artifacts, force_deleted

@@ -12,11 +12,8 @@ def is_trained(run):
 
 
 def is_browsable(run):
-    """Whether a run trains on one pair of responses to each prompt, as the browser shows them."""
-    pairs = run["pairs"]
-    is_chosen_otherwise = pairs["construction"] in ("all", "gold", "graded")
-    is_more = pairs["even_lengths"] or pairs["target_reward"] or run["replay"]["share"]
-    return is_trained(run) and not (is_chosen_otherwise or is_more)
+    """Whether the response browser can show a run."""
+    return is_trained(run) and trains_on_one_pair(run["pairs"], run["replay"]["share"])
 
 
 def trainings(wildcards):

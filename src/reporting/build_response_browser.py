@@ -41,6 +41,7 @@ from sppo.preferences.pairs import (
     winner_against_loser,
     without_truncated,
 )
+from sppo.training.requirements import trains_on_one_pair
 
 TEMPLATE = ROOT / "src" / "sppo" / "reporting" / "response_browser.html"
 PLACEHOLDER = "@DATA@"
@@ -98,12 +99,7 @@ def main() -> None:
     add_section(parser, "pairs")
     add_section(parser, "replay", skip=("iteration",), prefix="replay_")
     args = parser.parse_args()
-    if (
-        args.construction in ("all", "gold", "graded")
-        or args.even_lengths
-        or args.target_reward
-        or args.replay_share
-    ):
+    if not trains_on_one_pair(vars(args), args.replay_share):
         raise UserError(
             "the response browser shows only runs that train on one pair of responses to each"
             " prompt; remove pairs.construction, even_lengths and target_reward and"

@@ -105,6 +105,16 @@ WINNER_FIRST = Requirement(
 )
 
 
+def trains_on_one_pair(pairs: Config, replay_share: float) -> bool:
+    """Whether each prompt gives one pair of its own responses, as the response browser shows it.
+
+    pairs: the section `pairs`. replay_share: the key `replay.share`.
+    """
+    is_chosen_otherwise = pairs["construction"] in ("all", *WITHOUT_PREFERENCES)
+    is_more = pairs["even_lengths"] or pairs["target_reward"] or replay_share
+    return not (is_chosen_otherwise or is_more)
+
+
 def equal_micro_batches(train: Config) -> tuple[int, int]:
     """Pairs in a micro-batch of one process, and micro-batches of one process in a step.
 
