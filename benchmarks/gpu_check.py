@@ -352,7 +352,7 @@ def run_section(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from sppo.policies.models import pick_device, start_torch
+    from sppo.policies.devices import pick_device, start_torch
 
     start_torch()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -612,7 +612,7 @@ def environment(report: Report, shape: dict[str, Any], device: str, folder: Path
     import torch
 
     from sppo.core.artifacts import package_versions
-    from sppo.policies.models import compute_dtype
+    from sppo.policies.devices import compute_dtype
 
     wanted = ("jsonschema", "pyarrow", "trl", "datasets", "flash_attn", "vllm")
     values: dict[str, Any] = {
@@ -1460,7 +1460,7 @@ def generation(report: Report, shape: dict[str, Any], device: str, folder: Path)
 
 def random_prompts(count: int, tokenizer: Any) -> list[dict[str, Any]]:
     """Prompts of 4 to 63 random words, the same at each call."""
-    from sppo.policies.models import prompt_token_ids
+    from sppo.policies.chats import prompt_token_ids
 
     draw = random.Random(0)
     prompts = []

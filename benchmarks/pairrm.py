@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 
 from sppo.core.errors import UserError, run
-from sppo.policies.models import pick_device, start_torch
+from sppo.policies.devices import pick_device, start_torch
 from sppo.preferences.base import Group
 
 K = 5

@@ -44,17 +44,11 @@ from sppo.core.artifacts import git_revision, read_record
 from sppo.core.config import default_of, schema
 from sppo.core.errors import UserError, run
 from sppo.core.tables import read_table
-from sppo.policies import models
+from sppo.policies import devices
 from sppo.policies.generation import Sampling, TransformersEngine
-from sppo.policies.models import (
-    compute_dtype,
-    load_frozen_policy,
-    load_policy,
-    load_tokenizer,
-    pick_device,
-    start_torch,
-    weights_dtype,
-)
+from sppo.policies.chats import load_tokenizer
+from sppo.policies.devices import compute_dtype, pick_device, start_torch, weights_dtype
+from sppo.policies.models import load_frozen_policy, load_policy
 from sppo.training.logps import frozen_logps
 from sppo.training.lengths import sequence_tokens
 from sppo.training.trainer import make_trainer, make_trl_trainer
@@ -94,7 +88,7 @@ def main() -> None:
         raise UserError(f"{args.results} has no iter1/pairs.parquet; run make demo first")
     if args.theirs:
         # Only our programs let malloc keep freed memory, which makes any program faster.
-        models.keep_freed_memory = lambda: None
+        devices.keep_freed_memory = lambda: None
     start_torch()
     device = pick_device("auto")
     dtype = compute_dtype(args.precision, device)

@@ -22,7 +22,8 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
-from sppo.policies.models import compute_dtype, load_policy, start_torch, weights_dtype
+from sppo.policies.devices import compute_dtype, start_torch, weights_dtype
+from sppo.policies.models import load_policy
 from sppo.training.batches import (
     choose_layout,
     collate_shared,

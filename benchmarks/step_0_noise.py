@@ -35,13 +35,9 @@ import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
 from sppo.core.config import DEVICES
-from sppo.policies.models import (
-    load_policy,
-    load_tokenizer,
-    pick_device,
-    prompt_token_ids,
-    start_torch,
-)
+from sppo.policies.chats import load_tokenizer, prompt_token_ids
+from sppo.policies.devices import pick_device, start_torch
+from sppo.policies.models import load_policy
 from sppo.training.batches import collate
 from sppo.training.logps import forward_precision, response_logps, token_logps
 from sppo.training.trainer import identity_fault

@@ -39,7 +39,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 from sppo.core.artifacts import package_versions
 from sppo.core.config import DEVICES, default_of, schema
-from sppo.policies.models import compute_dtype, pick_device, start_torch
+from sppo.policies.devices import compute_dtype, pick_device, start_torch
 from sppo.training.logps import frozen_logps
 from sppo.training.trainer import make_trainer, make_trl_trainer
 

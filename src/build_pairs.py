@@ -243,7 +243,7 @@ def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:
     Their token ids end with the token that ends a response in the chat template. UserError names a
     broken line.
     """
-    from sppo.policies.models import load_tokenizer, stop_token_ids
+    from sppo.policies.chats import load_tokenizer, stop_token_ids
 
     tokenizer = load_tokenizer(policy)
     stop = stop_token_ids(policy, tokenizer)[0]
@@ -312,7 +312,7 @@ def twice_with_target_rewards(
     probability of beating the K - 1 other responses. So a response that always wins has the reward
     10. Pairs whose two rewards are equal are dropped; their number is the second result.
     """
-    from sppo.policies.models import load_tokenizer, prompt_token_ids
+    from sppo.policies.chats import load_tokenizer, prompt_token_ids
 
     tokenizer = load_tokenizer(args.policy, args.chat_template_kwargs, args.template_date)
     found: list[dict[str, Any]] = []

@@ -43,9 +43,10 @@ def main() -> None:
 
     prompts = read_table(args.prompts, "prompts")[args.shard :: args.shards]
     # Imported late because loading PyTorch takes seconds.
+    from sppo.policies.chats import template_hash
+    from sppo.policies.devices import start_torch
     from sppo.policies.engines import EngineOptions, open_engine
     from sppo.policies.generation import Sampling, summary
-    from sppo.policies.models import start_torch, template_hash
 
     start_torch(args.tensor_parallel or 1)
     with recorded("generate", args.output, [args.prompts, args.policy], vars(args)) as facts:

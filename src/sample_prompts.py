@@ -181,7 +181,7 @@ def with_token_ids(
 
     UserError if a prompt cannot be used and must not be dropped, or if all were dropped.
     """
-    from sppo.policies.models import (
+    from sppo.policies.chats import (
         context_length,
         control_tokens,
         load_tokenizer,

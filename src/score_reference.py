@@ -44,12 +44,8 @@ def main() -> None:
         raise UserError(f"{args.pairs} has no pairs; see in its record why pairs were dropped")
     pairs = pairs[args.shard :: args.shards]
     # Imported late because loading PyTorch takes seconds.
-    from sppo.policies.models import (
-        compute_dtype,
-        load_frozen_policy,
-        pick_device,
-        start_torch,
-    )
+    from sppo.policies.devices import compute_dtype, pick_device, start_torch
+    from sppo.policies.models import load_frozen_policy
     from sppo.training.logps import frozen_logps
 
     start_torch()

@@ -179,8 +179,9 @@ def train(args: argparse.Namespace) -> None:
     # These imports take seconds, so they come after the checks of the pairs.
     import torch
 
+    from sppo.policies.chats import load_tokenizer
+    from sppo.policies.devices import compute_dtype, pick_device, start_torch
     from sppo.policies.lora_update import read_factors, trained_factors
-    from sppo.policies.models import compute_dtype, load_tokenizer, pick_device, start_torch
     from sppo.training.trainer import share_kept_in_bfloat16
 
     start_torch()
@@ -345,7 +346,8 @@ def load_trainer(
     args: argparse.Namespace, tokenizer: Any, pairs: list[dict], dtype: Any, device: str
 ) -> tuple[Any, Path]:
     """The trainer of the policy to start from, and the folder of its checkpoints."""
-    from sppo.policies.models import load_policy, weights_dtype
+    from sppo.policies.devices import weights_dtype
+    from sppo.policies.models import load_policy
     from sppo.training.trainer import make_trainer, make_trl_trainer
 
     model = load_policy(

@@ -49,9 +49,10 @@ def main() -> None:
     args = parser.parse_args()
 
     instructions = read_instructions(args.instructions, args.limit)
+    from sppo.policies.chats import template_hash
+    from sppo.policies.devices import start_torch
     from sppo.policies.engines import EngineOptions, open_engine
     from sppo.policies.generation import Sampling, summary
-    from sppo.policies.models import start_torch, template_hash
 
     start_torch(args.tensor_parallel or 1)
     with recorded("answer", args.output, [args.instructions, args.policy], vars(args)) as facts:
@@ -85,7 +86,7 @@ def prompts_of(
     UserError if an instruction contains a control token, or does not fit the policy's context
     together with its answer.
     """
-    from sppo.policies.models import (
+    from sppo.policies.chats import (
         check_fits,
         check_no_control_tokens,
         context_length,

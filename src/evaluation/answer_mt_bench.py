@@ -44,15 +44,15 @@ def main() -> None:
     args = parser.parse_args()
 
     questions = read_questions(args.data)
-    from sppo.policies.engines import EngineOptions, open_engine
-    from sppo.policies.generation import summary
-    from sppo.policies.models import (
+    from sppo.policies.chats import (
         check_no_control_tokens,
         context_length,
         control_tokens,
-        start_torch,
         template_hash,
     )
+    from sppo.policies.devices import start_torch
+    from sppo.policies.engines import EngineOptions, open_engine
+    from sppo.policies.generation import summary
 
     start_torch(args.tensor_parallel or 1)
     with recorded(
@@ -99,8 +99,8 @@ def answer_turn(
     policy's context length in tokens, None if it is unknown. UserError if a chat and its answer do
     not fit the context.
     """
+    from sppo.policies.chats import check_fits, control_tokens, prompt_token_ids
     from sppo.policies.generation import Sampling
-    from sppo.policies.models import check_fits, control_tokens, prompt_token_ids
 
     controls = control_tokens(engine.tokenizer)
     rows = []
@@ -130,7 +130,7 @@ def with_safe_answers(chat: list[dict[str, str]], controls: Any) -> list[dict[st
 
     Otherwise a control token that an answer spells out would be read as the end of its turn.
     """
-    from sppo.policies.models import without_control_tokens
+    from sppo.policies.chats import without_control_tokens
 
     safe = []
     for message in chat:

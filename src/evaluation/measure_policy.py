@@ -54,14 +54,10 @@ def main() -> None:
             f"{args.current[0].parent} does not belong to {args.pairs}; delete it and run again"
         )
     prompts = read_table(args.prompts, "prompts")
+    from sppo.policies.devices import compute_dtype, pick_device, start_torch
     from sppo.policies.engines import EngineOptions, open_engine
     from sppo.policies.generation import Sampling
-    from sppo.policies.models import (
-        compute_dtype,
-        load_frozen_policy,
-        pick_device,
-        start_torch,
-    )
+    from sppo.policies.models import load_frozen_policy
     from sppo.training.logps import frozen_logps, frozen_response_logps
 
     start_torch(args.tensor_parallel or 1)

@@ -48,12 +48,8 @@ def main() -> None:
     args = parser.parse_args()
 
     responses, _ = read_responses(args.responses, args.prompts)
-    from sppo.policies.models import (
-        compute_dtype,
-        load_frozen_policy,
-        pick_device,
-        start_torch,
-    )
+    from sppo.policies.devices import compute_dtype, pick_device, start_torch
+    from sppo.policies.models import load_frozen_policy
     from sppo.training.logps import frozen_response_logps
 
     start_torch()

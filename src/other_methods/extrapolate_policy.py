@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import _path  # noqa: F401
 from sppo.core.artifacts import read_json, recorded, written_whole
 from sppo.core.errors import UserError, run
-from sppo.policies.models import WEIGHTS_INDEX, check_policy
+from sppo.policies.folders import WEIGHTS_INDEX, check_policy
 from sppo.reporting.cards import model_card
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ def main() -> None:
 
     import torch
 
-    from sppo.policies.models import load_policy, load_tokenizer, start_torch
+    from sppo.policies.chats import load_tokenizer
+    from sppo.policies.devices import start_torch
+    from sppo.policies.models import load_policy
 
     start_torch(gpus=0)
     with recorded("train", args.output, [args.base, args.aligned], vars(args)):

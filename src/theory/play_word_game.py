@@ -92,7 +92,7 @@ def main() -> None:
         raise UserError(
             f"--words {' '.join(words)}: give an odd number of different words, 3 or more"
         )
-    from sppo.policies.models import start_torch
+    from sppo.policies.devices import start_torch
     from sppo.theory.word_policy import WordPolicy
 
     start_torch()

@@ -35,7 +35,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 from sppo.core.artifacts import recorded, written_whole
 from sppo.core.errors import UserError, run
 from sppo.core.tables import read_table
-from sppo.policies.models import compute_dtype
+from sppo.policies.devices import compute_dtype
 from sppo.preferences.embedded_data import instruction_hash
 from sppo.preferences.embedded_network import (
     PreferenceEmbedder,

@@ -35,7 +35,7 @@ from sppo.core.config import DEVICES
 from sppo.core.errors import UserError, run
 from sppo.core.flags import at_least
 from sppo.core.progress import progress
-from sppo.policies.models import compute_dtype, pick_device, start_torch
+from sppo.policies.devices import compute_dtype, pick_device, start_torch
 from sppo.preferences.embedded_data import for_calibration, instruction_hash
 from sppo.preferences.labelled_pairs import read_labelled_pairs
 from sppo.preferences.length_batches import batches

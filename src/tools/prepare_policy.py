@@ -12,14 +12,9 @@ from pathlib import Path
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, written_whole
 from sppo.core.errors import run
-from sppo.policies.models import (
-    check_policy,
-    fetch,
-    link_files,
-    load_config,
-    load_tokenizer,
-    template_hash,
-)
+from sppo.policies.chats import load_tokenizer, template_hash
+from sppo.policies.folders import check_policy, fetch, link_files
+from sppo.policies.models import load_config
 
 
 def main() -> None:

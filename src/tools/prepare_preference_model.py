@@ -14,7 +14,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import recorded, written_whole
 from sppo.core.errors import run
 from sppo.core.flags import add_section
-from sppo.policies.models import link_files
+from sppo.policies.folders import link_files
 from sppo.preferences.base import KIND_FILE, find_kind, kind_of, settings_for
 
 

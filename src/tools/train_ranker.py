@@ -34,7 +34,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as cross_entrop
 
 from sppo.core.errors import run
 from sppo.core.flags import at_least
-from sppo.policies.models import compute_dtype
+from sppo.policies.devices import compute_dtype
 from sppo.preferences.embedded_network import (
     PreferenceEmbedder,
     clip_gradients,

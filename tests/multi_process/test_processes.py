@@ -21,7 +21,9 @@ from training_runs import TrainingFolder, distance, make_pairs, option_words
 import score_reference
 from sppo.core.artifacts import read_json, record_path
 from sppo.core.tables import write_table
-from sppo.policies.models import check_policy, load_policy, load_tokenizer
+from sppo.policies.chats import load_tokenizer
+from sppo.policies.folders import check_policy
+from sppo.policies.models import load_policy
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).resolve().parent

@@ -17,8 +17,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import prepare_policy
 from sppo.core.errors import UserError
+from sppo.policies.folders import UNSUPPORTED_ARCHITECTURES, check_policy
 from sppo.policies.generation import Sampling, TransformersEngine
-from sppo.policies.models import UNSUPPORTED_ARCHITECTURES, check_policy
 
 VOCABULARY = 64
 STOP = 2

@@ -189,7 +189,7 @@ def test_pairs_closer_than_the_margin_are_dropped(build):
 
 
 def test_gold_is_paired_with_the_first_response(build, tiny_policy, tmp_path):
-    from sppo.policies.models import load_tokenizer
+    from sppo.policies.chats import load_tokenizer
 
     gold = tmp_path / "gold.jsonl"
     gold.write_text('{"id": "a", "response": "A good answer. <|im_end|>"}\n')
@@ -351,7 +351,7 @@ def test_record_counts_only_prompts_whose_logits_changed(build):
 
 
 def test_target_rewards_use_each_pair_in_both_orders(build, tiny_policy):
-    from sppo.policies.models import load_tokenizer
+    from sppo.policies.chats import load_tokenizer
 
     (plain,) = build({"a": XYZ})[0]
     good, bad = build({"a": XYZ}, "--target-reward", "true", "--policy", tiny_policy)[0]

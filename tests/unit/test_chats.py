@@ -25,8 +25,7 @@ from sppo.core.config import schema
 from sppo.core.errors import UserError
 from sppo.core.flags import flags
 from sppo.core.tables import read_table, write_table
-from sppo.policies.generation import response, summary, without_thoughts
-from sppo.policies.models import (
+from sppo.policies.chats import (
     control_tokens,
     load_tokenizer,
     prompt_token_ids,
@@ -34,6 +33,7 @@ from sppo.policies.models import (
     stop_token_ids,
     without_control_tokens,
 )
+from sppo.policies.generation import response, summary, without_thoughts
 from sppo.preferences.prompt_reader import PromptReader
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}

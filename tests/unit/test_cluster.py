@@ -10,7 +10,7 @@ import os
 import pytest
 
 from sppo.core.errors import UserError
-from sppo.policies.models import pick_device
+from sppo.policies.devices import pick_device
 from sppo.workflow.cluster import Asked, check_cluster
 
 FITS = Asked("train_policy", "gpu", "physics", 1440)
@@ -160,7 +160,7 @@ def test_gpus_that_pytorch_does_not_see_are_a_warning(device, gpus, monkeypatch,
     for key in ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("sppo.policies.models.count_gpus", lambda: gpus)
+    monkeypatch.setattr("sppo.policies.devices.count_gpus", lambda: gpus)
     assert pick_device(device) == "cpu"
     warned = capsys.readouterr().err
     assert ("warning: this machine has 2 GPUs" in warned) == (device == "auto" and gpus > 0)

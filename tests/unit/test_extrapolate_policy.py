@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import extrapolate_policy
 from sppo.core.errors import UserError
-from sppo.policies.models import check_policy, load_policy
+from sppo.policies.folders import check_policy
+from sppo.policies.models import load_policy
 
 
 @pytest.fixture

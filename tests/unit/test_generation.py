@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from sppo.core.errors import UserError
+from sppo.policies.chats import load_tokenizer, prompt_token_ids, stop_token_ids
 from sppo.policies.generation import Sampling, TransformersEngine, draw_tokens, sample_seed, summary
-from sppo.policies.models import load_policy, load_tokenizer, prompt_token_ids, stop_token_ids
+from sppo.policies.models import load_policy
 from sppo.policies.padding import padded
 from sppo.policies.vllm_engine import VllmEngine, request_seed
 

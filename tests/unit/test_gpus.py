@@ -11,8 +11,8 @@ import pytest
 
 from sppo.core.errors import UserError
 from sppo.policies import gpus
+from sppo.policies.devices import compute_dtype
 from sppo.policies.gpus import cores_of_job, count_gpus
-from sppo.policies.models import compute_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
 # Takes GPUs, prints them and holds them until its standard input is closed.
@@ -203,7 +203,7 @@ def test_a_job_uses_the_cores_that_it_was_given(slurm, snakemake, cores, monkeyp
 def torch_settings(environment: dict[str, str], gpus: int = 1) -> list[str]:
     """Number of threads and allocator setting of a program that starts PyTorch."""
     code = (
-        "import os; from sppo.policies.models import start_torch\n"
+        "import os; from sppo.policies.devices import start_torch\n"
         f"start_torch({gpus}); import torch\n"
         "print(torch.get_num_threads(), os.environ.get('PYTORCH_ALLOC_CONF'))"
     )

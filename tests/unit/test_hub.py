@@ -21,7 +21,7 @@ from sppo.evaluation.alpaca_eval import (
     OFFICIAL_REFERENCE,
     PACKAGED_REFERENCE,
 )
-from sppo.policies.models import fetch
+from sppo.policies.folders import fetch
 
 # --- errors and the token ---
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sppo.core.errors import UserError
-from sppo.policies.models import load_frozen_policy, load_policy, weights_dtype
+from sppo.policies.devices import weights_dtype
+from sppo.policies.models import load_frozen_policy, load_policy
 from sppo.training import attention
 from sppo.training.batches import (
     MODELS,

@@ -17,14 +17,10 @@ from transformers.utils import logging
 import prepare_policy
 from sppo.core.artifacts import file_hash, write_json
 from sppo.core.errors import UserError
-from sppo.policies import models
-from sppo.policies.models import (
-    check_policy,
-    link_files,
-    load_policy,
-    load_tokenizer,
-    tokenizer_class,
-)
+from sppo.policies import chats, folders
+from sppo.policies.chats import load_tokenizer, tokenizer_class
+from sppo.policies.folders import check_policy, link_files
+from sppo.policies.models import load_policy
 from sppo.preferences.embedded_network import load_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,7 +180,7 @@ def test_links_within_a_checkout_survive_a_move_of_it(policy, tmp_path, monkeypa
     """They are relative."""
     checkout = tmp_path / "checkout"
     shutil.copytree(policy, checkout / "results/models/m")
-    monkeypatch.setattr(models, "ROOT", checkout)
+    monkeypatch.setattr(folders, "ROOT", checkout)
     (checkout / "results/iter0").mkdir()
     link_files(checkout / "results/models/m", checkout / "results/iter0/policy")
     before = file_hash(checkout / "results/iter0/policy")
@@ -196,7 +192,7 @@ def test_links_within_a_checkout_survive_a_move_of_it(policy, tmp_path, monkeypa
 def test_links_out_of_a_checkout_are_absolute(policy, tmp_path, monkeypatch):
     checkout = tmp_path / "checkout"
     (checkout / "results/iter0").mkdir(parents=True)
-    monkeypatch.setattr(models, "ROOT", checkout)
+    monkeypatch.setattr(folders, "ROOT", checkout)
     link_files(policy, checkout / "results/iter0/outside")
     target = os.readlink(checkout / "results/iter0/outside/config.json")
     assert target == str(policy / "config.json")
@@ -216,7 +212,7 @@ def test_a_tokenizer_with_a_named_class_needs_no_pytorch(tiny_policy):
     """The class is that which AutoTokenizer finds, which imports PyTorch."""
     code = (
         "import sys\n"
-        "from sppo.policies.models import load_tokenizer\n"
+        "from sppo.policies.chats import load_tokenizer\n"
         f"tokenizer = load_tokenizer({str(tiny_policy)!r})\n"
         "assert 'torch' not in sys.modules\n"
         "from transformers import AutoTokenizer\n"
@@ -256,12 +252,12 @@ def test_a_tokenizer_with_its_own_class_is_left_to_transformers(tmp_path):
 )
 def test_a_prompt_that_does_not_fit_has_a_remedy(tokens, wanted):
     with pytest.raises(UserError, match=wanted):
-        models.check_fits("question 3", tokens, 71, 100)
+        chats.check_fits("question 3", tokens, 71, 100)
 
 
 def test_a_prompt_fits_with_its_answer_or_without_a_known_limit():
-    models.check_fits("question 3", 30, 70, 100)
-    models.check_fits("question 3", 30, 71, None)
+    chats.check_fits("question 3", 30, 70, 100)
+    chats.check_fits("question 3", 30, 71, None)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
@@ -272,7 +268,7 @@ def test_freed_memory_is_used_again():
     """
     code = (
         "import resource, torch\n"
-        "from sppo.policies.models import start_torch\n"
+        "from sppo.policies.devices import start_torch\n"
         "start_torch(gpus=0)\n"
         "def faults_of_a_tensor():\n"
         "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"

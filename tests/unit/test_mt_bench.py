@@ -31,7 +31,7 @@ from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
 from sppo.evaluation import mt_bench
 from sppo.evaluation.judges import MT_BENCH
-from sppo.policies import models
+from sppo.policies import chats
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data/mt_bench"
@@ -546,9 +546,9 @@ def test_reward_conditioned_policy_is_asked_for_its_best_grade(
         "turns": ["Add one and one.", "And once more."],
     }
     (tmp_path / "question.jsonl").write_text(json.dumps(question) + "\n")
-    asked, tokens_of = [], models.prompt_token_ids
+    asked, tokens_of = [], chats.prompt_token_ids
     monkeypatch.setattr(
-        models,
+        chats,
         "prompt_token_ids",
         lambda tokenizer, chat, name: asked.append(chat) or tokens_of(tokenizer, chat),
     )

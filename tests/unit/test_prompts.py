@@ -16,7 +16,8 @@ import sample_prompts
 from sppo.core.artifacts import read_json, record_path
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table
-from sppo.policies.models import fetch, load_tokenizer, prompt_token_ids
+from sppo.policies.chats import load_tokenizer, prompt_token_ids
+from sppo.policies.folders import fetch
 from sppo.policies.prompts import read_instructions, read_prompts
 from sppo.workflow.configuration import resolve
 from sppo.workflow.preflight import check_inputs

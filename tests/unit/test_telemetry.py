@@ -24,7 +24,9 @@ import sys
 import sppo.core.errors
 from pathlib import Path
 import torch
-from sppo.policies.models import load_policy, load_tokenizer, start_torch
+from sppo.policies.chats import load_tokenizer
+from sppo.policies.devices import start_torch
+from sppo.policies.models import load_policy
 from sppo.training.trainer import make_trl_trainer
 start_torch()
 policy, work = Path(sys.argv[1]), Path(sys.argv[2])

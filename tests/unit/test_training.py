@@ -26,9 +26,10 @@ from sppo.core.config import default_of, schema
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table, write_table
 from sppo.policies import lora_update
+from sppo.policies.folders import check_policy
 from sppo.policies.hub import LORA_FACTORS
 from sppo.policies.lora_update import UpdatedLinear, read_factors
-from sppo.policies.models import check_policy, load_policy
+from sppo.policies.models import load_policy
 from sppo.reporting.cards import header
 from sppo.training import attention, logps, trainer
 from sppo.training.batches import pair_batch

@@ -64,7 +64,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    from sppo.policies.models import start_torch
+    from sppo.policies.devices import start_torch
     from sppo.policies.vllm_engine import VllmEngine
 
     start_torch()
@@ -81,7 +81,7 @@ def reference(folder):
 
 
 def asked(engine, texts: list[str]) -> list[dict]:
-    from sppo.policies.models import prompt_token_ids
+    from sppo.policies.chats import prompt_token_ids
 
     return [
         {

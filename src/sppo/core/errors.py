@@ -104,6 +104,11 @@ def on_one_line(message: str) -> str:
     )
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, at most 200 characters; its class if it has no text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error means that a full disk, a quota or the file size limit stopped a write.
 

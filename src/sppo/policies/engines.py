@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from sppo.policies.devices import pick_device
 from sppo.policies.generation import Sampling, TransformersEngine
-from sppo.policies.models import pick_device
 
 
 class Engine(Protocol):

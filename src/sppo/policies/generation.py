@@ -22,14 +22,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
-from sppo.policies.models import (
-    THOUGHT,
-    THOUGHT_END,
-    compute_dtype,
-    load_policy,
-    load_tokenizer,
-    stop_token_ids,
-)
+from sppo.policies.chats import THOUGHT, THOUGHT_END, load_tokenizer, stop_token_ids
+from sppo.policies.devices import compute_dtype
+from sppo.policies.models import load_policy
 from sppo.policies.padding import padded
 
 TOKEN_BLOCK = 256  # size of the blocks of the vocabulary in `draw_tokens`

@@ -8,8 +8,8 @@ from typing import Any
 
 from sppo.core.artifacts import has_lone_surrogate, json_lines, read_json
 from sppo.core.errors import UserError
+from sppo.policies.folders import HUB_ID
 from sppo.policies.hub import hub_failure, hub_token
-from sppo.policies.models import HUB_ID
 
 Prompt = dict[str, Any]  # id, category, messages
 ROLES = ("system", "user", "assistant", "tool")

@@ -27,9 +27,11 @@ from tqdm import tqdm
 
 from sppo.core.errors import UserError
 from sppo.core.progress import watched
+from sppo.policies.chats import load_tokenizer, stop_token_ids
+from sppo.policies.devices import compute_dtype
+from sppo.policies.folders import check_policy
 from sppo.policies.generation import Sampling, response, sample_seed
 from sppo.policies.lora_update import ADAPTER, check_merged, read_factors, write_apart
-from sppo.policies.models import check_policy, compute_dtype, load_tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
     import torch

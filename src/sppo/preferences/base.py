@@ -261,7 +261,7 @@ def load_preference_model(
         )
     if not kind.uses_torch:
         return kind(settings, base, "cpu")
-    from sppo.policies.models import pick_device, start_torch
+    from sppo.policies.devices import pick_device, start_torch
 
     start_torch()
     return kind(settings, base, pick_device(device))

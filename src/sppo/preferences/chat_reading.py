@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
-from sppo.policies.models import (
+from sppo.policies.chats import (
     context_length,
     control_tokens,
     load_tokenizer,

@@ -33,7 +33,8 @@ from torch import nn
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
-from sppo.policies.models import compute_dtype, load_whole
+from sppo.policies.devices import compute_dtype
+from sppo.policies.models import load_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
-from sppo.policies.models import WEIGHTS_INDEX, safetensors_header
+from sppo.policies.folders import WEIGHTS_INDEX, safetensors_header
 from sppo.preferences.base import Group, Settings, register
 from sppo.preferences.language_model import LanguageModel
 

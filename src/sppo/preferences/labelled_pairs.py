@@ -9,7 +9,7 @@ import pandas as pd
 
 from sppo.core.artifacts import json_lines, read_json
 from sppo.core.errors import UserError
-from sppo.policies.models import HUB_ID
+from sppo.policies.folders import HUB_ID
 from sppo.policies.prompts import check_messages, hub_rows
 
 LABELS = ("chosen", "rejected")

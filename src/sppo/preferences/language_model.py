@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
-from sppo.policies.models import HUB_ID, fetch
+from sppo.policies.folders import HUB_ID, fetch
 from sppo.policies.shapes import forward_flops, shape_of
 from sppo.preferences.base import ComparisonCost, PreferenceModel, Settings
 
@@ -33,7 +33,7 @@ class LanguageModel(PreferenceModel):
         """Load the weights, to compute in `dtype` on `self.device`."""
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
-        from sppo.policies.models import compute_dtype
+        from sppo.policies.devices import compute_dtype
         from sppo.preferences.chat_reading import ChatReader
 
         folder = Path(settings["model"]).expanduser()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sppo.core.errors import UserError
-from sppo.policies.models import fetch
+from sppo.policies.folders import fetch
 from sppo.policies.shapes import PAIRRM, forward_flops
 from sppo.preferences.base import (
     ComparisonCost,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
-from sppo.policies.models import safetensors_header
+from sppo.policies.folders import safetensors_header
 
 PAIRRM_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*pairrm[\w.-]*", re.IGNORECASE)
 PAIRRM_TENSORS = (

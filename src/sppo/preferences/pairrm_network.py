@@ -41,7 +41,7 @@ from transformers import DebertaV2Config, DebertaV2Model
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
-from sppo.policies.models import compute_dtype
+from sppo.policies.devices import compute_dtype
 from sppo.policies.padding import padded
 from sppo.preferences.length_batches import batches
 from sppo.preferences.pairrm_files import LIMITS, check_pairrm

@@ -27,7 +27,7 @@ class PromptReader:
     ) -> None:
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if source == "chat_template":
-            from sppo.policies.models import load_tokenizer
+            from sppo.policies.chats import load_tokenizer
 
             assert policy is not None  # the programs' --policy
             self.tokenizer = load_tokenizer(policy, chat_template_kwargs, template_date)
@@ -36,7 +36,7 @@ class PromptReader:
         """The prompt of a chat."""
         if self.tokenizer is None:
             return messages[-1]["content"]
-        from sppo.policies.models import render_chat
+        from sppo.policies.chats import render_chat
 
         return render_chat(self.tokenizer, messages)
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table, write_table
-from sppo.policies.models import end_of_turn_id, load_policy, load_tokenizer, prompt_token_ids
+from sppo.policies.chats import end_of_turn_id, load_tokenizer, prompt_token_ids
+from sppo.policies.models import load_policy
 from sppo.theory.games import Array
 from sppo.theory.small_policies import score, train
 from sppo.theory.word_game import BASE, DOUBLE, MEAN, Step, estimates, pairs_table

@@ -118,7 +118,7 @@ def _check_machine(here: int, parallel: str, device: str) -> None:
     """Raise a UserError if this machine cannot run `here` processes."""
     import torch
 
-    from sppo.policies.models import pick_device
+    from sppo.policies.devices import pick_device
 
     if pick_device(device) == "cpu":
         if parallel != "ddp":

@@ -17,8 +17,8 @@ from sppo.core.errors import UserError
 from sppo.core.openai_api import check_served
 from sppo.evaluation.judges import GRADES, Judging
 from sppo.evaluation.registry import EVALUATIONS
+from sppo.policies.folders import HUB_ID, check_policy
 from sppo.policies.hub import check_push
-from sppo.policies.models import HUB_ID, check_policy
 from sppo.policies.prompts import is_held_out, read_gold, read_prompts
 from sppo.preferences.base import check_prompts, kind_of
 from sppo.workflow.configuration import of_run
