@@ -8,9 +8,13 @@ lengths are the demo's.
 generation   our engine, against transformers' `generate` on the same prompts and K
 training     our trainer, against TRL's DPOTrainer on the same pairs (sppo_hard, precomputed
              reference), with LoRA as in the demo and with all weights
-scoring      the reference pass, against our training of all weights on the same pairs
+scoring      the reference pass, against our training of all weights on the same pairs, and against
+             itself with float32 weights, which autocast rounds in every forward pass
 annotation   PairRM's network by our code, against llm-blender; only after `make test-pairrm`, which
              makes llm-blender's environment (benchmarks/pairrm.py)
+
+On a CPU, our programs are also compared with themselves without `keep_freed_memory`: the C library
+then returns freed memory to the system, which is its default.
 
 "limit" is the speed if the stage only computed its matrix products. All speeds are in tokens per
 second. Tokens of training and scoring count the prompt of a pair twice. The speed of a machine
@@ -31,7 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "src"))
@@ -54,6 +58,8 @@ from sppo.training.lengths import sequence_tokens
 from sppo.training.trainer import make_trainer, make_trl_trainer
 
 K = 5  # responses to each prompt
+FREED_MEMORY_RETURNED = "freed memory returned"
+ROUNDED_IN_EVERY_PASS = "weights rounded in every pass"
 RANKS = (16, 0)  # of LoRA; 0 trains all weights
 BATCH = 8  # pairs in a step and in a forward pass
 COLUMNS = ("stage", "baseline", "ours", "theirs", "ratio", "limit")
@@ -70,6 +76,18 @@ ARTIFACTS = {  # of an iteration, by the name of the file that says how long its
 }
 
 
+class Workload(NamedTuple):
+    """What every program of the comparison works on."""
+
+    policy: Path
+    prompts: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
+    tokens: int  # of the longest response in generation
+    precision: str
+    dtype: torch.dtype
+    device: str
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -81,39 +99,41 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="longest response (default: 32)")
     parser.add_argument("--precision", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each row")
-    parser.add_argument("--theirs", help=argparse.SUPPRESS)  # the program calls itself
+    parser.add_argument(
+        "--no-pairrm", action="store_true", help="leave out PairRM, which takes some minutes"
+    )
+    parser.add_argument("--baseline", help=argparse.SUPPRESS)  # the program calls itself
     args = parser.parse_args()
-    policy = args.results / "iter0/policy"
     if not (args.results / "iter1/pairs.parquet").is_file():
         raise UserError(f"{args.results} has no iter1/pairs.parquet; run make demo first")
-    if args.theirs:
+    if args.baseline not in (None, ROUNDED_IN_EVERY_PASS):
         # Only our programs let malloc keep freed memory, which makes any program faster.
         devices.keep_freed_memory = lambda: None
     start_torch()
     device = pick_device("auto")
-    dtype = compute_dtype(args.precision, device)
-    prompts = read_table(args.results / "iter1/prompts.parquet", "prompts")[: args.prompts]
-    pairs = read_table(args.results / "iter1/pairs.parquet", "pairs")[: args.prompts]
-    if args.theirs == "transformers":
-        print(speed_of_transformers(policy, prompts, args.tokens, args.precision, device))
-        return
-    if args.theirs:
-        lora_rank = int(args.theirs.removeprefix("TRL"))
-        print(speed_of_training("TRL", policy, pairs, lora_rank, dtype, device))
+    work = Workload(
+        args.results / "iter0/policy",
+        read_table(args.results / "iter1/prompts.parquet", "prompts")[: args.prompts],
+        read_table(args.results / "iter1/pairs.parquet", "pairs")[: args.prompts],
+        args.tokens,
+        args.precision,
+        compute_dtype(args.precision, device),
+        device,
+    )
+    if args.baseline:
+        print(json.dumps(BASELINES[args.baseline](work)))
         return
     # Before this process needs memory itself.
-    others = {name: theirs(name) for name in ("transformers", *(f"TRL{rank}" for rank in RANKS))}
-    rows = [
-        generation(policy, prompts, args.tokens, args.precision, device, others),
-        *training(policy, pairs, dtype, device, others),
-        *annotation(device),
-    ]
+    others = {name: in_own_process(name) for name in BASELINES if applies(name, work)}
+    rows = compared(work, others)
+    if not args.no_pairrm:
+        rows += annotation(device)
     jobs = start_up(args.results)
     if args.json:
         for row in [*rows, *jobs]:
             print(json.dumps(row))
         return
-    print(f"{processor()}, {os.cpu_count()} cores, {device}, {dtype}, commit {git_revision()}")
+    print(f"{processor()}, {os.cpu_count()} cores, {device}, {work.dtype}, commit {git_revision()}")
     print("| " + " | ".join(COLUMNS) + " |\n|---|---|--:|--:|--:|--:|")
     for row in rows:
         cells = [row["stage"], row["baseline"], f"{row['ours']:.0f}", f"{row['theirs']:.0f}"]
@@ -123,14 +143,32 @@ def main() -> None:
         print(f"| {row['job']} | {row['seconds']:.1f} | {row['start_up']:.1f} |")
 
 
-def theirs(name: str) -> float:
-    """Tokens per second of another program, `transformers` or `TRL<rank of LoRA>`.
+def applies(baseline: str, work: Workload) -> bool:
+    """Whether a baseline differs from our programs on this device and in this number format."""
+    if baseline == FREED_MEMORY_RETURNED:
+        return work.device == "cpu"
+    if baseline == ROUNDED_IN_EVERY_PASS:
+        return work.dtype != torch.float32
+    return True
 
-    It runs in a process of its own, with the arguments of this one.
-    """
-    command = [sys.executable, *sys.argv, "--theirs", name]
+
+def in_own_process(baseline: str) -> dict[str, float]:
+    """Tokens per second of a baseline's stages, in a process with the arguments of this one."""
+    command = [sys.executable, *sys.argv, "--baseline", baseline]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compared(work: Workload, others: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """A row for each stage of each baseline."""
+    ours = speeds_of_ours(work)
+    others = others | {"our training of all weights": {"scoring": ours[training_stage(0)]}}
+    limits = limits_of(work)
+    return [
+        row_of(stage, baseline, ours[stage], speed, limits[stage])
+        for baseline, speeds in others.items()
+        for stage, speed in speeds.items()
+    ]
 
 
 def start_up(results: Path) -> list[dict[str, Any]]:
@@ -166,38 +204,62 @@ def row_of(stage: str, baseline: str, ours: float, theirs: float, limit: float) 
     return dict(zip(COLUMNS, (stage, baseline, ours, theirs, ours / theirs, limit), strict=True))
 
 
-def generation(
-    policy: Path,
-    prompts: list[dict[str, Any]],
-    tokens: int,
-    precision: str,
-    device: str,
-    others: dict[str, float],
-) -> dict[str, Any]:
-    """The row of our engine and of `generate`, which is in `others`, from `theirs`."""
-    size = K * len(prompts)
-    engine = engine_of(policy, precision, device, size)
-    engine.generate(prompts[:2], Sampling(K, 1.0, 1.0, 2), 0, "warm-up")
+def speeds_of_ours(work: Workload) -> dict[str, float]:
+    """Tokens per second of our programs by stage.
+
+    The time of the reference log-probabilities is not part of a training.
+    """
+    found = {"generation": speed_of_generation(work)}
+    for lora_rank in RANKS:
+        model = load_frozen_policy(work.policy, lora_rank, work.dtype, work.device)
+        found["scoring"], logps = speed_of_scoring(work, model)
+        scored = work._replace(pairs=with_reference(work.pairs, logps))
+        found[training_stage(lora_rank)] = speed_of_training("ours", scored, lora_rank)
+    return found
+
+
+def training_stage(lora_rank: int) -> str:
+    return f"training, LoRA of rank {lora_rank}" if lora_rank else "training, all weights"
+
+
+def limits_of(work: Workload) -> dict[str, float]:
+    """Tokens per second of each stage if it only computed its matrix products."""
+    model = load_policy(work.policy, work.dtype, work.device)
+    sequences = K * len(work.prompts)
+    step = sum(map(sequence_tokens, work.pairs)) // len(work.pairs) * BATCH
+    trained = step / products(model, step, work.dtype, work.device, is_trained=True)
+    return {
+        "generation": sequences
+        / products(model, sequences, work.dtype, work.device, is_trained=False),
+        **{training_stage(rank): trained for rank in RANKS},
+        "scoring": step / products(model, step, work.dtype, work.device, is_trained=False),
+    }
+
+
+def speed_of_generation(work: Workload) -> float:
+    """Tokens per second of our engine."""
+    engine = engine_of(work)
+    engine.generate(work.prompts[:2], Sampling(K, 1.0, 1.0, 2), 0, "warm-up")
     began = time.perf_counter()
-    rows = engine.generate(prompts, Sampling(K, 1.0, 1.0, tokens), 0, "benchmark")
-    ours = sum(len(row["token_ids"]) for row in rows) / (time.perf_counter() - began)
-    limit = size / products(engine.model, size, engine.dtype, device, is_trained=False)
-    return row_of("generation", "transformers", ours, others["transformers"], limit)
+    rows = engine.generate(work.prompts, Sampling(K, 1.0, 1.0, work.tokens), 0, "benchmark")
+    return sum(len(row["token_ids"]) for row in rows) / (time.perf_counter() - began)
 
 
-def engine_of(policy: Path, precision: str, device: str, size: int) -> TransformersEngine:
+def engine_of(work: Workload) -> TransformersEngine:
     return TransformersEngine(
-        policy, precision=precision, device=device, attention=None, batch_size=size
+        work.policy,
+        precision=work.precision,
+        device=work.device,
+        attention=None,
+        batch_size=K * len(work.prompts),
     )
 
 
-def speed_of_transformers(
-    policy: Path, prompts: list[dict[str, Any]], tokens: int, precision: str, device: str
-) -> float:
+def speed_of_transformers(work: Workload) -> float:
     """Tokens per second of transformers' `generate` on the same prompts."""
-    engine = engine_of(policy, precision, device, K * len(prompts))
+    engine = engine_of(work)
     pad = engine.stop_ids[0]
-    all_ids = [prompt["prompt_token_ids"] for prompt in prompts]
+    all_ids = [prompt["prompt_token_ids"] for prompt in work.prompts]
     width = max(map(len, all_ids))
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in all_ids])
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in all_ids])
@@ -212,7 +274,7 @@ def speed_of_transformers(
             top_k=0,
             top_p=1.0,
             num_return_sequences=K,
-            max_new_tokens=tokens,
+            max_new_tokens=work.tokens,
             pad_token_id=pad,
         )
     seconds = time.perf_counter() - began
@@ -259,50 +321,20 @@ def shortest(work: Callable[[], Any], device: str, repeats: int = 3) -> float:
     return min(seconds)
 
 
-def training(
-    policy: Path,
-    pairs: list[dict[str, Any]],
-    dtype: torch.dtype,
-    device: str,
-    others: dict[str, float],
-) -> list[dict[str, Any]]:
-    """The rows of our trainer and TRL's, which is in `others`, and that of scoring.
-
-    The time of the reference log-probabilities is not part of a training.
-    """
-    tokens = sum(sequence_tokens(pair) for pair in pairs)
-    step = tokens // len(pairs) * BATCH
-    found = []
-    speeds = {}
-    for lora_rank in RANKS:
-        model = load_frozen_policy(policy, lora_rank, dtype, device)
-        began = time.perf_counter()
-        scored = with_reference(pairs, frozen_logps(model, pairs, dtype, device, BATCH))
-        speeds["scoring"] = tokens / (time.perf_counter() - began)
-        speeds["ours"] = speed_of_training("ours", policy, scored, lora_rank, dtype, device)
-        limit = step / products(model, step, dtype, device, is_trained=True)
-        stage = f"training, LoRA of rank {lora_rank}" if lora_rank else "training, all weights"
-        found.append(row_of(stage, "TRL", speeds["ours"], others[f"TRL{lora_rank}"], limit))
-    limit = step / products(model, step, dtype, device, is_trained=False)
-    row = row_of("scoring", "our training of all weights", speeds["scoring"], speeds["ours"], limit)
-    return [*found, row]
+def speed_of_scoring(work: Workload, model: Any) -> tuple[float, list[dict[str, Any]]]:
+    """Tokens per second of the reference pass, and its log-probabilities."""
+    began = time.perf_counter()
+    logps = frozen_logps(model, work.pairs, work.dtype, work.device, BATCH)
+    return sum(map(sequence_tokens, work.pairs)) / (time.perf_counter() - began), logps
 
 
-def speed_of_training(
-    name: str,
-    policy: Path,
-    pairs: list[dict[str, Any]],
-    lora_rank: int,
-    dtype: torch.dtype,
-    device: str,
-) -> float:
+def speed_of_training(name: str, work: Workload, lora_rank: int) -> float:
     """Tokens per second of the trainer `ours` or `TRL`."""
-    tokens = sum(sequence_tokens(pair) for pair in pairs)
-    with tempfile.TemporaryDirectory() as work:
-        trainer = trainer_of(name, policy, pairs, lora_rank, dtype, device, Path(work))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(name, work, lora_rank, Path(folder))
         began = time.perf_counter()
         trainer.train()
-        return tokens / (time.perf_counter() - began)
+        return sum(map(sequence_tokens, work.pairs)) / (time.perf_counter() - began)
 
 
 def annotation(device: str) -> list[dict[str, Any]]:
@@ -334,15 +366,7 @@ def with_reference(
     ]
 
 
-def trainer_of(
-    name: str,
-    policy: Path,
-    pairs: list[dict[str, Any]],
-    lora_rank: int,
-    dtype: torch.dtype,
-    device: str,
-    work: Path,
-) -> Any:
+def trainer_of(name: str, work: Workload, lora_rank: int, folder: Path) -> Any:
     """The trainer `ours` or `TRL`, ready to start."""
     rules = schema()["properties"]["train"]["properties"]
     options = {key: default_of(rule, "paper") for key, rule in rules.items()} | {
@@ -355,13 +379,29 @@ def trainer_of(
         "lora_alpha": 32,
         "checkpoint_steps": 10_000,
     }
-    model = load_policy(policy, weights_dtype(lora_rank, dtype), device)
+    model = load_policy(work.policy, weights_dtype(lora_rank, work.dtype), work.device)
     model.config.use_cache = False
+    where = (work.dtype, work.device, folder, 0)
     if name == "ours":
-        return make_trainer(model, pairs, options, dtype, device, work, 0)
-    tokenizer = load_tokenizer(policy)
-    return make_trl_trainer(model, tokenizer, pairs, options, dtype, device, work, 0)
+        return make_trainer(model, work.pairs, options, *where)
+    return make_trl_trainer(model, load_tokenizer(work.policy), work.pairs, options, *where)
 
+
+def speed_with_rounding(work: Workload) -> float:
+    """Tokens per second of the reference pass with float32 weights, which autocast rounds."""
+    model = load_policy(work.policy, torch.float32, work.device)
+    return speed_of_scoring(work, model)[0]
+
+
+# Tokens per second by stage. Each runs in a process of its own.
+BASELINES: dict[str, Callable[[Workload], dict[str, float]]] = {
+    "transformers": lambda work: {"generation": speed_of_transformers(work)},
+    "TRL": lambda work: {
+        training_stage(rank): speed_of_training("TRL", work, rank) for rank in RANKS
+    },
+    FREED_MEMORY_RETURNED: speeds_of_ours,
+    ROUNDED_IN_EVERY_PASS: lambda work: {"scoring": speed_with_rounding(work)},
+}
 
 if __name__ == "__main__":
     run(main)

@@ -45,15 +45,20 @@ def test_each_stage_has_a_row(tmp_path, tiny_policy):
         table.parent.mkdir(parents=True)
         table.write_text(f"s\th:m:s\n{seconds}\t0:00:05\n")
         write_json(record_path(tmp_path / f"iter{t}/policy"), {"sha256": "0", "seconds": 3.0 + t})
-    done = run("--results", tmp_path, "--tokens", 3, "--precision", "float32", "--json")
+    options = ("--tokens", 3, "--precision", "float32", "--no-pairrm", "--json")
+    done = run("--results", tmp_path, *options)
     assert done.returncode == 0, done.stderr
     *rows, job = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert [row["stage"].split(",")[0] for row in rows] == [
-        "generation",
-        "training",
-        "training",
-        "scoring",
-    ]
+    trainings = ["training, LoRA of rank 16", "training, all weights"]
+    stages = ["generation", "scoring", *trainings]
+    assert sorted((row["baseline"], row["stage"]) for row in rows) == sorted(
+        [
+            ("transformers", "generation"),
+            *(("TRL", stage) for stage in trainings),
+            *(("freed memory returned", stage) for stage in stages),
+            ("our training of all weights", "scoring"),
+        ]
+    )
     for row in rows:
         assert row["ratio"] == row["ours"] / row["theirs"] > 0
         assert row["limit"] > 0
