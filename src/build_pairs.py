@@ -18,7 +18,7 @@ Paper   2405.00675, section 5.1: P-hat over the K responses. The winner has the 
         `--labels permuted` and `flipped` are controls and in no paper: the preferences of a prompt
         are about other responses to it (src/sppo/preferences/labels.py). The record counts the
         prompts whose logits this changed.
-Departs from 2404.03715 in `graded`: a gold response never loses; the paper takes all pairs.
+Departs from 2404.03715 in `graded`: the grades are 6 P-hat by default.
         Pairs of `graded` and `gold` have no P-hat, because the gold response is not one of the K.
         Their P-hat columns contain grade / 6, or 1 and 0, and P(chosen beats rejected) is 1. No
         loss may read these columns.

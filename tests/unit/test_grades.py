@@ -37,8 +37,10 @@ PAPER = (5, 2, 1)  # winner_grade, gold_grade_margin, own_grade_margin
         ({GOLD: 6, 0: 4, 1: 5}, PAPER, [(GOLD, 0), (1, 0)]),
         # Grade 4 is not a winner, and it is too close to gold.
         ({GOLD: 5, 0: 3, 1: 4, 2: 3.5}, PAPER, [(GOLD, 0)]),
-        # Gold never loses, and equal grades make no pair.
-        ({GOLD: 0, 0: 6, 1: 6}, PAPER, []),
+        # The policy's responses beat gold, and equal grades make no pair.
+        ({GOLD: 0, 0: 6, 1: 6}, PAPER, [(0, GOLD), (1, GOLD)]),
+        # Here they need a margin of 1 to beat gold, where gold would need 2.
+        ({GOLD: 4, 0: 6, 1: 5, 2: 3}, PAPER, [(0, GOLD), (0, 1), (0, 2), (1, GOLD), (1, 2)]),
         # No response reaches the winner grade.
         ({GOLD: 4, 0: 4, 1: 0}, PAPER, []),
         # There is no gold response.

@@ -12,7 +12,7 @@ STAGES = {
     "generate": 1,
     "annotate": 2,
     "grade": 2,
-    "select": 3,
+    "select": 4,
     "reference": 3,
     "train": 3,
     "answer": 1,

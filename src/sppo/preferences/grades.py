@@ -85,8 +85,8 @@ def far_apart(
 
     The winner's grade is at least `positive`. It exceeds the loser's grade by at least
     `gold_margin` if the winner is the gold response, and by at least `own_margin` otherwise. The
-    gold response never loses, even if one of the policy's responses has a higher grade. grades: by
-    sample_id.
+    loser can be the gold response: "all pairs" in section 5.1 of the paper, which calls it
+    imperative that the policy can beat its teacher (5.2). grades: by sample_id.
     """
     pairs = []
     for winner in sorted(grades):
@@ -94,7 +94,7 @@ def far_apart(
             continue
         margin = gold_margin if winner == GOLD else own_margin
         for loser in sorted(grades):
-            if loser not in (winner, GOLD) and grades[winner] - grades[loser] >= margin:
+            if loser != winner and grades[winner] - grades[loser] >= margin:
                 pairs.append((winner, loser))
     return pairs
 
