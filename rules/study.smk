@@ -128,6 +128,7 @@ rule tabulate_study:
     """Write the study's page: means over seeds, tests, and figures."""
     input:
         rows=f"{ROOT}study/study.jsonl",
+        plan=shipped("config/study.yaml"),
     output:
         page=f"{ROOT}study/study.md",
         figures=STUDY_FIGURES,
@@ -149,7 +150,8 @@ rule tabulate_study:
         "Writing the page of the study"
     shell:
         f"{PYTHON} {SRC}/reporting/tabulate_study.py"
-        " --rows {input.rows:q} --output {output.page:q} 2>&1 | tee {log:q}"
+        " --rows {input.rows:q} --plan {input.plan:q} --output {output.page:q}"
+        " 2>&1 | tee {log:q}"
 
 
 OVEROPTIMISATION = f"{ROOT}study/overoptimisation"

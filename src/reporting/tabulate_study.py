@@ -1,27 +1,29 @@
 """The page of the study: tables, tests and figures from its rows.
 
-Reads   docs/results/study.jsonl, a line per run and seed
+Reads   docs/results/study.jsonl, a line per run and seed; the plan, config/study.yaml
 Writes  study.md, and study_win_rates.svg and study_log_ratios.svg beside it, and their records
 
 The unit is the seed, which decides prompts, responses, training and answers. Runs of one seed and
 regime share their prompts, and in the first iteration their responses. So a run is compared with
 `main` seed by seed.
 
-* Intervals are 95% percentile intervals of a bootstrap that draws seeds and instructions. With
-  three to five seeds they are too narrow, so the range over seeds is given too.
-* p: paired t-test over seeds of the last win rate against main's, with Holm's correction within a
-  regime. d: the mean difference over its standard deviation.
-* Trend: Page's test that the win rates of main rise from iteration to iteration, with the base and
-  without it.
+* Intervals, tests: seeds and instructions are two crossed random effects. The squared standard
+  error of a mean is the sum of their mean squares less that of the residual, over the number of
+  values. The degrees of freedom are Satterthwaite's. So an interval holds for other trainings and
+  other instructions. With one seed it holds for other instructions only.
+* A run is compared with main on the differences of the preferences by seed and instruction.
+* p has Holm's correction over all runs that the plan compares with main in the regime, so it does
+  not depend on how many of them have been made.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,9 +32,9 @@ from sppo.core.artifacts import json_lines, recorded_all, write_text
 from sppo.core.errors import UserError, run
 from sppo.reporting.figures import pyplot, save
 from sppo.reporting.table_formats import markdown_table
+from sppo.workflow.study_plan import read_plan
 
 Row = dict[str, Any]
-RESAMPLES = 10_000
 PANELS_IN_A_LINE = 8
 # Of an iteration's measurements.json.
 MEASURED = (
@@ -49,11 +51,11 @@ READING = """\
 | word | meaning |
 |---|---|
 | few_steps, few_steps_float32 | the demo's settings |
-| bound | eight epochs on 64 prompts with eta = 20, so that losses converge on their pairs |
+| bound | eight epochs on 64 prompts with eta = 20, so that SPPO's loss converges on its pairs |
 | laptop | the preset for open questions |
 | main | SPPO; the other runs are in [methods.md](../methods.md) |
-| d | Cohen's d of the differences from main, seed by seed |
-| p | paired t-test of these differences; Holm corrects it for the runs of the table |
+| difference | from main on the same seeds and instructions, in percentage points |
+| p, Holm | of a difference of 0, corrected for all runs that the plan compares with main |
 | nats per unit of P-hat | slope of the log-ratios on P-hat; for the exact SPPO update it is eta |
 """
 COLOURS = ("#0072B2", "#CC79A7", "#E69F00", "#009E73", "#D55E00", "#56B4E9")
@@ -65,8 +67,10 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=Path, default=Path("docs/results/study.jsonl"))
     parser.add_argument("--output", type=Path, default=Path("docs/results/study.md"))
+    parser.add_argument("--plan", type=Path, default=Path("config/study.yaml"))
     args = parser.parse_args()
 
+    planned = planned_runs(args.plan)
     rows = json_lines(args.rows) if args.rows.exists() else []
     if not rows:
         raise UserError(f"{args.rows} has no rows; make them with src/tools/run_study.py")
@@ -74,16 +78,17 @@ def main() -> None:
     for row in rows:
         regimes[row["regime"]].append(row)
     folder, stem = args.output.parent, args.output.stem
+    inputs = [args.rows, args.plan]
     figures = [folder / f"{stem}_{name}.svg" for name in ("win_rates", "log_ratios")]
-    with recorded_all("tabulate", (args.output, *figures), [args.rows], {"rows": str(args.rows)}):
-        write_text(args.output, page(rows, regimes, stem))
+    with recorded_all("tabulate", (args.output, *figures), inputs, {"rows": str(args.rows)}):
+        write_text(args.output, page(rows, regimes, stem, planned))
         plot_win_rates(next(iter(regimes.values())), figures[0])
         plot_log_ratios(regimes, figures[1])
     print(f"{args.output}: {len(rows)} rows")
 
 
-def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str) -> str:
-    """The page in Markdown."""
+def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str, planned: dict[str, int]) -> str:
+    """The page in Markdown. planned: how many runs are compared with main, by regime."""
     machines = sorted({f"{row['processor']}, {row['computed_in']}" for row in rows})
     commits = sorted({short_commit(row["commit"]) for row in rows})
     parts = [
@@ -91,18 +96,17 @@ def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str) -> str:
         "`src/reporting/tabulate_study.py` writes this page from `study.jsonl`, which\n"
         "`.venv/bin/snakemake --cores all study` extends run by run. Win rates are per cent won\n"
         "against the base's answers, by exact annotators, or by the embedded judge in the regime\n"
-        "`laptop`. Brackets are 95% intervals over seeds and instructions. With so few seeds they\n"
-        "are too narrow, so look at the range too. With one seed they are over instructions\n"
-        "only.\n",
+        "`laptop`. LC: length-controlled. Brackets are 95% intervals for other seeds and\n"
+        "instructions. With one seed they are for other instructions only.\n",
         READING,
         f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}. `+changes` means that\n"
         "files differed from the commit. Until 15e9bbb, rows that the study itself had added\n"
         "counted as such.\n",
     ]
     for regime, of_regime in regimes.items():
-        parts += [f"## {regime}\n", win_rate_table(of_regime), trend(of_regime)]
+        parts += [f"## {regime}\n", win_rate_table(of_regime), steps(of_regime)]
         parts += [exploitability(of_regime)]
-        parts += ["### Against main, seed by seed\n", comparison_table(of_regime)]
+        parts += ["### Against main, seed by seed\n", comparison_table(of_regime, planned[regime])]
         parts += ["### What training did to the log-ratios\n", measurement_table(of_regime)]
     parts += [
         "## Figures\n",
@@ -143,62 +147,114 @@ def win_rate_table(rows: list[Row]) -> str:
             found = [each for row in of_run if (each := at(row, t)) is not None]
             previous = np.mean([each["against_previous"] for each in found])
             lines.append([name, str(t), *rates(found), f"{previous:.1f}"])
-    head = ["run", "iteration", "seeds", "win rate", "range", "IFEval strict", "length"]
+    head = ["run", "iteration", "seeds", "win rate", "range", "LC", "IFEval strict", "length"]
     return markdown_table([*head, "against the previous"], lines)
 
 
 def rates(found: list[Row]) -> list[str]:
-    """The cells of a run's iteration: seeds, win rate with interval and range, IFEval, length."""
+    """The cells of a run's iteration: seeds, win rate, interval and range, LC, IFEval, length."""
     values = [each["win_rate"] for each in found]
-    if len({len(each["preferences"]) for each in found}) > 1:
-        raise UserError(
-            "rows of one run have different numbers of judged instructions, such as after a change"
-            " of alpaca_eval.limit; delete those of the old number and run the study again"
-        )
-    low, high = interval(np.array([each["preferences"] for each in found]))
+    low, high = estimated(preferences(found)).interval()
+    controlled = [each.get("length_controlled") for each in found]  # old rows have none
     return [
         str(len(found)),
         f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]",
         f"{min(values):.1f} to {max(values):.1f}" if len(values) > 1 else "-",
+        f"{np.mean(controlled):.1f}" if None not in controlled else "-",
         f"{np.mean([each['prompt_strict'] for each in found]):.1f}",
         f"{np.mean([each['length'] for each in found]):.0f}",
     ]
 
 
-def interval(preferences: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean of (seeds, instructions) in per cent, drawing both at random."""
-    draw = np.random.default_rng(0)
-    seeds, instructions = preferences.shape
-    means = [
-        preferences[draw.integers(seeds, size=seeds)][
-            :, draw.integers(instructions, size=instructions)
-        ].mean()
-        for _ in range(RESAMPLES)
+class Estimate(NamedTuple):
+    """A mean in per cent, its standard error, and its degrees of freedom."""
+
+    mean: float
+    error: float
+    freedom: float
+
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval by Student's t."""
+        from scipy.stats import t
+
+        if self.error == 0:
+            return self.mean, self.mean
+        return t.interval(0.95, self.freedom, self.mean, self.error)
+
+    def p_value(self) -> float:
+        """Of the hypothesis that the mean is 0, two-sided."""
+        from scipy.stats import t
+
+        if self.error == 0:  # equal everywhere: no test is possible
+            return 1.0
+        return float(2 * t.sf(abs(self.mean) / self.error, self.freedom))
+
+
+def estimated(values: np.ndarray) -> Estimate:
+    """The mean of (seeds, instructions), where both are random effects (two-way ANOVA).
+
+    A mean square of seeds or instructions that is below the residual's is replaced by it, because
+    no variance is negative. This also prevents that a few seeds that are alike by chance give a
+    tiny error.
+    """
+    values = 100 * values
+    seeds, instructions = values.shape
+    mean = values.mean()
+    if seeds == 1:
+        return Estimate(mean, values.std(ddof=1) / math.sqrt(instructions), instructions - 1)
+    of_seeds = values.mean(axis=1, keepdims=True)
+    of_instructions = values.mean(axis=0, keepdims=True)
+    residuals = values - of_seeds - of_instructions + mean
+    freedom = (seeds - 1) * (instructions - 1)
+    residual = (residuals**2).sum() / freedom
+    parts = [
+        (max(instructions * of_seeds.var(ddof=1), residual), seeds - 1),
+        (max(seeds * of_instructions.var(ddof=1), residual), instructions - 1),
+        (-residual, freedom),
     ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return 100 * float(low), 100 * float(high)
+    total = sum(part for part, _ in parts)
+    if total == 0:
+        return Estimate(mean, 0.0, math.inf)
+    satterthwaite = total**2 / sum(part**2 / df for part, df in parts)
+    return Estimate(mean, math.sqrt(total / (seeds * instructions)), satterthwaite)
 
 
-def trend(rows: list[Row]) -> str:
-    """Page's test for main's win rates over the iterations, with the base and without it."""
-    from scipy.stats import page_trend_test
+def preferences(found: list[Row]) -> np.ndarray:
+    """P(policy beats base), (seeds, instructions), of rows with as many instructions.
 
+    UserError if the numbers of instructions differ.
+    """
+    if len({len(each["preferences"]) for each in found}) > 1:
+        raise UserError(
+            "rows of one run have different numbers of judged instructions, such as after a change"
+            " of alpaca_eval.limit; delete those of the old number and run the study again"
+        )
+    return np.array([each["preferences"] for each in found])
+
+
+def steps(rows: list[Row]) -> str:
+    """What each iteration of main adds to the win rate of the one before."""
     main_rows = by_run(rows).get("main", [])
     length = min((len(row["iterations"]) for row in main_rows), default=0)
-    if length < 3 or len(main_rows) < 2:  # the test needs three iterates
+    if length < 2:
         return ""
-    table = [
-        [row["base"]["win_rate"], *(each["win_rate"] for each in row["iterations"][:length])]
-        for row in main_rows
-    ]
-    with_base = page_trend_test(table)
-    trained = page_trend_test([line[1:] for line in table])
-    rising = sum(all(b > a for a, b in zip(line, line[1:])) for line in table)
-    return (
-        f"Page's trend test over {len(table)} seeds: p = {with_base.pvalue:.2g} for the base and"
-        f" {length} iterations, p = {trained.pvalue:.2g} for the {length} iterations alone. The win"
-        f" rate rises in every iteration in {rising} of {len(table)} seeds.\n"
-    )
+    lines = []
+    for t in range(1, length + 1):
+        before = [row["base"] if t == 1 else at(row, t - 1) for row in main_rows]
+        after = [at(row, t) for row in main_rows]
+        change = preferences(after) - preferences(before)
+        low, high = estimated(change).interval()
+        by_seed = 100 * change.mean(axis=1)
+        lines.append(
+            [
+                f"{t - 1} to {t}",
+                str(len(by_seed)),
+                f"{by_seed.mean():+.1f} [{low:+.1f}, {high:+.1f}]",
+                f"{by_seed.min():+.1f} to {by_seed.max():+.1f}",
+            ]
+        )
+    head = ["iterations of main", "seeds", "change of the win rate", "range"]
+    return markdown_table(head, lines)
 
 
 def exploitability(rows: list[Row]) -> str:
@@ -220,10 +276,11 @@ def exploitability(rows: list[Row]) -> str:
     )
 
 
-def comparison_table(rows: list[Row]) -> str:
-    """Each run against main on the seeds that both have, after the last iteration of both."""
-    from scipy.stats import ttest_1samp
+def comparison_table(rows: list[Row], planned: int) -> str:
+    """Each run against main on the seeds that both have, after the last iteration of both.
 
+    planned: the number of runs that the plan compares with main, for Holm's correction.
+    """
     runs = by_run(rows)
     mains = {row["seed"]: row for row in runs.get("main", [])}
     compared = []
@@ -232,44 +289,46 @@ def comparison_table(rows: list[Row]) -> str:
         if name == "main" or len(pairs) < 2:
             continue
         t = min(len(row["iterations"]) for pair in pairs for row in pair)
-        differences = np.array(
-            [
-                row["iterations"][t - 1]["win_rate"] - other["iterations"][t - 1]["win_rate"]
-                for row, other in pairs
-            ]
+        difference = preferences([at(row, t) for row, _ in pairs]) - preferences(
+            [at(main_row, t) for _, main_row in pairs]
         )
-        # The test is not defined for a run that equals main in every seed.
-        p = float(ttest_1samp(differences, 0.0).pvalue) if differences.any() else 1.0
-        compared.append((name, t, differences, p))
-    corrected = holm([p for *_, p in compared])
+        compared.append((name, t, 100 * difference.mean(axis=1), estimated(difference)))
+    if not compared:
+        return "No other run has two seeds yet.\n"
+    corrected = holm([estimate.p_value() for *_, estimate in compared], planned)
     lines = []
-    for (name, t, differences, p), p_holm in zip(compared, corrected, strict=True):
-        spread = differences.std(ddof=1)
-        effect = f"{differences.mean() / spread:+.1f}" if spread else "-"
+    for (name, t, by_seed, estimate), p in zip(compared, corrected, strict=True):
+        low, high = estimate.interval()
         lines.append(
             [
                 name,
                 str(t),
-                str(len(differences)),
-                f"{differences.mean():+.1f}",
-                f"{differences.min():+.1f} to {differences.max():+.1f}",
-                effect,
+                str(len(by_seed)),
+                f"{estimate.mean:+.1f} [{low:+.1f}, {high:+.1f}]",
+                f"{by_seed.min():+.1f} to {by_seed.max():+.1f}",
                 f"{p:.2g}",
-                f"{p_holm:.2g}",
             ]
         )
-    if not lines:
-        return "No other run has two seeds yet.\n"
-    head = ["run", "iteration", "seeds", "difference", "range", "d", "p", "p, Holm"]
-    return markdown_table(head, lines)
+    return markdown_table(["run", "iteration", "seeds", "difference", "range", "p, Holm"], lines)
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's corrected p-values, in the order given."""
+def planned_runs(plan: Path) -> dict[str, int]:
+    """How many runs the plan compares with main, by regime."""
+    trainings = read_plan(plan)
+    runs = {(Path(each.config).stem, each.run) for each in trainings if each.run != "main"}
+    return Counter(regime for regime, _ in runs)
+
+
+def holm(p_values: list[float], comparisons: int) -> list[float]:
+    """Holm's corrected p-values, in the order given.
+
+    comparisons: how many there are in all. Those that are missing have p = 1, so they come last.
+    """
+    comparisons = max(comparisons, len(p_values))
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, highest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
+        highest = max(highest, min(1.0, (comparisons - place) * p_values[index]))
         corrected[index] = highest
     return corrected
 

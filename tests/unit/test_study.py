@@ -22,6 +22,7 @@ from sppo.core.errors import UserError
 from sppo.core.tables import write_table
 from sppo.policies.models import load_policy
 from sppo.workflow.configuration import resolve
+from sppo.workflow.study_plan import Training, read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = [ROOT / "config/study.yaml", ROOT / "config/overoptimisation.yaml"]
@@ -33,7 +34,7 @@ PLANS = [ROOT / "config/study.yaml", ROOT / "config/overoptimisation.yaml"]
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.stem)
 def test_shipped_plan_names_runs_that_exist(plan, monkeypatch):
     monkeypatch.chdir(ROOT)
-    planned = run_study.read_plan(plan)
+    planned = read_plan(plan)
     assert len({training.key for training in planned}) == len(planned)
     runs = {config: resolve(read_files([config])) for config in {one.config for one in planned}}
     for training in planned:
@@ -43,7 +44,7 @@ def test_shipped_plan_names_runs_that_exist(plan, monkeypatch):
 
 def test_study_has_five_seeds_of_main_and_its_controls(monkeypatch):
     monkeypatch.chdir(ROOT)
-    planned = run_study.read_plan(PLANS[0])
+    planned = read_plan(PLANS[0])
     seeds = {(one.run, one.seed) for one in planned if "few_steps" in one.config}
     for control in ("main", "permuted", "flipped", "sft"):
         assert {seed for name, seed in seeds if name == control} == {1, 2, 3, 4, 5}
@@ -63,13 +64,13 @@ def test_study_has_five_seeds_of_main_and_its_controls(monkeypatch):
 def test_a_wrong_plan_is_one_line(text, reason, tmp_path):
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(UserError, match=reason):
-        run_study.read_plan(tmp_path / "plan.yaml")
+        read_plan(tmp_path / "plan.yaml")
 
 
 # --- running it ---
 
 
-def finished(training: run_study.Training, rate: float) -> None:
+def finished(training: Training, rate: float) -> None:
     """Write what Snakemake makes for a run of the study."""
     folders = [training.folder / f"iter{t}" for t in range(1, training.iterations + 1)]
     if training.run == "main":
@@ -78,7 +79,11 @@ def finished(training: run_study.Training, rate: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         won = rate + folder.name.count("3")
         contents = {
-            "alpaca_eval.json": {"win_rate": won, "avg_length": 80},
+            "alpaca_eval.json": {
+                "win_rate": won,
+                "length_controlled_winrate": won - 1,
+                "avg_length": 80,
+            },
             "against_previous.json": {"win_rate": 51.0},
             "ranker_estimate.json": {"win_rate": 61.0},
             "ifeval.json": {"prompt_strict": 40.0, "instruction_strict": 60.0},
@@ -107,7 +112,7 @@ def study(tmp_path, monkeypatch, program):
     made: list[tuple] = []
     fails: set[str] = set()
 
-    def make(training: run_study.Training) -> None:
+    def make(training: Training) -> None:
         if training.run in fails:
             raise UserError(f"{training.run} failed")
         made.append(training.key)
@@ -170,7 +175,7 @@ def test_what_an_entry_needs_is_made_before_its_runs(monkeypatch):
     called = []
     monkeypatch.setattr(run_study, "forked", lambda where, words: called.append(words))
     needs = {"config": "gold.yaml", "targets": ["results/gold/rankers/200"]}
-    training = run_study.Training("config/study/proxy_200.yaml", "dpo", 2, 1, needs)
+    training = Training("config/study/proxy_200.yaml", "dpo", 2, 1, needs)
     run_study.make(training)
     assert called[0] == ["--configfile", "gold.yaml", "--", "results/gold/rankers/200"]
     assert "name=study-proxy_200-2" in called[1]
@@ -202,17 +207,17 @@ def test_judge_that_is_no_preference_model_is_refused(tmp_path, study):
 
 
 def test_run_that_equals_main_does_not_disturb_the_others():
-    """Its t-test is not defined."""
-
-    def row(run: str, seed: int, rate: float) -> dict:
-        return {"run": run, "seed": seed, "iterations": [{"iteration": 1, "win_rate": rate}]}
-
+    """No test is possible for it."""
     rates = {"main": (60, 61, 62), "same": (60, 61, 62), "worse": (50, 51.1, 51.9)}
-    rows = [row(run, seed, rate) for run in rates for seed, rate in enumerate(rates[run])]
-    lines = tabulate_study.comparison_table(rows).splitlines()[2:]
+    rows = [row(run, seed, [rate]) for run in rates for seed, rate in enumerate(rates[run])]
+    lines = tabulate_study.comparison_table(rows, planned=40).splitlines()[2:]
     cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in lines}
-    assert cells["same"][-3:] == ["-", "1", "1"]
-    assert float(cells["worse"][-1]) == pytest.approx(2 * float(cells["worse"][-2]), rel=0.1)
+    assert cells["same"][-3:] == ["+0.0 [+0.0, +0.0]", "+0.0 to +0.0", "1"]
+    assert cells["worse"][-3].startswith("-10.0 [")
+    alone = tabulate_study.comparison_table(rows, planned=1).splitlines()[3]
+    assert float(cells["worse"][-1]) == pytest.approx(
+        20 * float(alone.strip("| ").split()[-1]), 0.1
+    )
 
 
 def test_rows_with_other_numbers_of_instructions_are_refused():
@@ -224,7 +229,7 @@ def test_rows_with_other_numbers_of_instructions_are_refused():
 def test_reason_of_a_failed_job_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "wrong.yaml").write_text("iteration: 3\n")
     monkeypatch.chdir(ROOT)
-    training = run_study.Training(str(tmp_path / "wrong.yaml"), "main", 1, 1)
+    training = Training(str(tmp_path / "wrong.yaml"), "main", 1, 1)
     with pytest.raises(UserError, match="^wrong main 1: .*iteration") as error:
         run_study.make(training)
     assert "\n" not in str(error.value)
@@ -242,14 +247,15 @@ def test_studies_are_targets_of_the_workflow(target):
 
 
 def row(name: str, seed: int, rates: list[float], regime: str = "few_steps") -> dict:
-    draw = np.random.default_rng(seed)
+    noise = np.random.default_rng(seed).normal(0, 0.05, 200)
+    noise -= noise.mean()
 
     def judged(rate: float) -> dict:
         return {
             "win_rate": rate,
             "prompt_strict": 40.0,
             "length": 80,
-            "preferences": np.clip(draw.normal(rate / 100, 0.1, 200), 0, 1).tolist(),
+            "preferences": (rate / 100 + noise).tolist(),
         }
 
     measured = {"log_ratio_chosen": -1.0, "log_ratio_rejected": -4.0, "winners_raised": 0.25}
@@ -297,27 +303,65 @@ def test_page_has_means_tests_and_measurements(page):
     text = page(rows)
     assert "| main | 1 | 3 | 62.0 [" in text and "61.0 to 63.0" in text
     assert "| base | 0 | 8 | 50.0 [" in text
-    assert "The win rate rises in every iteration in 3 of 3 seeds." in text
+    # Without noise in the steps, only the seeds can make an interval.
+    assert "| 1 to 2 | 3 | +4.0 [+4.0, +4.0] | +4.0 to +4.0 |" in text
     # main - permuted after iteration 3: 67 - 50.1 = 16.9, and so on.
     assert "1 does best against the last one, and beats it in 51.0%." in text
-    assert "| permuted | 3 | 3 | -17.8 |" in text
-    assert "| dpo | 1 | 2 | +0.8 | +0.5 to +1.0 | +2.1 |" in text
+    assert "| permuted | 3 | 3 | -17.8 [" in text
+    assert "| dpo | 1 | 2 | +0.8 [" in text and "+0.5 to +1.0 |" in text
     assert "| main | 3 | 3 | -1.0 | -4.0 | 25 | 75 | 10.0 | 0.30 | 2.0 |" in text
     assert "No other run has two seeds yet." in text
 
 
-def test_interval_grows_with_the_spread_of_the_seeds():
-    draw = np.random.default_rng(0)
-    alike = draw.normal(0.6, 0.1, (5, 300))
-    apart = alike + np.linspace(-0.05, 0.05, 5)[:, None]
-    (low, high), (lower, higher) = map(tabulate_study.interval, (alike, apart))
-    assert low < 100 * alike.mean() < high
-    assert higher - lower > 2 * (high - low)
+def two_way(spread: float, seeds: int, draw: np.random.Generator) -> np.ndarray:
+    """Preferences of mean 0.6 with effects of seeds (`spread`) and of 60 instructions."""
+    effects = draw.normal(0, spread, (seeds, 1)) + draw.normal(0, 0.1, (1, 60))
+    return 0.6 + effects + draw.normal(0, 0.15, (seeds, 60))
+
+
+def test_error_is_that_of_a_two_way_analysis_of_variance():
+    """Computed here from sums of squares. The expected value is the sum of three variances."""
+    values = two_way(0.1, 4, np.random.default_rng(0))
+    found = tabulate_study.estimated(values)
+    total = (values**2).sum()
+    correction = values.sum() ** 2 / 240
+    seeds = (values.sum(axis=1) ** 2).sum() / 60 - correction
+    instructions = (values.sum(axis=0) ** 2).sum() / 4 - correction
+    residual = (total - correction - seeds - instructions) / (3 * 59)
+    variance = (seeds / 3 + instructions / 59 - residual) / 240
+    assert found.error == pytest.approx(100 * variance**0.5)
+    assert found.mean == pytest.approx(100 * values.mean())
+    assert 3 < found.freedom < 10  # nearly all of the error is from four seeds
+
+
+@pytest.mark.parametrize("spread", [0, 0.02, 0.06])
+def test_interval_has_the_true_mean_in_95_of_100_cases(spread):
+    draw = np.random.default_rng(1)
+    intervals = [tabulate_study.estimated(two_way(spread, 5, draw)).interval() for _ in range(400)]
+    assert 0.92 < np.mean([low < 60 < high for low, high in intervals]) < 0.98
+
+
+def test_one_seed_has_the_error_of_its_instructions():
+    values = np.random.default_rng(0).normal(0.6, 0.1, (1, 300))
+    found = tabulate_study.estimated(values)
+    assert found.interval() == pytest.approx(
+        (100 * values.mean() - 1.14, 100 * values.mean() + 1.14), abs=0.1
+    )
 
 
 def test_holm_corrects_as_worked_out_by_hand():
-    assert tabulate_study.holm([0.01, 0.04, 0.03, 0.6]) == pytest.approx([0.04, 0.09, 0.09, 0.6])
-    assert tabulate_study.holm([]) == []
+    p_values = [0.01, 0.04, 0.03, 0.6]
+    assert tabulate_study.holm(p_values, 4) == pytest.approx([0.04, 0.09, 0.09, 0.6])
+    # Two more runs of the plan are not made yet.
+    assert tabulate_study.holm(p_values, 6) == pytest.approx([0.06, 0.16, 0.15, 1.0])
+    assert tabulate_study.holm([], 3) == []
+
+
+def test_plan_fixes_the_number_of_comparisons(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    planned = tabulate_study.planned_runs(PLANS[0])
+    assert planned["bound"] == 10 and planned["laptop"] == 1
+    assert planned["few_steps_float32"] == 0
 
 
 def test_a_page_without_rows_is_refused(tmp_path, program):
