@@ -165,7 +165,7 @@ def test_cycle_built_by_hand_is_cyclic(population):
 def test_constraint_without_a_number_has_no_graded_annotator(population):
     model = population(TITLE)
     (instruction,) = model.instructions.values()
-    names = [name for name, _ in model.grades(instruction, ["<<A>>.", "A."])]
+    names = [name for name, *_ in model.grades(instruction, ["<<A>>.", "A."])]
     assert names == ["general", "strict", "loose"]
     found = model.probabilities(instruction, ["<<A>>.", "A."])
     assert found == pytest.approx(np.array([[0.5, 2.5 / 3], [0.5 / 3, 0.5]]))

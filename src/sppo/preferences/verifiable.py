@@ -127,7 +127,7 @@ class VerifiableModel(PreferenceModel):
 
         votes = np.zeros((len(responses), len(responses)))
         total = 0.0
-        for name, grades in self.grades(instruction, responses):
+        for name, _, grades in self.grades(instruction, responses):
             weight = self.weights[name]
             votes += weight * (0.5 + 0.5 * np.sign(grades[:, None] - grades[None, :]))
             total += weight
@@ -135,22 +135,25 @@ class VerifiableModel(PreferenceModel):
 
     def grades(
         self, instruction: Instruction, responses: list[str]
-    ) -> list[tuple[str, np.ndarray]]:
-        """Every annotator's name in `ANNOTATORS` and its grade of each response, (K,).
+    ) -> list[tuple[str, str | None, np.ndarray]]:
+        """Every annotator: its name in `ANNOTATORS`, the id of its constraint, its grades, (K,).
 
-        Only the order of the grades has a meaning; a higher one is better.
+        `general` has no constraint. Only the order of the grades has a meaning; a higher one is
+        better.
         """
         import numpy as np
 
         followed = [follows(instruction, response) for response in responses]
-        annotators = [("general", np.array([-flaws(instruction, text) for text in responses]))]
+        general = np.array([-flaws(instruction, text) for text in responses])
+        annotators: list[tuple[str, str | None, np.ndarray]] = [("general", None, general)]
         for number, constraint in enumerate(instruction.constraints):
             for which, name in enumerate(("strict", "loose")):
                 grades = [float(each[which][number]) for each in followed]
-                annotators.append((name, np.array(grades)))
+                annotators.append((name, constraint.id, np.array(grades)))
             distances = [distance(constraint, text) for text in responses]
             if None not in distances:
-                annotators.append(("graded", -np.array(distances, dtype=float)))
+                graded = -np.array(distances, dtype=float)
+                annotators.append(("graded", constraint.id, graded))
         return annotators
 
 
