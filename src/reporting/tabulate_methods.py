@@ -5,9 +5,8 @@ Reads   alpaca_eval.json, ranker_estimate.json, and the records of responses, pr
 Writes  the table as .csv, .md, .tex and .html; the figure as .png and .svg; a record of each
 Rates are in per cent against the base, brackets are 95% intervals, and lengths are in characters.
 Minutes and tokens are the cost of making the policy, without its evaluation. If a run shares the
-first responses and preferences of the main run, they count as its own. The text above the table
-lists the runs whose LC intervals at their last iterations do not overlap; only these runs are
-ordered. A run whose LC win rate has a warning is left out of the order.
+first responses and preferences of the main run, they count as its own. The runs are not ranked,
+because there is one training of each: another seed of the same method can lie outside its interval.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded_all, write_text
 from sppo.core.errors import UserError, run
-from sppo.evaluation.results import DOUBTFUL, Evaluations, collect, decimals, doubts, rate
+from sppo.evaluation.results import Evaluations, collect, decimals, doubts, rate
 from sppo.reporting.figures import judge_name, plot_methods
 from sppo.reporting.table_formats import (
     csv_table,
@@ -166,7 +165,7 @@ def source_records(found: Evaluations, pairs: dict[str, Any]) -> list[dict[str, 
 
 
 def notes(judged: Evaluations) -> str:
-    """Sentences about the judge, the order of the runs, and doubtful figures."""
+    """Sentences about the judge, what can be compared, and doubtful figures."""
     first = next(iter(judged.values()))
     alike = {key: line for key, line in judged.items() if setup_of(line) == setup_of(first)}
     sentences = [
@@ -180,9 +179,8 @@ def notes(judged: Evaluations) -> str:
             " and are not compared."
         )
     sentences += [
-        order_in_words(last_intervals(alike)),
-        "Intervals are over instructions, of one training each, without a correction for the "
-        f"number of comparisons; runs with{DOUBTFUL} are not compared.",
+        "There is one training of each run. Intervals are over instructions only, and another seed"
+        " can change a win rate by more than their width, so this is no ranking.",
         *doubts({f"{run}, iteration {t}": line for (run, t), line in judged.items()}),
     ]
     return " ".join(sentences)
@@ -192,43 +190,6 @@ def setup_of(found: dict[str, Any]) -> tuple[Any, ...]:
     """What must be equal so that two win rates can be compared."""
     model = found.get("judge_details", {}).get("model")
     return found["judge"], model, found["reference"], found["n_total"]
-
-
-def order_in_words(intervals: dict[str, list[float]]) -> str:
-    """A sentence that says which runs are above which others, by their LC intervals."""
-    if len(intervals) < 2:
-        return "Fewer than two runs have an LC interval, so there is no order."
-    order = "; ".join(order_of_runs(intervals))
-    return "At their last iterations the LC intervals part " + (
-        f"thus: {order}." if order else "nowhere: there is no order."
-    )
-
-
-def last_intervals(judged: Evaluations) -> dict[str, list[float]]:
-    """The LC interval of each run's last iteration.
-
-    Runs without an interval are left out, and runs whose LC win rate has a warning.
-    """
-    last: dict[str, int] = {}
-    for name, number in judged:
-        last[name] = max(number, last.get(name, 0))
-    intervals = {}
-    for name, number in last.items():
-        found = judged[name, number]
-        interval = found["length_controlled_winrate_interval"]
-        if interval and not found.get("length_controlled_warning"):
-            intervals[name] = interval
-    return intervals
-
-
-def order_of_runs(intervals: dict[str, list[float]]) -> list[str]:
-    """Which run is above which others: those whose intervals lie below its own."""
-    order = []
-    for name, (low, _) in intervals.items():
-        below = [other for other, (_, high) in intervals.items() if high < low]
-        if below:
-            order.append(f"{name} above {', '.join(below)}")
-    return order
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str, planned: dic
         "`src/reporting/tabulate_study.py` writes this page from `study.jsonl`, which\n"
         "`.venv/bin/snakemake --cores all study` extends run by run. Win rates are per cent won\n"
         "against the base's answers, by exact annotators, or by the embedded judge in the regime\n"
-        "`laptop`. LC: length-controlled. Brackets are 95% intervals for other seeds and\n"
-        "instructions. With one seed they are for other instructions only.\n",
+        "`laptop`. LC: length-controlled, over the seeds whose rows have it. Brackets are 95%\n"
+        "intervals for other seeds and instructions. With one seed they are for other instructions only.\n",
         READING,
         f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}. `+changes` means that\n"
         "files differed from the commit. Until 15e9bbb, rows that the study itself had added\n"
@@ -154,13 +154,14 @@ def win_rate_table(rows: list[Row]) -> str:
 def rates(found: list[Row]) -> list[str]:
     """The cells of a run's iteration: seeds, win rate, interval and range, LC, IFEval, length."""
     values = [each["win_rate"] for each in found]
-    low, high = estimated(preferences(found)).interval()
-    controlled = [each.get("length_controlled") for each in found]  # old rows have none
+    low, high = np.clip(estimated(preferences(found)).interval(), 0, 100)
+    # Old rows have none.
+    controlled = [each["length_controlled"] for each in found if "length_controlled" in each]
     return [
         str(len(found)),
         f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]",
         f"{min(values):.1f} to {max(values):.1f}" if len(values) > 1 else "-",
-        f"{np.mean(controlled):.1f}" if None not in controlled else "-",
+        f"{np.mean(controlled):.1f}" if controlled else "-",
         f"{np.mean([each['prompt_strict'] for each in found]):.1f}",
         f"{np.mean([each['length'] for each in found]):.0f}",
     ]
