@@ -12,6 +12,7 @@ regime share their prompts, and in the first iteration their responses. So a run
   values. The degrees of freedom are Satterthwaite's. So an interval holds for other trainings and
   other instructions. With one seed it holds for other instructions only.
 * A run is compared with main on the differences of the preferences by seed and instruction.
+* Trend: Page's test that the win rates of main rise from the base on.
 * p has Holm's correction over all runs that the plan compares with main in the regime, so it does
   not depend on how many of them have been made.
 """
@@ -97,14 +98,15 @@ def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str, planned: dic
         "`.venv/bin/snakemake --cores all study` extends run by run. Win rates are per cent won\n"
         "against the base's answers, by exact annotators, or by the embedded judge in the regime\n"
         "`laptop`. LC: length-controlled, over the seeds whose rows have it. Brackets are 95%\n"
-        "intervals for other seeds and instructions. With one seed they are for other instructions only.\n",
+        "intervals for other seeds and instructions. With one seed they are for other\n"
+        "instructions only.\n",
         READING,
         f"Machines: {'; '.join(machines)}. Commits: {', '.join(commits)}. `+changes` means that\n"
         "files differed from the commit. Until 15e9bbb, rows that the study itself had added\n"
         "counted as such.\n",
     ]
     for regime, of_regime in regimes.items():
-        parts += [f"## {regime}\n", win_rate_table(of_regime), steps(of_regime)]
+        parts += [f"## {regime}\n", win_rate_table(of_regime), steps(of_regime), trend(of_regime)]
         parts += [exploitability(of_regime)]
         parts += ["### Against main, seed by seed\n", comparison_table(of_regime, planned[regime])]
         parts += ["### What training did to the log-ratios\n", measurement_table(of_regime)]
@@ -256,6 +258,28 @@ def steps(rows: list[Row]) -> str:
         )
     head = ["iterations of main", "seeds", "change of the win rate", "range"]
     return markdown_table(head, lines)
+
+
+def trend(rows: list[Row]) -> str:
+    """Page's test that main's win rates rise over the base and the iterations."""
+    from scipy.stats import page_trend_test
+
+    main_rows = by_run(rows).get("main", [])
+    length = min((len(row["iterations"]) for row in main_rows), default=0)
+    if length < 2 or len(main_rows) < 2:
+        return ""
+    table = [
+        [row["base"]["win_rate"], *(each["win_rate"] for each in row["iterations"][:length])]
+        for row in main_rows
+    ]
+    rising = sum(all(b > a for a, b in zip(line, line[1:])) for line in table)
+    smallest = math.factorial(length + 1) ** -len(table)
+    return (
+        f"The win rate rises in every iteration in {rising} of {len(table)} seeds. Page's trend"
+        f" test, base included: p = {page_trend_test(table).pvalue:.2g}; {smallest:.2g} is the"
+        " smallest that it can give. It asks whether any order of the iterates is as likely, and"
+        " not whether the last step helps.\n"
+    )
 
 
 def exploitability(rows: list[Row]) -> str:

@@ -303,6 +303,8 @@ def test_page_has_means_tests_and_measurements(page):
     text = page(rows)
     assert "| main | 1 | 3 | 62.0 [" in text and "61.0 to 63.0" in text
     assert "| base | 0 | 8 | 50.0 [" in text
+    assert "The win rate rises in every iteration in 3 of 3 seeds." in text
+    assert "p = 7.2e-05; 7.2e-05 is the smallest" in text  # 1 / (4!)^3
     # Without noise in the steps, only the seeds can make an interval.
     assert "| 1 to 2 | 3 | +4.0 [+4.0, +4.0] | +4.0 to +4.0 |" in text
     # main - permuted after iteration 3: 67 - 50.1 = 16.9, and so on.
