@@ -9,7 +9,8 @@ def measuring_flags(wildcards):
     """The flags that set how a policy samples and scores: the trainer's precision for both."""
     train = of_iteration(settings(wildcards)["train"], int(wildcards.t))
     responses = settings(wildcards)["responses"]
-    chosen = {key: train[key] for key in ("micro_batch_size", "precision", "beta")}
+    of_scoring = ("micro_batch_size", "micro_batch_tokens", "precision", "beta")
+    chosen = {key: train[key] for key in of_scoring}
     chosen["lora_rank"] = train["lora_rank"] or None
     keys = [key for key in (*ENGINE_KEYS, "max_new_tokens") if key != "precision"]
     return flags(chosen | {key: responses[key] for key in keys}) + RUNNING

@@ -213,7 +213,12 @@ def on_each_node(wildcards):
     nodes = settings(wildcards)["train"]["nodes"]
     if nodes == 1:
         return ""
-    return f"srun --overlap --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 "
+    # srun would bind a task without --cpus-per-task to one core. If a node fails, the others would
+    # wait for it.
+    return (
+        f"srun --overlap --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1"
+        " --cpu-bind=none --kill-on-bad-exit=1 "
+    )
 
 
 rule train_policy:

@@ -70,7 +70,7 @@ def main() -> None:
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     from lm_eval import simple_evaluate
 
-    start_torch()
+    start_torch(args.tensor_parallel or 1)
     device = pick_device(args.device)
     inputs = [args.policy] if args.data == "hub" else [args.policy, Path(args.data)]
     with (
@@ -120,9 +120,10 @@ def transformers_model(args: argparse.Namespace, device: str, files: contextlib.
     """The policy for lm-eval, by transformers. A LoRA update is not rounded."""
     from lm_eval.models.huggingface import HFLM
 
-    from sppo.policies.devices import compute_dtype
+    from sppo.policies.devices import avoid_cudnn_attention, compute_dtype
     from sppo.policies.models import load_policy
 
+    avoid_cudnn_attention()  # lm-eval pads on the left to generate
     policy = load_policy(args.policy, compute_dtype(args.precision, device), device, args.attention)
     return HFLM(pretrained=policy, tokenizer=str(args.policy), batch_size=args.batch_size)
 

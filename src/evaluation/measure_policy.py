@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--iteration", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    add_section(parser, "train", only=("micro_batch_size", "precision", "lora_rank", "beta"))
+    of_training = ("micro_batch_size", "micro_batch_tokens", "precision", "lora_rank", "beta")
+    add_section(parser, "train", only=of_training)
     keys = [key for key in ENGINE_KEYS if key != "precision"]  # the training's
     add_section(parser, "responses", only=(*keys, "max_new_tokens"))
     add_section(parser, "policy", skip=MODEL_SOURCE)
@@ -55,7 +56,7 @@ def main() -> None:
         )
     prompts = read_table(args.prompts, "prompts")
     from sppo.policies.devices import compute_dtype, pick_device, start_torch
-    from sppo.policies.engines import EngineOptions, open_engine
+    from sppo.policies.engines import EngineOptions, generated
     from sppo.policies.generation import Sampling
     from sppo.policies.models import load_frozen_policy
     from sppo.training.logps import frozen_logps, frozen_response_logps
@@ -65,18 +66,19 @@ def main() -> None:
     dtype = compute_dtype(args.precision, device)
     inputs = [args.pairs, *args.current, args.policy, args.prompts, args.base]
     with recorded("measure", args.output, inputs, vars(args)) as facts:
-        engine = open_engine(args.policy, EngineOptions.of(vars(args)))
+        options = EngineOptions.of(vars(args))
         sampling = Sampling(1, 1.0, 1.0, args.max_new_tokens)
-        responses = engine.generate(prompts, sampling, args.seed, f"measure{args.iteration}")
-        del engine
+        purpose = f"measure{args.iteration}"
+        responses = generated(args.policy, options, prompts, sampling, args.seed, purpose)
 
-        size = args.micro_batch_size
+        size, tokens = args.micro_batch_size, args.micro_batch_tokens
+        scored = (dtype, device, 2 * size, tokens)  # of responses; a pair has two
         model = load_frozen_policy(args.policy, args.lora_rank, dtype, device, args.attention)
-        after = frozen_logps(model, pairs, dtype, device, size)
-        own = frozen_response_logps(model, responses, dtype, device, 2 * size)
+        after = frozen_logps(model, pairs, dtype, device, size, tokens)
+        own = frozen_response_logps(model, responses, *scored)
         del model
         model = load_frozen_policy(args.base, args.lora_rank, dtype, device, args.attention)
-        of_base = frozen_response_logps(model, responses, dtype, device, 2 * size)
+        of_base = frozen_response_logps(model, responses, *scored)
         ratios = [
             {end: row[f"{end}_logp"] - before[row["pair_id"]][f"{end}_logp"] for end in ENDS}
             for row in after

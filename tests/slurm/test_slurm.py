@@ -255,9 +255,11 @@ def test_stopped_snakemake_loses_no_finished_stage(cluster, clone):
     assert "--unlock" in run(clone, target, status=1)
     # The command is from docs/cluster.md.
     subprocess.run(
-        "squeue --me --noheader --format '%i %j' | grep ' sppo' | cut -d' ' -f1 | xargs -r scancel",
+        "squeue --me --noheader --format '%i %j %Z' |"
+        " awk -v here=\"$(pwd -P)\" '$2 ~ /^sppo/ && $3 == here {print $1}' | xargs -r scancel",
         shell=True,
         check=True,
+        cwd=clone[0],
     )
     run(clone, target, more=("--unlock",))
     run(clone, target)

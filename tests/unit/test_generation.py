@@ -14,6 +14,7 @@ import torch
 
 from sppo.core.errors import UserError
 from sppo.policies.chats import load_tokenizer, prompt_token_ids, stop_token_ids
+from sppo.policies.engines import EngineOptions, generated
 from sppo.policies.generation import Sampling, TransformersEngine, draw_tokens, sample_seed, summary
 from sppo.policies.models import load_policy
 from sppo.policies.padding import padded
@@ -458,24 +459,26 @@ def test_prompts_are_processed_once_for_all_samples(tiny_policy, prompts):
     assert tokens == [len(prompts) * (longest - 1), 4 * len(prompts)]
 
 
-def test_generation_on_a_gpu_disables_cudnn_attention(tiny_policy, monkeypatch):
+def test_generation_disables_cudnn_attention(tiny_policy):
     """It gives NaN for rows with padding on the left in torch 2.13."""
-    model = load_policy(tiny_policy, torch.float32, "cpu")
-    monkeypatch.setattr("sppo.policies.generation.load_policy", lambda *_: model)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
         engine(tiny_policy)
-        assert torch.backends.cuda.cudnn_sdp_enabled()
-        TransformersEngine(
-            tiny_policy, precision="float32", device="cuda", attention=None, batch_size=64
-        )
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 # --- vLLM; tests/vllm runs it ---
+
+
+def test_vllm_generates_in_a_process_of_its_own(tmp_path, prompts):
+    """It keeps the GPU's memory until the process ends. This one ends at a missing policy."""
+    options = EngineOptions("vllm", "cpu", "float32", 4, None, None, None, "keep", {}, "2026-01-01")
+    with pytest.raises(UserError, match="none does not exist") as error:
+        generated(tmp_path / "none", options, prompts, Sampling(1, 1.0, 1.0, 2), 0, "measure1")
+    assert "_RemoteTraceback" in repr(error.value.__cause__)
 
 
 def test_vllm_seeds_keep_their_values_and_fit_signed_64_bits():

@@ -21,6 +21,7 @@ from sppo.core.config_files import check_files, merged, read_files
 from sppo.core.errors import UserError, explained
 from sppo.evaluation.registry import EVALUATIONS
 from sppo.policies.gpus import count_gpus
+from sppo.workflow import preflight
 from sppo.workflow.configuration import Runs, resolve
 from sppo.workflow.preflight import check_folder_for_slurm, check_inputs, check_machine
 from verify_results import stage_of
@@ -595,17 +596,11 @@ NEEDED = {
         "export OPENAI_API_KEY.*grades.judge",
     ),
     "GPU": ({"device": "gpu"}, ("train_policy", "", True), 0, "shows no GPU"),
-    "GPU for each shard": (
-        {"device": "gpu", "responses": {"shards": 8}},
-        ("generate_responses", "", True),
+    "GPUs of the engine": (
+        {"device": "gpu", "responses": {"engine": "vllm", "tensor_parallel": 4, "shards": 8}},
+        ("evaluate_open_llm", "", True),
         2,
-        "responses.shards is 8, one GPU each, but this machine shows 2",
-    ),
-    "GPU for each shard of a run": (
-        {"runs": {"a": {"responses": {"shards": 3}}}},
-        ("generate_responses", "a", True),
-        2,
-        "runs.a.responses.shards is 3",
+        "responses.tensor_parallel is 4, but this machine shows 2",
     ),
     "hub token": ({"push_to_hub": "me/a-{t}"}, ("push_policy", "", False), 8, "export HF_TOKEN"),
 }
@@ -1053,6 +1048,10 @@ BAD = {
         "{train: {parallel: zero3, processes: 8}}",
         ["train.parallel is zero3", "pip install deepspeed"],
     ),
+    "FlashAttention that is not installed": (
+        "{policy: {attention: flash_attention_2}}",
+        ["policy.attention is flash_attention_2", "pip install flash-attn"],
+    ),
     "missing MT-Bench questions": (
         "mt_bench: {data: nowhere}",
         ["nowhere/question.jsonl is missing"],
@@ -1232,6 +1231,23 @@ def test_repeated_prompts_are_counted_once(copy, monkeypatch):
         )
 
 
+@pytest.mark.parametrize(
+    ("text", "package"),
+    [
+        ("{train: {parallel: zero3, processes: 8}}", "deepspeed"),
+        ("{policy: {attention: flash_attention_2}}", "flash-attn"),
+    ],
+)
+def test_conda_environment_must_have_an_optional_package(text, package, copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match=f"envs/core.yaml lacks {package}; add it there"):
+        check_inputs("", resolve(overlaid(text))[""], in_conda=True)
+    environment = copy / "core.yaml"
+    environment.write_text(f"dependencies:\n  - pip:\n      - {package}==1.0\n")
+    monkeypatch.setattr(preflight, "TRAINING_ENVIRONMENT", environment)
+    check_inputs("", resolve(overlaid(text))[""], in_conda=True)
+
+
 def test_training_on_two_nodes_is_started_by_srun(copy, tmp_path, monkeypatch):
     text = "{train: {nodes: 2, processes: 2}}"
     main = resolve(overlaid(text))[""]
@@ -1247,7 +1263,8 @@ def test_training_on_two_nodes_is_started_by_srun(copy, tmp_path, monkeypatch):
     done = dry_run(copy, *words)
     if shutil.which("srun"):
         assert re.search(
-            r"srun --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 \S+ src/train_policy\.py ",
+            r"srun --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none"
+            r" --kill-on-bad-exit=1 \S+ src/train_policy\.py ",
             done.stdout + done.stderr,
         )
     else:

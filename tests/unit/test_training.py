@@ -864,6 +864,13 @@ def test_two_checkpoints_are_kept_until_training_ends(work):
     assert names == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_no_checkpoint_is_written_after_the_last_step(place, monkeypatch):
+    written = []
+    monkeypatch.setattr(trainer, "write_manifest", lambda folder: written.append(folder.name))
+    place.train("policy", **RESUMABLE)
+    assert written == [f"checkpoint-{step}" for step in (1, 2, 3, 4)]
+
+
 def test_full_disk_is_one_line_and_training_can_resume(place, monkeypatch, capsys):
     whole = place.train("whole", **RESUMABLE)
 

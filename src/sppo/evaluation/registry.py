@@ -208,7 +208,7 @@ EVALUATIONS = (
         "open_llm",
         columns=tuple(Column(f"Open LLM: {task}", number(task)) for task in OPEN_LLM_TASKS),
         note="Open LLM: items of {data}, shots {shots}.",
-        scored_by=("evaluate_open_llm",),
+        answered_by=("evaluate_open_llm",),
         check=check_open_llm,
         differences=lambda found: [] if found.get("official_tasks") else ["other items"],
     ),

@@ -135,3 +135,14 @@ def keep_freed_memory() -> None:
         library.mallopt(trim_threshold, 2**31 - 1)  # which is not shrunk
     except (OSError, AttributeError, TypeError):
         return  # another C library
+
+
+def avoid_cudnn_attention() -> None:
+    """Let PyTorch use other attention kernels than cuDNN's, for batches with padding on the left.
+
+    With torch 2.13 on an H100, those of cuDNN give NaN for rows that begin with masked tokens
+    (github.com/pytorch/pytorch/issues/196678).
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)

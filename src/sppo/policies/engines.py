@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,3 +76,28 @@ def open_engine(policy: Path, options: EngineOptions) -> Engine:
             **shared,
         )
     return TransformersEngine(policy, attention=options.attention, **shared)
+
+
+def generated(
+    policy: Path,
+    options: EngineOptions,
+    prompts: list[dict[str, Any]],
+    sampling: Sampling,
+    data_seed: int,
+    purpose: str,
+) -> list[dict[str, Any]]:
+    """Responses by an engine that leaves the GPU's memory free; see TransformersEngine.generate.
+
+    vLLM keeps its memory until its process ends, so it gets a process of its own.
+    """
+    work = (policy, options, prompts, sampling, data_seed, purpose)
+    if options.engine != "vllm":
+        return _generate(*work)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
+        return processes.submit(_generate, *work).result()
+
+
+def _generate(
+    policy: Path, options: EngineOptions, prompts: list[dict[str, Any]], *how: Any
+) -> list[dict[str, Any]]:
+    return open_engine(policy, options).generate(prompts, *how)

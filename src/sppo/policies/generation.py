@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sppo.core.errors import UserError
 from sppo.core.progress import progress
 from sppo.policies.chats import THOUGHT, THOUGHT_END, load_tokenizer, stop_token_ids
-from sppo.policies.devices import compute_dtype
+from sppo.policies.devices import avoid_cudnn_attention, compute_dtype
 from sppo.policies.models import load_policy
 from sppo.policies.padding import padded
 
@@ -296,11 +296,9 @@ class TransformersEngine:
         layers = {type(layer) for layer in DynamicCache(config=self.model.config).layers}
         takes_cache = "past_key_values" in inspect.signature(self.model.forward).parameters
         self.reads_prompts_once = takes_cache and layers <= REPEATABLE_LAYERS
-        if device == "cuda":
-            # With torch 2.13 on an H100, the attention of cuDNN gives NaN for rows that begin with
-            # masked tokens (github.com/pytorch/pytorch/issues/196678). Generation must pad on the
-            # left, because the prompts of a batch have to end in the same column.
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        # Generation must pad on the left, because the prompts of a batch have to end in the same
+        # column.
+        avoid_cudnn_attention()
 
     def generate(
         self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str

@@ -364,6 +364,17 @@ class StepLog(TrainerCallback):
         print(line, flush=True)
 
 
+class SkipLastCheckpoint(TrainerCallback):
+    """Prevents the checkpoint that the Trainer writes after the last step.
+
+    Nothing would read it, because the policy is saved then. At paper scale it has 60 GB.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
 class WriteManifests(TrainerCallback):
     """Writes a checkpoint's manifest after all processes have written their parts of it.
 
@@ -494,7 +505,7 @@ def make_trainer(
         dtype=dtype,
         layout=layout,
         shares=[efficiency(step, processes, tokens, needed_tokens) for step in groups],
-        callbacks=[StepLog(), WriteManifests()],
+        callbacks=[StepLog(), SkipLastCheckpoint(), WriteManifests()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -578,7 +589,7 @@ def make_trl_trainer(
         args=arguments,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[StepLog(), WriteManifests()],
+        callbacks=[StepLog(), SkipLastCheckpoint(), WriteManifests()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

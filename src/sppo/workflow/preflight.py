@@ -27,6 +27,7 @@ TRAINING_ENVIRONMENT = ROOT / "envs" / "core.yaml"
 # Rules whose jobs run the engine that generates.
 GENERATING = (
     "generate_responses",
+    "measure_policy",
     *(rule for evaluation in EVALUATIONS for rule in evaluation.answered_by),
 )
 TRAINING = ("train_policy", "train_dropped_policy", "train_lookahead")
@@ -53,6 +54,8 @@ def _check_inputs(name: str, run: dict[str, Any], in_conda: bool) -> None:
     where = f"runs.{name}." if name else ""
     if not name:
         check_base(run["policy"])  # all runs share it
+        if run["policy"]["attention"] == "flash_attention_2":
+            check_package("flash-attn", "policy.attention", run["policy"], in_conda, "null")
     kind_of(run["preference"], f"config: {where}preference.model").check(
         run["preference"], f"config: {where}preference.model"
     )
@@ -70,29 +73,35 @@ def _check_inputs(name: str, run: dict[str, Any], in_conda: bool) -> None:
 
 def check_installed(train: dict[str, Any], where: str, in_conda: bool) -> None:
     """Optional packages and programs that training asks for are there; else UserError."""
-    tracker = train["report_to"]
-    if in_conda and tracker != "none":
-        packages = TRAINING_ENVIRONMENT.read_text(encoding="utf-8")
-        if f"- {tracker}==" not in packages:
-            raise UserError(
-                f"config: {where}train.report_to is {tracker}, which envs/core.yaml lacks; add it"
-                f" there, as - {tracker}==<version> under pip, or set none"
-            )
-    if not in_conda and tracker != "none" and not importlib.util.find_spec(tracker):
-        raise UserError(
-            f"config: {where}train.report_to is {tracker}, which is not installed; run"
-            f" .venv/bin/pip install {tracker}, or set none"
-        )
-    needs_deepspeed = train["parallel"] == "zero3"
-    if needs_deepspeed and not in_conda and not importlib.util.find_spec("deepspeed"):
-        raise UserError(
-            f"config: {where}train.parallel is zero3, but DeepSpeed is not installed; run"
-            " .venv/bin/pip install deepspeed, or set fsdp2"
-        )
+    if train["report_to"] != "none":
+        check_package(train["report_to"], f"{where}train.report_to", train, in_conda, "none")
+    if train["parallel"] == "zero3":
+        check_package("deepspeed", f"{where}train.parallel", train, in_conda, "fsdp2")
     if train["nodes"] > 1 and not shutil.which("srun"):
         raise UserError(
             f"config: {where}train.nodes is {train['nodes']}, but there is no Slurm here to reach"
             " them (no srun on PATH); run on a cluster with profiles/slurm, or set 1"
+        )
+
+
+def check_package(
+    package: str, key: str, section: dict[str, Any], in_conda: bool, instead: str
+) -> None:
+    """The optional package that a value of a key needs is installed; else UserError.
+
+    instead: the value that needs no package.
+    """
+    wanted = f"config: {key} is {section[key.rpartition('.')[2]]}"
+    if in_conda:
+        if f"- {package}==" not in TRAINING_ENVIRONMENT.read_text(encoding="utf-8"):
+            raise UserError(
+                f"{wanted}, but envs/core.yaml lacks {package}; add it there, as"
+                f" - {package}==<version> under pip, or set {instead}"
+            )
+    elif not importlib.util.find_spec(package.replace("-", "_")):
+        raise UserError(
+            f"{wanted}, but {package} is not installed; run .venv/bin/pip install {package}, or"
+            f" set {instead}"
         )
 
 
@@ -176,11 +185,11 @@ def _check_gpus(made: str, run: dict[str, Any], where: str, gpus: int) -> None:
             " on a cluster (profiles/slurm), or set device: cpu"
         )
     elsewhere = "lower it, or run on a cluster (profiles/slurm)"
-    shards, each = run["responses"]["shards"], run["responses"]["tensor_parallel"] or 1
-    if made == "generate_responses" and shards * each > gpus:
+    of_engine = run["responses"]["tensor_parallel"] or 1
+    if made in GENERATING and of_engine > gpus:
         raise UserError(
-            f"config: {where}responses.shards is {shards}, {each if each > 1 else 'one'} GPU each,"
-            f" but this machine shows {gpus}; {elsewhere}"
+            f"config: {where}responses.tensor_parallel is {of_engine}, but this machine shows"
+            f" {gpus} GPUs; {elsewhere}"
         )
     processes = run["train"]["processes"]
     if made in TRAINING and processes > gpus * run["train"]["nodes"]:
