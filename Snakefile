@@ -25,6 +25,8 @@ include: "rules/training.smk"
 
 
 for name in dict.fromkeys(each.rule_file for each in EVALUATIONS):
+    if not (REPOSITORY / f"rules/{name}.smk").is_file():
+        fail(f"the evaluation {name} has no file of rules, rules/{name}.smk; write it")
 
     include: f"rules/{name}.smk"
 

@@ -15,7 +15,7 @@ NOISE = {
 }
 
 
-HELD_OUT.append(lambda wildcards: [settings(wildcards)["alpaca_eval"]["instructions"]])
+HELD_OUT["alpaca_eval"] = lambda wildcards: [settings(wildcards)["alpaca_eval"]["instructions"]]
 
 
 def reference_outputs(wildcards):

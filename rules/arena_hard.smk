@@ -18,7 +18,7 @@ def arena_hard_questions(wildcards):
     return ARENA_HARD_QUESTIONS if chosen == "official" else chosen
 
 
-HELD_OUT.append(lambda wildcards: [arena_hard_questions(wildcards)])
+HELD_OUT["arena_hard"] = lambda wildcards: [arena_hard_questions(wildcards)]
 
 
 def arena_hard_reference(wildcards):

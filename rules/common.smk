@@ -29,7 +29,7 @@ from sppo.evaluation.registry import EVALUATIONS
 from sppo.policies.gpus import count_gpus
 from sppo.policies.hub import HUB_FILES
 from sppo.preferences.base import kind_of, local_kind, model_files
-from sppo.training.losses import unread_keys
+from sppo.training.losses import has_opponents, unread_keys
 from sppo.training.requirements import WITHOUT_PREFERENCES, trains_on_one_pair
 from sppo.workflow.cluster import Asked, check_cluster
 from sppo.workflow.configuration import read_configuration, resolve, without_effect
@@ -160,9 +160,9 @@ if sys.stderr.isatty():
     os.environ.update(SPPO_WATCHED="1")
 
 
-# Input functions, each with the files of an evaluation's questions, which must not be training
+# By evaluation, an input function for the files of its questions, which must not be training
 # prompts. An evaluation's rule file adds its own.
-HELD_OUT = []
+HELD_OUT = {}
 
 
 def any_of(runs):

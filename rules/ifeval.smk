@@ -11,7 +11,7 @@ def ifeval_instructions(wildcards):
     return IFEVAL_OFFICIAL if chosen == "official" else chosen
 
 
-HELD_OUT.append(lambda wildcards: [ifeval_instructions(wildcards)])
+HELD_OUT["ifeval"] = lambda wildcards: [ifeval_instructions(wildcards)]
 
 
 def ifeval_answers(wildcards):

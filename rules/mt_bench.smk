@@ -24,7 +24,7 @@ def mt_bench_questions(wildcards):
     return [folder if is_fetched else f"{folder}/question.jsonl"]
 
 
-HELD_OUT.append(mt_bench_questions)
+HELD_OUT["mt_bench"] = mt_bench_questions
 
 
 def mt_bench_data(wildcards):

@@ -27,9 +27,22 @@ def prompt_flags(wildcards):
     return flags(chosen, skip=() if chosen["repeat"] else ("repeat",)) + CHATS
 
 
+@functools.cache
+def not_excluded(run):
+    """The evaluations whose questions would be trained on, because HELD_OUT lacks them."""
+    return [
+        each.name for each in EVALUATIONS if each.name not in HELD_OUT and each.check(RUNS[run], "")
+    ]
+
+
 def questions(wildcards):
     """The questions of the evaluations, which must not be training prompts."""
-    files = [file for asked in HELD_OUT for file in asked(wildcards)]
+    for name in not_excluded(run_of(wildcards)):
+        fail(
+            f"the evaluation {name} has questions, but does not exclude them from training; add"
+            f' HELD_OUT["{name}"] = lambda wildcards: [<their file>] to its file in rules/'
+        )
+    files = [file for asked in HELD_OUT.values() for file in asked(wildcards)]
     return list(dict.fromkeys(files))
 
 

@@ -78,7 +78,7 @@ def scored(run, t, frozen):
 def opponents(wildcards):
     """The weights of the opponents pi_t, pi_t-1, ... that exist; [1] for pi_t alone."""
     train = settings(wildcards)["train"]
-    return train["history"][: int(wildcards.t)] if train["loss"] == "mnpo" else [1]
+    return train["history"][: int(wildcards.t)] if has_opponents(train["loss"]) else [1]
 
 
 def other_references(wildcards):

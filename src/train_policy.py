@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -42,7 +43,7 @@ from sppo.core.artifacts import (
     write_json_lines,
     written_whole,
 )
-from sppo.core.config import DEVICES, running_keys
+from sppo.core.config import DEVICES, running_keys, schema
 from sppo.core.errors import UserError, run, writing
 from sppo.core.flags import add_section
 from sppo.core.stages import STAGES
@@ -60,22 +61,12 @@ from sppo.training.distributed import (
 )
 from sppo.training.losses import LOSSES, check_training, unread_keys
 
-# The options that the model card lists, if the loss reads them. The policy's record has all.
+# The options that the model card lists, besides those that only some losses read. The policy's
+# record has all.
 METHOD = (
     "loss",
     "beta",
-    "tau",
     "history",
-    "gamma",
-    "label_smoothing",
-    "length_weight",
-    "dpop_weight",
-    "asft_weight",
-    "reverse_kl_weight",
-    "forward_kl_weight",
-    "forward_kl_limit",
-    "ipo_target",
-    "per_token",
     "sft_weight",
     "optimism",
     "learning_rate",
@@ -86,7 +77,6 @@ METHOD = (
     "stop_epoch",
     "batch_size",
     "max_grad_norm",
-    "loss_scale",
     "lora_rank",
     "seed",
 )
@@ -422,7 +412,9 @@ def facts_of(trainer: Any, pairs: list[dict], dtype: Any, last: dict[str, Any]) 
 
 def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any]) -> str:
     """The policy's model card; `last` is the last line of the training log."""
-    shown = set(METHOD) - set(unread_keys(args.loss))
+    rules = schema()["properties"]["train"]["properties"]
+    of_losses = {key for key, rule in rules.items() if "x-loss-parameter" in rule}
+    shown = {*METHOD, *of_losses} - set(unread_keys(args.loss))
     method = {key: value for key, value in vars(args).items() if key in shown and value is not None}
     figures = {
         key: last[key]
@@ -444,7 +436,7 @@ def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any])
 
 def method_in_words(args: argparse.Namespace) -> str:
     """The sentence of the model card about the method, without its full stop."""
-    if args.loss.startswith("sppo"):
+    if args.loss in ("sppo", "sppo_single", "sppo_hard"):
         method = "Self-play preference optimisation"
     else:
         method = (
@@ -523,7 +515,9 @@ def fingerprint(args: argparse.Namespace) -> str:
         if key not in ("output", "log", *running_keys("train"))
     }
     inputs = [known_hash(path) for path in inputs_of(args)]
-    text = json.dumps([settings, inputs, STAGES["train"]], sort_keys=True)
+    # A checkpoint of a loss that was corrected since is of no use.
+    code = inspect.getsource(LOSSES[args.loss].function)
+    text = json.dumps([settings, inputs, STAGES["train"], code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -27,6 +27,7 @@ from sppo.policies.shapes import SHAPES, Shape, shape_of
 from sppo.preferences.base import find_kind, local_kind, settings_for
 from sppo.reporting import cost_model
 from sppo.reporting.cost_model import GB, GPUS, Gpu, Use
+from sppo.training.losses import has_opponents
 from sppo.workflow.configuration import resolve
 
 # Tokens of GPT-4 turbo's template in alpaca-eval: 1398 characters, four per token.
@@ -263,7 +264,7 @@ def times_scored(train: dict[str, Any], t: int) -> int:
     """
     every = train["reference_every"]
     reference = 0 if every is None else (t - 1) - (t - 1) % every
-    opponents = len(train["history"][:t]) if train["loss"] == "mnpo" else 1
+    opponents = len(train["history"][:t]) if has_opponents(train["loss"]) else 1
     return opponents + (reference != t - 1) + train["lookahead"]
 
 

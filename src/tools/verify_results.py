@@ -27,6 +27,7 @@ from pathlib import Path
 import _path  # noqa: F401
 from sppo.core.artifacts import file_hash, read_record, record_path, write_json
 from sppo.core.errors import UserError, run
+from sppo.evaluation.registry import EVALUATIONS
 from sppo.workflow.deleted import POLICIES
 
 # The stage of an artifact by its path below a run's folder. Rebuilt records take the stage from it.
@@ -41,14 +42,10 @@ STAGE_OF = {
     r"iter\d+/logps/\w+/\d+\.parquet": "reference",
     r"iter\d+/(policy|train_log\.jsonl|lookahead|lookahead_log\.jsonl)": "train",
     r"iter\d+/(.*/)?(\w+_outputs\.json|\w+_answers\.jsonl?)": "answer",
-    r"iter\d+/(.*/)?(alpaca_eval|ranker_estimate|against_previous)\w*\.json": "judge",
     r"iter\d+/measurements\.json": "measure",
     r"iter\d+/preference_dataset": "export",
-    r"iter\d+/mt_bench\w*\.jsonl?": "mt_bench",
-    r"iter\d+/ifeval\.json": "ifeval",
-    r"iter\d+/arena_hard(_judgments)?\.jsonl?": "arena_hard",
-    r"iter\d+/open_llm\.json": "open_llm",
     r"iter\d+/pushed_to_hub\.json": "push",
+    **{rf"iter\d+/(.*/)?{each.name}\w*\.jsonl?": each.stage for each in EVALUATIONS},
 }
 
 

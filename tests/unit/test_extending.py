@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sppo.core.errors import UserError
+from sppo.preferences.base import Group, PreferenceModel, compare, register
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\w+ (file|register)=(\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -134,3 +137,112 @@ def test_program_of_the_page_writes_its_result(extended):
     run(extended, "src/evaluation/evaluate_diversity.py", *words)
     found = json.loads((extended / "diversity.json").read_text(encoding="utf-8"))
     assert found == {"different": 80.0, "words": 5}
+
+
+# --- a newcomer's mistakes ---
+
+
+def refused(folder: Path, *words: str) -> str:
+    """What a dry run prints that ends in an error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "--cores", "1", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+@pytest.fixture
+def entry(extended):
+    """Replaces a part of the registry's entry for the time of a test."""
+    file = extended / "src/sppo/evaluation/registry.py"
+    text = file.read_text(encoding="utf-8")
+
+    def replace(old: str, new: str) -> None:
+        head, mark, tail = text.rpartition(old)
+        assert mark
+        file.write_text(head + new + tail, encoding="utf-8")
+
+    yield replace
+    file.write_text(text, encoding="utf-8")
+
+
+MISTAKES = {
+    "no file of rules": ('"diversity",', '"variety",', "no file of rules, rules/variety.smk"),
+    "unknown stage": ('"diversity",', '"diversity", stage="count",', "no stage count"),
+    "setting without description": ('"description": "Number', '"note": "Number', "no description"),
+    "column that is text": (
+        'columns=(Column("different words", number("different")),),',
+        'columns=("words",),',
+        "columns is no tuple of Column",
+    ),
+    "questions that are trained on": (
+        '"diversity",',
+        '"diversity", check=lambda config, where: {"hello"},',
+        'add HELD_OUT["diversity"]',
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "said"), MISTAKES.values(), ids=MISTAKES)
+def test_mistake_in_an_evaluation_is_one_line(old, new, said, extended, entry):
+    entry(old, new)
+    assert said in refused(extended, "--config", "name=m", "--", "results/m/iter1/pairs.parquet")
+
+
+def test_results_of_an_own_evaluation_are_verified(extended):
+    (extended / "results/iter1").mkdir(parents=True)
+    (extended / "results/iter1/diversity.json").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "src/tools/verify_results.py"],
+        cwd=extended,
+        capture_output=True,
+        text=True,
+    )
+    assert "results/iter1/diversity.json: it has no record" in done.stdout
+    shutil.rmtree(extended / "results")
+
+
+class Fixed(PreferenceModel):
+    """Returns what a test gives it."""
+
+    kind, form, name = "fixed", "fixed", "fixed"
+
+    @classmethod
+    def recognises(cls, settings):
+        return False
+
+    def __init__(self, found):
+        self.found = found
+
+    def all_pair_logits(self, groups):
+        return self.found
+
+
+WRONG_LOGITS = {
+    "list of lists of another shape": ([[[0.0]]], r"fixed, prompt p: .* shape \(1, 1\)"),
+    "probabilities": ([[[0.5, 0.7], [0.3, 0.5]]], "diagonal is not 0; return log"),
+    "NaN": ([[[0.0, float("nan")], [0.0, 0.0]]], "NaN or infinite"),
+    "a group too few": ([], "compared 0 of 1 groups"),
+}
+
+
+@pytest.mark.parametrize(("found", "said"), WRONG_LOGITS.values(), ids=WRONG_LOGITS)
+def test_wrong_logits_of_a_kind_are_one_line(found, said):
+    with pytest.raises(UserError, match=said) as error:
+        compare(Fixed(found), {"p": Group("Hi", ["a", "b"])})
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_of_lists_is_taken():
+    logits = compare(Fixed([[[0, 1], [-1, 0]]]), {"p": Group("Hi", ["a", "b"])})["p"]
+    assert logits.dtype == float and logits.tolist() == [[0, 1], [-1, 0]]
+
+
+def test_incomplete_or_repeated_kind_is_refused():
+    with pytest.raises(UserError, match="there already is a preference model of kind function"):
+        register(type("Mine", (Fixed,), {"kind": "function"}))
+    with pytest.raises(UserError, match="Mine lacks kind, form, __init__, all_pair_logits, recog"):
+        register(type("Mine", (PreferenceModel,), {}))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sppo.core.config import default_of, schema
+from sppo.core.errors import UserError
 from sppo.theory import games
 from sppo.training.losses import LOSSES, Columns, Loss, pair_loss, unread_keys
 from sppo.training.requirements import P_HAT
@@ -414,7 +415,7 @@ def test_exact_nash_md_step_has_zero_loss():
 
 def test_loss_that_returns_no_value_per_pair_is_refused(monkeypatch):
     monkeypatch.setitem(LOSSES, "mine", Loss(lambda delta_w, delta_l: (delta_w - delta_l).mean()))
-    with pytest.raises(ValueError, match="loss mine returned shape .*not one value per pair"):
+    with pytest.raises(UserError, match="loss mine returned .* one value for each pair"):
         pair_loss("mine", pair_of(0.0, 0.0, 2), OPTIONS)
 
 

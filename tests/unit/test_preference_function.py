@@ -181,13 +181,16 @@ CONFIGURED = {
     "missing file": ("nowhere.py:prefer", "nowhere.py is missing"),
     "no such name": ("mine.py:refer", "mine.py defines no refer"),
     "not Python": ("broken.py:prefer", "broken.py is not Python"),
+    "one argument": ("mine.py:alone", "alone of .*mine.py does not take two arguments"),
 }
 
 
 @pytest.mark.parametrize(("model", "said"), CONFIGURED.values(), ids=CONFIGURED)
 def test_configuration_check_finds_mistakes(model, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text(LONGER, encoding="utf-8")
+    (tmp_path / "mine.py").write_text(
+        LONGER + "\ndef alone(responses):\n    return []\n", encoding="utf-8"
+    )
     (tmp_path / "broken.py").write_text("def prefer(", encoding="utf-8")
     run = resolve({"preference": {"model": model}})[""]
     with pytest.raises(UserError, match=f"config: preference.model.*{said}"):

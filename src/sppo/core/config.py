@@ -255,7 +255,14 @@ def _explain_unknown_key(error: jsonschema.ValidationError, section: str, where:
     path = where + key
     path = path if len(path) <= 200 else f"{path[:197]}..."
     near = difflib.get_close_matches(unknown, known, 1)
-    advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    if not near and section.rpartition(".")[0] in ("", "runs"):
+        sections = schema()["properties"]
+        near = [
+            f"{name}.{unknown}"
+            for name in known
+            if unknown in sections.get(name, {}).get("properties", {})
+        ]
+    advice = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
     return f"unknown key {path}; {advice}"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sppo.core.errors import UserError
+from sppo.core.stages import STAGES
 from sppo.evaluation import alpaca_eval, arena_hard, ifeval, judges, mt_bench
 from sppo.evaluation.judges import Judging
 from sppo.evaluation.results import decimals, rate
@@ -63,19 +64,23 @@ def nothing_published(found: Contents) -> list[str]:
 class Evaluation:
     """An evaluation. Its results are in iter{t}/<name>.json: one JSON object.
 
-    columns: of the table of all evaluations. note: a sentence below that table; {keys} are the JSON
-    file's. rules: the file of rules/ that makes it. settings: schema of the configuration section
-    that is called like the evaluation, by key; empty if config/schema.yaml has the section, or if
-    there is none. judging: which judges the section can name, and judged_by the rule (or value of
-    the wildcard `verdict`) whose jobs ask the judge. answered_by: rules that run the generation
-    engine. scored_by: other rules that run a model. first_iteration: 1 if the base cannot be
-    evaluated. check: raises UserError for bad inputs before the first job, and returns prompts,
-    normalised, that must not be trained on. differences: why a result cannot be compared with
-    published figures.
+    columns: of the table of all evaluations. stage: of core/stages.py, to which the results belong.
+    note: a sentence below that table; {keys} are the JSON file's. rules: the file of rules/ that
+    makes it. settings: schema of the configuration section that is called like the evaluation, by
+    key; empty if config/schema.yaml has the section, or if there is none. judging: which judges the
+    section can name, and judged_by the rule (or value of the wildcard `verdict`) whose jobs ask the
+    judge. answered_by: rules that run the generation engine. scored_by: other rules that run a
+    model. first_iteration: 1 if the base cannot be evaluated. check: raises UserError for bad
+    inputs before the first job, and returns prompts, normalised, that must not be trained on; if
+    there are any, the rule file names their files in HELD_OUT. differences: why a result cannot be
+    compared with published figures.
+
+    Raises `UserError` if a part has another form.
     """
 
     name: str
     columns: tuple[Column, ...]
+    stage: str = "judge"
     note: str = ""
     rules: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -88,10 +93,18 @@ class Evaluation:
     differences: Callable[[Contents], list[str]] = nothing_published
 
     def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise UserError(
+                f"evaluation {self.name}: no stage {self.stage} in core/stages.py; add it"
+            )
+        if not all(isinstance(column, Column) for column in self.columns):
+            raise UserError(f"evaluation {self.name}: columns is no tuple of Column; correct it")
         for key, rule in self.settings.items():
             missing = {"type", "description", "default"} - rule.keys()
             if missing:
-                raise ValueError(f"evaluation {self.name}: setting {key} has no {min(missing)}")
+                raise UserError(
+                    f"evaluation {self.name}: setting {key} has no {min(missing)}; add one"
+                )
 
     @property
     def artifact(self) -> str:
@@ -127,7 +140,7 @@ def won_against_base(found: Contents) -> str:
     return decimals((found.get("against_base") or {}).get("win_rate"))
 
 
-EVALUATIONS = (
+EVALUATIONS: tuple[Evaluation, ...] = (
     Evaluation(
         "alpaca_eval",
         columns=(
@@ -163,6 +176,7 @@ EVALUATIONS = (
     ),
     Evaluation(
         "ifeval",
+        stage="ifeval",
         columns=(
             Column("IFEval strict [95%]", lambda found: rate(found, "prompt_strict")),
             Column("IFEval loose", number("prompt_loose"), in_summary=False),
@@ -176,6 +190,7 @@ EVALUATIONS = (
     ),
     Evaluation(
         "mt_bench",
+        stage="mt_bench",
         columns=(
             Column("MT-Bench", number("average", 2)),
             Column("turn 1", number("first_turn", 2)),
@@ -192,6 +207,7 @@ EVALUATIONS = (
     ),
     Evaluation(
         "arena_hard",
+        stage="arena_hard",
         columns=(
             Column("Arena-Hard [95%]", lambda found: rate(found, "score")),
             Column("at equal style [95%]", lambda found: rate(found, "style_controlled")),
@@ -206,6 +222,7 @@ EVALUATIONS = (
     ),
     Evaluation(
         "open_llm",
+        stage="open_llm",
         columns=tuple(Column(f"Open LLM: {task}", number(task)) for task in OPEN_LLM_TASKS),
         note="Open LLM: items of {data}, shots {shots}.",
         answered_by=("evaluate_open_llm",),

@@ -166,7 +166,16 @@ KIND_FILE = "preference_kind.txt"
 
 
 def register(kind: type[PreferenceModel]) -> type[PreferenceModel]:
-    """Class decorator: make a kind known. The first kind that recognises a model is used."""
+    """Class decorator: make a kind known. The first kind that recognises a model is used.
+
+    `UserError` if the class lacks something, or if its name is taken.
+    """
+    lacks = [name for name in ("kind", "form") if not hasattr(kind, name)]
+    lacks += sorted(kind.__abstractmethods__)
+    if lacks:
+        raise UserError(f"the preference model {kind.__name__} lacks {', '.join(lacks)}; add it")
+    if kind.kind in KINDS:
+        raise UserError(f"there already is a preference model of kind {kind.kind}; rename yours")
     KINDS[kind.kind] = kind
     return kind
 
@@ -282,7 +291,7 @@ def compare(
 
     groups: the prompt and its responses, by id. what: what an id is, for the error line. Raises
     `UserError` that names the prompt if a model fails on it, or returns anything but K x K finite
-    numbers.
+    numbers with diagonal 0.
     """
     import numpy as np
 
@@ -291,12 +300,20 @@ def compare(
         found = model.all_pair_logits(list(groups.values()))
     except ComparisonError as error:
         raise UserError(f"{model.name}, {what} {ids[error.index]}: {error}") from None
-    logits = dict(zip(ids, found, strict=True))
+    if len(found) != len(ids):
+        raise UserError(f"{model.name} compared {len(found)} of {len(ids)} groups; return them all")
+    logits = {name: np.asarray(values, dtype=float) for name, values in zip(ids, found)}
     for name, values in logits.items():
+        where = f"{model.name}, {what} {name}"
         k = len(groups[name].responses)
-        if values.shape != (k, k) or not np.isfinite(values).all():
+        if values.shape != (k, k):
+            raise UserError(f"{where}: the logits have shape {values.shape}; return ({k}, {k})")
+        if not np.isfinite(values).all():
             raise UserError(
-                f"{model.name}, {what} {name}: expected {k} x {k} finite logits; check the model"
-                " and preference.precision"
+                f"{where}: a logit is NaN or infinite; check the model and its precision"
+            )
+        if np.diagonal(values).any():
+            raise UserError(
+                f"{where}: the logits' diagonal is not 0; return log(P / (1 - P)) and not P"
             )
     return logits

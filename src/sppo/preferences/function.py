@@ -74,6 +74,12 @@ class FunctionModel(PreferenceModel):
                 f"{key}: {name} of {file} is no function; define it with def {name}(prompt,"
                 " responses)"
             )
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == name and not _takes_two(node):
+                raise UserError(
+                    f"{key}: {name} of {file} does not take two arguments; define it with def"
+                    f" {name}(prompt, responses)"
+                )
 
     def __init__(self, settings: Settings, base: Path | None, device: str) -> None:
         self.check(settings, "preference.model")
@@ -172,6 +178,14 @@ class SymmetryWarning:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def _takes_two(function: ast.FunctionDef) -> bool:
+    """Whether a function can be called with two arguments by position."""
+    of = function.args
+    most = len(of.posonlyargs) + len(of.args)
+    required = [default for default in of.kw_defaults if default is None]
+    return most - len(of.defaults) <= 2 and (most >= 2 or of.vararg is not None) and not required
 
 
 def _place(model: str) -> tuple[Path, str]:

@@ -232,5 +232,6 @@ def check_finite(values: Tensor, names: list[str], what: str) -> None:
         first = finite.index(False)
         raise UserError(
             f"the {what} of {names[first]} is {values[first].item()}; the policy's weights are "
-            "damaged or overflow: check the policy, or set precision: float32"
+            "damaged or overflow, or the loss is undefined there: check them, or set precision: "
+            "float32"
         )

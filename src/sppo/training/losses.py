@@ -477,14 +477,23 @@ def pair_loss(name: str, pair: Pair, options: dict[str, Any]) -> Tensor:
         raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")
     columns = Columns.of(pair)
     loss = LOSSES[name](columns, options)
-    if loss.shape != columns.logp_w.shape:
-        raise ValueError(f"loss {name} returned shape {tuple(loss.shape)}, not one value per pair")
+    shape = tuple(getattr(loss, "shape", ()))
+    if shape != columns.logp_w.shape or not hasattr(loss, "requires_grad"):
+        raise UserError(
+            f"the loss {name} returned {type(loss).__name__} of shape {shape}; return a tensor of"
+            f" shape {tuple(columns.logp_w.shape)}, one value for each pair"
+        )
     if options["sft_weight"]:
         loss = loss + sft(options["sft_weight"] * columns.logp_w, columns.tokens_w)
     if options["optimism"]:
         mean = 0.5 * (columns.delta_w + columns.delta_l)
         loss = loss + options["optimism"] * options["beta"] * mean
     return loss
+
+
+def has_opponents(name: str) -> bool:
+    """Whether a loss reads log-probabilities under earlier iterates, too."""
+    return "h_opponents" in LOSSES[name].reads
 
 
 def unread_keys(name: str) -> list[str]:
