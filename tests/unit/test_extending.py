@@ -151,7 +151,7 @@ def refused(folder: Path, *words: str) -> str:
         text=True,
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    return done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture
