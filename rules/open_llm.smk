@@ -7,7 +7,7 @@ OPEN_LLM_ENVIRONMENT = ENGINE_ENVIRONMENT if OPEN_LLM_BY_VLLM else "../envs/eval
 def open_llm_engine(wildcards):
     """The flags of the engine that runs the policy: the one that generates responses."""
     run = settings(wildcards)["responses"]
-    return flags({key: run[key] for key in ("engine", "tensor_parallel")})
+    return flags({key: run[key] for key in ("engine", "tensor_parallel", "gpu_memory")})
 
 
 rule evaluate_open_llm:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
-from sppo.core.config import DEVICES
+from sppo.core.config import DEVICES, GPU_MEMORY
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 
@@ -58,6 +58,9 @@ def main() -> None:
     parser.add_argument("--attention", default=None)
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--tensor-parallel", type=int, default=None, help="GPUs for vLLM")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=GPU_MEMORY, help="the share that vLLM takes"
+    )
     add_section(parser, "open_llm")
     args = parser.parse_args()
 
@@ -154,6 +157,7 @@ def vllm_model(args: argparse.Namespace, device: str, files: contextlib.ExitStac
             tokenizer=str(args.policy),
             dtype=str(dtype).removeprefix("torch."),
             tensor_parallel_size=args.tensor_parallel or 1,
+            gpu_memory_utilization=args.gpu_memory,
             max_model_len=min(CONTEXT, longest),
             batch_size="auto",
             seed=args.seed,

@@ -12,12 +12,14 @@ src/tools/check_estimate.py reads both from the records of a finished run.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import ROOT, read_json
+from sppo.core.config import GPU_MEMORY
 from sppo.core.config_files import read_files
 from sppo.core.errors import UserError, run
 from sppo.core.flags import at_least, of_iteration, positive
@@ -53,9 +55,9 @@ class Row:
     """One stage of one iteration.
 
     seconds: of all GPUs together; None if the stage does not fit. memory: peak of one GPU in bytes.
-    gpus: the number of GPUs that work on the stage at once. model: that compares, for a stage of a
-    preference model. requests: that it sends to a server; then `tokens` are those that the server
-    reads.
+    gpus: the number of GPUs that work on the stage at once. rounds: the number of jobs that each of
+    them runs, one after another. model: that compares, for a stage of a preference model. requests:
+    that it sends to a server; then `tokens` are those that the server reads.
     """
 
     iteration: int
@@ -66,12 +68,15 @@ class Row:
     seconds: float | None
     memory: float
     gpus: int = 1
+    rounds: int = 1
     model: str = ""
     requests: float = 0
 
     def minutes(self, start_up: float) -> float | None:
-        """From start to end, with `start_up` seconds of the stage's jobs."""
-        return None if self.seconds is None else (self.seconds / self.gpus + start_up) / 60
+        """From start to end, with `start_up` seconds of each job."""
+        if self.seconds is None:
+            return None
+        return (self.seconds / self.gpus + self.rounds * start_up) / 60
 
 
 def main() -> None:
@@ -164,7 +169,11 @@ def main() -> None:
         args.bandwidth_tb * 1e12 if args.bandwidth_tb else gpu.bandwidth,
     )
     use = Use(
-        args.mfu_training, args.mfu_forward, args.bandwidth_share, most_sequences(config, gpu)
+        args.mfu_training,
+        args.mfu_forward,
+        args.bandwidth_share,
+        most_sequences(config, gpu),
+        config["responses"]["gpu_memory"] or GPU_MEMORY,
     )
     args.gpus = args.gpus or config["train"]["processes"]
     rows = all_rows(config, shape, gpu, use, args)
@@ -286,9 +295,11 @@ class Estimator:
     gpus: int
 
     @property
-    def sharded(self) -> int:
-        """The number of GPUs that work on the shards of a stage at once."""
-        return min(self.gpus, self.config["responses"]["shards"])
+    def sharded(self) -> tuple[int, int]:
+        """The number of GPUs that work on the shards of a stage at once, and of jobs for each."""
+        shards = self.config["responses"]["shards"]
+        gpus = min(self.gpus, shards)
+        return gpus, math.ceil(shards / gpus)
 
     def generation(
         self,
@@ -298,9 +309,9 @@ class Estimator:
         samples: int,
         length: int,
         max_length: int,
-        gpus: int = 1,
+        jobs: tuple[int, int] = (1, 1),
     ) -> Row:
-        """A stage that generates `samples` responses to each prompt."""
+        """A stage that generates `samples` responses to each prompt. jobs: as `sharded`."""
         shape, gpu, use = self.shape, self.gpu, self.use
         context = self.prompt + length / 2
         tokens = prompts * samples * length
@@ -313,7 +324,7 @@ class Estimator:
         longest = 2 * shape.weights + shape.kv_bytes * (self.longest + max_length)
         flops = cost_model.generate_flops(shape, prompts, self.prompt, samples, length)
         memory = max(typical, longest)
-        return Row(t, stage, prompts * samples, tokens, flops, seconds, memory, gpus)
+        return Row(t, stage, prompts * samples, tokens, flops, seconds, memory, *jobs)
 
     def comparison(
         self,
@@ -323,11 +334,11 @@ class Estimator:
         prompts: int,
         samples: int,
         length: int,
-        gpus: int = 1,
+        jobs: tuple[int, int] = (1, 1),
     ) -> list[Row]:
         """The stage of a preference model; empty if its cost is unknown.
 
-        settings: the section `preference` that names the model.
+        settings: the section `preference` that names the model. jobs: as `sharded`.
         """
         model = settings["model"]
         kind = find_kind(settings)
@@ -347,7 +358,7 @@ class Estimator:
                 cost.flops,
                 seconds,
                 memory,
-                gpus,
+                *jobs,
                 model,
                 cost.requests,
             )
@@ -392,7 +403,7 @@ class Estimator:
                     cost_model.score_bytes(shape, *sizes, bool(rank), eager=eager)
                     for sizes in passes
                 ),
-                self.sharded,
+                *self.sharded,
             ),
             Row(
                 t,

@@ -475,7 +475,9 @@ def test_generation_disables_cudnn_attention(tiny_policy):
 
 def test_vllm_generates_in_a_process_of_its_own(tmp_path, prompts):
     """It keeps the GPU's memory until the process ends. This one ends at a missing policy."""
-    options = EngineOptions("vllm", "cpu", "float32", 4, None, None, None, "keep", {}, "2026-01-01")
+    options = EngineOptions(
+        "vllm", "cpu", "float32", 4, None, None, None, None, "keep", {}, "2026-01-01"
+    )
     with pytest.raises(UserError, match="none does not exist") as error:
         generated(tmp_path / "none", options, prompts, Sampling(1, 1.0, 1.0, 2), 0, "measure1")
     assert "_RemoteTraceback" in repr(error.value.__cause__)

@@ -29,7 +29,15 @@ DEVICES = ("auto", "cpu", "gpu", "mps")
 # How an evaluation's questions are answered.
 ANSWER_KEYS = ("limit", "temperature", "top_p", "max_new_tokens")
 # How a policy is run to answer, whatever it answers.
-ENGINE_KEYS = ("engine", "tensor_parallel", "batch_size", "prefix_caching", "precision")
+ENGINE_KEYS = (
+    "engine",
+    "tensor_parallel",
+    "batch_size",
+    "prefix_caching",
+    "gpu_memory",
+    "precision",
+)
+GPU_MEMORY = 0.92  # the share that vLLM 0.32 takes by default
 # Keys of earlier versions, and what replaced them.
 RENAMED = {
     "preference.probability": "pairs.probability",

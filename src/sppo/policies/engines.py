@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sppo.core.config import GPU_MEMORY
 from sppo.policies.devices import pick_device
 from sppo.policies.generation import Sampling, TransformersEngine
 
@@ -41,6 +42,7 @@ class EngineOptions:
     precision: str
     batch_size: int | None
     prefix_caching: bool | None
+    gpu_memory: float | None
     tensor_parallel: int | None
     attention: str | None
     thoughts: str
@@ -73,6 +75,7 @@ def open_engine(policy: Path, options: EngineOptions) -> Engine:
             policy,
             tensor_parallel=options.tensor_parallel or 1,
             prefix_caching=options.prefix_caching is not False,
+            gpu_memory=options.gpu_memory or GPU_MEMORY,
             **shared,
         )
     return TransformersEngine(policy, attention=options.attention, **shared)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from sppo.core.config import GPU_MEMORY
 from sppo.core.errors import UserError
 from sppo.core.progress import watched
 from sppo.policies.chats import load_tokenizer, stop_token_ids
@@ -124,6 +125,7 @@ class VllmEngine:
         batch_size: int | None,
         tensor_parallel: int,
         prefix_caching: bool = True,
+        gpu_memory: float = GPU_MEMORY,
         thoughts: str = "keep",
         template: dict[str, Any] | None = None,
     ) -> None:
@@ -131,8 +133,8 @@ class VllmEngine:
 
         UserError if the policy is not valid, the GPUs are too few, or vLLM cannot be imported or
         cannot serve the policy. batch_size: the largest number of sequences at once; None for what
-        vLLM chooses for the GPU. template: `template_kwargs` and `template_date` of
-        `load_tokenizer`.
+        vLLM chooses for the GPU. gpu_memory: the share of the GPU's memory that it takes. template:
+        `template_kwargs` and `template_date` of `load_tokenizer`.
         """
         import torch
 
@@ -168,6 +170,7 @@ class VllmEngine:
                     tensor_parallel_size=tensor_parallel,
                     enable_prefix_caching=prefix_caching,
                     max_num_seqs=batch_size,
+                    gpu_memory_utilization=gpu_memory,
                     use_tqdm_on_load=False,
                     # After a part of a chunked prompt, vLLM must reset the random generator. It
                     # cannot do this on a CPU (gpu_model_runner.py: get_offset).
@@ -191,7 +194,10 @@ class VllmEngine:
             # vLLM does not support the model, memory does not suffice, or the number of heads is
             # not divisible by tensor_parallel.
             except ValueError as error:
-                raise UserError(f"vLLM cannot serve {folder}: {str(error).strip()}") from error
+                reason = (
+                    str(error).strip().replace("GPU memory utilization", "responses.gpu_memory")
+                )
+                raise UserError(f"vLLM cannot serve {folder}: {reason}") from error
         self.context = self.llm.model_config.max_model_len
 
     def generate(

@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+from sppo.core.config import GPU_MEMORY
 from sppo.policies.shapes import Shape, forward_flops
 from sppo.training.lengths import Layout, Pair, computed_tokens, pair_length, sequence_tokens
 from sppo.training.micro_batches import divided, efficiency
@@ -42,13 +43,15 @@ GPUS = {
 class Use:
     """The shares of a GPU's peak that programs reach.
 
-    concurrent: the maximum number of sequences that are generated at the same time.
+    concurrent: the maximum number of sequences that are generated at the same time. memory: the
+    share of a GPU's memory that the generation engine takes.
     """
 
     training: float
     forward: float
     bandwidth: float
     concurrent: int
+    memory: float = GPU_MEMORY
 
 
 def generate_flops(
@@ -140,10 +143,10 @@ def load_balance(
 def concurrent_sequences(shape: Shape, gpu: Gpu, context: float, use: Use) -> int:
     """Number of sequences of `context` tokens that fit in memory together with the weights.
 
-    Weights, keys and values have 16 bits. They use 0.9 of the memory, as in vLLM. 0 means that not
-    even the weights fit.
+    Weights, keys and values have 16 bits. They use a share of the memory, as in vLLM. 0 means that
+    not even the weights fit.
     """
-    free = 0.9 * gpu.memory - 2 * shape.weights
+    free = use.memory * gpu.memory - 2 * shape.weights
     fitting = int(free / (shape.kv_bytes * context))
     return max(0, min(use.concurrent, fitting))
 
