@@ -515,7 +515,8 @@ def fingerprint(args: argparse.Namespace) -> str:
         if key not in ("output", "log", *running_keys("train"))
     }
     inputs = [known_hash(path) for path in inputs_of(args)]
-    # A checkpoint of a loss that was corrected since is of no use.
+    # A checkpoint made by an older version of the loss must not be resumed. Other code of the
+    # training has its version in STAGES.
     code = inspect.getsource(LOSSES[args.loss].function)
     text = json.dumps([settings, inputs, STAGES["train"], code], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

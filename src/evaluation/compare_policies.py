@@ -33,6 +33,7 @@ from sppo.preferences.base import (
 )
 from sppo.preferences.estimates import Array, win_probabilities
 from sppo.reporting.figures import pyplot, save
+from sppo.reporting.table_formats import csv_table
 
 
 def main() -> None:
@@ -96,10 +97,11 @@ def answers_by_instruction(paths: list[Path]) -> tuple[dict[str, list[str]], lis
 
 def csv_matrix(wins: Array, names: list[str]) -> str:
     """The matrix `wins` (policies, policies) in per cent, with the policies' names, as CSV."""
-    lines = [["policy", *names]]
-    for name, row in zip(names, wins):
-        lines.append([name, *(f"{100 * probability:.4f}" for probability in row)])
-    return "\n".join(",".join(line) for line in lines) + "\n"
+    rows = [
+        [name, *(f"{100 * probability:.4f}" for probability in row)]
+        for name, row in zip(names, wins)
+    ]
+    return csv_table(["policy", *names], rows)
 
 
 def plot_heatmap(wins: Array, names: list[str], title: str, files: list[Path]) -> None:

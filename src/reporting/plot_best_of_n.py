@@ -16,6 +16,7 @@ from sppo.core.artifacts import recorded_all, write_text
 from sppo.core.errors import UserError, run
 from sppo.evaluation.results import read_evaluation
 from sppo.reporting.figures import plot_win_rates
+from sppo.reporting.table_formats import csv_table
 
 COLUMNS = ("win_rate", "standard_error", "length_controlled_winrate", "avg_length", "n_total")
 
@@ -48,11 +49,11 @@ def main() -> None:
     by_n = {choice: dict(sorted(found.items())) for choice, found in judged.items() if found}
     plots = [args.plot, args.plot.with_suffix(".svg")]
     with recorded_all("tabulate", (args.output, *plots), args.alpaca_eval, {}):
-        rows = [("n", "choice", *COLUMNS)]
+        rows = []
         for choice, found in by_n.items():
             for n, evaluation in found.items():
                 rows.append((str(n), choice, *(str(evaluation[column]) for column in COLUMNS)))
-        write_text(args.output, "".join(",".join(row) + "\n" for row in rows))
+        write_text(args.output, csv_table(("n", "choice", *COLUMNS), rows))
         others = {"Nash": by_n["nash"]} if "nash" in by_n else {}
         best = by_n.get("best") or by_n["nash"]
         plot_win_rates(best, "n of best-of-n (1 is the policy itself)", plots, others)

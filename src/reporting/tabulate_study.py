@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ def main() -> None:
     folder, stem = args.output.parent, args.output.stem
     inputs = [args.rows, args.plan]
     figures = [folder / f"{stem}_{name}.svg" for name in ("win_rates", "log_ratios")]
-    with recorded_all("tabulate", (args.output, *figures), inputs, {"rows": str(args.rows)}):
+    with recorded_all("tabulate", (args.output, *figures), inputs, vars(args)):
         write_text(args.output, page(rows, regimes, stem, planned))
         plot_win_rates(next(iter(regimes.values())), figures[0])
         plot_log_ratios(regimes, figures[1])
@@ -197,8 +197,8 @@ def estimated(values: np.ndarray) -> Estimate:
     """The mean of (seeds, instructions), where both are random effects (two-way ANOVA).
 
     A mean square of seeds or instructions that is below the residual's is replaced by it, because
-    no variance is negative. This also prevents that a few seeds that are alike by chance give a
-    tiny error.
+    no variance is negative. Otherwise a few seeds that agree by chance would give an error that is
+    too small.
     """
     values = 100 * values
     seeds, instructions = values.shape
@@ -222,15 +222,21 @@ def estimated(values: np.ndarray) -> Estimate:
     return Estimate(mean, math.sqrt(total / (seeds * instructions)), satterthwaite)
 
 
+def differences(found: Sequence[Row], others: Sequence[Row]) -> np.ndarray:
+    """P(policy beats base) of rows less that of others, (seeds, instructions)."""
+    both = preferences([*found, *others])
+    return both[: len(found)] - both[len(found) :]
+
+
 def preferences(found: list[Row]) -> np.ndarray:
-    """P(policy beats base), (seeds, instructions), of rows with as many instructions.
+    """P(policy beats base), (seeds, instructions).
 
     UserError if the numbers of instructions differ.
     """
     if len({len(each["preferences"]) for each in found}) > 1:
         raise UserError(
-            "rows of one run have different numbers of judged instructions, such as after a change"
-            " of alpaca_eval.limit; delete those of the old number and run the study again"
+            "rows have different numbers of judged instructions, such as after a change of"
+            " alpaca_eval.limit; delete those of the old number and run the study again"
         )
     return np.array([each["preferences"] for each in found])
 
@@ -244,8 +250,7 @@ def steps(rows: list[Row]) -> str:
     lines = []
     for t in range(1, length + 1):
         before = [row["base"] if t == 1 else at(row, t - 1) for row in main_rows]
-        after = [at(row, t) for row in main_rows]
-        change = preferences(after) - preferences(before)
+        change = differences([at(row, t) for row in main_rows], before)
         low, high = estimated(change).interval()
         by_seed = 100 * change.mean(axis=1)
         lines.append(
@@ -314,10 +319,8 @@ def comparison_table(rows: list[Row], planned: int) -> str:
         if name == "main" or len(pairs) < 2:
             continue
         t = min(len(row["iterations"]) for pair in pairs for row in pair)
-        difference = preferences([at(row, t) for row, _ in pairs]) - preferences(
-            [at(main_row, t) for _, main_row in pairs]
-        )
-        compared.append((name, t, 100 * difference.mean(axis=1), estimated(difference)))
+        found = differences(*zip(*((at(row, t), at(of_main, t)) for row, of_main in pairs)))
+        compared.append((name, t, 100 * found.mean(axis=1), estimated(found)))
     if not compared:
         return "No other run has two seeds yet.\n"
     corrected = holm([estimate.p_value() for *_, estimate in compared], planned)

@@ -1154,3 +1154,17 @@ def test_summary_refuses_inconsistent_evaluations(run_folder, monkeypatch):
 def test_summary_refuses_a_run_without_evaluations(run_folder, monkeypatch):
     with pytest.raises(UserError, match="no alpaca_eval.json of the run nope"):
         summarize(run_folder, monkeypatch, "--run=nope")
+
+
+def test_preference_0_is_a_draw():
+    """The package once wrote a draw as 0."""
+    row = {
+        "instruction": "a",
+        "output_1": "x",
+        "output_2": "y",
+        "generator_1": "base",
+        "generator_2": "policy",
+    }
+    rows = [row | {"instruction": str(n), "preference": p} for n, p in enumerate((0.0, 2.0))]
+    with alpaca_eval.length_model(2, None) as (formula, difficulty):
+        assert alpaca_eval.metrics(rows, formula, difficulty)["win_rate"] == 75

@@ -69,6 +69,33 @@ def test_style_differences_are_skew_symmetric_and_bounded():
     assert arena_hard.style_difference("", "") == [0, 0, 0, 0]
 
 
+def test_style_difference_as_worked_out_by_hand():
+    """Lengths 9 and 19; a header in 9 + 1 characters against none; none against two bold in 20."""
+    ours, theirs = "# A\nb c d", "**x** and **y** are"
+    assert (len(ours), len(theirs)) == (9, 19)
+    expected = [(9 - 19) / 28, (1 / 10) / (1 / 10 + 1), 0, -(2 / 20) / (2 / 20 + 1)]
+    assert arena_hard.style_difference(ours, theirs) == pytest.approx(expected)
+
+
+def test_style_control_weighs_questions_by_their_outcomes():
+    """A question with three outcomes counts like three questions."""
+    generator = np.random.default_rng(3)
+    style = generator.uniform(-1, 1, (60, 4))
+    means, weights = generator.random(60), generator.integers(1, 4, 60)
+    repeated = [np.repeat(each, weights, axis=0) for each in (means, style)]
+    found = arena_hard.style_controlled(means, weights, style)
+    scaled = arena_hard.style_controlled(repeated[0], np.ones(weights.sum()), repeated[1])
+    assert found == pytest.approx(scaled, abs=1e-4)
+    assert abs(found - arena_hard.style_controlled(means, np.ones(60), style)) > 1e-3
+
+
+def test_score_is_the_mean_of_outcomes_and_not_of_questions():
+    rows = [{"outcomes": outcomes, "style": [0.0] * 4} for outcomes in ([1.0, 1.0], [0.0] * 6)]
+    found = arena_hard.figures(rows, 500, 10, 0)
+    assert found["score"] == 25
+    assert set(np.round(found["score_interval"], 9)) == {0.0, 100.0}
+
+
 def test_style_control_equals_a_logistic_regression():
     """scikit-learn's, without penalty, on one row for each win and each loss."""
     from sklearn.linear_model import LogisticRegression

@@ -21,6 +21,7 @@ from sppo.core.artifacts import (
     json_lines,
     known_hash,
     read_json,
+    read_record,
     record_path,
     recorded,
     recorded_all,
@@ -639,3 +640,22 @@ def test_iteration_with_a_rebuilt_record_has_no_minutes(tmp_path):
     for path, record in records.items():
         write_json(path, record)
     assert seconds_by_iteration(list(records), tmp_path) == {("main", 2): 30.0}
+
+
+def test_each_artifact_of_a_block_records_all_inputs(tmp_path):
+    inputs = [tmp_path / name for name in ("a.txt", "b.txt")]
+    outputs = [tmp_path / name for name in ("c.txt", "d.txt")]
+    for file in inputs:
+        file.write_text(file.name)
+    with recorded_all("tabulate", outputs, inputs, {}):
+        for file in outputs:
+            file.write_text(file.name)
+    for file in outputs:
+        assert read_record(file)["inputs"] == {str(each): file_hash(each) for each in inputs}
+
+
+def test_nan_in_the_probabilities_of_a_member_is_refused(tmp_path):
+    member = {"model": "a", "P": [[0.5, float("nan")], [0.5, 0.5]]}
+    rows = [ROWS["preferences"][0] | {"members": [member]}]
+    with pytest.raises(UserError, match="members of preferences is NaN or infinite in 1 of 1 rows"):
+        write_table(tmp_path / "t.parquet", rows, "preferences")

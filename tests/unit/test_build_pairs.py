@@ -12,6 +12,7 @@ import build_pairs
 from sppo.core.artifacts import read_json, record_path
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table, write_table
+from sppo.preferences.pairs import Dropped, Pair, Rules, kept_or_dropped, without_truncated
 
 # Response 0 wins and response 2 loses.
 SKEW = np.array([[0.0, 1.0, 2.0], [-1.0, 0.0, 1.0], [-2.0, -1.0, 0.0]])
@@ -138,6 +139,43 @@ def test_truncated_middle_response_keeps_the_pair(build):
         {"a": (["x", "y", "z"], SKEW, ["stop", "length", "stop"])}, "--truncated", "drop"
     )
     assert len(pairs) == 1
+
+
+def test_two_equally_good_responses_have_no_second_best(build):
+    both = np.array([[0, 0, 2], [0, 0, 2], [-2, -2, 0]], dtype=float)
+    flags = ("--construction", "best_vs_second")
+    pairs, record = build({"a": (["x", "y", "z"], both, STOPPED), "b": XYZ}, *flags)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("x", "y")]
+    assert record["dropped"]["tie"] == 1
+
+
+@pytest.mark.parametrize("construction", ["best_vs_worst", "best_vs_second", "all"])
+def test_rounding_makes_no_winner(construction, build):
+    """Votes of 0.1 + 0.2 against 0.3 give P = 0.49999999999999994."""
+    P = np.array([[0.5, 0.1 + 0.2 + 0.2], [0.5, 0.5]])
+    P[1, 0] = np.nextafter(0.5, 0)
+    logits = np.log(P / (1 - P))
+    cases = {"a": (["x", "y"], logits, STOPPED[:2]), "b": XYZ}
+    pairs, record = build(cases, "--construction", construction)
+    assert {pair["prompt_id"] for pair in pairs} == {"b"}
+    assert record["dropped"]["tie"] == 1
+
+
+@pytest.mark.parametrize(("complete", "is_kept"), [(2, False), (3, True)])
+def test_half_of_the_responses_must_be_complete(complete, is_kept):
+    preferences = {"prompt_id": "a", "sample_ids": [0, 1, 2, 3, 4], "logits": np.zeros((5, 5))}
+    ends = ["stop"] * complete + ["length"] * (5 - complete)
+    responses = {number: {"finish_reason": end} for number, end in enumerate(ends)}
+    assert (without_truncated(preferences, responses) is not None) == is_kept
+
+
+def test_pair_at_the_margin_is_kept():
+    rules = Rules("best_vs_worst", "pairwise", 0.5, "logit", "keep", margin=0.25)
+    response = {"finish_reason": "stop"}
+    pair = Pair(response | {"text": "x"}, response | {"text": "y"}, 0.75, 0.5, 0.9)
+    assert kept_or_dropped(pair, rules) is pair
+    narrower = Pair(pair.chosen, pair.rejected, 0.75, 0.51, 0.9)
+    assert kept_or_dropped(narrower, rules) == Dropped("margin")
 
 
 def test_cycle_is_a_tie_for_blender_scores(build):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import document_configuration
-from sppo.core.config import schema
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,10 +48,3 @@ def test_readme_is_short():
 
 def test_page_of_all_keys_is_up_to_date(program):
     program(document_configuration, "--check")
-
-
-@pytest.mark.parametrize("section", [key for key in schema()["properties"] if key != "runs"])
-def test_page_of_all_keys_has_every_key(section):
-    text = document_configuration.page()
-    keys = schema()["properties"][section].get("properties", {section: None})
-    assert all(f"| `{key}` |" in text for key in keys)

@@ -8,7 +8,6 @@ import pytest
 
 import make_tables
 import plot_best_of_n
-import push_policy
 import summarize_run
 from sppo.core.artifacts import write_json
 from sppo.core.errors import UserError
@@ -127,7 +126,6 @@ def test_every_reader_refuses_a_misplaced_evaluation(program, tmp_path):
             "--plot",
             results / "n.png",
         )
-    assert push_policy.read_evaluation is read_evaluation
     assert sorted(path.name for path in results.iterdir()) == ["iter1", "iter2"]
 
 

@@ -15,7 +15,14 @@ import torch
 from sppo.core.errors import UserError
 from sppo.policies.chats import load_tokenizer, prompt_token_ids, stop_token_ids
 from sppo.policies.engines import EngineOptions, generated
-from sppo.policies.generation import Sampling, TransformersEngine, draw_tokens, sample_seed, summary
+from sppo.policies.generation import (
+    FiniteLogits,
+    Sampling,
+    TransformersEngine,
+    draw_tokens,
+    sample_seed,
+    summary,
+)
 from sppo.policies.models import load_policy
 from sppo.policies.padding import padded
 from sppo.policies.vllm_engine import VllmEngine, request_seed
@@ -513,3 +520,11 @@ def test_vllm_without_its_requirements_is_a_one_line_error(
         )
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_logits_that_were_not_finite_once_are_reported_at_the_end(tmp_path):
+    seen = FiniteLogits(tmp_path)
+    for value in (0.0, float("nan"), 0.0):
+        seen(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[value, 1.0]]))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        seen.check()

@@ -22,6 +22,7 @@ from sppo.evaluation.alpaca_eval import (
     PACKAGED_REFERENCE,
 )
 from sppo.policies.folders import fetch
+from sppo.policies.hub import hub_failure
 
 # --- errors and the token ---
 
@@ -310,3 +311,10 @@ def test_a_failed_push_is_a_one_line_error(push, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="cannot push .* to me/sppo-1 .*does not answer"):
         push()
     assert not (tmp_path / "pushed.json").exists()
+
+
+def test_subclasses_of_connection_errors_are_recognised():
+    class ConnectTimeout(ConnectionError):
+        """As in httpx, whose timeouts are subclasses."""
+
+    assert "check the network" in hub_failure(ConnectTimeout())

@@ -63,9 +63,13 @@ def test_each_step_has_its_pairs_once_within_the_limit(processes, most_pairs, mo
                 assert size <= most_tokens or len(group) == 1
 
 
-def test_processes_get_neighbours_as_accelerate_divides_them():
-    """Process p computes micro-batches p, p + 2, ..., so both compute similar sizes at a time."""
+def test_processes_compute_micro_batches_of_similar_size_at_a_time():
+    """accelerate gives process p the micro-batches p, p + 2, ..."""
     (groups,) = divided(random_steps(16, 16), 2, 2, None, tokens)
+    sizes = [tokens(group) for group in groups]
+    together = [abs(a - b) for a, b in zip(sizes[::2], sizes[1::2])]
+    halves = [abs(a - b) for a, b in zip(sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :])]
+    assert sum(together) < sum(halves) / 2
     batches = BatchSampler(SequentialSampler(groups), 1, drop_last=False)
     shares = [[i for (i,) in BatchSamplerShard(batches, 2, rank)] for rank in range(2)]
     assert shares == [[0, 2, 4, 6], [1, 3, 5, 7]]

@@ -697,3 +697,16 @@ def test_official_fastchat_data_is_fetched_completely(program, tmp_path):
     program(fetch_mt_bench, "--source", f"file://{tmp_path}/source/", "--output", tmp_path / "data")
     assert len(mt_bench.read_questions(tmp_path / "data")) == 80
     assert all(mt_bench.is_official(tmp_path / "data", name) for name in mt_bench.OFFICIAL)
+
+
+def test_error_is_over_questions_because_their_turns_depend_on_each_other():
+    grades = {1: (2, 4), 2: (8, 8), 3: (5, 9)}
+    rows = [
+        {"question_id": question, "turn": turn, "score": score}
+        for question, scores in grades.items()
+        for turn, score in enumerate(scores, 1)
+    ]
+    found = mt_bench.scores(rows, dict.fromkeys(grades, "writing"))
+    means = np.array([3, 8, 7])
+    assert found["standard_error"] == pytest.approx(means.std(ddof=1) / 3**0.5)
+    assert found["average"] == 6

@@ -9,7 +9,13 @@ import annotate_preferences
 from sppo.core.artifacts import file_hash, read_json, record_path
 from sppo.core.errors import UserError
 from sppo.core.tables import read_table, write_table
-from sppo.preferences.base import Group, find_kind, load_preference_model, settings_for
+from sppo.preferences.base import (
+    Group,
+    find_kind,
+    kind_of,
+    load_preference_model,
+    settings_for,
+)
 from sppo.preferences.estimates import p_hat, win_probabilities
 from sppo.preferences.function import FunctionModel
 from sppo.workflow.configuration import resolve
@@ -259,8 +265,11 @@ def test_function_that_exits_is_one_line(model):
         model("import sys\nsys.exit(0)\ndef prefer(p, r): ...\n")
 
 
-def test_function_does_not_run_with_llm_blender(tmp_path):
-    (tmp_path / "mine.py").write_text(LONGER, encoding="utf-8")
-    settings = settings_for(f"{tmp_path}/mine.py:prefer", backend="llm_blender")
+@pytest.mark.parametrize(
+    "model", ["mine.py:prefer", "ranker", "verifiable", "http://localhost:8000", "openai:m"]
+)
+def test_only_pairrm_runs_with_llm_blender(model):
+    settings = settings_for(model, backend="llm_blender")
     with pytest.raises(UserError, match="preference.backend is llm_blender, which runs PairRM"):
-        FunctionModel.check(settings, "preference.model")
+        kind_of(settings)
+    kind_of(settings | {"model": "llm-blender/PairRM"})

@@ -71,7 +71,7 @@ def test_job_of_another_form_is_refused(workflow):
     with pytest.raises(UserError, match="this job is no Python program, so use snakemake: touch f"):
         run_forked.commands(["b"])
     workflow(end="")
-    with pytest.raises(UserError, match="another form than `program 2>&1 | tee log`"):
+    with pytest.raises(UserError, match=r"another form than `program 2>&1 \| tee log`"):
         run_forked.commands(["b"])
 
 

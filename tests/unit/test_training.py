@@ -39,6 +39,7 @@ from sppo.training.lengths import (
     pair_length,
 )
 from sppo.training.logps import response_logps
+from sppo.training.losses import Loss
 from sppo.training.trainer import (
     IDENTITY_TOLERANCE,
     collate_pairs,
@@ -830,6 +831,18 @@ def test_damaged_checkpoints_do_not_change_the_weights(damaged, steps, killed, w
     assert printed_steps(capsys) == list(steps)
 
 
+@pytest.mark.parametrize("changed", ["stage version", "the loss's code"])
+def test_checkpoint_of_older_code_is_not_resumed(changed, killed, work, capsys, monkeypatch):
+    place, _ = killed
+    if changed == "stage version":
+        monkeypatch.setitem(train_policy.STAGES, "train", train_policy.STAGES["train"] + 1)
+    else:
+        corrected = Loss(lambda delta_w, delta_l: delta_l - delta_w)
+        monkeypatch.setitem(train_policy.LOSSES, "sppo", corrected)
+    place.train("policy", **RESUMABLE)
+    assert printed_steps(capsys) == list("12345")
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_work_folder_label_restarts_the_training(damage, killed, work, capsys):
     place, whole = killed
@@ -1311,7 +1324,7 @@ def test_nan_or_infinite_loss_is_refused(place):
         UserError,
         match=(
             r"(loss of pair \d in step 2|gradient norm of step \d \(pairs \d, \d\)) "
-            r"is (nan|inf).*learning_rate|precision"
+            r"is (nan|inf).*(learning_rate|precision)"
         ),
     ):
         place.train(

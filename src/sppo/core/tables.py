@@ -190,21 +190,27 @@ def _read_parquet(path: Path) -> pa.Table:
 
 def _not_finite(table: pa.Table) -> str | None:
     """The first column with a number that is NaN or infinite, None if all numbers are finite."""
-    for column in table.column_names:
-        values = table.column(column)
-        while pa.types.is_list(values.type):
-            values = pc.list_flatten(values)
-        if pa.types.is_floating(values.type):
-            if not pc.all(pc.is_finite(values), min_count=0).as_py():
-                return column
-    return None
+    return next((name for name in table.column_names if not _is_finite(table.column(name))), None)
 
 
-def _finite(value: float | list[Any]) -> bool:
-    """Whether a number, or each number in nested lists, is finite."""
+def _is_finite(values: pa.ChunkedArray) -> bool:
+    """Whether all numbers of a column are finite, also inside lists and structs."""
+    if pa.types.is_list(values.type):
+        return _is_finite(pc.list_flatten(values))
+    if pa.types.is_struct(values.type):
+        return all(map(_is_finite, values.flatten()))
+    if pa.types.is_floating(values.type):
+        return pc.all(pc.is_finite(values), min_count=0).as_py()
+    return True
+
+
+def _finite(value: Any) -> bool:
+    """Whether a number, or each number in nested lists and structs, is finite."""
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
     if isinstance(value, list):
-        return all(_finite(item) for item in value)
-    return math.isfinite(value)
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _check(table: pa.Table, name: str) -> None:

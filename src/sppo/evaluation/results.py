@@ -22,9 +22,9 @@ def check_policy(path: Path, policy: str | None) -> None:
     """Raise UserError if a file of `policy` is in the folder of another policy.
 
     The folders are results/[name/][run/]iter{t}/[best_of_{n}/]. The name of a policy is
-    <name, or sppo>/[run/]iter{t}[-best-of-{n}]; open_llm.json has the policy's folder instead. Both
-    can have nash in the place of best. A
-    file without a policy (None) and a file in another kind of folder are not checked.
+    <name, or sppo>/[run/]iter{t}[-best-of-{n}]; open_llm.json has the policy's folder instead.
+    `nash` can replace `best` in both. A file without a policy (None), or in another kind of folder,
+    is not checked.
     """
     folder = Path(os.path.abspath(path)).parent.as_posix()
     if policy is None or "/results/" not in folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from sppo.core.config import GPU_MEMORY
+from sppo.core.errors import UserError
 from sppo.policies.devices import pick_device
 from sppo.policies.generation import Sampling, TransformersEngine
 
@@ -97,7 +99,13 @@ def generated(
     if options.engine != "vllm":
         return _generate(*work)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as processes:
-        return processes.submit(_generate, *work).result()
+        try:
+            return processes.submit(_generate, *work).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "the process of vLLM was killed, most often because memory ran out; give the job"
+                " more memory, or lower responses.gpu_memory"
+            ) from error
 
 
 def _generate(

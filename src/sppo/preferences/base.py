@@ -78,6 +78,7 @@ class PreferenceModel(ABC):
     # Whether its files are fetched or linked into results/ before they are used.
     is_prepared: ClassVar[bool] = False
     environment: ClassVar[str] = "core"  # its conda environment, a file of envs/
+    is_pairrm: ClassVar[bool] = False  # whether `preference.backend` means something for it
 
     name: str  # of this model, for records and tables
     # P (K, K) of each group of the last `all_pair_logits`, by the name of a model, if this model
@@ -201,6 +202,11 @@ def kind_of(settings: Settings, key: str = "config: preference.model") -> type[P
         raise UserError(
             f"{key} is {settings['model']}; give {forms}. For another model on the hub, say with"
             " preference.kind what it is"
+        )
+    if settings.get("backend", "transformers") != "transformers" and not kind.is_pairrm:
+        raise UserError(
+            f"{key} is {settings['model']}, but preference.backend is {settings['backend']}, which"
+            " runs PairRM; give llm-blender/PairRM, or set transformers"
         )
     if not (kind.is_prepared or kind.recognises(settings)):
         raise UserError(

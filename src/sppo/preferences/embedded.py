@@ -58,13 +58,7 @@ class EmbeddedModel(PreferenceModel):
 
     @classmethod
     def check(cls, settings: Settings, key: str) -> None:
-        model, backend = settings["model"], settings["backend"]
-        if backend != "transformers":
-            raise UserError(
-                f"{key} is {model}, but preference.backend is {backend}, which runs PairRM; give"
-                " llm-blender/PairRM or set transformers"
-            )
-        check_adapter(model, key)
+        check_adapter(settings["model"], key)
 
     @classmethod
     def training_instructions(cls, model: str) -> list[Path]:

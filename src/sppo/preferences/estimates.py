@@ -18,7 +18,7 @@ from sppo.core.errors import UserError
 
 SMALLEST = 1e-9  # the smallest distance of P from 0 and 1 in `logits_of`
 Array = NDArray[np.float64]
-TIE = 1e-9  # a P that is so close to 1/2 is a tie: rounding can move it
+TIE = 1e-9  # P within this distance of 1/2 is a tie, and so are scores: rounding can move them
 
 
 def sigmoid(x: Array) -> Array:
@@ -180,9 +180,14 @@ def _penalties_between_swaps(scores: list[Array], lengths: list[Array]) -> list[
     return [0.0, *between, *after_last]
 
 
+def is_tie(score: float, other: float = 0.5) -> bool:
+    """Whether two scores, or P and 1/2, are equal except for rounding."""
+    return abs(score - other) <= TIE
+
+
 def winner_and_loser(scores: Array) -> tuple[int, int] | None:
-    """Indices of the highest and the lowest score; None if all scores are equal."""
+    """Indices of the highest and the lowest score; None if all scores tie."""
     scores = np.asarray(scores)
     winner = int(scores.argmax())
     loser = int(scores.argmin())
-    return None if scores[winner] == scores[loser] else (winner, loser)
+    return None if is_tie(scores[winner], scores[loser]) else (winner, loser)

@@ -54,11 +54,6 @@ class FunctionModel(PreferenceModel):
     def check(cls, settings: Settings, key: str) -> None:
         """The file exists, is Python and can define the name. It is not run."""
         file, name = _place(settings["model"])
-        if settings["backend"] != "transformers":
-            raise UserError(
-                f"{key} is {settings['model']}, but preference.backend is {settings['backend']},"
-                " which runs PairRM; set transformers"
-            )
         if not file.is_file():
             problem = "is not a file" if file.exists() else "is missing"
             raise UserError(f"{key}: {file} {problem}; correct the path")

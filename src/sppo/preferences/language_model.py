@@ -1,4 +1,4 @@
-"""What the kinds of preference models share that are language models of transformers."""
+"""Code shared by the preference models that are transformers language models."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ class LlmBlenderModel(PairRMFiles):
     """PairRM by the package llm-blender. `truncate_together` is its batch size, in prompts."""
 
     kind = "llm_blender"
+    is_pairrm = True
     options = PairRMFiles.reads_length
     environment = "llm_blender"
 

@@ -75,6 +75,7 @@ class PairRMModel(PairRMFiles):
     """PairRM by our own code on plain transformers."""
 
     kind = "pairrm"
+    is_pairrm = True
     options = (*PairRMFiles.reads_length, "precision", "batch_tokens")
 
     @classmethod

@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from sppo.preferences.estimates import mean_logits, p_hat, win_probabilities, winner_and_loser
+from sppo.preferences.estimates import (
+    is_tie,
+    mean_logits,
+    p_hat,
+    win_probabilities,
+    winner_and_loser,
+)
 from sppo.preferences.grades import GOLD, HIGHEST, far_apart
 
 Row = dict[str, Any]
@@ -117,7 +123,7 @@ def winner_against_loser(
     elif rules.construction == "best_vs_random":
         draw = random.Random(f"loser/{rules.loser_seed}/{preferences['prompt_id']}")
         loser = draw.choice(others)
-    if scores[winner] == scores[loser]:
+    if is_tie(scores[winner], scores[loser]):
         return Dropped("tie")
     return _pair(preferences, responses, probabilities, winner, loser, rules)
 
@@ -147,7 +153,7 @@ def all_pairs(preferences: Row, responses: dict[int, Row], rules: Rules) -> list
     probabilities = win_probabilities(logits, rules.probability, rules.logit_scale)
     found: list[Pair | Dropped] = []
     for i, j in itertools.combinations(range(len(probabilities)), 2):
-        if probabilities[i, j] == 0.5:
+        if is_tie(probabilities[i, j]):
             found.append(Dropped("tie"))
             continue
         winner, loser = (i, j) if probabilities[i, j] > 0.5 else (j, i)

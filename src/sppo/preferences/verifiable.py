@@ -67,11 +67,6 @@ class VerifiableModel(PreferenceModel):
     def check(cls, settings: Settings, key: str) -> None:
         """The files exist and have the right form."""
         model = settings["model"]
-        if settings["backend"] != "transformers":
-            raise UserError(
-                f"{key} is {model}, but preference.backend is {settings['backend']}, which runs"
-                " PairRM; set transformers"
-            )
         if settings["source"] != "instruction":
             raise UserError(
                 f"{key} is {model}, which knows prompts by the user's words, but"

@@ -87,7 +87,7 @@ def launch(train: dict[str, Any], device: str) -> None:
 
 
 def _first_failure(failures: dict[int, Any]) -> UserError:
-    """The error line for the process, of those that failed, whose failure caused the others.
+    """The error line of the process that failed first and so ended the others.
 
     `failures` maps ranks to torch's `ProcessFailure`. A process with a UserError comes first, then
     one that was killed. SIGTERM comes last, because accelerate sends it to the remaining processes.
