@@ -90,7 +90,9 @@ def main() -> None:
 
 def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str, planned: dict[str, int]) -> str:
     """The page in Markdown. planned: how many runs are compared with main, by regime."""
-    machines = sorted({f"{row['processor']}, {row['computed_in']}" for row in rows})
+    # An extrapolated policy was not trained, so it has no number format.
+    trained = [row for row in rows if row["computed_in"]]
+    machines = sorted({f"{row['processor']}, {row['computed_in']}" for row in trained})
     commits = sorted({short_commit(row["commit"]) for row in rows})
     parts = [
         "# The study\n",
