@@ -165,7 +165,7 @@ def compared(work: Workload, others: dict[str, dict[str, float]]) -> list[dict[s
     others = others | {"our training of all weights": {"scoring": ours[training_stage(0)]}}
     limits = limits_of(work)
     return [
-        row_of(stage, baseline, ours[stage], speed, limits[stage])
+        row_of(stage, baseline.partition(":")[0], ours[stage], speed, limits[stage])
         for baseline, speeds in others.items()
         for stage, speed in speeds.items()
     ]
@@ -393,11 +393,14 @@ def speed_with_rounding(work: Workload) -> float:
     return speed_of_scoring(work, model)[0]
 
 
-# Tokens per second by stage. Each runs in a process of its own.
+# Tokens per second by stage, each in a process of its own. The table has the names up to the colon.
 BASELINES: dict[str, Callable[[Workload], dict[str, float]]] = {
     "transformers": lambda work: {"generation": speed_of_transformers(work)},
-    "TRL": lambda work: {
-        training_stage(rank): speed_of_training("TRL", work, rank) for rank in RANKS
+    **{
+        f"TRL:{rank}": lambda work, rank=rank: {
+            training_stage(rank): speed_of_training("TRL", work, rank)
+        }
+        for rank in RANKS
     },
     FREED_MEMORY_RETURNED: speeds_of_ours,
     ROUNDED_IN_EVERY_PASS: lambda work: {"scoring": speed_with_rounding(work)},
