@@ -642,7 +642,8 @@ def test_iteration_with_a_rebuilt_record_has_no_minutes(tmp_path):
     assert seconds_by_iteration(list(records), tmp_path) == {("main", 2): 30.0}
 
 
-def test_each_artifact_of_a_block_records_all_inputs(tmp_path):
+def test_each_artifact_of_a_block_records_all_inputs(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [__file__])
     inputs = [tmp_path / name for name in ("a.txt", "b.txt")]
     outputs = [tmp_path / name for name in ("c.txt", "d.txt")]
     for file in inputs:

@@ -169,7 +169,7 @@ def test_a_tracker_that_core_lacks_is_a_one_line_error(monkeypatch):
     with pytest.raises(
         UserError,
         match=(
-            "^config: train.report_to is tensorboard, which envs/core.yaml lacks; add it there.+$"
+            "^config: train.report_to is tensorboard, but envs/core.yaml lacks tensorboard; add.+$"
         ),
     ):
         check_inputs("", resolve(config)[""], in_conda=True)

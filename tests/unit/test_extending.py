@@ -223,7 +223,7 @@ class Fixed(PreferenceModel):
 
 WRONG_LOGITS = {
     "list of lists of another shape": ([[[0.0]]], r"fixed, prompt p: .* shape \(1, 1\)"),
-    "probabilities": ([[[0.5, 0.7], [0.3, 0.5]]], "diagonal is not 0; return log"),
+    "probabilities": ([[[0.5, 0.7], [0.3, 0.5]]], "these are probabilities; return their logits"),
     "NaN": ([[[0.0, float("nan")], [0.0, 0.0]]], "NaN or infinite"),
     "a group too few": ([], "compared 0 of 1 groups"),
 }

@@ -522,7 +522,7 @@ def test_vllm_without_its_requirements_is_a_one_line_error(
     assert "\n" not in str(caught.value)
 
 
-def test_logits_that_were_not_finite_once_are_reported_at_the_end(tmp_path):
+def test_logits_that_were_not_finite_once_are_reported(tmp_path):
     seen = FiniteLogits(tmp_path)
     for value in (0.0, float("nan"), 0.0):
         seen(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[value, 1.0]]))

@@ -63,7 +63,7 @@ def test_each_step_has_its_pairs_once_within_the_limit(processes, most_pairs, mo
                 assert size <= most_tokens or len(group) == 1
 
 
-def test_processes_compute_micro_batches_of_similar_size_at_a_time():
+def test_processes_compute_similar_sizes_at_a_time():
     """accelerate gives process p the micro-batches p, p + 2, ..."""
     (groups,) = divided(random_steps(16, 16), 2, 2, None, tokens)
     sizes = [tokens(group) for group in groups]

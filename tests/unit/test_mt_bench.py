@@ -699,7 +699,7 @@ def test_official_fastchat_data_is_fetched_completely(program, tmp_path):
     assert all(mt_bench.is_official(tmp_path / "data", name) for name in mt_bench.OFFICIAL)
 
 
-def test_error_is_over_questions_because_their_turns_depend_on_each_other():
+def test_standard_error_is_over_questions_and_not_turns():
     grades = {1: (2, 4), 2: (8, 8), 3: (5, 9)}
     rows = [
         {"question_id": question, "turn": turn, "score": score}

@@ -297,13 +297,13 @@ def compare(
 
     groups: the prompt and its responses, by id. what: what an id is, for the error line. Raises
     `UserError` that names the prompt if a model fails on it, or returns anything but K x K finite
-    numbers with diagonal 0.
+    numbers, or probabilities.
     """
     import numpy as np
 
     ids = list(groups)
     try:
-        found = model.all_pair_logits(list(groups.values()))
+        found = list(model.all_pair_logits(list(groups.values())))
     except ComparisonError as error:
         raise UserError(f"{model.name}, {what} {ids[error.index]}: {error}") from None
     if len(found) != len(ids):
@@ -318,8 +318,6 @@ def compare(
             raise UserError(
                 f"{where}: a logit is NaN or infinite; check the model and its precision"
             )
-        if np.diagonal(values).any():
-            raise UserError(
-                f"{where}: the logits' diagonal is not 0; return log(P / (1 - P)) and not P"
-            )
+        if k and (np.diagonal(values) == 0.5).all() and 0 <= values.min() <= values.max() <= 1:
+            raise UserError(f"{where}: these are probabilities; return their logits")
     return logits
