@@ -47,6 +47,8 @@ GENERATED = (
     "answer_arena_hard",
 )  # stages whose tokens are stored
 TRAINS = ("generate", "annotate", "reference", "train")  # stages of an iteration without evaluation
+# Evaluations whose cost is in the table.
+COUNTED = ("alpaca_eval", "against_previous", "ranker_estimate", "ifeval", "arena_hard")
 MT_BENCH = 160  # grades of a policy: 80 questions, two turns
 
 
@@ -184,6 +186,8 @@ def main() -> None:
     )
     if beside := config["summary"]["beside"]:
         print(f"Not counted: the runs that the summary shows beside it ({', '.join(beside)})")
+    if others := [name for name in config["summary"]["evaluations"] if name not in COUNTED]:
+        print(f"Not counted: the evaluations {', '.join(others)}")
     print(as_table(rows, gpu, args.start_up))
     print(summary(rows, config, shape, args))
 

@@ -226,6 +226,7 @@ def test_demo_is_estimated_without_models_that_judge(program, capsys, monkeypatc
     for stage in ("annotate", "judge", "against_previous"):
         assert text.count(f"Not counted: {stage}, because the cost of verifiable is not known") == 1
     assert "Not counted: the runs that the summary shows beside it (permuted)" in text
+    assert "Not counted: the evaluations" not in text
 
 
 def test_answers_to_ifeval_are_counted_if_they_are_generated(
@@ -452,3 +453,10 @@ def test_records_of_a_run_are_compared_with_the_formulas(program, tiny_policy, t
 def test_a_folder_without_iterations_is_refused(program, tmp_path):
     with pytest.raises(UserError, match="has no iter"):
         program(check_estimate, tmp_path / "nowhere")
+
+
+def test_evaluations_without_an_estimate_are_named(program, capsys, monkeypatch, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("summary: {evaluations: [alpaca_eval, open_llm, mt_bench]}\n")
+    text = printed(program, capsys, monkeypatch, "--config", file)
+    assert "Not counted: the evaluations open_llm, mt_bench" in text
