@@ -135,6 +135,19 @@ def test_a_damaged_file_of_a_policy_is_named(name, damage, policy):
     assert "\n" not in str(caught.value)
 
 
+def test_user_s_policy_without_a_chat_template_is_refused(policy):
+    check_policy(policy, made_here=False)
+    for file in policy.glob("*chat_template*"):
+        file.unlink()
+    settings = json.loads((policy / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (policy / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="has no chat template; use an instruction-tuned model"):
+        check_policy(policy, made_here=False)
+    with pytest.raises(UserError, match="has no chat template"):
+        load_tokenizer(policy)
+
+
 @pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "model": {"type": "none"}}'])
 def test_an_invalid_tokenizer_is_a_one_line_error(content, policy):
     (policy / "tokenizer.json").write_text(content)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sppo.core.artifacts import read_json
 from sppo.core.errors import UserError, first_line
+from sppo.policies.folders import no_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,10 +44,7 @@ def load_tokenizer(
         ) from error
     template = tokenizer.chat_template
     if not template:
-        raise UserError(
-            f"the tokenizer of {folder} has no chat template; use an instruction-tuned model, or "
-            "add chat_template.jinja to the model folder"
-        )
+        raise no_chat_template(folder)
     if template_kwargs or template_date:
         variables = template_kwargs or {}
         if isinstance(template, str):

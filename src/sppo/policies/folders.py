@@ -124,6 +124,8 @@ def link_files(folder: Path, target: Path) -> None:
 def check_policy(folder: Path, made_here: bool = True) -> None:
     """UserError unless the folder has a supported config, complete weights and a tokenizer.
 
+    A user's folder must have a chat template too.
+
     `made_here`: whether the workflow made the folder and can make it again, or a user gave it. This
     decides which remedy an error names.
     """
@@ -151,6 +153,17 @@ def check_policy(folder: Path, made_here: bool = True) -> None:
             f"policy folder {folder} has no tokenizer; copy the tokenizer files of its base model "
             "into it"
         )
+    in_settings = contents.get("tokenizer_config.json", {}).get("chat_template")
+    if not made_here and not in_settings and not any(folder.glob("*chat_template*")):
+        raise no_chat_template(folder)
+
+
+def no_chat_template(folder: Path) -> UserError:
+    """The error for a policy that cannot be prompted."""
+    return UserError(
+        f"the tokenizer of {folder} has no chat template; use an instruction-tuned model, or add "
+        "chat_template.jinja to the model folder"
+    )
 
 
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
