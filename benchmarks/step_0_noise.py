@@ -97,7 +97,7 @@ def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str,
     noise = [a - b for a, b in zip(one, two, strict=True)]
     print(f"\n{dtype}: {len(noise)} responses, {sum(map(len, noise))} tokens\n")
     print_noise(noise)
-    false_alarms = ", ".join(str(alarms(noise, dtype, DRAWS, pairs)) for pairs in PAIRS)
+    false_alarms = ", ".join(str(alarms(noise, one, dtype, DRAWS, pairs)) for pairs in PAIRS)
     print(f"\nFalse alarms in {DRAWS} draws of {PAIRS} pairs: {false_alarms}", flush=True)
     subset = shuffled[:400]
     for step in STEPS:
@@ -106,7 +106,9 @@ def measure(policy: Path, sequences: Sequences, dtype: torch.dtype, device: str,
         after = score(moved, sequences, subset, 7, dtype, device)
         ratios = [after[i] - one[i] for i in subset]
         size = torch.stack([row.sum() for row in ratios]).square().mean().sqrt()
-        detected = ", ".join(f"{alarms(ratios, dtype, 1000, pairs) / 10:.1f}%" for pairs in PAIRS)
+        before = [one[i] for i in subset]
+        found = [alarms(ratios, before, dtype, 1000, pairs) for pairs in PAIRS]
+        detected = ", ".join(f"{number / 10:.1f}%" for number in found)
         print(
             f"A step of {step:g}: log-ratios of {size:.3f} nats, detected in {detected}", flush=True
         )
@@ -164,7 +166,13 @@ def score(
     return [found.get(i, torch.empty(0)) for i in range(len(sequences))]
 
 
-def alarms(ratios: list[torch.Tensor], dtype: torch.dtype, draws: int, pairs: int) -> int:
+def alarms(
+    ratios: list[torch.Tensor],
+    logps: list[torch.Tensor],
+    dtype: torch.dtype,
+    draws: int,
+    pairs: int,
+) -> int:
     """The number of draws in which the step-0 check takes the policy for another one.
 
     A draw has two responses for each pair. Each response is cut at a random length, because the
@@ -173,11 +181,14 @@ def alarms(ratios: list[torch.Tensor], dtype: torch.dtype, draws: int, pairs: in
     draw = random.Random(2)
     found = 0
     for _ in range(draws):
-        drawn = [draw.choice(ratios) for _ in range(2 * pairs)]
-        kept = [row[: draw.randint(1, len(row))] for row in drawn]
-        sums = torch.stack([row.sum() for row in kept])
-        tokens = torch.tensor([float(len(row)) for row in kept])
-        found += identity_fault(sums, tokens, dtype) is not None
+        drawn = [draw.randrange(len(ratios)) for _ in range(2 * pairs)]
+        lengths = [draw.randint(1, len(ratios[i])) for i in drawn]
+        sums, logp_sums = (
+            torch.stack([rows[i][:length].sum() for i, length in zip(drawn, lengths, strict=True)])
+            for rows in (ratios, logps)
+        )
+        tokens = torch.tensor(lengths, dtype=sums.dtype)
+        found += identity_fault(sums, logp_sums, tokens, dtype) is not None
     return found
 
 

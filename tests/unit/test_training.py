@@ -177,19 +177,21 @@ def test_log_ratios_beyond_rounding_are_a_fault(dtype, tokens):
     """One response is far off, or all 16 a little: the limit grows with the root of the length."""
     base, each = IDENTITY_TOLERANCE[dtype]
     lengths = torch.full((16,), float(tokens))
-    limit = math.sqrt(base**2 + each**2 * 16 * tokens)
     one_off = torch.zeros(16)
     one_off[7] = -1.0
     all_off = torch.tensor([1.0, -1.0] * 8) / 4
     for ratios in (one_off, all_off):
-        assert identity_fault(0.99 * limit * ratios, lengths, dtype) is None
-        fault = identity_fault(1.01 * limit * ratios, lengths, dtype)
-        assert fault.startswith(f"the log-ratios of 16 responses, {16 * tokens} tokens, are ")
+        for nats in (0.5, 3.0):  # a token; improbable ones have larger errors
+            logps = -nats * lengths
+            each_limit = math.sqrt(base**2 + (max(nats, 1) * each) ** 2 * 16 * tokens)
+            assert identity_fault(0.99 * each_limit * ratios, logps, lengths, dtype) is None
+            fault = identity_fault(1.01 * each_limit * ratios, logps, lengths, dtype)
+            assert fault.startswith(f"the log-ratios of 16 responses, {16 * tokens} tokens, are ")
 
 
 def test_a_nan_log_ratio_is_a_fault():
     ratios = torch.tensor([0.0, math.nan])
-    assert "are nan nats" in identity_fault(ratios, torch.ones(2), torch.float32)
+    assert "are nan nats" in identity_fault(ratios, torch.zeros(2), torch.ones(2), torch.float32)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -50,7 +50,9 @@ from sppo.training.requirements import equal_micro_batches
 # another policy, the differences of tokens add up instead. For responses of n tokens in total, the
 # root of the sum of squared log-ratios may be at most sqrt(base^2 + each^2 n) nats. The values here
 # are (base, each), measured by benchmarks/step_0_noise.py: in bfloat16 the standard deviation is
-# about 0.01 sqrt(n), and the log-ratios of rare responses are ten times larger.
+# about 0.01 sqrt(n), and the log-ratios of rare responses are ten times larger. They are also larger
+# where tokens are improbable, as in gold responses: the rounding of such a token's logit does not
+# cancel against that of the normaliser. So a response counts as n max(1, nats per token)^2 tokens.
 IDENTITY_TOLERANCE = {torch.float32: (2e-3, 5e-4), torch.bfloat16: (0.4, 0.04)}
 
 # The numbers that each pair carries: the preference model's estimates, and the log-probabilities
@@ -118,18 +120,20 @@ def collate_micro_batch(rows: list[list[dict[str, Any]]], layout: Layout) -> Bat
     return collate_pairs(pairs, layout)
 
 
-def identity_fault(ratios: Tensor, tokens: Tensor, dtype: torch.dtype) -> str | None:
+def identity_fault(ratios: Tensor, logps: Tensor, tokens: Tensor, dtype: torch.dtype) -> str | None:
     """Why log-ratios are larger than rounding explains, see `IDENTITY_TOLERANCE`; None if not.
 
     Args:
         ratios: log-ratios of n responses to pi_t before the first update, (n,), nats.
+        logps: their log-probabilities under pi_t, (n,), nats.
         tokens: the number of tokens of each response, (n,).
         dtype: the type that the forward pass computes in.
     """
     base, each = IDENTITY_TOLERANCE[dtype]
     size = ratios.double().square().sum().sqrt().item()
     length = int(tokens.sum())
-    limit = math.sqrt(base**2 + each**2 * length)
+    counted = tokens * (-logps / tokens).clamp(min=1).square()
+    limit = math.sqrt(base**2 + each**2 * float(counted.sum()))
     if size < limit:
         return None
     return (
@@ -184,10 +188,10 @@ class PairTrainer(Trainer):
         self.dtype = dtype
         # Tells the Trainer that compute_loss divides by the number of pairs of the step.
         self.model_accepts_loss_kwargs = True
-        # One tensor (B, 7) per micro-batch since the last log line, see `_count`.
+        # One tensor (B, 9) per micro-batch since the last log line, see `_count`.
         self._step_rows: list[Tensor] = []
         self._step_began = time.monotonic()
-        # One tensor (B, 7) per micro-batch of the first step, see `_keep_step_0`.
+        # One tensor (B, 9) per micro-batch of the first step, see `_keep_step_0`.
         self._step_0_rows: list[Tensor] = []
         # What `_check_step_0` measured, for the record of the policy.
         self.step_0: dict[str, float] | None = None
@@ -259,6 +263,8 @@ class PairTrainer(Trainer):
                 closed,
                 delta_w,
                 delta_l,
+                inputs["current_chosen"],
+                inputs["current_rejected"],
                 inputs["tokens_chosen"],
                 inputs["tokens_rejected"],
             )
@@ -276,16 +282,15 @@ class PairTrainer(Trainer):
         # Processes have different numbers of pairs; the rows that are added have the weight 0.
         rows = self.accelerator.gather(self.accelerator.pad_across_processes(own, pad_index=0))
         counted = rows[rows[:, 0] > 0, 1:]  # without the pairs of weight 0
-        losses, closed, delta_w, delta_l, tokens_chosen, tokens_rejected = counted.T
-        ratios = torch.cat([delta_w, delta_l])
-        tokens = torch.cat([tokens_chosen, tokens_rejected])
+        losses, closed = counted[:, 0], counted[:, 1]
+        ratios, logps, tokens = (counted[:, i : i + 2].flatten() for i in (2, 4, 6))
         self.step_0 = {
             "log_ratio_per_token": (ratios.abs() / tokens).max().item(),
             "mean_log_ratio_per_token": abs((ratios.sum() / tokens.sum()).item()),
             "loss": losses.mean().item(),
             "closed_form": closed.mean().item(),
         }
-        fault = identity_fault(ratios, tokens, self.dtype)
+        fault = identity_fault(ratios, logps, tokens, self.dtype)
         if fault:
             raise UserError(
                 f"step-0 identity: {fault}; the reference log-probabilities belong to another "
