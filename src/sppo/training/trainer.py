@@ -50,7 +50,7 @@ from sppo.training.requirements import equal_micro_batches
 # another policy, the differences of tokens add up instead. For responses of n tokens in total, the
 # root of the sum of squared log-ratios may be at most sqrt(base^2 + each^2 n) nats. The values here
 # are (base, each), measured by benchmarks/step_0_noise.py: in bfloat16 the standard deviation is
-# about 0.01 sqrt(n), and the log-ratios of rare responses are ten times larger. They are also larger
+# about 0.01 sqrt(n), and the log-ratios of rare responses are ten times larger. They are larger too
 # where tokens are improbable, as in gold responses: the rounding of such a token's logit does not
 # cancel against that of the normaliser. So a response counts as n max(1, nats per token)^2 tokens.
 IDENTITY_TOLERANCE = {torch.float32: (2e-3, 5e-4), torch.bfloat16: (0.4, 0.04)}
