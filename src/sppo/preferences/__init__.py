@@ -1,6 +1,7 @@
 """Preference models, estimates of P and P-hat, and the pairs that are made of them.
 
-Each import below registers one kind of preference model. A new kind is one more line.
+Each import below registers one kind of preference model. For a new kind, add its module's name to
+the import and to `__all__`.
 """
 
 from sppo.preferences.base import PreferenceModel, register  # isort: skip

@@ -188,7 +188,7 @@ class PairTrainer(Trainer):
         self.dtype = dtype
         # Tells the Trainer that compute_loss divides by the number of pairs of the step.
         self.model_accepts_loss_kwargs = True
-        # One tensor (B, 9) per micro-batch since the last log line, see `_count`.
+        # One tensor (B, 7) per micro-batch since the last log line, see `_count`.
         self._step_rows: list[Tensor] = []
         self._step_began = time.monotonic()
         # One tensor (B, 9) per micro-batch of the first step, see `_keep_step_0`.
