@@ -549,11 +549,11 @@ def plan(folder: Path, config: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_stages_that_compare_use_the_configured_pairrm(folders, tmp_path):
+def test_stages_that_compare_use_the_configured_pairrm(folders, tiny_policy, tmp_path):
     """Two runs share one PairRM. The embedded ranker and its base are not used."""
     said = plan(
         tmp_path,
-        f"policy: {{model: {folders['hf']}}}\n"
+        f"policy: {{model: {tiny_policy}}}\n"
         f"preference: {{model: {folders['hf']}, batch_tokens: 512}}\n"
         "runs:\n  k2: {responses: {samples: 2}}\n",
     )
