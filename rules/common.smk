@@ -29,6 +29,7 @@ from sppo.evaluation.registry import EVALUATIONS
 from sppo.policies.gpus import count_gpus
 from sppo.policies.hub import HUB_FILES
 from sppo.preferences.base import kind_of, local_kind, model_files
+from sppo.training.distributed import FSDP
 from sppo.training.losses import has_opponents, unread_keys
 from sppo.training.requirements import WITHOUT_PREFERENCES, trains_on_one_pair
 from sppo.workflow.cluster import Asked, check_cluster

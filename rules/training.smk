@@ -28,6 +28,8 @@ def scoring_flags(wildcards):
             "micro_batch_tokens": train["micro_batch_tokens"],
             "precision": train["precision"],
             "lora_rank": train["lora_rank"] or None,
+            # The others compute with the same numbers.
+            "parallel": train["parallel"] if train["parallel"] in FSDP else None,
         }
     )
 

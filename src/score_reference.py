@@ -33,7 +33,7 @@ def main() -> None:
     add_section(
         parser,
         "train",
-        only=("micro_batch_size", "micro_batch_tokens", "precision", "lora_rank"),
+        only=("micro_batch_size", "micro_batch_tokens", "precision", "lora_rank", "parallel"),
     )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--attention", default=None)
@@ -46,13 +46,21 @@ def main() -> None:
     # Imported late because loading PyTorch takes seconds.
     from sppo.policies.devices import compute_dtype, pick_device, start_torch
     from sppo.policies.models import load_frozen_policy
+    from sppo.training.distributed import FSDP
     from sppo.training.logps import frozen_logps
 
     start_torch()
     device = pick_device(args.device)
     dtype = compute_dtype(args.precision, device)
     with recorded("reference", args.output, [args.pairs, args.policy], vars(args)) as facts:
-        model = load_frozen_policy(args.policy, args.lora_rank, dtype, device, args.attention)
+        model = load_frozen_policy(
+            args.policy,
+            args.lora_rank,
+            dtype,
+            device,
+            args.attention,
+            rounded=args.parallel in FSDP,
+        )
         rows = frozen_logps(
             model, pairs, dtype, device, args.micro_batch_size, args.micro_batch_tokens
         )

@@ -59,16 +59,26 @@ def load_frozen_policy(
     dtype: torch.dtype,
     device: str,
     attention: str | None = None,
+    rounded: bool = False,
 ) -> PreTrainedModel:
     """The policy for programs that only compute its log-probabilities.
 
     The numbers are those of the policy in training (`load_policy` with `weights_dtype`), bit for
-    bit.
+    bit. `rounded`: those of a policy that FSDP2 divides, whose weights are all rounded to `dtype`
+    in a pass, also embeddings and norms.
     """
     model = load_policy(folder, weights_dtype(lora_rank, dtype), None, attention)
+    if rounded:
+        round_weights(model, dtype)
     cast_linear_weights(model, dtype)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
     return model
+
+
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round all weights to numbers of `dtype`; they keep their own type."""
+    for weight in model.parameters():
+        weight.data.copy_(weight.data.to(dtype))
 
 
 def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

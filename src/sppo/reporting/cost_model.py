@@ -198,8 +198,9 @@ BESIDE_EAGER = 19  # other states of a layer in the backward pass of eager atten
 EAGER = 14  # in the backward pass
 KEPT_EAGER = 8  # kept for the backward pass
 SCORED_EAGER = 8  # in a forward pass
-# FSDP2 gathers two layers, and their gradients are complete until they are exchanged.
-GATHERED_LAYERS = 4
+# FSDP2 gathers the weights of two layers and has the gradients of one, in the type of the
+# computation. This many entries per weight of a layer, and one float32 that is exchanged:
+GATHERED_LAYER = 3
 
 
 def of_layer(shape: Shape, bytes_of: tuple[int, int, int]) -> int:
@@ -229,7 +230,8 @@ def train_bytes(
     The peak is the memory that is allocated all the time plus that of the largest phase. Weights,
     gradients and RMSProp's mean of squares are float32 and divided over the GPUs. With LoRA
     (`lora_rank` > 0), frozen weights have `width` bytes and are not divided. In float32 (`width` 4)
-    there are no casts, and activations are twice as wide. eager: attention as matrix products.
+    there are no casts, and activations are twice as wide. Several GPUs divide as FSDP2 does. eager:
+    attention as matrix products.
     """
     sequences = 2 * micro_batch
     length = prompt + response
@@ -237,15 +239,16 @@ def train_bytes(
     logits = sequences * response * shape.vocabulary
     widening = width // 2  # of activations, compared with bfloat16
     layer_weights = shape.body // shape.layers
-    divided = gpus > 1
     full = not lora_rank  # all weights are trained
+    divided = full and gpus > 1
 
     permanent = MASTER * shape.weights / gpus
     if lora_rank:
         permanent = width * shape.weights + MASTER * lora_weights(shape, lora_rank)
 
-    # Activations that are kept for the backward pass, and those of one layer during it.
-    cast = CAST if full and width == 2 else 0
+    # Activations that are kept for the backward pass, and those of one layer during it. FSDP2
+    # gathers bfloat16 weights, so it has no casts.
+    cast = CAST if full and width == 2 and not divided else 0
     if checkpointing:
         residual_stream = (4 if full else width) * shape.hidden * tokens
         kept = shape.layers * residual_stream
@@ -263,33 +266,35 @@ def train_bytes(
         if not checkpointing:
             kept += (shape.layers - 1) * KEPT_EAGER * square
 
-    # Embeddings and output layer, which FSDP2 gathers.
-    gathered = WEIGHT * shape.head * (1 if shape.tied else 2) if divided else 0
-
-    # Phase 1: the logits. The output layer is not gathered again before its backward pass.
+    # Phase 1: the logits. FSDP2 has gathered the output layer and the last layer.
     logit_bytes = LOGIT + SOFT_CAP if shape.softcap else LOGIT
     in_logits = kept + HEAD * shape.hidden * tokens + logit_bytes * logits + cast * shape.head
     if divided:
-        in_logits += WEIGHT * layer_weights
+        in_logits += width * (shape.head + layer_weights)
     phases = [in_logits]
 
-    # Phase 2: the backward pass of one layer.
+    # Phase 2: the backward pass of one layer. If embeddings and output layer are tied, the latter's
+    # gradient is kept until that of the former is computed.
     in_backward = kept + in_layer
     if divided:
-        in_backward += gathered + GATHERED_LAYERS * WEIGHT * layer_weights
+        in_backward += (GATHERED_LAYER * width + WEIGHT) * layer_weights
+        if shape.tied:
+            in_backward += 2 * width * shape.head
     else:
         in_backward += cast * layer_weights
-    if full and (shape.tied or divided):
-        # The output layer's gradient is kept until the embeddings' gradient is computed.
-        in_backward += WEIGHT * shape.head
+        if full and shape.tied:
+            in_backward += WEIGHT * shape.head
     phases.append(in_backward)
 
     if full:
         # Phase 3: the gradients of embeddings and output layer. If they are tied, their sum needs a
         # third tensor.
-        in_gradients = gathered + (3 if shape.tied else 2) * WEIGHT * shape.head
-        if divided:
-            in_gradients += 2 * WEIGHT * layer_weights
+        if not divided:
+            in_gradients = (3 if shape.tied else 2) * WEIGHT * shape.head
+        elif shape.tied:
+            in_gradients = 4 * width * shape.head + WEIGHT * layer_weights
+        else:
+            in_gradients = (2 * width + WEIGHT) * shape.head
         if not checkpointing:
             in_gradients += kept
         phases.append(in_gradients)
