@@ -43,6 +43,7 @@ from sppo.core.errors import UserError
 from sppo.core.progress import progress
 from sppo.policies.devices import compute_dtype
 from sppo.policies.padding import padded
+from sppo.preferences.deberta_attention import attend_by_distance
 from sppo.preferences.length_batches import batches
 from sppo.preferences.pairrm_files import LIMITS, check_pairrm
 
@@ -219,6 +220,8 @@ class PairRM:
         # The decorator of transformers hides `self`.
         self.model.pretrained_model.to(self.dtype)  # type: ignore[arg-type]
         self.model.to(device)
+        if self.dtype == torch.bfloat16:
+            attend_by_distance(self.model.pretrained_model)
 
     @torch.inference_mode()
     def all_pair_logits(self, groups: list[tuple[str, list[str]]]) -> list[np.ndarray]:
