@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/train_throughput.py --trainer ours
 
 The policy has one of the shapes of --shape and random weights. The pairs have 512 + 512 random
-tokens, and the responses are trained on.
+tokens, and the responses are trained on. With --ragged their lengths are drawn at random up to
+these numbers, as in chats: log-normal with a standard deviation of 0.8 and a median of a third.
 
 --trainer  ours             computes reference log-probabilities once, with the code of
                             src/score_reference.py, and then runs our trainer
@@ -13,16 +14,18 @@ tokens, and the responses are trained on.
                             step
 
 Run each trainer in its own process, so that peak memory is measured for it alone. The seconds per
-step are the median of the steps after --warmup. They include the step's share of the reference pass
-and of the setup of the trainer.
+step are the mean of the steps after --warmup. They include the step's share of the reference pass
+and of the setup of the trainer. Tokens are the pairs' own, without padding, and with the prompt in
+both sequences of a pair.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -40,8 +43,9 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 from sppo.core.artifacts import package_versions
 from sppo.core.config import DEVICES, default_of, schema
 from sppo.policies.devices import compute_dtype, pick_device, start_torch
+from sppo.training.lengths import sequence_tokens
 from sppo.training.logps import frozen_logps
-from sppo.training.trainer import make_trainer, make_trl_trainer
+from sppo.training.trainer import in_training_order, make_trainer, make_trl_trainer
 
 SHAPES = {
     "mistral-7b": {
@@ -88,8 +92,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers, for a GPU with less memory")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--response-tokens", type=int, default=512)
+    parser.add_argument("--ragged", action="store_true", help="draw the lengths, see above")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs in a step")
     parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--micro-batch-tokens", type=int, help="instead, only for ours")
     parser.add_argument("--lora-rank", type=int, default=0)
     parser.add_argument(
         "--no-checkpointing",
@@ -109,6 +115,8 @@ def main() -> None:
     args = parser.parse_args()
     if not 1 <= args.warmup < args.steps:
         parser.error("--warmup must be at least 1 and below --steps")
+    if args.micro_batch_tokens and args.trainer != "ours":
+        parser.error("TRL has no --micro-batch-tokens")
     start_torch()
     device = pick_device(args.device)
     dtype = compute_dtype("auto", device)
@@ -117,8 +125,10 @@ def main() -> None:
         "shape": args.shape,
         "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
         "tokens": f"{args.prompt_tokens} + {args.response_tokens}",
+        "ragged": args.ragged,
         "batch_size": args.batch_size,
         "micro_batch_size": args.micro_batch_size,
+        "micro_batch_tokens": args.micro_batch_tokens,
         "lora_rank": args.lora_rank,
         "checkpointing": not args.no_checkpointing,
         "computed_in": str(dtype).removeprefix("torch."),
@@ -139,6 +149,7 @@ def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
         "loss": "sppo_hard",
         "batch_size": args.batch_size,
         "micro_batch_size": args.micro_batch_size,
+        "micro_batch_tokens": args.micro_batch_tokens,
         "lora_rank": args.lora_rank,
         "gradient_checkpointing": not args.no_checkpointing,
         "checkpoint_steps": args.steps,
@@ -152,7 +163,9 @@ def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
     clock, began = Clock(device), time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         if args.trainer == "ours":
-            rows = frozen_logps(model, pairs, dtype, device, args.micro_batch_size)
+            rows = frozen_logps(
+                model, pairs, dtype, device, args.micro_batch_size, args.micro_batch_tokens
+            )
             for pair, row in zip(pairs, rows, strict=True):
                 for role in ("current", "reference", "opponents"):
                     for side in ("chosen", "rejected"):
@@ -176,17 +189,24 @@ def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
         before = 0.0 if args.trainer == "trl" else (time.perf_counter() - began) / args.steps
         trainer.add_callback(clock)
         trainer.train()
-    ends = clock.ends[args.warmup - 1 :]
-    step = statistics.median(b - a for a, b in zip(ends, ends[1:])) + before
-    tokens = 2 * args.batch_size * (args.prompt_tokens + args.response_tokens)
+    steps = args.steps - args.warmup
+    step = (clock.ends[-1] - clock.ends[args.warmup - 1]) / steps + before
+    counted = in_training_order(pairs, options, 0)[args.warmup * args.batch_size :]
+    tokens = sum(sequence_tokens(pair) for pair in counted) / steps
     if device == "cuda":
         memory = torch.cuda.max_memory_allocated()
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
     peak = args.peak_tflops or product_tflops(dtype, device)
-    mfu_percent = 100 * 2 * args.batch_size * flops(args, shape) / step / peak / 1e12
+    needed = sum(
+        flops(len(pair["prompt_token_ids"]), len(pair[f"{side}_token_ids"]), shape)
+        for pair in counted
+        for side in ("chosen", "rejected")
+    )
+    mfu_percent = 100 * needed / steps / step / peak / 1e12
+    shares = getattr(trainer, "shares", [])[args.warmup :]
     return {
-        "steps": len(ends) - 1,
+        "steps": steps,
         "seconds_a_step": round(step, 3),
         "of_these_reference_beforehand": round(before, 3),
         "tokens_per_second": round(tokens / step, 1),
@@ -194,14 +214,21 @@ def measured(args: argparse.Namespace, device: str, dtype: torch.dtype) -> dict[
         "peak_tflops": round(peak, 3),
         "peak_from": "data sheet" if args.peak_tflops else "measured",
         "peak_memory_gib": round(memory / 2**30, 2),
+        # Of our trainer: the pairs' tokens, with the prompt once, over those that are computed.
+        "padded_share": round(sum(share["padded_share"] for share in shares) / steps, 3) or None,
     }
 
 
 def random_pairs(args: argparse.Namespace, vocabulary: int) -> list[dict[str, Any]]:
     """Pairs of random tokens for all steps."""
     draw = torch.Generator().manual_seed(0)
+    lengths = random.Random(0)
 
-    def ids(length: int) -> list[int]:
+    def ids(longest: int) -> list[int]:
+        length = longest
+        if args.ragged:
+            drawn = round(longest / 3 * math.exp(lengths.gauss(0.0, 0.8)))
+            length = max(1, min(longest, drawn))
         return torch.randint(3, vocabulary, (length,), generator=draw).tolist()
 
     return [
@@ -246,20 +273,20 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     )
 
 
-def flops(args: argparse.Namespace, shape: dict[str, Any]) -> float:
-    """FLOPs that the training on one sequence needs, independent of the implementation.
+def flops(prompt: int, response: int, shape: dict[str, Any]) -> float:
+    """FLOPs that the training on a sequence of these tokens needs, in any implementation.
 
     They are a forward pass of the reference, and a forward and a backward pass (twice a forward
     pass) of the policy. A pass has the products with weights, the logits of the response only, and
     causal attention. Activations that are computed twice count once.
     """
-    length = args.prompt_tokens + args.response_tokens
+    length = prompt + response
     hidden = shape["hidden_size"]
     keys = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * keys + 3 * hidden * shape["intermediate_size"]
     forward = (
         shape["num_hidden_layers"] * (2 * layer * length + 2 * hidden * length**2)
-        + 2 * hidden * shape["vocab_size"] * args.response_tokens
+        + 2 * hidden * shape["vocab_size"] * response
     )
     return (1 + 3) * forward
 
