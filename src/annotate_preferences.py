@@ -22,7 +22,12 @@ from sppo.core.errors import run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_responses, write_table
 from sppo.preferences.base import compare, load_preference_model, model_files
-from sppo.preferences.estimates import condorcet_winner, cyclic_triples, win_probabilities
+from sppo.preferences.estimates import (
+    condorcet_winner,
+    cyclic_prompts,
+    cyclic_triples,
+    win_probabilities,
+)
 from sppo.preferences.population import agreement
 from sppo.preferences.prompt_reader import PromptReader
 
@@ -85,6 +90,7 @@ def main() -> None:
             "prompts": len(rows),
             "preference_model": model.name,
             "cyclic_triples": cyclic_triples(P),
+            "cyclic_prompts": cyclic_prompts(P),
             "condorcet_winner": condorcet_winner(P),
         }
 

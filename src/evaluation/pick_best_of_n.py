@@ -37,6 +37,7 @@ from sppo.preferences.base import (
 )
 from sppo.preferences.estimates import (
     condorcet_winner,
+    cyclic_prompts,
     cyclic_triples,
     mean_logits,
     win_probabilities,
@@ -109,6 +110,7 @@ def main() -> None:
             "preference_model": model.name,
             "instructions": len(picked),
             "cyclic_triples": cyclic_triples(P),
+            "cyclic_prompts": cyclic_prompts(P),
             "condorcet_winner": condorcet_winner(P),
         }
 

@@ -175,21 +175,25 @@ def how_cyclic(records: list[Path], results: Path, name: str) -> list[str]:
 
     The shares of an iteration are the means over its shards.
     """
-    shares: dict[int, list[tuple[float, float]]] = {}
+    shares: dict[int, list[list[float]]] = {}
     for path in records:
         place = place_of(path, results)
         record = read_json(path)
-        found = (record.get("cyclic_triples"), record.get("condorcet_winner"))
+        found = [
+            record.get(key) for key in ("cyclic_triples", "cyclic_prompts", "condorcet_winner")
+        ]
         if place[0] == name and path.parent.name == "preferences" and None not in found:
-            shares.setdefault(place[1], []).append((float(found[0]), float(found[1])))
+            shares.setdefault(place[1], []).append(found)
     if not shares:
         return []
     means = [[100 * sum(each) / len(each) for each in zip(*shares[t])] for t in sorted(shares)]
-    triples, winners = (", ".join(f"{value:.0f}%" for value in column) for column in zip(*means))
+    triples, prompts, winners = (
+        ", ".join(f"{value:.0f}%" for value in column) for column in zip(*means)
+    )
     return [
-        f"The preferences are cyclic in {triples} of the triples of responses (iterations"
-        f" {', '.join(map(str, sorted(shares)))}). A response beats each other one in {winners} of"
-        " the prompts."
+        f"In iterations {', '.join(map(str, sorted(shares)))}, the preferences are cyclic in"
+        f" {triples} of the triples of responses, and in {prompts} of the prompts. A response beats"
+        f" each other one in {winners} of the prompts."
     ]
 
 

@@ -12,6 +12,7 @@ import pytest
 from sppo.core.errors import UserError
 from sppo.preferences.estimates import (
     condorcet_winner,
+    cyclic_prompts,
     cyclic_triples,
     even_length_penalty,
     mean_logits,
@@ -247,6 +248,12 @@ def test_shares_of_cycles_and_winners_equal_brute_force(seed):
     triples = [is_cyclic(P, triple) for P in matrices for triple in combinations(range(len(P)), 3)]
     assert len(triples) == 1 + 1 + 4 + 10 + 20
     assert cyclic_triples(matrices) == float(Fraction(sum(triples), len(triples)))
+    with_cycles = [
+        any(is_cyclic(P, triple) for triple in combinations(range(len(P)), 3))
+        for P in matrices
+        if len(P) > 2
+    ]
+    assert cyclic_prompts(matrices) == float(Fraction(sum(with_cycles), len(with_cycles)))
     winners = [
         any(all(P[i][j] > 0.5 for j in range(len(P)) if j != i) for i in range(len(P)))
         for P in matrices
@@ -271,6 +278,7 @@ def test_cycle_has_no_winner_and_an_order_has_no_cycle():
     assert (cyclic_triples([cycle, order]), condorcet_winner([cycle, order])) == (0.5, 0.5)
     hidden = win_probabilities(CYCLE, "blender")
     assert (cyclic_triples([hidden]), condorcet_winner([hidden])) == (0.0, 0.0)
+    assert cyclic_prompts([cycle, order, hidden, order]) == 0.25
 
 
 def test_tie_by_rounding_is_neither_a_cycle_nor_a_win():
@@ -281,7 +289,7 @@ def test_tie_by_rounding_is_neither_a_cycle_nor_a_win():
 
 
 def test_fewer_than_three_responses_give_no_shares():
-    assert cyclic_triples([]) is condorcet_winner([]) is None
+    assert cyclic_triples([]) is cyclic_prompts([]) is condorcet_winner([]) is None
     two = np.array([[0.5, 0.9], [0.1, 0.5]])
     assert cyclic_triples([two, np.array([[0.5]])]) is condorcet_winner([two]) is None
     assert condorcet_winner([two, win_probabilities(CYCLE)]) == 0.0

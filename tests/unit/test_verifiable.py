@@ -280,6 +280,7 @@ def test_record_has_the_files_and_how_often_p_is_cyclic(tmp_path, program):
     for file in (model, tmp_path / "mine.jsonl"):
         assert record["inputs"][str(file)] == file_hash(file)
     assert (record["cyclic_triples"], record["condorcet_winner"]) == (1.0, 0.0)
+    assert record["cyclic_prompts"] == 1.0
     record = annotate(tmp_path, program, RESPONSES[1:4], str(model))
     assert (record["cyclic_triples"], record["condorcet_winner"]) == (0.0, 1.0)
     record = annotate(tmp_path, program, CYCLE[:2], str(model))

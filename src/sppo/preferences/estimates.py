@@ -105,13 +105,25 @@ def cyclic_triples(probabilities: Sequence[Array]) -> float | None:
     beats j, j beats k and k beats i; so a triple with a tie is not. The denominator is the number
     of triples of all prompts together. None if there are none, because every K is below 3.
     """
-    cyclic = triples = 0
-    for P in probabilities:
-        beats = _beats(P).astype(int)
-        # The trace counts every closed walk of three steps, so each cycle once for each start.
-        cyclic += int(np.trace(beats @ beats @ beats)) // 3
-        triples += comb(len(P), 3)
-    return cyclic / triples if triples else None
+    triples = sum(comb(len(P), 3) for P in probabilities)
+    return sum(_cycles(P) for P in probabilities) / triples if triples else None
+
+
+def cyclic_prompts(probabilities: Sequence[Array]) -> float | None:
+    """The share of prompts with at least one cyclic triple of responses, in [0, 1].
+
+    As in `cyclic_triples`. The denominator is the number of prompts with at least 3 responses. None
+    if there are none.
+    """
+    cyclic = [_cycles(P) > 0 for P in probabilities if len(P) >= 3]
+    return sum(cyclic) / len(cyclic) if cyclic else None
+
+
+def _cycles(P: Array) -> int:
+    """The number of cyclic triples of the responses to one prompt."""
+    beats = _beats(P).astype(int)
+    # The trace counts every closed walk of three steps, so each cycle once for each start.
+    return int(np.trace(beats @ beats @ beats)) // 3
 
 
 def condorcet_winner(probabilities: Sequence[Array]) -> float | None:
