@@ -993,9 +993,10 @@ def fsdp2_child(report: Report, shape: dict[str, Any], device: str, folder: Path
     pairs = make_pairs(shape["narrow"]["vocab_size"], ragged(32, shape["longest"] // 4))
     model = make_model(shape["narrow"], shape["shallow"], device)
     before = {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
-    round_weights(model, dtype)  # as src/score_reference.py does for FSDP2
-    pairs = with_reference(pairs, frozen_logps(model.eval(), pairs, dtype, device, 4))
-    model.load_state_dict(before)
+    frozen = copy.deepcopy(model).eval()
+    round_weights(frozen, dtype)  # as src/score_reference.py does for FSDP2
+    pairs = with_reference(pairs, frozen_logps(frozen, pairs, dtype, device, 4))
+    del frozen
     work = folder / "policy" / "work"
     with report.step("train"):
         model.cpu()  # src/train_policy.py also gives the model to FSDP2 on the CPU

@@ -22,16 +22,13 @@ def reference_iteration(wildcards):
 def scoring_flags(wildcards):
     """The flags of scoring. They match the trainer's, because log-ratios must start at 0."""
     train = settings(wildcards)["train"]
-    return flags(
-        {
-            "micro_batch_size": train["micro_batch_size"],
-            "micro_batch_tokens": train["micro_batch_tokens"],
-            "precision": train["precision"],
-            "lora_rank": train["lora_rank"] or None,
-            # The others compute with the same numbers.
-            "parallel": train["parallel"] if train["parallel"] in FSDP else None,
-        }
-    )
+    named = {
+        "micro_batch_size": train["micro_batch_size"],
+        "micro_batch_tokens": train["micro_batch_tokens"],
+        "precision": train["precision"],
+        "lora_rank": train["lora_rank"] or None,
+    }
+    return flags(named) + (["--rounded"] if train["parallel"] in FSDP else [])
 
 
 LOOKAHEAD = [name for name, run in USABLE.items() if run["train"]["lookahead"]]

@@ -33,7 +33,12 @@ def main() -> None:
     add_section(
         parser,
         "train",
-        only=("micro_batch_size", "micro_batch_tokens", "precision", "lora_rank", "parallel"),
+        only=("micro_batch_size", "micro_batch_tokens", "precision", "lora_rank"),
+    )
+    parser.add_argument(
+        "--rounded",
+        action="store_true",
+        help="round all weights, as training with --parallel fsdp2 or hsdp does",
     )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--attention", default=None)
@@ -46,7 +51,6 @@ def main() -> None:
     # Imported late because loading PyTorch takes seconds.
     from sppo.policies.devices import compute_dtype, pick_device, start_torch
     from sppo.policies.models import load_frozen_policy
-    from sppo.training.distributed import FSDP
     from sppo.training.logps import frozen_logps
 
     start_torch()
@@ -54,12 +58,7 @@ def main() -> None:
     dtype = compute_dtype(args.precision, device)
     with recorded("reference", args.output, [args.pairs, args.policy], vars(args)) as facts:
         model = load_frozen_policy(
-            args.policy,
-            args.lora_rank,
-            dtype,
-            device,
-            args.attention,
-            rounded=args.parallel in FSDP,
+            args.policy, args.lora_rank, dtype, device, args.attention, args.rounded
         )
         rows = frozen_logps(
             model, pairs, dtype, device, args.micro_batch_size, args.micro_batch_tokens

@@ -29,6 +29,7 @@ from sppo.policies.shapes import SHAPES, Shape, shape_of
 from sppo.preferences.base import find_kind, local_kind, settings_for
 from sppo.reporting import cost_model
 from sppo.reporting.cost_model import GB, GPUS, Gpu, Use
+from sppo.training.distributed import FSDP
 from sppo.training.losses import has_opponents
 from sppo.workflow.configuration import resolve
 
@@ -383,6 +384,7 @@ class Estimator:
         trainings = 2 if train["lookahead"] else 1
         trained = trainings * scored * train["stop_epoch"] * factor
         scorings = times_scored(train, t)
+        rounded = bool(rank) or train["parallel"] in FSDP
         copies = train["nodes"] if train["parallel"] == "hsdp" else 1
         divided_over = max(1, self.gpus // copies)
         packs = not eager and not shape.softcap
@@ -404,8 +406,7 @@ class Estimator:
                 scorings * scored,
                 scorings * scored / (gpu.flops * use.forward),
                 max(
-                    cost_model.score_bytes(shape, *sizes, bool(rank), eager=eager)
-                    for sizes in passes
+                    cost_model.score_bytes(shape, *sizes, rounded, eager=eager) for sizes in passes
                 ),
                 *self.sharded,
             ),

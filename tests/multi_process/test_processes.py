@@ -12,11 +12,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import TrainingFolder, distance, make_pairs, option_words
+from transformers import AutoModelForCausalLM
 
 import score_reference
 from sppo.core.artifacts import read_json, record_path
@@ -72,7 +74,7 @@ class Place(TrainingFolder):
         policy: Path,
         precision: str,
         name: str | None = None,
-        parallel: str = "ddp",
+        rounded: bool = False,
         micro_batch_size: int = 3,
     ) -> None:
         """Write the log-probabilities under `policy` to `<name>.parquet`."""
@@ -90,8 +92,7 @@ class Place(TrainingFolder):
                 "cpu",
                 "--micro-batch-size",
                 str(micro_batch_size),
-                "--parallel",
-                parallel,
+                *(["--rounded"] if rounded else []),
                 "--output",
                 self.folder / f"{name or precision}.parquet",
             ],
@@ -142,6 +143,10 @@ class Place(TrainingFolder):
         assert read_json(record_path(self.folder / name))["steps"] == len(self.log(name))
         assert not [path for path in self.folder.iterdir() if path.name.startswith(f".{name}.")]
         return load_file(self.folder / name / "model.safetensors")
+
+    def farthest_at_step_0(self, name: str) -> float:
+        """The largest log-ratio per token before the first update."""
+        return read_json(record_path(self.folder / name))["step_0"]["log_ratio_per_token"]
 
 
 @pytest.fixture(scope="module")
@@ -261,28 +266,69 @@ def test_float32_masters_keep_updates_below_bfloat16(parallel, place):
     assert update.max() < 1e-4
 
 
-def test_fsdp2_computes_with_the_reference_s_rounded_weights(place):
-    """In bfloat16 FSDP2 rounds all weights, also those of embeddings and norms.
+def test_fsdp2_trains_in_bfloat16_what_ddp_does(place):
+    """FSDP2 rounds all weights, also those of embeddings and norms, and so does the reference.
 
     The tiny policy's float32 weights are no bfloat16 numbers. Each pass has one pair here, as in
-    the reference, so that nothing else can differ.
+    the reference, so that nothing else can differ in the first step.
     """
-    far = {}
+    trained = {}
     for parallel in ("ddp", "fsdp2"):
-        name = f"one_by_one_{parallel}"
-        place.score(place.policy, "bfloat16", name, parallel, micro_batch_size=1)
-        place.train(
-            f"from_{name}",
-            reference=name,
+        place.score(place.policy, "bfloat16", parallel, parallel == "fsdp2", micro_batch_size=1)
+        trained[parallel] = place.train(
+            f"bf16_from_{parallel}",
+            reference=parallel,
             precision="bfloat16",
             processes=2,
-            parallel="fsdp2",
+            parallel=parallel,
             micro_batch_size=1,
         )
-        step_0 = read_json(record_path(place.folder / f"from_{name}"))["step_0"]
-        far[parallel] = step_0["log_ratio_per_token"]
-    assert far["fsdp2"] < 1e-5
-    assert far["ddp"] > 1e-3
+        assert place.farthest_at_step_0(f"bf16_from_{parallel}") < 1e-5
+    moved = distance(place.start(), trained["ddp"])
+    assert distance(trained["ddp"], trained["fsdp2"]) < 0.05 * moved
+    # The check sees a reference that did not round them.
+    options = {"precision": "bfloat16", "parallel": "fsdp2", "micro_batch_size": 1}
+    place.train("bf16_unrounded", reference="ddp", processes=2, **options)
+    assert place.farthest_at_step_0("bf16_unrounded") > 1e-3
+
+
+def small_config(family: str) -> Any:
+    """A family whose norms or embeddings compute in the type of their weights."""
+    if family == "qwen3":
+        from transformers import Qwen3Config as Config
+    else:
+        from transformers import Gemma2Config as Config
+    return Config(
+        vocab_size=49152,
+        hidden_size=64,
+        head_dim=16,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=family == "gemma2",
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_fsdp2_begins_at_log_ratios_of_0_in_other_families(family, place, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(small_config(family))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    model.save_pretrained(tmp_path / "policy")
+    load_tokenizer(place.policy).save_pretrained(tmp_path / "policy")
+    (tmp_path / "run").mkdir()
+    other = Place(tmp_path / "run", tmp_path / "policy")
+    other.score(other.policy, "bfloat16", "rounded", True, micro_batch_size=1)
+    options = {"precision": "bfloat16", "parallel": "fsdp2", "micro_batch_size": 1}
+    other.train("trained", reference="rounded", processes=2, **options)
+    assert other.farthest_at_step_0("trained") < 1e-5
 
 
 @pytest.mark.parametrize("parallel", ["ddp", *DIVIDED])

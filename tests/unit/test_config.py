@@ -582,6 +582,10 @@ BAD = {
         {"train": {"parallel": "zero3", "processes": 8, "lora_rank": 8}},
         ["train.parallel zero3", "train.lora_rank"],
     ),
+    "ZeRO-3 with an optimiser of 8 bits": (
+        {"train": {"parallel": "zero3", "processes": 8, "optimizer": "adamw_bnb_8bit"}},
+        ["train.optimizer adamw_bnb_8bit", "train.parallel zero3"],
+    ),
     "TRL in two processes": (
         {"train": {"backend": "trl", "loss": "dpo", "processes": 2}},
         ["TRL", "train.processes: 1"],

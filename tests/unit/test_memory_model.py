@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
-from sppo.policies.models import cast_linear_weights
+from sppo.policies.models import cast_linear_weights, round_weights
 from sppo.policies.shapes import SHAPES, Shape
 from sppo.reporting import cost_model
 from sppo.training.batches import pair_batch
@@ -237,12 +237,13 @@ def test_training_memory_of_lora(shape, prompt, response):
         (deep(GEMMA, 2), 1, 4096, 16),
     ],
 )
-def test_memory_of_scoring(shape, micro, prompt, response):
+@pytest.mark.parametrize("rounded", [False, True])
+def test_memory_of_scoring(shape, micro, prompt, response, rounded):
     batch = batch_of(micro, prompt, response)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model = make_model(shape, torch.float32, shape.softcap)
-        cast_linear_weights(model, torch.bfloat16)
+        (round_weights if rounded else cast_linear_weights)(model, torch.bfloat16)
         with Peak(model) as peak, forward_precision("cpu", torch.bfloat16):
             response_logps(model, batch)
-    formula = cost_model.score_bytes(shape, micro, prompt, response, False, eager=shape.softcap)
+    formula = cost_model.score_bytes(shape, micro, prompt, response, rounded, eager=shape.softcap)
     assert formula == pytest.approx(peak.bytes, rel=0.15)

@@ -1049,6 +1049,10 @@ BAD = {
         "{train: {parallel: zero3, processes: 8}}",
         ["train.parallel is zero3", "pip install deepspeed"],
     ),
+    "bitsandbytes that is not installed": (
+        "{train: {optimizer: rmsprop_bnb_8bit}}",
+        ["train.optimizer is rmsprop_bnb_8bit", "pip install bitsandbytes"],
+    ),
     "FlashAttention that is not installed": (
         "{policy: {attention: flash_attention_2}}",
         ["policy.attention is flash_attention_2", "pip install flash-attn"],

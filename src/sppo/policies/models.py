@@ -64,21 +64,34 @@ def load_frozen_policy(
     """The policy for programs that only compute its log-probabilities.
 
     The numbers are those of the policy in training (`load_policy` with `weights_dtype`), bit for
-    bit. `rounded`: those of a policy that FSDP2 divides, whose weights are all rounded to `dtype`
-    in a pass, also embeddings and norms.
+    bit. `rounded`: those of a policy that FSDP2 divides, see `round_weights`.
     """
     model = load_policy(folder, weights_dtype(lora_rank, dtype), None, attention)
     if rounded:
         round_weights(model, dtype)
-    cast_linear_weights(model, dtype)
+    else:
+        cast_linear_weights(model, dtype)
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides `self`
     return model
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round all weights to numbers of `dtype`; they keep their own type."""
+    """Round all weights to `dtype`, as FSDP2 does when it gathers them.
+
+    The embeddings still give float32 states, see `float32_states`.
+    """
     for weight in model.parameters():
-        weight.data.copy_(weight.data.to(dtype))
+        weight.data = weight.data.to(dtype)
+    float32_states(model)
+
+
+def float32_states(model: PreTrainedModel) -> None:
+    """Make the residual stream float32, as with float32 embeddings, whatever type they have."""
+
+    def in_float32(module: Any, inputs: Any, states: torch.Tensor) -> torch.Tensor:
+        return states.float()
+
+    model.get_input_embeddings().register_forward_hook(in_float32)
 
 
 def cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

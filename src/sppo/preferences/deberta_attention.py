@@ -56,22 +56,23 @@ class AttentionByDistance(DisentangledSelfAttention):
         )  # (H, B, L, D)
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
 
-        # One row for each distance i - j, from 1 - L to L - 1.
-        distances = torch.arange(1 - length, length, device=q.device)
+        # The distances i - j, from 1 - L to L - 1, and unused ones up to a multiple of 8, which a
+        # GPU's fast products need.
+        distances = torch.arange(1 - length, length + (1 - 2 * length) % 8, device=q.device)
         half = self.pos_ebd_size
-        buckets = make_log_bucket_position(
-            distances, self.position_buckets, self.max_relative_positions
-        ).long()
-        rows = (buckets + half).clamp(0, 2 * half - 1)
 
-        def by_distance(projection: Any, rows: Tensor) -> Tensor:
+        def by_distance(projection: Any, distances: Tensor) -> Tensor:
+            buckets = make_log_bucket_position(
+                distances, self.position_buckets, self.max_relative_positions
+            )
+            rows = (buckets.long() + half).clamp(0, 2 * half - 1)
             positions = projection(rel_embeddings[: 2 * half]) / math.sqrt(3 * width)
             return positions.view(-1, heads, width)[rows].permute(1, 2, 0).contiguous()
 
-        # (H, D, 2 L - 1). The distances of r are in descending order, so that the products of one
-        # query with the distances to keys 0 to L - 1 are neighbours.
-        r = by_distance(self.key_proj, rows.flip(0))
-        s = by_distance(self.query_proj, rows)
+        # (H, D, 2 L - 1 or more). The distances of r are in descending order, so that the products
+        # of one query with the distances to keys 0 to L - 1 are neighbours.
+        r = by_distance(self.key_proj, -distances)
+        s = by_distance(self.query_proj, distances)
         keys = attention_mask[:, 0, :1].bool()  # (B, 1, L); the first query is never padding
         states = attend(q, k, v, r, s, None if bool(keys.all()) else ~keys)
         return states.permute(1, 2, 0, 3).reshape(batch, length, -1), None
@@ -80,14 +81,15 @@ class AttentionByDistance(DisentangledSelfAttention):
 def attend(q: Tensor, k: Tensor, v: Tensor, r: Tensor, s: Tensor, padding: Tensor | None) -> Tensor:
     """The states (H, B, L, D) of queries, keys and values (H, B, L, D).
 
-    r, s: (H, D, 2 L - 1), for each distance, divided by the scale. padding: (B, 1, L), the keys
-    that no query may see.
+    r, s: (H, D, 2 L - 1 or more), for each distance, divided by the scale. padding: (B, 1, L), the
+    keys that no query may see.
     """
     heads, batch, length, width = q.shape
-    with_r = torch.bmm(q.reshape(heads, -1, width), r)  # (H, B L, 2 L - 1)
+    products = r.shape[-1]
+    with_r = torch.bmm(q.reshape(heads, -1, width), r)  # (H, B L, products)
     with_s = torch.bmm(k.reshape(heads, -1, width), s)
     # The products of query i and key j are with_r[i, L - 1 + j - i] and with_s[j, L - 1 + i - j].
-    shape, products = (heads * batch, length, length), 2 * length - 1
+    shape = (heads * batch, length, length)
     next_text = length * products
     scores = with_s.as_strided(shape, (next_text, 1, products - 1), length - 1).contiguous()
     scores += with_r.as_strided(shape, (next_text, products - 1, 1), length - 1)

@@ -323,15 +323,15 @@ def score_bytes(
     micro_batch: int,
     prompt: int,
     response: int,
-    lora: bool,
+    rounded: bool,
     width: int = 2,
     eager: bool = False,
 ) -> float:
     """Peak memory in bytes of the forward pass over pairs.
 
     It is the memory of the weights, and of either one layer's states or the logits. Weights have
-    `width` bytes, except for the embeddings, which are float32 without LoRA. eager: attention as
-    matrix products.
+    `width` bytes, except for the embeddings, which are float32 unless all weights are `rounded`, as
+    with LoRA and FSDP2. eager: attention as matrix products.
     """
     sequences = 2 * micro_batch
     length = prompt + response
@@ -341,5 +341,5 @@ def score_bytes(
     if eager:
         in_layer += SCORED_EAGER * widening * squares(shape, sequences, length)
     logits = SCORED_LOGIT * sequences * response * shape.vocabulary + 4 * shape.hidden * tokens
-    embeddings = 0 if lora else (WEIGHT - width) * shape.head
+    embeddings = 0 if rounded else (WEIGHT - width) * shape.head
     return width * shape.weights + embeddings + max(in_layer, logits)

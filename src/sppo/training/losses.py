@@ -548,6 +548,12 @@ def check_training(train: dict[str, Any]) -> None:
             f"config: train.parallel {train['parallel']} divides a policy over processes, but"
             " train.processes is 1; raise it, or set train.parallel: ddp"
         )
+    if "bnb" in train["optimizer"]:
+        raise UserError(
+            f"config: train.optimizer {train['optimizer']} does not work with train.parallel"
+            f" {train['parallel']}, which divides the optimiser's state; set train.parallel: ddp,"
+            " or train.optimizer: rmsprop"
+        )
     if train["lora_rank"]:
         raise UserError(
             f"config: train.parallel {train['parallel']} does not work with train.lora_rank, which"

@@ -29,6 +29,7 @@ from transformers import (
 
 from sppo.core.errors import UserError
 from sppo.policies.lora_update import fold_update
+from sppo.policies.models import float32_states
 from sppo.training.batches import Batch, choose_layout, pair_batch
 from sppo.training.checkpoints import write_manifest
 from sppo.training.distributed import FSDP, barrier_at_end
@@ -522,19 +523,15 @@ def gather_in_bfloat16(accelerator: Any, model: Any) -> None:
     """Make FSDP2 gather bfloat16 weights, which is half of the traffic; call it before training.
 
     Each process rounds its part of the float32 weights before it sends it. Gradients are added in
-    float32. Everything else is computed as under autocast of float32 weights, so embeddings give
-    the residual stream in float32. Only their weights and those of the norms are rounded too, as in
-    `load_frozen_policy`.
+    float32, and the residual stream is float32, as under autocast of float32 weights. The frozen
+    policy rounds the same weights (`load_frozen_policy`), so log-ratios begin at 0.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    def in_float32(module: nn.Module, inputs: Any, states: Tensor) -> Tensor:
-        return states.float()
 
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    model.get_input_embeddings().register_forward_hook(in_float32)
+    float32_states(model)
 
 
 def in_training_order(

@@ -77,6 +77,8 @@ def check_installed(train: dict[str, Any], where: str, in_conda: bool) -> None:
         check_package(train["report_to"], f"{where}train.report_to", train, in_conda, "none")
     if train["parallel"] == "zero3":
         check_package("deepspeed", f"{where}train.parallel", train, in_conda, "fsdp2")
+    if "bnb" in train["optimizer"]:
+        check_package("bitsandbytes", f"{where}train.optimizer", train, in_conda, "rmsprop")
     if train["nodes"] > 1 and not shutil.which("srun"):
         raise UserError(
             f"config: {where}train.nodes is {train['nodes']}, but there is no Slurm here to reach"
