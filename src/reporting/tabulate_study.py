@@ -58,6 +58,11 @@ READING = """\
 | difference | from main on the same seeds and instructions, in percentage points |
 | p, Holm | of a difference of 0, corrected for all runs that the plan compares with main |
 | nats per unit of P-hat | slope of the log-ratios on P-hat; for the exact SPPO update it is eta |
+| (!) | a seed's LC is exactly 50, as when alpaca-eval's model finds no effect; so LC says nothing |
+
+In iteration 1 the current policy is the base. So where a method also refers to the base (`rspo`,
+`inpo`, `nash_md`, `mpo`), to an earlier policy (`onpo`), or to earlier pairs or requests (`spin`,
+`ra_dpo`), one iteration does not show what that adds.
 """
 COLOURS = ("#0072B2", "#CC79A7", "#E69F00", "#009E73", "#D55E00", "#56B4E9")
 
@@ -115,7 +120,10 @@ def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str, planned: dic
     parts += [
         "## Figures\n",
         f"![Win rate by iteration]({stem}_win_rates.svg)\n",
-        "Each panel of the next figure has its own scale.\n",
+        "The abstract's first version (arXiv 2405.00675v1) says that SPPO can raise the likelihood of "
+        "the chosen response and lower that of the rejected one, which DPO and IPO cannot "
+        "trivially do. The next figure shows both log-ratios in training, where each pair is "
+        "measured before the step that uses it. Each panel has its own scale.\n",
         f"![Log-ratios by step]({stem}_log_ratios.svg)\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -165,7 +173,7 @@ def rates(found: list[Row]) -> list[str]:
         str(len(found)),
         f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]",
         f"{min(values):.1f} to {max(values):.1f}" if len(values) > 1 else "-",
-        f"{np.mean(controlled):.1f}" if controlled else "-",
+        f"{np.mean(controlled):.1f}{' (!)' if 50.0 in controlled else ''}" if controlled else "-",
         f"{np.mean([each['prompt_strict'] for each in found]):.1f}",
         f"{np.mean([each['length'] for each in found]):.0f}",
     ]

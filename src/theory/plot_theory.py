@@ -395,7 +395,9 @@ def page(
     lines += [
         "## On a pretrained language model\n",
         "`snakemake word_game` trains the embedded policy on a game of words, whose exact updates "
-        "are known, and writes [word_game.md](word_game.md).\n",
+        "are known, and writes [word_game.md](word_game.md). The repository's "
+        "docs/results/word_game.md has the tables of a finished run: slope, R^2, total variation "
+        "to the exact iterate, and five wrong losses.\n",
         "## Checks\n",
         "Each claim ends with what its value is. An error must not exceed what rounding allows, "
         "and the ratio of a value to its bound must not exceed 1. If a claim is checked on several "
