@@ -12,16 +12,20 @@ scoring      the reference pass, against our training of all weights on the same
              itself with float32 weights, which autocast rounds in every forward pass
 annotation   PairRM's network by our code, against llm-blender; only after `make test-pairrm`, which
              makes llm-blender's environment (benchmarks/pairrm.py)
+demo         a whole run, against that of commit 7cfe2db with the same work (benchmarks/demo.py), in
+             runs per hour; only in a clone that has this commit
 
 On a CPU, our programs are also compared with themselves without `keep_freed_memory`: the C library
 then returns freed memory to the system, which is its default.
 
 "limit" is the speed if the stage only computed its matrix products. All speeds are in tokens per
 second. Tokens of training and scoring count the prompt of a pair twice. The speed of a machine
-varies over time, so compare ratios within one run.
+varies over time, so compare ratios within one run. PairRM takes some minutes, the demo a quarter of
+an hour.
 
 The second table is about the run that was finished: how long its jobs took, and how much of this
-was start-up, which is the time before a program begins its work.
+was start-up, which is the time before a program begins its work. Its last line is the dry run of
+the demo.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ sys.path.insert(0, str(REPOSITORY / "src"))
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
 import torch
 
+import demo
 import pairrm
 from sppo.core.artifacts import git_revision, read_record
 from sppo.core.config import default_of, schema
@@ -102,6 +107,9 @@ def main() -> None:
     parser.add_argument(
         "--no-pairrm", action="store_true", help="leave out PairRM, which takes some minutes"
     )
+    parser.add_argument(
+        "--no-demo", action="store_true", help="leave out the demo, a quarter of an hour"
+    )
     parser.add_argument("--baseline", help=argparse.SUPPRESS)  # the program calls itself
     args = parser.parse_args()
     if not (args.results / "iter1/pairs.parquet").is_file():
@@ -128,7 +136,10 @@ def main() -> None:
     rows = compared(work, others)
     if not args.no_pairrm:
         rows += annotation(device)
-    jobs = start_up(args.results)
+    if not args.no_demo and demo.has_history():
+        now, then = demo.seconds()
+        rows.append(row_of("demo", f"commit {demo.EARLIER}", 3600 / now, 3600 / then, None))
+    jobs = [*start_up(args.results), dry_run()]
     if args.json:
         for row in [*rows, *jobs]:
             print(json.dumps(row))
@@ -137,7 +148,8 @@ def main() -> None:
     print("| " + " | ".join(COLUMNS) + " |\n|---|---|--:|--:|--:|--:|")
     for row in rows:
         cells = [row["stage"], row["baseline"], f"{row['ours']:.0f}", f"{row['theirs']:.0f}"]
-        print("| " + " | ".join([*cells, f"{row['ratio']:.2f}", f"{row['limit']:.0f}"]) + " |")
+        limit = "-" if row["limit"] is None else f"{row['limit']:.0f}"
+        print("| " + " | ".join([*cells, f"{row['ratio']:.2f}", limit]) + " |")
     print("\n| job | seconds | of these start-up |\n|---|--:|--:|")
     for row in jobs:
         print(f"| {row['job']} | {row['seconds']:.1f} | {row['start_up']:.1f} |")
@@ -200,7 +212,18 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
 
 
-def row_of(stage: str, baseline: str, ours: float, theirs: float, limit: float) -> dict[str, Any]:
+def dry_run() -> dict[str, Any]:
+    """The line of `snakemake -n`, all of which is start-up."""
+    words = ["-m", "snakemake", "--dry-run", "--quiet", "--cores", "all", demo.RESULT]
+    began = time.perf_counter()
+    subprocess.run([sys.executable, *words], cwd=REPOSITORY, check=True, capture_output=True)
+    seconds = time.perf_counter() - began
+    return {"job": "snakemake -n", "seconds": seconds, "start_up": seconds}
+
+
+def row_of(
+    stage: str, baseline: str, ours: float, theirs: float, limit: float | None
+) -> dict[str, Any]:
     return dict(zip(COLUMNS, (stage, baseline, ours, theirs, ours / theirs, limit), strict=True))
 
 

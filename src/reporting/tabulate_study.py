@@ -120,7 +120,7 @@ def page(rows: list[Row], regimes: dict[str, list[Row]], stem: str, planned: dic
     parts += [
         "## Figures\n",
         f"![Win rate by iteration]({stem}_win_rates.svg)\n",
-        "The abstract's first version (arXiv 2405.00675v1) says that SPPO can raise the likelihood of "
+        "The abstract's first version (2405.00675v1) says that SPPO can raise the likelihood of "
         "the chosen response and lower that of the rejected one, which DPO and IPO cannot "
         "trivially do. The next figure shows both log-ratios in training, where each pair is "
         "measured before the step that uses it. Each panel has its own scale.\n",

@@ -23,7 +23,6 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_every_section_reports_and_none_fails_on_a_cpu(tmp_path):
     report = tmp_path / "report.jsonl"
     done = subprocess.run(

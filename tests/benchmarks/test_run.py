@@ -45,10 +45,12 @@ def test_each_stage_has_a_row(tmp_path, tiny_policy):
         table.parent.mkdir(parents=True)
         table.write_text(f"s\th:m:s\n{seconds}\t0:00:05\n")
         write_json(record_path(tmp_path / f"iter{t}/policy"), {"sha256": "0", "seconds": 3.0 + t})
-    options = ("--tokens", 3, "--precision", "float32", "--no-pairrm", "--json")
+    options = ("--tokens", 3, "--precision", "float32", "--no-pairrm", "--no-demo", "--json")
     done = run("--results", tmp_path, *options)
     assert done.returncode == 0, done.stderr
-    *rows, job = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    *rows, job, plan = [
+        json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")
+    ]
     trainings = ["training, LoRA of rank 16", "training, all weights"]
     stages = ["generation", "scoring", *trainings]
     assert sorted((row["baseline"], row["stage"]) for row in rows) == sorted(
@@ -63,6 +65,8 @@ def test_each_stage_has_a_row(tmp_path, tiny_policy):
         assert row["ratio"] == row["ours"] / row["theirs"] > 0
         assert row["limit"] > 0
     assert job == {"job": "train_policy", "seconds": 6.0, "start_up": 1.5}
+    assert plan["job"] == "snakemake -n"
+    assert 0 < plan["seconds"] == plan["start_up"]
 
 
 def test_a_run_is_needed(tmp_path):
