@@ -376,13 +376,30 @@ def test_killed_training_resumes_to_the_same_weights(parallel, place):
 
 @pytest.mark.parametrize(("parallel", "processes"), [("ddp", 2), ("fsdp2", 4), ("hsdp", 4)])
 def test_two_nodes_train_the_same(parallel, processes, place, alone):
-    """This machine plays both nodes."""
+    name = f"nodes_{parallel}"
+    output = run_on_two_nodes(
+        place.command(name, parallel=parallel, processes=processes, nodes=2, micro_batch_size=1)
+    )
+    if parallel == "hsdp":
+        assert "mesh {'dp_replicate': 2, 'dp_shard_cp': 2}" in output
+    weights = load_file(place.folder / name / "model.safetensors")
+    assert_same(place, alone, name, weights)
+
+
+def test_hsdp_rounds_weights_in_bfloat16_as_fsdp2_does(place):
+    place.score(place.policy, "bfloat16", "for_hsdp", rounded=True, micro_batch_size=1)
+    options = {"precision": "bfloat16", "parallel": "hsdp", "micro_batch_size": 1}
+    run_on_two_nodes(
+        place.command("hsdp_bf16", reference="for_hsdp", processes=4, nodes=2, **options)
+    )
+    assert place.farthest_at_step_0("hsdp_bf16") < 1e-5
+
+
+def run_on_two_nodes(command: list[str]) -> str:
+    """Run a training on two nodes, both of which are this machine; the output of the first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    name = f"nodes_{parallel}"
-    options = {"parallel": parallel, "processes": processes, "nodes": 2, "micro_batch_size": 1}
-    command = place.command(name, **options)
     running = [
         subprocess.Popen(
             command,
@@ -395,10 +412,7 @@ def test_two_nodes_train_the_same(parallel, processes, place, alone):
     ]
     outputs = [process.communicate(timeout=300)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0], outputs
-    if parallel == "hsdp":
-        assert "mesh {'dp_replicate': 2, 'dp_shard_cp': 2}" in outputs[0]
-    weights = load_file(place.folder / name / "model.safetensors")
-    assert_same(place, alone, name, weights)
+    return outputs[0]
 
 
 def test_error_of_all_processes_is_one_line_and_nothing_is_kept(place, tmp_path):
