@@ -174,10 +174,12 @@ def assert_same(
             assert ours[column] == pytest.approx(theirs[column], rel=1e-4, abs=1e-3), column
 
 
-@pytest.mark.parametrize(("micro_batch_size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
-def test_two_processes_train_what_one_does(micro_batch_size, accumulation, place, alone):
-    name = f"two_{accumulation}"
-    weights = place.train(name, processes=2, micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize(
+    ("processes", "micro_batch_size", "accumulation"), [(2, 4, 1), (2, 2, 2), (2, 1, 4), (4, 1, 2)]
+)
+def test_processes_train_what_one_does(processes, micro_batch_size, accumulation, place, alone):
+    name = f"{processes}_{accumulation}"
+    weights = place.train(name, processes=processes, micro_batch_size=micro_batch_size)
     assert_same(place, alone, name, weights)
     step_0 = read_json(record_path(place.folder / name))["step_0"]
     assert step_0["log_ratio_per_token"] < 1e-3
