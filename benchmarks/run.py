@@ -65,6 +65,7 @@ from sppo.training.trainer import make_trainer, make_trl_trainer
 K = 5  # responses to each prompt
 FREED_MEMORY_RETURNED = "freed memory returned"
 ROUNDED_IN_EVERY_PASS = "weights rounded in every pass"
+LLM_BLENDER = "llm-blender"
 RANKS = (16, 0)  # of LoRA; 0 trains all weights
 BATCH = 8  # pairs in a step and in a forward pass
 COLUMNS = ("stage", "baseline", "ours", "theirs", "ratio", "limit")
@@ -114,11 +115,14 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.results / "iter1/pairs.parquet").is_file():
         raise UserError(f"{args.results} has no iter1/pairs.parquet; run make demo first")
-    if args.baseline not in (None, ROUNDED_IN_EVERY_PASS):
+    if args.baseline not in (None, ROUNDED_IN_EVERY_PASS, LLM_BLENDER):
         # Only our programs let malloc keep freed memory, which makes any program faster.
         devices.keep_freed_memory = lambda: None
     start_torch()
     device = pick_device("auto")
+    if args.baseline == LLM_BLENDER:
+        print(json.dumps(annotation(device)))
+        return
     work = Workload(
         args.results / "iter0/policy",
         read_table(args.results / "iter1/prompts.parquet", "prompts")[: args.prompts],
@@ -134,8 +138,8 @@ def main() -> None:
     # Before this process needs memory itself.
     others = {name: in_own_process(name) for name in BASELINES if applies(name, work)}
     rows = compared(work, others)
-    if not args.no_pairrm:
-        rows += annotation(device)
+    if not args.no_pairrm and pairrm.environment():
+        rows.append(in_own_process(LLM_BLENDER))
     if not args.no_demo and demo.has_history():
         now, then = demo.seconds()
         rows.append(row_of("demo", f"commit {demo.EARLIER}", 3600 / now, 3600 / then, None))
@@ -164,8 +168,11 @@ def applies(baseline: str, work: Workload) -> bool:
     return True
 
 
-def in_own_process(baseline: str) -> dict[str, float]:
-    """Tokens per second of a baseline's stages, in a process with the arguments of this one."""
+def in_own_process(baseline: str) -> dict[str, Any]:
+    """What a baseline prints in a process of its own, with the arguments of this one.
+
+    It is tokens per second by stage, and for llm-blender a whole row.
+    """
     command = [sys.executable, *sys.argv, "--baseline", baseline]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -360,18 +367,14 @@ def speed_of_training(name: str, work: Workload, lora_rank: int) -> float:
         return sum(map(sequence_tokens, work.pairs)) / (time.perf_counter() - began)
 
 
-def annotation(device: str) -> list[dict[str, Any]]:
-    """The row of PairRM; none without llm-blender's environment."""
+def annotation(device: str) -> dict[str, Any]:
+    """The row of PairRM."""
     official = pairrm.environment()
-    if official is None:
-        return []
+    assert official is not None  # the caller has looked
     found = pairrm.speeds(official, 3, device)
     seconds = products(found.model, found.tokens, found.dtype, device, is_trained=False)
-    return [
-        row_of(
-            "annotation, PairRM", "llm-blender", found.ours, found.theirs, found.tokens / seconds
-        )
-    ]
+    limit = found.tokens / seconds
+    return row_of("annotation, PairRM", LLM_BLENDER, found.ours, found.theirs, limit)
 
 
 def with_reference(
