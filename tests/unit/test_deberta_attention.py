@@ -9,20 +9,15 @@ import torch
 from transformers import DebertaV2Config, DebertaV2Model
 
 from sppo.preferences.deberta_attention import AttentionByDistance, attend_by_distance
+from sppo.preferences.pairrm_network import DEBERTA_V3_LARGE
 
-SHAPE = {
+SHAPE = DEBERTA_V3_LARGE | {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 96,
     "max_position_embeddings": 64,
     "position_buckets": 16,
-    "relative_attention": True,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_biased_input": False,
-    "type_vocab_size": 0,
     "vocab_size": 100,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,

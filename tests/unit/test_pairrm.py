@@ -39,6 +39,7 @@ from sppo.preferences.base import KINDS
 from sppo.preferences.estimates import win_probabilities
 from sppo.preferences.pairrm_files import check_pairrm, is_pairrm
 from sppo.preferences.pairrm_network import (
+    DEBERTA_V3_LARGE,
     FIRST,
     MARKS,
     SECOND,
@@ -51,19 +52,13 @@ from sppo.workflow.configuration import resolve
 from sppo.workflow.preflight import check_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = {
+SHAPE = DEBERTA_V3_LARGE | {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 48,
     "max_position_embeddings": 64,
     "position_buckets": 16,
-    "relative_attention": True,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": ["p2c", "c2p"],
-    "position_biased_input": False,
-    "type_vocab_size": 0,
 }
 LONG = "and so on, and on, " * 20
 PROMPTS = ["Say something.", "Why is the sky blue?", LONG, "", "Name a city in France, please."]
