@@ -46,7 +46,7 @@ from sppo.core.config import OF_CHATS
 from sppo.core.errors import UserError, run
 from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
-from sppo.policies.prompts import read_gold, with_target_reward
+from sppo.policies.prompts import read_gold
 from sppo.preferences.estimates import even_length_penalty, mean_logits
 from sppo.preferences.grades import GOLD, read_grades
 from sppo.preferences.labels import ANNOTATED, relabelled
@@ -312,7 +312,7 @@ def twice_with_target_rewards(
     probability of beating the K - 1 other responses. So a response that always wins has the reward
     10. Pairs whose two rewards are equal are dropped; their number is the second result.
     """
-    from sppo.policies.chats import load_tokenizer, prompt_token_ids
+    from sppo.policies.chats import load_tokenizer, prompt_token_ids, with_target_reward
 
     tokenizer = load_tokenizer(args.policy, args.chat_template_kwargs, args.template_date)
     found: list[dict[str, Any]] = []
@@ -327,7 +327,7 @@ def twice_with_target_rewards(
             equal += 1
             continue
         for row, reward in ((pair, reward_chosen), (swapped(pair), reward_rejected)):
-            asked = with_target_reward(messages[prompt_id], reward)
+            asked = with_target_reward(tokenizer, messages[prompt_id], reward)
             ids = prompt_token_ids(tokenizer, asked, f"prompt {prompt_id}")
             found.append(row | {"prompt_token_ids": ids})
     return found, equal

@@ -25,12 +25,10 @@ from sppo.core.flags import add_section
 from sppo.core.tables import read_table, write_table
 from sppo.evaluation.mt_bench import read_questions
 from sppo.policies.prompts import (
-    HIGHEST_REWARD,
     is_held_out,
     normalised,
     read_instructions,
     read_prompts,
-    with_target_reward,
 )
 
 
@@ -182,10 +180,12 @@ def with_token_ids(
     UserError if a prompt cannot be used and must not be dropped, or if all were dropped.
     """
     from sppo.policies.chats import (
+        HIGHEST_REWARD,
         context_length,
         control_tokens,
         load_tokenizer,
         prompt_token_ids,
+        with_target_reward,
     )
 
     tokenizer = load_tokenizer(args.policy, args.chat_template_kwargs, args.template_date)
@@ -209,7 +209,7 @@ def with_token_ids(
             continue
         messages = prompt["messages"]
         if args.highest_reward:
-            messages = with_target_reward(messages, HIGHEST_REWARD)
+            messages = with_target_reward(tokenizer, messages, HIGHEST_REWARD)
         try:
             ids = prompt_token_ids(tokenizer, messages, f"prompt {prompt['id']} of {source}")
         except UserError as error:

@@ -17,7 +17,7 @@ import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
 from sppo.core.errors import run
 from sppo.core.flags import add_engine
-from sppo.policies.prompts import HIGHEST_REWARD, read_instructions, with_target_reward
+from sppo.policies.prompts import read_instructions
 
 
 def main() -> None:
@@ -87,11 +87,13 @@ def prompts_of(
     together with its answer.
     """
     from sppo.policies.chats import (
+        HIGHEST_REWARD,
         check_fits,
         check_no_control_tokens,
         context_length,
         control_tokens,
         prompt_token_ids,
+        with_target_reward,
     )
 
     context = context_length(args.policy)
@@ -102,7 +104,7 @@ def prompts_of(
         check_no_control_tokens(controls, row["instruction"], name)
         messages = [{"role": "user", "content": row["instruction"]}]
         if args.highest_reward:
-            messages = with_target_reward(messages, HIGHEST_REWARD)
+            messages = with_target_reward(tokenizer, messages, HIGHEST_REWARD)
         ids = prompt_token_ids(tokenizer, messages, name)
         check_fits(name, len(ids), args.max_new_tokens, context)
         prompts.append({"prompt_id": str(row.get("prompt_id", number)), "prompt_token_ids": ids})

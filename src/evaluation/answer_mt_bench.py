@@ -18,7 +18,6 @@ from sppo.core.artifacts import recorded, write_json_lines
 from sppo.core.errors import run
 from sppo.core.flags import add_engine
 from sppo.evaluation.mt_bench import TEMPERATURES, read_questions
-from sppo.policies.prompts import HIGHEST_REWARD, with_target_reward
 
 
 def main() -> None:
@@ -99,7 +98,13 @@ def answer_turn(
     policy's context length in tokens, None if it is unknown. UserError if a chat and its answer do
     not fit the context.
     """
-    from sppo.policies.chats import check_fits, control_tokens, prompt_token_ids
+    from sppo.policies.chats import (
+        HIGHEST_REWARD,
+        check_fits,
+        control_tokens,
+        prompt_token_ids,
+        with_target_reward,
+    )
     from sppo.policies.generation import Sampling
 
     controls = control_tokens(engine.tokenizer)
@@ -112,7 +117,7 @@ def answer_turn(
             name = f"question {question['question_id']} of {args.data}"
             chat = with_safe_answers(chats[str(question["question_id"])], controls)
             if args.highest_reward:
-                chat = with_target_reward(chat, HIGHEST_REWARD)
+                chat = with_target_reward(engine.tokenizer, chat, HIGHEST_REWARD)
             ids = prompt_token_ids(engine.tokenizer, chat, name)
             check_fits(f"{name}, with the turns before it,", len(ids), args.max_new_tokens, context)
             prompts.append({"prompt_id": str(question["question_id"]), "prompt_token_ids": ids})

@@ -404,6 +404,7 @@ def test_target_rewards_use_each_pair_in_both_orders(build, tiny_policy):
         # The grade is the win rate over the two other responses, scaled to 1..10.
         grade = 1 + 9 * (3 * row["p_hat_chosen"] - 0.5) / 2
         assert f"Overall score: {round(grade, 1):g}." in text
+        assert text.startswith("<|im_start|>system\nYou are an assistant that generates")
         assert text.count("<|im_start|>user") == 1
     assert good["p_hat_chosen"] == plain["p_hat_chosen"]
     assert bad["p_hat_rejected"] == plain["p_hat_chosen"]

@@ -31,6 +31,7 @@ from sppo.policies.chats import (
     prompt_token_ids,
     render_chat,
     stop_token_ids,
+    with_target_reward,
     without_control_tokens,
 )
 from sppo.policies.generation import response, summary, without_thoughts
@@ -394,6 +395,41 @@ def test_a_prompt_that_the_template_refuses_is_an_error(
     assert not (tmp_path / "out.parquet").exists()
     with pytest.raises(UserError, match="all 1 prompts .* 'refused_by_chat_template': 1"):
         sample(folder, rows, "--refused", "drop")
+
+
+# --- a target reward (RA-DPO) ---
+
+IGNORES_SYSTEM = """{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "roles"),
+    [
+        (CHATML, user("Hi"), ["system", "user"]),
+        (CHATML, SYSTEM, ["system", "user"]),
+        (LLAMA, user("Hi"), ["system", "user"]),
+        (GEMMA, user("Hi"), ["user"]),
+        (IGNORES_SYSTEM, user("Hi"), ["user"]),
+    ],
+    ids=["chatml", "chat with a system message", "llama", "refused", "left out"],
+)
+def test_target_reward_is_a_system_message_where_one_is_read(template, messages, roles, tmp_path):
+    tokens = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"]
+    tokenizer = load_tokenizer(make(tmp_path, template, tokens, "<eos>"))
+    original = [dict(message) for message in messages]
+    asked = with_target_reward(tokenizer, messages, 7.5)
+    assert messages == original
+    assert [message["role"] for message in asked] == roles
+    rendered = render_chat(tokenizer, asked)
+    assert rendered.count("Overall score: 7.5.") == 1
+    for message in messages:
+        assert message["content"] in rendered
+    if len(roles) > len(messages):
+        assert asked[1:] == messages
+    else:
+        assert asked[0]["content"].endswith(f"7.5.\n\n{messages[0]['content']}")
 
 
 def test_dropping_refused_prompts_keeps_the_others(sample, tmp_path):

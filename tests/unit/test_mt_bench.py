@@ -569,15 +569,13 @@ def test_reward_conditioned_policy_is_asked_for_its_best_grade(
         tmp_path / "a.jsonl",
     )
 
-    first, second = (
-        [message["content"] for message in chat if message["role"] == "user"] for chat in asked
-    )
-    assert (
-        first[0] == second[0]
-        and "Overall score: 10." in first[0]
-        and first[0].endswith("Add one and one.")
-        and second[1] == "And once more."
-    )
+    first, second = asked
+    assert [message["role"] for message in first] == ["system", "user"]
+    assert [message["role"] for message in second] == ["system", "user", "assistant", "user"]
+    assert "Overall score: 10." in first[0]["content"]
+    assert second[0] == first[0]
+    assert first[1]["content"] == "Add one and one."
+    assert second[3]["content"] == "And once more."
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 ANSWER = "PLACEHOLDER-OF-AN-ANSWER"  # the assistant's text in a rendered chat
+HIGHEST_REWARD = 10  # asked of a reward-conditioned policy in sampling and evaluation
 
 
 def load_tokenizer(
@@ -135,6 +136,33 @@ def prompt_token_ids(
     The template writes all special tokens; the tokenizer adds none.
     """
     return tokenizer(render_chat(tokenizer, messages, name), add_special_tokens=False).input_ids
+
+
+def with_target_reward(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], reward: float
+) -> list[dict[str, str]]:
+    """The chat with a system message that asks for an answer with this reward, from 1 to 10.
+
+    A chat that begins with a system message gets the request before that message's text. If the
+    chat template refuses system messages or leaves them out, the request is written before the
+    first message's text.
+    Source: RA-DPO (2410.08067). Wording and both forms are those of its authors' code.
+    """
+    request = (
+        "You are an assistant that generates responses for the instruction while implicitly"
+        " achieving the following target scores (on a scale of 1-10, where 1 is lowest and 10 is"
+        f" highest):\nOverall score: {reward:g}."
+    )
+    first, *rest = messages
+    before_first = [first | {"content": f"{request}\n\n{first['content']}"}, *rest]
+    if first["role"] == "system":
+        return before_first
+    as_system = [{"role": "system", "content": request}, *messages]
+    try:
+        takes_it = request in render_chat(tokenizer, as_system)
+    except UserError:
+        takes_it = False
+    return as_system if takes_it else before_first
 
 
 def context_length(folder: Path) -> int | None:

@@ -15,7 +15,6 @@ Prompt = dict[str, Any]  # id, category, messages
 ROLES = ("system", "user", "assistant", "tool")
 PROMPT_FIELDS = ("messages", "instruction", "prompt")  # `prompt`: as in IFEval's file
 ID_FIELDS = ("id", "key", "uid")  # ours, IFEval's, Arena-Hard's
-HIGHEST_REWARD = 10  # asked of a reward-conditioned policy in sampling and evaluation
 
 
 def read_prompts(
@@ -68,22 +67,6 @@ def chat_text(messages: list[dict[str, str]]) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{each['role']}: {each['content']}" for each in messages)
-
-
-def with_target_reward(messages: list[dict[str, str]], reward: float) -> list[dict[str, str]]:
-    """The chat whose first message also asks for an answer with this reward, from 1 to 10.
-
-    Source: RA-DPO (2410.08067). The wording is that of its authors' code, which puts it into a
-    system message, or before the first message for models whose template takes none. Here it is
-    always before the first message.
-    """
-    first, *rest = messages
-    request = (
-        "You are an assistant that generates responses for the instruction while implicitly"
-        " achieving the following target scores (on a scale of 1-10, where 1 is lowest and 10 is"
-        f" highest):\nOverall score: {reward:g}.\n\n"
-    )
-    return [first | {"content": request + first["content"]}, *rest]
 
 
 def read_gold(path: Path) -> dict[str, str]:
