@@ -197,7 +197,7 @@ def chosen_pairs(
 
 def first_incomplete(
     prompt_ids: Iterable[str],
-    responses: dict[str, dict[int, dict]],
+    responses: dict[str, dict[int, dict[str, Any]]],
     logits: dict[str, dict[str, Any]] | None,
 ) -> str | None:
     """The first prompt without responses, or whose row of `logits` does not compare all of them.
@@ -260,7 +260,7 @@ def gold_responses(path: Path, policy: Path) -> dict[str, dict[str, Any]]:
 
 
 def leave_out_truncated(
-    logits: dict[str, dict[str, Any]], responses: dict[str, dict[int, dict]]
+    logits: dict[str, dict[str, Any]], responses: dict[str, dict[int, dict[str, Any]]]
 ) -> tuple[dict[str, dict[str, Any]], int]:
     """The preferences among complete responses, and the number of prompts that have too few."""
     left = {
@@ -282,7 +282,7 @@ def relabel(logits: dict[str, dict[str, Any]], labels: str, seed: int) -> int:
 
 
 def even_out_lengths(
-    logits: dict[str, dict[str, Any]], responses: dict[str, dict[int, dict]]
+    logits: dict[str, dict[str, Any]], responses: dict[str, dict[int, dict[str, Any]]]
 ) -> float:
     """Subtract a penalty for length, in characters, from all logits; return the penalty."""
     lengths = {}
@@ -301,8 +301,8 @@ def even_out_lengths(
 
 def twice_with_target_rewards(
     pairs: list[dict[str, Any]],
-    logits: dict[str, dict],
-    messages: dict[str, list],
+    logits: dict[str, dict[str, Any]],
+    messages: dict[str, list[Any]],
     args: argparse.Namespace,
 ) -> tuple[list[dict[str, Any]], int]:
     """Two pairs from each pair, with different target rewards in the prompt (RA-DPO, 2410.08067).

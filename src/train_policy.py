@@ -207,7 +207,7 @@ def train(args: argparse.Namespace) -> None:
         shutil.rmtree(work)
 
 
-def load_pairs(args: argparse.Namespace) -> list[dict]:
+def load_pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The pairs, with their log-probabilities under pi_t and under the method's reference."""
     pairs = read_table(args.pairs, "pairs")
     if not pairs:
@@ -220,7 +220,9 @@ def load_pairs(args: argparse.Namespace) -> list[dict]:
     return pairs
 
 
-def joined(pairs: list[dict], source: Path, shards: list[Path], name: str) -> list[dict]:
+def joined(
+    pairs: list[dict[str, Any]], source: Path, shards: list[Path], name: str
+) -> list[dict[str, Any]]:
     """Pairs with the log-probabilities in `shards` as <name>_chosen and <name>_rejected.
 
     `source` is the file of the pairs. A UserError if the shards together have other pairs.
@@ -241,7 +243,7 @@ def joined(pairs: list[dict], source: Path, shards: list[Path], name: str) -> li
     ]
 
 
-def with_opponents(pairs: list[dict], args: argparse.Namespace) -> list[dict]:
+def with_opponents(pairs: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Pairs with opponents_chosen and opponents_rejected, the weighted means of log-probabilities.
 
     The opponents are pi_t and earlier iterates, with the weights `args.history`.
@@ -269,12 +271,12 @@ def with_opponents(pairs: list[dict], args: argparse.Namespace) -> list[dict]:
     ]
 
 
-def against_mixture(pairs: list[dict], share: float) -> list[dict]:
+def against_mixture(pairs: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
     """Pairs with P-hat against Nash-MD's mixture pi_t^(1 - share) pi_ref^share instead of pi_t.
 
     The pairs must include every two responses of a prompt, except ties and equal texts.
     """
-    pairs_of_prompts: dict[str, list[dict]] = {}
+    pairs_of_prompts: dict[str, list[dict[str, Any]]] = {}
     for pair in pairs:
         pairs_of_prompts.setdefault(pair["prompt_id"], []).append(pair)
     estimates = {
@@ -294,7 +296,7 @@ def against_mixture(pairs: list[dict], share: float) -> list[dict]:
     return changed
 
 
-def mixture_estimates(pairs: list[dict], share: float) -> dict[int, float]:
+def mixture_estimates(pairs: list[dict[str, Any]], share: float) -> dict[int, float]:
     """P-hat(y beats the mixture) of each response y of one prompt, by sample id.
 
     The responses are samples of pi_t. In the mixture, response y has the weight
@@ -333,7 +335,7 @@ def records(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def load_trainer(
-    args: argparse.Namespace, tokenizer: Any, pairs: list[dict], dtype: Any, device: str
+    args: argparse.Namespace, tokenizer: Any, pairs: list[dict[str, Any]], dtype: Any, device: str
 ) -> tuple[Any, Path]:
     """The trainer of the policy to start from, and the folder of its checkpoints."""
     from sppo.policies.devices import weights_dtype
@@ -375,10 +377,10 @@ def check_history(history: list[dict[str, Any]], output: Path) -> None:
 def write_policy(
     output: Path,
     model: Any,
-    weights: dict | None,
+    weights: dict[str, Any] | None,
     tokenizer: Any,
     card_text: str,
-    factors: dict | None = None,
+    factors: dict[str, Any] | None = None,
 ) -> None:
     """Write the policy's folder: model, tokenizer and model card.
 
@@ -396,7 +398,9 @@ def write_policy(
         (temporary / "README.md").write_text(card_text, encoding="utf-8")
 
 
-def facts_of(trainer: Any, pairs: list[dict], dtype: Any, last: dict[str, Any]) -> dict[str, Any]:
+def facts_of(
+    trainer: Any, pairs: list[dict[str, Any]], dtype: Any, last: dict[str, Any]
+) -> dict[str, Any]:
     """What the policy's record says of the training; `last` is the last line of the log."""
     from sppo.training.lengths import sequence_tokens
 
@@ -416,7 +420,7 @@ def card(args: argparse.Namespace, pairs: int, steps: int, last: dict[str, Any])
     of_losses = {key for key, rule in rules.items() if "x-loss-parameter" in rule}
     shown = {*METHOD, *of_losses} - set(unread_keys(args.loss))
     method = {key: value for key, value in vars(args).items() if key in shown and value is not None}
-    figures = {
+    figures: dict[str, Any] = {
         key: last[key]
         for key in ("loss", "log_ratio_chosen", "log_ratio_rejected", "reward_accuracy")
         if key in last
@@ -454,7 +458,7 @@ def method_in_words(args: argparse.Namespace) -> str:
     )
 
 
-def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | None]:
+def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any] | None]:
     """The trained model with LoRA merged into it, and its weights if processes hold parts of them.
 
     Then the main process gets the whole weights, and the others get an empty dict. With
@@ -468,7 +472,7 @@ def whole_policy(trainer: Any, args: argparse.Namespace) -> tuple[Any, dict | No
     return model, weights
 
 
-def gathered_weights(trainer: Any) -> dict:
+def gathered_weights(trainer: Any) -> dict[str, Any]:
     """The whole weights of a divided model in the main process; an empty dict in the others."""
     gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
     # `gathered` contains tied weights twice, under both of their names.

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -87,7 +88,7 @@ def read_annotations(path: Path) -> pd.DataFrame:
     return frame
 
 
-def leaderboard_row(rows: pd.DataFrame, difficulty: Path | None) -> dict:
+def leaderboard_row(rows: pd.DataFrame, difficulty: Path | None) -> dict[str, Any]:
     """The package's row of one model, from its annotations in the order of their file.
 
     UserError if an instruction is repeated, if fewer than 5 are judged, or if `difficulty` is given

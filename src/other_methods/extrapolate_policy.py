@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import read_json, recorded, written_whole
@@ -73,7 +73,7 @@ def extrapolate(model: PreTrainedModel, base: Path, aligned: Path, alpha: float)
     index = base / WEIGHTS_INDEX
     files = read_json(index)["weight_map"].values() if index.is_file() else ["model.safetensors"]
     with contextlib.ExitStack() as opened:
-        base_readers = {}  # the opened file of each tensor of the base
+        base_readers: dict[str, Any] = {}  # the opened file of each tensor of the base
         for file in sorted(set(files)):
             reader = opened.enter_context(safe_open(base / file, "pt"))
             base_readers |= dict.fromkeys(reader.keys(), reader)
@@ -82,9 +82,9 @@ def extrapolate(model: PreTrainedModel, base: Path, aligned: Path, alpha: float)
         names_of_weight: dict[int, list[str]] = {}
         for name, weight in weights.items():
             names_of_weight.setdefault(weight.data_ptr(), []).append(name)
-        pairs = []  # each weight, and its name in the files of the base
+        pairs = []  # each weight, and its name in the files of the base, "" if absent
         for names in names_of_weight.values():
-            base_name = next((name for name in names if name in base_readers), None)
+            base_name = next((name for name in names if name in base_readers), "")
             pairs.append((weights[names[0]], base_name))
         same_shapes = all(
             name and base_readers[name].get_slice(name).get_shape() == list(weight.shape)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded
@@ -117,7 +118,7 @@ def main() -> None:
 
 
 def by_preference(
-    pools: Pools, messages: dict[str, list[dict]], args: argparse.Namespace
+    pools: Pools, messages: dict[str, list[dict[str, Any]]], args: argparse.Namespace
 ) -> tuple[Grades, str]:
     """6 P-hat of each text within its pool, and the preference model's name."""
     model = load_preference_model(vars(args), args.ranker_base, args.device)
@@ -135,7 +136,10 @@ def by_preference(
 
 
 def by_judge(
-    pools: Pools, messages: dict[str, list[dict]], looping: set, args: argparse.Namespace
+    pools: Pools,
+    messages: dict[str, list[dict[str, Any]]],
+    looping: set[tuple[str, int]],
+    args: argparse.Namespace,
 ) -> tuple[Grades, str]:
     """The judge's score of each text without a loop, and the judge's name.
 
@@ -162,7 +166,7 @@ def by_judge(
     return grades, name
 
 
-def mean(rows: list[dict]) -> float | None:
+def mean(rows: list[dict[str, Any]]) -> float | None:
     """The mean grade; None if there are no rows."""
     return sum(row["grade"] for row in rows) / len(rows) if rows else None
 

@@ -178,6 +178,7 @@ def items_of_iteration(
             )
     responses: dict[str, dict[int, Record]] = {}
     for (prompt_id, sample_id), row in rows["responses"].items():
+        assert sample_id is not None  # only tables with one row for a prompt have none
         responses.setdefault(prompt_id, {})[sample_id] = row
     items = []
     for (prompt_id, _), prompt in rows["prompts"].items():
@@ -189,7 +190,7 @@ def items_of_iteration(
                 "give all shards"
             )
         pair: Pair | Dropped = Dropped("truncated")
-        compared = preference
+        compared: Record | None = preference
         if rules.truncated == "leave_out":
             compared = without_truncated(preference, candidates)
         if compared is not None:
@@ -322,7 +323,7 @@ def example(items: list[Record]) -> str | None:
         and follows_all(item["answers"][-1])
     ]
     chosen = max(learned or items, key=lambda item: item["margin"], default=None)
-    return chosen and chosen["id"]
+    return chosen["id"] if chosen else None
 
 
 def check_evaluation(

@@ -136,10 +136,9 @@ def compared(line: dict[str, str], results: Path, same_base: bool) -> dict[str, 
         return cells
     published = Decimal(line["published"])
     ours = Decimal(repr(found[line["metric"]]))
-    places = Decimal(1).scaleb(published.as_tuple().exponent)
     return cells | {
-        "ours": str(ours.quantize(places)),
-        "difference": f"{(ours - published).quantize(places):+}",
+        "ours": str(ours.quantize(published)),
+        "difference": f"{(ours - published).quantize(published):+}",
         "comparable": comparable(found, line, same_base),
     }
 

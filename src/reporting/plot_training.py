@@ -92,7 +92,7 @@ def plot_training(logs: dict[int, list[dict[str, float]]], files: list[Path]) ->
             textcoords="offset points",
             fontsize=8,
         )
-        steps_before = at[-1]
+        steps_before = int(at[-1])
         for panel in axes:
             panel.axvline(steps_before + 0.5, color="0.8", linewidth=1)
     for panel, (_, label) in zip(axes, PANELS):

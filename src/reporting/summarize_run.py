@@ -107,7 +107,9 @@ def main() -> None:
     print(text, end="")
 
 
-def judged_by_run(found: dict[tuple[str, int], Contents], name: str) -> dict[str, dict]:
+def judged_by_run(
+    found: dict[tuple[str, int], Contents], name: str
+) -> dict[str, dict[int, dict[str, Any]]]:
     """The contents of alpaca_eval.json by run and iteration, in order; the run `name` first.
 
     UserError if the run has none, a field is missing, or judge, reference or n differ.

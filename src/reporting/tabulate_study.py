@@ -80,7 +80,7 @@ def main() -> None:
     rows = json_lines(args.rows) if args.rows.exists() else []
     if not rows:
         raise UserError(f"{args.rows} has no rows; make them with src/tools/run_study.py")
-    regimes = {row["regime"]: [] for row in rows}
+    regimes: dict[str, list[Row]] = {row["regime"]: [] for row in rows}
     for row in rows:
         regimes[row["regime"]].append(row)
     folder, stem = args.output.parent, args.output.stem
@@ -259,8 +259,9 @@ def steps(rows: list[Row]) -> str:
         return ""
     lines = []
     for t in range(1, length + 1):
-        before = [row["base"] if t == 1 else at(row, t - 1) for row in main_rows]
-        change = differences([at(row, t) for row in main_rows], before)
+        after = [row["iterations"][t - 1] for row in main_rows]
+        before = [row["base"] if t == 1 else row["iterations"][t - 2] for row in main_rows]
+        change = differences(after, before)
         low, high = estimated(change).interval()
         by_seed = 100 * change.mean(axis=1)
         lines.append(

@@ -208,7 +208,7 @@ def numbers_of_least_squares() -> Iterator[Claim]:
     yield Claim(
         12,
         "SPPO replaces log Z, where Z = E exp(eta P pi_1), by eta/2. Value: log Z - eta/2 at eta 1",
-        np.log(START @ np.exp(P @ START)) - 0.5,
+        float(np.log(START @ np.exp(P @ START)) - 0.5),
         "=",
         "0.0046",
     )

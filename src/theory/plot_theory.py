@@ -26,6 +26,8 @@ from sppo.reporting.table_formats import csv_table
 from sppo.theory import claims
 from sppo.theory.games import GAMES, Game, duality_gap, nash, read_game
 
+Columns = dict[str, np.ndarray]  # of a table, by name
+
 # Okabe-Ito colours. Dashes distinguish the lines as well.
 BLUE, RED, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, YELLOW, BLACK = "#56B4E9", "#CC79A7", "#F0E442", "#000000"
@@ -74,7 +76,7 @@ class Plot:
     """A figure with its data and a text for the page."""
 
     stem: str  # of its files
-    data: claims.Series  # columns of the table
+    data: Columns
     figure: Any
     text: str  # what the figure shows
 
@@ -105,7 +107,9 @@ def main() -> None:
 
     inputs = [path for path in (args.checks, args.trained, args.game) if path]
     checks = read_json(args.checks)
-    trained = read_json(args.trained) if args.trained else {"findings": "", "checks": []}
+    trained: dict[str, Any] = {"findings": "", "checks": []}
+    if args.trained:
+        trained = read_json(args.trained)
     files = [
         [args.output.with_name(f"{plot.stem}.{form}") for form in ("csv", "png", "svg")]
         for plot in plots
@@ -133,13 +137,14 @@ def plot_method(axes: Any, y: Any, name: str) -> None:
     )
 
 
-def all_gaps(game: Game, title: str) -> tuple[claims.Series, Any, claims.Series]:
+def all_gaps(game: Game, title: str) -> tuple[Columns, Any, claims.Series]:
     """The duality gap of every method by iteration.
 
     Returns the data (columns by name), the figure, and the last policy of each method.
     """
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4.6), layout="constrained")
-    data, last = {"iteration": np.arange(1, STEPS + 2)}, {}
+    data: Columns = {"iteration": np.arange(1, STEPS + 2)}
+    last: claims.Series = {}
     for axes, title_of_panel, series in (
         (left, "reference: the current policy", claims.without_reference(game, STEPS)),
         (right, "fixed or moving reference, tau = alpha = 0.3", claims.with_reference(game, STEPS)),

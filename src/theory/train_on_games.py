@@ -159,13 +159,13 @@ def distance_in_expectation(ways: dict[str, np.ndarray]) -> float:
 def distance_moved(ways: dict[str, np.ndarray]) -> float:
     """Total variation between the first policy and the last one of the exact update."""
     start = ways["expected"][0, 0]
-    return total_variation(exact(start, ETA)[-1], start)
+    return float(total_variation(exact(start, ETA)[-1], start))
 
 
 def distance_at_end(ways: dict[str, np.ndarray], way: str) -> float:
     """Total variation between the mean of the last policies and the exact update for samples."""
     last = exact(ways["expected"][0, 0], SAMPLED_ETA)[-1]
-    return total_variation(ways[way][:, -1].mean(axis=0), last)
+    return float(total_variation(ways[way][:, -1].mean(axis=0), last))
 
 
 def all_checks(iterates: Iterates) -> list[dict[str, Any]]:

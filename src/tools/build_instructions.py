@@ -276,7 +276,7 @@ def one_sentence(topic: Topic, draw: random.Random) -> Request:
     words = draw.sample(topic["words"], draw.choice((1, 2)))
     text = 'Use the word "{0}".' if len(words) == 1 else 'Use the words "{0}" and "{1}".'
     number = draw.choice((12, 15, 18))
-    constraints = [
+    constraints: list[tuple[str, Written]] = [
         ("keywords:existence", (text.format(*words), {"keywords": words})),
         (
             "length_constraints:number_words",

@@ -88,7 +88,7 @@ def of_generation(folder: Path, shape: Shape) -> list[Measured]:
             continue  # the policy's own reward compared the responses
         settings = settings_for(asked["model"], backend=asked.get("backend", "transformers"))
         kind = find_kind(settings)
-        cost = kind and kind.cost(settings, prompts, prompt, samples, response)
+        cost = kind.cost(settings, prompts, prompt, samples, response) if kind else None
         if cost and cost.flops:
             found.append(measured(preferences, recorded(preferences), cost.flops))
     return found

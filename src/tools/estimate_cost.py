@@ -347,7 +347,7 @@ class Estimator:
         """
         model = settings["model"]
         kind = find_kind(settings)
-        cost = kind and kind.cost(settings, prompts, self.prompt, samples, length)
+        cost = kind.cost(settings, prompts, self.prompt, samples, length) if kind else None
         if not cost:
             if t == self.config["iterations"]:  # the last iteration has all stages
                 print(f"Not counted: {stage}, because the cost of {model} is not known")

@@ -118,13 +118,12 @@ def select_pairs(
     Balanced pairs have as many wins of the first side as of the second. trained_on: hashes of the
     model's training instructions; None if nobody knows them.
     """
-    excluded: dict[str, int | None]
     if args.annotations:
-        frame, excluded = load_annotations(args.annotations)
+        frame, left_out = load_annotations(args.annotations)
         frame = frame.assign(messages=None, subset="all")
     else:
-        frame, excluded = read_labelled_pairs(args.pairs, args.revision, args.split)
-    excluded["training_instruction"] = None
+        frame, left_out = read_labelled_pairs(args.pairs, args.revision, args.split)
+    excluded: dict[str, int | None] = {**left_out, "training_instruction": None}
     if trained_on is not None:
         hashes = {text: instruction_hash(text) for text in frame["instruction"].unique()}
         known = frame["instruction"].map(hashes).isin(trained_on)
@@ -266,7 +265,9 @@ def direct_comparison(
     return (forward - backward) / 2, forward, backward, first_wins, len(first), len(second)
 
 
-def cross_model_comparisons(rows: list[dict], logits: Logits) -> list[tuple[float, float]]:
+def cross_model_comparisons(
+    rows: list[dict[str, Any]], logits: Logits
+) -> list[tuple[float, float]]:
     """The scores of the model and of length on pairs of two models' outputs.
 
     A pair counts if both outputs were compared with the same reference and their preferences differ

@@ -18,7 +18,7 @@ so an answer without sense can win.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -62,8 +62,7 @@ def main() -> None:
             policies[name] = answers
     instructions = [model.instructions[prompt.strip()] for prompt in base]
     for name, rule in RULES.items():
-        answers = map(rule, instructions, base.values())
-        policies[name] = dict(zip(base, answers, strict=True))
+        policies[name] = dict(zip(base, map(rule, instructions, base.values()), strict=True))
     lines = [(name, *explained(model, base, answers)) for name, answers in policies.items()]
     kinds = sorted({kind for _, points, _ in lines for kind in points})
     print(
@@ -93,12 +92,12 @@ def outputs_of(results: Path) -> Iterator[tuple[str, Path]]:
 
 def explained(
     model: VerifiableModel, base: dict[str, str], answers: dict[str, str]
-) -> tuple[Counter[str], float]:
+) -> tuple[dict[str, float], float]:
     """The points of the win rate above 50 by kind of constraint, and the per cent that follow all.
 
     base, answers: by instruction.
     """
-    points: Counter[str] = Counter()
+    points: dict[str, float] = defaultdict(float)
     followed = 0
     for prompt, against in base.items():
         instruction = model.instructions[prompt.strip()]

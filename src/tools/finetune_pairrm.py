@@ -110,7 +110,12 @@ def read_triples(model: PairRM, rows: list[dict[str, Any]]) -> list[Triple]:
     """The truncated ids of each row. Pairs that are equal after truncation are left out."""
     groups = [(row["instruction"], [row["output_1"], row["output_2"]]) for row in rows]
     read = model.read(groups)
-    return [(each.source, *each.answers) for each in read if len(each.answers) == 2]
+    found = []
+    for each in read:
+        if len(each.answers) == 2:
+            first, second = each.answers
+            found.append((each.source, first, second))
+    return found
 
 
 def passes(triples: list[Triple], budget: int) -> list[list[Triple]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import ROOT, code_hashes, read_record
@@ -34,6 +35,8 @@ def main() -> None:
         except UserError as error:
             print(error)
             continue
+        if record is None:
+            continue  # deleted since the folder was listed
         if record.get("rebuilt"):
             print(f"{artifact}: unknown, because its record was rebuilt")
             continue
@@ -44,7 +47,7 @@ def main() -> None:
     print(f"{stale} of {len(records)} artifacts were made by older code")
 
 
-def differences(record: dict) -> list[str]:
+def differences(record: dict[str, Any]) -> list[str]:
     """The parts of the code that have changed since the artifact of this record was made."""
     made_by = record["code"]
     program = ROOT / "src" / made_by["program"]

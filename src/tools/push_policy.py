@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 import _path  # noqa: F401
 from sppo.core.artifacts import recorded, write_json
@@ -79,7 +80,7 @@ def main() -> None:
         print(f"Pushed {args.dataset} to {of_pairs}")
 
 
-def card(policy: Path, evaluation: dict) -> str:
+def card(policy: Path, evaluation: dict[str, Any]) -> str:
     """The policy's card with a table of its evaluation added."""
     keys = (
         "win_rate",

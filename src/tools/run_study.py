@@ -185,6 +185,8 @@ def round_robin(folders: list[Path], judge: dict[str, Any]) -> list[list[float]]
     judge: the section `preference` of the judge.
     """
     # Imported late because loading lm-eval's checkers takes seconds.
+    import numpy as np
+
     from sppo.evaluation.alpaca_eval import read_outputs
     from sppo.preferences.base import Group, compare, kind_of, load_preference_model
     from sppo.preferences.estimates import win_probabilities
@@ -196,7 +198,7 @@ def round_robin(folders: list[Path], judge: dict[str, Any]) -> list[list[float]]
     base = EMBEDDED_POLICY if kind_of(judge).needs_base else None
     groups = {text: Group(text, outputs) for text, outputs in answers.items()}
     logits = compare(load_preference_model(judge, base, "auto"), groups, "instruction")
-    wins = sum(win_probabilities(each) for each in logits.values()) / len(logits)
+    wins = np.mean([win_probabilities(each) for each in logits.values()], axis=0)
     return [[round(100 * float(value), 2) for value in line] for line in wins]
 
 

@@ -23,6 +23,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import _path  # noqa: F401
 import sppo  # noqa: F401  (sets OMP_WAIT_POLICY before torch is imported)
@@ -145,10 +146,12 @@ def calibrate(rows: pd.DataFrame) -> tuple[float, float]:
 
 
 def train(
-    args: argparse.Namespace, model: PreferenceEmbedder, files: list, held_out: list
-) -> list[dict]:
+    args: argparse.Namespace, model: PreferenceEmbedder, files: list[Any], held_out: list[Any]
+) -> list[dict[str, Any]]:
     """Train with AdamW, warm-up and linear decay to zero at --steps; returns the log's lines."""
-    epochs, groups, log = 0, [], []
+    epochs = 0
+    groups: list[Any] = []
+    log: list[dict[str, Any]] = []
     needed = args.steps * GROUPS_PER_STEP
     while len(groups) < needed:
         groups += make_groups(files, GROUP_SIZE, 1000 * args.seed + epochs, False, args.name)
@@ -182,7 +185,9 @@ def train(
     return log
 
 
-def write(args: argparse.Namespace, model: PreferenceEmbedder, spec: dict, files: list) -> None:
+def write(
+    args: argparse.Namespace, model: PreferenceEmbedder, spec: dict[str, Any], files: list[Any]
+) -> None:
     """Write the adapter's files into a folder beside --output and then move them there.
 
     Other files in --output stay, such as the model card and its plot.
