@@ -424,13 +424,46 @@ def make_model(
             model = MistralForCausalLM(config)
     finally:
         torch.set_default_dtype(default)
-    with torch.no_grad():
-        ids = torch.randint(
-            3, sizes["vocab_size"], (1, 64), generator=torch.Generator().manual_seed(0)
-        )
-        logits = model(ids.to(device), use_cache=False).logits.float()
-        model.lm_head.weight.mul_(scale_for_entropy(logits))
+    scale_head(model)
     return model.train()
+
+
+def capped_model(sizes: dict[str, Any], layers: int, device: str) -> Any:
+    """A Gemma-2 with random weights, whose soft cap and sliding window have an effect."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        **sizes,
+        num_hidden_layers=layers,
+        head_dim=sizes["hidden_size"] // sizes["num_attention_heads"],
+        sliding_window=16,
+        attn_logit_softcapping=0.5,
+        final_logit_softcapping=None,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.device(device):
+        model = Gemma2ForCausalLM(config)
+    for layer in model.model.layers:  # products of queries and keys above the cap
+        layer.self_attn.k_proj.weight.data *= 100
+    scale_head(model)
+    return model.eval()
+
+
+def scale_head(model: Any) -> None:
+    """Scale the output layer so that the mean entropy of a token is `ENTROPY`."""
+    import torch
+
+    ids = torch.randint(
+        3, model.config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        logits = model(ids.to(model.device), use_cache=False).logits.float()
+        model.lm_head.weight.mul_(scale_for_entropy(logits))
 
 
 def scale_for_entropy(logits: Any) -> float:
@@ -545,13 +578,14 @@ def project_logps(
     import torch
 
     from sppo.training import attention
-    from sppo.training.batches import pair_batch
+    from sppo.training.batches import CAPPED_MODELS, pair_batch
     from sppo.training.logps import response_logps
 
     if layout == "packed":
         attention.use(model, attention.PACKED)
     else:
-        model.set_attn_implementation("sdpa")
+        has_cap = model.config.model_type in CAPPED_MODELS
+        model.set_attn_implementation("eager" if has_cap else "sdpa")
     batch = {
         key: value.to(device) if torch.is_tensor(value) else value
         for key, value in pair_batch(pairs, layout).items()
@@ -801,6 +835,16 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
         report.measure(
             "packed against padded, bfloat16",
             within_step_0_tolerance=identity_fault(gap, padded, counted, torch.bfloat16) is None,
+            **described(gap, counted),
+        )
+    with report.step("packed against padded, soft cap and window"), torch.inference_mode():
+        capped = capped_model(shape["narrow"], shape["shallow"], device)
+        padded = project_logps(capped, all_pairs, device).double().cpu()
+        gap = project_logps(capped, all_pairs, device, "packed").double().cpu() - padded
+        report.check(
+            "packed against padded, soft cap and window",
+            identity_fault(gap, padded, counted, torch.float32) is None,
+            tolerance=IDENTITY_TOLERANCE[torch.float32],
             **described(gap, counted),
         )
 

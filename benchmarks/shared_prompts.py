@@ -47,7 +47,7 @@ def main() -> None:
     start_torch()
     dtype = compute_dtype(args.precision, "cpu")
     model = load_policy(args.policy, weights_dtype(16, dtype), "cpu")
-    choose_layout(model, "cpu", dtype)  # the attention of scoring and training
+    choose_layout(model, "cpu")  # the attention of scoring and training
     model = with_lora(model, {"lora_rank": 16, "lora_alpha": 32}, seed=0).train()
     print(f"{dtype}\n prompt response  tokens  time")
     for prompt, response in LENGTHS:

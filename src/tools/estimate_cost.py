@@ -387,7 +387,7 @@ class Estimator:
         rounded = bool(rank) or train["parallel"] in FSDP
         copies = train["nodes"] if train["parallel"] == "hsdp" else 1
         divided_over = max(1, self.gpus // copies)
-        packs = not eager and not shape.softcap
+        packs = not eager or shape.softcap  # see choose_layout in training/batches.py
         balance = cost_model.load_balance(
             train,
             self.gpus,

@@ -98,3 +98,12 @@ def test_ways_to_compute_log_probabilities_agree():
         assert torch.allclose(ours, padded, atol=1e-4)
         packed = gpu_check.project_logps(model, pairs, "cpu", "packed")
         assert torch.allclose(ours, packed, atol=1e-4)
+        capped = gpu_check.capped_model(gpu_check.TINY, 2, "cpu")
+        pairs = gpu_check.make_pairs(512, [(25, 3, 7), (9, 1, 4), (2, 12, 2)])
+        ours = gpu_check.project_logps(capped, pairs, "cpu")
+        packed = gpu_check.project_logps(capped, pairs, "cpu", "packed")
+        assert torch.allclose(ours, packed, atol=1e-4)
+        for layer in capped.model.layers:
+            layer.self_attn.attn_logit_softcapping = None
+        without_cap = gpu_check.project_logps(capped, pairs, "cpu", "packed")
+        assert (ours - without_cap).abs().max() > 0.1

@@ -37,7 +37,7 @@ def pack() -> None:
     """Make training pack its sequences."""
     from sppo.training import attention, trainer
 
-    def choose_packed(model, device, dtype):
+    def choose_packed(model, device):
         attention.use(model, attention.PACKED)
         return "packed"
 

@@ -213,8 +213,8 @@ def gradients_of(model, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model_type", sorted(MODELS))
-@pytest.mark.parametrize("layout", ["shared", "shared, long rows", "packed"])
-def test_layouts_give_the_numbers_of_padded_sequences(layout, model_type, sequences, monkeypatch):
+@pytest.mark.parametrize("layout", ["shared", "shared, long rows"])
+def test_shared_prompts_give_the_numbers_of_padded_rows(layout, model_type, sequences, monkeypatch):
     model = random_model(model_type, sliding_window=None)
     pairs = small_pairs(sequences)
     padded = pair_batch(pairs, "padded")
@@ -222,24 +222,75 @@ def test_layouts_give_the_numbers_of_padded_sequences(layout, model_type, sequen
     gradients = gradients_of(model, padded)
 
     columns = [[p[f"{n}_token_ids"] for p in pairs] for n in ("prompt", "chosen", "rejected")]
-    if layout == "packed":
-        attention.use(model, attention.PACKED)
-        batch = pair_batch(pairs, "packed")
-        assert batch["input_ids"].shape == (1, computed_tokens(pairs, "packed"))
-    else:
-        if layout == "shared, long rows":
-            monkeypatch.setattr(attention, "LONGEST_ROW", 0)
-        assert choose_layout(model, "cpu", torch.float32) == "shared"
-        batch = collate_shared(*columns)
+    if layout == "shared, long rows":
+        monkeypatch.setattr(attention, "LONGEST_ROW", 0)
+    assert choose_layout(model, "cpu") == "shared"
+    batch = collate_shared(*columns)
     assert batch["input_ids"].numel() < padded["input_ids"].numel()
     assert response_logps(model, batch).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-6)
     assert torch.allclose(gradients_of(model, batch), gradients, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("model_type", sorted(MODELS))
-def test_a_packed_sequence_is_the_same_by_itself(model_type, sequences):
+CAPPED = {"attn_logit_softcapping": 0.5}
+# Rows have up to 70 tokens. Gemma-2 has the window in every second layer.
+PACKED_MODELS = {
+    **{name: {"model_type": name, "sliding_window": None} for name in sorted(MODELS)},
+    "mistral, window": {"model_type": "mistral", "sliding_window": 7},
+    "qwen3, window": {
+        "model_type": "qwen3",
+        "sliding_window": 7,
+        "use_sliding_window": True,
+        "max_window_layers": 1,
+    },
+    "gemma2": {"model_type": "gemma2"} | CAPPED,
+    "gemma2, window": {"model_type": "gemma2", "sliding_window": 7} | CAPPED,
+}
+
+
+@pytest.fixture(params=PACKED_MODELS.values(), ids=PACKED_MODELS)
+def unpacked(request):
+    """A model that a GPU packs, before its attention is replaced."""
+    model = random_model(**request.param)
+    for layer in model.model.layers:  # logits of attention as large as in a trained model
+        layer.self_attn.k_proj.weight.data.mul_(1000)
+    return model
+
+
+def test_packed_sequences_give_the_numbers_of_padded_rows(unpacked, sequences):
+    """The padded rows are computed by transformers' attention."""
+    pairs = small_pairs(sequences)
+    padded = pair_batch(pairs, "padded")
+    expected = response_logps(unpacked, padded).tolist()
+    gradients = gradients_of(unpacked, padded)
+    assert choose_layout(unpacked, "cuda") == "packed"
+    batch = pair_batch(pairs, "packed")
+    assert batch["input_ids"].shape == (1, computed_tokens(pairs, "packed"))
+    assert response_logps(unpacked, batch).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-6)
+    assert torch.allclose(gradients_of(unpacked, batch), gradients, rtol=1e-3, atol=1e-4)
+    # Rows that are not packed are still computed.
+    assert response_logps(unpacked, padded).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-6)
+
+
+def test_windows_and_soft_caps_of_these_models_have_an_effect(unpacked, sequences):
+    """Otherwise the test above would not notice if packing ignored them."""
+    config = unpacked.config
+    capped = getattr(config, "attn_logit_softcapping", None)
+    if config.sliding_window is None and capped is None:
+        return
+    batch = pair_batch(small_pairs(sequences), "padded")
+    expected = response_logps(unpacked, batch)
+    for layer in unpacked.model.layers:
+        layer.self_attn.sliding_window = None
+        layer.self_attn.attn_logit_softcapping = None
+    config.sliding_window = None
+    choose_layout(unpacked, "cuda")
+    without = response_logps(unpacked, pair_batch(small_pairs(sequences), "packed"))
+    assert (without - expected).abs().max() > 1e-3
+
+
+def test_a_packed_sequence_is_the_same_by_itself(unpacked, sequences):
     """Its log-probability does not depend on the sequences before it."""
-    model = random_model(model_type, sliding_window=None)
+    model = unpacked
     attention.use(model, attention.PACKED)
     prompts, responses = ([[i % 300 for i in ids] for ids in part] for part in sequences)
     together = response_logps(model, collate_packed(prompts, responses)).tolist()
@@ -269,24 +320,33 @@ def test_a_rejected_response_does_not_depend_on_the_chosen_one(model, sequences)
     assert (second[:6] - first[:6]).abs().min() > 1e-2
 
 
-def test_the_layout_follows_device_precision_and_model(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-
-    def layout(device: str, dtype=torch.bfloat16, model_type="llama", **more) -> str:
-        return choose_layout(random_model(model_type, **more), device, dtype)
+def test_the_layout_follows_device_and_model():
+    def layout(device: str, model_type: str = "llama", **more) -> str:
+        return choose_layout(random_model(model_type, **more), device)
 
     assert layout("cpu") == "shared"
-    assert layout("cpu", torch.float32) == "shared"
+    assert layout("cpu", "mistral", sliding_window=8) == "padded"
+    assert layout("cpu", "gemma2") == "padded"
     assert layout("cuda") == "packed"
-    assert layout("cuda", torch.float32) == "padded"  # The kernel has no float32.
-    assert layout("mps", torch.float32) == "padded"
+    assert layout("cuda", "mistral", sliding_window=8) == "packed"
+    assert layout("cuda", "gemma2") == "packed"
+    assert layout("mps") == "padded"
     for device in ("cpu", "cuda"):
         assert layout(device, attn_implementation="eager") == "padded"
-        assert layout(device, model_type="mistral", sliding_window=8) == "padded"
-        assert layout(device, model_type="gemma2") == "padded"
-    assert layout("cuda", head_dim=12) == "padded"
+        assert layout(device, "gpt2") == "padded"
+
+
+def test_which_attention_the_kernel_for_packed_sequences_takes(monkeypatch):
+    def takes(width: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return attention._kernel_takes(torch.zeros(1, 4, 3, width, dtype=dtype))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert takes(64) and takes(256)
+    assert not takes(12)
+    assert not takes(512)
+    assert not takes(64, torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert layout("cuda") == "padded"
+    assert not takes(64)
 
 
 def test_prompts_are_shared_only_where_it_saves_tokens():

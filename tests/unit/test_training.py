@@ -275,7 +275,7 @@ def test_weights_do_not_depend_on_micro_batches(place):
 def test_packed_batches_train_what_padded_ones_do(more, place, monkeypatch):
     """Programs pack only on a GPU, so the test chooses the layout."""
 
-    def choose_packed(model, device, dtype):
+    def choose_packed(model, device):
         attention.use(model, attention.PACKED)
         return "packed"
 

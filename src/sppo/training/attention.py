@@ -5,13 +5,15 @@ Written as matrix products it takes a quarter of that time, because the heads th
 computed together. But it keeps the attention weights for the backward pass, so it is only for short
 rows. Scoring uses it too, so that the first training step computes the reference's numbers.
 
-`PACKED`, on a GPU: attention inside each of the sequences that are packed into one row.
+`PACKED`, on a GPU: attention inside each of the sequences that are packed into one row, also with
+a sliding window or Gemma-2's soft cap.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,31 +22,22 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 SHARED = "sppo_shared"
 PACKED = "sppo_packed"
+OURS = (SHARED, PACKED)
 # In a row of 256 tokens, the kept weights take as much memory as the row's other activations.
 LONGEST_ROW = 256
 
 
 def use(model: PreTrainedModel, name: str) -> None:
-    """Let a model that uses PyTorch's fused attention use `SHARED` or `PACKED`."""
+    """Let a model use `SHARED` or `PACKED`."""
     AttentionInterface.register(SHARED, shared_attention)
     AttentionMaskInterface.register(SHARED, sdpa_mask)
     # Without a mask function of this name, transformers makes no mask.
     AttentionInterface.register(PACKED, packed_attention)
     model.set_attn_implementation(name)
-
-
-def can_pack(config: Any) -> bool:
-    """Whether PyTorch's kernel for packed sequences can compute this model on this GPU.
-
-    The kernel is FlashAttention. PyTorch has it for NVIDIA's GPUs from Ampere on, for heads of up
-    to 256 numbers.
-    """
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    has_kernel = torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
-    return has_kernel and width <= 256 and width % 8 == 0
 
 
 def shared_attention(
@@ -94,11 +87,17 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
+    ends: Sequence[int] = (),
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each of R sequences that are packed into one row.
+
+    PyTorch's kernel for packed sequences computes them together. Where it cannot be used, each
+    sequence is computed by itself.
 
     Args:
         module: the layer.
@@ -107,35 +106,72 @@ def packed_attention(
         value: (1, key heads, T, D).
         attention_mask: None.
         scaling: the factor of the products of queries and keys; None for 1 / sqrt(D).
+        sliding_window: the number of tokens that a token attends to, itself included; None for all.
+        softcap: the limit of the products, as in Gemma-2; None for no limit.
         cu_seq_lens_q: (R + 1,), int32, 0 and where each sequence ends. None in a pass whose rows
             are not packed.
         max_length_q: the number of tokens of the longest sequence.
+        ends: the numbers of `cu_seq_lens_q`, known without waiting for the GPU.
         options: other arguments of transformers, which only its own function uses.
 
-    Returns the output (1, T, heads, D) and None. On a CPU, where only tests pack, each sequence is
-    computed by itself.
+    Returns the output (1, T, heads, D) and None.
     """
-    if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **options
-        )
     # Rotary embeddings are float32 under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if query.is_cuda:
+    if cu_seq_lens_q is None:  # one sequence in each row
+        ends, max_length_q = (0, query.shape[2]), query.shape[2]
+    needs_mask = sliding_window is not None and max_length_q > sliding_window
+    is_plain = softcap is None and not needs_mask
+    if cu_seq_lens_q is not None and is_plain and query.is_cuda and _kernel_takes(query):
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
-    ends = cu_seq_lens_q.tolist()
-    parts = [
-        functional.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=True,
+    mask = None if is_plain else _mask(max_length_q, sliding_window, query)
+    outputs = []
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        states = [each[:, :, start:end] for each in (query, key, value)]
+        own = None if mask is None else mask[: end - start, : end - start]
+        outputs.append(_one_sequence(module, states, own, scaling, softcap))
+    return torch.cat(outputs, dim=1), None
+
+
+def _mask(length: int, window: int | None, like: Tensor) -> Tensor:
+    """(L, L), what is added to the products: -inf, nearly, where a token does not attend."""
+    every = torch.ones(length, length, dtype=torch.bool, device=like.device)
+    hidden = every.triu(1)
+    if window is not None:
+        hidden |= every.tril(-window)
+    lowest = torch.finfo(like.dtype).min
+    return torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, lowest)
+
+
+def _one_sequence(
+    module: nn.Module,
+    states: list[Tensor],
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention, (B, L, heads, D). mask: from `_mask`, needed with a window or soft cap."""
+    query, key, value = states
+    if softcap is not None:
+        output, _ = eager_attention_forward(
+            module, query, key, value, mask, scaling=scaling, softcap=softcap
         )
-        for start, end in zip(ends[:-1], ends[1:], strict=True)
-    ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+        return output
+    output = functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2)
+
+
+def _kernel_takes(query: Tensor) -> bool:
+    """Whether PyTorch's kernel for packed sequences can compute this on this GPU.
+
+    The kernel is FlashAttention. PyTorch has it for NVIDIA's GPUs from Ampere on, in 16 bits, for
+    heads of up to 256 numbers.
+    """
+    width = query.shape[-1]
+    has_kernel = torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+    return has_kernel and query.dtype != torch.float32 and width <= 256 and width % 8 == 0
 
 
 def _varlen(

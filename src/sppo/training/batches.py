@@ -17,6 +17,7 @@ up to rounding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,33 +35,33 @@ Batch = dict[str, Any]
 # Models whose layers take `position_ids`, and either a mask (B, 1, L, L) or the ends of packed
 # sequences. Tests compare each layout of each of them with single sequences.
 MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# A model that limits its attention logits (soft cap) can be packed, but not share prompts.
+CAPPED_MODELS = frozenset({"gemma2"})
 
 
-def choose_layout(model: nn.Module, device: str, dtype: torch.dtype) -> Layout:
+def choose_layout(model: nn.Module, device: str) -> Layout:
     """The layout for passes of this model, whose attention is prepared for it.
 
-    A CPU shares prompts. A GPU packs sequences: its fastest attention kernels take no mask, and
-    the kernel for packed sequences needs an NVIDIA GPU and bfloat16. In a check of
-    8 layers on an H200, packed sequences of random lengths gave 1.6 times as many tokens per second
-    as padded ones (docs/performance.md).
+    A CPU shares prompts. A GPU packs sequences. In a check of 8 layers on an H200, packed sequences
+    of random lengths gave 1.6 times as many tokens per second as padded ones (docs/performance.md).
+    A model with an attention implementation that the user chose is padded; but eager attention is
+    what computes a soft cap.
 
     Args:
         model: the policy, before it is wrapped for several processes or LoRA.
         device: cpu, cuda or mps.
-        dtype: the type that the forward pass computes in.
     """
     if not isinstance(model, PreTrainedModel):
         return "padded"
     config: Any = model.config
-    known = (
-        config.model_type in MODELS
-        and config._attn_implementation in ("sdpa", attention.SHARED, attention.PACKED)
-        and getattr(config, "sliding_window", None) is None
-    )
-    if known and device == "cpu":
+    implementation = config._attn_implementation
+    known = config.model_type in MODELS and implementation in ("sdpa", *attention.OURS)
+    capped = config.model_type in CAPPED_MODELS and implementation in ("eager", *attention.OURS)
+    has_window = getattr(config, "sliding_window", None) is not None
+    if device == "cpu" and known and not has_window:
         attention.use(model, attention.SHARED)
         return "shared"
-    if known and device == "cuda" and dtype == torch.bfloat16 and attention.can_pack(config):
+    if device == "cuda" and (known or capped):
         attention.use(model, attention.PACKED)
         return "packed"
     return "padded"
@@ -89,17 +90,18 @@ def collate_packed(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Ba
     Returns what `collate` does, with `input_ids` (1, T), and
         position_ids: (1, T), of each token in its own sequence.
         cu_seqlens: (R + 1,), int32, 0 and where each sequence ends.
+        ends: the same numbers as a list.
         max_seqlen: the number of tokens of the longest sequence, an int.
     """
     sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     lengths = [len(sequence) for sequence in sequences]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    starts = cu_seqlens[:-1].tolist()
-    begins = [start + len(prompt) for start, prompt in zip(starts, prompts, strict=True)]
+    ends = [0, *itertools.accumulate(lengths)]
+    begins = [start + len(prompt) for start, prompt in zip(ends[:-1], prompts, strict=True)]
     return {
         "input_ids": torch.tensor([[token for sequence in sequences for token in sequence]]),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "cu_seqlens": cu_seqlens.int(),
+        "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
+        "ends": ends,
         "max_seqlen": max(lengths),
         **_response_fields(responses, begins),
     }

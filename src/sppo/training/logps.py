@@ -48,6 +48,7 @@ def token_logps(model: nn.Module, batch: Batch) -> Tensor:
             "position_ids": batch["position_ids"],
             "cu_seq_lens_q": batch["cu_seqlens"],
             "max_length_q": batch["max_seqlen"],
+            "ends": batch["ends"],
         }
     with head_reads(model, batch["reads"]):
         logits = model(input_ids=batch["input_ids"], use_cache=False, **more).logits  # (N, V)
@@ -162,7 +163,7 @@ def frozen_logps(
     is not finite is a UserError that names its pair.
     """
     rows: dict[Any, dict[str, Any]] = {}
-    layout = choose_layout(model, device, dtype)
+    layout = choose_layout(model, device)
     by_length = sorted(pairs, key=pair_length, reverse=True)
     batches = divided(
         [by_length],
@@ -200,7 +201,7 @@ def frozen_response_logps(
     have at most `most_tokens` tokens with padding. A log-probability that is not finite is a
     UserError that names the prompt and the sample.
     """
-    layout = choose_layout(model, device, dtype)
+    layout = choose_layout(model, device)
     logps = [0.0] * len(responses)
     lengths = [len(row["prompt_token_ids"]) + len(row["token_ids"]) for row in responses]
     with torch.inference_mode(), forward_precision(device, dtype):

@@ -476,7 +476,7 @@ def make_trainer(
     """
     steps, schedule_steps = plan(len(pairs), options)
     processes = options["processes"]
-    layout = choose_layout(model, device, dtype)
+    layout = choose_layout(model, device)
 
     def tokens(group: list[dict[str, Any]]) -> int:
         return computed_tokens(group, layout)
