@@ -315,6 +315,7 @@ def take_new_name(arguments: type) -> None:
         self: Any,
         *words: Any,
         activation_checkpointing: bool = False,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         **more: Any,
     ) -> None:
@@ -322,6 +323,7 @@ def take_new_name(arguments: type) -> None:
             self,
             *words,
             gradient_checkpointing=activation_checkpointing or gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},  # all layers or none
             **more,
         )
 
@@ -1000,8 +1002,6 @@ def fsdp2(report: Report, shape: dict[str, Any], device: str, folder: Path) -> N
         1,
         "--main_process_port",
         0,
-        "--fsdp_activation_checkpointing",
-        "true",
         __file__,
         *own,
     ]

@@ -118,13 +118,11 @@ def of_training(folder: Path, shape: Shape) -> list[Measured]:
         limits = {"micro_batch_tokens": None, "batch_size": len(pairs)} | options
         passes = cost_model.largest_passes(limits, longest_prompt, longest_response)
         if record["stage"] == "train":
-            checkpointing = options.get("gradient_checkpointing", False)
-            factor = cost_model.train_factor(bool(lora_rank), checkpointing)
+            every = cost_model.checkpointed_every(options)
+            factor = cost_model.train_factor(shape, bool(lora_rank), every)
             flops = score_flops * (options["stop_epoch"] * factor)
             memory = max(
-                cost_model.train_bytes(
-                    shape, 1, *sizes, lora_rank, checkpointing, bytes_per_number, eager
-                )
+                cost_model.train_bytes(shape, 1, *sizes, lora_rank, every, bytes_per_number, eager)
                 for sizes in passes
             )
         else:

@@ -374,13 +374,13 @@ class Estimator:
         shape, gpu, use = self.shape, self.gpu, self.use
         train = of_iteration(self.config["train"], t)
         rank = train["lora_rank"]
-        checkpointing = train["gradient_checkpointing"]
+        every = cost_model.checkpointed_every(train)
         eager = self.config["policy"]["attention"] == "eager"
         longest_response = self.config["responses"]["max_new_tokens"]
         passes = cost_model.largest_passes(train, self.longest, longest_response)
         tokens = 2 * pairs * (self.prompt + self.response)
         scored = cost_model.score_flops(shape, pairs, self.prompt, self.response)
-        factor = cost_model.train_factor(bool(rank), checkpointing)
+        factor = cost_model.train_factor(shape, bool(rank), every)
         trainings = 2 if train["lookahead"] else 1
         trained = trainings * scored * train["stop_epoch"] * factor
         scorings = times_scored(train, t)
@@ -418,9 +418,7 @@ class Estimator:
                 trained,
                 trained / (gpu.flops * use.training) / balance,
                 max(
-                    cost_model.train_bytes(
-                        shape, divided_over, *sizes, rank, checkpointing, eager=eager
-                    )
+                    cost_model.train_bytes(shape, divided_over, *sizes, rank, every, eager=eager)
                     for sizes in passes
                 ),
                 self.gpus,

@@ -194,17 +194,19 @@ def test_micro_batches_by_tokens_train_the_same(parallel, place, alone):
     assert_same(place, alone, name, weights)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("every", [None, 1, 2])
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_packed_batches_train_the_same(parallel, checkpointing, place, alone, monkeypatch):
+def test_packed_batches_train_the_same(parallel, every, place, alone, monkeypatch):
+    """With no layer, every one, or every second one checkpointed."""
     monkeypatch.setenv("PACK", "1")
-    name = f"packed_{parallel}_{checkpointing}"
+    name = f"packed_{parallel}_{every}"
     weights = place.train(
         name,
         parallel=parallel,
         processes=2,
         micro_batch_tokens=100,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=every is not None,
+        checkpointed_layers=every or 1,
     )
     assert_same(place, alone, name, weights)
 

@@ -116,10 +116,20 @@ def test_scoring_processes_the_prompt_with_each_response():
 
 def test_passes_of_a_training_step():
     """One pass forward, two backward (one if the weights are frozen), one for checkpointing."""
-    assert cost_model.train_factor(False, False) == 3
-    assert cost_model.train_factor(False, True) == 4
-    assert cost_model.train_factor(True, False) == 2
-    assert cost_model.train_factor(True, True) == 3
+    assert cost_model.train_factor(MISTRAL, False, 0) == 3
+    assert cost_model.train_factor(MISTRAL, False, 1) == 4
+    assert cost_model.train_factor(MISTRAL, False, 2) == 3.5
+    assert cost_model.train_factor(MISTRAL, True, 0) == 2
+    assert cost_model.train_factor(MISTRAL, True, 1) == 3
+
+
+def test_every_nth_layer_is_checkpointed():
+    def count(checkpointing: bool, every: int) -> int:
+        train = {"gradient_checkpointing": checkpointing, "checkpointed_layers": every}
+        return cost_model.checkpointed_layers(MISTRAL, cost_model.checkpointed_every(train))
+
+    assert count(False, 2) == 0
+    assert [count(True, every) for every in (1, 2, 3, 40)] == [32, 16, 11, 1]
 
 
 def test_decoding_one_sequence_is_bound_by_memory_bandwidth():
@@ -136,14 +146,15 @@ def test_a_model_that_does_not_fit_has_no_decoding_time():
 
 
 def test_gpus_checkpointing_and_lora_reduce_training_memory():
-    def peak(gpus=1, lora=0, checkpointing=False, micro=1):
-        return cost_model.train_bytes(MISTRAL, gpus, micro, 512, 512, lora, checkpointing)
+    def peak(gpus=1, lora=0, every=0, micro=1):
+        return cost_model.train_bytes(MISTRAL, gpus, micro, 512, 512, lora, every)
 
     training_state = 12 * MISTRAL.weights
     assert peak() > training_state
-    assert training_state / 8 < peak(gpus=8, checkpointing=True) < training_state
-    assert peak(checkpointing=True) < peak() < peak(micro=2)
-    assert 2 * MISTRAL.weights < peak(lora=16, checkpointing=True) < 24e9
+    assert training_state / 8 < peak(gpus=8, every=1) < training_state
+    assert peak(every=1) < peak() < peak(micro=2)
+    assert peak(8, every=1) < peak(8, every=2) < peak(8)
+    assert 2 * MISTRAL.weights < peak(lora=16, every=1) < 24e9
 
 
 def test_lora_weights_equal_those_of_peft():

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -113,22 +112,25 @@ def training_peak(
     response: int,
     *,
     lora: int = 0,
-    checkpointing: bool = True,
+    every: int = 1,
     eager: bool = False,
     mesh: DeviceMesh | None = None,
     width: int = 2,
 ) -> int:
-    """Peak bytes of two steps of two micro-batches with the RMSProp of PyTorch, as on a GPU."""
+    """Peak bytes of two steps of two micro-batches with the RMSProp of PyTorch, as on a GPU.
+
+    every: every n-th layer is checkpointed; 0: none.
+    """
     dtype = torch.bfloat16 if width == 2 else torch.float32
     batch = batch_of(micro, prompt, response)
     # PEFT does not support fake tensors, so the tensors of LoRA are real and small.
     with contextlib.nullcontext() if lora else FakeTensorMode(allow_non_fake_inputs=True):
         inner = make_model(shape, dtype if lora else torch.float32, eager)
         model = with_lora(inner, {"lora_rank": lora, "lora_alpha": 32}, seed=0)
+        if every:
+            inner.activation_checkpointing_enable(every_n_layers=every)
         if mesh:
             divide(inner, mesh)
-        elif checkpointing:
-            inner.activation_checkpointing_enable()
         model.train()
         trained = [weight for weight in model.parameters() if weight.requires_grad]
         optimizer = torch.optim.RMSprop(trained, foreach=mesh is None)
@@ -151,7 +153,6 @@ def divide(model: torch.nn.Module, mesh: DeviceMesh) -> None:
     shard = functools.partial(fully_shard, mesh=mesh, mp_policy=plugin.mixed_precision_policy)
     layers = model.model.layers
     for i in range(len(layers)):
-        layers[i] = checkpoint_wrapper(layers[i])
         shard(layers[i])
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embeddings.weight is not head.weight:
@@ -180,9 +181,7 @@ def deep(name: str, layers: int) -> Shape:
 )
 def test_training_memory_of_one_gpu(shape, micro, prompt, response):
     found = training_peak(shape, micro, prompt, response, eager=shape.softcap)
-    formula = cost_model.train_bytes(
-        shape, 1, micro, prompt, response, 0, True, eager=shape.softcap
-    )
+    formula = cost_model.train_bytes(shape, 1, micro, prompt, response, 0, 1, eager=shape.softcap)
     assert formula == pytest.approx(found, rel=0.15)
 
 
@@ -201,17 +200,24 @@ def test_training_memory_of_one_gpu(shape, micro, prompt, response):
 def test_training_memory_of_one_of_eight_gpus(shape, micro, prompt, response, mesh):
     """FSDP2 gathers the weights of two layers, the embeddings and the output layer."""
     found = training_peak(shape, micro, prompt, response, eager=shape.softcap, mesh=mesh)
-    formula = cost_model.train_bytes(
-        shape, 8, micro, prompt, response, 0, True, eager=shape.softcap
-    )
+    formula = cost_model.train_bytes(shape, 8, micro, prompt, response, 0, 1, eager=shape.softcap)
     assert formula == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.parametrize(("layers", "width"), [(2, 4), (4, 2)])
 def test_training_memory_without_checkpointing(layers, width):
     shape = deep(MISTRAL, layers)
-    found = training_peak(shape, 2, 1024, 256, checkpointing=False, width=width)
-    formula = cost_model.train_bytes(shape, 1, 2, 1024, 256, 0, False, width)
+    found = training_peak(shape, 2, 1024, 256, every=0, width=width)
+    formula = cost_model.train_bytes(shape, 1, 2, 1024, 256, 0, 0, width)
+    assert formula == pytest.approx(found, rel=0.15)
+
+
+@pytest.mark.parametrize("every", [2, 4])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_training_memory_with_every_nth_layer_checkpointed(gpus, every, mesh):
+    shape = deep(MISTRAL, 4)
+    found = training_peak(shape, 2, 2048, 512, every=every, mesh=mesh if gpus > 1 else None)
+    formula = cost_model.train_bytes(shape, gpus, 2, 2048, 512, 0, every)
     assert formula == pytest.approx(found, rel=0.15)
 
 
@@ -225,7 +231,7 @@ def test_training_memory_without_checkpointing(layers, width):
 )
 def test_training_memory_of_lora(shape, prompt, response):
     found = training_peak(shape, 1, prompt, response, lora=8)
-    formula = cost_model.train_bytes(shape, 1, 1, prompt, response, 8, True)
+    formula = cost_model.train_bytes(shape, 1, 1, prompt, response, 8, 1)
     assert formula == pytest.approx(found, rel=0.15)
 
 

@@ -76,15 +76,29 @@ def score_flops(shape: Shape, pairs: float, prompt: float, response: float) -> f
     return forward_flops(shape, 2 * pairs * length, length / 2, 2 * pairs * response)
 
 
-def train_factor(lora: bool, checkpointing: bool) -> int:
-    """The cost of a training step in forward passes.
+def checkpointed_every(train: dict[str, Any]) -> int:
+    """n if every n-th layer computes its activations twice, 0 if none does.
 
-    A backward pass costs two forward passes, or one if the weights are frozen (LoRA). Gradient
-    checkpointing adds one forward pass.
+    train: the section `train`, or the arguments in the record of a training.
+    """
+    every = train.get("checkpointed_layers", 1)  # records of older code do not have it
+    return every if train.get("gradient_checkpointing") else 0
+
+
+def checkpointed_layers(shape: Shape, every: int) -> int:
+    """The number of layers that compute their activations twice; every: `checkpointed_every`."""
+    return len(range(0, shape.layers, every)) if every else 0
+
+
+def train_factor(shape: Shape, lora: bool, every: int) -> float:
+    """The cost of a training step in forward passes; every: `checkpointed_every`.
+
+    A backward pass costs two forward passes, or one if the weights are frozen (LoRA). Checkpointing
+    all layers adds one forward pass.
     """
     forward = 1
     backward = 1 if lora else 2
-    return forward + backward + (1 if checkpointing else 0)
+    return forward + backward + checkpointed_layers(shape, every) / shape.layers
 
 
 # The spread of lengths in chats: the standard deviation of their logarithm. It is assumed.
@@ -221,7 +235,7 @@ def train_bytes(
     prompt: int,
     response: int,
     lora_rank: int,
-    checkpointing: bool,
+    every: int,
     width: int = 2,
     eager: bool = False,
 ) -> float:
@@ -230,8 +244,8 @@ def train_bytes(
     The peak is the memory that is allocated all the time plus that of the largest phase. Weights,
     gradients and RMSProp's mean of squares are float32 and divided over the GPUs. With LoRA
     (`lora_rank` > 0), frozen weights have `width` bytes and are not divided. In float32 (`width` 4)
-    there are no casts, and activations are twice as wide. Several GPUs divide as FSDP2 does. eager:
-    attention as matrix products.
+    there are no casts, and activations are twice as wide. Several GPUs divide as FSDP2 does.
+    every: `checkpointed_every`. eager: attention as matrix products.
     """
     sequences = 2 * micro_batch
     length = prompt + response
@@ -249,13 +263,16 @@ def train_bytes(
     # Activations that are kept for the backward pass, and those of one layer during it. FSDP2
     # gathers bfloat16 weights, so it has no casts.
     cast = CAST if full and width == 2 and not divided else 0
-    if checkpointing:
-        residual_stream = (4 if full else width) * shape.hidden * tokens
-        kept = shape.layers * residual_stream
+    residual_stream = (4 if full else width) * shape.hidden * tokens
+    of_whole_layer = tokens * of_layer(shape, KEPT) * widening + cast * layer_weights
+    checkpointed = checkpointed_layers(shape, every)
+    whole = shape.layers - checkpointed
+    kept = checkpointed * residual_stream + whole * of_whole_layer
+    in_layer = 0
+    if checkpointed:
         in_layer = tokens * of_layer(shape, LAYER if full else LAYER_LORA) * widening
-    else:
-        kept = shape.layers * (tokens * of_layer(shape, KEPT) * widening + cast * layer_weights)
-        in_layer = 0
+        # The backward pass has freed the layers after the last checkpointed one.
+        in_layer -= (shape.layers - 1) % every * of_whole_layer
     if shape.softcap:
         in_layer += SANDWICH * shape.hidden * tokens
     if eager:
@@ -263,8 +280,7 @@ def train_bytes(
         in_layer = max(
             in_layer + KEPT_EAGER * square, EAGER * square + BESIDE_EAGER * shape.hidden * tokens
         )
-        if not checkpointing:
-            kept += (shape.layers - 1) * KEPT_EAGER * square
+        kept += max(0, whole - 1) * KEPT_EAGER * square
 
     # Phase 1: the logits. FSDP2 has gathered the output layer and the last layer.
     logit_bytes = LOGIT + SOFT_CAP if shape.softcap else LOGIT
@@ -275,7 +291,7 @@ def train_bytes(
 
     # Phase 2: the backward pass of one layer. If embeddings and output layer are tied, the latter's
     # gradient is kept until that of the former is computed.
-    in_backward = kept + in_layer
+    in_backward = kept + max(0, in_layer)
     if divided:
         in_backward += (GATHERED_LAYER * width + WEIGHT) * layer_weights
         if shape.tied:
@@ -295,8 +311,7 @@ def train_bytes(
             in_gradients = 4 * width * shape.head + WEIGHT * layer_weights
         else:
             in_gradients = (2 * width + WEIGHT) * shape.head
-        if not checkpointing:
-            in_gradients += kept
+        in_gradients += whole * of_whole_layer
         phases.append(in_gradients)
         if not divided:
             # Phase 4: PyTorch's RMSProp on a GPU computes the roots of all squares at once.

@@ -32,7 +32,7 @@ def launch(train: dict[str, Any], device: str) -> None:
     first failure is raised as a UserError.
 
     Args:
-        train: the options of the training: processes, nodes, parallel, gradient_checkpointing.
+        train: the options of the training: processes, nodes, parallel.
         device: auto, cpu, gpu or mps.
     """
     processes, nodes, parallel = train["processes"], train["nodes"], train["parallel"]
@@ -58,8 +58,6 @@ def launch(train: dict[str, Any], device: str) -> None:
         flags += _rendezvous_flags(nodes)
     else:
         flags += ["--main_process_port", 0]  # 0: any free port
-    if parallel in FSDP:
-        flags += ["--fsdp_activation_checkpointing", str(train["gradient_checkpointing"]).lower()]
     if parallel == "hsdp":
         # The launcher asks for the first two before it reads the configuration file.
         flags += [

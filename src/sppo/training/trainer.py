@@ -437,8 +437,12 @@ def trainer_arguments(
         "train_sampling_strategy": "sequential",
         "remove_unused_columns": False,
         "dataloader_pin_memory": device == "cuda",
-        # FSDP has its own activation checkpointing, which `distributed.launch` sets.
-        "activation_checkpointing": options["gradient_checkpointing"] and not fsdp,
+        # Also under FSDP, whose own checkpointing covers all layers.
+        "activation_checkpointing": options["gradient_checkpointing"],
+        "activation_checkpointing_kwargs": {
+            "use_reentrant": False,
+            "every_n_layers": options["checkpointed_layers"],
+        },
         # Without this, FSDP would keep whole gradients between micro-batches.
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": fsdp}},
         "ddp_find_unused_parameters": False,
