@@ -215,7 +215,7 @@ def load_pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in ("current", "reference"):
         pairs = joined(pairs, args.pairs, getattr(args, name), name)
     pairs = with_opponents(pairs, args)
-    if args.loss == "nash_md":
+    if LOSSES[args.loss].mixture:
         pairs = against_mixture(pairs, args.tau / args.beta)
     return pairs
 

@@ -395,7 +395,9 @@ class Loss:
 
     function: its arguments name what it reads (see the head of this module); it returns (B,).
     requires: what must hold in the configuration. That pairs have P-hat is required by itself of a
-    loss that reads it. trl: what TRL's DPOTrainer calls the same loss, if it has it.
+    loss that reads it. trl: what TRL's DPOTrainer calls the same loss, if it has it. mixture:
+    whether P-hat is against the mixture of pi_t and the reference, with the share tau / beta of the
+    latter, instead of pi_t.
     """
 
     def __init__(
@@ -403,9 +405,11 @@ class Loss:
         function: Callable[..., Tensor],
         requires: tuple[Requirement, ...] = (),
         trl: str | None = None,
+        mixture: bool = False,
     ) -> None:
         self.function = function
         self.trl = trl
+        self.mixture = mixture
         parameters = inspect.signature(function).parameters
         self.reads = tuple(parameters)
         self.optional = {
@@ -455,7 +459,11 @@ LOSSES: dict[str, Loss] = {
     "mmpo": Loss(mmpo, requires=(WINNER_FIRST,)),
     "inpo": Loss(inpo, requires=(TAU_WITHIN_BETA, OTHER_REFERENCE, WINNER_FIRST)),
     "mnpo": Loss(mnpo, requires=(TAU_WITHIN_BETA, OTHER_REFERENCE, WINNER_FIRST)),
-    "nash_md": Loss(nash_md, requires=(TAU_WITHIN_BETA, EVERY_PAIR, OTHER_REFERENCE, WINNER_FIRST)),
+    "nash_md": Loss(
+        nash_md,
+        requires=(TAU_WITHIN_BETA, EVERY_PAIR, OTHER_REFERENCE, WINNER_FIRST),
+        mixture=True,
+    ),
     "mpo": Loss(mpo, requires=(MAGNET, WINNER_FIRST)),
 }
 
