@@ -412,12 +412,11 @@ def make_model(
         num_hidden_layers=layers,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
-        sliding_window=None,
         tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
-        **more,
+        **{"sliding_window": None} | more,
     )
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
@@ -839,16 +838,33 @@ def numerics(report: Report, shape: dict[str, Any], device: str, folder: Path) -
             within_step_0_tolerance=identity_fault(gap, padded, counted, torch.bfloat16) is None,
             **described(gap, counted),
         )
-    with report.step("packed against padded, soft cap and window"), torch.inference_mode():
-        capped = capped_model(shape["narrow"], shape["shallow"], device)
-        padded = project_logps(capped, all_pairs, device).double().cpu()
-        gap = project_logps(capped, all_pairs, device, "packed").double().cpu() - padded
-        report.check(
-            "packed against padded, soft cap and window",
-            identity_fault(gap, padded, counted, torch.float32) is None,
-            tolerance=IDENTITY_TOLERANCE[torch.float32],
-            **described(gap, counted),
-        )
+    del model
+    release()
+    for name, model in {
+        "a window": make_model(shape["narrow"], shape["shallow"], device, sliding_window=16),
+        "a window and a soft cap": capped_model(shape["narrow"], shape["shallow"], device),
+    }.items():
+        with report.step(f"packed with {name}"):
+            with torch.no_grad():
+                padded = project_logps(model, all_pairs, device).double().cpu()
+                gap = project_logps(model, all_pairs, device, "packed").double().cpu() - padded
+            report.check(
+                f"packed with {name}, against padded, float32",
+                identity_fault(gap, padded, counted, torch.float32) is None,
+                tolerance=IDENTITY_TOLERANCE[torch.float32],
+                **described(gap, counted),
+            )
+            with forward_precision(device, torch.bfloat16):
+                logps = project_logps(model, all_pairs, device, "packed")
+            logps.mean().backward()
+            is_finite, norm = finite_gradient(model)
+            gap = logps.detach().double().cpu() - padded
+            report.check(
+                f"packed with {name}, bfloat16",
+                is_finite and gap.abs().max().item() < 0.01 * padded.abs().max().item(),
+                gradient_norm=norm,
+                **described(gap, counted),
+            )
 
 
 def programs(report: Report, shape: dict[str, Any], device: str, folder: Path) -> None:

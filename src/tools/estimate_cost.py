@@ -387,7 +387,9 @@ class Estimator:
         rounded = bool(rank) or train["parallel"] in FSDP
         copies = train["nodes"] if train["parallel"] == "hsdp" else 1
         divided_over = max(1, self.gpus // copies)
-        packs = not eager or shape.softcap  # see choose_layout in training/batches.py
+        # See choose_layout in training/batches.py.
+        attention = self.config["policy"]["attention"]
+        packs = attention in (None, "sdpa") or (eager and shape.softcap)
         balance = cost_model.load_balance(
             train,
             self.gpus,

@@ -140,7 +140,7 @@ def test_packed_sequences_have_no_padding_and_own_positions():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
     assert batch["cu_seqlens"].tolist() == [0, 3, 7]
     assert batch["cu_seqlens"].dtype == torch.int32
-    assert batch["max_seqlen"] == 4
+    assert batch["ends"] == [0, 3, 7]
     assert batch["reads"].tolist() == [1, 3, 4, 5]
     assert batch["response_ids"].tolist() == [[21, 0, 0], [EOS, 22, EOS]]
 
@@ -267,8 +267,8 @@ def test_packed_sequences_give_the_numbers_of_padded_rows(unpacked, sequences):
     assert batch["input_ids"].shape == (1, computed_tokens(pairs, "packed"))
     assert response_logps(unpacked, batch).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-6)
     assert torch.allclose(gradients_of(unpacked, batch), gradients, rtol=1e-3, atol=1e-4)
-    # Rows that are not packed are still computed.
-    assert response_logps(unpacked, padded).tolist() == pytest.approx(expected, abs=1e-4, rel=1e-6)
+    with pytest.raises(RuntimeError, match="was given rows that are not"):
+        response_logps(unpacked, padded)
 
 
 def test_windows_and_soft_caps_of_these_models_have_an_effect(unpacked, sequences):
@@ -337,16 +337,66 @@ def test_the_layout_follows_device_and_model():
 
 
 def test_which_attention_the_kernel_for_packed_sequences_takes(monkeypatch):
-    def takes(width: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-        return attention._kernel_takes(torch.zeros(1, 4, 3, width, dtype=dtype))
+    def takes(width: int, dtype: torch.dtype = torch.bfloat16, window: int | None = None) -> bool:
+        return attention._kernel_takes(torch.zeros(1, 4, 3, width, dtype=dtype), window)
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert takes(64) and takes(256)
+    flash = [True]
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: flash[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert takes(64) and takes(256) and takes(64, window=8)
     assert not takes(12)
     assert not takes(512)
     assert not takes(64, torch.float32)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(attention, "_parameters_of_varlen", lambda: {"is_causal"})
+    assert takes(64) and not takes(64, window=8)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert not takes(64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    flash[0] = False
+    assert not takes(64)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("names", ["of today", "older"])
+def test_what_the_kernel_for_packed_sequences_is_given(names, window, monkeypatch):
+    """The kernel needs a GPU. Here a stand-in computes what its documentation says."""
+    torch.manual_seed(0)
+    ends = [0, 9, 10, 30]
+    query, key, value = (torch.randn(1, heads, ends[-1], 8) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    seen = {}
+
+    def varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, **options):
+        seen.update(options)
+        assert torch.equal(cu_q, cu_k) and max_q == max_k == 20
+        before, after = options.get("window_size", (-1, 0))
+        assert after == 0 and options.get("is_causal", True)
+        places = torch.arange(len(query))
+        of_sequence = torch.searchsorted(cu_q[1:].long(), places, right=True)
+        distance = places[:, None] - places
+        seen_by = (of_sequence[:, None] == of_sequence) & (distance >= 0)
+        if before >= 0:
+            seen_by &= distance <= before
+        key, value = (
+            each.repeat_interleave(query.shape[1] // each.shape[1], 1) for each in (key, value)
+        )
+        scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+        weights = scores.masked_fill(~seen_by, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, value)
+
+    known = {"window_size", "enable_gqa"} if names == "of today" else {"is_causal"}
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_parameters_of_varlen", lambda: known)
+    if names == "older" and window:
+        return  # `_kernel_takes` refuses it
+    found = attention._varlen((query, key, value), cu_seqlens, 20, 0.3, window)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    expected, _ = attention.packed_attention(
+        module, query, key, value, None, 0.3, window, cu_seq_lens_q=cu_seqlens, ends=ends
+    )
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert seen.keys() == known
 
 
 def test_prompts_are_shared_only_where_it_saves_tokens():

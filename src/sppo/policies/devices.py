@@ -138,10 +138,11 @@ def keep_freed_memory() -> None:
 
 
 def avoid_cudnn_attention() -> None:
-    """Let PyTorch use other attention kernels than cuDNN's, for batches with padding on the left.
+    """Let PyTorch use other attention kernels than cuDNN's, for batches with a mask.
 
-    With torch 2.13 on an H100, those of cuDNN give NaN for rows that begin with masked tokens
-    (github.com/pytorch/pytorch/issues/196678).
+    With a mask, cuDNN's gradients can be NaN at some lengths, such as 704. It is the default on an
+    H100 since torch 2.11 (github.com/pytorch/pytorch/issues/196678). The mask can be that of
+    padding on the left, or of a sliding window.
     """
     import torch
 

@@ -280,7 +280,9 @@ def train_bytes(
         in_layer = max(
             in_layer + KEPT_EAGER * square, EAGER * square + BESIDE_EAGER * shape.hidden * tokens
         )
-        kept += max(0, whole - 1) * KEPT_EAGER * square
+        # in_layer has those of one layer: of the last whole one, unless a checkpointed one is last.
+        last_is_checkpointed = bool(every) and (shape.layers - 1) % every == 0
+        kept += (whole if last_is_checkpointed else whole - 1) * KEPT_EAGER * square
 
     # Phase 1: the logits. FSDP2 has gathered the output layer and the last layer.
     logit_bytes = LOGIT + SOFT_CAP if shape.softcap else LOGIT

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
@@ -90,14 +89,13 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int = 0,
-    ends: Sequence[int] = (),
+    ends: Sequence[int] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each of R sequences that are packed into one row.
 
     PyTorch's kernel for packed sequences computes them together. Where it cannot be used, each
-    sequence is computed by itself.
+    sequence is computed by itself, with transformers' functions.
 
     Args:
         module: the layer.
@@ -108,28 +106,30 @@ def packed_attention(
         scaling: the factor of the products of queries and keys; None for 1 / sqrt(D).
         sliding_window: the number of tokens that a token attends to, itself included; None for all.
         softcap: the limit of the products, as in Gemma-2; None for no limit.
-        cu_seq_lens_q: (R + 1,), int32, 0 and where each sequence ends. None in a pass whose rows
-            are not packed.
-        max_length_q: the number of tokens of the longest sequence.
-        ends: the numbers of `cu_seq_lens_q`, known without waiting for the GPU.
-        options: other arguments of transformers, which only its own function uses.
+        cu_seq_lens_q: (R + 1,), int32, 0 and where each sequence ends.
+        ends: the same numbers, known without waiting for the GPU.
+        options: other arguments of transformers, which only its own functions use.
 
-    Returns the output (1, T, heads, D) and None.
+    Returns the output (1, T, heads, D) and None. RuntimeError if the row is not packed.
     """
+    if cu_seq_lens_q is None or ends is None:
+        raise RuntimeError("a model whose sequences are packed was given rows that are not")
     # Rotary embeddings are float32 under autocast.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    if cu_seq_lens_q is None:  # one sequence in each row
-        ends, max_length_q = (0, query.shape[2]), query.shape[2]
-    needs_mask = sliding_window is not None and max_length_q > sliding_window
-    is_plain = softcap is None and not needs_mask
-    if cu_seq_lens_q is not None and is_plain and query.is_cuda and _kernel_takes(query):
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
-    mask = None if is_plain else _mask(max_length_q, sliding_window, query)
+    lengths = [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
+    if softcap is None and query.is_cuda and _kernel_takes(query, sliding_window):
+        states = (query, key, value)
+        return _varlen(states, cu_seq_lens_q, max(lengths), scaling, sliding_window), None
+    forward: Callable[..., tuple[Tensor, Any]]
+    forward = sdpa_attention_forward if softcap is None else eager_attention_forward
     outputs = []
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
-        states = [each[:, :, start:end] for each in (query, key, value)]
-        own = None if mask is None else mask[: end - start, : end - start]
-        outputs.append(_one_sequence(module, states, own, scaling, softcap))
+    # Slices would cost a gradient of all tokens for each sequence.
+    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    for length, (q, k, v) in zip(lengths, parts, strict=True):
+        is_cut = sliding_window is not None and length > sliding_window
+        # Without a mask, SDPA is causal.
+        mask = _mask(length, sliding_window, query) if is_cut or softcap is not None else None
+        outputs.append(forward(module, q, k, v, mask, scaling=scaling, softcap=softcap)[0])
     return torch.cat(outputs, dim=1), None
 
 
@@ -143,54 +143,46 @@ def _mask(length: int, window: int | None, like: Tensor) -> Tensor:
     return torch.zeros_like(hidden, dtype=like.dtype).masked_fill(hidden, lowest)
 
 
-def _one_sequence(
-    module: nn.Module,
-    states: list[Tensor],
-    mask: Tensor | None,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
-    """Causal attention, (B, L, heads, D). mask: from `_mask`, needed with a window or soft cap."""
-    query, key, value = states
-    if softcap is not None:
-        output, _ = eager_attention_forward(
-            module, query, key, value, mask, scaling=scaling, softcap=softcap
-        )
-        return output
-    output = functional.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-    )
-    return output.transpose(1, 2)
-
-
-def _kernel_takes(query: Tensor) -> bool:
+def _kernel_takes(query: Tensor, window: int | None) -> bool:
     """Whether PyTorch's kernel for packed sequences can compute this on this GPU.
 
     The kernel is FlashAttention. PyTorch has it for NVIDIA's GPUs from Ampere on, in 16 bits, for
     heads of up to 256 numbers.
     """
     width = query.shape[-1]
-    has_kernel = torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
-    return has_kernel and query.dtype != torch.float32 and width <= 256 and width % 8 == 0
+    return (
+        torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and query.dtype != torch.float32
+        and width <= 256
+        and width % 8 == 0
+        and (window is None or "window_size" in _parameters_of_varlen())
+    )
 
 
 def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    states: tuple[Tensor, Tensor, Tensor],
     cu_seqlens: Tensor,
     max_seqlen: int,
     scaling: float | None,
+    window: int | None,
 ) -> Tensor:
-    """`packed_attention` with PyTorch's kernel."""
+    """`packed_attention` with PyTorch's kernel. states: queries, keys and values."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options = _causal_options()
-    if "enable_gqa" not in options:
-        shared = query.shape[1] // key.shape[1]
-        key = key.repeat_interleave(shared, dim=1)
-        value = value.repeat_interleave(shared, dim=1)
-    query, key, value = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
+    query, key, value = states
+    known = _parameters_of_varlen()
+    options: dict[str, Any] = {"is_causal": True}  # older versions
+    if "window_size" in known:
+        # Before and after a token, without the token itself; -1: no limit.
+        options = {"window_size": (-1 if window is None else window - 1, 0)}
+    shared = query.shape[1] // key.shape[1]
+    if "enable_gqa" in known:
+        options["enable_gqa"] = shared > 1
+    else:
+        key, value = repeat_kv(key, shared), repeat_kv(value, shared)
+    query, key, value = (each[0].transpose(0, 1).contiguous() for each in (query, key, value))
     output: Any = varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling, **options
     )
@@ -198,13 +190,8 @@ def _varlen(
 
 
 @functools.cache
-def _causal_options() -> dict[str, Any]:
-    """What tells varlen_attn that attention is causal and heads share keys.
-
-    PyTorch 2.11, on which benchmarks/gpu_check.py runs too, has other names than 2.13.
-    """
+def _parameters_of_varlen() -> frozenset[str]:
+    """The names of varlen_attn's parameters, which differ between versions of PyTorch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
-    causal = {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
-    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+    return frozenset(inspect.signature(varlen_attn).parameters)

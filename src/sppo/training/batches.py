@@ -2,8 +2,8 @@
 
 Padded: each row is a prompt and one response, padded on the right, without an attention mask. In a
 causal model no token attends to later tokens, so padding does not change the result. Without a
-mask, attention kernels use their causal implementation, and no row of a mask is empty (cuDNN's
-backward pass gives NaN for such rows).
+mask, attention kernels use their causal implementation. With one, cuDNN's backward pass can give
+NaN, see `avoid_cudnn_attention`.
 
 Packed: the same sequences one after the other in a single row, without padding. Positions restart
 at 0 in each sequence, and tokens attend only within their own sequence.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sppo.policies.devices import avoid_cudnn_attention
 from sppo.policies.padding import padded
 from sppo.training import attention
 from sppo.training.lengths import Layout, Pair, sharing_pays
@@ -44,8 +45,8 @@ def choose_layout(model: nn.Module, device: str) -> Layout:
 
     A CPU shares prompts. A GPU packs sequences. In a check of 8 layers on an H200, packed sequences
     of random lengths gave 1.6 times as many tokens per second as padded ones (docs/performance.md).
-    A model with an attention implementation that the user chose is padded; but eager attention is
-    what computes a soft cap.
+    A model with another attention implementation than transformers' choice is padded. That choice
+    is SDPA, and eager attention for a soft cap.
 
     Args:
         model: the policy, before it is wrapped for several processes or LoRA.
@@ -61,6 +62,8 @@ def choose_layout(model: nn.Module, device: str) -> Layout:
     if device == "cpu" and known and not has_window:
         attention.use(model, attention.SHARED)
         return "shared"
+    if device == "cuda" and has_window:
+        avoid_cudnn_attention()  # a window needs a mask wherever no kernel has windows
     if device == "cuda" and (known or capped):
         attention.use(model, attention.PACKED)
         return "packed"
@@ -91,7 +94,6 @@ def collate_packed(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Ba
         position_ids: (1, T), of each token in its own sequence.
         cu_seqlens: (R + 1,), int32, 0 and where each sequence ends.
         ends: the same numbers as a list.
-        max_seqlen: the number of tokens of the longest sequence, an int.
     """
     sequences = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
     lengths = [len(sequence) for sequence in sequences]
@@ -102,7 +104,6 @@ def collate_packed(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Ba
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "cu_seqlens": torch.tensor(ends, dtype=torch.int32),
         "ends": ends,
-        "max_seqlen": max(lengths),
         **_response_fields(responses, begins),
     }
 

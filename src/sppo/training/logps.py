@@ -47,7 +47,6 @@ def token_logps(model: nn.Module, batch: Batch) -> Tensor:
         more = {
             "position_ids": batch["position_ids"],
             "cu_seq_lens_q": batch["cu_seqlens"],
-            "max_length_q": batch["max_seqlen"],
             "ends": batch["ends"],
         }
     with head_reads(model, batch["reads"]):
