@@ -8,8 +8,9 @@ lengths are the demo's.
 generation   our engine, against transformers' `generate` on the same prompts and K
 training     our trainer, against TRL's DPOTrainer on the same pairs (sppo_hard, precomputed
              reference), with LoRA as in the demo and with all weights
-scoring      the reference pass, against our training of all weights on the same pairs, and against
-             itself with float32 weights, which autocast rounds in every forward pass
+scoring      the reference pass, against the forward passes of our training of all weights, against
+             that whole training, and against itself with float32 weights, which autocast rounds in
+             every forward pass; always on the same pairs
 annotation   PairRM's network by our code, against llm-blender; only after `make test-pairrm`, which
              makes llm-blender's environment (benchmarks/pairrm.py)
 demo         a whole run, against that of commit 7cfe2db with the same work (benchmarks/demo.py), in
@@ -18,10 +19,10 @@ demo         a whole run, against that of commit 7cfe2db with the same work (ben
 On a CPU, our programs are also compared with themselves without `keep_freed_memory`: the C library
 then returns freed memory to the system, which is its default.
 
-"limit" is the speed if the stage only computed its matrix products. All speeds are in tokens per
-second. Tokens of training and scoring count the prompt of a pair twice. The speed of a machine
-varies over time, so compare ratios within one run. PairRM takes some minutes, the demo a quarter of
-an hour.
+"limit" is the speed if the stage only computed its matrix products, "goal" the ratio that the
+project aims at on two cores. All speeds are in tokens per second. Tokens of training and scoring
+count the prompt of a pair twice. The speed of a machine varies over time, so compare ratios within
+one run. PairRM takes some minutes, the demo a quarter of an hour.
 
 The second table is about the run that was finished: how long its jobs took, and how much of this
 was start-up, which is the time before a program begins its work. Its last line is the dry run of
@@ -58,17 +59,26 @@ from sppo.policies.generation import Sampling, TransformersEngine
 from sppo.policies.chats import load_tokenizer
 from sppo.policies.devices import compute_dtype, pick_device, start_torch, weights_dtype
 from sppo.policies.models import load_frozen_policy, load_policy
-from sppo.training.logps import frozen_logps
-from sppo.training.lengths import sequence_tokens
+from sppo.training.batches import choose_layout, pair_batch
+from sppo.training.lengths import pair_length, sequence_tokens
+from sppo.training.logps import forward_precision, frozen_logps, response_logps
 from sppo.training.trainer import make_trainer, make_trl_trainer
 
 K = 5  # responses to each prompt
 FREED_MEMORY_RETURNED = "freed memory returned"
 ROUNDED_IN_EVERY_PASS = "weights rounded in every pass"
+FORWARD = "forward passes of our training"
 LLM_BLENDER = "llm-blender"
 RANKS = (16, 0)  # of LoRA; 0 trains all weights
 BATCH = 8  # pairs in a step and in a forward pass
-COLUMNS = ("stage", "baseline", "ours", "theirs", "ratio", "limit")
+COLUMNS = ("stage", "baseline", "ours", "theirs", "ratio", "goal", "limit")
+GOALS = {  # of the ratio, on two cores
+    ("generation", "transformers"): 3.0,
+    ("training", "TRL"): 2.5,
+    ("scoring", FORWARD): 2.0,
+    ("annotation", LLM_BLENDER): 4.0,
+    ("demo", f"commit {demo.EARLIER}"): 1.67,
+}
 ARTIFACTS = {  # of an iteration, by the name of the file that says how long its job took
     "sample_prompts": "prompts.parquet",
     "generate_responses.0": "responses/0.parquet",
@@ -115,7 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.results / "iter1/pairs.parquet").is_file():
         raise UserError(f"{args.results} has no iter1/pairs.parquet; run make demo first")
-    if args.baseline not in (None, ROUNDED_IN_EVERY_PASS, LLM_BLENDER):
+    if args.baseline not in (None, FORWARD, ROUNDED_IN_EVERY_PASS, LLM_BLENDER):
         # Only our programs let malloc keep freed memory, which makes any program faster.
         devices.keep_freed_memory = lambda: None
     start_torch()
@@ -149,11 +159,12 @@ def main() -> None:
             print(json.dumps(row))
         return
     print(f"{processor()}, {os.cpu_count()} cores, {device}, {work.dtype}, commit {git_revision()}")
-    print("| " + " | ".join(COLUMNS) + " |\n|---|---|--:|--:|--:|--:|")
+    print("| " + " | ".join(COLUMNS) + " |\n|---|---|--:|--:|--:|--:|--:|")
     for row in rows:
         cells = [row["stage"], row["baseline"], f"{row['ours']:.0f}", f"{row['theirs']:.0f}"]
+        goal = "-" if row["goal"] is None else f"{row['goal']:g}"
         limit = "-" if row["limit"] is None else f"{row['limit']:.0f}"
-        print("| " + " | ".join([*cells, f"{row['ratio']:.2f}", limit]) + " |")
+        print("| " + " | ".join([*cells, f"{row['ratio']:.2f}", goal, limit]) + " |")
     print("\n| job | seconds | of these start-up |\n|---|--:|--:|")
     for row in jobs:
         print(f"| {row['job']} | {row['seconds']:.1f} | {row['start_up']:.1f} |")
@@ -231,7 +242,9 @@ def dry_run() -> dict[str, Any]:
 def row_of(
     stage: str, baseline: str, ours: float, theirs: float, limit: float | None
 ) -> dict[str, Any]:
-    return dict(zip(COLUMNS, (stage, baseline, ours, theirs, ours / theirs, limit), strict=True))
+    goal = GOALS.get((stage.partition(",")[0], baseline))
+    values = (stage, baseline, ours, theirs, ours / theirs, goal, limit)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def speeds_of_ours(work: Workload) -> dict[str, float]:
@@ -413,6 +426,23 @@ def trainer_of(name: str, work: Workload, lora_rank: int, folder: Path) -> Any:
     return make_trl_trainer(model, load_tokenizer(work.policy), work.pairs, options, *where)
 
 
+def speed_of_forward(work: Workload) -> float:
+    """Tokens per second of the forward passes of a training of all weights."""
+    model = load_policy(work.policy, torch.float32, work.device).train()
+    layout = choose_layout(model, work.device)
+    by_length = sorted(work.pairs, key=pair_length, reverse=True)
+    began = time.perf_counter()
+    for i in range(0, len(by_length), BATCH):
+        batch = pair_batch(by_length[i : i + BATCH], layout)
+        inputs = {
+            key: value.to(work.device) if torch.is_tensor(value) else value
+            for key, value in batch.items()
+        }
+        with forward_precision(work.device, work.dtype):
+            response_logps(model, inputs).sum().item()  # .item() waits for a GPU
+    return sum(map(sequence_tokens, work.pairs)) / (time.perf_counter() - began)
+
+
 def speed_with_rounding(work: Workload) -> float:
     """Tokens per second of the reference pass with float32 weights, which autocast rounds."""
     model = load_policy(work.policy, torch.float32, work.device)
@@ -429,6 +459,7 @@ BASELINES: dict[str, Callable[[Workload], dict[str, float]]] = {
         for rank in RANKS
     },
     FREED_MEMORY_RETURNED: speeds_of_ours,
+    FORWARD: lambda work: {"scoring": speed_of_forward(work)},
     ROUNDED_IN_EVERY_PASS: lambda work: {"scoring": speed_with_rounding(work)},
 }
 

@@ -59,8 +59,15 @@ def test_each_stage_has_a_row(tmp_path, tiny_policy):
             *(("TRL", stage) for stage in trainings),
             *(("freed memory returned", stage) for stage in stages),
             ("our training of all weights", "scoring"),
+            ("forward passes of our training", "scoring"),
         ]
     )
+    goals = {(row["stage"], row["baseline"]): row["goal"] for row in rows if row["goal"]}
+    assert goals == {
+        ("generation", "transformers"): 3,
+        ("scoring", "forward passes of our training"): 2,
+        **{(stage, "TRL"): 2.5 for stage in trainings},
+    }
     for row in rows:
         assert row["ratio"] == row["ours"] / row["theirs"] > 0
         assert row["limit"] > 0
