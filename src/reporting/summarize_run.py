@@ -236,7 +236,13 @@ def summary(
     in_words = [
         *what_happened(judged, name),
         *cyclic,
-        *doubts({f"iteration {t}": line for t, line in judged[name].items()}),
+        *doubts(
+            {
+                f"iteration {t}" + (f" of {run_name}" if run_name != name else ""): line
+                for run_name, of_run in judged.items()
+                for t, line in of_run.items()
+            }
+        ),
         f"See next: {folder}/figures/win_rate.svg, and every prompt and answer in"
         f" {folder}/response_browser.html, which Snakemake makes on request.",
     ]

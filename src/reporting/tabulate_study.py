@@ -58,11 +58,14 @@ READING = """\
 | difference | from main on the same seeds and instructions, in percentage points |
 | p, Holm | of a difference of 0, corrected for all runs that the plan compares with main |
 | nats per unit of P-hat | slope of the log-ratios on P-hat; for the exact SPPO update it is eta |
+| LC | length-controlled win rate; rows of older code have none, so a number of seeds can follow |
 | (!) | a seed's LC is exactly 50, as when alpaca-eval's model finds no effect; so LC says nothing |
 
 In iteration 1 the current policy is the base. So where a method also refers to the base (`rspo`,
 `inpo`, `nash_md`, `mpo`), to an earlier policy (`onpo`), or to earlier pairs or requests (`spin`,
-`ra_dpo`), one iteration does not show what that adds.
+`ra_dpo`), one iteration does not show what that adds. `ra_dpo` uses each pair in both orders, so
+its winners and losers have the same mean log-ratio. Those of `onpo` refer to the policy from which
+its second training starts.
 """
 COLOURS = ("#0072B2", "#CC79A7", "#E69F00", "#009E73", "#D55E00", "#56B4E9")
 
@@ -167,16 +170,23 @@ def rates(found: list[Row]) -> list[str]:
     """The cells of a run's iteration: seeds, win rate, interval and range, LC, IFEval, length."""
     values = [each["win_rate"] for each in found]
     low, high = np.clip(estimated(preferences(found)).interval(), 0, 100)
-    # Old rows have none.
-    controlled = [each["length_controlled"] for each in found if "length_controlled" in each]
     return [
         str(len(found)),
         f"{np.mean(values):.1f} [{low:.1f}, {high:.1f}]",
         f"{min(values):.1f} to {max(values):.1f}" if len(values) > 1 else "-",
-        f"{np.mean(controlled):.1f}{' (!)' if 50.0 in controlled else ''}" if controlled else "-",
+        length_controlled(found),
         f"{np.mean([each['prompt_strict'] for each in found]):.1f}",
         f"{np.mean([each['length'] for each in found]):.0f}",
     ]
+
+
+def length_controlled(found: list[Row]) -> str:
+    """The cell of LC: its mean over the seeds that have it."""
+    values = [each["length_controlled"] for each in found if "length_controlled" in each]
+    if not values:
+        return "-"
+    of_seeds = f" ({len(values)} seeds)" if len(values) < len(found) else ""
+    return f"{np.mean(values):.1f}{of_seeds}{' (!)' if 50.0 in values else ''}"
 
 
 class Estimate(NamedTuple):
