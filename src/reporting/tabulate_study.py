@@ -58,7 +58,6 @@ READING = """\
 | difference | from main on the same seeds and instructions, in percentage points |
 | p, Holm | of a difference of 0, corrected for all runs that the plan compares with main |
 | nats per unit of P-hat | slope of the log-ratios on P-hat; for the exact SPPO update it is eta |
-| LC | length-controlled win rate; rows of older code have none, so a number of seeds can follow |
 | (!) | a seed's LC is exactly 50, as when alpaca-eval's model finds no effect; so LC says nothing |
 
 In iteration 1 the current policy is the base. So where a method also refers to the base (`rspo`,
