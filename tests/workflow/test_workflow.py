@@ -385,6 +385,32 @@ def test_nothing_asks_the_network(clone, network, tmp_path):
     network.asked.clear()
 
 
+def test_records_name_the_inputs_that_the_rules_declare(clone):
+    """Otherwise an artifact would depend on a file that Snakemake does not watch."""
+    names = ("alpaca_eval", "against_previous", "ifeval", "mt_bench", "arena_hard", "measurements")
+    targets = [f"results/tiny/iter2/{name}.json" for name in names]
+    words = command(clone, "results/tiny/summary.md", *targets)
+    words.insert(words.index("snakemake") + 1, "--detailed-summary")
+    done = subprocess.run(words, cwd=clone[0], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # The record of a policy has its source instead. Preference models read the policy's chat
+    # template alone. Questions are declared with all files of their folder.
+    partly_recorded = {"base_policy", "annotate_preferences", "answer_mt_bench"}
+    compared = set()
+    for row in csv.DictReader(done.stdout.splitlines(), delimiter="\t"):
+        record = record_path(clone[0] / row["output_file"])
+        if not record.is_file() or row["rule"] == "embedded_policy":  # reads a Python package
+            continue
+        declared = set(row["input-file(s)"].split(","))
+        read = set(read_json(record)["inputs"])
+        assert read <= declared, row["output_file"]
+        if row["rule"] not in partly_recorded:
+            not_read = {name for name in declared - read if not name.endswith(".record.json")}
+            assert not not_read, row["output_file"]
+        compared.add(row["rule"])
+    assert {"sample_prompts", "generate_responses", "build_pairs", "train_policy"} <= compared
+
+
 def test_paper_tables_show_the_measured_values(clone):
     snakemake(clone, "paper_tables")
 
