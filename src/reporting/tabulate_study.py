@@ -184,7 +184,7 @@ def length_controlled(found: list[Row]) -> str:
     values = [each["length_controlled"] for each in found if "length_controlled" in each]
     if not values:
         return "-"
-    of_seeds = f" ({len(values)} seeds)" if len(values) < len(found) else ""
+    of_seeds = f" ({len(values)} of {len(found)} seeds)" if len(values) < len(found) else ""
     return f"{np.mean(values):.1f}{of_seeds}{' (!)' if 50.0 in values else ''}"
 
 
