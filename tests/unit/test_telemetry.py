@@ -35,6 +35,7 @@ options = {"loss": "dpo", "beta": 0.1, "precision": "float32", "learning_rate": 
            "schedule_total_epochs": 1, "stop_epoch": 1, "batch_size": 1, "micro_batch_size": 1,
            "processes": 1, "machines": 1, "parallel": "ddp", "checkpoint_steps": 9,
            "report_to": "none", "lora_rank": 0, "gradient_checkpointing": False,
+           "checkpointed_layers": 1,
            "loss_scale": "none"}
 pairs = [{"prompt_token_ids": [1, 5], "chosen_token_ids": [7, 2], "rejected_token_ids": [9, 2]}]
 model = load_policy(policy, torch.float32, "cpu", None)

@@ -398,11 +398,14 @@ def test_records_name_the_inputs_that_the_rules_declare(clone):
     partly_recorded = {"base_policy", "annotate_preferences", "answer_mt_bench"}
     compared = set()
     for row in csv.DictReader(done.stdout.splitlines(), delimiter="\t"):
-        record = record_path(clone[0] / row["output_file"])
-        if not record.is_file() or row["rule"] == "embedded_policy":  # reads a Python package
+        file = record_path(clone[0] / row["output_file"])
+        if not file.is_file() or row["rule"] == "embedded_policy":  # reads a Python package
+            continue
+        record = read_json(file)
+        if record.get("rebuilt"):  # by a test before this one
             continue
         declared = set(row["input-file(s)"].split(","))
-        read = set(read_json(record)["inputs"])
+        read = set(record["inputs"])
         assert read <= declared, row["output_file"]
         if row["rule"] not in partly_recorded:
             not_read = {name for name in declared - read if not name.endswith(".record.json")}
