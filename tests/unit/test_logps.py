@@ -271,12 +271,14 @@ def test_packed_sequences_give_the_numbers_of_padded_rows(unpacked, sequences):
         response_logps(unpacked, padded)
 
 
+@pytest.mark.parametrize(
+    "unpacked",
+    [each for name, each in PACKED_MODELS.items() if "window" in name or name == "gemma2"],
+    indirect=True,
+)
 def test_windows_and_soft_caps_of_these_models_have_an_effect(unpacked, sequences):
     """Otherwise the test above would not notice if packing ignored them."""
     config = unpacked.config
-    capped = getattr(config, "attn_logit_softcapping", None)
-    if config.sliding_window is None and capped is None:
-        return
     batch = pair_batch(small_pairs(sequences), "padded")
     expected = response_logps(unpacked, batch)
     for layer in unpacked.model.layers:
@@ -356,9 +358,15 @@ def test_which_attention_the_kernel_for_packed_sequences_takes(monkeypatch):
     assert not takes(64)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("names", ["of today", "older"])
-def test_what_the_kernel_for_packed_sequences_is_given(names, window, monkeypatch):
+@pytest.mark.parametrize(
+    ("known", "window"),
+    [
+        ({"window_size", "enable_gqa"}, None),
+        ({"window_size", "enable_gqa"}, 5),
+        ({"is_causal"}, None),  # an older version, which `_kernel_takes` refuses with a window
+    ],
+)
+def test_what_the_kernel_for_packed_sequences_is_given(known, window, monkeypatch):
     """The kernel needs a GPU. Here a stand-in computes what its documentation says."""
     torch.manual_seed(0)
     ends = [0, 9, 10, 30]
@@ -384,11 +392,8 @@ def test_what_the_kernel_for_packed_sequences_is_given(names, window, monkeypatc
         weights = scores.masked_fill(~seen_by, -torch.inf).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, value)
 
-    known = {"window_size", "enable_gqa"} if names == "of today" else {"is_causal"}
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(attention, "_parameters_of_varlen", lambda: known)
-    if names == "older" and window:
-        return  # `_kernel_takes` refuses it
     found = attention._varlen((query, key, value), cu_seqlens, 20, 0.3, window)
     module = torch.nn.Module()
     module.num_key_value_groups = 2
