@@ -286,7 +286,8 @@ def bootstrap(
     preference = frame["preference"].astype(float).replace(0.0, 1.5)
     wins = preference.to_numpy() - 1
     chosen = np.random.default_rng(seed).integers(len(wins), size=(draws, len(wins)))
-    refits = Parallel(n_jobs=threads)(
+    # Forked processes, where the system has them, need not import everything again.
+    refits = Parallel(n_jobs=threads, backend="multiprocessing")(
         delayed(metrics)(frame.iloc[rows], formula, difficulty) for rows in chosen[:fits]
     )
     controlled = [float(refit["length_controlled_winrate"]) for refit in refits]

@@ -194,6 +194,58 @@ def test_batch_size_changes_no_token(batch_size, tiny_policy, prompts, responses
     assert engine(tiny_policy, batch_size).generate(prompts, SAMPLING, 0, "iter1") == responses
 
 
+@pytest.mark.parametrize("cores", [1, 2, 4])
+def test_the_number_of_cores_changes_no_token(cores, tiny_policy, prompts, responses):
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        made = engine(tiny_policy)
+        assert made.at_once == min(cores, 2)
+        assert made.generate(prompts, SAMPLING, 0, "iter1") == responses
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "at_once"), [("dynamic", 1), ("longrope", 1), ("linear", 2), ("default", 2)]
+)
+def test_changing_positions_allow_one_batch_at_once(kind, at_once, tiny_policy, tmp_path):
+    folder = shutil.copytree(tiny_policy, tmp_path / "policy")
+    config = json.loads((folder / "config.json").read_text())
+    factors = [1.0] * (config["head_dim"] // 2) if kind == "longrope" else None
+    config["rope_parameters"] = {
+        "rope_type": kind,
+        "rope_theta": 10000.0,
+        "factor": 2.0,
+        "short_factor": factors,
+        "long_factor": factors,
+        "original_max_position_embeddings": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert engine(folder).at_once == at_once
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_batches_are_even_and_within_the_limit(at_once, tiny_policy, prompts, monkeypatch):
+    made = engine(tiny_policy, batch_size=12)
+    made.at_once = at_once
+    sizes = []
+    decode = made._decode
+
+    def seen(ids, *rest):
+        sizes.append(len(ids))
+        return decode(ids, *rest)
+
+    monkeypatch.setattr(made, "_decode", seen)
+    made.generate(prompts, SAMPLING, 0, "iter1")
+    assert sorted(sizes) == ([9, 9] if at_once == 1 else [3, 3, 6, 6])
+
+
 @pytest.mark.parametrize("shards", [2, 3])
 def test_shards_and_their_order_change_no_token(shards, tiny_policy, prompts, responses):
     made = engine(tiny_policy)

@@ -128,11 +128,12 @@ def keep_freed_memory() -> None:
     Otherwise it returns large blocks to the system, and each new tensor of some megabytes costs
     page faults, 5 to 15% of the time of a job on a CPU.
     """
-    mmap_max, trim_threshold = -4, -1  # the numbers of malloc.h
+    mmap_max, trim_threshold, arena_max = -4, -1, -8  # the numbers of malloc.h
     try:
         library = ctypes.CDLL(None)
         library.mallopt(mmap_max, 0)  # all memory is from the heap, not from mappings
         library.mallopt(trim_threshold, 2**31 - 1)  # which is not shrunk
+        library.mallopt(arena_max, 1)  # threads have it in common; their own heaps hold 64 MB each
     except (OSError, AttributeError, TypeError):
         return  # another C library
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
+import math
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,11 +30,20 @@ from sppo.policies.chats import THOUGHT, THOUGHT_END, load_tokenizer, stop_token
 from sppo.policies.devices import avoid_cudnn_attention, compute_dtype
 from sppo.policies.models import load_policy
 from sppo.policies.padding import padded
+from sppo.policies.threads import Stopped, side_by_side
+
+T = TypeVar("T")
 
 TOKEN_BLOCK = 256  # size of the blocks of the vocabulary in `draw_tokens`
 PREFILL_PROMPTS = 16  # prompts in one forward pass
 # After so many tokens, the responses that have ended leave the batch, if at least this share has.
 DECODED_AT_ONCE, WORTH_LEAVING = 16, 1 / 8
+# Batches that a CPU generates at the same time, each with its share of the cores. Some operations
+# use one core only, so this takes 0.7 to 0.8 of the time of one batch after the other
+# (docs/performance.md).
+BATCHES_AT_ONCE = 2
+# Rotary positions that a forward pass changes in the model, which threads would have in common.
+CHANGING_POSITIONS = ("dynamic", "longrope")
 # A warning appears if at least this many responses exist and at least this share of them was cut.
 WARN_RESPONSES, WARN_SHARE_CUT = 20, 0.95
 # Cache layers that can be repeated for K samples after one pass over the prompt. transformers does
@@ -280,8 +293,8 @@ class TransformersEngine:
     ) -> None:
         """Load the policy of a folder; UserError if it is not valid.
 
-        batch_size: the largest number of sequences in a batch; None for 64. template:
-        `template_kwargs` and `template_date` of `load_tokenizer`.
+        batch_size: the largest number of sequences in memory at once, in one batch or, on a CPU, in
+        two; None for 64. template: `template_kwargs` and `template_date` of `load_tokenizer`.
         """
         self.tokenizer = load_tokenizer(folder, **(template or {}))
         self.thoughts = thoughts
@@ -296,6 +309,10 @@ class TransformersEngine:
         layers = {type(layer) for layer in DynamicCache(config=self.model.config).layers}
         takes_cache = "past_key_values" in inspect.signature(self.model.forward).parameters
         self.reads_prompts_once = takes_cache and layers <= REPEATABLE_LAYERS
+        kinds = {str(getattr(part, "rope_type", "")) for part in self.model.modules()}
+        changing = any(name in kind for name in CHANGING_POSITIONS for kind in kinds)
+        several = device == "cpu" and not changing
+        self.at_once = min(BATCHES_AT_ONCE, torch.get_num_threads()) if several else 1
         # Generation must pad on the left, because the prompts of a batch have to end in the same
         # column.
         avoid_cudnn_attention()
@@ -310,22 +327,31 @@ class TransformersEngine:
         and only if finish_reason is `stop`. data_seed, purpose: see `sample_seed`. UserError if the
         policy gives logits that are NaN or infinite.
         """
-        by_length = sorted(prompts, key=lambda row: len(row["prompt_token_ids"]))
-        prompts_per_batch = max(1, self.batch_size // sampling.samples)
-        batches = [
-            by_length[i : i + prompts_per_batch]
-            for i in range(0, len(by_length), prompts_per_batch)
-        ]
+        # The longest first, so that threads end at about the same time.
+        by_length = sorted(prompts, key=lambda row: len(row["prompt_token_ids"]), reverse=True)
+        most_prompts = max(1, self.batch_size // self.at_once // sampling.samples)
+        rounds = math.ceil(len(prompts) / most_prompts / self.at_once)
+        batches = divided_evenly(by_length, min(rounds * self.at_once, len(prompts)))
+
+        def work(batch: Sequence[dict[str, Any]], stopped: threading.Event) -> list[dict[str, Any]]:
+            return list(self._generate_batch(batch, sampling, data_seed, purpose, stopped))
+
         rows: list[dict[str, Any]] = []
-        for batch in progress(batches, "generate"):
-            rows += self._generate_batch(batch, sampling, data_seed, purpose)
+        with closing(side_by_side(work, batches, self.at_once)) as results:
+            for _ in progress(batches, "generate"):
+                rows += next(results)
         position = {row["prompt_id"]: i for i, row in enumerate(prompts)}
         return sorted(rows, key=lambda row: (position[row["prompt_id"]], row["sample_id"]))
 
     def _generate_batch(
-        self, prompts: list[dict[str, Any]], sampling: Sampling, data_seed: int, purpose: str
+        self,
+        prompts: Sequence[dict[str, Any]],
+        sampling: Sampling,
+        data_seed: int,
+        purpose: str,
+        stopped: threading.Event,
     ) -> Iterator[dict[str, Any]]:
-        """Rows of the table `responses` for the prompts of one batch."""
+        """Rows of the table `responses` for one batch. Raises Stopped if `stopped` is set."""
         samples = sampling.samples
         requests = []  # prompt, sample_id, seed
         for row in prompts:
@@ -345,6 +371,7 @@ class TransformersEngine:
                 cache,
                 sampling,
                 [seed for _, _, seed in requests],
+                stopped,
             )
         for (row, k, seed), tokens in zip(requests, decoded, strict=True):
             yield response(row, k, seed, tokens, self.stop_ids, self.tokenizer, self.thoughts)
@@ -356,6 +383,7 @@ class TransformersEngine:
         cache: DynamicCache | None,
         sampling: Sampling,
         seeds: list[int],
+        stopped: threading.Event,
     ) -> list[list[int]]:
         """The new tokens of each row, which may go on after the first stop id.
 
@@ -375,6 +403,8 @@ class TransformersEngine:
         rows = torch.arange(len(ids))  # the place of each row of the batch in `decoded`
         at_once = sampling.max_new_tokens if cache is None else DECODED_AT_ONCE
         while True:
+            if stopped.is_set():
+                raise Stopped
             room = width + sampling.max_new_tokens - ids.shape[1]
             before = ids.shape[1]
             ids = model.generate(
@@ -456,6 +486,12 @@ class TransformersEngine:
             logits_to_keep=1,
         )
         return cache
+
+
+def divided_evenly(items: Sequence[T], parts: int) -> list[Sequence[T]]:
+    """`parts` successive parts of `items`, whose sizes differ by 1 at most."""
+    ends = [len(items) * part // parts for part in range(parts + 1)] if parts else []
+    return [items[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
