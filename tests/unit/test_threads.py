@@ -48,27 +48,31 @@ def test_nothing_to_do():
 
 
 def test_an_error_stops_the_other_items():
-    ended = []
+    both_began = threading.Barrier(2, timeout=60)
+    told = []
 
     def work(item: int, stopped: threading.Event) -> None:
+        if item < 2:
+            both_began.wait()
         if item == 0:
             raise UserError("item 0 is damaged; replace it")
-        assert stopped.wait(60)
-        ended.append(item)
+        told.append((item, stopped.wait(60)))
         raise Stopped
 
     with pytest.raises(UserError, match="item 0 is damaged"):
         list(side_by_side(work, range(20), 2))
-    assert len(ended) <= 2, "the items that had begun, and no other"
+    assert (1, True) in told
+    assert len(told) <= 2, "item 1, and what the other thread had begun"
 
 
 def test_a_caller_that_leaves_stops_the_work():
-    begun = []
+    told = []
+    began = threading.Event()
 
     def work(item: int, stopped: threading.Event) -> int:
-        begun.append(item)
         if item:
-            assert stopped.wait(60)
+            began.set()
+            told.append(stopped.wait(60))
             raise Stopped
         return item
 
@@ -77,5 +81,7 @@ def test_a_caller_that_leaves_stops_the_work():
         closing(side_by_side(work, range(20), 2)) as results,
     ):
         next(results)
+        assert began.wait(60)
         raise KeyboardInterrupt
-    assert len(begun) <= 3
+    assert told and all(told)
+    assert len(told) <= 2, "the items that had begun, and no other"

@@ -39,7 +39,7 @@ PREFILL_PROMPTS = 16  # prompts in one forward pass
 # After so many tokens, the responses that have ended leave the batch, if at least this share has.
 DECODED_AT_ONCE, WORTH_LEAVING = 16, 1 / 8
 # Batches that a CPU generates at the same time, each with its share of the cores. Some operations
-# use one core only, so this takes 0.7 to 0.8 of the time of one batch after the other
+# use one core only, so this takes about 0.8 of the time of one batch after the other
 # (docs/performance.md).
 BATCHES_AT_ONCE = 2
 # Rotary positions that a forward pass changes in the model, which threads would have in common.

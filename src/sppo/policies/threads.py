@@ -39,12 +39,12 @@ def side_by_side(
         torch.set_num_threads(cores // at_once)  # holds for the calling thread
         return work(item, stopped)
 
-    with ThreadPoolExecutor(at_once) as threads:
-        results = [threads.submit(with_share_of_cores, item) for item in items]
-        try:
-            for result in results:
-                yield result.result()
-        finally:
-            stopped.set()
-            threads.shutdown(wait=False, cancel_futures=True)
-            torch.set_num_threads(cores)
+    threads = ThreadPoolExecutor(at_once)
+    results = [threads.submit(with_share_of_cores, item) for item in items]
+    try:
+        for result in results:
+            yield result.result()
+    finally:
+        stopped.set()
+        threads.shutdown(cancel_futures=True)  # waits for the items that have begun
+        torch.set_num_threads(cores)
